@@ -1,0 +1,80 @@
+"""The captured program: a flat ATen graph whose every value knows its shape, role, module path and source line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import TreeSpec
+
+
+class Role(StrEnum):
+    """What a graph input or output is to the user."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    INPUT = "input"
+    TANGENT = "tangent"
+    OUTPUT = "output"
+    MUTATION = "mutation"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One graph input or output.
+
+    `name` is the parameter's or buffer's path (for a gradient: of what it is the gradient), `input:<index>` for an
+    input; `index` is the position among the flat inputs (INPUT) or the flat outputs (OUTPUT, TANGENT), else 0.
+    """
+
+    role: Role
+    name: str
+    index: int = 0
+
+
+@dataclass
+class Program:
+    """A captured model: `graph`, one port per placeholder and per element of the output tuple.
+
+    `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
+    itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
+    """
+
+    graph: fx.Graph
+    inputs: list[Port]
+    outputs: list[Port]
+    out_spec: TreeSpec
+    out_leaves: list[int | Constant]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    tied: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def results(self) -> list[fx.Node | None]:
+        """The values of the output tuple; None where a gradient is not needed."""
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the user's output that is no tensor (or a tensor that does not depend on the inputs)."""
+
+    value: Any
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value (global shape and dtype) that capture recorded for `node`."""
+    return node.meta["val"]
+
+
+def where(node: fx.Node) -> str:
+    """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
+    return ", ".join(part for part in (node.meta.get("module", ""), node.meta.get("source", "")) if part)
