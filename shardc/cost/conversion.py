@@ -1,0 +1,176 @@
+"""Layout conversions: the steps there are, what each sends and costs, and the cheapest path between any two layouts.
+
+One table serves the solver (which adds up its entries) and lowering (which walks its paths), so the price of a conversion is the
+price of exactly the collectives that are emitted.
+
+Ring collectives over n ranks with B bytes in the local operand, latency α and bandwidth β of the axis (Thakur et al. 2005):
+all-gather (n-1)(α + B/β), reduce-scatter and all-to-all (n-1)(α + B/n/β), all-reduce 2(n-1)(α + B/n/β).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from shardc.cost.hardware import Hardware
+from shardc.mesh import Mesh
+
+
+class Splits(NamedTuple):
+    """A layout over atoms: per atom the axes that split it, major to minor; per partial axis its reduction."""
+
+    axes: tuple[tuple[str, ...], ...]
+    partial: tuple[tuple[str, str], ...] = ()
+
+
+class Step(NamedTuple):
+    """One move: `all_gather`, `all_reduce`, `reduce_scatter`, `all_to_all`, `shard` or `to_partial` over `axis`.
+
+    `source` and `target` are the atoms that lose and gain the axis, `op` the reduction; None where they play no part.
+    """
+
+    kind: str
+    axis: str
+    source: int | None = None
+    target: int | None = None
+    op: str | None = None
+
+
+def sent_fraction(kind: str, ways: int) -> float:
+    """Bytes that one rank sends, as a multiple of the bytes of its local operand."""
+    if kind == "all_gather":
+        return ways - 1
+    if kind in ("reduce_scatter", "all_to_all"):
+        return (ways - 1) / ways
+    return 2 * (ways - 1) / ways if kind == "all_reduce" else 0.0
+
+
+def step_seconds(kind: str, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
+    """Seconds of one step whose local operand has `operand_bytes`."""
+    ways = mesh.sizes[axis]
+    fraction = sent_fraction(kind, ways)
+    if not fraction:
+        return device.launch + operand_bytes / device.memory_bandwidth
+    link = device.link(mesh, axis)
+    rounds = 2 * (ways - 1) if kind == "all_reduce" else ways - 1
+    return device.launch + rounds * link.latency + fraction * operand_bytes / link.bandwidth
+
+
+def apply(splits: Splits, step: Step, mesh: Mesh) -> Splits:
+    """The layout after a step."""
+    axes, partial = list(splits.axes), dict(splits.partial)
+    if step.source is not None:
+        axes[step.source] = axes[step.source][:-1]
+    if step.target is not None:
+        axes[step.target] += (step.axis,)
+    partial.pop(step.axis, None)
+    if step.kind == "to_partial":
+        assert step.op is not None
+        partial[step.axis] = step.op
+    return Splits(tuple(axes), tuple((a, partial[a]) for a in mesh.names if a in partial))
+
+
+def steps(splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Step]:
+    """Every move out of a layout. Only the minor-most axis of an atom can leave it."""
+    partial = dict(splits.partial)
+    holder = {axis: atom for atom, axes in enumerate(splits.axes) for axis in axes}
+
+    def free(axis: str) -> list[int]:
+        """The atoms that `axis` could split next."""
+        ways = mesh.sizes[axis]
+        return [a for a, held in enumerate(splits.axes) if sizes[a] % (mesh.ways(held) * ways) == 0]
+
+    for axis, ways in mesh.axes:
+        if ways == 1:
+            continue
+        if axis in partial:
+            yield Step("all_reduce", axis, op=partial[axis])
+            yield from (Step("reduce_scatter", axis, target=atom, op=partial[axis]) for atom in free(axis))
+        elif axis not in holder:
+            yield from (Step("shard", axis, target=atom) for atom in free(axis))
+            yield from (Step("to_partial", axis, op=op) for op in ops if not partial or op in partial.values())
+        elif splits.axes[holder[axis]][-1] == axis:
+            atom = holder[axis]
+            yield Step("all_gather", axis, source=atom)
+            yield from (Step("all_to_all", axis, source=atom, target=to) for to in free(axis) if to != atom)
+
+
+@dataclass(eq=False)
+class TensorClass:
+    """All layouts of tensors with the same atoms and bytes an element, and the cheapest conversion between any two.
+
+    `seconds[i, j]` converts layout i to layout j.
+    """
+
+    sizes: tuple[int, ...]
+    itemsize: int
+    ops: tuple[str, ...]
+    mesh: Mesh
+    device: Hardware
+
+    @cached_property
+    def layouts(self) -> list[Splits]:
+        return list(_enumerate(self.sizes, self.mesh, self.ops))
+
+    @cached_property
+    def index(self) -> dict[Splits, int]:
+        return {splits: i for i, splits in enumerate(self.layouts)}
+
+    def local_bytes(self, splits: Splits) -> float:
+        ways = math.prod(self.mesh.ways(axes) for axes in splits.axes)
+        return math.prod(self.sizes) * self.itemsize / ways
+
+    @cached_property
+    def _moves(self) -> dict[int, dict[int, tuple[float, Step]]]:
+        """Per layout, the layouts one step away with the seconds and the step."""
+        moves: dict[int, dict[int, tuple[float, Step]]] = {}
+        for i, splits in enumerate(self.layouts):
+            size = self.local_bytes(splits)
+            found: dict[int, tuple[float, Step]] = {}
+            for step in steps(splits, self.sizes, self.mesh, self.ops):
+                after = self.index[apply(splits, step, self.mesh)]
+                # a shard writes only what it keeps
+                moved = size / self.mesh.sizes[step.axis] if step.kind == "shard" else size
+                found[after] = step_seconds(step.kind, step.axis, moved, self.mesh, self.device), step
+            moves[i] = found
+        return moves
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        table = np.full((len(self.layouts),) * 2, np.inf)
+        np.fill_diagonal(table, 0.0)
+        for i, found in self._moves.items():
+            for j, (cost, _) in found.items():
+                table[i, j] = cost
+        for k in range(len(table)):  # Floyd-Warshall
+            np.minimum(table, table[:, k, None] + table[None, k, :], out=table)
+        return table
+
+    def path(self, start: Splits, end: Splits) -> list[Step]:
+        """The steps of the cheapest conversion; its price is `seconds[index[start], index[end]]`."""
+        here, goal, found = self.index[start], self.index[end], list[Step]()
+        while here != goal:
+            _, there = min((cost + self.seconds[j, goal], j) for j, (cost, _) in self._moves[here].items())
+            found.append(self._moves[here][there][1])
+            here = there
+        return found
+
+
+def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Splits]:
+    options = [
+        [None, *ops, *range(len(sizes))] if ways > 1 else [None] for _, ways in mesh.axes
+    ]  # None: whole; str: partial; int: splits that atom
+    for choice in itertools.product(*options):
+        partial = tuple((axis, c) for axis, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
+        if len({op for _, op in partial}) > 1:
+            continue
+        held = [tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == atom) for atom in range(len(sizes))]
+        if all(size % mesh.ways(axes) == 0 for size, axes in zip(sizes, held, strict=True)):
+            for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
+                yield Splits(tuple(order), partial)

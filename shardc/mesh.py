@@ -1,0 +1,58 @@
+"""The mesh: named axes with sizes, `dp=2,tp=4`, the first axis slowest (ranks are row-major)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shardc.errors import MeshError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes and their sizes, in order: `Mesh((("dp", 2), ("tp", 4)))`, or `Mesh.parse("dp=2,tp=4")`."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        for name, size in self.axes:
+            if not name.isidentifier():
+                raise MeshError(f"mesh axis {name!r} is not a name; write axes like 'dp=2,tp=4'")
+            if size < 1:
+                raise MeshError(f"mesh axis {name!r} has size {size}; sizes are 1 or more")
+        if len(set(self.names)) != len(self.axes):
+            raise MeshError(f"mesh {self} names an axis twice; every axis needs its own name")
+
+    @staticmethod
+    def parse(text: str | Mesh) -> Mesh:
+        """Read `"dp=2,tp=4"`; a `Mesh` passes through. Raises MeshError with the piece that cannot be read."""
+        if isinstance(text, Mesh):
+            return text
+        axes: list[tuple[str, int]] = []
+        for piece in text.split(","):
+            name, equals, size = piece.strip().partition("=")
+            if not equals or not size.strip().isdigit():
+                raise MeshError(f"cannot read {piece.strip()!r} in mesh {text!r}; write axes like 'dp=2,tp=4'")
+            axes.append((name.strip(), int(size)))
+        return Mesh(tuple(axes))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.axes)
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return math.prod(size for _, size in self.axes)
+
+    def ways(self, axes: tuple[str, ...]) -> int:
+        """Into how many parts `axes` together split a dim."""
+        sizes = self.sizes
+        return math.prod(sizes[axis] for axis in axes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in self.axes)

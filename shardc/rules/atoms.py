@@ -1,0 +1,109 @@
+"""Atoms: the indivisible pieces into which views cut dims, found by one walk over the program.
+
+Dims that an operator ties together share a piece of a union-find; where a view merges or splits dims the pieces are split. At
+the end every dim of every value is a list of leaves. A `Ref` names a piece of one dim of one base value: the dim's slot and the
+path of halves that leads to the piece. A view holds the refs of its base, so where each of its dims came from is never lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Ref = tuple[int, tuple[int, ...]]
+
+
+class Atoms:
+    """Union-find over pieces of dims, each with a size and, once split, a major and a minor half."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._size: list[int] = []
+        self._halves: list[tuple[int, int] | None] = []
+
+    def new(self, size: int) -> Ref:
+        """A fresh dim of `size` elements."""
+        return self._piece(size), ()
+
+    def _piece(self, size: int) -> int:
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        self._halves.append(None)
+        return len(self._parent) - 1
+
+    def _find(self, piece: int) -> int:
+        while self._parent[piece] != piece:
+            self._parent[piece] = self._parent[self._parent[piece]]
+            piece = self._parent[piece]
+        return piece
+
+    def _at(self, ref: Ref) -> int:
+        piece = self._find(ref[0])
+        for half in ref[1]:
+            halves = self._halves[piece]
+            assert halves is not None
+            piece = self._find(halves[half])
+        return piece
+
+    def size(self, ref: Ref) -> int:
+        return self._size[self._at(ref)]
+
+    def leaves(self, refs: Sequence[Ref]) -> list[Ref]:
+        """The refs, each replaced by the leaves below it."""
+        found: list[Ref] = []
+        for ref in refs:
+            if self._halves[self._at(ref)] is None:
+                found.append(ref)
+            else:
+                slot, path = ref
+                found += self.leaves([(slot, (*path, 0)), (slot, (*path, 1))])
+        return found
+
+    def split(self, ref: Ref, minor: int) -> None:
+        """Split a leaf into (size/minor, minor)."""
+        piece = self._at(ref)
+        self._halves[piece] = (self._piece(self._size[piece] // minor), self._piece(minor))
+
+    def unify(self, one: Sequence[Ref], other: Sequence[Ref]) -> bool:
+        """Make two dims of equal size consist of the same atoms. False when no common refinement exists."""
+        while True:
+            a, b = self.leaves(one)[::-1], self.leaves(other)[::-1]
+            for x, y in zip(a, b, strict=False):
+                px, py = self._at(x), self._at(y)
+                if px == py:
+                    continue
+                sx, sy = self._size[px], self._size[py]
+                if sx == sy:
+                    self._parent[py] = px
+                    continue
+                big, small = (x, sy) if sx > sy else (y, sx)
+                if self.size(big) % small:
+                    return False
+                self.split(big, small)
+                break
+            else:
+                return len(a) == len(b)
+
+    def regroup(self, refs: Sequence[Ref], shape: Sequence[int]) -> list[list[Ref]] | None:
+        """Deal the pieces of a value out to the dims of a view of it; None when a dim would cut across a piece."""
+        dims: list[list[Ref]] = []
+        rest = self.leaves(refs)
+        for size in reversed([int(s) for s in shape]):
+            dim: list[Ref] = []
+            while (have := math.prod(self.size(r) for r in dim)) < size:
+                if not rest:
+                    return None
+                need, piece = size // have, rest.pop()
+                if size % have:
+                    return None
+                if self.size(piece) > need:
+                    if self.size(piece) % need:
+                        return None
+                    self.split(piece, need)
+                    rest += self.leaves([piece])
+                    continue
+                dim.insert(0, piece)
+            if math.prod(self.size(r) for r in dim) != size:
+                return None
+            dims.insert(0, dim)
+        return dims

@@ -1,0 +1,229 @@
+"""A program seen through its rules: every operator with the atoms that its operands and results share.
+
+Views are no operators here. A value that is a view keeps refs into its base value, so a strategy's demand on a view is a demand
+on the base, and the solver never meets a view.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.errors import RuleError
+from shardc.graph import Program, Role, value_of, where
+from shardc.rules.atoms import Atoms, Ref
+from shardc.rules.notation import Rule, maker_of, parse
+
+aten = torch.ops.aten
+VIEWS = frozenset(
+    {aten.view.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default}
+    | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default}
+)
+Key = tuple[fx.Node, int]
+
+
+@dataclass
+class Value:
+    """A tensor of the program: `key` is the base value it views (itself, unless it is a view), `dims` its refs per dim."""
+
+    key: Key
+    dims: list[list[Ref]]
+
+
+@dataclass
+class Operand:
+    """One tensor argument of an operator: the graph node passed, its value, and the factor of each of its dims."""
+
+    node: fx.Node
+    value: Value
+    names: tuple[str | None, ...]
+
+
+@dataclass
+class Result:
+    """One tensor that an operator makes."""
+
+    key: Key
+    value: Value
+    names: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An atom of an operator: piece number `index` of the factor called `name` in its rule."""
+
+    name: str
+    index: int
+    size: int
+    whole: bool
+
+
+@dataclass
+class Op:
+    """An operator (or placeholder) with its rule, and its factors as atoms."""
+
+    node: fx.Node
+    rule: Rule
+    operands: list[Operand]
+    results: list[Result]
+    factors: list[Factor] = field(default_factory=list[Factor])
+
+
+@dataclass
+class Factored:
+    """`ops` in graph order, placeholders first; `values` for every tensor node; `base` the refs of every base value."""
+
+    program: Program
+    atoms: Atoms
+    ops: list[Op]
+    values: dict[fx.Node, Value]
+    base: dict[Key, Value]
+
+    def leaves(self, key: Key) -> list[Ref]:
+        """The atoms of a base value, in memory order."""
+        return self.atoms.leaves([ref for dim in self.base[key].dims for ref in dim])
+
+    def sizes(self, key: Key) -> tuple[int, ...]:
+        return tuple(self.atoms.size(ref) for ref in self.leaves(key))
+
+
+def factor(program: Program) -> Factored:
+    """Walk the program once, tie dims through the rules, then read off every operator's factors."""
+    return _Walk(program).run()
+
+
+class _Walk:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.atoms = Atoms()
+        self.values: dict[fx.Node, Value] = {}
+        self.base: dict[Key, Value] = {}
+        self.ops: list[Op] = []
+
+    def run(self) -> Factored:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                text = " ".join(f"d{i}" if n != 1 else "1" for i, n in enumerate(value_of(node).shape))
+                self._operator(node, parse(f"-> {text}"))
+            elif node.op == "call_function":
+                self._call(node)
+        self._tie_gradients()
+        for op in self.ops:
+            op.factors = self._factors(op)
+        return Factored(self.program, self.atoms, self.ops, self.values, self.base)
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, index = node.args
+            self.values[node] = self.base[source, index]  # type: ignore[index]
+        elif not (node.target in VIEWS and self._view(node)):
+            maker = maker_of(node.target)
+            if maker is None:
+                raise RuleError(f"no rule for operator {node.target} ({where(node)})")
+            args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+            self._operator(node, maker(*args, **kwargs))
+
+    def _view(self, node: fx.Node) -> bool:
+        """Express a view in the refs of what it views; False when it cuts across an atom (it becomes an operator)."""
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        value, shape = self.values[source], value_of(node).shape
+        if node.target is aten.permute.default:
+            dims = [value.dims[d] for d in node.args[1]]  # type: ignore[union-attr]
+        elif node.target is aten.expand.default:
+            added = len(shape) - len(value.dims)
+            dims = [
+                value.dims[i - added] if i >= added and value.dims[i - added] else self._dim(int(size))
+                for i, size in enumerate(shape)
+            ]
+        else:
+            dims = self.atoms.regroup([ref for dim in value.dims for ref in dim], shape)
+        if dims is None:
+            return False
+        self.values[node] = Value(value.key, dims)
+        return True
+
+    def _dim(self, size: int) -> list[Ref]:
+        return [self.atoms.new(size)] if size != 1 else []
+
+    def _operator(self, node: fx.Node, rule: Rule) -> None:
+        given = list(tensor_arguments(node))
+        expected = [names for names in rule.operands if names is not None]
+        if len(given) != len(expected):
+            raise RuleError(f"{node.target} has {len(given)} tensor operands, its rule {len(expected)} ({where(node)})")
+        operands = [Operand(n, self.values[n], names) for n, names in zip(given, expected, strict=True)]
+        outputs = value_of(node)
+        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        results: list[Result] = []
+        for index, (names, output) in enumerate(zip(rule.results, outputs, strict=True)):
+            if names is not None and isinstance(output, torch.Tensor):
+                if len(names) != output.dim():
+                    raise RuleError(f"{node.target}: result {index} has shape {tuple(output.shape)}, its rule {names}")
+                value = Value((node, index), [self._dim(int(size)) for size in output.shape])
+                self.base[node, index] = value
+                results.append(Result((node, index), value, names))
+        if len(outputs) == 1 and results:
+            self.values[node] = results[0].value
+        self.ops.append(Op(node, self._tie(rule, operands, results), operands, results))
+
+    def _tie(self, rule: Rule, operands: list[Operand], results: list[Result]) -> Rule:
+        """Unify the dims that share a factor; a factor whose dims admit no common atoms stays whole."""
+        first: dict[str, list[Ref]] = {}
+        stuck: set[str] = set()
+        for item in (*operands, *results):
+            for name, dim in zip(item.names, item.value.dims, strict=True):
+                if name is None or not dim:
+                    continue
+                if name in first and not self.atoms.unify(first[name], dim):
+                    stuck.add(name)
+                first.setdefault(name, dim)
+        if not stuck:
+            return rule
+        return Rule(**{**rule.__dict__, "whole": rule.whole | stuck})
+
+    def _tie_gradients(self) -> None:
+        """A gradient has the atoms of its parameter, because it arrives in the parameter's layout."""
+        sources = {port.name: node for port, node in zip(self.program.inputs, self.program.placeholders, strict=True)}
+        for port, node in zip(self.program.outputs, self.program.results, strict=True):
+            if port.role is Role.GRADIENT and node is not None and port.name in sources:
+                for one, other in zip(self.values[sources[port.name]].dims, self.values[node].dims, strict=True):
+                    self.atoms.unify(one, other)
+
+    def _factors(self, op: Op) -> list[Factor]:
+        found: dict[str, list[Factor]] = {}
+        for item in (*op.operands, *op.results):
+            for name, dim in zip(item.names, item.value.dims, strict=True):
+                if name is not None and dim and name not in found:
+                    leaves = self.atoms.leaves(dim)
+                    whole = name in op.rule.whole
+                    found[name] = [Factor(name, i, self.atoms.size(r), whole) for i, r in enumerate(leaves)]
+        return [factor for factors in found.values() for factor in factors]
+
+
+def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensor operands of a call, in order, lists flattened, absent ones left out."""
+
+    def walk(argument: Any) -> Iterator[fx.Node]:
+        if isinstance(argument, fx.Node):
+            if isinstance(value_of(argument), torch.Tensor):
+                yield argument
+        elif isinstance(argument, (list, tuple)):
+            for item in argument:  # type: ignore[misc]
+                yield from walk(item)
+
+    for argument in (*node.args, *node.kwargs.values()):
+        yield from walk(argument)
+
+
+def carried(factored: Factored, item: Operand | Result, factors: list[Factor]) -> list[tuple[Ref, int | None]]:
+    """Per leaf of an operand or result, in order: the leaf's ref and the position of its factor in `factors`."""
+    position = {(f.name, f.index): i for i, f in enumerate(factors)}
+    found: list[tuple[Ref, int | None]] = []
+    for name, dim in zip(item.names, item.value.dims, strict=True):
+        for index, leaf in enumerate(factored.atoms.leaves(dim)):
+            found.append((leaf, position.get((name, index)) if name is not None else None))
+    return found

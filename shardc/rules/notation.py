@@ -1,0 +1,137 @@
+"""Operator rules as data: one line of einsum-like text an operator.
+
+    "m k, k n -> m n"        letters are factors; one that no result carries is reduced there: the result is P(sum)
+    "a k:max -> a"           a reduction other than sum
+    "a s! -> a s!"           s stays whole on every axis
+    "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's chunk and those
+                             outside point at a dummy row (taking: the row is zero, the result P; putting: the row is dropped)
+    "1"                      a dim of size one;  "_" an operand that is absent
+
+`linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that is in every
+group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the operands that each result
+depends on; a result is partial over a factor only if it reads an operand that carries it. `sizes` maps the position of a
+size-like argument to the result whose (local) shape it is, or to the name of the factor whose local size it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from shardc.errors import RuleError
+
+Dims = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An operator's factors for one call. `operands` and `results` hold per dim the factor's name, None for size one."""
+
+    operands: tuple[Dims | None, ...]
+    results: tuple[Dims | None, ...]
+    whole: frozenset[str] = frozenset()
+    reductions: Mapping[str, str] = field(default_factory=dict[str, str])
+    indices: Mapping[int, str] = field(default_factory=dict[int, str])
+    linear: tuple[frozenset[int], ...] = ()
+    reads: tuple[frozenset[int], ...] | None = None
+    sizes: Mapping[int, int | str] = field(default_factory=dict[int, int | str])
+    contracts: bool = False
+
+
+def parse(
+    text: str,
+    linear: Iterable[Iterable[int]] = (),
+    reads: Iterable[Iterable[int]] | None = None,
+    sizes: Mapping[int, int | str] | None = None,
+    contracts: bool = False,
+) -> Rule:
+    """Read the notation above. `contracts`: a matrix product, which costs two flops per point of all its factors."""
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise RuleError(f"rule {text!r} has no '->'")
+    whole: set[str] = set()
+    reductions: dict[str, str] = {}
+    indices: dict[int, str] = {}
+
+    def dims(piece: str, position: int | None) -> Dims | None:
+        words = piece.split()
+        if words == ["_"]:
+            return None
+        if words and words[0].startswith("#") and position is not None:
+            indices[position] = words.pop(0)[1:]
+        return tuple(factor(word) for word in words)
+
+    def factor(word: str) -> str | None:
+        match = re.fullmatch(r"(\w+)(?::(\w+))?(!?)", word)
+        if not match:
+            raise RuleError(f"cannot read {word!r} in rule {text!r}")
+        name, reduction, mark = match.groups()
+        if name == "1":
+            return None
+        if reduction:
+            reductions[name] = reduction
+        if mark:
+            whole.add(name)
+        return name
+
+    operands = tuple(dims(piece, i) for i, piece in enumerate(left.split(","))) if left.strip() else ()
+    results = tuple(dims(piece, None) for piece in right.split(","))
+    return Rule(
+        operands,
+        results,
+        frozenset(whole),
+        reductions,
+        indices,
+        tuple(frozenset(group) for group in linear),
+        tuple(frozenset(group) for group in reads) if reads is not None else None,
+        sizes or {},
+        contracts,
+    )
+
+
+Maker = Callable[..., Rule]
+_RULES: dict[OpOverload, Maker] = {}
+
+
+def rule(*operators: OpOverload) -> Callable[[Maker], Maker]:
+    """Register `maker(*args, **kwargs) -> Rule` (fake tensors in place of values) for operators; one owner each."""
+
+    def register(maker: Maker) -> Maker:
+        for operator in operators:
+            if operator in _RULES:
+                raise RuleError(f"{operator} has two rules; keep one")
+            _RULES[operator] = maker
+        return maker
+
+    return register
+
+
+def fixed(*operators: OpOverload, text: str, **given: Any) -> None:
+    """Register a rule whose text is the same for every call."""
+    parsed = parse(text, **given)
+    rule(*operators)(lambda *_args, **_kwargs: parsed)
+
+
+def maker_of(operator: Any) -> Maker | None:
+    """The rule maker of `operator`, None when it has no rule."""
+    return _RULES.get(operator)
+
+
+def registered() -> list[OpOverload]:
+    return list(_RULES)
+
+
+def letters(value: torch.Tensor, prefix: str = "d") -> list[str]:
+    """One factor name a dim; `1` where the size is one, so that it never counts as a factor."""
+    return [f"{prefix}{i}" if size != 1 else "1" for i, size in enumerate(value.shape)]
+
+
+def mark(names: list[str], dims: Iterable[int]) -> str:
+    """The names as rule text, with the given dims kept whole."""
+    chosen = {d % len(names) for d in dims} if names else set[int]()
+    return " ".join(f"{n}!" if i in chosen and n != "1" else n for i, n in enumerate(names))
