@@ -1,0 +1,50 @@
+# shardc: `make` or `make help` lists what there is.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+TOOLS  := $(VENV)/.stamp-tools
+READY  := $(VENV)/.stamp-ready
+
+# Wheels that pip is told to look for (PIP_FIND_LINKS, separated by spaces) are told to uv, which separates by commas.
+empty  :=
+space  := $(empty) $(empty)
+comma  := ,
+ifneq ($(strip $(PIP_FIND_LINKS)),)
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv and install shardc in it, editable, with all that development needs
+
+demo: $(READY) ## plan Llama-3-8B for 32 GPUs, then train a small Llama on a virtual mesh beside a single device
+	$(PY) examples/demo.py
+
+test: lint types unit ## set-up, lint, types and all tests
+
+lint: $(READY) ## ruff
+	$(PY) -m ruff check .
+
+types: $(READY) ## pyright, strict
+	$(PY) -m pyright
+
+unit: $(READY) ## the tests alone
+	$(PY) -m pytest -n 2 -q
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(TOOLS):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shardc needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Choose another with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt uv
+	@touch $@
+
+$(READY): $(TOOLS) pyproject.toml constraints.txt
+	$(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Seconds from named parts: links and collectives, compute, memory."""

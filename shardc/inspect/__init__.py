@@ -1,0 +1,1 @@
+"""How people look at a plan: text, graphs, progress."""

@@ -1,0 +1,36 @@
+"""A progress line for work whose length is not known: it appears after two seconds and counts the time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def working(what: str, patience: float = 2.0) -> Iterator[None]:
+    """Show `what` and the seconds gone on stderr while the block runs, if it runs longer than `patience` seconds."""
+    if not sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=_tick, args=(what, patience, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _tick(what: str, patience: float, done: threading.Event) -> None:
+    if done.wait(patience):
+        return
+    with tqdm(desc=what, bar_format="{desc} {bar:12} {elapsed}", total=20, leave=False, initial=0) as bar:
+        while not done.wait(0.2):
+            bar.n = (bar.n + 1) % 21
+            bar.refresh()
