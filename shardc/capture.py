@@ -1,0 +1,403 @@
+"""Capture: a module and example inputs become a `Program`, the joint forward and backward graph in ATen.
+
+Nothing is computed and nothing is allocated: the model runs on fake CPU tensors, so models on the meta device and models
+larger than memory are captured as they are, and the model itself stays untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from shardc import canonical, compat, constrain
+from shardc.errors import CaptureError, ShardcError
+from shardc.graph import Constant, Port, Program, Role
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    grad: bool = True,
+    differentiable: frozenset[int] | None = None,
+    constraints: Mapping[str, constrain.Spec] | None = None,
+) -> Program:
+    """The program that `module(*args, **kwargs)` runs, and its backward.
+
+    `grad=False` captures the forward alone. `differentiable` says which of the flat outputs get a tangent; by default
+    every scalar that requires a gradient (a loss), or, without one, every floating output that does. `constraints`
+    maps patterns of module paths to specs, which `shardc.constrain` then puts on the tensors these modules return.
+    Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
+    burned in. Raises CaptureError, LayoutError.
+    """
+    state = _State(module)
+    trace = _Trace(state, tuple(args), dict(kwargs or {}), grad, differentiable, dict(constraints or {}))
+    return _Builder(trace, trace.run()).program()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One argument of the traced function: what it is, its fake, and the places in the model that hold it."""
+
+    port: Port
+    fake: Tensor
+    places: tuple[tuple[nn.Module, str], ...] = ()
+
+
+class _State:
+    """The tensors of a model, each once, and everything needed to put the model back as it was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.tied: dict[str, str] = {}
+        self.names: dict[int, tuple[Role, str]] = {}
+        self.tensors: dict[int, Tensor] = {}
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for role in (Role.PARAMETER, Role.BUFFER):
+            for path, part in module.named_modules():
+                for key, tensor in _registry(part, role).items():
+                    if tensor is not None:
+                        self._add(role, f"{path}.{key}" if path else key, part, key, tensor)
+
+    def _add(self, role: Role, name: str, part: nn.Module, key: str, tensor: Tensor) -> None:
+        known = self.names.setdefault(id(tensor), (role, name))
+        if known[1] != name:
+            self.tied[name] = known[1]
+        self.tensors[id(tensor)] = tensor
+        self.places.setdefault(id(tensor), []).append((part, key))
+
+    def slots(self, fake: Callable[[Tensor], Tensor]) -> list[_Slot]:
+        return [
+            _Slot(Port(role, name), fake(self.tensors[key]), tuple(self.places[key]))
+            for key, (role, name) in self.names.items()
+        ]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever the model does to its own attributes in here is undone at the end."""
+        saved = [(part, dict(vars(part))) for part in self.module.modules()]
+        inner = [(own, dict(own)) for _, own_vars in saved for own in own_vars.values() if isinstance(own, dict)]
+        try:
+            yield
+        finally:
+            for part, before in saved:
+                vars(part).clear()
+                vars(part).update(before)
+            for own, before in inner:
+                own.clear()
+                own.update(before)
+
+
+def _registry(part: nn.Module, role: Role) -> dict[str, Tensor | None]:
+    return vars(part)["_parameters" if role is Role.PARAMETER else "_buffers"]
+
+
+class _Trace:
+    """One run of the tracer: the arguments, the function that it traces, and what the function noted."""
+
+    def __init__(
+        self,
+        state: _State,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        grad: bool,
+        differentiable: frozenset[int] | None,
+        constraints: dict[str, constrain.Spec],
+    ) -> None:
+        self.state, self.grad, self.differentiable = state, grad, differentiable
+        self.constraints = [(pattern, constrain.serialise(spec)) for pattern, spec in constraints.items()]
+        self.mode = compat.fake_mode()
+        self.leaves, self.in_spec = flatten((args, kwargs))
+        self.slots = state.slots(self._fake)
+        self.slots += [
+            _Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf))
+            for index, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor)
+        ]
+        self.out_spec: pytree.TreeSpec | None = None
+        self.out_leaves: list[int | Constant] = []
+        self.provenance = compat.Provenance(state.module, self._constrained)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return compat.fake_like(self.mode, tensor).requires_grad_(self.grad and tensor.requires_grad)
+
+    def run(self) -> fx.GraphModule:
+        """Trace; whatever goes wrong becomes a CaptureError."""
+        fakes = [slot.fake for slot in self.slots]
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            stack.enter_context(compat.tracing_flags(self.state.module))
+            stack.enter_context(constrain.recording())
+            stack.enter_context(self.provenance.tracking())
+            try:
+                return compat.joint_graph(stack, self._function, fakes)
+            except ShardcError:
+                raise
+            except Exception as error:
+                raise _explained(error, self.provenance.stack[-1]) from error
+
+    def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The model as a function of its parameters, buffers and inputs, with flat outputs."""
+        leaves = list(self.leaves)
+        with self.state.unchanged():
+            for slot, tensor in zip(self.slots, tensors, strict=True):
+                if slot.port.role is Role.INPUT:
+                    leaves[slot.port.index] = tensor
+                for part, key in slot.places:
+                    _registry(part, slot.port.role)[key] = tensor
+            self._refresh_rnns()
+            args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+            with self.provenance:
+                output = self.state.module(*args, **kwargs)
+            self._write_back(tensors)
+        return self._flat_outputs(output)
+
+    def _refresh_rnns(self) -> None:
+        """RNNs keep their weights in a list as well; the list must show what was swapped in."""
+        for part in self.state.module.modules():
+            if isinstance(part, nn.RNNBase):
+                part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+
+    def _write_back(self, tensors: Sequence[Tensor]) -> None:
+        """A buffer that the model replaced by assignment is a mutation, as if it had been written in place."""
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            if slot.port.role is Role.BUFFER:
+                part, key = slot.places[0]
+                now = _registry(part, Role.BUFFER).get(key)
+                if now is not tensor:
+                    if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
+                        raise CaptureError(
+                            f"the model replaces its buffer {slot.port.name} by {_brief(now)}, but it was {_brief(tensor)}; "
+                            "a buffer must keep its shape and dtype"
+                        )
+                    tensor.copy_(now.detach())
+
+    def _flat_outputs(self, output: Any) -> tuple[Tensor, ...]:
+        leaves, self.out_spec = flatten(output)
+        chosen = self._differentiable(leaves)
+        positions: dict[tuple[int, bool], int] = {}
+        tensors: list[Tensor] = []
+        self.out_leaves = []
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                self.out_leaves.append(Constant(leaf))
+                continue
+            key = (id(leaf), index in chosen)
+            if key not in positions:
+                positions[key] = len(tensors)
+                # A copy, so that no output is a view of an input or of another; the rewriter drops it again.
+                tensors.append((leaf if index in chosen else leaf.detach()).clone())
+            self.out_leaves.append(positions[key])
+        return tuple(tensors)
+
+    def _differentiable(self, leaves: list[Any]) -> frozenset[int]:
+        able = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+        if self.differentiable is None:
+            return frozenset(i for i, leaf in able.items() if leaf.ndim == 0) or frozenset(able)
+        wrong = sorted(self.differentiable - able.keys()) if self.grad else []
+        if wrong:
+            raise CaptureError(
+                f"differentiable={sorted(self.differentiable)}: output {wrong[0]} does not require a gradient; "
+                f"of the {len(leaves)} flat outputs these do: {sorted(able)}"
+            )
+        return self.differentiable & able.keys()
+
+    def _constrained(self, path: str, output: Any) -> Any:
+        """Forward hook: put the constraints of a module on the tensors it returns."""
+        specs = [text for pattern, text in self.constraints if fnmatchcase(path, pattern)]
+        if not specs:
+            return None
+        leaves, spec = flatten(output)
+        for text in specs:
+            rank = len(constrain.parse(text))
+            several = sum(isinstance(leaf, Tensor) for leaf in leaves) > 1
+            fits = [isinstance(leaf, Tensor) and (leaf.ndim == rank or not several) for leaf in leaves]
+            if several and not any(fits):
+                first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                constrain.check(text, first.ndim, f"constraint on {path or 'the model'}")
+            for index, leaf in enumerate(leaves):
+                if fits[index]:
+                    constrain.check(text, leaf.ndim, f"constraint on {path or 'the model'}")
+                    leaves[index] = constrain.constrain(leaf, text)
+        return pytree.tree_unflatten(leaves, spec)
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves and structure; dataclasses are opened, also where nobody told torch about the class."""
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    if not unknown and not compat.register_caches(leaves):
+        return leaves, spec
+    for cls in unknown:
+        pytree.register_dataclass(cls)
+    return flatten(tree)
+
+
+class _Builder:
+    """Makes the Program out of the traced graph: canonical operators, ports, provenance, phases."""
+
+    def __init__(self, trace: _Trace, traced: fx.GraphModule) -> None:
+        self.trace, self.traced = trace, traced
+        self.rewriter = canonical.Rewriter(_describe)
+        self.inputs: list[Port] = []
+        self.constants: dict[str, Tensor] = {}
+
+    def program(self) -> Program:
+        graph = self.traced.graph
+        ports, values = self._results()
+        nodes = canonical.live(graph, values)
+        self._placeholders(nodes)
+        forward_of = _by_sequence(graph)
+        _locate(nodes, forward_of)
+        self.rewriter.copy(nodes)
+        results = [None if value is None else self.rewriter.env[value] for value in values]
+        new = self.rewriter.finish(results)
+        _mark_phases(new, [r for r, port in zip(results, ports, strict=True) if port.role is not Role.GRADIENT])
+        assert self.trace.out_spec is not None
+        return Program(
+            graph=new,
+            inputs=self.inputs,
+            outputs=ports,
+            out_spec=self.trace.out_spec,
+            out_leaves=self.trace.out_leaves,
+            constants=self.constants,
+            tied=dict(self.trace.state.tied),
+        )
+
+    def _results(self) -> tuple[list[Port], list[fx.Node | None]]:
+        """Outputs, then mutations, then gradients, with their ports."""
+        found: dict[Role, list[tuple[Port, fx.Node | None]]] = {
+            Role.OUTPUT: [],
+            Role.MUTATION: [],
+            Role.GRADIENT: [],
+        }
+        graph = self.traced.graph
+        for (kind, index), value in zip(
+            compat.output_kinds(graph), pytree.tree_leaves(graph.output_node().args), strict=True
+        ):
+            if kind == "output":
+                # The copy that `_flat_outputs` made; it stays where it is a view's materialisation of an input.
+                found[Role.OUTPUT].append((Port(Role.OUTPUT, "", index), _uncloned(value)))
+            elif kind:
+                source = self.trace.slots[index].port
+                role = Role(kind)
+                if role is Role.MUTATION or self.trace.slots[index].fake.requires_grad:
+                    found[role].append((Port(role, source.name, source.index), value))
+        pairs = [pair for group in found.values() for pair in group]
+        return [port for port, _ in pairs], [value for _, value in pairs]
+
+    def _placeholders(self, nodes: list[fx.Node]) -> None:
+        for old in self.traced.graph.nodes:
+            if old.op == "placeholder":
+                port = self._port(old)
+                self.inputs.append(port)
+                self.rewriter.placeholder(old, _identifier(port))
+        needed = {operand for node in nodes for operand in node.all_input_nodes}
+        for old in self.traced.graph.nodes:
+            if old.op == "get_attr" and old in needed:
+                self._constant(old)
+
+    def _port(self, old: fx.Node) -> Port:
+        index = compat.input_index(old)
+        if index is not None:
+            return self.trace.slots[index].port
+        output = compat.tangent_index(old)
+        if output is None:
+            raise CaptureError(
+                f"the graph asks for the gradient of {old.meta['desc']}: a buffer or an input is overwritten by a value that "
+                "requires a gradient; write it under torch.no_grad(), or detach the value"
+            )
+        return Port(Role.TANGENT, "", output)
+
+    def _constant(self, old: fx.Node) -> None:
+        value = self.traced
+        for part in str(old.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            raise CaptureError(
+                f"the graph holds {old.target}, a {type(value).__name__}: torch.cond and the like are not supported"
+            )
+        name = f"constant:{len(self.constants)}"
+        self.constants[name] = value
+        if "val" not in old.meta:
+            old.meta["val"] = compat.fake_like(self.trace.mode, value)
+        self.inputs.append(Port(Role.CONSTANT, name))
+        self.rewriter.placeholder(old, name.replace(":", "_"))
+
+
+def _uncloned(value: fx.Node) -> fx.Node:
+    return value.args[0] if value.target is torch.ops.aten.clone.default else value  # type: ignore[return-value]
+
+
+def _identifier(port: Port) -> str:
+    if port.role is Role.TANGENT:
+        return f"tangent_{port.index}"
+    return port.name.replace(".", "_").replace(":", "_")
+
+
+def _by_sequence(graph: fx.Graph) -> dict[int, tuple[str, str]]:
+    """Autograd's sequence number of a forward operator → where the operator stands in the user's code."""
+    found: dict[int, tuple[str, str]] = {}
+    for node in graph.nodes:
+        place = node.meta.get("nn_module_stack")
+        if place is not None and "seq_nr" in node.meta:
+            found.setdefault(node.meta["seq_nr"], place)
+    return found
+
+
+def _locate(nodes: list[fx.Node], forward_of: dict[int, tuple[str, str]]) -> None:
+    """Every node gets a place: its own, that of the forward operator it differentiates, or that of an operand."""
+    for node in nodes:
+        place = compat.provenance_of(node)
+        if place is None and not node.meta.get("is_gradient_acc"):
+            place = forward_of.get(node.meta.get("seq_nr", -1))
+        if place is None:
+            near = [operand.meta.get("place") for operand in node.all_input_nodes]
+            place = next((p for p in reversed(near) if p), ("", ""))
+        node.meta["place"] = place
+
+
+def _describe(old: fx.Node, new: fx.Node) -> None:
+    new.meta["module"], new.meta["source"] = old.meta["place"]
+
+
+def _mark_phases(graph: fx.Graph, forward_results: list[fx.Node | None]) -> None:
+    """Forward is what outputs and mutations need, and randomness that nobody needs; backward is the rest."""
+    forward = set(canonical.live(graph, forward_results))
+    for node in graph.nodes:
+        if node.target is operator.getitem:
+            node.meta["phase"] = node.args[0].meta["phase"]
+        elif node.op == "call_function":
+            node.meta["phase"] = "forward" if node in forward else "backward"
+
+
+def _brief(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"
+
+
+def _explained(error: Exception, path: str) -> CaptureError:
+    """The CaptureError for a failed trace: where in the user's code, what, and what to do about it."""
+    found = compat.failing_frame(error.__traceback__)
+    place = f"module {path!r}" if path else "the model"
+    if found is not None:
+        frame, line = found
+        filename = frame.f_code.co_filename
+        text = linecache.getline(filename, line).strip()
+        place += f", {filename}:{line}" + (f"\n    {text}\n" if text else "")
+    if compat.is_data_dependent(error):
+        return CaptureError(
+            f"{place}: the program branches on, or takes a shape from, a value that is only known when it runs. "
+            "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in. "
+            f"({type(error).__name__})"
+        )
+    return CaptureError(f"{place}: the model cannot be traced: {type(error).__name__}: {error}")

@@ -1,0 +1,284 @@
+"""Everything private to torch or transformers that capture leans on, in one place, each with its reason."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch._functorch._aot_autograd import descriptors
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import shardc.runtime.attention  # noqa: F401  (defines torch.ops.shardc.attention)
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+"""What fake tensors raise where the program asks for a value that only a run would know."""
+
+TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
+"""The implementations of transformers' experts layers whose control flow does not depend on the routing."""
+
+_TORCH = str(Path(torch.__file__).parent)
+_SHARDC = str(Path(__file__).parent)
+_RUNTIME = str(Path(__file__).resolve().parent.parent / "runtime")
+_is_user: dict[CodeType, bool] = {}
+
+
+def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The functional ATen graph of `function` and, where something requires a gradient, of its backward.
+
+    AOTAutograd is the only tracer that handles mutated inputs, several differentiable outputs and views at once.
+    """
+    wrapper = nn.Module()
+    wrapper.forward = function  # type: ignore[method-assign]
+    joint = aot_export_joint_with_descriptors(
+        stack, wrapper, tuple(args), decompositions={}, _disable_torch_fn_metadata_mode=True
+    )
+    return joint.graph_module
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """The position among the traced function's arguments, or None for a tangent."""
+    what = placeholder.meta["desc"]
+    return what.idx if isinstance(what, descriptors.PlainAOTInput) else None
+
+
+def tangent_index(placeholder: fx.Node) -> int | None:
+    """The position of the output whose tangent this is, or None if it is the tangent of something else."""
+    what = placeholder.meta["desc"]
+    if isinstance(what, descriptors.TangentAOTInput) and isinstance(what.output, descriptors.PlainAOTOutput):
+        return what.output.idx
+    return None
+
+
+def output_kinds(graph: fx.Graph) -> list[tuple[str, int]]:
+    """Per element of the output tuple: ("output", i), ("mutation" | "gradient", position of the argument), ("", 0)."""
+    kinds: list[tuple[str, int]] = []
+    for what in graph.output_node().meta["desc"]:
+        if isinstance(what, descriptors.PlainAOTOutput):
+            kinds.append(("output", what.idx))
+        elif isinstance(what, descriptors.InputMutationAOTOutput):
+            kinds.append(("mutation", _argument(what.mutated_input)))
+        elif isinstance(what, descriptors.GradAOTOutput):
+            kinds.append(("gradient", _argument(what.grad_of)))
+        else:
+            kinds.append(("", 0))
+    return kinds
+
+
+def _argument(what: object) -> int:
+    if not isinstance(what, descriptors.PlainAOTInput):
+        raise NotImplementedError(f"the tracer made up an input of kind {type(what).__name__}")
+    return what.idx
+
+
+@contextmanager
+def tracing_flags(module: nn.Module) -> Iterator[None]:
+    """Global switches for the time of a trace; all are set back, also after an error."""
+    generator, python_random = torch.get_rng_state(), random.getstate()
+    with ExitStack() as stack:
+        # Libraries ask this flag before they branch on values. (Not the exporting flag: transformers then drops is_causal.)
+        stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", True))
+        # AOTAutograd traces in anomaly mode, which formats a Python stack per operator; Provenance knows the lines.
+        stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
+        # With mkldnn, LSTM and friends become fused CPU operators whose backward has no schema worth sharding.
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+        if "transformers" in sys.modules:
+            stack.enter_context(_transformers(module))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(generator)
+            random.setstate(python_random)
+
+
+@contextmanager
+def _transformers(module: nn.Module) -> Iterator[None]:
+    """What transformers models need to be traced; nothing of it outlives the trace."""
+    with ExitStack() as stack:
+        masks = sys.modules.get("transformers.masking_utils")
+        if masks is not None:
+            # Probing position ids for packed sequences would replace is_causal by a dense mask.
+            stack.enter_context(patch.object(masks, "find_packed_sequence_indices", lambda *_, **__: None))
+        configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
+        for config in configs.values():
+            # The eager experts loop over the experts that were hit, which only the values know.
+            chosen = getattr(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0])
+            if chosen not in TRACEABLE_EXPERTS:
+                stack.enter_context(patch.object(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0]))
+        yield
+
+
+class Provenance(TorchFunctionMode):
+    """Writes module path and source line of every operator into the node metadata, and swaps attention.
+
+    fx copies `nn_module_stack` to each node, and AOTAutograd copies it on to the backward nodes of the same operator
+    (as `fwd_nn_module_stack`); here it holds the pair (module path, source line).
+    """
+
+    def __init__(self, module: nn.Module, after: Callable[[str, Any], Any]) -> None:
+        super().__init__()
+        self.stack: list[str] = [""]
+        self._paths = {id(part): path for path, part in module.named_modules()}
+        self._after = after
+        self._attention = F.scaled_dot_product_attention
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "__get__":  # `x.shape` and the like: no operator
+            return func(*args, **kwargs)
+        meta = fx_traceback.current_meta
+        before = meta.get("nn_module_stack")
+        meta["nn_module_stack"] = (self.stack[-1], source_line(sys._getframe(1)))
+        try:
+            return attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+        finally:
+            meta["nn_module_stack"] = before
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Follow the modules of the model, and see every operator. Global hooks: the model itself is not touched."""
+
+        def enter(part: nn.Module, _: Any) -> None:
+            path = self._paths.get(id(part))
+            if path is not None:
+                self.stack.append(path)
+
+        def leave(part: nn.Module, _: Any, output: Any) -> Any:
+            path = self._paths.get(id(part))
+            if path is None:
+                return None
+            replaced = self._after(path, output)
+            while len(self.stack) > 1 and self.stack.pop() != path:  # skips what an exception left behind
+                pass
+            return replaced
+
+        with ExitStack() as stack:
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(enter).remove)
+            stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
+            # nn.MultiheadAttention reaches attention from inside torch, where function modes no longer look.
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            stack.enter_context(fx_traceback.preserve_node_meta())
+            yield
+
+
+def provenance_of(node: fx.Node) -> tuple[str, str] | None:
+    """(module path, source line) of a traced node, if the trace knows them."""
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention as one operator forward and one backward; its mathematics where that is not possible.
+
+    The CPU kernels that torch would pick depend on device and dropout, and do not run elsewhere.
+    """
+    heads = query.shape[-3] if query.ndim >= 3 else 1
+    if enable_gqa and heads != key.shape[-3]:
+        key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    plain = query.ndim == key.ndim == value.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    free_mask = attn_mask is None or not (is_causal or attn_mask.requires_grad)
+    if dropout_p == 0.0 and plain and free_mask:
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return torch.ops.shardc.attention(query, key, value, attn_mask, is_causal, scale)[0]
+    with sdpa_kernel(SDPBackend.MATH):
+        return _TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+_TORCH_ATTENTION = F.scaled_dot_product_attention
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """repeat_interleave of the heads, written so that ATen shows views and one copy."""
+    *batch, own, length, size = x.shape
+    return x.unsqueeze(-3).expand(*batch, own, heads // own, length, size).reshape(*batch, heads, length, size)
+
+
+def is_user_code(code: CodeType) -> bool:
+    """Whether the code is neither torch's nor shardc's."""
+    known = _is_user.get(code)
+    if known is None:
+        name = code.co_filename
+        known = not name.startswith((_TORCH, _SHARDC, _RUNTIME, "<frozen", "<eval_with_key"))
+        _is_user[code] = known
+    return known
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of user code, seen from `frame` outwards."""
+    while frame is not None and not is_user_code(frame.f_code):
+        frame = frame.f_back
+    return frame
+
+
+def source_line(frame: FrameType | None) -> str:
+    """`model.py:41`, the innermost line of user code."""
+    frame = user_frame(frame)
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def failing_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:
+    """The innermost frame of user code that an exception passed through, and the line in it."""
+    found: tuple[FrameType, int] | None = None
+    while traceback is not None:
+        if is_user_code(traceback.tb_frame.f_code):
+            found = traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+    return found
+
+
+def fake_mode() -> FakeTensorMode:
+    """Fake tensors with static shapes; real tensors that the program made itself (constants) may mix with them."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
+    """A fake CPU tensor with shape, strides and dtype of `tensor`: also for meta and GPU tensors, nothing is allocated."""
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return fake  # type: ignore[return-value]
+
+
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether a trace failed because the program looked at the values of its tensors."""
+    return isinstance(error, DATA_DEPENDENT) or "Cannot call item()" in str(error) or "data-dependent" in str(error)
+
+
+def register_caches(leaves: Sequence[Any]) -> bool:
+    """Teach pytree to open transformers' key-value caches; whether one of `leaves` is news to it."""
+    if not any(type(leaf).__name__ == "DynamicCache" for leaf in leaves):
+        return False
+    from torch.utils._pytree import SUPPORTED_NODES  # the registry has no public question "is it there?"
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    register_dynamic_cache_export_support()
+    return any(type(leaf) in SUPPORTED_NODES for leaf in leaves)
