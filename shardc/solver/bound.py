@@ -1,0 +1,175 @@
+"""A lower bound by message passing: sequential tree-reweighted sweeps (TRW-S, in the form of SRMP).
+
+Messages `m_eu`, `m_ev` on an edge `e = (u, v)` rewrite the cost without changing any total:
+
+    C_v[x]    = c_v[x] + sum_e m_ev[x]          T_e[x, y] = t_e[x, y] - m_eu[x] - m_ev[y]
+    cost(x)   = sum_v C_v[x_v] + sum_e T_e[x_u, x_v]   >=   sum_v min C_v + sum_e min T_e
+
+for *any* finite messages. A sweep visits the variables in order. At `v` it first holds all that its edges can give
+(`min_y T_e[., y] = 0`), then hands a share of `C_v` to each edge ahead, whose far end collects it:
+
+    m_ev <- min_x t_e[x, .] - m_eu[x] + C_u[x] / k_u        k_u = max(edges behind u, edges ahead of u)
+
+The bound never falls from sweep to sweep. Write `L` for the bound after a sweep; at any later visit of `v`, a solution with
+`x_v = a` costs at least `L + C_v[a] - min C_v`: the *reduced cost*, by which values are deleted when an incumbent is known.
+
+Needs finite unary costs and a finite entry in every row and column of every table; tables may contain inf elsewhere. Then
+every message is finite and no inf is ever subtracted from inf.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardc.solver.pool import Mask, first_minimum
+from shardc.solver.problem import Array, Edge
+
+
+class Bound:
+    """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far."""
+
+    def __init__(self, unary: Sequence[Array], edges: dict[Edge, Array]) -> None:
+        self.unary = list(unary)
+        self.ends = sorted(edges)
+        turned: dict[int, tuple[Array, Array]] = {}
+        for table in edges.values():
+            if id(table) not in turned:
+                turned[id(table)] = (np.ascontiguousarray(table), np.ascontiguousarray(table.T))
+        self.tables = [turned[id(edges[e])] for e in self.ends]  # (rows are u, rows are v) of e = (u, v)
+        self.behind: list[list[int]] = [[] for _ in unary]
+        self.ahead: list[list[int]] = [[] for _ in unary]
+        for e, (u, v) in enumerate(self.ends):
+            self.ahead[u].append(e)
+            self.behind[v].append(e)
+        self.to_first = [np.zeros(len(unary[u])) for u, _ in self.ends]
+        self.to_second = [np.zeros(len(unary[v])) for _, v in self.ends]
+        self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
+        self.lower = -np.inf
+
+    def sweep(self) -> float:
+        """One pass forward and one backward; returns the bound."""
+        self._forward()
+        return self._backward(None)
+
+    def reduced_costs(self) -> list[Array]:
+        """One more sweep, which notes `C_v - min C_v` on the way back; together with `lower` *before* the call it is valid."""
+        reduced: list[Array] = [cost for cost in self.unary]
+        self._forward()
+        self._backward(reduced)
+        return reduced
+
+    def rewritten(self, v: int) -> Array:
+        """`C_v`."""
+        cost = self.unary[v].copy()
+        for e in self.behind[v]:
+            cost += self.to_second[e]
+        for e in self.ahead[v]:
+            cost += self.to_first[e]
+        return cost
+
+    def _forward(self) -> None:
+        for u in range(len(self.unary)):
+            if not self.ahead[u]:
+                continue
+            cost = self.rewritten(u)
+            cost *= self.share[u]
+            for e in self.ahead[u]:
+                message = (self.tables[e][0] + (cost - self.to_first[e])[:, None]).min(axis=0)
+                message -= message.min()
+                self.to_second[e] = message
+
+    def _backward(self, reduced: list[Array] | None) -> float:
+        """Every constant taken out is kept in the bound; what stays behind is nonnegative with minimum zero."""
+        lower = 0.0
+        for v in range(len(self.unary) - 1, -1, -1):
+            cost = self.rewritten(v)
+            least = float(cost.min())
+            lower += least
+            cost -= least
+            if reduced is not None:
+                reduced[v] = cost.copy()
+            cost *= self.share[v]
+            for e in self.behind[v]:
+                message = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
+                least = float(message.min())
+                lower += least
+                message -= least
+                self.to_first[e] = message
+        self.lower = max(self.lower, lower)
+        return lower
+
+    def messages(self) -> dict[Edge, tuple[Array, Array]]:
+        """The messages `(m_eu, m_ev)` whose sum of minima is the bound of the sweep just made."""
+        shares = [self.rewritten(v) * self.share[v] for v in range(len(self.unary))]
+        return {
+            (u, v): (self.to_first[e].copy(), self.to_second[e] - shares[v]) for e, (u, v) in enumerate(self.ends)
+        }
+
+    def tables_by_edge(self) -> dict[Edge, Array]:
+        return {edge: table for edge, (table, _) in zip(self.ends, self.tables, strict=True)}
+
+    def rewritten_network(self) -> tuple[float, list[Array], dict[Edge, Array]]:
+        """The same network in costs rewritten by a fresh sweep: a constant, and terms whose minima are zero."""
+        self.sweep()
+        unary = [cost.copy() for cost in self.unary]
+        edges = self.tables_by_edge()
+        for (u, v), (to_u, to_v) in self.messages().items():
+            unary[u] += to_u
+            unary[v] += to_v
+            edges[(u, v)] = edges[(u, v)] - to_u[:, None] - to_v[None, :]
+        least = [float(t.min()) for t in unary], {e: float(t.min()) for e, t in edges.items()}
+        constant = sum(least[0]) + sum(least[1].values())
+        return (
+            constant,
+            [cost - low for cost, low in zip(unary, least[0], strict=True)],
+            {e: table - least[1][e] for e, table in edges.items()},
+        )
+
+    def decode(self) -> list[int]:
+        """A choice: each variable in order, given those before it and the messages of those after it."""
+        choice: list[int] = []
+        for v in range(len(self.unary)):
+            cost = self.unary[v].copy()
+            for e in self.behind[v]:
+                cost += self.tables[e][0][choice[self.ends[e][0]]]
+            for e in self.ahead[v]:
+                cost += self.to_first[e]
+            choice.append(first_minimum(cost))
+        return choice
+
+    def improve(self, choice: list[int], rounds: int = 5) -> list[int]:
+        """Coordinate descent from a choice."""
+        choice = list(choice)
+        for _ in range(rounds):
+            moved = False
+            for v in range(len(self.unary)):
+                cost = self.unary[v].copy()
+                for e in self.behind[v]:
+                    cost += self.tables[e][0][choice[self.ends[e][0]]]
+                for e in self.ahead[v]:
+                    cost += self.tables[e][1][choice[self.ends[e][1]]]
+                best = first_minimum(cost)
+                if cost[best] < cost[choice[v]]:
+                    choice[v], moved = best, True
+            if not moved:
+                break
+        return choice
+
+    def cost(self, choice: Sequence[int]) -> float:
+        total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))
+        return total + sum(float(self.tables[e][0][choice[u], choice[v]]) for e, (u, v) in enumerate(self.ends))
+
+    def restricted(self, keep: Sequence[Mask]) -> "Bound":
+        """The same messages over fewer values; equal tables stay shared."""
+        cut: dict[tuple[int, bytes, bytes], Array] = {}
+        edges: dict[Edge, Array] = {}
+        for e, (u, v) in enumerate(self.ends):
+            key = (id(self.tables[e]), keep[u].tobytes(), keep[v].tobytes())
+            if key not in cut:
+                cut[key] = self.tables[e][0][np.ix_(keep[u], keep[v])]
+            edges[(u, v)] = cut[key]
+        small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges)
+        small.to_first = [m[keep[u]] for m, (u, _) in zip(self.to_first, self.ends, strict=True)]
+        small.to_second = [m[keep[v]] for m, (_, v) in zip(self.to_second, self.ends, strict=True)]
+        small.lower = self.lower
+        return small

@@ -1,0 +1,171 @@
+"""Minimise a cost network, and prove it.
+
+1. `contract.py` shrinks the network exactly.
+2. If what is left is narrow, `eliminate.py` finishes it at once.
+3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose reduced
+   cost exceeds it are deleted. It ends when the bound meets the incumbent, or when the rest is narrow enough to eliminate.
+4. If the bound stalls on a rest that is still wide, `milp.py` branches over it.
+
+Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit. The result
+depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a time limit, the machine's
+speed decides how far the search gets.)
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardc.errors import InfeasibleError
+from shardc.solver.bound import Bound
+from shardc.solver.certificate import Certificate, check
+from shardc.solver.contract import Core, Network
+from shardc.solver.eliminate import eliminate, find_order, surviving
+from shardc.solver.milp import solve_milp
+from shardc.solver.problem import Problem, evaluate
+from shardc.solver.prove import prove
+
+TOLERANCE = 1e-9
+MAX_SWEEPS = 400
+_LOOK_EVERY = 5
+_STALL = 1e-3  # a bound that gains less than this part of the gap between two looks has stalled
+_AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
+_MILP_UNITS = 1e3  # the gap in the units given to HiGHS
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice per variable. `lower_bound` is proved by the search, `certified_bound` by the certificate alone."""
+
+    choice: list[int]
+    cost: float
+    lower_bound: float
+    exact: bool
+    certificate: Certificate
+    certified_bound: float
+
+    @property
+    def gap(self) -> float:
+        return self.cost - self.lower_bound
+
+
+def solve(problem: Problem, *, time_limit: float | None = None, certify: bool = True) -> Solution:
+    """The cheapest choice. Raises InfeasibleError if every choice is forbidden, TimeoutError if none was found in time.
+
+    `certify=False` skips the sweeps over the unreduced problem; the certificate is then the trivial one.
+    """
+    problem.check()
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    network = Network(problem)
+    network.shrink()
+    core = network.core()
+    search = Search(core, deadline)
+    choice = network.expand(core, search.run())
+    cost = evaluate(problem, choice)
+    magnitude = _magnitude(problem, choice)
+    if abs(cost - (search.upper + network.constant)) > TOLERANCE * magnitude:
+        raise AssertionError(f"the plan costs {cost!r}, the solver promised {search.upper + network.constant!r}")
+    lower = min(search.lower + network.constant, cost)
+    exact = cost - lower <= TOLERANCE * magnitude
+    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline) if certify else Certificate({})
+    proved = check(problem, certificate)
+    return Solution(choice, cost, cost if exact else max(lower, proved), exact, certificate, proved)
+
+
+class Search:
+    """Close the core: `choice` costs `upper`, and nothing costs less than `lower`."""
+
+    def __init__(self, core: Core, deadline: float) -> None:
+        self.deadline = deadline
+        self.bound = Bound(core.unary, core.edges)
+        self.values = [np.arange(len(cost)) for cost in core.unary]  # what the bound's values are in the core
+        self.choice: list[int] | None = None
+        self.upper = math.inf
+        self.lower = -math.inf
+
+    def run(self) -> list[int]:
+        if not (self._eliminated(_AT_ONCE) or self._swept() or self._eliminated(math.inf)):
+            self._branch()
+        if self.choice is None:
+            raise TimeoutError("no feasible plan was found within the time limit")
+        return self.choice
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _swept(self) -> bool:
+        """Sweep and prune until closed (True) or stalled."""
+        before, tried = -math.inf, math.inf
+        for sweep in range(1, MAX_SWEEPS + 1):
+            self.bound.sweep()
+            if sweep % _LOOK_EVERY:
+                continue
+            self._offer(self.bound.improve(self.bound.decode()))
+            self.lower = self.bound.lower
+            gap = self.upper - self.lower
+            if gap <= TOLERANCE * abs(self.upper) or (self._late() and self.choice is not None):
+                return True
+            if gap < 0.5 * tried:
+                tried = gap
+                self._prune()
+                if self._eliminated(math.inf):
+                    return True
+            if self._late() or self.lower - before < _STALL * min(gap, abs(self.lower)):
+                return False
+            before = self.lower
+        return False
+
+    def _offer(self, choice: list[int]) -> None:
+        """Take a choice of the bound's network as incumbent if it is better."""
+        cost = self.bound.cost(choice)
+        if cost < self.upper:
+            self.upper = cost
+            self.choice = [int(values[x]) for values, x in zip(self.values, choice, strict=True)]
+
+    def _incumbent(self, choice: list[int]) -> list[int]:
+        return [int(np.searchsorted(values, x)) for values, x in zip(self.values, choice, strict=True)]
+
+    def _prune(self) -> None:
+        """Delete every value whose reduced cost exceeds the gap."""
+        if self.choice is None:
+            return
+        gap = self.upper - self.bound.lower
+        reduced = self.bound.reduced_costs()
+        keep = surviving(reduced, self.bound.tables_by_edge(), gap, self._incumbent(self.choice))
+        self.bound = self.bound.restricted(keep)
+        self.values = [values[mask] for values, mask in zip(self.values, keep, strict=True)]
+
+    def _eliminated(self, work: float) -> bool:
+        """Eliminate all variables, if that takes no more than this work."""
+        edges = self.bound.tables_by_edge()
+        order = find_order([len(cost) for cost in self.bound.unary], self.bound.ends)
+        if not order.narrow or order.total > work:
+            return False
+        optimum, choice = eliminate(self.bound.unary, edges, order)
+        if math.isinf(optimum):
+            raise InfeasibleError("the constraints leave no feasible plan")
+        self._offer(choice)
+        self.lower = self.upper
+        return True
+
+    def _branch(self) -> None:
+        """Branch over the rest, in rewritten costs; those above the gap cannot be part of a better choice."""
+        constant, unary, edges = self.bound.rewritten_network()
+        room = self.upper - constant
+        top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
+        scale = _MILP_UNITS / max(min(room, top), 1e-300)
+        scaled = {e: np.where(t <= room * (1.0 + TOLERANCE), t * scale, np.inf) for e, t in edges.items()}
+        limit = None if math.isinf(self.deadline) else self.deadline - time.monotonic()
+        outcome = solve_milp([cost * scale for cost in unary], scaled, limit)
+        if outcome.choice is not None:
+            self._offer(outcome.choice)
+        elif outcome.finished and self.choice is None:
+            raise InfeasibleError("the constraints leave no feasible plan")
+        self.lower = self.upper if outcome.finished else max(self.lower, min(self.upper, constant + outcome.lower / scale))
+
+
+def _magnitude(problem: Problem, choice: list[int]) -> float:
+    """The sum of absolute values of the terms of a choice."""
+    total = math.fsum(abs(float(cost[choice[v]])) for v, cost in enumerate(problem.unary))
+    return total + math.fsum(abs(float(table[choice[u], choice[v]])) for (u, v), table in problem.edges.items())
