@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 
 @contextmanager
-def working(what: str, patience: float = 2.0) -> Iterator[None]:
+def working(what: str, patience: float = 2.0) -> Generator[None]:
     """Show `what` and the seconds gone on stderr while the block runs, if it runs longer than `patience` seconds."""
     if not sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
