@@ -14,6 +14,7 @@ equal layers are rewritten once. Only sums and minima of values in `(-inf, inf]`
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,8 @@ class Network:
             changed = self.make_consistent(touched)
             changed |= self.drop_dominated(touched | changed)
             touched = {v for v in changed | self.contract(touched | changed) if self.alive[v]}
+        if math.isinf(self.constant):
+            raise InfeasibleError("the constraints leave no feasible plan")
 
     def core(self) -> Core:
         variables = [v for v in range(len(self.unary)) if self.alive[v]]

@@ -21,6 +21,7 @@ from shardc.solver.problem import Array, Edge
 
 MAX_FACTOR = 2.0**22  # entries of one factor
 MAX_WORK = 2.0**26  # entries of all factors
+_OUT_OF_REACH = 1e6  # score above all others
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,15 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
             around[u].add(v)
             around[v].add(u)
     log = [math.log2(size) for size in sizes]
+    limit = math.log2(MAX_FACTOR)
 
     def weight(v: int) -> float:
         return log[v] + sum(log[u] for u in around[v])
 
     def added(v: int) -> float:
+        mass = weight(v)
+        if mass > limit:  # out of reach unless its neighbours go first
+            return _OUT_OF_REACH + mass
         ring = sorted(around[v])
         return sum(log[a] + log[b] for i, a in enumerate(ring) for b in ring[i + 1 :] if b not in around[a])
 
@@ -100,7 +105,7 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         variables.append(v)
         mass = 2.0 ** min(weight(v), 200.0)
         largest, total = max(largest, mass), total + mass
-        if total > MAX_WORK:
+        if mass > MAX_FACTOR or total > MAX_WORK:
             return Order(variables, largest, math.inf)
         ring = around[v]
         for u in ring:

@@ -1,0 +1,182 @@
+"""The solver against brute force on small networks and against an independent linear program on medium ones."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_array
+
+from shardc.errors import InfeasibleError
+from shardc.solver import contract, eliminate
+from shardc.solver import solve as solving
+from shardc.solver.certificate import check
+from shardc.solver.problem import Array, Edge, Problem, evaluate
+from shardc.solver.solve import solve
+
+SHAPES = ("tree", "grid", "dense", "cycle", "empty")
+
+
+def pairs(shape: str, n: int, rng: np.random.Generator) -> list[Edge]:
+    if shape == "tree":
+        return [(int(rng.integers(v)), v) for v in range(1, n)]
+    if shape == "grid":
+        width = max(2, round(math.sqrt(n)))
+        right = [(v, v + 1) for v in range(n - 1) if (v + 1) % width]
+        return right + [(v, v + width) for v in range(n - width)]
+    if shape == "cycle":
+        return [(v, (v + 1) % n) for v in range(n) if n > 2]
+    return list(itertools.combinations(range(n), 2)) if shape == "dense" else []
+
+
+def draw(rng: np.random.Generator, size: tuple[int, ...], *, forbid: float, tied: bool, unit: float) -> Array:
+    cost = rng.integers(0, 4, size).astype(float) if tied else rng.random(size)
+    cost *= unit
+    cost[rng.random(size) < forbid] = np.inf
+    return cost
+
+
+def network(rng: np.random.Generator, shape: str, n: int, d: int, forbid: float, tied: bool) -> Problem:
+    """A random network; half of the tables are taken from a few shared ones, as in repeated layers."""
+    unit = 10.0 ** float(rng.integers(-7, 3))
+    problem = Problem()
+    sizes = [int(rng.integers(1, d + 1)) for _ in range(n)]
+    for v, size in enumerate(sizes):
+        problem.add_variable(f"v{v}", draw(rng, (size,), forbid=forbid / 2, tied=tied, unit=unit))
+    shared: dict[Edge, Array] = {}
+    for u, v in pairs(shape, n, rng):
+        for _ in range(1 + int(rng.random() < 0.1)):
+            fresh = draw(rng, (sizes[u], sizes[v]), forbid=forbid, tied=tied, unit=unit)
+            table = shared.setdefault((sizes[u], sizes[v]), fresh) if rng.random() < 0.5 else fresh
+            problem.add_edge(u, v, table)
+    return problem
+
+
+def brute_force(problem: Problem) -> float:
+    choices = itertools.product(*(range(len(cost)) for cost in problem.unary))
+    return min((evaluate(problem, choice) for choice in choices), default=math.inf)
+
+
+def examine(problem: Problem, optimum: float) -> None:
+    """Everything that a solution promises."""
+    if math.isinf(optimum):
+        with pytest.raises(InfeasibleError):
+            solve(problem)
+        return
+    solution = solve(problem)
+    scale = 1e-8 * (1.0 if optimum == 0 else abs(optimum)) + 1e-300
+    assert solution.exact
+    assert abs(solution.cost - optimum) <= scale
+    assert solution.cost == evaluate(problem, solution.choice) == solution.lower_bound
+    assert solution.certified_bound == check(problem, solution.certificate) <= optimum * (1 + 1e-12)
+    assert solve(problem).choice == solution.choice
+
+
+CASES = [
+    pytest.param(shape, forbid, tied, id=f"{shape}-{forbid}-{'ties' if tied else 'free'}")
+    for shape in SHAPES
+    for forbid in (0.0, 0.15, 0.45)
+    for tied in (False, True)
+]
+
+
+@pytest.mark.parametrize(("shape", "forbid", "tied"), CASES)
+def test_brute_force(shape: str, forbid: float, tied: bool) -> None:
+    rng = np.random.default_rng([len(shape), int(100 * forbid), tied])
+    for _ in range(12):
+        problem = network(rng, shape, int(rng.integers(1, 7)), 4, forbid, tied)
+        examine(problem, brute_force(problem))
+
+
+@pytest.mark.parametrize(("shape", "forbid", "tied"), CASES)
+def test_without_contraction(shape: str, forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps, pruning and elimination have to do all of the work."""
+    monkeypatch.setattr(contract.Network, "contract", lambda self, variables: set())
+    monkeypatch.setattr(contract.Network, "drop_dominated", lambda self, variables: set())
+    monkeypatch.setattr(solving, "_AT_ONCE", 0.0)
+    rng = np.random.default_rng([len(shape), int(100 * forbid), tied, 1])
+    for _ in range(5):
+        problem = network(rng, shape, int(rng.integers(1, 7)), 4, forbid, tied)
+        examine(problem, brute_force(problem))
+
+
+def linear_program(problem: Problem) -> float:
+    """The optimum by another road: the textbook integer program, entry by entry."""
+    scale = max(float(c[np.isfinite(c)].max(initial=0.0)) for c in [*problem.unary, *problem.edges.values()]) / 100
+    costs: list[float] = []
+    upper: list[float] = []
+
+    def variables(table: Array) -> np.ndarray:
+        start = len(costs)
+        costs.extend(np.where(np.isinf(table), 0.0, table / scale).ravel())
+        upper.extend(np.where(np.isinf(table), 0.0, 1.0).ravel())
+        return np.arange(start, len(costs)).reshape(table.shape)
+
+    nodes = [variables(cost) for cost in problem.unary]
+    count = len(costs)
+    links = {edge: variables(table) for edge, table in problem.edges.items()}
+    rows = [(list(node), [], 1.0) for node in nodes]
+    for (u, v), link in links.items():
+        rows += [(list(link[a]), [nodes[u][a]], 0.0) for a in range(len(nodes[u]))]
+        rows += [(list(link[:, b]), [nodes[v][b]], 0.0) for b in range(len(nodes[v]))]
+    matrix = lil_array((len(rows), len(costs)))
+    for i, (plus, minus, _) in enumerate(rows):
+        matrix[i, plus] = 1.0
+        for j in minus:
+            matrix[i, j] = -1.0
+    right = [row[2] for row in rows]
+    result = milp(
+        costs,
+        constraints=LinearConstraint(matrix.tocsr(), right, right),
+        integrality=np.arange(len(costs)) < count,
+        bounds=Bounds(0.0, np.array(upper)),
+        options={"mip_rel_gap": 0.0},
+    )
+    return math.inf if result.status == 2 else float(result.fun) * scale
+
+
+@pytest.mark.parametrize("forbid", [0.0, 0.3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be eliminated, so that what the bound leaves open goes to HiGHS."""
+    monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
+    branched: list[int] = []
+    inner = solving.solve_milp
+    monkeypatch.setattr(solving, "solve_milp", lambda *args: branched.append(1) or inner(*args))
+    rng = np.random.default_rng([int(100 * forbid), tied, 2])
+    for _ in range(4):
+        problem = network(rng, "dense", 9, 5, forbid, tied)
+        examine(problem, linear_program(problem))
+    assert branched
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_medium_networks(seed: int) -> None:
+    rng = np.random.default_rng([seed, 3])
+    shape, n, d = (("tree", 40, 8), ("grid", 25, 5), ("dense", 8, 5), ("cycle", 60, 6))[seed % 4]
+    problem = network(rng, shape, n, d, 0.1 * (seed % 3), tied=bool(seed % 2))
+    examine(problem, linear_program(problem))
+
+
+def test_certificate_of_a_tree_is_tight() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        problem = network(rng, "tree", 12, 5, 0.1, tied=False)
+        try:
+            solution = solve(problem)
+        except InfeasibleError:
+            continue
+        assert solution.cost - solution.certified_bound <= 1e-8 * solution.cost
+
+
+def test_frustrated_cycle_has_an_honest_certificate() -> None:
+    """An odd cycle of 'differ' edges: relaxation 0, optimum 1. The search proves 1, the certificate says less."""
+    problem = Problem()
+    for v in range(3):
+        problem.add_variable(f"v{v}", np.zeros(2))
+    for u, v in itertools.combinations(range(3), 2):
+        problem.add_edge(u, v, np.eye(2))
+    solution = solve(problem)
+    assert (solution.cost, solution.lower_bound, solution.choice) == (1.0, 1.0, [0, 0, 1])
+    assert solution.certified_bound < 0.5
