@@ -1,12 +1,11 @@
 """Canonical ATen: a traced graph written again with one spelling for each operation.
 
-Copies that only autograd or functionalization asked for vanish, transposes become `permute`, reshapes become `view` with
-the sizes written out, and arguments stand where the schema has them.
+Copies that only autograd or functionalization asked for vanish, transposes become `permute`, reshapes become `view`
+with the sizes written out, and arguments stand where the schema has them.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -66,7 +65,8 @@ class Rewriter:
             args = _through(target, args)
             if _does_nothing(target, args, val):
                 return args[0]
-        new = self.graph.call_function(target, args, kwargs)
+        name = target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
+        new = self.graph.create_node("call_function", target, args, kwargs, name)
         new.meta["val"] = val
         self._describe(old, new)
         return new
@@ -152,8 +152,3 @@ def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
 
 def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def calls(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of a graph, without the `getitem`s."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target is not operator.getitem]

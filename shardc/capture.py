@@ -1,7 +1,7 @@
 """Capture: a module and example inputs become a `Program`, the joint forward and backward graph in ATen.
 
-Nothing is computed and nothing is allocated: the model runs on fake CPU tensors, so models on the meta device and models
-larger than memory are captured as they are, and the model itself stays untouched.
+Nothing is computed and nothing is allocated: the model runs on fake CPU tensors, so models on the meta device and
+models larger than memory are captured as they are, and the model itself stays untouched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc import canonical, compat, constrain
+from shardc import canonical, compat
+from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 
@@ -30,7 +31,7 @@ def capture(
     *,
     grad: bool = True,
     differentiable: frozenset[int] | None = None,
-    constraints: Mapping[str, constrain.Spec] | None = None,
+    constraints: Mapping[str, Spec] | None = None,
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -112,10 +113,10 @@ class _Trace:
         kwargs: dict[str, Any],
         grad: bool,
         differentiable: frozenset[int] | None,
-        constraints: dict[str, constrain.Spec],
+        constraints: dict[str, Spec],
     ) -> None:
         self.state, self.grad, self.differentiable = state, grad, differentiable
-        self.constraints = [(pattern, constrain.serialise(spec)) for pattern, spec in constraints.items()]
+        self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = compat.fake_mode()
         self.leaves, self.in_spec = flatten((args, kwargs))
         self.slots = state.slots(self._fake)
@@ -137,7 +138,7 @@ class _Trace:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(compat.tracing_flags(self.state.module))
-            stack.enter_context(constrain.recording())
+            stack.enter_context(recording())
             stack.enter_context(self.provenance.tracking())
             try:
                 return compat.joint_graph(stack, self._function, fakes)
@@ -177,8 +178,8 @@ class _Trace:
                 if now is not tensor:
                     if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
                         raise CaptureError(
-                            f"the model replaces its buffer {slot.port.name} by {_brief(now)}, but it was {_brief(tensor)}; "
-                            "a buffer must keep its shape and dtype"
+                            f"the model replaces its buffer {slot.port.name} by {_brief(now)}, but it was "
+                            f"{_brief(tensor)}; a buffer must keep its shape and dtype"
                         )
                     tensor.copy_(now.detach())
 
@@ -219,16 +220,16 @@ class _Trace:
             return None
         leaves, spec = flatten(output)
         for text in specs:
-            rank = len(constrain.parse(text))
+            rank = len(parse(text))
             several = sum(isinstance(leaf, Tensor) for leaf in leaves) > 1
             fits = [isinstance(leaf, Tensor) and (leaf.ndim == rank or not several) for leaf in leaves]
             if several and not any(fits):
                 first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-                constrain.check(text, first.ndim, f"constraint on {path or 'the model'}")
+                check(text, first.ndim, f"constraint on {path or 'the model'}")
             for index, leaf in enumerate(leaves):
                 if fits[index]:
-                    constrain.check(text, leaf.ndim, f"constraint on {path or 'the model'}")
-                    leaves[index] = constrain.constrain(leaf, text)
+                    check(text, leaf.ndim, f"constraint on {path or 'the model'}")
+                    leaves[index] = constrain(leaf, text)
         return pytree.tree_unflatten(leaves, spec)
 
 
@@ -314,8 +315,8 @@ class _Builder:
         output = compat.tangent_index(old)
         if output is None:
             raise CaptureError(
-                f"the graph asks for the gradient of {old.meta['desc']}: a buffer or an input is overwritten by a value that "
-                "requires a gradient; write it under torch.no_grad(), or detach the value"
+                f"the graph asks for the gradient of {old.meta['desc']}: a buffer or an input is overwritten by a "
+                "value that requires a gradient; write it under torch.no_grad(), or detach the value"
             )
         return Port(Role.TANGENT, "", output)
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,7 +23,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch._functorch._aot_autograd import descriptors
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,7 +95,7 @@ def tracing_flags(module: nn.Module) -> Iterator[None]:
     """Global switches for the time of a trace; all are set back, also after an error."""
     generator, python_random = torch.get_rng_state(), random.getstate()
     with ExitStack() as stack:
-        # Libraries ask this flag before they branch on values. (Not the exporting flag: transformers then drops is_causal.)
+        # Libraries ask this flag before they branch on values. (With the exporting flag, transformers drops is_causal.)
         stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", True))
         # AOTAutograd traces in anomaly mode, which formats a Python stack per operator; Provenance knows the lines.
         stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
@@ -198,9 +198,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention as one operator forward and one backward; its mathematics where that is not possible.
+    """F.scaled_dot_product_attention as one operator forward and one backward, or else as its mathematics.
 
-    The CPU kernels that torch would pick depend on device and dropout, and do not run elsewhere.
+    The kernels that torch would pick depend on device and dropout, and a captured CPU kernel does not run elsewhere.
     """
     heads = query.shape[-3] if query.ndim >= 3 else 1
     if enable_gqa and heads != key.shape[-3]:
@@ -262,7 +262,7 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
-    """A fake CPU tensor with shape, strides and dtype of `tensor`: also for meta and GPU tensors, nothing is allocated."""
+    """A fake CPU tensor with shape, strides and dtype of `tensor`, which may be on meta; nothing is allocated."""
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return fake  # type: ignore[return-value]

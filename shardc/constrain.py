@@ -16,7 +16,7 @@ OPEN = "?"
 Dim = tuple[str, ...] | None
 """The axes that split a dim, major to minor (`()`: kept whole), or None where the dim is open."""
 
-Spec = str | Sequence[str | None | Sequence[str]]
+Spec = str | Sequence[str | Sequence[str] | None]
 
 _capturing = False
 
@@ -99,7 +99,7 @@ def _unbracket(entry: str) -> str | tuple[str, ...]:
     return entry
 
 
-def _dim(entry: str | None | Sequence[str]) -> Dim:
+def _dim(entry: str | Sequence[str] | None) -> Dim:
     if entry is None or entry == "-":
         return ()
     if entry == OPEN:

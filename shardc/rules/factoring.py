@@ -7,7 +7,7 @@ on the base, and the solver never meets a view.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx
 
 from shardc.errors import RuleError
 from shardc.graph import Program, Role, value_of, where
+from shardc.layout import Atom, Layout
 from shardc.rules.atoms import Atoms, Ref
 from shardc.rules.notation import Rule, maker_of, parse
 
@@ -199,8 +200,11 @@ class _Walk:
             for name, dim in zip(item.names, item.value.dims, strict=True):
                 if name is not None and dim and name not in found:
                     leaves = self.atoms.leaves(dim)
-                    whole = name in op.rule.whole
-                    found[name] = [Factor(name, i, self.atoms.size(r), whole) for i, r in enumerate(leaves)]
+                    whole, indexed = name in op.rule.whole, name in op.rule.indices.values()
+                    # indices are rebased to one contiguous chunk, so only the major atom of an indexed dim may be split
+                    found[name] = [
+                        Factor(name, i, self.atoms.size(r), whole or (indexed and i > 0)) for i, r in enumerate(leaves)
+                    ]
         return [factor for factors in found.values() for factor in factors]
 
 
@@ -227,3 +231,15 @@ def carried(factored: Factored, item: Operand | Result, factors: list[Factor]) -
         for index, leaf in enumerate(factored.atoms.leaves(dim)):
             found.append((leaf, position.get((name, index)) if name is not None else None))
     return found
+
+
+def layout_of(
+    factored: Factored,
+    value: Value,
+    held: Mapping[Ref, tuple[str, ...]],
+    partial: tuple[tuple[str, str], ...] = (),
+) -> Layout:
+    """The layout of a value whose leaves are split as `held` says."""
+    dims = (factored.atoms.leaves(dim) for dim in value.dims)
+    atoms = (tuple(Atom(factored.atoms.size(ref), held.get(ref, ())) for ref in leaves) or (Atom(1),) for leaves in dims)
+    return Layout(tuple(atoms), partial)

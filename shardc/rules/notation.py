@@ -5,7 +5,8 @@
     "a s! -> a s!"           s stays whole on every axis
     "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's chunk and those
                              outside point at a dummy row (taking: the row is zero, the result P; putting: the row is dropped)
-    "1"                      a dim of size one;  "_" an operand that is absent
+    "1"                      a dim of size one;  "_" an operand or result that is absent
+    "-> n"                   a text that begins with the arrow has no operands; " -> n", with nothing before it, has one of no dims
 
 `linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that is in every
 group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the operands that each result
@@ -40,7 +41,7 @@ class Rule:
     linear: tuple[frozenset[int], ...] = ()
     reads: tuple[frozenset[int], ...] | None = None
     sizes: Mapping[int, int | str] = field(default_factory=dict[int, int | str])
-    contracts: bool = False
+    flops: tuple[str, ...] = ()
 
 
 def parse(
@@ -48,9 +49,9 @@ def parse(
     linear: Iterable[Iterable[int]] = (),
     reads: Iterable[Iterable[int]] | None = None,
     sizes: Mapping[int, int | str] | None = None,
-    contracts: bool = False,
+    flops: Iterable[str] = (),
 ) -> Rule:
-    """Read the notation above. `contracts`: a matrix product, which costs two flops per point of all its factors."""
+    """Read the notation above. `flops`: matrix products, each two flops per point of the factors it names, as `m k n`."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
@@ -79,7 +80,7 @@ def parse(
             whole.add(name)
         return name
 
-    operands = tuple(dims(piece, i) for i, piece in enumerate(left.split(","))) if left.strip() else ()
+    operands = tuple(dims(piece, i) for i, piece in enumerate(left.split(","))) if left else ()
     results = tuple(dims(piece, None) for piece in right.split(","))
     return Rule(
         operands,
@@ -90,7 +91,7 @@ def parse(
         tuple(frozenset(group) for group in linear),
         tuple(frozenset(group) for group in reads) if reads is not None else None,
         sizes or {},
-        contracts,
+        tuple(flops),
     )
 
 

@@ -10,11 +10,12 @@ for *any* finite messages. A sweep visits the variables in order. At `v` it firs
 
     m_ev <- min_x t_e[x, .] - m_eu[x] + C_u[x] / k_u        k_u = max(edges behind u, edges ahead of u)
 
-The bound never falls from sweep to sweep. Write `L` for the bound after a sweep; at any later visit of `v`, a solution with
-`x_v = a` costs at least `L + C_v[a] - min C_v`: the *reduced cost*, by which values are deleted when an incumbent is known.
+The bound never falls from sweep to sweep. Write `L` for the bound after a sweep; at any later visit of `v`, a
+solution with `x_v = a` costs at least `L + C_v[a] - min C_v`: the *reduced cost*, by which values are deleted when
+an incumbent is known.
 
-Needs finite unary costs and a finite entry in every row and column of every table; tables may contain inf elsewhere. Then
-every message is finite and no inf is ever subtracted from inf.
+Needs finite unary costs and a finite entry in every row and column of every table; tables may contain inf
+elsewhere. Then every message is finite and no inf is ever subtracted from inf.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Bound:
         return self._backward(None)
 
     def reduced_costs(self) -> list[Array]:
-        """One more sweep, which notes `C_v - min C_v` on the way back; together with `lower` *before* the call it is valid."""
+        """One more sweep, noting `C_v - min C_v` on the way back; valid together with `lower` *before* the call."""
         reduced: list[Array] = [cost for cost in self.unary]
         self._forward()
         self._backward(reduced)
@@ -101,9 +102,7 @@ class Bound:
     def messages(self) -> dict[Edge, tuple[Array, Array]]:
         """The messages `(m_eu, m_ev)` whose sum of minima is the bound of the sweep just made."""
         shares = [self.rewritten(v) * self.share[v] for v in range(len(self.unary))]
-        return {
-            (u, v): (self.to_first[e].copy(), self.to_second[e] - shares[v]) for e, (u, v) in enumerate(self.ends)
-        }
+        return {(u, v): (self.to_first[e].copy(), self.to_second[e] - shares[v]) for e, (u, v) in enumerate(self.ends)}
 
     def tables_by_edge(self) -> dict[Edge, Array]:
         return {edge: table for edge, (table, _) in zip(self.ends, self.tables, strict=True)}

@@ -6,9 +6,10 @@ A certificate holds two finite messages per edge `e = (u, v)`. Moving them betwe
 
 whatever the messages are: a wrong certificate can only prove too little. `check` shares no code with the solver.
 
-What it proves is the bound of the linear relaxation at best. Where the exact solve had to close a gap by elimination or by
-branching, `check` returns less than the optimum; `Solution.lower_bound` (proved by the search, not by the certificate) and
-`Solution.certified_bound` (what `check` returned) are reported side by side for that reason.
+What it proves is the bound of the linear relaxation at best. Where the exact solve had to close a gap by
+elimination or by branching, `check` returns less than the optimum; `Solution.lower_bound` (proved by the search,
+not by the certificate) and `Solution.certified_bound` (what `check` returned) are reported side by side for that
+reason.
 """
 
 import math

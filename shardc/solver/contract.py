@@ -3,14 +3,15 @@
 Four rewrites, none of which changes the optimum:
 
 * *consistency*: a value without a finite partner across some edge can never be used, delete it;
-* *dominance*: value `a` of `v` is useless when some `b` is never dearer, whatever the neighbours do:
-  `c[b] - c[a] + sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (the relation is transitive, so deleting one at a time is safe);
+* *dominance*: value `a` of `v` is useless when some `b` is never dearer, whatever the neighbours do: `c[b] - c[a] +
+  sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (the relation is transitive, so deleting one at a time is safe);
 * *substitution*: a variable with one value left adds a row of each table to its neighbours;
 * *contraction*: a variable `k` with at most two neighbours is minimised out: `min_k c[k]` is a constant,
   `c_i[x] += min_k t_ik[x, k] + c[k]`, and `t_ij[x, y] += min_k t_ik[x, k] + c[k] + t_kj[k, y]`, a min-plus product.
 
-All arrays live in a `Pool` which interns them by content, and every rewrite is remembered by the numbers of its operands, so
-equal layers are rewritten once. Only sums and minima of values in `(-inf, inf]` are formed, so NaN cannot arise.
+All arrays live in a `Pool` which interns them by content, and every rewrite is remembered by the numbers of its
+operands, so equal layers are rewritten once. Only sums and minima of values in `(-inf, inf]` are formed, so NaN
+cannot arise.
 """
 
 import heapq
@@ -135,7 +136,7 @@ class Network:
         return changed
 
     def _consistent(self, v: int) -> Mask:
-        """Which values of `v` have a finite cost and, across each edge, a finite partner (their unaries are kept finite)."""
+        """Which values of `v` have a finite cost and, across each edge, a finite partner."""
         keep = np.isfinite(self.pool.arrays[self.unary[v]])
         for u in self.neighbours[v]:
             oriented = self.table(v, u)
@@ -171,7 +172,7 @@ class Network:
         return self._masks[key]
 
     def contract(self, variables: set[int]) -> set[int]:
-        """Minimise out variables with one value or at most two neighbours; return the variables whose tables changed."""
+        """Minimise out variables with one value or at most two neighbours; return those whose tables changed."""
         changed: set[int] = set()
         queue = Worklist(variables)
         while queue:
@@ -209,7 +210,8 @@ class Network:
             self._add_unary(around[0], message)
         else:
             s, t = links[0][2], links[1][2]
-            product = pool.derive(("product", s, cost, t), lambda: min_plus(pool.read(s), pool.arrays[cost], pool.read(t)))
+            key = ("product", s, cost, t)
+            product = pool.derive(key, lambda: min_plus(pool.read(s), pool.arrays[cost], pool.read(t)))
             self._add_table(around[0], around[1], product)
         for u in around:
             self.neighbours[u].discard(v)

@@ -1,12 +1,12 @@
 """Finish exactly: delete values by reduced cost, then eliminate variables one by one.
 
-*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every solution with `x_v = a`
-costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better solution.
+*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every solution with `x_v
+= a` costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better solution.
 
 *Elimination.* To eliminate `v`, add up all factors (unary costs and tables) that mention it, `f(x_v, x_A)` over its
-neighbours `A`, and put `g(x_A) = min_xv f` in their place. The order matters: a factor has one dimension per neighbour. Two
-greedy orders are tried, the one that adds the least table mass (fill) and the one with the smallest factor (weight), on sizes
-alone, and the cheaper is carried out if its factors fit the limits.
+neighbours `A`, and put `g(x_A) = min_xv f` in their place. The order matters: a factor has one dimension per
+neighbour. Two greedy orders are tried, the one that adds the least table mass (fill) and the one with the smallest
+factor (weight), on sizes alone, and the cheaper is carried out if its factors fit the limits.
 """
 
 import heapq
@@ -45,9 +45,7 @@ class Factor:
     table: Array
 
 
-def surviving(
-    reduced: Sequence[Array], edges: dict[Edge, Array], gap: float, incumbent: Sequence[int]
-) -> list[Mask]:
+def surviving(reduced: Sequence[Array], edges: dict[Edge, Array], gap: float, incumbent: Sequence[int]) -> list[Mask]:
     """Which values may belong to a solution cheaper than the incumbent; the incumbent's own values stay.
 
     Values left without a finite partner go too, as the bound needs one in every row.

@@ -1,15 +1,16 @@
 """Why nothing is legal: a smallest set of requests that contradict each other, by z3.
 
-The model knows layouts and no costs. Tied values form one group and share their split. Per group, dim `d` and axis `a`:
+The model knows layouts and no costs. Tied values form one group and share their split. Per group, dim `d` and axis
+`a`:
 
 * `split[d, a]`: axis `a` splits dim `d`; an axis splits at most one dim of a value;
 * `major[d, a, b]`: where both split `d`, `a` stands before `b`;
-* the sizes of the axes that split `d` must multiply to a divisor of its size, for every member of the group. Divisors of
-  divisors divide, so it suffices to forbid the minimal bad sets of axes.
+* the sizes of the axes that split `d` must multiply to a divisor of its size, for every member of the group.
+  Divisors of divisors divide, so it suffices to forbid the minimal bad sets of axes.
 
-A request fixes some dims of a value: `(a, b)` says that exactly `a` and `b` split it, `a` major; `()` that it stays whole;
-None leaves it open. Each request is one assumption literal. z3's unsatisfiable core is then thinned by deletion, so that
-removing any one request of the answer makes the rest feasible.
+A request fixes some dims of a value: `(a, b)` says that exactly `a` and `b` split it, `a` major; `()` that it stays
+whole; None leaves it open. Each request is one assumption literal. z3's unsatisfiable core is then thinned by
+deletion, so that removing any one request of the answer makes the rest feasible.
 """
 
 import itertools

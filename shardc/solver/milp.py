@@ -1,13 +1,15 @@
 """The last resort for a core too wide to eliminate: branch and bound by HiGHS.
 
-The linear program over the local polytope: a variable `p_v[a]` per value and `q_e[a, b]` per finite pair, all at least zero,
+The linear program over the local polytope: a variable `p_v[a]` per value and `q_e[a, b]` per finite pair, all at
+least zero,
 
     sum_a p_v[a] = 1,    sum_b q_e[a, b] = p_u[a],    sum_a q_e[a, b] = p_v[b],    p integral.
 
-Costs must come scaled (HiGHS stops at absolute gaps of 1e-6) and are best given as rewritten by the bound, where all are
-nonnegative and small.
+Costs must come scaled (HiGHS stops at absolute gaps of 1e-6) and are best given as rewritten by the bound, where
+all are nonnegative and small.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ def solve_milp(unary: Sequence[Array], edges: dict[Edge, Array], time_limit: flo
     lower = -math.inf if bound is None else float(bound)
     if result.x is None:
         return Outcome(None, lower, finished=False)
-    choice = [int(np.argmax(result.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    choice = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts)]
     return Outcome(choice, lower, finished=result.status == 0)
 
 

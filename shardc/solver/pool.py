@@ -1,7 +1,7 @@
 """Interned arrays, and the few computations on tables that the exact rewrites need.
 
-An equal table has an equal number, so a computation on tables can be remembered by the numbers of its operands. That is what
-makes a hundred equal layers cost little more than one.
+An equal table has an equal number, so a computation on tables can be remembered by the numbers of its operands.
+That is what makes a hundred equal layers cost little more than one.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,13 @@
 """The cost network: what the solver minimises.
 
-A variable `v` has a finite domain `0 .. d_v - 1` and a unary cost vector `c_v`; an edge `(u, v)` with `u < v` has a table
-`t_uv` of shape `(d_u, d_v)`. The cost of a choice `x` is
+A variable `v` has a finite domain `0 .. d_v - 1` and a unary cost vector `c_v`; an edge `(u, v)` with `u < v` has a
+table `t_uv` of shape `(d_u, d_v)`. The cost of a choice `x` is
 
     cost(x) = sum_v c_v[x_v] + sum_uv t_uv[x_u, x_v]
 
-in seconds. `inf` forbids a value or a pair; NaN and `-inf` are errors. Where structure repeats, pass the *same* array
-object: the solver interns tables by identity first and by content second, so that a hundred equal layers cost little more
-than one.
+in seconds. `inf` forbids a value or a pair; NaN and `-inf` are errors. Where structure repeats, pass the *same*
+array object: the solver interns tables by identity first and by content second, so that a hundred equal layers cost
+little more than one.
 """
 
 import math
@@ -30,13 +30,15 @@ class Problem:
     names: list[str] = field(default_factory=lambda: list[str]())
 
     # Derived tables by the identities they stem from (which are kept alive), so that shared tables stay shared.
-    _turned: dict[int, tuple[Array, Array]] = field(default_factory=lambda: dict[int, tuple[Array, Array]](), repr=False)
+    _turned: dict[int, tuple[Array, Array]] = field(
+        default_factory=lambda: dict[int, tuple[Array, Array]](), repr=False
+    )
     _summed: dict[Edge, tuple[Array, Array, Array]] = field(
         default_factory=lambda: dict[Edge, tuple[Array, Array, Array]](), repr=False
     )
 
     def add_variable(self, name: str, cost: Array) -> int:
-        """Add a variable, return its number. Number variables along the program: the dual bound sweeps in this order."""
+        """Add a variable, return its number. Number along the program: the dual bound sweeps in this order."""
         if cost.ndim != 1:
             raise ValueError(f"variable {name!r}: the unary cost must be a vector, got shape {cost.shape}")
         self.unary.append(cost)
@@ -44,7 +46,7 @@ class Problem:
         return len(self.unary) - 1
 
     def add_edge(self, u: int, v: int, table: Array) -> None:
-        """Add `table[x_u, x_v]` to the cost. A second edge between the same two variables adds up; `u == v` is a diagonal."""
+        """Add `table[x_u, x_v]` to the cost. Edges between the same two variables add up; `u == v` is a diagonal."""
         shape = (len(self.unary[u]), len(self.unary[v]))
         if table.shape != shape:
             raise ValueError(f"edge {self.names[u]!r} - {self.names[v]!r}: table {table.shape}, domains {shape}")

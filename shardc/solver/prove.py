@@ -1,7 +1,8 @@
 """Find a certificate: message sweeps on the unreduced problem, stopped when they prove the known cost.
 
-An entry above `2 * (cost - sum of all minima + largest minimum)` cannot occur in a solution as cheap as the known one, so for
-the sweeps every entry is cut off there. That removes the inf's, and a bound for the smaller costs is one for the true ones.
+An entry above `2 * (cost - sum of all minima + largest minimum)` cannot occur in a solution as cheap as the known
+one, so for the sweeps every entry is cut off there. That removes the inf's, and a bound for the smaller costs is
+one for the true ones.
 """
 
 import math

@@ -2,13 +2,14 @@
 
 1. `contract.py` shrinks the network exactly.
 2. If what is left is narrow, `eliminate.py` finishes it at once.
-3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose reduced
-   cost exceeds it are deleted. It ends when the bound meets the incumbent, or when the rest is narrow enough to eliminate.
+3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
+   reduced cost exceeds it are deleted. It ends when the bound meets the incumbent, or when the rest is narrow
+   enough to eliminate.
 4. If the bound stalls on a rest that is still wide, `milp.py` branches over it.
 
-Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit. The result
-depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a time limit, the machine's
-speed decides how far the search gets.)
+Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit.
+The result depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a
+time limit, the machine's speed decides how far the search gets.)
 """
 
 import math
@@ -162,7 +163,8 @@ class Search:
             self._offer(outcome.choice)
         elif outcome.finished and self.choice is None:
             raise InfeasibleError("the constraints leave no feasible plan")
-        self.lower = self.upper if outcome.finished else max(self.lower, min(self.upper, constant + outcome.lower / scale))
+        proved = min(self.upper, constant + outcome.lower / scale)
+        self.lower = self.upper if outcome.finished else max(self.lower, proved)
 
 
 def _magnitude(problem: Problem, choice: list[int]) -> float:

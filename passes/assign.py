@@ -1,0 +1,30 @@
+"""Assign: choose a strategy for every operator, so that compute and conversions together take the least time.
+
+    %h = mm(%x, %w)      f32[32, 64]       ->   f32[32@dp, 64@tp]        strategy: dp splits m, tp splits n
+    %y = mm(%h, %w2)     f32[32, 16]       ->   f32[32@dp, 16] +sum@tp   strategy: dp splits m, tp splits k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shardc.cost.hardware import Hardware
+from shardc.errors import InfeasibleError
+from shardc.mesh import Mesh
+from shardc.rules.factoring import Factored, Key
+from shardc.solver.network import Accepts, Assignment, Network
+from shardc.solver.solve import Solution, solve
+
+
+def assign(
+    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool
+) -> tuple[Network, Assignment, Solution]:
+    """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
+    network = Network(factored, mesh, device, accepts, whole_outputs)
+    for variable in network.variables:
+        if not variable.domain:
+            raise InfeasibleError(
+                f"no strategy of {variable.name} makes the layout that the constraints demand of it; leave one of its dims open"
+            )
+    solution = solve(network.problem())
+    return network, network.assignment(solution.choice), solution

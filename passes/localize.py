@@ -1,0 +1,111 @@
+"""Localize: from global to local. Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased.
+
+    %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
+    %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
+        with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
+                                                                     %e = embedding(%p, %j)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from shardc.layout import Layout
+from shardc.mesh import Mesh
+from shardc.rules.factoring import VIEWS, Op
+from shardc.runtime import indexing
+from shardc.solver.strategies import Strategy
+
+aten = torch.ops.aten
+
+
+def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+    """Make every node's arguments local, in place."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in (aten.view.default, aten.expand.default) and "op" not in node.meta:
+            node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
+        elif node.target not in VIEWS and "op" in node.meta:
+            _operator(graph, node, node.meta["op"], node.meta["strategy"], mesh)
+    graph.lint()
+    return graph
+
+
+def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
+    split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
+    arguments = list(node.args)
+    for position, meaning in op.rule.sizes.items():
+        arguments[position] = _size(node, op, meaning, split, mesh)
+    node.args = tuple(arguments)
+    for name in set(op.rule.indices.values()):
+        axes = split.get((name, 0), ())
+        if axes:
+            _rebase(graph, node, op, name, axes, mesh)
+
+
+def _size(
+    node: fx.Node, op: Op, meaning: int | str, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh
+) -> int | list[int]:
+    """A size-like argument: the local shape of result `meaning`, or the local size of the factor called so."""
+    if isinstance(meaning, int):
+        key = op.results[[r.key[1] for r in op.results].index(meaning)].key
+        layouts = {user.args[1]: user.meta["layout"] for user in node.users if user.target is operator.getitem}
+        layout: Layout = node.meta["layout"] if "layout" in node.meta else layouts[key[1]]
+        return list(layout.local_shape(mesh))
+    total = 1
+    for factor in op.factors:
+        if factor.name == meaning:
+            total *= factor.size // mesh.ways(split[factor.name, factor.index])
+    return total
+
+
+def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, ...], mesh: Mesh) -> None:
+    """Indices outside the rank's chunk go to a dummy row: taken from it they read zero, put into it they are dropped."""
+    total = 1
+    for factor in op.factors:
+        total *= factor.size if factor.name == name else 1
+    size = total // mesh.ways(axes)
+    operands = _operand_nodes(node)
+    changed: dict[int, fx.Node] = {}
+    with graph.inserting_before(node):
+        for index, operand in enumerate(op.operands):
+            if op.rule.indices.get(index) == name:
+                source = operands[index]
+                if node.target in (aten.index.Tensor, aten.index_put.default):  # these count from the end below zero
+                    source = graph.call_function(aten.remainder.Scalar, (source, total))
+                    source.meta.update(operands[index].meta)
+                changed[index] = graph.call_function(indexing.rebase, (source,), {"axes": axes, "size": size})
+            elif name in operand.names:
+                changed[index] = graph.call_function(
+                    indexing.pad_dummy, (operands[index],), {"dim": operand.names.index(name)}
+                )
+            if index in changed:
+                changed[index].meta.update({k: v for k, v in operands[index].meta.items() if k not in ("op", "strategy")})
+    supply = iter(changed.get(i, operands[i]) for i in range(len(operands)))
+    node.args = fx.node.map_arg(node.args, lambda n: next(supply))
+    for position, meaning in op.rule.sizes.items():
+        if meaning == name:
+            arguments = list(node.args)
+            arguments[position] = size + 1
+            node.args = tuple(arguments)
+    _drop(graph, node, op, name)
+
+
+def _operand_nodes(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(node.args, found.append)
+    return found
+
+
+def _drop(graph: fx.Graph, node: fx.Node, op: Op, name: str) -> None:
+    result = op.results[0]
+    if name not in result.names:
+        return
+    with graph.inserting_after(node):
+        cut = graph.call_function(indexing.drop_dummy, (node,), {"dim": result.names.index(name)})
+    cut.meta.update({k: v for k, v in node.meta.items() if k not in ("op", "strategy")})
+    node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)

@@ -1,0 +1,187 @@
+"""The list of passes, in order, and the one function that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import fx
+
+import shardc.rules  # noqa: F401  (registers every rule)
+from shardc.constrain import Dim
+from shardc.cost.conversion import sent_fraction, step_seconds
+from shardc.cost.hardware import Hardware
+from shardc.graph import Port, Program, Role, where
+from shardc.inspect.text import show
+from shardc.layout import SHORT_DTYPES, Layout
+from shardc.mesh import Mesh
+from shardc.passes.assign import assign
+from shardc.passes.codegen import codegen
+from shardc.passes.localize import localize
+from shardc.passes.normalize import normalize
+from shardc.passes.propagate import Propagated, collect, propagate
+from shardc.passes.reshard import reshard
+from shardc.plan import Conversion, Placed, Plan
+from shardc.rules.factoring import Factored, factor, layout_of
+from shardc.runtime import collectives
+from shardc.solver.network import Assignment, Network
+from shardc.solver.solve import Solution
+
+Result = TypeVar("Result")
+PASSES = ("capture", "normalize", "propagate", "assign", "reshard", "localize", "codegen")
+COLLECTIVES: dict[object, str] = {
+    getattr(collectives, kind): kind
+    for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
+}
+
+
+@dataclass
+class Lowered:
+    """What the pipeline made: the plan, the generated source, the printout after every pass, the final graph."""
+
+    plan: Plan
+    code: str
+    graphs: dict[str, str]
+    program: Program
+    layouts: dict[str, Layout] = field(default_factory=dict[str, Layout])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, resolved."""
+
+    mesh: Mesh
+    device: Hardware
+    mode: str
+    whole_outputs: bool
+    parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]
+
+
+def lower(program: Program, settings: Settings, phases: dict[str, float], print_graphs: bool = True) -> Lowered:
+    """Run every pass after capture."""
+    mesh, graphs = settings.mesh, dict[str, str]()
+
+    def timed(name: str, work: Callable[[], Result]) -> Result:
+        start = time.process_time()
+        result = work()
+        phases[name] = phases.get(name, 0.0) + time.process_time() - start
+        return result
+
+    def keep(name: str, graph: fx.Graph) -> None:
+        if print_graphs:
+            graphs[name] = show(graph, mesh)
+
+    keep("capture", program.graph)
+    timed("normalize", lambda: normalize(program))
+    keep("normalize", program.graph)
+    factored = timed("factor", lambda: factor(program))
+    constraints = collect(factored, mesh, settings.parameters)
+    spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
+    _annotate(factored, spread.axes)
+    keep("propagate", program.graph)
+    accepts = spread.accepts(everywhere=settings.mode == "propagate")
+    network, assignment, solution = timed(
+        "assign", lambda: assign(factored, mesh, settings.device, accepts, settings.whole_outputs)
+    )
+    _annotate_choice(network, assignment)
+    keep("assign", program.graph)
+    graph = timed("reshard", lambda: reshard(network, assignment))
+    keep("reshard", graph)
+    conversions = _conversions(graph, mesh, settings.device)
+    compute = _compute(network, assignment)
+    timed("localize", lambda: localize(graph, mesh))
+    keep("localize", graph)
+    code = timed("codegen", lambda: codegen(graph, program, mesh))
+    graphs["codegen"] = code
+    plan = _plan(settings, factored, graph, conversions, compute, solution, spread, phases)
+    return Lowered(plan, code, graphs, program)
+
+
+def _annotate(factored: Factored, axes: Mapping[object, list[tuple[str, ...]]]) -> None:
+    for node, value in factored.values.items():
+        held = dict(zip(factored.leaves(value.key), axes[value.key], strict=True))
+        _describe(factored, node, held)
+
+
+def _annotate_choice(network: Network, assignment: Assignment) -> None:
+    from shardc.solver.strategies import make
+
+    factored = network.factored
+    for op in factored.ops:
+        for index, result in enumerate(op.results):
+            splits = make(assignment.shapes[op.node], assignment.strategies[op.node], index, network.mesh)
+            held = dict(zip(factored.leaves(result.key), splits.axes, strict=True))
+            for node in (op.node, *op.node.users):
+                value = factored.values.get(node)
+                if value is not None and value.key == result.key and value is result.value:
+                    _describe(factored, node, held, splits.partial)
+
+
+def _describe(
+    factored: Factored, node: fx.Node, held: Mapping[tuple[int, tuple[int, ...]], tuple[str, ...]],
+    partial: tuple[tuple[str, str], ...] = (),
+) -> None:  # fmt: skip
+    node.meta["layout"] = layout_of(factored, factored.values[node], held, partial)
+    node.meta["dtype"] = node.meta["val"].dtype
+
+
+def _conversions(graph: fx.Graph, mesh: Mesh, device: Hardware) -> tuple[Conversion, ...]:
+    found: list[Conversion] = []
+    for node in graph.nodes:
+        kind = COLLECTIVES.get(node.target)
+        if node.op != "call_function" or kind is None:
+            continue
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        local = 1
+        for size in source.meta["layout"].local_shape(mesh):
+            local *= size
+        moved = local * source.meta["dtype"].itemsize
+        axis = str(node.kwargs["axis"])
+        ways = mesh.sizes[axis]
+        sent = sent_fraction(kind, ways) * moved
+        seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
+        found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node)))
+    return tuple(found)
+
+
+def _compute(network: Network, assignment: Assignment) -> float:
+    total = 0.0
+    for op in network.factored.ops:
+        options = network.options_of(op)
+        total += float(options.seconds[options.strategies.index(assignment.strategies[op.node])])
+    return total
+
+
+def _plan(
+    settings: Settings, factored: Factored, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
+    solution: Solution, spread: Propagated, phases: dict[str, float],
+) -> Plan:  # fmt: skip
+    mesh, program = settings.mesh, factored.program
+    local = [node for node in graph.nodes if node.op == "placeholder"]
+    placed = [
+        Placed(port.role.value, port.name, SHORT_DTYPES[node.meta["dtype"]], node.meta["layout"].simplify(mesh))
+        for port, node in zip(program.inputs, local, strict=True)
+        if port.role in (Role.PARAMETER, Role.INPUT)
+    ]
+    layouts = {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None}
+    return Plan(
+        mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, solution.cost,
+        solution.lower_bound, (*_indivisible(factored, mesh), *(f"conflict: {c}" for c in spread.conflicts)), phases,
+    )  # fmt: skip
+
+
+def _indivisible(factored: Factored, mesh: Mesh) -> list[str]:
+    """Dims of parameters and inputs that an axis cannot split, with the reason."""
+    program, notes = factored.program, list[str]()
+    for port, node in zip(program.inputs, program.placeholders, strict=True):
+        if port.role not in (Role.PARAMETER, Role.INPUT):
+            continue
+        for index, dim in enumerate(factored.values[node].dims):
+            sizes = [factored.atoms.size(ref) for ref in factored.atoms.leaves(dim)]
+            for axis, ways in mesh.axes:
+                if ways > 1 and sizes and max(sizes) > 1 and all(size % ways for size in sizes):
+                    pieces = " x ".join(map(str, sizes))
+                    notes.append(f"{port.name} dim {index} ({pieces}) is not split over {axis}: {ways} does not divide it")
+    return notes

@@ -1,0 +1,239 @@
+"""Propagate: what the user annotated spreads through the factors of every operator, forward and backward, until nothing changes.
+
+GSPMD (Xu et al. 2021, §3.5) with Shardy's factors. Order: constraints in the order in which they were given; elementwise operators
+before all others; a factor takes the longest axes that its operands and results agree on as prefixes. Closed dims never change.
+
+    %x = input         f32[32@dp, 512]     # annotated
+    %w = parameter     f32[512, 64@tp]     # annotated
+    %h = mm(%x, %w)    f32[32, 64]         ->   f32[32@dp, 64@tp]
+    %y = relu(%h)      f32[32, 64]         ->   f32[32@dp, 64@tp]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardc.constrain import Dim, parse
+from shardc.cost.conversion import Splits
+from shardc.errors import ConstraintError, InfeasibleError, LayoutError
+from shardc.graph import Port, value_of, where
+from shardc.mesh import Mesh
+from shardc.rules.atoms import Ref
+from shardc.rules.factoring import Factored, Key, Op, Operand, Result, Value, carried
+from shardc.solver.explain import Request, minimal_conflict
+from shardc.solver.network import Accepts
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One demand of the user on one value: the axes of every dim (None: open), and where the user made it."""
+
+    key: Key
+    value: Value
+    dims: tuple[Dim, ...]
+    label: str
+
+
+@dataclass
+class Propagated:
+    """Per base value and leaf: the axes, and whether the user fixed them. `conflicts` are told in the plan."""
+
+    axes: dict[Key, list[Axes]]
+    fixed: dict[Key, list[bool]]
+    conflicts: list[str] = field(default_factory=list[str])
+
+    def accepts(self, everywhere: bool) -> dict[Key, Accepts]:
+        """What the solver may choose: the fixed leaves as they are, with `everywhere` all leaves of all values."""
+
+        def fixed_only(axes: list[Axes], fixed: list[bool]) -> Accepts:
+            return lambda s: not s.partial and all(not f or h == a for h, a, f in zip(s.axes, axes, fixed, strict=True))
+
+        def exactly(axes: list[Axes]) -> Accepts:
+            def test(splits: Splits) -> bool:
+                pending = {axis for axis, _ in splits.partial}
+                # an axis that still holds partial sums will split the value where it is reduced
+                return splits.axes == tuple(tuple(a for a in held if a not in pending) for held in axes)
+
+            return test
+
+        found: dict[Key, Accepts] = {}
+        for key, axes in self.axes.items():
+            if any(self.fixed[key]):
+                found[key] = fixed_only(axes, self.fixed[key])
+            elif everywhere:
+                found[key] = exactly(axes)
+        return found
+
+
+def collect(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> list[Constraint]:
+    """The user's constraints: `parameters` by name, and every `constrain` in the code. Raises what does not fit."""
+    program = factored.program
+    nodes = {port: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
+    found = [Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in parameters]
+    for op in factored.ops:
+        if op.node.target is torch.ops.shardc.constrain.default:
+            label = f"constrain(..., {op.node.args[1]}) at {where(op.node)}"
+            found.append(Constraint(op.results[0].key, op.results[0].value, parse(str(op.node.args[1])), label))
+    for constraint in found:
+        _check(constraint, mesh)
+    _refuse_contradictions(found, mesh)
+    return found
+
+
+def _check(constraint: Constraint, mesh: Mesh) -> None:
+    shape = tuple(int(n) for n in _tensor(constraint.key).shape)
+    if len(constraint.dims) != len(shape):
+        raise LayoutError(
+            f"{constraint.label}: {len(constraint.dims)} entries for a tensor of shape {shape}; give one per dim"
+        )
+    seen: dict[str, int] = {}
+    for dim, axes in enumerate(constraint.dims):
+        for axis in axes or ():
+            if axis not in mesh.names:
+                raise LayoutError(f"{constraint.label}: mesh {mesh} has no axis {axis!r}; it has {', '.join(mesh.names)}")
+            if axis in seen:
+                raise LayoutError(f"{constraint.label}: axis {axis!r} splits dim {seen[axis]} and dim {dim}; it can split one")
+            seen[axis] = dim
+        if axes and shape[dim] % mesh.ways(axes):
+            raise InfeasibleError(
+                f"{constraint.label}: dim {dim} has {shape[dim]} elements, which {'x'.join(axes)}={mesh.ways(axes)} does not "
+                f"divide; choose another dim, another mesh, or pad the dim"
+            )
+
+
+def _tensor(key: Key) -> torch.Tensor:
+    value = value_of(key[0])
+    return value[key[1]] if isinstance(value, (tuple, list)) else value
+
+
+def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
+    names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
+    shapes = {names[c.key]: tuple(int(n) for n in _tensor(c.key).shape) for c in constraints}
+    requests = [Request(c.label, names[c.key], c.dims) for c in constraints]
+    core = minimal_conflict(shapes, mesh.sizes, requests, []) if len(names) < len(requests) else None
+    if core:
+        lines = "\n".join(f"  - {request.label}" for request in core)
+        raise InfeasibleError(f"these constraints contradict each other; drop or change any one of them:\n{lines}")
+
+
+def propagate(factored: Factored, mesh: Mesh, constraints: list[Constraint]) -> Propagated:
+    """Seed the leaves with the constraints, then let factors carry them to a fixed point."""
+    state = Propagated(
+        {key: [()] * len(factored.leaves(key)) for key in factored.base},
+        {key: [False] * len(factored.leaves(key)) for key in factored.base},
+    )
+    origin: dict[tuple[Key, int], str] = {}
+    for constraint in constraints:
+        _seed(factored, mesh, constraint, state, origin)
+    elementwise = [op for op in factored.ops if len({op.rule.results[0], *op.rule.operands}) == 1]
+    for ops in (elementwise, factored.ops):
+        while any([_spread(factored, mesh, op, state, origin) for op in (*ops, *reversed(ops))]):
+            pass
+    return state
+
+
+def _seed(
+    factored: Factored, mesh: Mesh, constraint: Constraint, state: Propagated, origin: dict[tuple[Key, int], str]
+) -> None:
+    position = {ref: i for i, ref in enumerate(factored.leaves(constraint.key))}
+    for dim, axes in zip(constraint.value.dims, constraint.dims, strict=True):
+        if axes is None:
+            continue
+        leaves = factored.atoms.leaves(dim)
+        for ref, held in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
+            leaf = position[ref]
+            state.axes[constraint.key][leaf] = held
+            state.fixed[constraint.key][leaf] = True
+            origin[constraint.key, leaf] = constraint.label
+
+
+def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constraint: Constraint) -> list[Axes]:
+    """Deal a dim's axes to its atoms, major first: an atom takes axes until it is wholly split."""
+    active = [a for a in axes if mesh.sizes[a] > 1]
+    held: list[Axes] = [() for _ in leaves]
+    atom = 0
+    for axis in active:
+        while atom < len(leaves) - 1 and factored.atoms.size(leaves[atom]) == mesh.ways(held[atom]):
+            atom += 1
+        size = factored.atoms.size(leaves[atom])
+        if size % (mesh.ways(held[atom]) * mesh.sizes[axis]):
+            pieces = " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
+            raise InfeasibleError(
+                f"{constraint.label}: the model uses this dim as {pieces}, and axis {axis!r} of size {mesh.sizes[axis]} does not "
+                f"divide its piece of {size}; use an axis that divides it, or split another dim"
+            )
+        held[atom] += (axis,)
+    return held
+
+
+def _spread(
+    factored: Factored, mesh: Mesh, op: Op, state: Propagated, origin: dict[tuple[Key, int], str]
+) -> bool:
+    """Let one operator's factors carry axes between its operands and results; True when something changed."""
+    places = _places(factored, op)
+    changed = False
+    for index, factor in enumerate(op.factors):
+        if factor.whole:
+            continue
+        here = places[index]
+        best = max((state.axes[key][leaf] for key, leaf in here), key=len, default=())
+        for key, leaf in here:
+            held = state.axes[key][leaf]
+            if held and held != best[: len(held)]:
+                _report(state, origin, op, (key, leaf), next(p for p in here if state.axes[p[0]][p[1]] == best))
+            elif len(held) < len(best) and not state.fixed[key][leaf] and _free(state, mesh, key, leaf, best, factor.size):
+                state.axes[key][leaf] = best
+                source = next(p for p in here if state.axes[p[0]][p[1]] == best)
+                origin.setdefault((key, leaf), origin.get(source, ""))
+                changed = True
+    return changed
+
+
+def _places(factored: Factored, op: Op) -> list[list[tuple[Key, int]]]:
+    """Per factor of an operator, the base leaves that carry it."""
+    found: list[list[tuple[Key, int]]] = [[] for _ in op.factors]
+    items: list[Operand | Result] = [*op.operands, *op.results]
+    for item in items:
+        position = {ref: i for i, ref in enumerate(factored.leaves(item.value.key))}
+        for ref, factor in carried(factored, item, op.factors):
+            if factor is not None and ref in position:
+                found[factor].append((item.value.key, position[ref]))
+    return found
+
+
+def _free(state: Propagated, mesh: Mesh, key: Key, leaf: int, axes: Axes, size: int) -> bool:
+    others = {a for i, held in enumerate(state.axes[key]) if i != leaf for a in held}
+    return not others & set(axes) and size % mesh.ways(axes) == 0
+
+
+def _report(
+    state: Propagated, origin: dict[tuple[Key, int], str], op: Op, one: tuple[Key, int], other: tuple[Key, int]
+) -> None:
+    labels = sorted({origin.get(one, "?"), origin.get(other, "?")})
+    axes = sorted({"x".join(state.axes[key][leaf]) for key, leaf in (one, other)})
+    text = f"{op.node.name} ({where(op.node)}) meets {' and '.join(axes)} on one factor; from: {' | '.join(labels)}"
+    if text not in state.conflicts:
+        state.conflicts.append(text)
+
+
+def match_parameters(
+    ports: Sequence[Port], constraints: dict[str, tuple[Dim, ...]], module_paths: Sequence[str]
+) -> list[tuple[Port, tuple[Dim, ...], str]]:
+    """Which parameters each pattern names. Raises ConstraintError, with the nearest names, for one that matches nothing."""
+    import difflib
+    import fnmatch
+
+    found: list[tuple[Port, tuple[Dim, ...], str]] = []
+    for pattern, dims in constraints.items():
+        matched = [port for port in ports if fnmatch.fnmatchcase(port.name, pattern)]
+        if not matched and not any(fnmatch.fnmatchcase(path, pattern) for path in module_paths):
+            names = [port.name for port in ports] + list(module_paths)
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ConstraintError(f"constraint {pattern!r} matches no parameter and no module; nearest: {', '.join(near)}")
+        found += [(port, dims, f"constraints[{pattern!r}] on {port.name}") for port in matched]
+    return found

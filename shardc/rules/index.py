@@ -1,0 +1,152 @@
+"""Operators that take or put rows by index. A split table answers with its own rows; see `#v` in notation.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardc.rules.notation import Rule, letters, parse, rule
+
+aten = torch.ops.aten
+
+
+def _one(size: int, name: str) -> str:
+    return name if size != 1 else "1"
+
+
+@rule(aten.embedding.default)
+def embedding(table: torch.Tensor, indices: torch.Tensor, *_: object) -> Rule:
+    rows = " ".join(letters(indices, "i"))
+    return parse(f"v d, #v {rows} -> {rows} d", [{0}])
+
+
+@rule(aten.embedding_dense_backward.default)
+def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: int, *rest: Any) -> Rule:
+    names = " ".join(letters(indices, "i"))
+    if rest and len(rest) > 1 and rest[1]:  # scaling by frequency counts the indices of the whole batch
+        whole = " ".join(f"{n}!" if n != "1" else n for n in letters(indices, "i"))
+        return parse(f"{whole} d, {whole} -> v! d")
+    del rows, grad
+    return parse(f"{names} d, #v {names} -> v d", [{0}], sizes={2: "v"})
+
+
+def _along(x: torch.Tensor, dim: int, index: torch.Tensor) -> tuple[str, str]:
+    """Texts of a table and of an index tensor that agree in size but for `dim`; dims where they differ stay whole."""
+    table, taken = letters(x), letters(index)
+    for i, (a, b) in enumerate(zip(x.shape, index.shape, strict=True)):
+        if i == dim % x.dim():
+            table[i], taken[i] = _one(int(a), "v"), _one(int(b), "j")
+        elif a != b:
+            table[i], taken[i] = _one(int(a), f"t{i}!"), _one(int(b), f"j{i}!")
+    return " ".join(table), " ".join(taken)
+
+
+@rule(aten.gather.default)
+def gather(x: torch.Tensor, dim: int, index: torch.Tensor, *_: object, **__: object) -> Rule:
+    table, taken = _along(x, dim, index)
+    return parse(f"{table}, {_indexed(table)}{taken} -> {taken}", [{0}])
+
+
+@rule(aten.scatter_add.default)
+def scatter_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Rule:
+    table, put = _along(x, dim, index)
+    if source.shape != index.shape:
+        table, put = _whole(table), _whole(put)
+        return parse(f"{table}, {put}, {_whole(' '.join(letters(source, 's')))} -> {table}")
+    return parse(f"{table}, {_indexed(table)}{put}, {put} -> {table}", [{0, 2}])
+
+
+@rule(aten.scatter.src)
+def scatter(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Rule:
+    table, put = _along(x, dim, index)
+    put = " ".join(f"{n}!" if n == "j" else n for n in put.split())
+    if source.shape != index.shape:
+        table, put = _whole(table), _whole(put)
+        return parse(f"{table}, {put}, {_whole(' '.join(letters(source, 's')))} -> {table}")
+    return parse(f"{table}, {_indexed(table)}{put}, {put} -> {table}", [{0, 2}])
+
+
+@rule(aten.scatter.value)
+def scatter_value(x: torch.Tensor, dim: int, index: torch.Tensor, value: float) -> Rule:
+    del value
+    table, put = _along(x, dim, index)
+    put = " ".join(f"{n}!" if n == "j" else n for n in put.split())
+    return parse(f"{table}, {_indexed(table)}{put} -> {table}")
+
+
+def _indexed(table: str) -> str:
+    return "#v " if "v" in table.split() else ""
+
+
+def _whole(text: str) -> str:
+    return " ".join(n if n == "1" or n.endswith("!") else f"{n}!" for n in text.split())
+
+
+@rule(aten.index_select.default)
+def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Rule:
+    table = letters(x)
+    after = [*table]
+    table[dim], after[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")
+    return parse(f"{' '.join(table)}, {_indexed(' '.join(table))}{after[dim] if index.dim() else ''} -> {' '.join(after)}", [{0}])
+
+
+@rule(aten.index_add.default)
+def index_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, **_: object) -> Rule:
+    table = letters(x)
+    put = [*table]
+    table[dim], put[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")
+    return parse(
+        f"{' '.join(table)}, {_indexed(' '.join(table))}{put[dim] if index.dim() else ''}, {' '.join(put)} -> {' '.join(table)}",
+        [{0, 2}],
+    )
+
+
+@rule(aten.index.Tensor)
+def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
+    """One index tensor: its dim may be split. Several: their dims stay whole, the index dims and the other dims pass."""
+    table, taken, where_ = _fancy(x, indices)
+    used = [t for t in indices if t is not None]
+    broadcast = torch.broadcast_shapes(*(t.shape for t in used))
+    names = [_one(int(n), f"i{k}") for k, n in enumerate(broadcast)]
+    operands = [" ".join(_align(t, names)) for t in used]
+    if any(t.dtype is torch.bool for t in used):
+        return parse(f"{_whole(' '.join(letters(x)))}, {', '.join(_whole(' '.join(letters(t, 'b'))) for t in used)} -> r!")
+    mark_ = "#v " if len(used) == 1 and "v" in table else ""
+    result = [*taken[:where_], *names, *taken[where_:]]
+    return parse(f"{' '.join(table)}, {mark_}{', '.join(operands)} -> {' '.join(result)}", [{0}])
+
+
+@rule(aten.index_put.default)
+def index_put(
+    x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
+) -> Rule:
+    table, kept, where_ = _fancy(x, indices)
+    used = [t for t in indices if t is not None]
+    broadcast = torch.broadcast_shapes(*(t.shape for t in used))
+    names = [_one(int(n), f"i{k}") for k, n in enumerate(broadcast)]
+    if not accumulate:  # which of two writes wins depends on their order
+        names = [f"{n}!" if n != "1" else n for n in names]
+    operands = [" ".join(_align(t, names)) for t in used]
+    full = [*kept[:where_], *names, *kept[where_:]]
+    put = ["1" if n == 1 else name for n, name in zip(values.shape, full[len(full) - values.dim() :], strict=True)]
+    mark_ = "#v " if len(used) == 1 and "v" in table else ""
+    text = f"{' '.join(table)}, {mark_}{', '.join(operands)}, {' '.join(put)} -> {' '.join(table)}"
+    return parse(text, [{0, len(used) + 1}])
+
+
+def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], int]:
+    """Names of the table's dims, of those that pass, and where the index dims stand in the result."""
+    table, places = letters(x), [i for i, t in enumerate(indices) if t is not None]
+    single = len(places) == 1
+    for i in places:
+        table[i] = _one(int(x.shape[i]), "v" if single else f"v{i}!")
+    kept = [n for i, n in enumerate(table) if i not in places]
+    adjacent = places == list(range(places[0], places[-1] + 1))
+    return table, kept, places[0] if adjacent else 0
+
+
+def _align(t: torch.Tensor, names: list[str]) -> list[str]:
+    own = names[len(names) - t.dim() :]
+    return ["1" if n == 1 else name for n, name in zip(t.shape, own, strict=True)]

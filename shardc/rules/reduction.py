@@ -1,0 +1,89 @@
+"""Reductions, and operators that need one dim whole: softmax, sort, cumsum, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardc.rules.notation import Rule, letters, mark, parse, rule
+
+aten = torch.ops.aten
+
+
+def _reduce(reduction: str, linear: list[set[int]]) -> Callable[..., Rule]:
+    def maker(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
+        names = letters(x)
+        everything = dim is None or dim == []
+        chosen = set(range(x.dim())) if everything else {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)}
+        left = " ".join(
+            f"{n}:{reduction}" if i in chosen and n != "1" and reduction != "sum" else n for i, n in enumerate(names)
+        )
+        right = [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
+        return parse(f"{left} -> {' '.join(right)}", linear)
+
+    return maker
+
+
+rule(aten.sum.dim_IntList, aten.sum.default)(_reduce("sum", [{0}]))
+rule(aten.amax.default)(_reduce("max", []))
+rule(aten.amin.default)(_reduce("min", []))
+rule(aten.prod.dim_int)(_reduce("prod", []))
+
+
+def _whole_reduction(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
+    """A reduction whose parts do not combine elementwise: its dims stay whole."""
+    names = letters(x)
+    chosen = set(range(x.dim())) if dim is None else {dim % x.dim()} if x.dim() else set[int]()
+    right = [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
+    return parse(f"{mark(names, chosen)} -> {' '.join(right)}")
+
+
+rule(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.any.default, aten.all.default)(_whole_reduction)
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extreme(x: torch.Tensor, dim: int, keepdim: bool = False) -> Rule:
+    names = letters(x)
+    right = " ".join("1" if i == dim % x.dim() else n for i, n in enumerate(names) if keepdim or i != dim % x.dim())
+    return parse(f"{mark(names, [dim])} -> {right}, {right}")
+
+
+@rule(aten._softmax.default, aten._log_softmax.default)
+def softmax(x: torch.Tensor, dim: int, *_: object) -> Rule:
+    names = mark(letters(x), [dim])
+    return parse(f"{names} -> {names}")
+
+
+@rule(aten.cumsum.default)
+def cumsum(x: torch.Tensor, dim: int, **_: object) -> Rule:
+    names = mark(letters(x), [dim])
+    return parse(f"{names} -> {names}", [{0}])
+
+
+@rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
+def softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: object) -> Rule:
+    names = mark(letters(grad), [dim])
+    return parse(f"{names}, {names} -> {names}", [{0}])
+
+
+@rule(aten.sort.default, aten.sort.stable)
+def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, stable: Any = None) -> Rule:
+    del descending
+    names = mark(letters(x), [x_dim(dim, stable)])
+    return parse(f"{names} -> {names}, {names}")
+
+
+def x_dim(dim: int, stable: Any) -> int:
+    return dim if isinstance(dim, int) and not isinstance(dim, bool) else int(stable or -1)
+
+
+@rule(aten.topk.default)
+def topk(x: torch.Tensor, k: int, dim: int = -1, *_: object) -> Rule:
+    names = letters(x)
+    names[dim] = "s"
+    left = mark(names, [dim])
+    names[dim] = "k" if k != 1 else "1"
+    right = mark(names, [dim])
+    return parse(f"{left} -> {right}, {right}")

@@ -1,0 +1,245 @@
+"""From a factored program to the cost network: who the variables are, what they cost, and what the edges charge.
+
+    operator, placeholder   a strategy            costs its compute
+    share of a value        a layout              costs nothing; its edge from the producer pays a conversion that all users share
+    output                  a layout              whole on every rank, or any that is not partial
+
+    minimise  sum of compute  +  sum over edges of the cheapest conversion between what is made and what is demanded
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from shardc.cost.conversion import Splits, TensorClass
+from shardc.cost.hardware import Hardware
+from shardc.graph import Port, Role, value_of
+from shardc.mesh import Mesh
+from shardc.errors import LayoutError
+from shardc.rules.factoring import Factored, Key, Op, Value, layout_of
+from shardc.solver.problem import Problem
+from shardc.solver.strategies import Options, Shape, Side, Strategy, shape_of
+
+Accepts = Callable[[Splits], bool]
+
+
+@dataclass
+class Variable:
+    """One variable: `domain` holds what each of its values means, a `Strategy` (operators) or `Splits` (shares, outputs)."""
+
+    name: str
+    domain: list[Strategy] | list[Splits]
+    unary: np.ndarray
+
+
+@dataclass
+class Assignment:
+    """What was chosen: a strategy per operator, the layout in which a value is shared, the layout of every output."""
+
+    strategies: dict[fx.Node, Strategy]
+    shapes: dict[fx.Node, Shape]
+    shares: dict[Key, Splits]
+    outputs: dict[int, Splits]
+
+
+@dataclass(eq=False)
+class Network:
+    """Builds the problem for one program on one mesh. `accepts` filters the layouts of base values (constraints)."""
+
+    factored: Factored
+    mesh: Mesh
+    device: Hardware
+    accepts: Mapping[Key, Accepts]
+    whole_outputs: bool
+    variables: list[Variable] = field(default_factory=list[Variable])
+
+    def __post_init__(self) -> None:
+        self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._options: dict[Shape, Options] = {}
+        self._tables: dict[object, np.ndarray] = {}
+        self._arrays: dict[bytes, np.ndarray] = {}
+        self._reductions = ("sum", *sorted({r for op in self.factored.ops for r in op.rule.reductions.values()} - {"sum"}))
+        # per base value: its variable and, for each value of that variable, the layout it stands for
+        self._source: dict[Key, tuple[int, np.ndarray]] = {}
+        self._edges: list[tuple[int, int, np.ndarray]] = []
+        self._op_variable: dict[fx.Node, int] = {}
+        self._share_variable: dict[Key, int] = {}
+        self._output_variable: dict[int, int] = {}
+        self._build()
+
+    def problem(self) -> Problem:
+        problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
+        for one, other, table in self._edges:
+            if one == other:
+                problem.unary[one] = problem.unary[one] + np.diagonal(table)
+            else:
+                problem.add_edge(one, other, table)
+        return problem
+
+    def assignment(self, choice: list[int]) -> Assignment:
+        """Read a solution back."""
+        def pick(variable: int) -> Strategy | Splits:
+            return self.variables[variable].domain[choice[variable]]
+
+        return Assignment(
+            {node: pick(v) for node, v in self._op_variable.items()},  # type: ignore[misc]
+            {op.node: shape_of(self.factored, op) for op in self.factored.ops},
+            {key: pick(v) for key, v in self._share_variable.items()},  # type: ignore[misc]
+            {index: pick(v) for index, v in self._output_variable.items()},  # type: ignore[misc]
+        )
+
+    def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
+        key = (sizes, itemsize)
+        if key not in self._classes:
+            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device)
+        return self._classes[key]
+
+    def class_of(self, key: Key) -> TensorClass:
+        """The tensor class of a base value."""
+        producer = value_of(key[0])
+        value = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
+        return self.tensor_class(self.factored.sizes(key), value.element_size())
+
+    def _build(self) -> None:
+        program = self.factored.program
+        ports = dict(zip(program.placeholders, program.inputs, strict=True))
+        mutated = {port.name for port in program.outputs if port.role is Role.MUTATION}
+        users = self._users()
+        for op in self.factored.ops:
+            port = ports.get(op.node)
+            self._add_op(op, port, frozen=port is not None and port.name in mutated)
+            for result in op.results:
+                if users[result.key] > 1 and (port is None or port.role is Role.PARAMETER):
+                    self._add_share(result.key)
+        self._add_outputs()
+
+    def _users(self) -> Counter[Key]:
+        users = Counter(operand.value.key for op in self.factored.ops for operand in op.operands)
+        for node in self.factored.program.results:
+            if node is not None:
+                users[self.factored.values[node].key] += 1
+        return users
+
+    def options_of(self, op: Op) -> Options:
+        shape = shape_of(self.factored, op)
+        if shape not in self._options:
+            def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
+                return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
+
+            self._options[shape] = Options(shape, self.mesh, self.device, classes(shape.operands), classes(shape.results))
+        return self._options[shape]
+
+    def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
+        self.variables.append(Variable(name, domain, unary))
+        return len(self.variables) - 1
+
+    def _add_op(self, op: Op, port: Port | None, frozen: bool) -> None:
+        options = self.options_of(op)
+        keep = self._kept(op, options, port, frozen)
+        domain, unary = options.strategies, options.seconds
+        if keep is not None:
+            domain, unary = [domain[i] for i in keep], unary[keep]
+        variable = self._op_variable[op.node] = self._variable(op.node.name, domain, unary)
+        for operand, layouts in zip(op.operands, options.operand_layouts, strict=True):
+            self._connect(operand.value.key, variable, layouts if keep is None else self._intern(layouts[keep]))
+        for result, layouts in zip(op.results, options.result_layouts, strict=True):
+            self._source[result.key] = variable, layouts if keep is None else self._intern(layouts[keep])
+
+    def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
+        """The strategies whose results every constraint accepts; None for all of them."""
+        tests: list[tuple[int, Accepts]] = [
+            (k, self.accepts[result.key]) for k, result in enumerate(op.results) if result.key in self.accepts
+        ]
+        if frozen:
+            tests.append((0, lambda splits: not any(splits.axes)))
+        if port is not None and port.role is Role.PARAMETER:
+            tests.append((0, self._storable(op)))
+        if not tests:
+            return None
+        return [
+            i for i in range(len(options.strategies))
+            if all(ok(options.result_classes[k].layouts[options.result_layouts[k][i]]) for k, ok in tests)
+        ]  # fmt: skip
+
+    def _storable(self, op: Op) -> Accepts:
+        """A parameter is stored as a DTensor, so its layout must be one that DTensor can express."""
+        value = op.results[0].value
+        leaves = self.factored.leaves(value.key)
+
+        def test(splits: Splits) -> bool:
+            layout = layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True)))
+            try:
+                layout.to_dtensor(self.mesh)
+            except LayoutError:
+                return False
+            return not splits.partial
+
+        return test
+
+    def _intern(self, array: np.ndarray) -> np.ndarray:
+        return self._arrays.setdefault(array.tobytes(), array)
+
+    def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
+        """Charge `variable` for turning a base value into the layouts it demands."""
+        source, made = self._source[key]
+        tensor = self.class_of(key)
+        identity = (id(tensor), id(made), id(demanded))
+        if identity not in self._tables:
+            self._tables[identity] = tensor.seconds[np.ix_(made, demanded)]
+        self._edges.append((source, variable, self._tables[identity]))
+
+    def _add_share(self, key: Key) -> None:
+        tensor = self.class_of(key)
+        every = self._intern(np.arange(len(tensor.layouts)))
+        variable = self._variable(f"{key[0].name} shared", tensor.layouts, np.zeros(len(tensor.layouts)))
+        self._connect(key, variable, every)
+        self._source[key] = variable, every
+        self._share_variable[key] = variable
+
+    def _add_outputs(self) -> None:
+        program = self.factored.program
+        parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
+        for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
+            if node is None:
+                continue
+            value = self.factored.values[node]
+            if port.role is Role.GRADIENT and port.name in parameters:
+                self._tie_gradient(value, parameters[port.name])
+                continue
+            tensor = self.class_of(value.key)
+            whole = self.whole_outputs or port.role is not Role.OUTPUT
+            domain = [s for s in tensor.layouts if not s.partial and not (whole and any(s.axes))]
+            variable = self._variable(f"output {index}", domain, np.zeros(len(domain)))
+            self._connect(value.key, variable, self._intern(np.array([tensor.index[s] for s in domain])))
+            self._output_variable[index] = variable
+
+    def _tie_gradient(self, value: Value, parameter: fx.Node) -> None:
+        """A gradient is demanded in the layout in which its parameter is stored."""
+        variable = self._op_variable[parameter]
+        tensor = self.class_of(value.key)
+        made = self._op_layouts(parameter)
+        demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
+        self._connect(value.key, variable, self._intern(np.array(demanded)))
+
+    def _op_layouts(self, parameter: fx.Node) -> list[Splits]:
+        return [Splits(s.split) for s in self.variables[self._op_variable[parameter]].domain]  # type: ignore[union-attr]
+
+    def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
+        """The layout of the gradient's base value when the parameter is stored as `stored`."""
+        return base_demand(self.factored, value, stored.axes)
+
+
+def base_demand(factored: Factored, value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
+    """The layout of a base value when the leaves of its view `value` are split by `axes`."""
+    position = {ref: i for i, ref in enumerate(factored.leaves(value.key))}
+    found: list[tuple[str, ...]] = [() for _ in position]
+    leaves = factored.atoms.leaves([ref for dim in value.dims for ref in dim])
+    for ref, held in zip(leaves, axes, strict=True):
+        if ref in position:
+            found[position[ref]] = held
+    return Splits(tuple(found))

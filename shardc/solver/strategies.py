@@ -1,0 +1,189 @@
+"""Strategies: for one operator, what every mesh axis does. An axis splits one factor, or nothing, or lets partials pass.
+
+An operator's options depend only on its `Shape`, so they are derived once per shape and shared by all its repetitions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shardc.cost.conversion import Splits, TensorClass
+from shardc.cost.hardware import Hardware
+from shardc.graph import value_of
+from shardc.mesh import Mesh
+from shardc.rules.factoring import Factor, Factored, Op, Operand, Result, carried
+
+
+class Strategy(NamedTuple):
+    """Per factor the axes that split it, major to minor; and per passing axis the linear group that is partial on it."""
+
+    split: tuple[tuple[str, ...], ...]
+    passes: tuple[tuple[str, int], ...] = ()
+
+
+class Side(NamedTuple):
+    """One operand or result: its base value's atoms, and per own leaf (base atom or None, factor or None)."""
+
+    sizes: tuple[int, ...]
+    itemsize: int
+    leaves: tuple[tuple[int | None, int | None], ...]
+    names: frozenset[str]
+
+
+class Shape(NamedTuple):
+    """All that an operator's strategies and costs depend on."""
+
+    factors: tuple[Factor, ...]
+    operands: tuple[Side, ...]
+    results: tuple[Side, ...]
+    reductions: tuple[tuple[str, str], ...]
+    linear: tuple[frozenset[int], ...]
+    reads: tuple[frozenset[int], ...] | None
+    flops: tuple[str, ...]
+    dtype: torch.dtype
+
+
+def shape_of(factored: Factored, op: Op) -> Shape:
+    """The shape of an operator in a program."""
+    outputs = value_of(op.node)
+    first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    return Shape(
+        tuple(op.factors),
+        tuple(_side(factored, op, item) for item in op.operands),
+        tuple(_side(factored, op, item) for item in op.results),
+        tuple(sorted(op.rule.reductions.items())),
+        op.rule.linear,
+        op.rule.reads,
+        op.rule.flops,
+        first.dtype,
+    )
+
+
+def _side(factored: Factored, op: Op, item: Operand | Result) -> Side:
+    key = item.value.key
+    position = {ref: i for i, ref in enumerate(factored.leaves(key))}
+    producer = value_of(key[0])
+    value = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
+    leaves = tuple((position.get(ref), factor) for ref, factor in carried(factored, item, op.factors))
+    return Side(factored.sizes(key), value.element_size(), leaves, frozenset(n for n in item.names if n))
+
+
+@dataclass(eq=False)
+class Options:
+    """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute."""
+
+    shape: Shape
+    mesh: Mesh
+    device: Hardware
+    operand_classes: list[TensorClass]
+    result_classes: list[TensorClass]
+
+    @cached_property
+    def strategies(self) -> list[Strategy]:
+        return [s for s in _enumerate(self.shape, self.mesh) if self._legal(s)]
+
+    def _legal(self, strategy: Strategy) -> bool:
+        sides = [demand(self.shape, strategy, k, self.mesh) for k in range(len(self.shape.operands))]
+        made = [make(self.shape, strategy, k, self.mesh) for k in range(len(self.shape.results))]
+        return all(len({op for _, op in splits.partial}) < 2 for splits in (*sides, *made))
+
+    @cached_property
+    def operand_layouts(self) -> list[np.ndarray]:
+        """Per operand, the index of the demanded layout in its class, one entry a strategy."""
+        return [
+            np.array([c.index[demand(self.shape, s, k, self.mesh)] for s in self.strategies])
+            for k, c in enumerate(self.operand_classes)
+        ]
+
+    @cached_property
+    def result_layouts(self) -> list[np.ndarray]:
+        """Per result, the index of the layout made, one entry a strategy."""
+        return [
+            np.array([c.index[make(self.shape, s, k, self.mesh)] for s in self.strategies])
+            for k, c in enumerate(self.result_classes)
+        ]
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Compute seconds of each strategy; a placeholder computes nothing."""
+        if not self.shape.operands:
+            return np.zeros(len(self.strategies))
+        return np.array([self._seconds(s) for s in self.strategies])
+
+    def _seconds(self, strategy: Strategy) -> float:
+        ways = [self.mesh.ways(axes) for axes in strategy.split]
+        moved = sum(
+            side.itemsize * math.prod(side.sizes) / math.prod(ways[f] for b, f in side.leaves if b is not None and f is not None)
+            for side in (*self.shape.operands, *self.shape.results)
+        )  # fmt: skip
+        flops = 0.0
+        for product in self.shape.flops:
+            names = set(product.split())
+            local = [f.size / w for f, w in zip(self.shape.factors, ways, strict=True) if f.name in names]
+            flops += 2 * math.prod(local)
+        return self.device.compute_seconds(flops, moved, self.shape.dtype)
+
+
+def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
+    free = [i for i, factor in enumerate(shape.factors) if not factor.whole]
+    options: list[list[int | str | None]] = [
+        [None, *free, *(f"group {g}" for g in range(len(shape.linear)))] if ways > 1 else [None]
+        for _, ways in mesh.axes
+    ]  # None: nothing is split; int: that factor; str: that linear group passes
+    for choice in itertools.product(*options):
+        passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
+        held = [
+            tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == i and isinstance(c, int))
+            for i in range(len(shape.factors))
+        ]
+        if all(f.size % mesh.ways(axes) == 0 for f, axes in zip(shape.factors, held, strict=True)):
+            for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
+                yield Strategy(tuple(order), passes)
+
+
+def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:
+    """The layout in which a strategy needs an operand's base value."""
+    side = shape.operands[operand]
+    partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
+    additive = bool(shape.linear) and all(operand in group for group in shape.linear)
+    if additive:
+        for factor, axes in zip(shape.factors, strategy.split, strict=True):
+            if factor.name not in side.names and _reduced(shape, factor.name):
+                partial |= dict.fromkeys(axes, "sum")
+    return _splits(side, strategy, partial, mesh)
+
+
+def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
+    """The layout in which a strategy makes a result."""
+    side = shape.results[result]
+    reductions = dict(shape.reductions)
+    partial = {axis: "sum" for axis, _ in strategy.passes}
+    for factor, axes in zip(shape.factors, strategy.split, strict=True):
+        if _reduced_in(shape, factor.name, result):
+            partial |= dict.fromkeys(axes, reductions.get(factor.name, "sum"))
+    return _splits(side, strategy, partial, mesh)
+
+
+def _reduced_in(shape: Shape, name: str, result: int) -> bool:
+    read = shape.reads[result] if shape.reads else range(len(shape.operands))
+    return name not in shape.results[result].names and any(name in shape.operands[k].names for k in read)
+
+
+def _reduced(shape: Shape, name: str) -> bool:
+    return any(_reduced_in(shape, name, k) for k in range(len(shape.results)))
+
+
+def _splits(side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:
+    axes: list[tuple[str, ...]] = [() for _ in side.sizes]
+    for base, factor in side.leaves:
+        if base is not None and factor is not None:
+            axes[base] = strategy.split[factor]
+    return Splits(tuple(axes), tuple((a, partial[a]) for a in mesh.names if a in partial))
