@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import math
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,11 +63,12 @@ class _Source:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self.results: list[fx.Node | None] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         self.names: dict[fx.Node, str] = {}
-        taken: set[str] = {"aten", "torch", "shard", "current", "forward", "backward", "rebase"}
+        taken = set(re.findall(r"\w+", HEADER)) | set(dir(builtins)) | set(keyword.kwlist) | {"forward", "backward"}
         for node in graph.nodes:
-            name = node.name.strip("_") or "value"
-            while name in taken or name in dir(__builtins__):
-                name += "_"
+            name, count = node.name.strip("_") or "value", 0
+            while name in taken:
+                count += 1
+                name = f"{node.name}_{count}"
             taken.add(name)
             self.names[node] = name
 

@@ -72,7 +72,7 @@ class _Rewrite:
             args, kwargs = fx.node.map_arg(
                 (op.node.args, dict(op.node.kwargs)), lambda n: next(supply) if n in wanted else n
             )
-            new = self.graph.call_function(op.node.target, args, kwargs)  # type: ignore[arg-type]
+            new = self._call(op.node.target, args, kwargs)  # type: ignore[arg-type]
         new.meta = {"op": op, "strategy": strategy}
         several = isinstance(value_of(op.node), (tuple, list))
         used = {user.args[1] for user in op.node.users if user.target is operator.getitem} if several else {0}
@@ -82,12 +82,16 @@ class _Rewrite:
             if result.key[1] not in used:
                 continue
             splits = make(shape, strategy, index, self.mesh)
-            node = self.graph.call_function(operator.getitem, (new, result.key[1])) if several else new
+            node = self._call(operator.getitem, (new, result.key[1])) if several else new
             if several:
                 self._provenance(node, op.node)
             self._describe(node, result.key, result.value, splits, self._base_held(result.key, splits))
             self.held[result.key] = {splits: node}
             self.origin[result.key] = splits
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+        return self.graph.create_node("call_function", target, args, kwargs or {}, name=name.strip("_"))
 
     def _base_held(self, key: Key, splits: Splits) -> Held:
         return dict(zip(self.factored.leaves(key), splits.axes, strict=True))
@@ -109,7 +113,7 @@ class _Rewrite:
         identity = (old, splits, frozenset((r, a) for r, a in held.items() if a))
         if identity not in self.views:
             source = self._value(old.args[0], splits, held)  # type: ignore[arg-type]
-            node = self.graph.call_function(old.target, (source, *old.args[1:]))  # type: ignore[arg-type]
+            node = self._call(old.target, (source, *old.args[1:]))  # type: ignore[arg-type]
             self._provenance(node, old)
             own = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
             self._describe(node, value.key, value, splits, {ref: held.get(ref, ()) for ref in own})
@@ -169,7 +173,7 @@ class _Rewrite:
 
     def _view(self, node: fx.Node, key: Key, value: Value, splits: Splits) -> fx.Node:
         layout = layout_of(self.factored, value, self._base_held(key, splits), splits.partial)
-        new = self.graph.call_function(aten.view.default, (node, list(layout.shape)))
+        new = self._call(aten.view.default, (node, list(layout.shape)))
         self._provenance(new, self.now or key[0])
         self._describe(new, key, value, splits, self._base_held(key, splits))
         return new
@@ -184,7 +188,7 @@ class _Rewrite:
         keywords["axis"] = step.axis
         if step.op not in (None, "sum"):
             keywords["op"] = step.op
-        new = self.graph.call_function(getattr(collectives, step.kind), (node,), keywords)
+        new = self._call(getattr(collectives, step.kind), (node,), keywords)
         self._provenance(new, key[0])
         self._describe(new, key, value, after, self._base_held(key, after))
         return new

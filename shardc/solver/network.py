@@ -167,17 +167,19 @@ class Network:
         ]  # fmt: skip
 
     def _storable(self, op: Op) -> Accepts:
-        """A parameter is stored as a DTensor, so its layout must be one that DTensor can express."""
+        """A parameter is stored as a DTensor: every dim one contiguous chunk a rank, in an order of axes that DTensor has."""
         value = op.results[0].value
         leaves = self.factored.leaves(value.key)
 
         def test(splits: Splits) -> bool:
             layout = layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True)))
+            if splits.partial or any(len(dim) > 1 for dim in layout.simplify(self.mesh).dims):
+                return False
             try:
                 layout.to_dtensor(self.mesh)
             except LayoutError:
                 return False
-            return not splits.partial
+            return True
 
         return test
 
