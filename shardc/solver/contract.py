@@ -145,7 +145,7 @@ class Network:
             key = ("partner", oriented, self.unary[u])
             if key not in self._masks:
                 table = self.pool.read(oriented) + self.pool.arrays[self.unary[u]]
-                self._masks[key] = np.isfinite(table).any(axis=1)
+                self._masks[key] = np.asarray(np.isfinite(table).any(axis=1))
             keep = keep & self._masks[key]
         return keep
 

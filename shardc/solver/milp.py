@@ -40,7 +40,7 @@ def solve_milp(unary: Sequence[Array], edges: dict[Edge, Array], time_limit: flo
         options["time_limit"] = max(time_limit, 0.01)
     result = milp(
         costs,
-        constraints=LinearConstraint(matrix, right, right),
+        constraints=LinearConstraint(matrix, right, right),  # pyright: ignore[reportArgumentType]
         integrality=(np.arange(len(costs)) < integral).astype(np.int8),
         bounds=Bounds(0.0, 1.0),
         options=options,

