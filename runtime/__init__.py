@@ -1,0 +1,52 @@
+"""What generated code needs to run: meshes, collectives, slicing, random numbers, attention, the executable.
+
+Imports torch and nothing else of shardc, so that a saved module runs without the compiler.
+"""
+
+if __name__ != "shardc.runtime":
+    raise ImportError("import shardc.runtime")
+
+from .attention import attention, attention_backward
+from .collectives import all_gather, all_reduce, all_to_all, reduce_scatter, shard, to_partial
+from .distributed import DistributedMesh, distribute, local_mesh, swap_in
+from .errors import RankError
+from .executable import Executable, load
+from .indexing import drop_dummy, pad_dummy, rebase
+from .mesh import Context, Mesh, current
+from .random import bernoulli, rand, randn
+from .slots import Cuts, Slot, cut, cuts_of, paste, placements
+from .virtual import VirtualMesh
+
+__all__ = [
+    "Context",
+    "Cuts",
+    "DistributedMesh",
+    "Executable",
+    "Mesh",
+    "RankError",
+    "Slot",
+    "VirtualMesh",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "attention",
+    "attention_backward",
+    "bernoulli",
+    "current",
+    "cut",
+    "cuts_of",
+    "distribute",
+    "drop_dummy",
+    "load",
+    "local_mesh",
+    "pad_dummy",
+    "paste",
+    "placements",
+    "rand",
+    "randn",
+    "rebase",
+    "reduce_scatter",
+    "shard",
+    "swap_in",
+    "to_partial",
+]

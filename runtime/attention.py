@@ -1,0 +1,146 @@
+"""Attention as one operator with one backward, whatever the device: what the compiler captures, splits and emits.
+
+Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
+value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
+length]`. Results are contiguous; logsumexp is `[batch, heads, q_length]`, float32 unless q is float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RankError
+
+_INFINITY = float("inf")
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as something to add to the scores, 4-D."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -_INFINITY)
+    return mask.to(dtype).reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether the CPU's flash kernel takes these operands."""
+    return (
+        q.device.type == "cpu"
+        and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and min(q.numel(), k.numel()) > 0
+        and not (causal and mask is not None)
+    )
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    dtype = _compute_dtype(q.dtype)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-2, -1)) * scale
+    bias = _bias(mask, dtype)
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(keep.logical_not(), -_INFINITY)
+    return scores
+
+
+def _weights(scores: Tensor, logsumexp: Tensor) -> Tensor:
+    """Softmax of the scores; zeros in rows where everything is masked."""
+    total = logsumexp.unsqueeze(-1)
+    return torch.exp(scores - total.masked_fill(total == -_INFINITY, 0.0))
+
+
+@torch.library.custom_op("shardc::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`softmax(scale * q @ k^T + mask) @ v` and the logsumexp of the scores.
+
+    `causal`: query i sees keys 0 to i. A mask gets no gradient. Rows that see nothing give zeros.
+    """
+    if _has_kernel(q, k, v, mask, causal):
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
+        )
+        return out.contiguous(), logsumexp.contiguous()
+    scores = _scores(q, k, mask, causal, scale)
+    logsumexp = torch.logsumexp(scores, -1)
+    return torch.matmul(_weights(scores, logsumexp), v.to(scores.dtype)).to(q.dtype), logsumexp
+
+
+@torch.library.custom_op("shardc::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from the gradient of `out`; `out` and `logsumexp` are what `attention` returned."""
+    if _has_kernel(q, k, v, mask, causal):
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
+        )
+        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    scores = _scores(q, k, mask, causal, scale)
+    dtype = scores.dtype
+    weights = _weights(scores, logsumexp)
+    upper = grad.to(dtype)
+    inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
+    slope = weights * inner * scale
+    grad_q = torch.matmul(slope, k.to(dtype))
+    grad_k = torch.matmul(slope.transpose(-2, -1), q.to(dtype))
+    grad_v = torch.matmul(weights.transpose(-2, -1), upper)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    rows = q.shape[:-1]
+    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=_compute_dtype(q.dtype))
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, causal, scale = inputs
+    if mask is not None and mask.requires_grad:
+        raise RankError("shardc::attention gives no gradient for its mask: detach it, or write the attention out")
+    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.causal, ctx.scale = causal, scale
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, out, logsumexp = ctx.saved_tensors
+    grads = attention_backward(grad, q, k, v, mask, out, logsumexp, ctx.causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_setup)

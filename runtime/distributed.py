@@ -1,0 +1,169 @@
+"""A mesh whose ranks are processes: torch.distributed's device mesh and functional collectives."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from .errors import RankError
+from .mesh import Context, Mesh, Result
+from .slots import Slot, cut, placements
+from .virtual import VirtualMesh
+
+_REDUCTIONS = {"sum": "sum", "max": "max", "min": "min", "prod": "product"}
+# Gloo moves and reduces only these; the rest travels as bytes and is reduced in a wider type.
+_GLOO = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
+    torch.bool,
+)  # fmt: skip
+_WIDER = {torch.int16: torch.int32, torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
+
+
+class DistributedMesh(Mesh):
+    """One rank per process of the default process group, which must be initialised and as large as the mesh.
+
+    `device_type` is "cpu" (gloo) or "cuda" (nccl, the device of LOCAL_RANK). `device_mesh` is torch's. The groups of
+    the axes get the timeout of the default group.
+    """
+
+    def __init__(self, axes: Mapping[str, int], device_type: str) -> None:
+        super().__init__(axes)
+        if not dist.is_initialized():
+            raise RankError("torch.distributed is not initialised: call init_process_group, or start with torchrun")
+        world = dist.get_world_size()
+        if world != self.size:
+            names = ", ".join(f"{name}={size}" for name, size in self.axes.items())
+            raise RankError(f"the mesh {names} has {self.size} ranks, but torch.distributed runs {world} processes")
+        self.rank: int = dist.get_rank()
+        self.ranks = (self.rank,)
+        if device_type == "cuda":
+            self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self._device)
+        else:
+            self._device = torch.device(device_type)
+        self.device_mesh: DeviceMesh = init_device_mesh(
+            device_type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
+        )
+        self._groups: dict[str, dist.ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in self.axes}
+        self._adopt_timeout()
+
+    def _adopt_timeout(self) -> None:
+        """New groups start with torch's default of 10 to 30 minutes, whatever the default group was told."""
+        kind = torch.device(self._device.type)
+        default: Any = dist.group.WORLD
+        timeout = default._get_backend(kind).options._timeout
+        for group in self._groups.values():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # pyright: ignore[reportPrivateUsage]
+
+    def device(self, rank: int) -> torch.device:
+        """The device of this process."""
+        return self._device
+
+    def run(
+        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+    ) -> list[Result]:
+        """See `Mesh.run`: one result, that of this process. A peer that dies ends it within the group's timeout."""
+        state = self._broadcast(torch.get_rng_state()) if random else None
+        context = Context(self, self.rank, state)
+        result = context.call(function, arguments)
+        if context.generator is not None:
+            torch.set_rng_state(context.generator.get_state())
+        return [result]
+
+    def _broadcast(self, state: Tensor) -> Tensor:
+        state = state.to(self._device)
+        try:
+            dist.broadcast(state, 0)
+        except Exception as error:
+            raise RankError(f"rank {self.rank} failed to get the random state of rank 0: {error}") from error
+        return state.cpu()
+
+    def exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
+        """See `Mesh.exchange`. Waits at once."""
+        dtype = operand.dtype
+        direct = self._device.type != "cpu" or dtype in _GLOO
+        if collective in ("all_gather", "all_to_all"):
+            # A 0-d tensor has no bytes view, hence the leading dim.
+            rows = operand.unsqueeze(0) if collective == "all_gather" else operand
+            if direct:
+                return self._move(collective, axis, rows)
+            return self._move(collective, axis, rows.unsqueeze(-1).view(torch.uint8)).view(dtype).squeeze(-1)
+        if not direct and dtype not in _WIDER:
+            raise RankError(f"gloo does not reduce {dtype}")
+        return self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op).to(dtype)
+
+    def _move(self, collective: str, axis: str, rows: Tensor) -> Tensor:
+        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
+        n, group = self.axes[axis], self._groups[axis].group_name
+        if collective == "all_gather":
+            return ops.wait_tensor(ops.all_gather_into_tensor(rows, n, group))
+        return ops.wait_tensor(ops.all_to_all_single(rows, [1] * n, [1] * n, group))
+
+    def _reduce(self, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
+        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
+        n, group = self.axes[axis], self._groups[axis].group_name
+        if collective == "all_reduce":
+            return ops.wait_tensor(ops.all_reduce(operand, _REDUCTIONS[op], group))
+        return ops.wait_tensor(ops.reduce_scatter_tensor(operand, _REDUCTIONS[op], n, group)).squeeze(0)
+
+
+def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
+    """A DistributedMesh under torchrun (RANK and WORLD_SIZE are set) or where torch.distributed is initialised, else a
+    VirtualMesh. Initialises the process group if need be: nccl and the device of LOCAL_RANK with CUDA, else gloo."""
+    started_by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not dist.is_initialized():
+        if not started_by_torchrun:
+            return VirtualMesh(axes)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
+    return DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
+    """The DTensor of the slot's global shape whose part on this rank is `local`."""
+    strides = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
+    return DTensor.from_local(
+        local,
+        mesh.device_mesh,
+        placements(slot.cuts, slot.shape, mesh.axes),
+        run_check=False,
+        shape=torch.Size(slot.shape),
+        stride=strides,
+    )
+
+
+def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Parameter:
+    """The full `parameter` as a DTensor parameter that stores, on this rank, a copy of its own cut only.
+
+    Every rank must hold the same full values. RankError where the shape does not fit, or DTensor cannot store the cuts.
+    """
+    slot.check(parameter)
+    with torch.no_grad():
+        local = cut(parameter.detach(), slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
+        local = local.to(mesh.device(mesh.rank), copy=True)
+        return nn.Parameter(from_local(local, slot, mesh), requires_grad=parameter.requires_grad)
+
+
+def swap_in(parameter: nn.Parameter, dtensor: nn.Parameter) -> None:
+    """Make `parameter` be the DTensor, in place: optimizers and modules that hold `parameter` then hold the DTensor.
+
+    RankError where something else holds on to the tensor's inside: a graph not yet released, a weak reference.
+    """
+    try:
+        torch.utils.swap_tensors(parameter, dtensor)
+    except RuntimeError as error:
+        raise RankError(
+            f"cannot swap a parameter of shape {tuple(parameter.shape)} for its DTensor: {error}. "
+            "Compile before the first backward, or drop the old graph first"
+        ) from error

@@ -1,0 +1,62 @@
+"""What goes wrong on a rank, and how it is told: which rank, which axis and collective, which line of generated code."""
+
+from __future__ import annotations
+
+import linecache
+import os
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+
+_HIDDEN = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(torch.__file__)))
+
+
+class RankError(RuntimeError):
+    """A run that failed on a rank, or that was asked for something which it cannot give.
+
+    `rank` is the rank that failed first (None where no rank was running), `axis` the mesh axis of the collective that
+    was under way (None outside of collectives), `line` the line of generated code, with its trailing comment ("" where
+    there is none).
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, axis: str | None = None, line: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.axis = axis
+        self.line = line
+
+
+def generated_line(traceback: TracebackType | None) -> tuple[str, str]:
+    """`("file.py:41", "h = all_reduce(h, axis='tp')  # mlp, model.py:12")`: the innermost line of `traceback` that is
+    neither torch's nor this package's, which is the line of generated code. Two empty strings where there is none."""
+    place, line = "", ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if not os.path.abspath(name).startswith(_HIDDEN):
+            place = f"{name}:{traceback.tb_lineno}"
+            line = linecache.getline(name, traceback.tb_lineno).strip()
+        traceback = traceback.tb_next
+    return place, line
+
+
+def rank_error(
+    error: BaseException, rank: int, coordinates: Mapping[str, int], operation: tuple[str, str] | None
+) -> RankError:
+    """The RankError for `error`, which ended `rank` while `operation` = (collective, axis) was under way.
+
+    A RankError that names its rank is handed through unchanged.
+    """
+    if isinstance(error, RankError) and error.rank is not None:
+        return error
+    place, line = generated_line(error.__traceback__)
+    at = " ".join(f"{axis}={index}" for axis, index in coordinates.items())
+    text = f"rank {rank} ({at}) failed" if at else f"rank {rank} failed"
+    if operation is not None:
+        text += f" in {operation[0]} over axis {operation[1]!r}"
+    if place:
+        text += f" at {place}: {line}"
+    kind = "" if isinstance(error, RankError) else f"{type(error).__name__}: "
+    result = RankError(f"{text}\n  {kind}{error}", rank=rank, axis=operation[1] if operation else None, line=line)
+    result.__cause__ = error
+    return result

@@ -1,0 +1,177 @@
+"""What goes in and out of a generated module: the slots, and the way between a global tensor and its local parts.
+
+`cuts` lead from the global tensor to a rank's: `(dim, outer, axis)` in order means: view dim as `(outer, rest)`, keep
+of `rest` the chunk numbered by the rank's coordinate on the axis, merge again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard  # pyright: ignore
+
+from .errors import RankError
+
+Cuts = tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input, output, tangent or gradient of a generated module.
+
+    `role` and `name` say what it is to the user, `index` is the position among the flat inputs or outputs; `shape` is
+    global, `dtype` a name such as "float32"; without `cuts` it is whole on every rank.
+    """
+
+    role: str
+    name: str
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+    cuts: Cuts
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.name or self.index}"
+
+    def check(self, tensor: Tensor) -> None:
+        """RankError unless `tensor` has this slot's global shape and dtype."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tuple(tensor.shape) != tuple(self.shape) or dtype != self.dtype:
+            raise RankError(
+                f"{self} must be {self.dtype}{list(self.shape)}, as when the program was compiled, "
+                f"but is {dtype}{list(tensor.shape)}"
+            )
+
+
+def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]) -> Tensor:
+    """The part of the global `tensor` that the rank at `coordinates` holds. Contiguous; without cuts not a copy.
+
+    RankError where a dim does not split evenly.
+    """
+    for dim, outer, axis in cuts:
+        n, size = axes[axis], tensor.shape[dim]
+        if size % (outer * n):
+            raise RankError(f"dim {dim} of {tuple(tensor.shape)} does not split into {outer} x {n} even chunks ({axis})")
+        blocks = tensor.unflatten(dim, (outer, n, size // (outer * n)))
+        tensor = blocks.select(dim + 1, coordinates[axis]).flatten(dim, dim + 1)
+    return tensor.contiguous()
+
+
+def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> Tensor:
+    """The global tensor of `shape` from the local ones of all ranks, numbered row-major over `axes`.
+
+    Ranks that hold the same part must hold the same values: the part of the lowest is taken. RankError if the parts do
+    not make up `shape`.
+    """
+
+    def build(level: int, coordinates: dict[str, int]) -> Tensor:
+        if level == len(cuts):
+            rank = 0
+            for axis, size in axes.items():
+                rank = rank * size + coordinates.get(axis, 0)
+            return parts[rank]
+        dim, outer, axis = cuts[level]
+        pieces = [build(level + 1, {**coordinates, axis: index}) for index in range(axes[axis])]
+        if outer == 1:
+            return torch.cat(pieces, dim)
+        blocks = [piece.unflatten(dim, (outer, piece.shape[dim] // outer)) for piece in pieces]
+        return torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
+
+    result = build(0, {})
+    if tuple(result.shape) != tuple(shape):
+        raise RankError(f"local parts of shape {tuple(parts[0].shape)} paste to {tuple(result.shape)}, not {tuple(shape)}")
+    return result
+
+
+def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tuple[Placement, ...]:
+    """DTensor placements, one per mesh axis, that store on every rank exactly what `cut` gives.
+
+    DTensor splits in the order of the mesh's axes; `_StridedShard(dim, split_factor=outer)` is our cut with `outer`.
+    So the cuts are brought into mesh order. RankError where a dim is uneven, an axis is used twice, or the chunks of
+    two cuts overlap only in part, so that no such order exists.
+    """
+    result: dict[str, Placement] = {}
+    if len({axis for _, _, axis in cuts}) < len(cuts):
+        raise RankError(f"an axis is used twice in the cuts {cuts}")
+    for dim in {dim for dim, _, _ in cuts}:
+        own = [(outer, axis) for at, outer, axis in cuts if at == dim]
+        for outer, axis in _in_mesh_order(own, dim, shape, axes):
+            result[axis] = Shard(dim) if outer == 1 else _StridedShard(dim, split_factor=outer)
+    return tuple(result.get(axis, Replicate()) for axis in axes)
+
+
+def cuts_of(placements: Sequence[Placement], shape: Sequence[int], axes: Mapping[str, int]) -> Cuts:
+    """The inverse of `placements`: cuts in the order of the mesh's axes. RankError for Partial and for uneven dims."""
+    cuts: list[tuple[int, int, str]] = []
+    local = list(shape)
+    for (axis, n), placement in zip(axes.items(), placements, strict=True):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, (Shard, _StridedShard)):
+            raise RankError(f"{placement} on axis {axis!r} is no split of the tensor and has no cuts")
+        outer = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        dim = placement.dim % len(local) if local else 0
+        if not local or local[dim] % (outer * n):
+            raise RankError(f"dim {dim} of {tuple(shape)} does not split evenly as {placement} on axis {axis!r}")
+        local[dim] //= n
+        cuts.append((dim, outer, axis))
+    return tuple(cuts)
+
+
+def _in_mesh_order(
+    cuts: list[tuple[int, str]], dim: int, shape: Sequence[int], axes: Mapping[str, int]
+) -> list[tuple[int, str]]:
+    """The `(outer, axis)` of one dim, in the order of the mesh's axes, that amount to `cuts`."""
+    used = [axis for _, axis in cuts]
+    ordered = [axis for axis in axes if axis in used]
+    if used == ordered:
+        local = shape[dim]
+        for outer, axis in cuts:
+            if local % (outer * axes[axis]):
+                raise _not_expressible(dim, shape, outer, axis, axes[axis])
+            local //= axes[axis]
+        return cuts
+    factors: list[tuple[int, str | None]] = [(shape[dim], None)]
+    for outer, axis in cuts:
+        factors = _split(factors, outer, axis, axes[axis], dim, shape)
+    names = [name for _, name in factors]
+    result: list[tuple[int, str]] = []
+    for axis in ordered:
+        done = {name for _, name in result}
+        before = factors[: names.index(axis)]
+        result.append((math.prod(size for size, name in before if name not in done), axis))
+    return result
+
+
+def _not_expressible(dim: int, shape: Sequence[int], outer: int, axis: str, n: int) -> RankError:
+    return RankError(
+        f"DTensor cannot store dim {dim} of {tuple(shape)} cut by {axis!r} into {n} within {outer} blocks: "
+        "the chunks are uneven or overlap those of another axis only in part"
+    )
+
+
+def _split(
+    factors: list[tuple[int, str | None]], outer: int, axis: str, n: int, dim: int, shape: Sequence[int]
+) -> list[tuple[int, str | None]]:
+    """`factors`, whose product is the global dim, major to minor, with one cut more: `(n, axis)` put in at the place
+    that has `outer` blocks of the local dim before it. Factors that carry an axis are no longer part of the local dim."""
+    result: list[tuple[int, str | None]] = []
+    ahead, placed = outer, False
+    for size, name in factors:
+        if name is not None or placed:
+            result.append((size, name))
+        elif size % (ahead * n) == 0:
+            result += [(ahead, None), (n, axis), (size // (ahead * n), None)]
+            placed = True
+        elif ahead % size == 0:
+            result.append((size, None))
+            ahead //= size
+        else:
+            break
+    if not placed:
+        raise _not_expressible(dim, shape, outer, axis, n)
+    return [(size, name) for size, name in result if size != 1 or name is not None]
