@@ -76,10 +76,12 @@ class _Source:
         forward_results = [r for p, r in self._ports() if p.role is not Role.GRADIENT]
         forward = _ancestors(r for r in forward_results if r is not None)
         gradients = [r for p, r in self._ports() if p.role is Role.GRADIENT]
-        backward = _ancestors(g for g in gradients if g is not None) - forward
+        backward = _ancestors(g for g in gradients if g is not None)
         tangents = [n for n, p in self._inputs() if p.role is Role.TANGENT]
         primals = [n for n, p in self._inputs() if p.role is not Role.TANGENT]
-        backward -= set(primals)
+        # all results of an operator are made where it runs
+        forward |= {n for n in backward if n.target is operator.getitem and n.args[0] in forward}
+        backward -= forward | set(primals)
         saved = [n for n in self.graph.nodes if (n in forward or n in primals) and self._needed(n, backward, gradients)]
         parts = [
             HEADER.format(mesh=self.mesh, axes=self.mesh.sizes, random=any(_draws(n) for n in self.graph.nodes)),

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factoring import VIEWS, Op
+from shardc.rules.notation import Size
 from shardc.runtime import indexing
 from shardc.solver.strategies import Strategy
 
@@ -48,7 +50,7 @@ def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: 
 
 
 def _size(
-    node: fx.Node, op: Op, meaning: int | str, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh
+    node: fx.Node, op: Op, meaning: Size, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh
 ) -> int | list[int]:
     """A size-like argument: the local shape of result `meaning`, or the local size of the factor called so."""
     if isinstance(meaning, int):
@@ -56,11 +58,14 @@ def _size(
         layouts = {user.args[1]: user.meta["layout"] for user in node.users if user.target is operator.getitem}
         layout: Layout = node.meta["layout"] if "layout" in node.meta else layouts[key[1]]
         return list(layout.local_shape(mesh))
-    total = 1
-    for factor in op.factors:
-        if factor.name == meaning:
-            total *= factor.size // mesh.ways(split[factor.name, factor.index])
-    return total
+    if isinstance(meaning, tuple):
+        return [_factor_size(op, name, split, mesh) for name in meaning]
+    return _factor_size(op, meaning, split, mesh)
+
+
+def _factor_size(op: Op, name: str, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh) -> int:
+    own = [f for f in op.factors if f.name == name]
+    return math.prod(f.size // mesh.ways(split[f.name, f.index]) for f in own)
 
 
 def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, ...], mesh: Mesh) -> None:

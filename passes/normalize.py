@@ -37,9 +37,12 @@ def normalize(program: Program) -> Program:
 def _replace(node: fx.Node, results: Any) -> None:
     if not isinstance(results, (tuple, list)):
         node.replace_all_uses_with(results)
+        node.graph.erase_node(node)
         return
     for user in list(node.users):
         assert user.target is operator.getitem
         replacement = results[user.args[1]]  # type: ignore[index]
         assert isinstance(value_of(replacement), torch.Tensor)
         user.replace_all_uses_with(replacement)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)

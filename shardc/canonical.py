@@ -37,6 +37,7 @@ class Rewriter:
     def placeholder(self, old: fx.Node, name: str) -> fx.Node:
         """A placeholder that stands for `old`."""
         new = self.graph.placeholder(name)
+        new.target = new.name  # what the graph made of the name: unique, and no keyword
         new.meta["val"] = old.meta["val"]
         self.env[old] = new
         return new
@@ -55,6 +56,8 @@ class Rewriter:
         return self.graph
 
     def _copied(self, old: fx.Node) -> fx.Node:
+        args: Any
+        kwargs: Any
         args, kwargs = fx.map_arg((old.args, dict(old.kwargs)), self.env.__getitem__)
         target: Target = old.target  # type: ignore[assignment]
         val = old.meta.get("val")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -41,8 +41,7 @@ def capture(
     Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
     burned in. Raises CaptureError, LayoutError.
     """
-    state = _State(module)
-    trace = _Trace(state, tuple(args), dict(kwargs or {}), grad, differentiable, dict(constraints or {}))
+    trace = _Trace(_State(module), tuple(args), dict(kwargs or {}), grad, differentiable, dict(constraints or {}))
     return _Builder(trace, trace.run()).program()
 
 
@@ -65,7 +64,7 @@ class _State:
         self.tensors: dict[int, Tensor] = {}
         self.places: dict[int, list[tuple[nn.Module, str]]] = {}
         for role in (Role.PARAMETER, Role.BUFFER):
-            for path, part in module.named_modules():
+            for path, part in module.named_modules(remove_duplicate=False):
                 for key, tensor in _registry(part, role).items():
                     if tensor is not None:
                         self._add(role, f"{path}.{key}" if path else key, part, key, tensor)
@@ -84,7 +83,7 @@ class _State:
         ]
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
+    def unchanged(self) -> Generator[None]:
         """Whatever the model does to its own attributes in here is undone at the end."""
         saved = [(part, dict(vars(part))) for part in self.module.modules()]
         inner = [(own, dict(own)) for _, own_vars in saved for own in own_vars.values() if isinstance(own, dict)]
@@ -258,36 +257,31 @@ class _Builder:
         ports, values = self._results()
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
-        forward_of = _by_sequence(graph)
-        _locate(nodes, forward_of)
+        _locate(nodes, _by_sequence(graph))
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)
         _mark_phases(new, [r for r, port in zip(results, ports, strict=True) if port.role is not Role.GRADIENT])
         assert self.trace.out_spec is not None
         return Program(
-            graph=new,
-            inputs=self.inputs,
-            outputs=ports,
-            out_spec=self.trace.out_spec,
-            out_leaves=self.trace.out_leaves,
+            new,
+            self.inputs,
+            ports,
+            self.trace.out_spec,
+            self.trace.out_leaves,
             constants=self.constants,
             tied=dict(self.trace.state.tied),
         )
 
     def _results(self) -> tuple[list[Port], list[fx.Node | None]]:
         """Outputs, then mutations, then gradients, with their ports."""
-        found: dict[Role, list[tuple[Port, fx.Node | None]]] = {
-            Role.OUTPUT: [],
-            Role.MUTATION: [],
-            Role.GRADIENT: [],
-        }
+        roles = (Role.OUTPUT, Role.MUTATION, Role.GRADIENT)
+        found: dict[Role, list[tuple[Port, fx.Node | None]]] = {role: [] for role in roles}
         graph = self.traced.graph
         for (kind, index), value in zip(
             compat.output_kinds(graph), pytree.tree_leaves(graph.output_node().args), strict=True
         ):
             if kind == "output":
-                # The copy that `_flat_outputs` made; it stays where it is a view's materialisation of an input.
                 found[Role.OUTPUT].append((Port(Role.OUTPUT, "", index), _uncloned(value)))
             elif kind:
                 source = self.trace.slots[index].port
@@ -337,6 +331,7 @@ class _Builder:
 
 
 def _uncloned(value: fx.Node) -> fx.Node:
+    """An output without the copy that `_flat_outputs` made."""
     return value.args[0] if value.target is torch.ops.aten.clone.default else value  # type: ignore[return-value]
 
 
@@ -389,16 +384,17 @@ def _brief(tensor: Tensor | None) -> str:
 def _explained(error: Exception, path: str) -> CaptureError:
     """The CaptureError for a failed trace: where in the user's code, what, and what to do about it."""
     found = compat.failing_frame(error.__traceback__)
-    place = f"module {path!r}" if path else "the model"
+    place, code = f"module {path!r}" if path else "the model", ""
     if found is not None:
-        frame, line = found
-        filename = frame.f_code.co_filename
+        filename, line = found[0].f_code.co_filename, found[1]
+        place += f", {filename}:{line}"
         text = linecache.getline(filename, line).strip()
-        place += f", {filename}:{line}" + (f"\n    {text}\n" if text else "")
+        code = f"\n    {text}" if text else ""
     if compat.is_data_dependent(error):
         return CaptureError(
             f"{place}: the program branches on, or takes a shape from, a value that is only known when it runs. "
             "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in. "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}){code}"
         )
-    return CaptureError(f"{place}: the model cannot be traced: {type(error).__name__}: {error}")
+    reason = next(iter(str(error).splitlines()), "")
+    return CaptureError(f"{place}: the model cannot be traced: {type(error).__name__}: {reason}{code}")

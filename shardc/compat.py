@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-import shardc.runtime.attention  # noqa: F401  (defines torch.ops.shardc.attention)
+from shardc.runtime.attention import attention as fused_attention
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What fake tensors raise where the program asks for a value that only a run would know."""
@@ -91,7 +91,7 @@ def _argument(what: object) -> int:
 
 
 @contextmanager
-def tracing_flags(module: nn.Module) -> Iterator[None]:
+def tracing_flags(module: nn.Module) -> Generator[None]:
     """Global switches for the time of a trace; all are set back, also after an error."""
     generator, python_random = torch.get_rng_state(), random.getstate()
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def tracing_flags(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _transformers(module: nn.Module) -> Iterator[None]:
+def _transformers(module: nn.Module) -> Generator[None]:
     """What transformers models need to be traced; nothing of it outlives the trace."""
     with ExitStack() as stack:
         masks = sys.modules.get("transformers.masking_utils")
@@ -146,7 +146,7 @@ class Provenance(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "__get__":  # `x.shape` and the like: no operator
+        if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             return func(*args, **kwargs)
         meta = fx_traceback.current_meta
         before = meta.get("nn_module_stack")
@@ -157,7 +157,7 @@ class Provenance(TorchFunctionMode):
             meta["nn_module_stack"] = before
 
     @contextmanager
-    def tracking(self) -> Iterator[None]:
+    def tracking(self) -> Generator[None]:
         """Follow the modules of the model, and see every operator. Global hooks: the model itself is not touched."""
 
         def enter(part: nn.Module, _: Any) -> None:
@@ -209,7 +209,7 @@ def attention(
     free_mask = attn_mask is None or not (is_causal or attn_mask.requires_grad)
     if dropout_p == 0.0 and plain and free_mask:
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return torch.ops.shardc.attention(query, key, value, attn_mask, is_causal, scale)[0]
+        return fused_attention(query, key, value, attn_mask, is_causal, scale)[0]
     with sdpa_kernel(SDPBackend.MATH):
         return _TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 

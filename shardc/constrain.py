@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -83,7 +83,7 @@ def check(text: str, rank: int, place: str) -> None:
 
 
 @contextmanager
-def recording() -> Iterator[None]:
+def recording() -> Generator[None]:
     """While this is open, `constrain` leaves its operator in the graph."""
     global _capturing
     before, _capturing = _capturing, True

@@ -11,7 +11,8 @@
 `linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that is in every
 group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the operands that each result
 depends on; a result is partial over a factor only if it reads an operand that carries it. `sizes` maps the position of a
-size-like argument to the result whose (local) shape it is, or to the name of the factor whose local size it is.
+size-like argument to the result whose (local) shape it is, to the factor whose local size it is, or to the factors of a list of
+sizes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch._ops import OpOverload
 from shardc.errors import RuleError
 
 Dims = tuple[str | None, ...]
+Size = int | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Rule:
     indices: Mapping[int, str] = field(default_factory=dict[int, str])
     linear: tuple[frozenset[int], ...] = ()
     reads: tuple[frozenset[int], ...] | None = None
-    sizes: Mapping[int, int | str] = field(default_factory=dict[int, int | str])
+    sizes: Mapping[int, Size] = field(default_factory=dict[int, Size])
     flops: tuple[str, ...] = ()
 
 
@@ -48,7 +50,7 @@ def parse(
     text: str,
     linear: Iterable[Iterable[int]] = (),
     reads: Iterable[Iterable[int]] | None = None,
-    sizes: Mapping[int, int | str] | None = None,
+    sizes: Mapping[int, Size] | None = None,
     flops: Iterable[str] = (),
 ) -> Rule:
     """Read the notation above. `flops`: matrix products, each two flops per point of the factors it names, as `m k n`."""
@@ -97,6 +99,7 @@ def parse(
 
 Maker = Callable[..., Rule]
 _RULES: dict[OpOverload, Maker] = {}
+_FAMILIES: list[tuple[Callable[[OpOverload], bool], Callable[[OpOverload], Maker]]] = []
 
 
 def rule(*operators: OpOverload) -> Callable[[Maker], Maker]:
@@ -118,8 +121,21 @@ def fixed(*operators: OpOverload, text: str, **given: Any) -> None:
     rule(*operators)(lambda *_args, **_kwargs: parsed)
 
 
+def family(belongs: Callable[[OpOverload], bool]) -> Callable[[Callable[[OpOverload], Maker]], None]:
+    """Register a maker of makers for every operator without a rule of its own that `belongs`."""
+
+    def register(make: Callable[[OpOverload], Maker]) -> None:
+        _FAMILIES.append((belongs, make))
+
+    return register
+
+
 def maker_of(operator: Any) -> Maker | None:
     """The rule maker of `operator`, None when it has no rule."""
+    if operator not in _RULES and isinstance(operator, OpOverload):
+        for belongs, make in _FAMILIES:
+            if belongs(operator):
+                return make(operator)
     return _RULES.get(operator)
 
 

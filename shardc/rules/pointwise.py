@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules.notation import Rule, parse, registered, rule
+from shardc.rules.notation import Rule, family, parse
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ FIRST = (
 
 UNTAGGED = (
     aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.zeros_like.default, aten.ones_like.default,
-    aten.full_like.default, aten.empty_like.default, torch.ops.shardc.constrain.default,
+    aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default, torch.ops.shardc.constrain.default,
 )  # fmt: skip
 """Elementwise operators that torch does not tag as pointwise."""
 
@@ -68,23 +68,6 @@ def _linear(operator: OpOverload, arguments: tuple[Any, ...], operands: int) -> 
     return [{0}] if operator in FIRST else []
 
 
-def _register() -> None:
-    taken = set(registered())
-    for name in dir(aten):
-        packet = getattr(aten, name)
-        for overload in getattr(packet, "overloads", list)():
-            operator = getattr(packet, overload)
-            mutates = operator._schema.is_mutable
-            if torch.Tag.pointwise in operator.tags and not mutates and operator not in taken:
-                rule(operator)(_maker(operator))
-                taken.add(operator)
-    for operator in UNTAGGED:
-        if operator not in taken:
-            rule(operator)(_maker(operator))
-
-
+@family(lambda operator: torch.Tag.pointwise in operator.tags or operator in UNTAGGED)
 def _maker(operator: OpOverload) -> Any:
     return lambda *args, **kwargs: pointwise(operator, args, kwargs)
-
-
-_register()

@@ -50,7 +50,7 @@ def extreme(x: torch.Tensor, dim: int, keepdim: bool = False) -> Rule:
     return parse(f"{mark(names, [dim])} -> {right}, {right}")
 
 
-@rule(aten._softmax.default, aten._log_softmax.default)
+@rule(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
 def softmax(x: torch.Tensor, dim: int, *_: object) -> Rule:
     names = mark(letters(x), [dim])
     return parse(f"{names} -> {names}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardc.rules.notation import Rule, letters, parse, rule
+from shardc.rules.notation import Rule, Size, letters, parse, rule
 
 aten = torch.ops.aten
 
@@ -63,9 +63,9 @@ def convolution_backward(
         f"{w0} {w1} {kernel}" if mask[1] else "_",
         o if mask[2] else "_",
     ]
-    sizes: dict[int, int | str] = {9: "g"} if w0 == "g" else {}
+    sizes: dict[int, Size] = {9: "g"} if w0 == "g" else {}
     if bias_sizes:
-        sizes[3] = 2 if mask[2] else o
+        sizes[3] = 2 if mask[2] else (o,)
     out_space = _space(grad, "y")
     products = " ".join(name.rstrip("!") for name in f"{n} {o} {out_space} {w1} {kernel}".split() if name != "1")
     text = f"{n} {o} {out_space}, {n} {c} {space}, {w0} {w1} {kernel} -> {', '.join(results)}"

@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 def shape_of(factored: Factored, op: Op) -> Shape:
     """The shape of an operator in a program."""
     outputs = value_of(op.node)
-    first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    first = next(v for v in outputs if v is not None) if isinstance(outputs, (tuple, list)) else outputs
     return Shape(
         tuple(op.factors),
         tuple(_side(factored, op, item) for item in op.operands),
