@@ -233,6 +233,38 @@ def test_gpt2_is_tied() -> None:
     assert sum(port.name == "transformer.wte.weight" for port in program.inputs) == 1
 
 
+def test_shared_modules_are_tied() -> None:
+    inner = nn.Linear(4, 4)
+    module = nn.Sequential(inner, nn.Tanh(), inner)
+    program = verify(module, X, scalar=False)
+    assert program.tied == {"2.weight": "0.weight", "2.bias": "0.bias"}
+
+
+def test_key_value_caches_come_back() -> None:
+    model = llama().double()
+    options = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": True}
+    program = capture(model, (), options)
+    output, _, _ = execute(program, model, (), options)
+    expected = model(**options).past_key_values
+    assert type(output.past_key_values) is type(expected)
+    assert_same(output.past_key_values.layers[1].keys, expected.layers[1].keys)
+
+
+def test_checkpointing_is_ignored() -> None:
+    """AOTAutograd switches saved-tensor hooks off: what to recompute is the plan's decision."""
+    model = llama().train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert operators(verify(model, input_ids=TOKENS, labels=TOKENS))["shardc.attention.default"] == 2
+
+
+def test_placeholder_names_are_unique_identifiers() -> None:
+    module = Small(lambda self, y: (y * self.lambda_ * self.inner_weight).sum())
+    module.register_parameter("lambda_", nn.Parameter(torch.ones(4)))
+    module.register_parameter("inner_weight", nn.Parameter(torch.ones(4)))
+    names = [node.target for node in verify(module, X).placeholders]
+    assert len(set(names)) == len(names)
+
+
 def test_dropout_draws_the_same_random_numbers() -> None:
     verify(gpt2(), input_ids=TOKENS, labels=TOKENS)
     program = verify(GPT(), TOKENS, TOKENS)
