@@ -345,9 +345,8 @@ def _by_sequence(graph: fx.Graph) -> dict[int, tuple[str, str]]:
     """Autograd's sequence number of a forward operator → where the operator stands in the user's code."""
     found: dict[int, tuple[str, str]] = {}
     for node in graph.nodes:
-        place = node.meta.get("nn_module_stack")
-        if place is not None and "seq_nr" in node.meta:
-            found.setdefault(node.meta["seq_nr"], place)
+        if node.meta.get("nn_module_stack") and "seq_nr" in node.meta:
+            found.setdefault(node.meta["seq_nr"], node.meta["nn_module_stack"])
     return found
 
 
