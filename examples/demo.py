@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import sys
 
-import llama
 import torch
-from text import batches
 from torch import nn
 from tqdm import tqdm
 
+import llama
 import shardc
 from shardc import shard
 from shardc.inspect.progress import working
+from text import batches
 
 STEPS = 30
 MESH = "dp=2,tp=2"

@@ -16,7 +16,7 @@ from shardc import shard
 class MLP(nn.Module):
     """A single-device program: nothing in it knows of a mesh."""
 
-    def __init__(self, width: int = 64, hidden: int = 256) -> None:
+    def __init__(self, width: int = 256, hidden: int = 1024) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
@@ -36,7 +36,7 @@ def model() -> nn.Module:
 
 def inputs() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(32, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    return torch.randn(16, 256, generator=generator), torch.randn(16, 256, generator=generator)
 
 
 def main() -> None:

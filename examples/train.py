@@ -10,11 +10,11 @@ import argparse
 import os
 
 import torch
-from gpt import GPT, Config
-from text import batches
 from tqdm import tqdm
 
+from gpt import GPT, Config
 from shardc import shard
+from text import batches
 
 
 def main() -> None:

@@ -1,0 +1,195 @@
+"""The command line: `shardc plan | compile | run FILE --mesh dp=2,tp=2`.
+
+FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardc import api
+from shardc.errors import ConstraintError, ShardcError
+from shardc.inspect.progress import working
+from shardc.runtime import RankError
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 for success, 2 for what the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ShardcError, RankError) as error:
+        print(f"shardc: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardc", description="Shard PyTorch programs over a mesh of devices.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help, description=help)
+        one.set_defaults(command=command)
+        one.add_argument("file", type=Path, metavar="FILE", help="Python file with model() and inputs()")
+        one.add_argument("--mesh", required=True, help="axes and sizes, the slowest first: dp=2,tp=4")
+        one.add_argument("--hardware", help="what costs are computed for, like h100 (default: this machine)")
+        one.add_argument("--mode", choices=api.MODES, default="auto", help="who decides what is not annotated")
+        one.add_argument("--outputs", choices=api.OUTPUTS, default="full", help="gather outputs or leave them sharded")
+        one.add_argument(
+            "--constraint",
+            action="append",
+            default=[],
+            metavar="PATTERN=SPEC",
+            help="layout of a weight or a module's output: 'layers.*.up.weight=tp,-' (-: whole, ?: open)",
+        )
+        return one
+
+    add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.")
+    compiler = add("compile", _compile, "Print the generated code, or the graph after a pass.")
+    compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(api.PASSES)}")
+    compiler.add_argument("-o", "--output", type=Path, metavar="OUT.PY", help="write the generated code here")
+    add("run", _run, "Run one step on the mesh (virtual, or under torchrun) and compare it with a single device.")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    print(_compiled(options, *_load(options.file)).plan)
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    after: str | None = options.print_after
+    if after is not None and after not in api.PASSES:
+        raise ShardcError(f"--print-after {after}: no such pass; the passes are {', '.join(api.PASSES)}")
+    compiled = _compiled(options, *_load(options.file))
+    if after is not None:
+        print(compiled.graph(after))
+    if options.output is not None:
+        try:
+            compiled.save(options.output)
+        except OSError as error:
+            raise ShardcError(f"cannot write {options.output}: {error.strerror}") from error
+        print(f"wrote {options.output}", file=sys.stderr)
+    elif after is None:
+        print(compiled.code)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    model, inputs = _load(options.file)
+    meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if meta is not None:
+        raise ShardcError(f"{options.file}: {meta} is on the meta device; such a model can be planned but not run")
+    single = copy.deepcopy(model)
+    compiled = _compiled(options, model, inputs)
+    torch.manual_seed(1)
+    outputs = _tensors(_call(compiled, inputs))
+    torch.manual_seed(1)
+    expected = _tensors(_call(single, inputs))
+    differences = [_difference(a, b) for a, b in zip(outputs, expected, strict=True)]
+    lines = [
+        f"output {index}: {_summary(_whole(tensor))}   largest difference to one device {difference:.1e}"
+        for index, (tensor, difference) in enumerate(zip(outputs, differences, strict=True))
+    ]
+    if expected and expected[0].requires_grad:
+        outputs[0].sum().backward()
+        expected[0].sum().backward()
+        alone = dict(single.named_parameters())
+        gradients = {
+            name: _difference(parameter.grad, alone[name].grad)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        if gradients:
+            worst = max(gradients, key=gradients.__getitem__)
+            lines.append(f"{len(gradients)} gradients: largest difference {gradients[worst]:.1e} ({worst})")
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+    return 0
+
+
+def _load(path: Path) -> tuple[nn.Module, Inputs]:
+    """The model and the inputs of the user's file, which may import its neighbours."""
+    if not path.is_file():
+        raise ShardcError(f"{path} is no file; name a Python file with model() and inputs()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ShardcError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    missing = [name for name in ("model", "inputs") if not callable(getattr(module, name, None))]
+    if missing:
+        names = " and ".join(f"{name}()" for name in missing)
+        raise ShardcError(f"{path} lacks {names}; model() gives the nn.Module and inputs() a tuple or dict of inputs")
+    model, inputs = module.model(), module.inputs()
+    if not isinstance(model, nn.Module):
+        raise ShardcError(f"{path}: model() gives a {type(model).__name__}, not an nn.Module")
+    if not isinstance(inputs, (tuple, Mapping)):
+        raise ShardcError(f"{path}: inputs() gives a {type(inputs).__name__}, not a tuple or dict")
+    return model, inputs
+
+
+def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> api.Compiled:
+    constraints: dict[str, str] = {}
+    for text in options.constraint:
+        pattern, equals, spec = text.partition("=")
+        if not equals or not pattern:
+            raise ConstraintError(f"--constraint {text}: write PATTERN=SPEC, like 'layers.*.up.weight=tp,-'")
+        constraints[pattern.strip()] = spec.strip()
+    with working(f"compiling {options.file.name} for {options.mesh}"):
+        return api.compile(
+            model,
+            options.mesh,
+            inputs,
+            mode=options.mode,
+            constraints=constraints,
+            hardware=options.hardware,
+            outputs=options.outputs,
+        )
+
+
+def _call(function: Callable[..., Any], inputs: Inputs) -> Any:
+    return function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The global tensor, on this process."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else float("nan")
+    a, b = _whole(a).detach(), b.detach()
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def _summary(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.numel() == 1:
+        return f"{kind} {tensor.item():.6f}"
+    return f"{kind}{list(tensor.shape)} mean {tensor.double().mean().item():.6f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

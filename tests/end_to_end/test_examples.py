@@ -1,0 +1,81 @@
+"""The programs in examples/ run, and the command line does on them what it promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run python with `command` in the root; check the exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == code, f"{command}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+    return ran
+
+
+def cli(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("-m", "shardc.cli", *arguments, code=code)
+
+
+@pytest.mark.parametrize("arguments", [["mlp.py"], ["constrain.py"], ["train.py", "--steps", "2"]], ids=lambda a: a[0])
+def test_example_runs(arguments: list[str]) -> None:
+    assert "plan for mesh dp=2,tp=2" in run(str(EXAMPLES / arguments[0]), *arguments[1:]).stdout
+
+
+@pytest.mark.distributed
+def test_train_under_torchrun_prints_the_losses_of_the_virtual_mesh() -> None:
+    train = [str(EXAMPLES / "train.py"), "--steps", "2", "--dropout", "0"]
+    virtual = run(*train).stdout
+    real = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *train).stdout
+
+    def losses(text: str) -> list[float]:
+        return [float(line.split()[-1]) for line in text.splitlines() if line.startswith("step")]
+
+    assert len(losses(virtual)) == 2
+    assert losses(real) == pytest.approx(losses(virtual), abs=2e-5)
+
+
+def test_plan_prints_the_plan() -> None:
+    out = cli("plan", "examples/mlp.py", "--mesh", "tp=4", "--hardware", "h100", "--constraint", "up.weight=tp,-").stdout
+    assert "plan for mesh tp=4 on h100" in out
+    assert "up.weight  f32[1024@tp, 256]" in out
+
+
+def test_compile_prints_the_graph_after_a_pass_and_writes_the_code(tmp_path: Path) -> None:
+    file = tmp_path / "out.py"
+    out = cli("compile", "examples/mlp.py", "--mesh", "tp=2", "--print-after", "capture", "-o", str(file)).stdout
+    assert "addmm(" in out
+    assert "def forward(" in file.read_text()
+    assert "shardc.runtime" in file.read_text()
+
+
+def test_run_compares_with_one_device() -> None:
+    out = cli("run", "examples/mlp.py", "--mesh", "dp=2,tp=2").stdout
+    assert "output 0: float32" in out
+    assert "4 gradients: largest difference" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nowhere.py", "--mesh", "tp=2"], "nowhere.py is no file"),
+        (["plan", "examples/text.py", "--mesh", "tp=2"], "lacks model() and inputs()"),
+        (["plan", "examples/mlp.py", "--mesh", "tp=two"], "cannot read 'tp=two'"),
+        (["plan", "examples/mlp.py", "--mesh", "tp=2", "--constraint", "up.weight"], "write PATTERN=SPEC"),
+        (["plan", "examples/mlp.py", "--mesh", "tp=2", "--constraint", "upp.weight=tp,-"], "nearest: up.weight"),
+        (["compile", "examples/mlp.py", "--mesh", "tp=2", "--print-after", "no"], "the passes are capture"),
+        (["run", "examples/llama.py", "--mesh", "tp=2"], "on the meta device"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(arguments: list[str], message: str) -> None:
+    ran = cli(*arguments, code=2)
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
