@@ -26,5 +26,5 @@ def assign(
             raise InfeasibleError(
                 f"no strategy of {variable.name} makes the layout that the constraints demand of it; leave one of its dims open"
             )
-    solution = solve(network.problem())
+    solution = solve(network.problem(), certify=False)
     return network, network.assignment(solution.choice), solution

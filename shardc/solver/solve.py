@@ -32,6 +32,7 @@ MAX_SWEEPS = 400
 _LOOK_EVERY = 5
 _STALL = 1e-3  # a bound that gains less than this part of the gap between two looks has stalled
 _AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
+_DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
 _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
 
@@ -86,7 +87,7 @@ class Search:
         self.lower = -math.inf
 
     def run(self) -> list[int]:
-        if not (self._eliminated(_AT_ONCE) or self._swept() or self._eliminated(math.inf)):
+        if not (self._eliminated(_AT_ONCE) or self._swept() or self._eliminated(math.inf) or self._dived()):
             self._branch()
         if self.choice is None:
             raise TimeoutError("no feasible plan was found within the time limit")
@@ -116,6 +117,38 @@ class Search:
                 return False
             before = self.lower
         return False
+
+    def _dived(self) -> bool:
+        """Where ties keep the sweeps from a good incumbent: find it exactly among the values of small reduced cost.
+
+        Each better incumbent prunes, so that more fits the next dive; True when the rest could be eliminated whole.
+        """
+        while self.choice is not None and not self._late():
+            before = self.upper
+            self._dive()
+            if not self.upper < before:
+                return False
+            self._prune()
+            if self.upper - self.lower <= TOLERANCE * abs(self.upper) or self._eliminated(math.inf):
+                return True
+            for _ in range(_LOOK_EVERY):
+                self.bound.sweep()
+            self.lower = max(self.lower, self.bound.lower)
+        return False
+
+    def _dive(self) -> None:
+        """Solve over the values whose reduced cost lies below the largest threshold that elimination can take."""
+        assert self.choice is not None
+        reduced, edges = self.bound.reduced_costs(), self.bound.tables_by_edge()
+        incumbent = self._incumbent(self.choice)
+        for halvings in range(1, _DIVES):
+            keep = surviving(reduced, edges, (self.upper - self.lower) * 0.5**halvings, incumbent)
+            part = self.bound.restricted(keep)
+            order = find_order([len(cost) for cost in part.unary], part.ends)
+            if order.narrow:
+                _, choice = eliminate(part.unary, part.tables_by_edge(), order)
+                self._offer([int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)])
+                return
 
     def _offer(self, choice: list[int]) -> None:
         """Take a choice of the bound's network as incumbent if it is better."""
