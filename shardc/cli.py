@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from shardc import api
@@ -174,7 +175,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """The global tensor, on this process."""
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _difference(a: Tensor | None, b: Tensor | None) -> float:

@@ -88,7 +88,7 @@ import torch
 before = set(sys.modules)
 import shardc.runtime
 print(*sorted(name for name in set(sys.modules) - before if not name.startswith("shardc.runtime")))
-print(*sorted({"z3", "scipy", "transformers", "tqdm"} & set(sys.modules)))
+print(*sorted({"z3", "scipy", "transformers"} & set(sys.modules)))
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded, foreign = ran.stdout.split("\n")[:2]
