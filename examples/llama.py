@@ -33,7 +33,7 @@ SIZES = {
 ON_META = {"8b"}
 
 
-class LlamaLoss(LlamaForCausalLM):
+class LlamaForCausalLMLoss(LlamaForCausalLM):
     """Llama that returns the loss alone: the logits of a long batch never leave the devices."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def example_inputs(batch: int, seq: int, size: str = "8b") -> dict[str, Tensor]:
 
 def model() -> nn.Module:
     """What the command line plans: Llama-3-8B on the meta device."""
-    return build("8b", kind=LlamaLoss)
+    return build("8b", kind=LlamaForCausalLMLoss)
 
 
 def inputs() -> dict[str, Tensor]:
