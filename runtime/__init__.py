@@ -6,16 +6,16 @@ Imports torch and nothing else of shardc, so that a saved module runs without th
 if __name__ != "shardc.runtime":
     raise ImportError("import shardc.runtime")
 
-from .attention import attention, attention_backward
-from .collectives import all_gather, all_reduce, all_to_all, reduce_scatter, shard, to_partial
-from .distributed import DistributedMesh, distribute, local_mesh, swap_in
-from .errors import RankError
-from .executable import Executable, load
-from .indexing import drop_dummy, pad_dummy, rebase
-from .mesh import Context, Mesh, current
-from .random import bernoulli, rand, randn
-from .slots import Cuts, Slot, cut, cuts_of, paste, placements
-from .virtual import VirtualMesh
+from shardc.runtime.attention import attention, attention_backward
+from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, reduce_scatter, shard, to_partial
+from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
+from shardc.runtime.errors import RankError
+from shardc.runtime.executable import Executable, load
+from shardc.runtime.indexing import drop_dummy, pad_dummy, rebase
+from shardc.runtime.mesh import Context, Mesh, current
+from shardc.runtime.random import bernoulli, rand, randn
+from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
+from shardc.runtime.virtual import VirtualMesh
 
 __all__ = [
     "Context",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import RankError
+from shardc.runtime.errors import RankError
 
 _INFINITY = float("inf")
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .distributed import DistributedMesh, from_local
-from .errors import RankError
-from .mesh import Mesh
-from .slots import Slot, cut, paste, placements
+from shardc.runtime.distributed import DistributedMesh, from_local
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import Mesh
+from shardc.runtime.slots import Slot, cut, paste, placements
 
 
 class Boundary(ABC):
@@ -78,8 +78,8 @@ class _Distributed(Boundary):
         if value.placements != expected:
             if slot.role == "parameter":
                 raise RankError(f"{slot} is stored as {value.placements}, but the module works on {expected}")
-            value = value.detach().redistribute(self.mesh.device_mesh, expected)
-        return value.detach().to_local().contiguous()
+            value = value.redistribute(self.mesh.device_mesh, expected)
+        return value.to_local().detach().contiguous()
 
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         # A parameter is a DTensor even where it is whole, and its gradient must be what it is.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .mesh import current
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import current
 
 _OPS = ("sum", "max", "min", "prod")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from .errors import RankError
-from .mesh import Context, Mesh, Result
-from .slots import Slot, cut, placements
-from .virtual import VirtualMesh
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import Context, Mesh, Result
+from shardc.runtime.slots import Slot, cut, placements
+from shardc.runtime.virtual import VirtualMesh
 
 _REDUCTIONS = {"sum": "sum", "max": "max", "min": "min", "prod": "product"}
 # Gloo moves and reduces only these; the rest travels as bytes and is reduced in a wider type.
@@ -156,14 +158,45 @@ def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Param
 
 
 def swap_in(parameter: nn.Parameter, dtensor: nn.Parameter) -> None:
-    """Make `parameter` be the DTensor, in place: optimizers and modules that hold `parameter` then hold the DTensor.
+    """Put `dtensor` wherever a dict, list or set holds `parameter`: in modules, and in optimizers created earlier.
 
-    RankError where something else holds on to the tensor's inside: a graph not yet released, a weak reference.
+    Local variables and tuples still hold the old one. RankError where nothing that can be changed holds it, or where an
+    optimizer already has state for it (which has the old shape).
     """
-    try:
-        torch.utils.swap_tensors(parameter, dtensor)
-    except RuntimeError as error:
+    # torch.utils.swap_tensors would keep the object, but refuses: a DTensor has slots that a Parameter lacks.
+    holders: list[Any] = [holder for holder in gc.get_referrers(parameter) if type(holder) in _HOLDERS]
+    if any(_has_state(holder, parameter) for holder in holders):
         raise RankError(
-            f"cannot swap a parameter of shape {tuple(parameter.shape)} for its DTensor: {error}. "
-            "Compile before the first backward, or drop the old graph first"
-        ) from error
+            f"an optimizer already has state for a parameter of shape {tuple(parameter.shape)}: "
+            "distribute the parameters before the first step"
+        )
+    if sum(_replace(holder, parameter, dtensor) for holder in holders) == 0:
+        raise RankError(f"no module or optimizer holds the parameter of shape {tuple(parameter.shape)}")
+    vars(dtensor).update(vars(parameter))
+
+
+_HOLDERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def _has_state(holder: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(holder, defaultdict) and any(key is parameter and value for key, value in holder.items())  # type: ignore[misc]
+
+
+def _replace(holder: Any, old: nn.Parameter, new: nn.Parameter) -> int:
+    """Put `new` in the place of `old`, compared by identity; how often."""
+    count = 0
+    if isinstance(holder, set):
+        if any(item is old for item in holder):  # type: ignore[misc]
+            holder.remove(old)
+            holder.add(new)
+            count += 1
+        return count
+    places: list[Any] = list(enumerate(holder) if isinstance(holder, list) else holder.items())
+    for key, value in places:
+        if value is old:
+            holder[key] = new
+            count += 1
+        if key is old:
+            holder[new] = holder.pop(old)
+            count += 1
+    return count

@@ -1,4 +1,4 @@
-"""What goes wrong on a rank, and how it is told: which rank, which axis and collective, which line of generated code."""
+"""What goes wrong on a rank, and how it is told: rank, axis and collective, line of generated code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+GENERATED = "__shardc_generated__"  # a global by which generated modules are known in tracebacks
 _HIDDEN = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(torch.__file__)))
 
 
@@ -28,14 +29,16 @@ class RankError(RuntimeError):
 
 
 def generated_line(traceback: TracebackType | None) -> tuple[str, str]:
-    """`("file.py:41", "h = all_reduce(h, axis='tp')  # mlp, model.py:12")`: the innermost line of `traceback` that is
-    neither torch's nor this package's, which is the line of generated code. Two empty strings where there is none."""
-    place, line = "", ""
+    """`("file.py:41", "h = all_reduce(h, axis='tp')  # mlp, model.py:12")`: the innermost line of `traceback` in a
+    generated module, else the innermost that is neither torch's nor this package's. Empty where there is none."""
+    place, line, is_generated = "", "", False
     while traceback is not None:
-        name = traceback.tb_frame.f_code.co_filename
-        if not os.path.abspath(name).startswith(_HIDDEN):
-            place = f"{name}:{traceback.tb_lineno}"
-            line = linecache.getline(name, traceback.tb_lineno).strip()
+        code = traceback.tb_frame.f_code
+        here = GENERATED in traceback.tb_frame.f_globals
+        if here or not (is_generated or os.path.abspath(code.co_filename).startswith(_HIDDEN)):
+            place = f"{code.co_filename}:{traceback.tb_lineno}"
+            line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
+            is_generated = here
         traceback = traceback.tb_next
     return place, line
 

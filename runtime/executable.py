@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .boundary import Boundary, boundary
-from .distributed import local_mesh
-from .errors import RankError
-from .mesh import Mesh
-from .slots import Slot
+from shardc.runtime.boundary import Boundary, boundary
+from shardc.runtime.distributed import local_mesh
+from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.mesh import Mesh
+from shardc.runtime.slots import Slot
 
 Fallback = Callable[[frozenset[int]], "Executable"]
 
@@ -36,6 +36,7 @@ def load(path_or_source: str | Path) -> ModuleType:
         source, name = path.read_text(), str(path)
     module = ModuleType(Path(name).stem if name.endswith(".py") else name.strip("<>").replace("-", "_"))
     module.__file__ = name
+    setattr(module, GENERATED, True)
     # Without a modification time linecache never reads the file again.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), module.__dict__)
@@ -56,6 +57,7 @@ class Executable:
 
     def __init__(self, module: ModuleType, mesh: Mesh | None = None) -> None:
         self.module = module
+        setattr(module, GENERATED, True)  # also where it was imported as any other file
         axes: dict[str, int] = module.MESH
         if mesh is not None and mesh.axes != axes:
             raise RankError(f"the module was generated for the mesh {axes}, not {mesh.axes}")
@@ -193,7 +195,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *tangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         executable: Executable = ctx.executable
         tensors = list(ctx.saved_tensors)
         saved = [tuple(tensors.pop(0) if value is None else value[0] for value in kept) for kept in ctx.kept]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .mesh import current
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import current
 
 
 def rebase(indices: Tensor, *, axes: tuple[str, ...], size: int) -> Tensor:

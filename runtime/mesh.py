@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import RankError, rank_error
+from shardc.runtime.errors import RankError, rank_error
 
 Result = TypeVar("Result")
 
@@ -125,7 +125,7 @@ def current() -> Context:
 
 
 @contextmanager
-def entered(context: Context) -> Iterator[None]:
+def entered(context: Context) -> Generator[None]:
     """Make `context` the running rank of this thread."""
     before = getattr(_running, "context", None)
     _running.context = context

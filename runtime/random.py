@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .mesh import Context, current
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import Context, current
 
 
 def _generator(context: Context) -> torch.Generator:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .mesh import Context, Mesh, Result
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh import Context, Mesh, Result
 
 _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,

@@ -31,7 +31,7 @@ def cases(draw):
 
 def stored_by_dtensor(tensor, plan, coordinates):
     """DTensor splits in the order of the mesh's axes, each with its placement's own `_split_tensor`."""
-    for (axis, (n, index)), placement in zip(coordinates.items(), plan, strict=True):
+    for (n, index), placement in zip(coordinates.values(), plan, strict=True):
         if not placement.is_replicate():
             tensor = placement._split_tensor(tensor, n, with_padding=False)[0][index]
     return tensor
@@ -49,7 +49,7 @@ def test_cut_paste_and_placements(case):
     try:
         plan = placements(cuts, shape, axes)
     except RankError as error:
-        assert "DTensor cannot store" in str(error)
+        assert "DTensor" in str(error)
         return
     for rank, part in zip(mesh.ranks, parts, strict=True):
         at = {axis: (axes[axis], index) for axis, index in mesh.coordinates(rank).items()}
@@ -70,5 +70,7 @@ def test_refusals():
         cut(torch.zeros(5), ((0, 1, "a"),), {"a": 0}, {"a": 2})
     with pytest.raises(RankError, match="uneven"):
         placements(((0, 1, "a"),), (5,), {"a": 2})
+    with pytest.raises(RankError, match="together wrongly"):
+        placements(((0, 2, "a"), (0, 3, "b")), (24,), {"a": 2, "b": 2})
     with pytest.raises(RankError, match="twice"):
         placements(((0, 1, "a"), (1, 1, "a")), (4, 4), {"a": 2})

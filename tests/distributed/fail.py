@@ -1,0 +1,40 @@
+"""One rank raises, is killed or hangs in the middle of a run; the others must say where they were. Run per rank."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shardc.runtime import current, load, local_mesh
+
+SOURCE = """
+from shardc.runtime import all_reduce
+def forward(x, accident):
+    h = all_reduce(x, axis="a")  # warm up
+    h = accident(h)  # the accident, model.py:7
+    y = all_reduce(h, axis="a")  # f32[4]  # down, model.py:8
+    return all_reduce(y, axis="b")  # model.py:9
+"""
+
+
+def accident(h):
+    if current().rank == dist.get_world_size() - 1:
+        if sys.argv[1] == "raise":
+            return h.view(3)
+        if sys.argv[1] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(8)
+    return h
+
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+mesh = local_mesh({"a": 2, "b": dist.get_world_size() // 2})
+begin = time.monotonic()
+try:
+    mesh.run(load(SOURCE).forward, lambda _: (torch.ones(4), accident))
+finally:
+    print(f"ended after {time.monotonic() - begin:.1f} s", flush=True)

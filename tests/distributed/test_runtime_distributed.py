@@ -1,0 +1,30 @@
+"""The runtime over gloo: the same values as eager and as the virtual mesh, and failures that end every rank."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+
+def test_training_equals_eager(torchrun):
+    output = torchrun("train.py")
+    assert all(f"rank {rank} is right" in output for rank in range(4)), output
+
+
+@pytest.mark.parametrize(("accident", "nproc"), [("raise", 2), ("kill", 4), ("hang", 2)])
+def test_accident_ends_every_rank(spawn, accident, nproc):
+    results = spawn("fail.py", accident, nproc=nproc)
+    last = nproc - 1
+    for rank, (code, output) in enumerate(results):
+        assert code != 0, output
+        if rank < last:
+            assert f"RankError: rank {rank}" in output, output
+            assert re.search(r"in all_reduce over axis '[ab]' at .*: .*all_reduce\(.*# .*model.py:[89]", output), output
+            assert float(re.findall(r"ended after ([\d.]+) s", output)[0]) < 7
+    peer = results[last - nproc // 2][1]  # on the axis of the first collective after the accident
+    assert "over axis 'a'" in peer and "model.py:8" in peer
+    if accident == "raise":
+        assert "# the accident, model.py:7" in results[last][1]
