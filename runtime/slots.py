@@ -161,8 +161,8 @@ def _in_mesh_order(
 def _reassembles(ordered: list[tuple[int, str]], axes: Mapping[str, int]) -> bool:
     """Whether DTensor finds the way back (`full_tensor`, `redistribute`) from these splits, in mesh order, of one dim.
 
-    Found by trial over gloo: it reads `_StridedShard` as an order of the axes; where it stands for outer blocks, DTensor
-    raises or, with two of them, gives wrong values without a word.
+    Found by trial over gloo: it reads `_StridedShard` as an order of the axes; where that stands for outer blocks,
+    DTensor raises or, with two of them, gives wrong values without a word.
     """
     if all(outer == 1 for outer, _ in ordered[:-1]):
         return True
