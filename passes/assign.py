@@ -15,6 +15,9 @@ from shardc.rules.factoring import Factored, Key
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution, solve
 
+TIME_LIMIT = 20.0
+"""Seconds after which the best plan so far is taken; the plan then tells its proven gap."""
+
 
 def assign(
     factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool
@@ -26,5 +29,5 @@ def assign(
             raise InfeasibleError(
                 f"no strategy of {variable.name} makes the layout that the constraints demand of it; leave one of its dims open"
             )
-    solution = solve(network.problem(), certify=False)
+    solution = solve(network.problem(), time_limit=TIME_LIMIT, certify=False)
     return network, network.assignment(solution.choice), solution

@@ -65,10 +65,10 @@ class _Source:
         self.names: dict[fx.Node, str] = {}
         taken = set(re.findall(r"\w+", HEADER)) | set(dir(builtins)) | set(keyword.kwlist) | {"forward", "backward"}
         for node in graph.nodes:
-            name, count = node.name.strip("_") or "value", 0
-            while name in taken:
+            name, count = node.name, 0
+            while name in taken or not name.isidentifier():
                 count += 1
-                name = f"{node.name}_{count}"
+                name = f"value_{node.name}_{count}"
             taken.add(name)
             self.names[node] = name
 

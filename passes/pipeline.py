@@ -14,7 +14,7 @@ from shardc.constrain import Dim
 from shardc.cost.conversion import sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.graph import Port, Program, Role, where
-from shardc.inspect.text import show
+from shardc.printing import show
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 from shardc.passes.assign import assign

@@ -16,6 +16,7 @@ import torch
 from shardc.errors import ShardcError
 from shardc.mesh import Mesh
 
+DISTANCE = 0.02
 _FOLDER = Path(__file__).parent / "hardware"
 
 
@@ -40,10 +41,16 @@ class Hardware:
     between: Link
 
     def link(self, mesh: Mesh, axis: str) -> Link:
-        """The link that carries `axis`: the last axes of the mesh fill a node, the others cross nodes."""
-        names = mesh.names
-        span = math.prod(mesh.sizes[name] for name in names[names.index(axis) :])
-        return self.inside if span <= self.devices_per_node else self.between
+        """The link that carries `axis`: the last axes of the mesh fill a node, the others cross nodes.
+
+        Within a level, ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours get the
+        heavy traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing but ties.
+        """
+        inner = mesh.names[mesh.names.index(axis) + 1 :]
+        stride = mesh.ways(inner)
+        link = self.inside if stride * mesh.sizes[axis] <= self.devices_per_node else self.between
+        far = 1 + DISTANCE * math.log2(stride)
+        return Link(link.latency * far, link.bandwidth / far)
 
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel."""
