@@ -1,9 +1,9 @@
 """Localize: from global to local. Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased.
 
-    %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
-    %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
-        with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
-                                                                     %e = embedding(%p, %j)
+%v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
+%e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
+    with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
+                                                                 %e = embedding(%p, %j)
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import fx
 
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-from shardc.rules.factoring import VIEWS, Op
+from shardc.rules.factoring import Op
 from shardc.rules.notation import Size
 from shardc.runtime import indexing
 from shardc.solver.strategies import Strategy
 
 aten = torch.ops.aten
+_SIZED = {aten.view.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
 def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
@@ -29,16 +30,20 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in (aten.view.default, aten.expand.default) and "op" not in node.meta:
-            node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
-        elif node.target not in VIEWS and "op" in node.meta:
+        if "op" in node.meta:  # a view too, where it cuts across atoms
             _operator(graph, node, node.meta["op"], node.meta["strategy"], mesh)
+        elif node.target in _SIZED:
+            node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
+            # a squeeze names no sizes, and would also drop a dim of which the rank holds one element
+            node.target = aten.expand.default if node.target is aten.expand.default else aten.view.default
     graph.lint()
     return graph
 
 
 def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
+    if node.target is torch.ops.shardc.constrain.default:  # the strategy has obeyed it; generated code need not know it
+        node.target, node.args = aten.alias.default, (node.args[0],)
     arguments = list(node.args)
     for position, meaning in op.rule.sizes.items():
         arguments[position] = _size(node, op, meaning, split, mesh)
@@ -80,7 +85,11 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
         for index, operand in enumerate(op.operands):
             if op.rule.indices.get(index) == name:
                 source = operands[index]
-                if node.target in (aten.index.Tensor, aten.index_put.default):  # these count from the end below zero
+                if node.target in (
+                    aten.index.Tensor,
+                    aten._unsafe_index.Tensor,
+                    aten.index_put.default,
+                ):  # these count from the end below zero
                     source = graph.call_function(aten.remainder.Scalar, (source, total))
                     source.meta.update(operands[index].meta)
                 changed[index] = graph.call_function(indexing.rebase, (source,), {"axes": axes, "size": size})
@@ -89,7 +98,9 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
                     indexing.pad_dummy, (operands[index],), {"dim": operand.names.index(name)}
                 )
             if index in changed:
-                changed[index].meta.update({k: v for k, v in operands[index].meta.items() if k not in ("op", "strategy")})
+                changed[index].meta.update(
+                    {k: v for k, v in operands[index].meta.items() if k not in ("op", "strategy")}
+                )
     supply = iter(changed.get(i, operands[i]) for i in range(len(operands)))
     node.args = fx.node.map_arg(node.args, lambda n: next(supply))
     for position, meaning in op.rule.sizes.items():

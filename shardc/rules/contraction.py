@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, fixed, parse, rule
+from shardc.rules.notation import Rule, fixed, named, parse, rule
 
 aten = torch.ops.aten
 
@@ -22,6 +22,52 @@ def addmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
 @rule(aten.baddbmm.default)
 def baddbmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
     return parse(f"{_bias(bias, 'bmn')}, b m k, b k n -> b m n", [{0, 1}, {0, 2}], flops=["b m k n"])
+
+
+@rule(aten._grouped_mm.default)
+def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None, *_: object) -> Rule:
+    """One product a group; `offsets` say where the groups end in the dim that is flat, so that dim and the groups stay whole."""
+    left = {3: "g! m k", 2: "m! k" if weight.dim() == 3 else "m k!"}[x.dim()]
+    right = {3: "g! k n", 2: "k n!" if x.dim() == 3 else "k! n"}[weight.dim()]
+    made = "g! m n" if x.dim() == weight.dim() else "m! n" if x.dim() == 2 else "m n!"
+    if offsets is None:
+        left, right, made = "g m k", "g k n", "g m n"
+    # the kernel wants strides of whole 16 bytes: a dim is split only if up to 16 ranks get such parts of it
+    unit = 16 * 16 // x.element_size()
+    m, k, n = int(x.shape[-2]), int(x.shape[-1]), int(weight.shape[-1])
+    stuck = {name for name, size in (("m", m), ("k", k), ("n", n)) if size % unit}
+    if offsets is None:
+        stuck = set[str]()
+    text = f"{left}, {right}{', g!' if offsets is not None else ''} -> {made}"
+    text = " ".join(
+        f"{word.rstrip(',')}!{',' * word.endswith(',')}" if word.rstrip(",") in stuck else word for word in text.split()
+    )
+    return parse(_ones(text, x, weight, offsets), [{0}, {1}], flops=["m k n"])
+
+
+@named("transformers.grouped_mm_fallback.default")
+def grouped_fallback(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> Rule:
+    return parse(_ones("m! k, g! k n, g! -> m! n", x, weight, offsets), [{0}, {1}], flops=["m k n"])
+
+
+@named("transformers.grouped_mm_fallback_backward.default")
+def grouped_fallback_backward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, grad: torch.Tensor) -> Rule:
+    text = _ones("m! k, g! k n, g!, m! n -> m! k, g! k n", x, weight, offsets, grad)
+    return parse(text, [{3}], reads=[{1, 2, 3}, {0, 2, 3}], flops=["m k n", "m k n"])
+
+
+def _ones(text: str, *operands: torch.Tensor | None) -> str:
+    """The text with `1` for every factor of size one."""
+    left, right = text.split(" -> ")
+    sizes: dict[str, int] = {}
+    for names, x in zip(left.split(", "), operands, strict=False):
+        if x is not None:
+            sizes |= {name.rstrip("!"): int(n) for name, n in zip(names.split(), x.shape, strict=True)}
+
+    def shown(part: str) -> str:
+        return " ".join("1" if sizes[name.rstrip("!")] == 1 else name for name in part.split())
+
+    return " -> ".join(", ".join(shown(part) for part in side.split(", ")) for side in (left, right))
 
 
 def _bias(bias: torch.Tensor, names: str) -> str:

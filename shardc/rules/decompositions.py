@@ -81,11 +81,15 @@ def var(b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim
     return b(aten.div.Tensor, total, _count(x, dims) - (1 if correction is None else correction))
 
 
-def var_mean(b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False) -> tuple[fx.Node, ...]:
+def var_mean(
+    b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False
+) -> tuple[fx.Node, ...]:
     return var(b, x, dim, correction, keepdim), mean(b, x, dim, keepdim)
 
 
-def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node] | None:
+def native_dropout(
+    b: Builder, x: fx.Node, probability: float, train: bool | None = True
+) -> tuple[fx.Node, fx.Node] | None:
     if not train or probability in (0.0, 1.0):
         return None
     mask = b.mask(x, 1 - probability)

@@ -125,7 +125,11 @@ class _Walk:
         elif not (node.target in VIEWS and self._view(node)):
             maker = maker_of(node.target)
             if maker is None:
-                raise RuleError(f"no rule for operator {node.target} ({where(node)})")
+                place = f" ({where(node)})" if where(node) else ""
+                raise RuleError(
+                    f"no rule for operator {node.target}{place}: write this part of the model with operators that have rules, or "
+                    f"give it one with @shardc.rules.notation.rule (see shardc/rules/)"
+                )
             args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
             self._operator(node, maker(*args, **kwargs))
 
@@ -241,5 +245,7 @@ def layout_of(
 ) -> Layout:
     """The layout of a value whose leaves are split as `held` says."""
     dims = (factored.atoms.leaves(dim) for dim in value.dims)
-    atoms = (tuple(Atom(factored.atoms.size(ref), held.get(ref, ())) for ref in leaves) or (Atom(1),) for leaves in dims)
+    atoms = (
+        tuple(Atom(factored.atoms.size(ref), held.get(ref, ())) for ref in leaves) or (Atom(1),) for leaves in dims
+    )
     return Layout(tuple(atoms), partial)

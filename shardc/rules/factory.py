@@ -41,6 +41,17 @@ def arange(*given: Any, **_: Any) -> Rule:
     return parse(f"-> {'n!' if count != 1 else '1'}")
 
 
+@rule(aten.linspace.default)
+def linspace(start: float, end: float, steps: int, **_: Any) -> Rule:
+    del start, end
+    return parse(f"-> {'n!' if steps != 1 else '1'}")
+
+
+@rule(aten.eye.default, aten.eye.m)
+def eye(rows: int, columns: int | None = None, **_: Any) -> Rule:
+    return parse(f"-> {_names([rows, rows if columns is None else columns], '!')}")
+
+
 @rule(aten.scalar_tensor.default)
 def scalar(*_: Any, **__: Any) -> Rule:
     return parse("-> ")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shardc.errors import RuleError
 from shardc.rules.notation import Rule, letters, parse, rule
 
 aten = torch.ops.aten
@@ -25,7 +26,9 @@ def embedding(table: torch.Tensor, indices: torch.Tensor, *_: object) -> Rule:
 @rule(aten.embedding_dense_backward.default)
 def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: int, *rest: Any) -> Rule:
     names = " ".join(letters(indices, "i"))
-    if rest and len(rest) > 1 and rest[1]:  # scaling by frequency counts the indices of the whole batch
+    if rest and rest[0] >= 0:  # the padding index cannot be rebased; decompositions.py masks it instead
+        return parse(f"{names} d, {names} -> v! d", [{0}])
+    if len(rest) > 1 and rest[1]:  # scaling by frequency counts the indices of the whole batch
         whole = " ".join(f"{n}!" if n != "1" else n for n in letters(indices, "i"))
         return parse(f"{whole} d, {whole} -> v! d")
     del rows, grad
@@ -34,7 +37,9 @@ def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: in
 
 def _along(x: torch.Tensor, dim: int, index: torch.Tensor) -> tuple[str, str]:
     """Texts of a table and of an index tensor that agree in size but for `dim`; dims where they differ stay whole."""
-    table, taken = letters(x), letters(index)
+    table, taken = letters(x), letters(index, "i" if x.dim() != index.dim() else "d")
+    if x.dim() != index.dim():  # one of them is a single element without dims
+        return _whole(" ".join(table)), _whole(" ".join(taken))
     for i, (a, b) in enumerate(zip(x.shape, index.shape, strict=True)):
         if i == dim % x.dim():
             table[i], taken[i] = _one(int(a), "v"), _one(int(b), "j")
@@ -89,7 +94,31 @@ def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Rule:
     table = letters(x)
     after = [*table]
     table[dim], after[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")
-    return parse(f"{' '.join(table)}, {_indexed(' '.join(table))}{after[dim] if index.dim() else ''} -> {' '.join(after)}", [{0}])
+    return parse(
+        f"{' '.join(table)}, {_indexed(' '.join(table))}{after[dim] if index.dim() else ''} -> {' '.join(after)}", [{0}]
+    )
+
+
+@rule(aten.scatter_reduce.two)
+def scatter_reduce(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *_: object, **__: object
+) -> Rule:
+    """Whatever the reduction, a rank that owns rows of the table may reduce what is put there."""
+    table, put = _along(x, dim, index)
+    put = " ".join(f"{n}!" if n == "j" else n for n in put.split())
+    if source.shape != index.shape:
+        table, put = _whole(table), _whole(put)
+        return parse(f"{table}, {put}, {_whole(' '.join(letters(source, 's')))} -> {table}")
+    return parse(f"{table}, {_indexed(table)}{put}, {put} -> {table}")
+
+
+@rule(aten.index_copy.default)
+def index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Rule:
+    table, count = letters(x), index.numel()
+    put = [*table]
+    table[dim], put[dim] = _one(int(x.shape[dim]), "v"), _one(count, "j!")
+    operands = f"{' '.join(table)}, {_indexed(' '.join(table))}{put[dim] if index.dim() else ''}, {' '.join(put)}"
+    return parse(f"{operands} -> {' '.join(table)}", [{0, 2}])
 
 
 @rule(aten.index_add.default)
@@ -103,16 +132,16 @@ def index_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tens
     )
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
     """One index tensor: its dim may be split. Several: their dims stay whole, the index dims and the other dims pass."""
-    table, taken, where_ = _fancy(x, indices)
     used = [t for t in indices if t is not None]
+    if any(t.dtype is torch.bool for t in used):
+        raise RuleError("indexing with a boolean mask makes a shape that depends on the data; use torch.where")
+    table, taken, where_ = _fancy(x, indices)
     broadcast = torch.broadcast_shapes(*(t.shape for t in used))
     names = [_one(int(n), f"i{k}") for k, n in enumerate(broadcast)]
     operands = [" ".join(_align(t, names)) for t in used]
-    if any(t.dtype is torch.bool for t in used):
-        return parse(f"{_whole(' '.join(letters(x)))}, {', '.join(_whole(' '.join(letters(t, 'b'))) for t in used)} -> r!")
     mark_ = "#v " if len(used) == 1 and "v" in table else ""
     result = [*taken[:where_], *names, *taken[where_:]]
     return parse(f"{' '.join(table)}, {mark_}{', '.join(operands)} -> {' '.join(result)}", [{0}])
@@ -122,14 +151,22 @@ def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
 def index_put(
     x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
 ) -> Rule:
-    table, kept, where_ = _fancy(x, indices)
     used = [t for t in indices if t is not None]
+    if any(t.dtype in (torch.bool, torch.uint8) for t in used):
+        every = [x, *used, values]
+        names = [_whole(" ".join(letters(t, f"t{k}d"))) for k, t in enumerate(every)]
+        return parse(f"{', '.join(names)} -> {names[0]}")
+    table, kept, where_ = _fancy(x, indices)
     broadcast = torch.broadcast_shapes(*(t.shape for t in used))
     names = [_one(int(n), f"i{k}") for k, n in enumerate(broadcast)]
     if not accumulate:  # which of two writes wins depends on their order
         names = [f"{n}!" if n != "1" else n for n in names]
-    operands = [" ".join(_align(t, names)) for t in used]
     full = [*kept[:where_], *names, *kept[where_:]]
+    sizes = [1] * (len(full) - values.dim()) + list(values.shape)
+    # an index dim over which the values are broadcast adds them once an index: ranks that split it would need the values whole
+    stuck = {n for n, size in zip(full, sizes, strict=True) if size == 1 and n in names and n != "1"}
+    names = [f"{n}!" if n in stuck and not n.endswith("!") else n for n in names]
+    operands = [" ".join(_align(t, names)) for t in used]
     put = ["1" if n == 1 else name for n, name in zip(values.shape, full[len(full) - values.dim() :], strict=True)]
     mark_ = "#v " if len(used) == 1 and "v" in table else ""
     text = f"{' '.join(table)}, {mark_}{', '.join(operands)}, {' '.join(put)} -> {' '.join(table)}"

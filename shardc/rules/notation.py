@@ -99,6 +99,7 @@ def parse(
 
 Maker = Callable[..., Rule]
 _RULES: dict[OpOverload, Maker] = {}
+_NAMED: dict[str, Maker] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Callable[[OpOverload], Maker]]] = []
 
 
@@ -130,17 +131,28 @@ def family(belongs: Callable[[OpOverload], bool]) -> Callable[[Callable[[OpOverl
     return register
 
 
+def named(name: str) -> Callable[[Maker], Maker]:
+    """Register a rule for an operator that another package defines, by its name: `transformers.grouped_mm_fallback.default`."""
+
+    def register(maker: Maker) -> Maker:
+        _NAMED[name] = maker
+        return maker
+
+    return register
+
+
 def maker_of(operator: Any) -> Maker | None:
     """The rule maker of `operator`, None when it has no rule."""
-    if operator not in _RULES and isinstance(operator, OpOverload):
-        for belongs, make in _FAMILIES:
-            if belongs(operator):
-                return make(operator)
-    return _RULES.get(operator)
+    if operator in _RULES or not isinstance(operator, OpOverload):
+        return _RULES.get(operator)
+    if str(operator) in _NAMED:
+        return _NAMED[str(operator)]
+    return next((make(operator) for belongs, make in _FAMILIES if belongs(operator)), None)
 
 
-def registered() -> list[OpOverload]:
-    return list(_RULES)
+def registered() -> list[str]:
+    """The names of all operators that have a rule of their own."""
+    return [*(str(o) if isinstance(o, OpOverload) else o.__name__ for o in _RULES), *_NAMED]
 
 
 def letters(value: torch.Tensor, prefix: str = "d") -> list[str]:
@@ -152,3 +164,8 @@ def mark(names: list[str], dims: Iterable[int]) -> str:
     """The names as rule text, with the given dims kept whole."""
     chosen = {d % len(names) for d in dims} if names else set[int]()
     return " ".join(f"{n}!" if i in chosen and n != "1" else n for i, n in enumerate(names))
+
+
+def adds(x: torch.Tensor) -> bool:
+    """Whether parts of `x` may be summed after an operator that changes its type: the sum of booleans is a disjunction."""
+    return x.dtype is not torch.bool

@@ -8,28 +8,51 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules.notation import Rule, family, parse
+from shardc.rules.notation import Rule, adds, family, parse
 
 aten = torch.ops.aten
 
-TOGETHER = (aten.add.Tensor, aten.sub.Tensor)
-"""Linear in all tensor operands at once: P + P -> P; P + B and P + scalar are no sums of parts."""
+TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+"""Linear in both tensor operands at once: P + P -> P; P + B and P + scalar are no sums of parts."""
 
 EACH = (aten.mul.Tensor,)
 """Linear in each operand alone: P * B -> P."""
 
-FIRST = (
-    aten.div.Tensor, aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar, aten.threshold_backward.default,
-    aten.gelu_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default, aten.silu_backward.default,
-    aten.native_dropout_backward.default, aten.positive.default, torch.ops.shardc.constrain.default,
+BACKWARD = (
+    aten.threshold_backward.default, aten.gelu_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default,
+    aten.silu_backward.default, aten.native_dropout_backward.default, aten.hardswish_backward.default,
+    aten.hardsigmoid_backward.default, aten.hardtanh_backward.default, aten.leaky_relu_backward.default,
+    aten.elu_backward.default, aten.softplus_backward.default, aten.mish_backward.default, aten.logit_backward.default,
+    aten.log_sigmoid_backward.default,
 )  # fmt: skip
-"""Linear in the first operand, the others whole."""
+"""Linear in the gradient, which comes first."""
+
+MOVES = (aten.clone.default, aten.positive.default, aten.alias.default, torch.ops.shardc.constrain.default)
+"""What is passed on unchanged may be parts of anything, booleans too."""
+
+GROUPS: Mapping[OpOverload, list[set[int]]] = {
+    **dict.fromkeys((*BACKWARD, *MOVES), [{0}]),
+    **dict.fromkeys(
+        (aten.div.Tensor, aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default), [{0}]
+    ),
+    aten.where.self: [{1, 2}],
+    aten.masked_fill.Tensor: [{0, 2}],
+    aten.copy.default: [{1}],
+    aten.fill.Tensor: [{1}],
+    aten.lerp.Scalar: [{0, 1}],
+    aten.lerp.Tensor: [{0, 1}],
+    aten.addcmul.default: [{0, 1}, {0, 2}],
+    aten.addcdiv.default: [{0, 1}],
+}
+"""Groups of operands in which the others are linear."""
 
 UNTAGGED = (
-    aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.zeros_like.default, aten.ones_like.default,
-    aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default, torch.ops.shardc.constrain.default,
+    aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default,
+    aten.floor_divide.default, aten.rsub.Tensor, aten.rsub.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    aten.hardswish.default, *BACKWARD, *MOVES,
 )  # fmt: skip
-"""Elementwise operators that torch does not tag as pointwise."""
+"""Elementwise operators, some of which torch does not tag as pointwise."""
 
 
 def tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
@@ -52,20 +75,31 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
         own = names[len(names) - x.dim() :]
         return " ".join("1" if size == 1 else name for size, name in zip(x.shape, own, strict=True))
 
-    return parse(f"{', '.join(dims(x) for x in operands)} -> {' '.join(names)}", _linear(operator, arguments, len(operands)))
+    return parse(
+        f"{', '.join(dims(x) for x in operands)} -> {' '.join(names)}", _groups(operator, arguments, keywords, operands)
+    )
 
 
-def _linear(operator: OpOverload, arguments: tuple[Any, ...], operands: int) -> list[set[int]]:
-    if operator in TOGETHER:
-        return [set(range(operands))] if all(isinstance(a, torch.Tensor) for a in arguments[:2]) else []
-    if operator in EACH:
-        return [{i} for i in range(operands)]
-    if operator is aten.where.self:
-        return [{1, 2}]
+def _groups(
+    operator: OpOverload, arguments: tuple[Any, ...], keywords: Mapping[str, Any], operands: list[torch.Tensor]
+) -> list[set[int]]:
+    if operator in MOVES:
+        return [{0}]
     if operator is aten._to_copy.default:
         # a cast of parts is a part of the cast only between floats; summing rounded parts is what reductions do anyway
-        return [{0}] if isinstance(arguments[0], torch.Tensor) and arguments[0].is_floating_point() else []
-    return [{0}] if operator in FIRST else []
+        source, target = operands[0].dtype, keywords.get("dtype") or operands[0].dtype
+        return [{0}] if source == target or (source.is_floating_point and target.is_floating_point) else []
+    if operator in TOGETHER:
+        groups = [{0, 1}] if len(operands) == 2 else []
+    elif operator in EACH:
+        groups = [{i} for i in range(len(operands))]
+    elif operator is aten.masked_fill.Scalar:
+        groups = [{0}] if arguments[2] == 0 else []
+    else:
+        groups = list(GROUPS.get(operator, []))
+    same = len({x.dtype for x in operands}) == 1 and all(isinstance(a, torch.Tensor) for a in arguments)
+    # booleans sum to their disjunction, which is lost once they count as numbers
+    return [g for g in groups if all(adds(operands[i]) for i in g) or (same and operator in (*EACH, aten.where.self))]
 
 
 @family(lambda operator: torch.Tag.pointwise in operator.tags or operator in UNTAGGED)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from shardc.rules.notation import Rule, letters, mark, parse, rule
+from shardc.rules.notation import Rule, adds, letters, mark, parse, rule
 
 aten = torch.ops.aten
 
 
-def _reduce(reduction: str, linear: list[set[int]]) -> Callable[..., Rule]:
+def _reduce(reduction: str) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
         names = letters(x)
         everything = dim is None or dim == []
@@ -21,15 +21,15 @@ def _reduce(reduction: str, linear: list[set[int]]) -> Callable[..., Rule]:
             f"{n}:{reduction}" if i in chosen and n != "1" and reduction != "sum" else n for i, n in enumerate(names)
         )
         right = [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
-        return parse(f"{left} -> {' '.join(right)}", linear)
+        return parse(f"{left} -> {' '.join(right)}", [{0}] if reduction == "sum" and adds(x) else [])
 
     return maker
 
 
-rule(aten.sum.dim_IntList, aten.sum.default)(_reduce("sum", [{0}]))
-rule(aten.amax.default)(_reduce("max", []))
-rule(aten.amin.default)(_reduce("min", []))
-rule(aten.prod.dim_int)(_reduce("prod", []))
+rule(aten.sum.dim_IntList, aten.sum.default)(_reduce("sum"))
+rule(aten.amax.default)(_reduce("max"))
+rule(aten.amin.default)(_reduce("min"))
+rule(aten.prod.dim_int)(_reduce("prod"))
 
 
 def _whole_reduction(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
@@ -40,7 +40,16 @@ def _whole_reduction(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **
     return parse(f"{mark(names, chosen)} -> {' '.join(right)}")
 
 
-rule(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.any.default, aten.all.default)(_whole_reduction)
+@rule(aten.logsumexp.default)
+def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> Rule:
+    names, chosen = letters(x), {d % x.dim() for d in dim}
+    right = [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
+    return parse(f"{mark(names, chosen)} -> {' '.join(right)}")
+
+
+rule(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.any.default, aten.all.default)(
+    _whole_reduction
+)
 
 
 @rule(aten.max.dim, aten.min.dim)
@@ -59,7 +68,25 @@ def softmax(x: torch.Tensor, dim: int, *_: object) -> Rule:
 @rule(aten.cumsum.default)
 def cumsum(x: torch.Tensor, dim: int, **_: object) -> Rule:
     names = mark(letters(x), [dim])
-    return parse(f"{names} -> {names}", [{0}])
+    return parse(f"{names} -> {names}", [{0}] if adds(x) else [])
+
+
+@rule(aten.cumprod.default, aten.logcumsumexp.default)
+def scan(x: torch.Tensor, dim: int, **_: object) -> Rule:
+    names = mark(letters(x), [dim])
+    return parse(f"{names} -> {names}")
+
+
+@rule(aten.cummax.default, aten.cummin.default)
+def running_extreme(x: torch.Tensor, dim: int) -> Rule:
+    names = mark(letters(x), [dim])
+    return parse(f"{names} -> {names}, {names}")
+
+
+@rule(aten.histc.default)
+def histc(x: torch.Tensor, bins: int = 100, *_: object) -> Rule:
+    """Without given bounds the bins depend on the extremes of all elements."""
+    return parse(f"{mark(letters(x), range(x.dim()))} -> {'o!' if bins != 1 else '1'}")
 
 
 @rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)

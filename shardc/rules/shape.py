@@ -117,11 +117,66 @@ def pad(x: torch.Tensor, amounts: Sequence[int], value: float = 0) -> Rule:
     return parse(f"{left} -> {right}", [{0}] if value == 0 else [])
 
 
-@rule(aten.flip.default, aten.roll.default)
-def flip(x: torch.Tensor, *given: Any) -> Rule:
-    dims = given[-1] if given[-1] else list(range(x.dim()))
-    names = mark(letters(x), [dims] if isinstance(dims, int) else dims)
+@rule(aten.flip.default)
+def flip(x: torch.Tensor, dims: Sequence[int]) -> Rule:
+    names = mark(letters(x), dims)
     return parse(f"{names} -> {names}", [{0}])
+
+
+@rule(aten.roll.default)
+def roll(x: torch.Tensor, shifts: object, dims: Sequence[int] = ()) -> Rule:
+    """Without dims the flattened tensor is rolled."""
+    del shifts
+    names = mark(letters(x), dims or range(x.dim()))
+    return parse(f"{names} -> {names}", [{0}])
+
+
+@rule(aten.repeat.default)
+def repeat(x: torch.Tensor, times: Sequence[int]) -> Rule:
+    """Dims that are not repeated pass."""
+    names, added = letters(x), len(times) - x.dim()
+    repeated = [i for i in range(x.dim()) if times[i + added] != 1]
+    after = [f"o{i}!" if n != 1 else "1" for i, n in enumerate(times[:added])]
+    for i, name in enumerate(names):
+        after.append(name if i not in repeated else f"r{i}!" if times[i + added] * x.shape[i] != 1 else "1")
+    return parse(f"{mark(names, repeated)} -> {' '.join(after)}", [{0}])
+
+
+def _diagonal(names: list[str], length: int, first: int, second: int) -> tuple[str, str]:
+    """Rule text of a tensor and of its diagonal, which stands last."""
+    rank = len(names)
+    chosen = {first % rank, second % rank}
+    rest = " ".join(n for i, n in enumerate(names) if i not in chosen)
+    return mark(names, chosen), f"{rest} {'o!' if length != 1 else '1'}"
+
+
+@rule(aten.diagonal.default)
+def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Rule:
+    full, diag = _diagonal(letters(x), x.diagonal(offset, dim1, dim2).shape[-1], dim1, dim2)
+    return parse(f"{full} -> {diag}", [{0}])
+
+
+@rule(aten.diagonal_backward.default)
+def diagonal_backward(grad: torch.Tensor, sizes: Sequence[int], offset: int, dim1: int, dim2: int) -> Rule:
+    del offset
+    names = [f"d{i}" if n != 1 else "1" for i, n in enumerate(sizes)]
+    full, diag = _diagonal(names, grad.shape[-1], dim1, dim2)
+    return parse(f"{diag} -> {full}", [{0}], sizes={1: 0})
+
+
+@rule(aten.unfold.default)
+def unfold(x: torch.Tensor, dim: int, size: int, step: int) -> Rule:
+    left, right = _resized(x, [dim], list(x.unfold(dim, size, step).shape)[:-1])
+    return parse(f"{left} -> {right} {'w!' if size != 1 else '1'}", [{0}])
+
+
+@rule(aten.unfold_backward.default)
+def unfold_backward(grad: torch.Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Rule:
+    del step
+    names = [f"d{i}" if n != 1 else "1" for i, n in enumerate(sizes)]
+    before = [*names]
+    before[dim] = "o!" if grad.shape[dim if dim >= 0 else dim - 1] != 1 else "1"
+    return parse(f"{' '.join(before)} {'w!' if size != 1 else '1'} -> {mark(names, [dim])}", [{0}], sizes={1: 0})
 
 
 @rule(aten.tril.default, aten.triu.default)

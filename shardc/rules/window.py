@@ -100,6 +100,25 @@ def avg_pool2d(x: torch.Tensor, *_: object) -> Rule:
     return parse(f"{before} -> {after}", [{0}])
 
 
+@rule(
+    aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default,
+    aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default,
+)  # fmt: skip
+def upsample(x: torch.Tensor, *_: object) -> Rule:
+    before, after = _pooled(x, 2)
+    return parse(f"{before} -> {after}", [{0}])
+
+
+@rule(
+    aten.upsample_nearest2d_backward.default,
+    aten.upsample_bilinear2d_backward.default,
+    aten.upsample_bicubic2d_backward.default,
+)
+def upsample_backward(grad: torch.Tensor, *_: object) -> Rule:
+    before, after = _pooled(grad, 2)
+    return parse(f"{before} -> {after}", [{0}], sizes={2: 0})
+
+
 @rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default)
 def avg_pool2d_backward(grad: torch.Tensor, x: torch.Tensor, *_: object) -> Rule:
     """Linear in the gradient; of the input only the shape is read."""

@@ -1,0 +1,317 @@
+"""Sample calls of every operator that has a rule. Sizes are products of 2 and 3, so that axes of two and of three ranks divide them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import shardc.rules  # noqa: F401  (the custom operators must exist)
+from brute_force import Sample, View
+from shardc.runtime.random import bernoulli
+
+aten = torch.ops.aten
+_random = torch.Generator().manual_seed(0)
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_random, dtype=torch.float64)
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=_random, dtype=torch.float64) + 0.5
+
+
+def whole(high: int, *shape: int, low: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=_random)
+
+
+def boolean(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=_random) < 0.6
+
+
+Group = Callable[[], Iterator[Sample]]
+
+
+def contraction() -> Iterator[Sample]:
+    x = real(6, 6)
+    yield Sample(aten.mm.default, (real(6, 12), real(12, 2)))
+    yield Sample(aten.mm.default, (real(1, 6), real(6, 3)))
+    yield Sample(aten.mm.default, (x, x))
+    yield Sample(aten.mm.default, (x, View(x, aten.permute.default, ([1, 0],))))
+    yield Sample(aten.mm.default, (View(real(2, 6, 3), aten.view.default, ([12, 3],)), real(3, 6)))
+    yield Sample(aten.bmm.default, (real(6, 2, 3), real(6, 3, 12)))
+    yield Sample(aten.dot.default, (real(6), real(6)))
+    yield Sample(aten.mv.default, (real(6, 12), real(12)))
+    yield Sample(aten.addmm.default, (real(6), real(12, 3), real(3, 6)))
+    yield Sample(aten.addmm.default, (real(12, 1), real(12, 3), real(3, 6)))
+    yield Sample(aten.addmm.default, (real(12, 6), real(12, 3), real(3, 6)), {"beta": 0.5, "alpha": 2})
+    yield Sample(aten.addmm.default, (real(1), real(12, 3), real(3, 6)))
+    yield Sample(aten.baddbmm.default, (real(6, 1, 3), real(6, 2, 6), real(6, 6, 3)))
+    yield Sample(aten.baddbmm.default, (real(2, 3), real(6, 2, 6), real(6, 6, 3)), {"beta": 2.0})
+
+
+def reductions() -> Iterator[Sample]:
+    for dims, keep in (([0], False), ([1, -1], True), ([], False), (None, False), ([-2], False)):
+        yield Sample(aten.sum.dim_IntList, (real(6, 2, 12), dims, keep))
+    yield Sample(aten.sum.dim_IntList, (real(), []))
+    yield Sample(aten.sum.dim_IntList, (whole(9, 6, 3), [0]))
+    yield Sample(aten.sum.dim_IntList, (boolean(6, 3), [0]))
+    yield Sample(aten.sum.dim_IntList, (real(1, 6), [0]))
+    yield Sample(aten.sum.dim_IntList, (real(6, 6), [0], False), {"dtype": torch.float32}, tolerance=1e-5)
+    yield Sample(aten.sum.dim_IntList, (View(real(6, 1), aten.expand.default, ([6, 12],)), [1]))
+    yield Sample(aten.sum.default, (real(6, 2),))
+    for operator in (aten.amax.default, aten.amin.default):
+        yield Sample(operator, (real(6, 12), [1], True))
+        yield Sample(operator, (real(6, 1, 3), [-1, 0]))
+        yield Sample(operator, (real(6, 3), []))
+    yield Sample(aten.prod.dim_int, (real(6, 12), -1))
+    yield Sample(aten.argmax.default, (real(6, 12), -1, True))
+    yield Sample(aten.argmax.default, (real(6, 2),))
+    yield Sample(aten.argmin.default, (real(6, 12), 0))
+    for operator in (aten.any.dim, aten.all.dim):
+        yield Sample(operator, (boolean(6, 12), 1, True))
+    for operator in (aten.any.default, aten.all.default):
+        yield Sample(operator, (boolean(6, 2),))
+    for operator in (aten.max.dim, aten.min.dim):
+        yield Sample(operator, (real(6, 12), -1))
+        yield Sample(operator, (real(6, 12), 0, True))
+    for operator in (aten._softmax.default, aten._log_softmax.default):
+        yield Sample(operator, (real(6, 12), -1, False))
+    yield Sample(aten._softmax.default, (real(6, 2, 3), 0, False))
+    yield Sample(aten._safe_softmax.default, (real(6, 12), -1))
+    yield Sample(aten.cumsum.default, (real(6, 12), -1))
+    yield Sample(aten.cumsum.default, (whole(5, 6, 2), 0), {"dtype": torch.int32})
+    for operator in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
+        yield Sample(operator, (real(6, 12), positive(6, 12), 1, torch.float64))
+    yield Sample(aten.cumsum.default, (boolean(6, 2), 0))
+    yield Sample(aten.cumprod.default, (real(6, 2), 0))
+    yield Sample(aten.logcumsumexp.default, (real(6, 2), 1))
+    for operator in (aten.cummax.default, aten.cummin.default):
+        yield Sample(operator, (real(6, 2), 0))
+    yield Sample(aten.logsumexp.default, (real(6, 2, 12), [0, -1]))
+    yield Sample(aten.logsumexp.default, (real(6, 2), [1], True))
+    yield Sample(aten.sort.default, (real(6, 12),))
+    yield Sample(aten.sort.default, (real(6, 12), 0, True))
+    yield Sample(aten.sort.stable, (whole(3, 6, 2),), {"stable": True, "dim": 0, "descending": False})
+    yield Sample(aten.sort.stable, (real(6, 12),), {"stable": False})
+    yield Sample(aten.topk.default, (real(6, 12), 3))
+    yield Sample(aten.topk.default, (real(6, 12), 1, 0))
+
+
+def shapes() -> Iterator[Sample]:
+    for given in ((0, 1, 5), (1, -4, None), (-1, 0, 12, 2), (1, 2, 3), (0, 0, 6), (1, 0, 9223372036854775807)):
+        yield Sample(aten.slice.Tensor, (real(6, 12, 12), *given))
+    yield Sample(aten.slice_backward.default, (real(6, 4), [6, 12], 1, 2, 6, 1))
+    yield Sample(aten.slice_backward.default, (real(6, 1), [6, 12], -1, 2, 3, 1))
+    yield Sample(aten.slice_backward.default, (real(6, 12), [6, 12], 1, 0, 12, 1))
+    yield Sample(aten.select.int, (real(6, 12, 2), -2, -1))
+    yield Sample(aten.select_backward.default, (real(6, 2), [6, 12, 2], 1, 3))
+    yield Sample(aten.select_backward.default, (real(6, 2), [6, 2, 1], -1, 0))
+    yield Sample(aten.cat.default, ([real(6, 2), real(6, 12), real(6, 1)], -1))
+    yield Sample(aten.cat.default, ([real(6, 6), real(6, 6)],))
+    x = real(6, 6)
+    yield Sample(aten.cat.default, ([x, x, real(0)], 1))
+    yield Sample(aten.cat.default, ([real(6, 1), real(6, 1)], 0))
+    yield Sample(aten.split.Tensor, (real(6, 12), 5, -1))
+    yield Sample(aten.split.Tensor, (real(6, 12), 2))
+    yield Sample(aten.split_with_sizes.default, (real(6, 12), [1, 5, 6], 1))
+    yield Sample(aten.unbind.int, (real(6, 3, 2), 1))
+    yield Sample(aten.stack.default, ([real(6, 2), real(6, 2)], -1))
+    yield Sample(aten.stack.default, ([x, x], 0))
+    yield Sample(aten.stack.default, ([real(6)], 0))
+    yield Sample(aten.constant_pad_nd.default, (real(6, 12), [1, 2]))
+    yield Sample(aten.constant_pad_nd.default, (real(6, 12), [0, -1, 0, 0], 0.0))
+    yield Sample(aten.constant_pad_nd.default, (real(6, 12, 2), [1, 0, 0, 2], 3.0))
+    yield Sample(aten.constant_pad_nd.default, (whole(5, 6, 1), [0, 5], -100))
+    yield Sample(aten.flip.default, (real(6, 12), [1]))
+    yield Sample(aten.roll.default, (real(6, 12), [2], [-1]))
+    yield Sample(aten.roll.default, (real(6, 2), [2]))
+    yield Sample(aten.tril.default, (real(6, 2, 12),))
+    yield Sample(aten.triu.default, (real(6, 12), -1))
+    yield Sample(aten.view.default, (View(real(6, 4, 9), aten.view.default, ([6, 6, 6],)), [6, 9, 4]))
+    yield Sample(aten.repeat.default, (real(6, 2), [3, 1, 2]))
+    yield Sample(aten.diagonal.default, (real(6, 6, 2),))
+    yield Sample(aten.unfold.default, (real(6, 12), -1, 3, 2))
+    yield Sample(aten.unfold_backward.default, (real(6, 5, 3), [6, 12], -1, 3, 2))
+    yield Sample(aten.diagonal_backward.default, (real(2, 6), [6, 6, 2], 0, 0, 1))
+
+
+def indices() -> Iterator[Sample]:
+    yield Sample(aten.embedding.default, (real(12, 6), whole(12, 2, 3)))
+    yield Sample(aten.embedding.default, (real(12, 1), whole(12, 6), 0))
+    yield Sample(aten.embedding.default, (real(12, 2), whole(12)))
+    yield Sample(aten.embedding.default, (real(1, 6), whole(1, 6)))
+    yield Sample(aten.embedding_dense_backward.default, (real(2, 6, 6), whole(12, 2, 6), 12, -1, False))
+    yield Sample(aten.embedding_dense_backward.default, (real(6, 2), whole(12, 6), 12, 3, False))
+    yield Sample(aten.embedding_dense_backward.default, (real(6, 2), whole(12, 6), 12, -1, True))
+    yield Sample(aten.gather.default, (real(6, 12), 1, whole(12, 6, 2)))
+    yield Sample(aten.gather.default, (real(6, 12), -1, whole(12, 4, 6)))
+    yield Sample(aten.gather.default, (real(6, 12), 0, whole(6, 1, 12)))
+    yield Sample(aten.gather.default, (boolean(6, 12), 0, whole(6, 6, 12)))
+    yield Sample(aten.gather.default, (real(6), 0, whole(6)))
+    yield Sample(aten.gather.default, (real(6), 0, whole(6, 6)))
+    yield Sample(aten.scatter_add.default, (real(6, 12), 1, whole(12, 6, 3), real(6, 3)))
+    yield Sample(aten.scatter_add.default, (real(6, 12), -1, whole(12, 4, 6), real(4, 6)))
+    yield Sample(aten.scatter_add.default, (real(6, 12), 1, whole(12, 6, 3), real(6, 6)))
+    yield Sample(aten.scatter_add.default, (real(12), 0, whole(12, 1), real(1)))
+    yield Sample(
+        aten.scatter.src, (real(6, 12), 1, torch.stack([torch.randperm(12)[:6] for _ in range(6)]), real(6, 6))
+    )
+    yield Sample(aten.scatter.src, (real(6, 12), 0, whole(6, 1, 12), real(1, 12)))
+    yield Sample(aten.scatter.src, (real(6, 12), 0, whole(6, 2, 12), real(2, 12)))
+    yield Sample(aten.scatter.value, (real(6, 12), 1, whole(12, 6, 3), 2.5))
+    yield Sample(aten.index_select.default, (real(6, 12, 2), 1, whole(12, 6)))
+    yield Sample(aten.index_select.default, (real(6, 12), -1, whole(12, 1)))
+    yield Sample(aten.index_add.default, (real(6, 12), 0, whole(6, 6), real(6, 12)))
+    yield Sample(aten.index_add.default, (real(6, 12), -1, whole(12, 3), real(6, 3)), {"alpha": 2})
+    one, other = whole(6, 6, low=-6), whole(12, 6, low=-12)
+    for operator in (aten.index.Tensor, aten._unsafe_index.Tensor):
+        yield Sample(operator, (real(6, 12), [one]))
+        yield Sample(operator, (real(6, 12), [None, whole(12, 2, 3, low=-12)]))
+    yield Sample(aten.index.Tensor, (real(6, 12, 2), [one, other]))
+    yield Sample(aten.index.Tensor, (real(6, 2, 12), [one, None, other]))
+    yield Sample(aten.index.Tensor, (real(3, 6, 12), [None, whole(6, 2, 1), whole(12, 6)]))
+    yield Sample(aten.index.Tensor, (boolean(6, 12), [whole(6)]))
+    yield Sample(aten.index.Tensor, (real(6, 12), [whole(6, 1)]))
+    yield Sample(aten.index.Tensor, (boolean(6, 12), [whole(6, 6, 1), whole(12, 2)]))
+    for accumulate in (True, False):
+        unique = torch.tensor([0, -1, 2, -3, 4, 1])
+        yield Sample(aten.index_put.default, (real(12, 6), [unique], real(6, 6), accumulate))
+        yield Sample(aten.index_put.default, (real(12, 6), [unique], real(6), accumulate))
+        yield Sample(aten.index_put.default, (real(12, 6), [None, unique], real(), accumulate))
+        yield Sample(aten.index_put.default, (real(12, 6), [unique, unique], real(6), accumulate))
+        yield Sample(aten.index_put.default, (real(6, 12, 6), [unique, None, unique], real(6, 12), accumulate))
+    yield Sample(aten.index_put.default, (real(12, 6), [whole(12, 6, low=-12)], real(6, 6), True))
+    yield Sample(aten.index_put.default, (real(6, 2), [boolean(6, 2)], real()))
+    yield Sample(aten.scatter_reduce.two, (real(6, 12), 1, whole(12, 6, 3), real(6, 3), "amax"))
+    yield Sample(aten.index_copy.default, (real(6, 12), 1, torch.tensor([3, 0, 7]), real(6, 3)))
+
+
+def norms() -> Iterator[Sample]:
+    layer = aten.native_layer_norm.default
+    yield Sample(layer, (real(6, 2, 12), [12], real(12), real(12), 1e-5))
+    yield Sample(layer, (real(6, 12), [12], None, None, 1e-5))
+    yield Sample(layer, (real(6, 12), [12], real(12), None, 1e-5))
+    yield Sample(layer, (real(6, 2, 3), [2, 3], real(2, 3), real(2, 3), 1e-5))
+    yield Sample(layer, (real(6), [6], real(6), real(6), 1e-5))
+    for x, size, affine, mask in (
+        (real(6, 2, 12), [12], 2, [True, True, True]),
+        (real(6, 12), [12], 0, [True, False, False]),
+        (real(6, 12), [12], 1, [True, True, False]),
+        (real(6, 2, 3), [2, 3], 2, [False, True, True]),
+        (real(6), [6], 2, [True, True, True]),
+    ):
+        weight, bias = (real(*size) if affine > 0 else None), (real(*size) if affine > 1 else None)
+        _, mean, inverse = aten.native_layer_norm(x, size, weight, bias, 1e-5)
+        arguments = (real(*x.shape), x, size, mean, inverse, weight, bias, mask)
+        yield Sample(aten.native_layer_norm_backward.default, arguments, values=[i for i in range(3) if mask[i]])
+
+
+def windows() -> Iterator[Sample]:
+    for x, weight, bias, stride, padding, dilation, transposed, extra, groups in (
+        (real(6, 2, 5, 5), real(6, 2, 3, 3), real(6), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        (real(2, 6, 7), real(12, 6, 3), None, [2], [0], [2], False, [0], 1),
+        (real(6, 3, 4, 4), real(6, 3, 2, 2), real(6), [2, 2], [0, 0], [1, 1], False, [0, 0], 1),
+        (real(2, 6, 4, 4), real(6, 1, 3, 3), real(6), [1, 1], [1, 1], [1, 1], False, [0, 0], 6),
+        (real(2, 6, 4, 4), real(12, 2, 3, 3), real(12), [1, 1], [1, 1], [1, 1], False, [0, 0], 3),
+        (real(2, 6, 4, 4), real(6, 3, 3, 3), real(3), [2, 2], [1, 1], [1, 1], True, [1, 1], 1),
+        (real(2, 6, 5), real(6, 1, 3), real(6), [1], [0], [1], True, [0], 6),
+        (real(1, 1, 4, 4), real(6, 1, 2, 2), real(6), [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        (real(6, 2, 3, 3, 3), real(2, 2, 1, 1, 1), None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1),
+        (real(2, 6, 1, 4), real(12, 1, 1, 3), real(12), [1, 1], [0, 0], [1, 1], False, [0, 0], 6),
+    ):
+        more = (stride, padding, dilation, transposed, extra, groups)
+        yield Sample(aten.convolution.default, (x, weight, bias, *more))
+        out = real(*aten.convolution(x, weight, bias, *more).shape)
+        sizes = [out.shape[1]] if bias is not None else None
+        mask = [True, True, bias is not None]
+        yield Sample(
+            aten.convolution_backward.default, (out, x, weight, sizes, *more, mask), values=[0, 1, 2][: 2 + mask[2]]
+        )
+    x = real(2, 6, 4, 4)
+    pooled, where = aten.max_pool2d_with_indices(x, [2, 2])
+    yield Sample(aten.max_pool2d_with_indices.default, (x, [2, 2]))
+    yield Sample(aten.max_pool2d_with_indices.default, (real(6, 4, 6), [3, 3], [1, 1], [1, 1]))
+    yield Sample(
+        aten.max_pool2d_with_indices_backward.default,
+        (real(*pooled.shape), x, [2, 2], [2, 2], [0, 0], [1, 1], False, where),
+    )
+    yield Sample(aten.avg_pool2d.default, (x, [2, 2]))
+    yield Sample(aten.avg_pool2d.default, (real(6, 4, 6), [4, 6]))
+    yield Sample(aten.avg_pool2d_backward.default, (real(2, 6, 2, 2), x, [2, 2], [2, 2], [0, 0], False, True, None))
+    yield Sample(aten._adaptive_avg_pool2d.default, (x, [2, 3]))
+    yield Sample(aten._adaptive_avg_pool2d_backward.default, (real(2, 6, 2, 3), x))
+    wide = real(2, 6, 8, 8)
+    yield Sample(aten.upsample_nearest2d.vec, (x, None, [2.0, 2.0]))
+    yield Sample(aten.upsample_nearest2d.default, (x, [8, 8]))
+    yield Sample(aten.upsample_nearest2d_backward.default, (wide, [8, 8], [2, 6, 4, 4]))
+    for operator in (aten.upsample_bilinear2d, aten.upsample_bicubic2d):
+        yield Sample(operator.vec, (x, [8, 6], False, None))
+        yield Sample(operator.default, (x, [8, 6], False))
+    for operator in (aten.upsample_bilinear2d_backward.default, aten.upsample_bicubic2d_backward.default):
+        yield Sample(operator, (wide, [8, 8], [2, 6, 4, 4], False))
+
+
+def attentions() -> Iterator[Sample]:
+    forward, backward = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
+    for batch, heads, rows, columns, inner, outer, mask, causal in (
+        (2, 6, 6, 6, 4, 4, None, True),
+        (6, 2, 3, 6, 4, 4, None, False),
+        (2, 3, 6, 4, 4, 2, real(2, 1, 6, 4), False),
+        (2, 6, 6, 4, 4, 4, boolean(6, 4), False),
+        (6, 2, 6, 4, 4, 4, real(6, 2, 1, 4), False),
+        (1, 6, 1, 4, 2, 2, None, False),
+        (2, 2, 6, 6, 2, 2, real(1, 1, 6, 6), True),
+    ):
+        q, k, v = (
+            real(batch, heads, rows, inner),
+            real(batch, heads, columns, inner),
+            real(batch, heads, columns, outer),
+        )
+        yield Sample(forward, (q, k, v, mask, causal, 0.5))
+        out, total = forward(q, k, v, mask, causal, 0.5)
+        yield Sample(backward, (real(*out.shape), q, k, v, mask, out, total, causal, 0.5))
+
+
+def factories() -> Iterator[Sample]:
+    for operator in (aten.zeros.default, aten.ones.default):
+        yield Sample(operator, ([6, 1, 2],), {"dtype": torch.float64, "device": "cpu"})
+    yield Sample(aten.full.default, ([6, 12], 2.5), {"dtype": torch.float64})
+    yield Sample(aten.full.default, ([], 2), {"dtype": torch.int64})
+    yield Sample(aten.empty.memory_format, ([6, 2],), {"dtype": torch.float64}, values=[])
+    for operator in (aten.new_zeros.default, aten.new_ones.default):
+        yield Sample(operator, (real(6, 2), [2, 6]))
+        yield Sample(operator, (real(6, 2), []), {"dtype": torch.int64})
+    yield Sample(aten.new_full.default, (real(6, 2), [6, 1], 1.5))
+    yield Sample(aten.new_empty.default, (real(6, 2), [6, 12]), values=[])
+    yield Sample(aten.new_empty_strided.default, (real(6, 2), [6, 12], [1, 6]), values=[])
+    yield Sample(aten.arange.default, (6,))
+    yield Sample(aten.arange.start, (2, 14), {"dtype": torch.float64})
+    yield Sample(aten.arange.start_step, (0, 12, 2))
+    yield Sample(aten.scalar_tensor.default, (2.5,), {"dtype": torch.float64})
+    yield Sample(bernoulli, ([6, 2], 0.5), {"dtype": torch.float64})  # type: ignore[arg-type]
+    yield Sample(aten.linspace.default, (0.0, 1.0, 6), {"dtype": torch.float64})
+    yield Sample(aten.eye.default, (6,), {"dtype": torch.float64})
+    yield Sample(aten.eye.m, (6, 3), {"dtype": torch.float64})
+
+
+def whole_only() -> Iterator[Sample]:
+    offsets = torch.tensor([2, 6], dtype=torch.int32)
+    low = torch.bfloat16
+    yield Sample(aten._grouped_mm.default, (real(6, 128).to(low), real(2, 128, 16).to(low), offsets), tolerance=0.2)
+    for left, right in (((2, 16, 128), (128, 8)), ((128, 8), (8, 128))):
+        yield Sample(aten._grouped_mm.default, (real(*left).to(low), real(*right).to(low), offsets + 2), tolerance=0.2)
+    yield Sample(aten.histc.default, (whole(6, 12).double(), 6, 0, 5))
+    import transformers.integrations.moe  # noqa: F401  (defines the operators)
+
+    fallback = torch.ops.transformers
+    x, weight = real(6, 12), real(2, 12, 6)
+    yield Sample(fallback.grouped_mm_fallback.default, (x, weight, offsets))
+    yield Sample(fallback.grouped_mm_fallback_backward.default, (x, weight, offsets, real(6, 6)))
+
+
+GROUPS: tuple[Group, ...] = (
+    contraction, reductions, shapes, indices, norms, windows, attentions, factories, whole_only,
+)  # fmt: skip
