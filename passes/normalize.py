@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from shardc.graph import Program, value_of
-from shardc.rules.decompositions import DECOMPOSITIONS, Builder
+from shardc.rules.builder import Builder
+from shardc.rules.decompositions import DECOMPOSITIONS
 
 
 def normalize(program: Program) -> Program:
@@ -27,11 +28,21 @@ def normalize(program: Program) -> Program:
         if decomposition is None:
             continue
         with graph.inserting_before(node):
-            results = decomposition(Builder(graph, node), *node.args, **node.kwargs)
+            builder = Builder(graph, node)
+            results = decomposition(builder, *node.args, **node.kwargs)
+            results = _cast(builder, results, value_of(node)) if results is not None else None
         if results is not None:
             _replace(node, results)
     graph.eliminate_dead_code()
     return program
+
+
+def _cast(builder: Builder, results: Any, wanted: Any) -> Any:
+    """The results in the types that the operator would have given them: some are computed in wider ones."""
+    if isinstance(results, fx.Node):
+        return builder.cast(results, wanted.dtype)
+    pairs = zip(results, wanted, strict=True)
+    return tuple(builder.cast(r, w.dtype) if isinstance(r, fx.Node) and w is not None else r for r, w in pairs)
 
 
 def _replace(node: fx.Node, results: Any) -> None:

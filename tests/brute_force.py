@@ -68,7 +68,7 @@ def _short(value: Any) -> str:
 class Call:
     """A sample as a one-operator program. `split` names how every dim of an operand is cut into two atoms: no, major, minor."""
 
-    def __init__(self, sample: Sample, split: str = "no") -> None:
+    def __init__(self, sample: Sample, split: str = "no", factored: bool = True) -> None:
         self.sample = sample
         self.graph = fx.Graph()
         self.split = split
@@ -89,6 +89,8 @@ class Call:
                     results.append(item)
         self.graph.output(tuple(results))
         self.program = _program(self.graph, len(self.whole), results)
+        if not factored:
+            return
         self.factored: Factored = factor(self.program)
         self.op: Op = self.factored.ops[-1]
         self.shape = shape_of(self.factored, self.op)

@@ -104,6 +104,7 @@ def binary() -> Iterator[Sample]:
 
 
 def others() -> Iterator[Sample]:
+    yield Sample(aten.log_sigmoid_backward.default, (real(6, 2), real(6, 2), positive(6, 2)))
     yield Sample(aten.elu_backward.default, (real(6, 2), 1.0, 1.0, 1.0, False, real(6, 2)))
     for operator, more in BACKWARD:
         yield Sample(operator, (real(6, 2), positive(6, 2) * 0.5, *more))

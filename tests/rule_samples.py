@@ -191,6 +191,8 @@ def indices() -> Iterator[Sample]:
 
 def norms() -> Iterator[Sample]:
     layer = aten.native_layer_norm.default
+    for x, weight in ((real(6, 2, 12), real(12)), (real(6, 12), None)):
+        yield Sample(aten._fused_rms_norm.default, (x, [12], weight, 1e-5))
     yield Sample(layer, (real(6, 2, 12), [12], real(12), real(12), 1e-5))
     yield Sample(layer, (real(6, 12), [12], None, None, 1e-5))
     yield Sample(layer, (real(6, 12), [12], real(12), None, 1e-5))
@@ -300,9 +302,9 @@ def factories() -> Iterator[Sample]:
 def whole_only() -> Iterator[Sample]:
     offsets = torch.tensor([2, 6], dtype=torch.int32)
     low = torch.bfloat16
-    yield Sample(aten._grouped_mm.default, (real(6, 128).to(low), real(2, 128, 16).to(low), offsets), tolerance=0.2)
+    yield Sample(aten._grouped_mm.default, (real(6, 128).to(low), real(2, 128, 16).to(low), offsets), tolerance=0.5)
     for left, right in (((2, 16, 128), (128, 8)), ((128, 8), (8, 128))):
-        yield Sample(aten._grouped_mm.default, (real(*left).to(low), real(*right).to(low), offsets + 2), tolerance=0.2)
+        yield Sample(aten._grouped_mm.default, (real(*left).to(low), real(*right).to(low), offsets + 2), tolerance=0.5)
     yield Sample(aten.histc.default, (whole(6, 12).double(), 6, 0, 5))
     import transformers.integrations.moe  # noqa: F401  (defines the operators)
 

@@ -29,6 +29,13 @@ def layer_norm(
     return parse(f"{batch} {inner}{affine} -> {batch} {inner}, {batch} {ones}, {batch} {ones}")
 
 
+@rule(aten._fused_rms_norm.default)
+def rms_norm(x: torch.Tensor, normalized: Sequence[int], weight: torch.Tensor | None, eps: float | None) -> Rule:
+    del eps
+    batch, inner, ones = _layer(x, normalized)
+    return parse(f"{batch} {inner}{f', {inner}' if weight is not None else ''} -> {batch} {inner}, {batch} {ones}")
+
+
 @rule(aten.native_layer_norm_backward.default)
 def layer_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, normalized: Sequence[int], mean: torch.Tensor, inverse: torch.Tensor,

@@ -1,0 +1,200 @@
+"""Every decomposition against the operator of torch that it replaces, in double and in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from brute_force import Call, Sample
+from rule_samples import boolean, positive, real, whole
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardc.passes.normalize import normalize
+from shardc.rules.builder import Builder
+from shardc.rules.decompositions import DECOMPOSITIONS
+from shardc.rules.factoring import VIEWS
+from shardc.rules.notation import maker_of
+from shardc.runtime import VirtualMesh
+
+aten = torch.ops.aten
+
+
+def statistics() -> Iterator[Sample]:
+    x = real(6, 2, 3)
+    for dims, keep in (([1], False), ([-1, 0], True), ([], False), (None, True)):
+        yield Sample(aten.mean.dim, (x, dims, keep))
+        yield Sample(aten.var.correction, (x, dims), {"correction": 0, "keepdim": keep})
+        yield Sample(aten.std.correction, (x, dims), {"keepdim": keep})
+        yield Sample(aten.var_mean.correction, (x, dims), {"correction": 1, "keepdim": keep})
+    yield Sample(aten.mean.default, (x,))
+    yield Sample(aten.mean.default, (real(),))
+    yield Sample(aten.mean.default, (whole(9, 6, 2),), {"dtype": torch.float64})
+    yield Sample(aten.mean.dim, (torch.full((4096,), 60000.0, dtype=torch.float16), [0]))
+    yield Sample(aten.mean.dim, (x.float(), [0]), {"dtype": torch.float64}, tolerance=1e-6)
+    for order in (2, 1, 0, 3, float("inf"), float("-inf")):
+        yield Sample(aten.linalg_vector_norm.default, (x, order, [1], True))
+    yield Sample(aten.linalg_vector_norm.default, (x,))
+    yield Sample(aten.norm.ScalarOpt_dim, (x, None, [1]))
+    yield Sample(aten.glu.default, (x, 1))
+    yield Sample(aten.glu_backward.default, (real(6, 1, 3), x, -2))
+    yield Sample(aten.log_sigmoid_forward.default, (x * 20,))
+    for mask in (boolean(6, 2, 3), boolean(6)):
+        yield Sample(aten.index_put.default, (x, [mask], real()))
+    yield Sample(aten.index_put.default, (x, [boolean(6, 2)], real(1), True))
+
+
+def dropout() -> Iterator[Sample]:
+    for probability, train in ((0.3, True), (0.0, True), (1.0, True), (0.5, False), (0.5, None)):
+        yield Sample(aten.native_dropout.default, (real(6, 12), probability, train))
+
+
+def embeddings() -> Iterator[Sample]:
+    for padding in (-1, 3, 0):
+        yield Sample(aten.embedding_dense_backward.default, (real(6, 2, 3), whole(12, 6, 2), 12, padding, False))
+    yield Sample(aten.embedding_dense_backward.default, (real(6, 2), whole(3, 6), 12, 2, True))
+
+
+def norms() -> Iterator[Sample]:
+    for shape, dtype in (((6, 2, 3, 2), torch.float64), ((6, 3), torch.float64), ((6, 2, 3), torch.bfloat16)):
+        x, grad = real(*shape).to(dtype), real(*shape).to(dtype)
+        running = torch.float32 if dtype is torch.bfloat16 else dtype
+        mean, var = real(shape[1]).to(running), positive(shape[1]).to(running)
+        weight, bias = real(shape[1]).to(running), real(shape[1]).to(running)
+        close = 2e-2 if dtype is torch.bfloat16 else 1e-9
+        functional = aten._native_batch_norm_legit_functional.default
+        for affine in ((weight, bias), (None, None)):
+            if dtype is torch.bfloat16 and affine[0] is None:
+                continue
+            for training in (True, False):
+                made = functional(x, *affine, mean, var, training, 0.1, 1e-5)
+                # torch's shape function gives the saved statistics of half-precision inputs another type than the kernel
+                defined = None if dtype is torch.float64 else [0, 3, 4]
+                yield Sample(
+                    functional, (x, *affine, mean, var, training, 0.1, 1e-5), tolerance=close, values=defined
+                )
+                arguments = (grad, x, affine[0], mean, var, *made[1:3], training, 1e-5)
+                mask = [True, affine[0] is not None, affine[0] is not None]
+                yield Sample(
+                    aten.native_batch_norm_backward.default, (*arguments, mask), tolerance=close,
+                    values=[0, 1, 2] if mask[1] else [0],
+                )  # fmt: skip
+            yield Sample(
+                aten._native_batch_norm_legit_no_training.default, (x, *affine, mean, var, 0.1, 1e-5), tolerance=close,
+                values=None if dtype is torch.float64 else [0],
+            )  # fmt: skip
+    x, weight, bias = real(2, 6, 3, 2), real(6), real(6)
+    for affine in ((weight, bias), (None, None)):
+        out = aten.native_group_norm(x, *affine, 2, 6, 6, 3, 1e-5)
+        yield Sample(aten.native_group_norm.default, (x, *affine, 2, 6, 6, 3, 1e-5))
+        mask = [True, affine[0] is not None, affine[0] is not None]
+        yield Sample(
+            aten.native_group_norm_backward.default,
+            (real(2, 6, 3, 2), x, out[1], out[2], affine[0], 2, 6, 6, 3, mask),
+            values=[0, 1, 2] if mask[1] else [0],
+        )
+
+
+def losses() -> Iterator[Sample]:
+    x, y, p, w = real(6, 2), real(6, 2), positive(6, 2) / 2, positive(2)
+    hits = boolean(6, 2).double()
+    sure = torch.tensor([[0.0, 1.0]] * 6, dtype=torch.float64)
+    for reduction in (0, 1, 2):
+        grad = real(6, 2) if reduction == 0 else real()
+        for forward, backward, more in (
+            (aten.mse_loss.default, aten.mse_loss_backward.default, ()),
+            (aten.smooth_l1_loss.default, aten.smooth_l1_loss_backward.default, (0.7,)),
+            (aten.huber_loss.default, aten.huber_loss_backward.default, (0.7,)),
+        ):
+            yield Sample(forward, (x, y, reduction, *more))
+            yield Sample(backward, (grad, x, y, reduction, *more))
+        for probability in (p, sure):
+            yield Sample(aten.binary_cross_entropy.default, (probability, hits, w, reduction))
+            arguments = (grad, probability, hits, None, reduction)
+            yield Sample(aten.binary_cross_entropy_backward.default, arguments, tolerance=1e-8)  # torch's 1e-12 is single
+        yield Sample(aten.binary_cross_entropy_with_logits.default, (x * 50, hits, w, positive(2), reduction))
+        yield Sample(aten.binary_cross_entropy_with_logits.default, (x, hits, None, None, reduction))
+        yield from _likelihoods(reduction)
+
+
+def _likelihoods(reduction: int) -> Iterator[Sample]:
+    one, two = (aten.nll_loss_forward.default, aten.nll_loss_backward.default), (
+        aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default,
+    )  # fmt: skip
+    target = torch.tensor([0, 3, 5, 3, 1, 2])
+    plain, infinite = real(6, 6).log_softmax(1), real(6, 6).log_softmax(1)
+    infinite[1, 3] = infinite[1, 0] = float("-inf")  # ignored below, and so is what stands in its place
+    for (forward, backward), x, wanted, weight in (
+        (one, plain, target, None),
+        (one, infinite, target, None),
+        (one, plain, target, positive(6)),
+        (one, plain, torch.full((6,), 3), None),
+        (one, real(6), torch.tensor(4), None),
+        (one, real(6), torch.tensor(3), positive(6)),
+        (two, real(2, 6, 2, 3), whole(6, 2, 2, 3), positive(6)),
+        (two, real(2, 6, 2, 3), whole(6, 2, 2, 3), None),
+    ):
+        total, count = forward(x, wanted, weight, reduction, 3)
+        yield Sample(forward, (x, wanted, weight, reduction, 3), values=[0, 1] if reduction else [0])
+        grad = torch.randn_like(total)
+        yield Sample(backward, (grad, x, wanted, weight, reduction, 3, count))
+
+
+SAMPLES = [s for group in (statistics, dropout, embeddings, norms, losses) for s in group()]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.target))
+def test_equals_the_operator(sample: Sample) -> None:
+    torch.manual_seed(7)
+    call = Call(sample, factored=False)
+    torch.manual_seed(7)
+    expected = sample.target(*sample.args, **sample.kwargs)
+    expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
+    normalize(call.program)
+    torch.manual_seed(7)
+    inputs = [call.whole[node] for node in call.program.placeholders]
+    module = fx.GraphModule(torch.nn.Module(), call.graph)
+    made = VirtualMesh({"a": 1}).run(module, lambda _: tuple(inputs), random=True)[0]
+    assert len(made) == len([e for e in expected if isinstance(e, Tensor)]) or sample.values is not None
+    for index, (one, other) in enumerate(zip(made, expected, strict=False)):
+        if sample.values is None or index in sample.values:
+            assert one.dtype == other.dtype and one.shape == other.shape
+            torch.testing.assert_close(one, other, rtol=sample.tolerance, atol=sample.tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.target))
+def test_leads_to_operators_with_rules(sample: Sample) -> None:
+    call = Call(sample, factored=False)
+    normalize(call.program)
+    for node in call.graph.nodes:
+        if node.op == "call_function" and node.target not in VIEWS and "getitem" not in node.name:
+            assert maker_of(node.target) is not None, node.target
+
+
+def test_rms_norm_backward() -> None:
+    """The CPU has no kernel for this one, so the truth is autograd."""
+    x, weight, grad = real(6, 2, 3).requires_grad_(), real(2, 3).requires_grad_(), real(6, 2, 3)
+    inverse = (x.square().mean((1, 2), keepdim=True) + 1e-5).rsqrt()
+    expected = torch.autograd.grad(x * inverse * weight, (x, weight), grad)
+    operator = aten._fused_rms_norm_backward.default
+    arguments = [t.detach() for t in (grad, x, inverse, weight)]
+    graph, mode = fx.Graph(), FakeTensorMode()
+    nodes = [graph.placeholder(name) for name in ("grad", "x", "inverse", "weight")]
+    for node, tensor in zip(nodes, arguments, strict=True):
+        node.meta["val"] = mode.from_tensor(tensor)
+    node = graph.call_function(operator, (nodes[0], nodes[1], [2, 3], nodes[2], nodes[3], [True, True]))
+    graph.output(DECOMPOSITIONS[operator](builder_before(graph, node), *node.args))
+    graph.erase_node(node)
+    made = fx.GraphModule(torch.nn.Module(), graph)(*arguments)
+    torch.testing.assert_close(made, expected)
+
+
+def builder_before(graph: fx.Graph, node: fx.Node) -> Builder:
+    graph.inserting_before(node)
+    return Builder(graph, node)
+
+
+def test_every_decomposition_has_a_sample() -> None:
+    sampled = {s.target for s in SAMPLES} | {aten._fused_rms_norm_backward.default}
+    assert [str(o) for o in DECOMPOSITIONS if o not in sampled] == []
