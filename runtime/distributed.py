@@ -6,7 +6,7 @@ import gc
 import math
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,46 +157,38 @@ def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Param
         return nn.Parameter(from_local(local, slot, mesh), requires_grad=parameter.requires_grad)
 
 
-def swap_in(parameter: nn.Parameter, dtensor: nn.Parameter) -> None:
-    """Put `dtensor` wherever a dict, list or set holds `parameter`: in modules, and in optimizers created earlier.
+def swap_in(replacements: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Put each (parameter, DTensor)'s DTensor wherever a dict, list or set holds the parameter: in modules, and in optimizers
+    created earlier.
 
-    Local variables and tuples still hold the old one. RankError where nothing that can be changed holds it, or where an
-    optimizer already has state for it (which has the old shape).
+    Local variables and tuples still hold the old one. RankError where an optimizer already has state for a parameter (which
+    has the old shape).
     """
     # torch.utils.swap_tensors would keep the object, but refuses: a DTensor has slots that a Parameter lacks.
-    holders: list[Any] = [holder for holder in gc.get_referrers(parameter) if type(holder) in _HOLDERS]
-    if any(_has_state(holder, parameter) for holder in holders):
-        raise RankError(
-            f"an optimizer already has state for a parameter of shape {tuple(parameter.shape)}: "
-            "distribute the parameters before the first step"
-        )
-    if sum(_replace(holder, parameter, dtensor) for holder in holders) == 0:
-        raise RankError(f"no module or optimizer holds the parameter of shape {tuple(parameter.shape)}")
-    vars(dtensor).update(vars(parameter))
+    new = {id(old): dtensor for old, dtensor in replacements}
+    holders: list[Any] = [h for h in gc.get_referrers(*(old for old, _ in replacements)) if type(h) in _HOLDERS]
+    for holder in holders:
+        if isinstance(holder, defaultdict) and any(id(key) in new and value for key, value in holder.items()):  # type: ignore[misc]
+            raise RankError("an optimizer already has state for the parameters: distribute them before the first step")
+    for holder in holders:
+        _replace(holder, new)
+    for old, dtensor in replacements:
+        vars(dtensor).update(vars(old))
 
 
 _HOLDERS = (dict, OrderedDict, defaultdict, list, set)
 
 
-def _has_state(holder: Any, parameter: nn.Parameter) -> bool:
-    return isinstance(holder, defaultdict) and any(key is parameter and value for key, value in holder.items())  # type: ignore[misc]
-
-
-def _replace(holder: Any, old: nn.Parameter, new: nn.Parameter) -> int:
-    """Put `new` in the place of `old`, compared by identity; how often."""
-    count = 0
+def _replace(holder: Any, new: Mapping[int, nn.Parameter]) -> None:
+    """Put the new parameters in the places of the old ones, which are told apart by identity."""
     if isinstance(holder, set):
-        if any(item is old for item in holder):  # type: ignore[misc]
-            holder.remove(old)
-            holder.add(new)
-            count += 1
-        return count
+        for item in [item for item in holder if id(item) in new]:  # type: ignore[misc]
+            holder.remove(item)
+            holder.add(new[id(item)])
+        return
     places: list[Any] = list(enumerate(holder) if isinstance(holder, list) else holder.items())
     for key, value in places:
-        if value is old:
-            holder[key] = new
-            count += 1
-        if key is old:
-            holder[new] = holder.pop(old)
-            count += 1
-    return count
+        if id(value) in new:
+            holder[key] = new[id(value)]
+        if id(key) in new:
+            holder[new[id(key)]] = holder.pop(key)

@@ -128,9 +128,13 @@ def _distribute(module: nn.Module, executable: Executable) -> None:
     """Store every parameter as a DTensor of its rank's part; optimizers keep their references."""
     slots = {slot.name: slot for slot in executable.inputs if slot.role == "parameter"}
     assert isinstance(executable.mesh, DistributedMesh)
-    for name, parameter in module.named_parameters():
-        if name in slots and not isinstance(parameter, DTensor):
-            swap_in(parameter, distribute(parameter, slots[name], executable.mesh))
+    swap_in(
+        [
+            (parameter, distribute(parameter, slots[name], executable.mesh))
+            for name, parameter in module.named_parameters()
+            if name in slots and not isinstance(parameter, DTensor)
+        ]
+    )
 
 
 def compile(

@@ -42,7 +42,7 @@ def train():
         executable.run({**names, "steps": torch.zeros((), dtype=torch.float64)}, [torch.ones(4, 8).double()])
     slots = {slot.name: slot for slot in executable.inputs}
     for name, parameter in list(names.items()):
-        swap_in(parameter, distribute(parameter, slots[name], mesh))
+        swap_in([(parameter, distribute(parameter, slots[name], mesh))])
         assert isinstance(names[name], DTensor)
     assert model[0].weight is names["up.weight"] and model[2].weight is names["down.weight"]
     assert ours.param_groups[0]["params"][0] is model[0].weight
