@@ -157,8 +157,8 @@ class Network:
         ]
         if frozen:
             tests.append((0, lambda splits: not any(splits.axes)))
-        if port is not None and port.role is Role.PARAMETER:
-            tests.append((0, self._storable(op)))
+        if port is not None and (port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.whole_outputs)):
+            tests.append((0, self._storable(op.results[0].value)))
         if not tests:
             return None
         return [
@@ -166,9 +166,8 @@ class Network:
             if all(ok(options.result_classes[k].layouts[options.result_layouts[k][i]]) for k, ok in tests)
         ]  # fmt: skip
 
-    def _storable(self, op: Op) -> Accepts:
-        """A parameter is stored as a DTensor: every dim one contiguous chunk a rank, in an order of axes that DTensor has."""
-        value = op.results[0].value
+    def _storable(self, value: Value) -> Accepts:
+        """What a DTensor can hold: every dim one contiguous chunk a rank, in an order of axes that DTensor has, no partial sums."""
         leaves = self.factored.leaves(value.key)
 
         def test(splits: Splits) -> bool:
@@ -215,7 +214,8 @@ class Network:
                 continue
             tensor = self.class_of(value.key)
             whole = self.whole_outputs or port.role is not Role.OUTPUT
-            domain = [s for s in tensor.layouts if not s.partial and not (whole and any(s.axes))]
+            storable = self._storable(value)
+            domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
             variable = self._variable(f"output {index}", domain, np.zeros(len(domain)))
             self._connect(value.key, variable, self._intern(np.array([tensor.index[s] for s in domain])))
             self._output_variable[index] = variable
