@@ -49,5 +49,6 @@ def attention_backward(
     return parse(
         f"{grads}, {queries}, {keys}, {values}{_mask(mask, query)}, {made}, {_named(logsumexp, f'b h {query}')}"
         f" -> {queries}, {keys}, {values}",
+        [{0}],
         flops=BACKWARD,
     )

@@ -65,6 +65,19 @@ def vector_norm(
     return b(aten.pow.Tensor_Scalar, total, 1 / order)
 
 
+def constant(value: float | None, shaped: bool) -> Callable[..., fx.Node]:
+    """`new_zeros` and its kin read no value: as a constant they need no operand, in whatever layout that lies.
+
+    `value` None: it is given in the call. `shaped`: so is the shape.
+    """
+
+    def decomposition(b: Builder, x: fx.Node, *given: Any, dtype: torch.dtype | None = None, **_: Any) -> fx.Node:
+        shape = [int(n) for n in (given[0] if shaped else value_of(x).shape)]
+        return b.full(x, shape, given[int(shaped)] if value is None else value, dtype)
+
+    return decomposition
+
+
 def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node]:
     shape = value_of(x).shape
     if train is False or probability == 0:
@@ -276,6 +289,15 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.glu_backward.default: glu_backward,
     aten.log_sigmoid_forward.default: log_sigmoid,
     aten.index_put.default: index_put,
+    # what is left empty holds zeros here
+    aten.new_zeros.default: constant(0, True),
+    aten.new_ones.default: constant(1, True),
+    aten.new_full.default: constant(None, True),
+    aten.new_empty.default: constant(0, True),
+    aten.zeros_like.default: constant(0, False),
+    aten.ones_like.default: constant(1, False),
+    aten.full_like.default: constant(None, False),
+    aten.empty_like.default: constant(0, False),
     aten.native_dropout.default: native_dropout,
     aten.embedding_dense_backward.default: embedding_dense_backward,
     **losses.DECOMPOSITIONS,

@@ -30,7 +30,7 @@ def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: in
         return parse(f"{names} d, {names} -> v! d", [{0}])
     if len(rest) > 1 and rest[1]:  # scaling by frequency counts the indices of the whole batch
         whole = " ".join(f"{n}!" if n != "1" else n for n in letters(indices, "i"))
-        return parse(f"{whole} d, {whole} -> v! d")
+        return parse(f"{whole} d, {whole} -> v! d", [{0}])
     del rows, grad
     return parse(f"{names} d, #v {names} -> v d", [{0}], sizes={2: "v"})
 

@@ -45,6 +45,18 @@ def statistics() -> Iterator[Sample]:
     yield Sample(aten.index_put.default, (x, [boolean(6, 2)], real(1), True))
 
 
+def constants() -> Iterator[Sample]:
+    x = real(6, 2)
+    for operator in (aten.new_zeros.default, aten.new_ones.default):
+        yield Sample(operator, (x, [3]), {"dtype": torch.int64})
+    yield Sample(aten.new_full.default, (whole(5, 6), [3, 1], 7))
+    yield Sample(aten.new_empty.default, (x, []), values=[])
+    for operator in (aten.zeros_like.default, aten.ones_like.default):
+        yield Sample(operator, (x,), {"dtype": torch.bool})
+    yield Sample(aten.full_like.default, (x, 2.5))
+    yield Sample(aten.empty_like.default, (x,), values=[])
+
+
 def dropout() -> Iterator[Sample]:
     for probability, train in ((0.3, True), (0.0, True), (1.0, True), (0.5, False), (0.5, None)):
         yield Sample(aten.native_dropout.default, (real(6, 12), probability, train))
@@ -141,7 +153,7 @@ def _likelihoods(reduction: int) -> Iterator[Sample]:
         yield Sample(backward, (grad, x, wanted, weight, reduction, 3, count))
 
 
-SAMPLES = [s for group in (statistics, dropout, embeddings, norms, losses) for s in group()]
+SAMPLES = [s for group in (statistics, constants, dropout, embeddings, norms, losses) for s in group()]
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.target))
