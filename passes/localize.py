@@ -1,4 +1,6 @@
-"""Localize: from global to local. Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased.
+"""Localize: from global to local.
+
+Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased.
 
 %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
 %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
@@ -30,7 +32,10 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if "op" in node.meta:  # a view too, where it cuts across atoms
+        if node.target in IDENTITIES:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif "op" in node.meta:  # a view too, where it cuts across atoms
             _operator(graph, node, node.meta["op"], node.meta["strategy"], mesh)
         elif node.target in _SIZED:
             node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
@@ -40,10 +45,12 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     return graph
 
 
+IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.default)
+"""Operators that only speak to the planner; generated code does without them."""
+
+
 def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
-    if node.target is torch.ops.shardc.constrain.default:  # the strategy has obeyed it; generated code need not know it
-        node.target, node.args = aten.alias.default, (node.args[0],)
     arguments = list(node.args)
     for position, meaning in op.rule.sizes.items():
         arguments[position] = _size(node, op, meaning, split, mesh)
@@ -74,7 +81,7 @@ def _factor_size(op: Op, name: str, split: dict[tuple[str, int], tuple[str, ...]
 
 
 def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, ...], mesh: Mesh) -> None:
-    """Indices outside the rank's chunk go to a dummy row: taken from it they read zero, put into it they are dropped."""
+    """Indices outside the rank's chunk go to a dummy row: taken there they read zero, put there they are dropped."""
     total = 1
     for factor in op.factors:
         total *= factor.size if factor.name == name else 1
@@ -102,7 +109,7 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
                     {k: v for k, v in operands[index].meta.items() if k not in ("op", "strategy")}
                 )
     supply = iter(changed.get(i, operands[i]) for i in range(len(operands)))
-    node.args = fx.node.map_arg(node.args, lambda n: next(supply))
+    node.args = fx.map_arg(node.args, lambda n: next(supply))
     for position, meaning in op.rule.sizes.items():
         if meaning == name:
             arguments = list(node.args)
@@ -113,7 +120,7 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
 
 def _operand_nodes(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(node.args, found.append)
+    fx.map_arg(node.args, found.append)
     return found
 
 

@@ -23,6 +23,7 @@ from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
 from shardc.passes.propagate import Propagated, collect, propagate
 from shardc.passes.reshard import reshard
+from shardc.passes.retile import retile
 from shardc.plan import Conversion, Placed, Plan
 from shardc.rules.factoring import Factored, factor, layout_of
 from shardc.runtime import collectives
@@ -30,7 +31,7 @@ from shardc.solver.network import Assignment, Network
 from shardc.solver.solve import Solution
 
 Result = TypeVar("Result")
-PASSES = ("capture", "normalize", "propagate", "assign", "reshard", "localize", "codegen")
+PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "codegen")
 COLLECTIVES: dict[object, str] = {
     getattr(collectives, kind): kind
     for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
@@ -77,6 +78,9 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     timed("normalize", lambda: normalize(program))
     keep("normalize", program.graph)
     factored = timed("factor", lambda: factor(program))
+    if timed("retile", lambda: retile(factored, mesh, settings.parameters)):
+        factored = timed("factor", lambda: factor(program))
+    keep("retile", program.graph)
     constraints = collect(factored, mesh, settings.parameters)
     spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
     _annotate(factored, spread.axes)

@@ -31,6 +31,17 @@ def _constrain_fake(x: torch.Tensor, spec: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("shardc::retile", mutates_args=())
+def _retile(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    """The identity, between a parameter stored one way and used another; `dims` have other atoms on the two sides."""
+    return x.clone()
+
+
+@_retile.register_fake
+def _retile_fake(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def _remember_spec(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.Tensor, str], output: object) -> None:
     ctx.spec = inputs[1]  # type: ignore[attr-defined]
 

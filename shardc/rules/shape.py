@@ -198,3 +198,12 @@ def opaque_view(x: torch.Tensor, size: Sequence[int]) -> Rule:
     names = letters(x)
     after = names[:kept] + [f"o{i}!" if n != 1 else "1" for i, n in enumerate(shape) if i >= kept]
     return parse(f"{mark(names, range(kept, x.dim()))} -> {' '.join(after)}", [{0}], sizes={1: 0})
+
+
+@rule(torch.ops.shardc.retile.default)
+def retile(x: torch.Tensor, dims: Sequence[int]) -> Rule:
+    """The identity whose `dims` have other atoms before and after."""
+    before, after = letters(x), letters(x)
+    for dim in dims:
+        before[dim], after[dim] = f"i{dim}!", f"o{dim}!"
+    return parse(f"{' '.join(before)} -> {' '.join(after)}", [{0}])

@@ -1,0 +1,79 @@
+"""Retile: a border where the user stores a parameter across the pieces in which the model uses it.
+
+A key projection of 2 heads x 16 that is to be stored in 4 parts cuts through the heads. The border keeps the two sides' atoms
+apart: on its dims the parameter is gathered before use, and its gradient is scattered after it, as FSDP does.
+
+    %w = parameter   f32[32@dp, 64]            ->   %w = parameter    f32[32@dp, 64]
+    %h = mm(%x, permute(%w))                        %u = retile(%w)   f32[(2 16), 64]
+                                                    %h = mm(%x, permute(%u))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from shardc.constrain import Dim
+from shardc.graph import Port, Program, Role, value_of
+from shardc.mesh import Mesh
+from shardc.rules.factoring import Factored
+
+
+def retile(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> bool:
+    """Put borders into the program where constraints need them; True when it changed and must be factored anew."""
+    program = factored.program
+    nodes = dict(zip(program.inputs, program.placeholders, strict=True))
+    changed = False
+    for port, dims, _ in parameters:
+        node = nodes[port]
+        if len(dims) != len(factored.values[node].dims):
+            continue  # told to the user when the constraint is checked
+        crossing = [i for i, axes in enumerate(dims) if axes and _crosses(factored, mesh, node, i, axes)]
+        if crossing:
+            _insert(program.graph, node, crossing)
+            _insert_on_gradient(program, port, crossing)
+            changed = True
+    return changed
+
+
+def _crosses(factored: Factored, mesh: Mesh, node: fx.Node, dim: int, axes: tuple[str, ...]) -> bool:
+    """Whether an even split of a dim over `axes` is no split of its atoms."""
+    if any(axis not in mesh.names for axis in axes) or value_of(node).shape[dim] % mesh.ways(axes):
+        return False  # told to the user when the constraint is checked
+    sizes = [factored.atoms.size(ref) for ref in factored.atoms.leaves(factored.values[node].dims[dim])]
+    atom, taken = 0, 1
+    for axis in axes:
+        while atom < len(sizes) - 1 and sizes[atom] == taken:
+            atom, taken = atom + 1, 1
+        taken *= mesh.sizes[axis]
+        if sizes and sizes[atom] % taken:
+            return True
+    return False
+
+
+def _border(graph: fx.Graph, node: fx.Node, dims: list[int]) -> fx.Node:
+    border = graph.call_function(torch.ops.shardc.retile.default, (node, dims))
+    border.meta.update({k: v for k, v in node.meta.items() if k in ("val", "module", "source", "phase")})
+    return border
+
+
+def _insert(graph: fx.Graph, parameter: fx.Node, dims: list[int]) -> None:
+    users = list(parameter.users)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        border = _border(graph, parameter, dims)
+    for user in users:
+        user.replace_input_with(parameter, border)
+
+
+def _insert_on_gradient(program: Program, port: Port, dims: list[int]) -> None:
+    output = program.graph.output_node()
+    results = list(program.results)
+    for index, made in enumerate(program.outputs):
+        gradient = results[index]
+        if made.role is Role.GRADIENT and made.name == port.name and gradient is not None:
+            with program.graph.inserting_before(output):
+                results[index] = _border(program.graph, gradient, dims)
+    output.args = (tuple(results),)
