@@ -11,6 +11,7 @@ from models import MODELS
 from shardc import shard
 
 
+# along dim 1 it is the output projection whose heads are cut
 @pytest.mark.parametrize("axis", [0, 1])
 def test_key_heads_stored_in_more_parts_than_there_are_heads(axis: int) -> None:
     torch.manual_seed(0)
@@ -27,4 +28,4 @@ def test_key_heads_stored_in_more_parts_than_there_are_heads(axis: int) -> None:
     key = next(name for name in layouts if name.endswith("layers.0.self_attn.k_proj.weight"))
     assert layouts[key] == ("[32@dp, 64]" if axis == 0 else "[32, 64@dp]")
     assert "retile" not in model.code
-    assert ("retile" in model.graph("retile")) == (axis == 0)
+    assert "retile" in model.graph("retile")
