@@ -1,7 +1,7 @@
 """Normalize: rewrite operators that have no rule, or a rule too narrow, into ones that have.
 
-Means become global sums divided by the global count, so they stay right however the dim is split; random masks become factories
-of global shape, so every mesh draws the single-device stream.
+Means become global sums divided by the global count, so they stay right however the dim is split; random masks become
+factories of global shape, so every mesh draws the single-device stream.
 
     %m = mean(%x, [1])                 ->   %s = sum(%x, [1]);  %m = div(%s, 512)
     %y, %k = native_dropout(%x, 0.1)   ->   %k = bernoulli([32, 512], 0.9);  %y = mul(mul(%x, %k), 1.11)

@@ -1,8 +1,7 @@
 """Rules against truth: every strategy of one operator call, lowered, run on every rank, put together, compared.
 
-The operands of a strategy are cut as it demands. One that is demanded partial becomes random addends, nonzero on every rank, so that
-a rule that claims too much linearity is found out.
-"""
+The operands of a strategy are cut as it demands. One that is demanded partial becomes random addends, nonzero on
+every rank, so that a rule that claims too much linearity is found out."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def _short(value: Any) -> str:
 
 
 class Call:
-    """A sample as a one-operator program. `split` names how every dim of an operand is cut into two atoms: no, major, minor."""
+    """A sample as a one-operator program; `split` says how every operand's dims are cut in two: no, major, minor."""
 
     def __init__(self, sample: Sample, split: str = "no", factored: bool = True) -> None:
         self.sample = sample
@@ -264,14 +263,15 @@ def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list
 def gather(
     parts: Sequence[Tensor], layout: Layout, mesh: Mesh, machine: VirtualMesh, expected: Tensor, tolerance: float | None
 ) -> str:
-    """Compare the ranks' parts, put together, with `expected` (without a tolerance only in shape); empty if they agree."""
+    """Compare the ranks' parts, put together, with `expected` (without tolerance in shape); empty if they agree."""
     partial = dict(layout.partial)
     ids = torch.arange(expected.numel()).reshape(expected.shape)
     combined: dict[tuple[int, ...], Tensor] = {}
     for rank in machine.ranks:
         where, part = machine.coordinates(rank), parts[rank]
         if part.dtype != expected.dtype or tuple(part.shape) != layout.local_shape(mesh):
-            return f"rank {rank} has {part.dtype} {tuple(part.shape)}, should be {expected.dtype} {layout.local_shape(mesh)}"
+            right = f"{expected.dtype} {layout.local_shape(mesh)}"
+            return f"rank {rank} has {part.dtype} {tuple(part.shape)}, should be {right}"
         place = tuple(0 if a in partial else where[a] for a in mesh.names)
         kinds = set(partial.values())
         if place not in combined:

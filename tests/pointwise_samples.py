@@ -15,7 +15,8 @@ aten = torch.ops.aten
 UNARY = (
     aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.cos.default, aten.sin.default, aten.exp.default,
     aten.log.default, aten.log1p.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
-    aten.gelu.default, aten.abs.default, aten.sign.default, aten.reciprocal.default, aten.erf.default, aten.floor.default,
+    aten.gelu.default, aten.abs.default, aten.sign.default, aten.reciprocal.default, aten.erf.default,
+    aten.floor.default,
     aten.ceil.default, aten.round.default, aten.isnan.default, aten.isinf.default, aten.logical_not.default,
     aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.leaky_relu.default, aten.elu.default,
     aten.softplus.default, aten.mish.default, aten.clone.default, aten.zeros_like.default, aten.ones_like.default,
@@ -24,7 +25,8 @@ UNARY = (
 )  # fmt: skip
 BINARY = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.minimum.default,
-    aten.pow.Tensor_Tensor, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor,
+    aten.pow.Tensor_Tensor, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor,
+    aten.ge.Tensor,
     aten.atan2.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.floor_divide.default, aten.hypot.default,
     aten.xlogy.Tensor, aten.logaddexp.default, aten.copysign.Tensor, aten.rsub.Tensor,
 )  # fmt: skip
@@ -33,10 +35,12 @@ BITWISE = (
     aten.logical_or.default, aten.logical_xor.default,
 )  # fmt: skip
 SCALAR: tuple[tuple[Any, Any], ...] = (
-    (aten.add.Scalar, 2.0), (aten.sub.Scalar, 2.0), (aten.mul.Scalar, 2.0), (aten.div.Scalar, 2.0), (aten.pow.Tensor_Scalar, 3),
+    (aten.add.Scalar, 2.0), (aten.sub.Scalar, 2.0), (aten.mul.Scalar, 2.0), (aten.div.Scalar, 2.0),
+    (aten.pow.Tensor_Scalar, 3),
     (aten.eq.Scalar, 0), (aten.ne.Scalar, 0), (aten.lt.Scalar, 0), (aten.le.Scalar, 0), (aten.gt.Scalar, 0),
     (aten.ge.Scalar, 0), (aten.remainder.Scalar, 2.0), (aten.fmod.Scalar, 2.0), (aten.rsub.Scalar, 1.0),
-    (aten.clamp_min.default, 0.0), (aten.clamp_max.default, 0.0), (aten.fill.Scalar, 2.0), (aten.full_like.default, 3.0),
+    (aten.clamp_min.default, 0.0), (aten.clamp_max.default, 0.0), (aten.fill.Scalar, 2.0),
+    (aten.full_like.default, 3.0),
     (aten.add.Tensor, 2.0), (aten.sub.Tensor, 2.0), (aten.mul.Tensor, 2.0), (aten.div.Tensor, 2.0),
 )  # fmt: skip
 BACKWARD: tuple[tuple[Any, tuple[Any, ...]], ...] = (
@@ -44,7 +48,8 @@ BACKWARD: tuple[tuple[Any, tuple[Any, ...]], ...] = (
     (aten.sigmoid_backward.default, ()), (aten.silu_backward.default, ()), (aten.hardswish_backward.default, ()),
     (aten.hardsigmoid_backward.default, ()), (aten.hardtanh_backward.default, (-1.0, 1.0)),
     (aten.leaky_relu_backward.default, (0.1, False)),
-    (aten.softplus_backward.default, (1.0, 20.0)), (aten.mish_backward.default, ()), (aten.logit_backward.default, (None,)),
+    (aten.softplus_backward.default, (1.0, 20.0)), (aten.mish_backward.default, ()),
+    (aten.logit_backward.default, (None,)),
 )  # fmt: skip
 
 
@@ -63,8 +68,14 @@ def unary() -> Iterator[Sample]:
     yield Sample(aten.clone.default, (View(real(2, 1, 3), aten.squeeze.default, ()),))
     yield Sample(aten.clone.default, (boolean(6, 2),))
     yield Sample(aten.empty_like.default, (real(6, 2),), values=[])
-    for given, dtype in ((real(6, 2), torch.float32), (whole(5, 6, 2), torch.float64), (real(6, 2), torch.int64),
-                         (boolean(6, 2), torch.float64), (real(6, 2), torch.bool), (real(6, 1), torch.bfloat16)):  # fmt: skip
+    for given, dtype in (
+        (real(6, 2), torch.float32),
+        (whole(5, 6, 2), torch.float64),
+        (real(6, 2), torch.int64),
+        (boolean(6, 2), torch.float64),
+        (real(6, 2), torch.bool),
+        (real(6, 1), torch.bfloat16),
+    ):
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}.get(dtype, 1e-9)
         yield Sample(aten._to_copy.default, (given,), {"dtype": dtype}, tolerance=tolerance)
     yield Sample(torch.ops.shardc.constrain.default, (real(6, 2), "?,?"))

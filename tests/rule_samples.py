@@ -1,4 +1,4 @@
-"""Sample calls of every operator that has a rule. Sizes are products of 2 and 3, so that axes of two and of three ranks divide them."""
+"""Sample calls of every operator that has a rule. Sizes are products of 2 and 3: axes of two and three divide them."""
 
 from __future__ import annotations
 

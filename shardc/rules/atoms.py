@@ -1,9 +1,9 @@
 """Atoms: the indivisible pieces into which views cut dims, found by one walk over the program.
 
-Dims that an operator ties together share a piece of a union-find; where a view merges or splits dims the pieces are split. At
-the end every dim of every value is a list of leaves. A `Ref` names a piece of one dim of one base value: the dim's slot and the
-path of halves that leads to the piece. A view holds the refs of its base, so where each of its dims came from is never lost.
-"""
+Dims that an operator ties together share a piece of a union-find; where a view merges or splits dims the pieces are
+split. At the end every dim of every value is a list of leaves. A `Ref` names a piece of one dim of one base value:
+the dim's slot and the path of halves that leads to the piece. A view holds the refs of its base, so where each of its
+dims came from is never lost."""
 
 from __future__ import annotations
 

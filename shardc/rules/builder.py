@@ -27,7 +27,7 @@ class Builder:
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         new = self._graph.call_function(target, args, kwargs)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        values = fx.node.map_arg((args, kwargs), value_of)
+        values = fx.map_arg((args, kwargs), value_of)
         new.meta["val"] = target(*values[0], **values[1])
         return new
 

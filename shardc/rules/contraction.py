@@ -26,7 +26,7 @@ def baddbmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
 
 @rule(aten._grouped_mm.default)
 def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None, *_: object) -> Rule:
-    """One product a group; `offsets` say where the groups end in the dim that is flat, so that dim and the groups stay whole."""
+    """One product a group; `offsets` say where groups end in the flat dim, so that dim and the groups stay whole."""
     left = {3: "g! m k", 2: "m! k" if weight.dim() == 3 else "m k!"}[x.dim()]
     right = {3: "g! k n", 2: "k n!" if x.dim() == 3 else "k! n"}[weight.dim()]
     made = "g! m n" if x.dim() == weight.dim() else "m! n" if x.dim() == 2 else "m n!"

@@ -187,7 +187,8 @@ def _channelwise(b: Builder, vector: fx.Node, x: fx.Node) -> fx.Node:
 
 
 def batch_norm_backward(
-    b: Builder, grad: fx.Node, x: fx.Node, weight: fx.Node | None, running_mean: fx.Node | None, running_var: fx.Node | None,
+    b: Builder, grad: fx.Node, x: fx.Node, weight: fx.Node | None, running_mean: fx.Node | None,
+    running_var: fx.Node | None,
     saved_mean: fx.Node | None, saved_inverse: fx.Node | None, training: bool, eps: float, mask: Sequence[bool],
 ) -> tuple[fx.Node | None, ...]:  # fmt: skip
     grad, x = b.wide(grad), b.wide(x)
@@ -249,7 +250,8 @@ def group_norm_backward(
     if weight is not None:
         upper = b(aten.mul.Tensor, upper, b(aten.view.default, weight, [1, groups, inner, 1]))
     along = mean(b, b(aten.mul.Tensor, upper, normal), [2, 3], True)
-    slope = b(aten.sub.Tensor, b(aten.sub.Tensor, upper, mean(b, upper, [2, 3], True)), b(aten.mul.Tensor, normal, along))
+    slope = b(aten.sub.Tensor, upper, mean(b, upper, [2, 3], True))
+    slope = b(aten.sub.Tensor, slope, b(aten.mul.Tensor, normal, along))
     result = b.cast(b(aten.mul.Tensor, slope, inverse), value_of(x).dtype)
     return (
         b(aten.view.default, result, shape) if mask[0] else None,

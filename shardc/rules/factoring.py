@@ -1,14 +1,13 @@
 """A program seen through its rules: every operator with the atoms that its operands and results share.
 
-Views are no operators here. A value that is a view keeps refs into its base value, so a strategy's demand on a view is a demand
-on the base, and the solver never meets a view.
-"""
+Views are no operators here. A value that is a view keeps refs into its base value, so a strategy's demand on a view
+is a demand on the base, and the solver never meets a view."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ Key = tuple[fx.Node, int]
 
 @dataclass
 class Value:
-    """A tensor of the program: `key` is the base value it views (itself, unless it is a view), `dims` its refs per dim."""
+    """A tensor of the program: `key` is the base value it views (its own if it is no view), `dims` its refs per dim."""
 
     key: Key
     dims: list[list[Ref]]
@@ -127,10 +126,10 @@ class _Walk:
             if maker is None:
                 place = f" ({where(node)})" if where(node) else ""
                 raise RuleError(
-                    f"no rule for operator {node.target}{place}: write this part of the model with operators that have rules, or "
-                    f"give it one with @shardc.rules.notation.rule (see shardc/rules/)"
+                    f"no rule for operator {node.target}{place}: write this part of the model with operators that have "
+                    f"rules, or give it one with @shardc.rules.notation.rule (see shardc/rules/)"
                 )
-            args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
             self._operator(node, maker(*args, **kwargs))
 
     def _view(self, node: fx.Node) -> bool:
@@ -188,7 +187,7 @@ class _Walk:
                 first.setdefault(name, dim)
         if not stuck:
             return rule
-        return Rule(**{**rule.__dict__, "whole": rule.whole | stuck})
+        return replace(rule, whole=rule.whole | stuck)
 
     def _tie_gradients(self) -> None:
         """A gradient has the atoms of its parameter, because it arrives in the parameter's layout."""

@@ -1,4 +1,4 @@
-"""Operators that make tensors from nothing: constants take any layout, sequences and random masks are made whole and sliced."""
+"""Operators that make tensors from nothing: constants take any layout, sequences and random masks are made whole."""
 
 from __future__ import annotations
 

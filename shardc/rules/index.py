@@ -126,15 +126,13 @@ def index_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tens
     table = letters(x)
     put = [*table]
     table[dim], put[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")
-    return parse(
-        f"{' '.join(table)}, {_indexed(' '.join(table))}{put[dim] if index.dim() else ''}, {' '.join(put)} -> {' '.join(table)}",
-        [{0, 2}],
-    )
+    operands = f"{' '.join(table)}, {_indexed(' '.join(table))}{put[dim] if index.dim() else ''}, {' '.join(put)}"
+    return parse(f"{operands} -> {' '.join(table)}", [{0, 2}])
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
-    """One index tensor: its dim may be split. Several: their dims stay whole, the index dims and the other dims pass."""
+    """One index tensor: its dim may be split. Several: their dims stay whole, index dims and the other dims pass."""
     used = [t for t in indices if t is not None]
     if any(t.dtype is torch.bool for t in used):
         raise RuleError("indexing with a boolean mask makes a shape that depends on the data; use torch.where")
@@ -163,7 +161,7 @@ def index_put(
         names = [f"{n}!" if n != "1" else n for n in names]
     full = [*kept[:where_], *names, *kept[where_:]]
     sizes = [1] * (len(full) - values.dim()) + list(values.shape)
-    # an index dim over which the values are broadcast adds them once an index: ranks that split it would need the values whole
+    # values broadcast over an index dim are added once an index: ranks that split it would need them whole
     stuck = {n for n, size in zip(full, sizes, strict=True) if size == 1 and n in names and n != "1"}
     names = [f"{n}!" if n in stuck and not n.endswith("!") else n for n in names]
     operands = [" ".join(_align(t, names)) for t in used]

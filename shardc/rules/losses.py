@@ -48,9 +48,7 @@ def smooth_l1(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN, be
     return _reduced(b, b(aten.where.self, b(aten.lt.Scalar, size, beta), near, far), reduction)
 
 
-def smooth_l1_backward(
-    b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduction: int, beta: float
-) -> fx.Node:
+def smooth_l1_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduction: int, beta: float) -> fx.Node:
     offset = b(aten.sub.Tensor, x, target)
     slope = b(aten.sign.default, offset)
     if beta:
@@ -71,9 +69,7 @@ def huber_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduc
     return b(aten.mul.Tensor, b(aten.clamp.default, offset, -delta, delta), _spread(b, grad, offset, reduction))
 
 
-def bce(
-    b: Builder, x: fx.Node, target: fx.Node, weight: fx.Node | None = None, reduction: int = MEAN
-) -> fx.Node:
+def bce(b: Builder, x: fx.Node, target: fx.Node, weight: fx.Node | None = None, reduction: int = MEAN) -> fx.Node:
     """Logarithms are clamped at -100, as in torch, so that a certain and wrong answer costs a finite amount."""
     yes = b(aten.clamp_min.default, b(aten.log.default, x), -100)
     no = b(aten.clamp_min.default, b(aten.log1p.default, b(aten.neg.default, x)), -100)

@@ -3,17 +3,17 @@
     "m k, k n -> m n"        letters are factors; one that no result carries is reduced there: the result is P(sum)
     "a k:max -> a"           a reduction other than sum
     "a s! -> a s!"           s stays whole on every axis
-    "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's chunk and those
-                             outside point at a dummy row (taking: the row is zero, the result P; putting: the row is dropped)
+    "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's
+                             chunk and those outside point at a dummy row (taking: the row is zero, the result P;
+                             putting: the row is dropped)
     "1"                      a dim of size one;  "_" an operand or result that is absent
-    "-> n"                   a text that begins with the arrow has no operands; " -> n", with nothing before it, has one of no dims
+    "-> n"                   a text that begins with the arrow has no operands; " -> n" has one of no dims
 
-`linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that is in every
-group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the operands that each result
-depends on; a result is partial over a factor only if it reads an operand that carries it. `sizes` maps the position of a
-size-like argument to the result whose (local) shape it is, to the factor whose local size it is, or to the factors of a list of
-sizes.
-"""
+`linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that
+is in every group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the
+operands that each result depends on; a result is partial over a factor only if it reads an operand that carries it.
+`sizes` maps the position of a size-like argument to the result whose (local) shape it is, to the factor whose local
+size it is, or to the factors of a list of sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Size = int | str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """An operator's factors for one call. `operands` and `results` hold per dim the factor's name, None for size one."""
+    """An operator's factors for one call: `operands` and `results` hold a dim's factor name, None for size one."""
 
     operands: tuple[Dims | None, ...]
     results: tuple[Dims | None, ...]
@@ -53,7 +53,7 @@ def parse(
     sizes: Mapping[int, Size] | None = None,
     flops: Iterable[str] = (),
 ) -> Rule:
-    """Read the notation above. `flops`: matrix products, each two flops per point of the factors it names, as `m k n`."""
+    """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
@@ -98,7 +98,7 @@ def parse(
 
 
 Maker = Callable[..., Rule]
-_RULES: dict[OpOverload, Maker] = {}
+_RULES: dict[Any, Maker] = {}
 _NAMED: dict[str, Maker] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Callable[[OpOverload], Maker]]] = []
 
@@ -132,7 +132,7 @@ def family(belongs: Callable[[OpOverload], bool]) -> Callable[[Callable[[OpOverl
 
 
 def named(name: str) -> Callable[[Maker], Maker]:
-    """Register a rule for an operator that another package defines, by its name: `transformers.grouped_mm_fallback.default`."""
+    """Register a rule for an operator of another package, by name: `transformers.grouped_mm_fallback.default`."""
 
     def register(maker: Maker) -> Maker:
         _NAMED[name] = maker
@@ -143,7 +143,7 @@ def named(name: str) -> Callable[[Maker], Maker]:
 
 def maker_of(operator: Any) -> Maker | None:
     """The rule maker of `operator`, None when it has no rule."""
-    if operator in _RULES or not isinstance(operator, OpOverload):
+    if operator in _RULES or not isinstance(operator, OpOverload):  # functions of the runtime may have rules too
         return _RULES.get(operator)
     if str(operator) in _NAMED:
         return _NAMED[str(operator)]
@@ -167,5 +167,5 @@ def mark(names: list[str], dims: Iterable[int]) -> str:
 
 
 def adds(x: torch.Tensor) -> bool:
-    """Whether parts of `x` may be summed after an operator that changes its type: the sum of booleans is a disjunction."""
+    """Whether parts of `x` may be summed after its type has changed: the sum of booleans is a disjunction."""
     return x.dtype is not torch.bool

@@ -1,4 +1,4 @@
-"""Elementwise operators: every dim is a factor, dims of size one broadcast. Which partial operands pass is the table below."""
+"""Elementwise operators: every dim is a factor, dims of size one broadcast; tables say which partial operands pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ EACH = (aten.mul.Tensor,)
 """Linear in each operand alone: P * B -> P."""
 
 BACKWARD = (
-    aten.threshold_backward.default, aten.gelu_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default,
+    aten.threshold_backward.default, aten.gelu_backward.default, aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
     aten.silu_backward.default, aten.native_dropout_backward.default, aten.hardswish_backward.default,
     aten.hardsigmoid_backward.default, aten.hardtanh_backward.default, aten.leaky_relu_backward.default,
     aten.elu_backward.default, aten.softplus_backward.default, aten.mish_backward.default, aten.logit_backward.default,
@@ -30,24 +31,25 @@ BACKWARD = (
 MOVES = (aten.clone.default, aten.positive.default, aten.alias.default, torch.ops.shardc.constrain.default)
 """What is passed on unchanged may be parts of anything, booleans too."""
 
-GROUPS: Mapping[OpOverload, list[set[int]]] = {
-    **dict.fromkeys((*BACKWARD, *MOVES), [{0}]),
-    **dict.fromkeys(
-        (aten.div.Tensor, aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default), [{0}]
-    ),
-    aten.where.self: [{1, 2}],
-    aten.masked_fill.Tensor: [{0, 2}],
-    aten.copy.default: [{1}],
-    aten.fill.Tensor: [{1}],
-    aten.lerp.Scalar: [{0, 1}],
-    aten.lerp.Tensor: [{0, 1}],
-    aten.addcmul.default: [{0, 1}, {0, 2}],
-    aten.addcdiv.default: [{0, 1}],
+_FIRST = (
+    *BACKWARD, aten.div.Tensor, aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default,
+)  # fmt: skip
+GROUPS: Mapping[OpOverload, tuple[set[int], ...]] = {
+    **{operator: ({0},) for operator in _FIRST},
+    aten.where.self: ({1, 2},),
+    aten.masked_fill.Tensor: ({0, 2},),
+    aten.copy.default: ({1},),
+    aten.fill.Tensor: ({1},),
+    aten.lerp.Scalar: ({0, 1},),
+    aten.lerp.Tensor: ({0, 1},),
+    aten.addcmul.default: ({0, 1}, {0, 2}),
+    aten.addcdiv.default: ({0, 1},),
 }
 """Groups of operands in which the others are linear."""
 
 UNTAGGED = (
-    aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor, aten.zeros_like.default,
+    aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor,
+    aten.zeros_like.default,
     aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default,
     aten.floor_divide.default, aten.rsub.Tensor, aten.rsub.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
     aten.hardswish.default, *BACKWARD, *MOVES,
@@ -96,7 +98,7 @@ def _groups(
     elif operator is aten.masked_fill.Scalar:
         groups = [{0}] if arguments[2] == 0 else []
     else:
-        groups = list(GROUPS.get(operator, []))
+        groups = list(GROUPS.get(operator, ()))
     same = len({x.dtype for x in operands}) == 1 and all(isinstance(a, torch.Tensor) for a in arguments)
     # booleans sum to their disjunction, which is lost once they count as numbers
     return [g for g in groups if all(adds(operands[i]) for i in g) or (same and operator in (*EACH, aten.where.self))]

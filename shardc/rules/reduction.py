@@ -15,8 +15,8 @@ aten = torch.ops.aten
 def _reduce(reduction: str) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
         names = letters(x)
-        everything = dim is None or dim == []
-        chosen = set(range(x.dim())) if everything else {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)}
+        dims: list[int] = [dim] if isinstance(dim, int) else list(dim or ())
+        chosen = {d % x.dim() for d in dims} if dims and x.dim() else set(range(x.dim()))
         left = " ".join(
             f"{n}:{reduction}" if i in chosen and n != "1" and reduction != "sum" else n for i, n in enumerate(names)
         )
@@ -96,14 +96,10 @@ def softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: obj
 
 
 @rule(aten.sort.default, aten.sort.stable)
-def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, stable: Any = None) -> Rule:
-    del descending
-    names = mark(letters(x), [x_dim(dim, stable)])
+def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Rule:
+    del descending, stable
+    names = mark(letters(x), [dim])
     return parse(f"{names} -> {names}, {names}")
-
-
-def x_dim(dim: int, stable: Any) -> int:
-    return dim if isinstance(dim, int) and not isinstance(dim, bool) else int(stable or -1)
 
 
 @rule(aten.topk.default)

@@ -51,7 +51,8 @@ def convolution(
 
 @rule(aten.convolution_backward.default)
 def convolution_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_sizes: Sequence[int] | None, stride: Any, padding: Any,
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_sizes: Sequence[int] | None, stride: Any,
+    padding: Any,
     dilation: Any, transposed: bool, output_padding: Any, groups: int, mask: Sequence[bool],
 ) -> Rule:  # fmt: skip
     """The gradient of x reads grad and weight, that of the weight grad and x, that of the bias grad alone."""
@@ -101,7 +102,8 @@ def avg_pool2d(x: torch.Tensor, *_: object) -> Rule:
 
 
 @rule(
-    aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default,
+    aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec,
+    aten.upsample_bilinear2d.default,
     aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default,
 )  # fmt: skip
 def upsample(x: torch.Tensor, *_: object) -> Rule:

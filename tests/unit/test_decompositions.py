@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from brute_force import Call, Sample
-from rule_samples import boolean, positive, real, whole
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from brute_force import Call, Sample
+from rule_samples import boolean, positive, real, whole
 from shardc.passes.normalize import normalize
 from shardc.rules.builder import Builder
 from shardc.rules.decompositions import DECOMPOSITIONS
@@ -81,11 +81,9 @@ def norms() -> Iterator[Sample]:
                 continue
             for training in (True, False):
                 made = functional(x, *affine, mean, var, training, 0.1, 1e-5)
-                # torch's shape function gives the saved statistics of half-precision inputs another type than the kernel
+                # torch's shape function gives saved statistics of half-precision inputs another type than the kernel
                 defined = None if dtype is torch.float64 else [0, 3, 4]
-                yield Sample(
-                    functional, (x, *affine, mean, var, training, 0.1, 1e-5), tolerance=close, values=defined
-                )
+                yield Sample(functional, (x, *affine, mean, var, training, 0.1, 1e-5), tolerance=close, values=defined)
                 arguments = (grad, x, affine[0], mean, var, *made[1:3], training, 1e-5)
                 mask = [True, affine[0] is not None, affine[0] is not None]
                 yield Sample(
@@ -124,7 +122,9 @@ def losses() -> Iterator[Sample]:
         for probability in (p, sure):
             yield Sample(aten.binary_cross_entropy.default, (probability, hits, w, reduction))
             arguments = (grad, probability, hits, None, reduction)
-            yield Sample(aten.binary_cross_entropy_backward.default, arguments, tolerance=1e-8)  # torch's 1e-12 is single
+            yield Sample(
+                aten.binary_cross_entropy_backward.default, arguments, tolerance=1e-8
+            )  # torch's 1e-12 is single
         yield Sample(aten.binary_cross_entropy_with_logits.default, (x * 50, hits, w, positive(2), reduction))
         yield Sample(aten.binary_cross_entropy_with_logits.default, (x, hits, None, None, reduction))
         yield from _likelihoods(reduction)

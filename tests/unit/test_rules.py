@@ -19,6 +19,15 @@ from shardc.runtime import VirtualMesh
 MOST = 40
 """Of a sample's strategies on the mesh of two axes, no more than this are run."""
 
+RUNS = (
+    ("no", (("a", 2),)),
+    ("no", (("a", 3),)),
+    ("major", (("a", 2),)),
+    ("minor", (("a", 3),)),
+    ("no", (("a", 2), ("b", 2))),
+)
+"""How operands' dims are cut into atoms, and the mesh."""
+
 
 def name_of(operator: Any) -> str:
     return str(operator) if isinstance(operator, torch._ops.OpOverload) else operator.__name__
@@ -45,9 +54,7 @@ def checked(name: str) -> tuple[int, tuple[str, ...]]:
     """How many strategies were run, and what was wrong with them."""
     count, wrong = 0, list[str]()
     for sample in SAMPLES[name]:
-        for split, axes in (
-            ("no", (("a", 2),)), ("no", (("a", 3),)), ("major", (("a", 2),)), ("minor", (("a", 3),)), ("no", (("a", 2), ("b", 2))),
-        ):  # fmt: skip
+        for split, axes in RUNS:
             mesh, ranks = machine(*axes)
             call = Call(sample, split)
             strategies = call.strategies(mesh)
