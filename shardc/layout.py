@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor.placement_types import Partial
+from torch.distributed.tensor.placement_types import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement as DTensorPlacement
 
 from shardc.errors import LayoutError
 from shardc.mesh import Mesh
+from shardc.runtime.errors import RankError
 from shardc.runtime.slots import cuts_of, placements
 
 SHORT_DTYPES = {
@@ -150,7 +151,7 @@ class Layout:
         """DTensor placements, one a mesh axis, exact. Raises LayoutError where DTensor cannot express the layout."""
         try:
             found = list(placements(self.simplify(mesh).cuts(mesh), self.shape, mesh.sizes))
-        except ValueError as error:
+        except RankError as error:
             raise LayoutError(f"DTensor cannot express {self} on mesh {mesh}: {error}") from error
         for axis, op in self.partial:
             found[mesh.names.index(axis)] = Partial(op)
@@ -160,9 +161,10 @@ class Layout:
     def from_dtensor(given: Sequence[DTensorPlacement], shape: Sequence[int], mesh: Mesh) -> Layout:
         """The layout that DTensor placements stand for. Raises LayoutError for uneven shards."""
         partial = tuple((name, p.reduce_op) for name, p in zip(mesh.names, given, strict=True) if isinstance(p, Partial))
+        splits = tuple(Replicate() if isinstance(p, Partial) else p for p in given)
         try:
-            cuts = cuts_of(tuple(given), tuple(shape), mesh.sizes)
-        except ValueError as error:
+            cuts = cuts_of(splits, tuple(shape), mesh.sizes)
+        except RankError as error:
             raise LayoutError(f"cannot read DTensor placements {tuple(given)}: {error}") from error
         return Layout.from_cuts(cuts, shape, mesh, partial)
 
