@@ -67,7 +67,7 @@ def test_dtensor_placements() -> None:
 
 def test_dtensor_cannot_express_two_pieces_of_one_dim() -> None:
     with pytest.raises(LayoutError, match="DTensor cannot express"):
-        Layout.parse("[(4@tp 8@dp)]").to_dtensor(MESH)
+        Layout.parse("[(8@tp 8@dp)]").to_dtensor(MESH)
 
 
 @pytest.mark.parametrize(
