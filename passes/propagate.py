@@ -112,10 +112,14 @@ def _tensor(key: Key) -> torch.Tensor:
 
 
 def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
+    if len({c.key for c in constraints}) == len(constraints):
+        return  # no value has two
+    from shardc.solver.explain import Request, minimal_conflict  # z3 takes a while to import
+
     names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
     shapes = {names[c.key]: tuple(int(n) for n in _tensor(c.key).shape) for c in constraints}
     requests = [Request(c.label, names[c.key], c.dims) for c in constraints]
-    core = minimal_conflict(shapes, mesh.sizes, requests, []) if len(names) < len(requests) else None
+    core = minimal_conflict(shapes, mesh.sizes, requests)
     if core:
         lines = "\n".join(f"  - {request.label}" for request in core)
         raise InfeasibleError(f"these constraints contradict each other; drop or change any one of them:\n{lines}")

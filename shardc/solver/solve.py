@@ -23,7 +23,6 @@ from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.contract import Core, Network
 from shardc.solver.eliminate import eliminate, find_order, surviving
-from shardc.solver.milp import solve_milp
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.prove import prove
 
@@ -185,6 +184,8 @@ class Search:
 
     def _branch(self) -> None:
         """Branch over the rest, in rewritten costs; those above the gap cannot be part of a better choice."""
+        from shardc.solver.milp import solve_milp  # scipy takes a second to import, and few problems come this far
+
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant
         top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
