@@ -68,7 +68,7 @@ class _Source:
             name, count = node.name, 0
             while name in taken or not name.isidentifier():
                 count += 1
-                name = f"value_{node.name}_{count}"
+                name = f"{node.name if node.name.isidentifier() else 'value'}_{count}"
             taken.add(name)
             self.names[node] = name
 
@@ -126,7 +126,9 @@ class _Source:
         nodes = [n for n in self.graph.nodes if n in body]
         kept = {*results, *(saved or [])}
         last: dict[fx.Node, fx.Node] = {n: user for user in nodes for n in (*user.all_input_nodes, user)}
-        lines = [f"def {name}({', '.join(self.names[n] for n in arguments)}):"]
+        given = [self.names[n] for n in arguments]
+        head = f"def {name}({', '.join(given)}):"
+        lines = [head] if len(head) <= 100 else [f"def {name}(", *(f"    {own}," for own in given), "):"]
         place = ""
         for node in nodes:
             if node.op == "call_function":
@@ -165,7 +167,7 @@ class _Source:
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"  # type: ignore[misc]
         if isinstance(value, float) and not math.isfinite(value):
             return f"float({str(value)!r})"
-        return repr(value)
+        return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
 
 
 def _callee(node: fx.Node) -> str:
