@@ -34,7 +34,7 @@ class Builder:
     def mask(self, x: fx.Node, keep: float) -> fx.Node:
         """What eager dropout draws for `x`: it draws in the order in which `x` lies in memory."""
         value = value_of(x)
-        shape, strides = [int(n) for n in value.shape], [int(n) for n in value.stride()]
+        shape, strides = [int(n) for n in value.shape], [int(n) for n in torch.empty_like(value).stride()]
         more = {} if value.is_contiguous() else {"strides": strides}
         new = self._graph.call_function(bernoulli, (shape, keep), {"dtype": value.dtype, **more})
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})

@@ -170,7 +170,7 @@ class _Walk:
                 value = Value((node, index), [self._dim(int(size)) for size in output.shape])
                 self.base[node, index] = value
                 results.append(Result((node, index), value, names))
-        if len(outputs) == 1 and results:
+        if isinstance(value_of(node), torch.Tensor) and results:
             self.values[node] = results[0].value
         self.ops.append(Op(node, self._tie(rule, operands, results), operands, results))
 

@@ -1,4 +1,5 @@
-"""Strategies: for one operator, what every mesh axis does. An axis splits one factor, or nothing, or lets partials pass.
+"""Strategies: for one operator, what every mesh axis does. An axis splits one factor, or nothing, or lets partials
+pass.
 
 An operator's options depend only on its `Shape`, so they are derived once per shape and shared by all its repetitions.
 """
@@ -61,7 +62,7 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         tuple(_side(factored, op, item) for item in op.results),
         tuple(sorted(op.rule.reductions.items())),
         op.rule.linear,
-        op.rule.reads,
+        tuple(op.rule.reads[result.key[1]] for result in op.results) if op.rule.reads else None,
         op.rule.flops,
         first.dtype,
     )
@@ -121,8 +122,8 @@ class Options:
     def _seconds(self, strategy: Strategy) -> float:
         ways = [self.mesh.ways(axes) for axes in strategy.split]
         moved = sum(
-            side.itemsize * math.prod(side.sizes) / math.prod(ways[f] for b, f in side.leaves if b is not None and f is not None)
-            for side in (*self.shape.operands, *self.shape.results)
+            side.itemsize * math.prod(side.sizes) / math.prod(ways[f] for b, f in side.leaves if b is not None and f is
+            not None) for side in (*self.shape.operands, *self.shape.results)
         )  # fmt: skip
         flops = 0.0
         for product in self.shape.flops:

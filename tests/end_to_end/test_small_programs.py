@@ -1,0 +1,64 @@
+"""Small programs that random search found to go wrong once, each equal to single device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import shardc
+import torch
+import torch.nn.functional as F
+from shardc.cost.hardware import Hardware, Link
+from shardc.errors import ShardcError
+from torch import Tensor, nn
+
+SLOW = Hardware("slow arithmetic", {"float32": 1e3}, 1e4, 1e-9, 4, Link(0.0, 1e7), Link(0.0, 1e6))
+
+
+class Function(nn.Module):
+    """`function` of a parameter `w` and the inputs."""
+
+    def __init__(self, function: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).view(shape))
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self.w, *inputs)
+
+
+def check(model: nn.Module, inputs: tuple[Tensor, ...], mesh: str, **options: object) -> shardc.api.Compiled:
+    """Outputs and gradients equal single device."""
+    compiled = shardc.compile(model, mesh, inputs, **{"hardware": SLOW, **options})
+    found: list[list[Tensor]] = []
+    for call in (model, compiled):
+        torch.manual_seed(0)
+        output = call(*inputs)
+        found.append([output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    return compiled
+
+
+def test_split_into_a_single_chunk() -> None:
+    check(Function(lambda w: w.split(4)[0] * 2, 4, 2), (), "a=2")
+
+
+def test_dropout_of_an_expanded_value_draws_as_eager_does() -> None:
+    check(Function(lambda w: F.dropout(w.expand(4, 3, 2), 0.5), 3, 1), (), "a=2")
+
+
+@pytest.mark.parametrize("mesh", ["a=2", "a=2,b=2", "b=2,a=4"])
+def test_convolution_whose_input_needs_no_gradient(mesh: str) -> None:
+    """The bias gradient does not read the input, whose channels are split here."""
+
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return F.conv2d(x, w[:, :-1], w[:, -1, 0, 0], padding=1)
+
+    x = torch.randn(2, 4, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check(Function(function, 2, 5, 3, 3), (x,), mesh)
+
+
+def test_indivisible_constraint_is_refused() -> None:
+    with pytest.raises(ShardcError, match="does not divide"):
+        shardc.compile(Function(lambda w: w.sin(), 3), "a=2", (), constraints={"w": ("a",)})
