@@ -27,7 +27,8 @@ def assign(
     for variable in network.variables:
         if not variable.domain:
             raise InfeasibleError(
-                f"no strategy of {variable.name} makes the layout that the constraints demand of it; leave one of its dims open"
+                f"no strategy of {variable.name} makes the layout that the constraints demand of it; "
+                f"leave one of its dims open"
             )
     solution = solve(network.problem(), time_limit=TIME_LIMIT, certify=False)
     return network, network.assignment(solution.choice), solution

@@ -93,7 +93,7 @@ class _Source:
             self._function("forward", primals, forward - set(primals), forward_results, saved if gradients else []),
         ]
         if any(g is not None for g in gradients):
-            made = [g for g in gradients if g is not None]
+            made: list[fx.Node | None] = [g for g in gradients if g is not None]
             parts += ["", self._function("backward", [*saved, *tangents], backward - set(tangents), made, None)]
         return "\n".join(parts)
 

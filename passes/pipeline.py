@@ -9,12 +9,10 @@ from typing import TypeVar
 
 from torch import fx
 
-import shardc.rules  # noqa: F401  (registers every rule)
 from shardc.constrain import Dim
 from shardc.cost.conversion import sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.graph import Port, Program, Role, where
-from shardc.printing import show
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 from shardc.passes.assign import assign
@@ -25,7 +23,8 @@ from shardc.passes.propagate import Propagated, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.plan import Conversion, Placed, Plan
-from shardc.rules.factoring import Factored, factor, layout_of
+from shardc.printing import show
+from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
 from shardc.solver.network import Assignment, Network
 from shardc.solver.solve import Solution
@@ -103,7 +102,7 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     return Lowered(plan, code, graphs, program)
 
 
-def _annotate(factored: Factored, axes: Mapping[object, list[tuple[str, ...]]]) -> None:
+def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
     for node, value in factored.values.items():
         held = dict(zip(factored.leaves(value.key), axes[value.key], strict=True))
         _describe(factored, node, held)
@@ -187,5 +186,7 @@ def _indivisible(factored: Factored, mesh: Mesh) -> list[str]:
             for axis, ways in mesh.axes:
                 if ways > 1 and sizes and max(sizes) > 1 and all(size % ways for size in sizes):
                     pieces = " x ".join(map(str, sizes))
-                    notes.append(f"{port.name} dim {index} ({pieces}) is not split over {axis}: {ways} does not divide it")
+                    notes.append(
+                        f"{port.name} dim {index} ({pieces}) is not split over {axis}: {ways} does not divide it"
+                    )
     return notes

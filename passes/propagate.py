@@ -1,7 +1,8 @@
-"""Propagate: what the user annotated spreads through the factors of every operator, forward and backward, until nothing changes.
+"""Propagate: what the user annotated spreads through the factors of every operator, until nothing changes.
 
-GSPMD (Xu et al. 2021, §3.5) with Shardy's factors. Order: constraints in the order in which they were given; elementwise operators
-before all others; a factor takes the longest axes that its operands and results agree on as prefixes. Closed dims never change.
+GSPMD (Xu et al. 2021, §3.5) with Shardy's factors. Order: constraints in the order in which they were given;
+elementwise operators before all others; a factor takes the longest axes that its operands and results agree on as
+prefixes. Closed dims never change.
 
     %x = input         f32[32@dp, 512]     # annotated
     %w = parameter     f32[512, 64@tp]     # annotated
@@ -23,7 +24,6 @@ from shardc.graph import Port, value_of, where
 from shardc.mesh import Mesh
 from shardc.rules.atoms import Ref
 from shardc.rules.factoring import Factored, Key, Op, Operand, Result, Value, carried
-from shardc.solver.explain import Request, minimal_conflict
 from shardc.solver.network import Accepts
 
 Axes = tuple[str, ...]
@@ -70,11 +70,15 @@ class Propagated:
         return found
 
 
-def collect(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> list[Constraint]:
+def collect(
+    factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]
+) -> list[Constraint]:
     """The user's constraints: `parameters` by name, and every `constrain` in the code. Raises what does not fit."""
     program = factored.program
     nodes = {port: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
-    found = [Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in parameters]
+    found = [
+        Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in parameters
+    ]
     for op in factored.ops:
         if op.node.target is torch.ops.shardc.constrain.default:
             label = f"constrain(..., {op.node.args[1]}) at {where(op.node)}"
@@ -95,14 +99,18 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
     for dim, axes in enumerate(constraint.dims):
         for axis in axes or ():
             if axis not in mesh.names:
-                raise LayoutError(f"{constraint.label}: mesh {mesh} has no axis {axis!r}; it has {', '.join(mesh.names)}")
+                raise LayoutError(
+                    f"{constraint.label}: mesh {mesh} has no axis {axis!r}; it has {', '.join(mesh.names)}"
+                )
             if axis in seen:
-                raise LayoutError(f"{constraint.label}: axis {axis!r} splits dim {seen[axis]} and dim {dim}; it can split one")
+                raise LayoutError(
+                    f"{constraint.label}: axis {axis!r} splits dim {seen[axis]} and dim {dim}; it can split one"
+                )
             seen[axis] = dim
         if axes and shape[dim] % mesh.ways(axes):
             raise InfeasibleError(
-                f"{constraint.label}: dim {dim} has {shape[dim]} elements, which {'x'.join(axes)}={mesh.ways(axes)} does not "
-                f"divide; choose another dim, another mesh, or pad the dim"
+                f"{constraint.label}: dim {dim} has {shape[dim]} elements, which "
+                f"{'x'.join(axes)}={mesh.ways(axes)} does not divide; choose another dim, another mesh, or pad the dim"
             )
 
 
@@ -168,16 +176,15 @@ def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constra
         if size % (mesh.ways(held[atom]) * mesh.sizes[axis]):
             pieces = " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
             raise InfeasibleError(
-                f"{constraint.label}: the model uses this dim as {pieces}, and axis {axis!r} of size {mesh.sizes[axis]} does not "
-                f"divide its piece of {size}; use an axis that divides it, or split another dim"
+                f"{constraint.label}: the model uses this dim as {pieces}, and axis {axis!r} of size "
+                f"{mesh.sizes[axis]} does not divide its piece of {size}; "
+                f"use an axis that divides it, or split another dim"
             )
         held[atom] += (axis,)
     return held
 
 
-def _spread(
-    factored: Factored, mesh: Mesh, op: Op, state: Propagated, origin: dict[tuple[Key, int], str]
-) -> bool:
+def _spread(factored: Factored, mesh: Mesh, op: Op, state: Propagated, origin: dict[tuple[Key, int], str]) -> bool:
     """Let one operator's factors carry axes between its operands and results; True when something changed."""
     places = _places(factored, op)
     changed = False
@@ -190,7 +197,11 @@ def _spread(
             held = state.axes[key][leaf]
             if held and held != best[: len(held)]:
                 _report(state, origin, op, (key, leaf), next(p for p in here if state.axes[p[0]][p[1]] == best))
-            elif len(held) < len(best) and not state.fixed[key][leaf] and _free(state, mesh, key, leaf, best, factor.size):
+            elif (
+                len(held) < len(best)
+                and not state.fixed[key][leaf]
+                and _free(state, mesh, key, leaf, best, factor.size)
+            ):
                 state.axes[key][leaf] = best
                 source = next(p for p in here if state.axes[p[0]][p[1]] == best)
                 origin.setdefault((key, leaf), origin.get(source, ""))
@@ -228,7 +239,7 @@ def _report(
 def match_parameters(
     ports: Sequence[Port], constraints: dict[str, tuple[Dim, ...]], module_paths: Sequence[str]
 ) -> list[tuple[Port, tuple[Dim, ...], str]]:
-    """Which parameters each pattern names. Raises ConstraintError, with the nearest names, for one that matches nothing."""
+    """Which parameters each pattern names. Raises ConstraintError, with near names, for one that matches nothing."""
     import difflib
     import fnmatch
 
@@ -238,6 +249,8 @@ def match_parameters(
         if not matched and not any(fnmatch.fnmatchcase(path, pattern) for path in module_paths):
             names = [port.name for port in ports] + list(module_paths)
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise ConstraintError(f"constraint {pattern!r} matches no parameter and no module; nearest: {', '.join(near)}")
+            raise ConstraintError(
+                f"constraint {pattern!r} matches no parameter and no module; nearest: {', '.join(near)}"
+            )
         found += [(port, dims, f"constraints[{pattern!r}] on {port.name}") for port in matched]
     return found

@@ -7,7 +7,8 @@ becomes
     %y1 = reduce_scatter(%y, dim=1, axis=tp)     f32[32@dp, 512@tp]
     %z = add(%y1, %x)                            f32[32@dp, 512@tp]
 
-A conversion is made once and shared by all that need the same layout. Views are rebuilt on whatever layout their reader needs.
+A conversion is made once and shared by all that need the same layout. Views are rebuilt on whatever layout their reader
+needs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from shardc.cost.conversion import Splits, Step, apply
 from shardc.graph import Role, value_of
-from shardc.layout import Atom, Layout
 from shardc.rules.atoms import Ref
 from shardc.rules.factoring import Factored, Key, Op, Value, carried, layout_of, tensor_arguments
 from shardc.runtime import collectives
@@ -69,13 +70,12 @@ class _Rewrite:
                 operands.append(self._value(operand.node, demand(shape, strategy, index, self.mesh), held))
             supply = iter(operands)
             wanted = set(tensor_arguments(op.node))
-            args, kwargs = fx.node.map_arg(
-                (op.node.args, dict(op.node.kwargs)), lambda n: next(supply) if n in wanted else n
-            )
-            new = self._call(op.node.target, args, kwargs)  # type: ignore[arg-type]
+            arguments = (op.node.args, dict(op.node.kwargs))
+            args, kwargs = map_arg(arguments, lambda n: next(supply) if n in wanted else n)
+            new = self._call(op.node.target, args, kwargs)
         new.meta = {"op": op, "strategy": strategy}
         several = isinstance(value_of(op.node), (tuple, list))
-        used = {user.args[1] for user in op.node.users if user.target is operator.getitem} if several else {0}
+        used = [user.args[1] for user in op.node.users if user.target is operator.getitem] if several else [0]
         new.meta["dtype"] = None
         self._provenance(new, op.node)
         for index, result in enumerate(op.results):
@@ -99,7 +99,9 @@ class _Rewrite:
     def _provenance(self, new: fx.Node, old: fx.Node) -> None:
         new.meta.update({k: old.meta.get(k, "") for k in ("module", "source", "phase")})
 
-    def _describe(self, node: fx.Node, key: Key, value: Value, splits: Splits, held: Mapping[Ref, tuple[str, ...]]) -> None:
+    def _describe(
+        self, node: fx.Node, key: Key, value: Value, splits: Splits, held: Mapping[Ref, tuple[str, ...]]
+    ) -> None:
         producer = value_of(key[0])
         tensor = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
         node.meta["dtype"] = tensor.dtype
@@ -212,5 +214,3 @@ class _Rewrite:
                 held = {ref: axes for ref, axes in self._base_held(value.key, splits).items() if ref in leaves}
             made.append(self._value(old, splits, held))
         self.graph.output(tuple(made))
-
-

@@ -1,7 +1,7 @@
 """Retile: a border where the user stores a parameter across the pieces in which the model uses it.
 
-A key projection of 2 heads x 16 that is to be stored in 4 parts cuts through the heads. The border keeps the two sides' atoms
-apart: on its dims the parameter is gathered before use, and its gradient is scattered after it, as FSDP does.
+A key projection of 2 heads x 16 that is to be stored in 4 parts cuts through the heads. The border keeps the two sides'
+atoms apart: on its dims the parameter is gathered before use, and its gradient is scattered after it, as FSDP does.
 
     %w = parameter   f32[32@dp, 64]            ->   %w = parameter    f32[32@dp, 64]
     %h = mm(%x, permute(%w))                        %u = retile(%w)   f32[(2 16), 64]

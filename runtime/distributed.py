@@ -158,11 +158,11 @@ def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Param
 
 
 def swap_in(replacements: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Put each (parameter, DTensor)'s DTensor wherever a dict, list or set holds the parameter: in modules, and in optimizers
-    created earlier.
+    """Put each (parameter, DTensor)'s DTensor wherever a dict, list or set holds the parameter: in modules, and in
+    optimizers created earlier.
 
-    Local variables and tuples still hold the old one. RankError where an optimizer already has state for a parameter (which
-    has the old shape).
+    Local variables and tuples still hold the old one. RankError where an optimizer already has state for a parameter
+    (which has the old shape).
     """
     # torch.utils.swap_tensors would keep the object, but refuses: a DTensor has slots that a Parameter lacks.
     new = {id(old): dtensor for old, dtensor in replacements}

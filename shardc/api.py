@@ -43,7 +43,11 @@ class Request:
 
 
 def _request(
-    mesh: str | Mesh | None, mode: str, constraints: Mapping[str, Spec] | None, device: str | Hardware | None, outputs: str
+    mesh: str | Mesh | None,
+    mode: str,
+    constraints: Mapping[str, Spec] | None,
+    device: str | Hardware | None,
+    outputs: str,
 ) -> Request:
     if mode not in MODES:
         raise ShardcError(f"mode={mode!r} is not known; it is one of {', '.join(MODES)}")
@@ -147,11 +151,11 @@ def compile(
     hardware: str | Hardware | None = None,
     outputs: str = "full",
 ) -> Compiled:
-    """Compile ahead of time. `example_inputs` are positional (a tuple) or keyword (a mapping) inputs; only their shapes count.
+    """Compile ahead of time. Of `example_inputs`, positional (a tuple) or keyword (a mapping), only the shapes count.
 
     A model on the meta device is planned without being allocated. `mode="auto"` lets the solver choose every layout,
-    `"propagate"` spreads the constraints and leaves the rest whole. `outputs="sharded"` leaves outputs as they lie (DTensors under
-    torch.distributed). Raises ShardcError; the model stays as it was.
+    `"propagate"` spreads the constraints and leaves the rest whole. `outputs="sharded"` leaves outputs as they lie
+    (DTensors under torch.distributed). Raises ShardcError; the model stays as it was.
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     return _compile(model, args, kwargs, _request(mesh, mode, constraints, hardware, outputs))
@@ -249,7 +253,12 @@ class _Engine:
         return compiled.run(leaves, fallback)
 
     def _get(
-        self, key: Any, differentiable: frozenset[int] | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: Any,
+        differentiable: frozenset[int] | None,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Compiled:
         identity = (key, differentiable)
         if identity not in self.compiled:
@@ -262,14 +271,17 @@ class _Engine:
 
     def result(self) -> Compiled:
         if self.last is None:
-            raise ShardcError("nothing is compiled yet: call the model once, or use shardc.compile(model, mesh, inputs)")
+            raise ShardcError(
+                "nothing is compiled yet: call the model once, or use shardc.compile(model, mesh, inputs)"
+            )
         return self.last
 
 
 def _key(module: nn.Module, leaves: list[Any]) -> tuple[Any, ...]:
     """Everything a captured program depends on besides the values of tensors."""
     inputs = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
     )
     modes = tuple(part.training for part in module.modules())
     state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters())
@@ -314,8 +326,8 @@ def shard(
     """Shard a module (in place), a module class (decorator), or a function of tensors, over `mesh`.
 
     The first call with new input shapes captures, plans and lowers; later calls run the generated code. Without
-    torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. See `compile` for the options.
-    Raises ShardcError for a request that makes no sense.
+    torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. See `compile` for the
+    options. Raises ShardcError for a request that makes no sense.
     """
     if target is None:
         return lambda real: shard(
@@ -339,7 +351,9 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
         module.__dict__["_shardc"] = _Engine(request)
         return module
     original = type(module)
-    module.__class__ = type(original.__name__, (original,), {**_methods(original.forward, request), "__module__": original.__module__})
+    module.__class__ = type(
+        original.__name__, (original,), {**_methods(original.forward, request), "__module__": original.__module__}
+    )
     module.__dict__["_shardc"] = _Engine(request)
     return module
 

@@ -1,8 +1,8 @@
 """Layouts: what every mesh axis does to one tensor, with the order of the axes that split one dim.
 
-A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design.md). Printed and
-parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is whole. In
-`f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
+A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design.md).
+Printed and parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is
+whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ class Layout:
     @staticmethod
     def from_dtensor(given: Sequence[DTensorPlacement], shape: Sequence[int], mesh: Mesh) -> Layout:
         """The layout that DTensor placements stand for. Raises LayoutError for uneven shards."""
-        partial = tuple((name, p.reduce_op) for name, p in zip(mesh.names, given, strict=True) if isinstance(p, Partial))
+        partial = tuple(
+            (name, p.reduce_op) for name, p in zip(mesh.names, given, strict=True) if isinstance(p, Partial)
+        )
         splits = tuple(Replicate() if isinstance(p, Partial) else p for p in given)
         try:
             cuts = cuts_of(splits, tuple(shape), mesh.sizes)

@@ -36,10 +36,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs less than `lower_bound`.
+    """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs under `lower_bound`.
 
-    `cost` is the solver's objective, `compute` plus conversions; `phases` are CPU-seconds of the compiler; `notes` tell what the
-    user should know (dims that could not be split, conflicting constraints).
+    `cost` is the solver's objective, `compute` plus conversions; `phases` are CPU-seconds of the compiler; `notes` tell
+    what the user should know (dims that could not be split, conflicting constraints).
     """
 
     mesh: Mesh

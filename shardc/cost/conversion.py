@@ -1,10 +1,10 @@
 """Layout conversions: the steps there are, what each sends and costs, and the cheapest path between any two layouts.
 
-One table serves the solver (which adds up its entries) and lowering (which walks its paths), so the price of a conversion is the
-price of exactly the collectives that are emitted.
+One table serves the solver (which adds up its entries) and lowering (which walks its paths), so the price of a
+conversion is the price of exactly the collectives that are emitted.
 
-Ring collectives over n ranks with B bytes in the local operand, latency α and bandwidth β of the axis (Thakur et al. 2005):
-all-gather (n-1)(α + B/β), reduce-scatter and all-to-all (n-1)(α + B/n/β), all-reduce 2(n-1)(α + B/n/β).
+Ring collectives over n ranks with B bytes in the local operand, latency α and bandwidth β of the axis (Thakur et al.
+2005): all-gather (n-1)(α + B/β), reduce-scatter and all-to-all (n-1)(α + B/n/β), all-reduce 2(n-1)(α + B/n/β).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hardware: what a device computes and what its links carry, read from the data files in `hardware/`.
 
-Units: flops in floating-point operations per second and dtype, memory in bytes per second, link bandwidth in bytes per second
-and device, latency in seconds. Each data file names its sources.
+Units: flops in floating-point operations per second and dtype, memory in bytes per second, link bandwidth in bytes per
+second and device, latency in seconds. Each data file names its sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and how its machines are wired: `devices_per_node` share `inside`, nodes talk over `between`."""
+    """One kind of device and how it is wired: `devices_per_node` share the link `inside`, nodes talk over `between`."""
 
     name: str
     flops: dict[str, float]
@@ -43,8 +43,9 @@ class Hardware:
     def link(self, mesh: Mesh, axis: str) -> Link:
         """The link that carries `axis`: the last axes of the mesh fill a node, the others cross nodes.
 
-        Within a level, ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours get the
-        heavy traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing but ties.
+        Within a level, ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours
+        get the heavy traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing
+        but ties.
         """
         inner = mesh.names[mesh.names.index(axis) + 1 :]
         stride = mesh.ways(inner)

@@ -1,8 +1,8 @@
 """From a factored program to the cost network: who the variables are, what they cost, and what the edges charge.
 
-    operator, placeholder   a strategy            costs its compute
-    share of a value        a layout              costs nothing; its edge from the producer pays a conversion that all users share
-    output                  a layout              whole on every rank, or any that is not partial
+    operator, placeholder   a strategy   costs its compute
+    share of a value        a layout     costs nothing; the edge from its producer pays what all its users share
+    output                  a layout     whole on every rank, or any that is not partial
 
     minimise  sum of compute  +  sum over edges of the cheapest conversion between what is made and what is demanded
 """
@@ -18,9 +18,9 @@ from torch import fx
 
 from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.hardware import Hardware
+from shardc.errors import LayoutError
 from shardc.graph import Port, Role, value_of
 from shardc.mesh import Mesh
-from shardc.errors import LayoutError
 from shardc.rules.factoring import Factored, Key, Op, Value, layout_of
 from shardc.solver.problem import Problem
 from shardc.solver.strategies import Options, Shape, Side, Strategy, shape_of
@@ -30,7 +30,7 @@ Accepts = Callable[[Splits], bool]
 
 @dataclass
 class Variable:
-    """One variable: `domain` holds what each of its values means, a `Strategy` (operators) or `Splits` (shares, outputs)."""
+    """One variable: `domain` says what its values mean, a `Strategy` (operators) or `Splits` (shares, outputs)."""
 
     name: str
     domain: list[Strategy] | list[Splits]
@@ -63,7 +63,8 @@ class Network:
         self._options: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
-        self._reductions = ("sum", *sorted({r for op in self.factored.ops for r in op.rule.reductions.values()} - {"sum"}))
+        reductions = {r for op in self.factored.ops for r in op.rule.reductions.values()}
+        self._reductions = ("sum", *sorted(reductions - {"sum"}))
         # per base value: its variable and, for each value of that variable, the layout it stands for
         self._source: dict[Key, tuple[int, np.ndarray]] = {}
         self._edges: list[tuple[int, int, np.ndarray]] = []
@@ -131,7 +132,8 @@ class Network:
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
 
-            self._options[shape] = Options(shape, self.mesh, self.device, classes(shape.operands), classes(shape.results))
+            operands, results = classes(shape.operands), classes(shape.results)
+            self._options[shape] = Options(shape, self.mesh, self.device, operands, results)
         return self._options[shape]
 
     def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
@@ -167,7 +169,7 @@ class Network:
         ]  # fmt: skip
 
     def _storable(self, value: Value) -> Accepts:
-        """What a DTensor can hold: every dim one contiguous chunk a rank, in an order of axes that DTensor has, no partial sums."""
+        """What a DTensor can hold: a contiguous chunk of every dim, axes in an order that DTensor has, nothing partial."""
         leaves = self.factored.leaves(value.key)
 
         def test(splits: Splits) -> bool:

@@ -24,7 +24,7 @@ from shardc.rules.factoring import Factor, Factored, Op, Operand, Result, carrie
 
 
 class Strategy(NamedTuple):
-    """Per factor the axes that split it, major to minor; and per passing axis the linear group that is partial on it."""
+    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it."""
 
     split: tuple[tuple[str, ...], ...]
     passes: tuple[tuple[str, int], ...] = ()
