@@ -169,7 +169,7 @@ class Network:
         ]  # fmt: skip
 
     def _storable(self, value: Value) -> Accepts:
-        """What a DTensor can hold: a contiguous chunk of every dim, axes in an order that DTensor has, nothing partial."""
+        """What a DTensor holds: one chunk of every dim, axes in an order that DTensor has, nothing partial."""
         leaves = self.factored.leaves(value.key)
 
         def test(splits: Splits) -> bool:
