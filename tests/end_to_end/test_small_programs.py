@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import shardc
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shardc
 from shardc.cost.hardware import Hardware, Link
 from shardc.errors import ShardcError
-from torch import Tensor, nn
 
 SLOW = Hardware("slow arithmetic", {"float32": 1e3}, 1e4, 1e-9, 4, Link(0.0, 1e7), Link(0.0, 1e6))
 

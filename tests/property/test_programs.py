@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +39,7 @@ MENUS: dict[str, tuple[str, ...]] = {
     "all but windows": EVERY[:-1],
 }
 SHARES = 6  # examples per program
-PROGRAMS = int(os.environ.get("SHARDC_PROGRAMS", "35"))  # per menu
+PROGRAMS = int(os.environ.get("SHARDC_PROGRAMS", "36"))  # per menu
 MESHES = {  # up to 12 devices
     1: [(2,), (3,), (4,), (1,)],
     2: [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (1, 2), (3, 4), (4, 3), (3, 3)],
@@ -96,9 +96,24 @@ def off(found: list[Tensor | None], expected: list[Tensor | None], scale: float)
 
 
 @pytest.mark.parametrize("menu", MENUS)
-@settings(max_examples=PROGRAMS)
-@given(random=st.randoms(use_true_random=False))
-def test_random_programs_equal_single_device(menu: str, random: Random) -> None:
+def test_random_programs_equal_single_device(menu: str) -> None:
+    """Ten menus with 200 examples or more each; few programs are too shaky to compare, few constraints are refused."""
+    counted.update(dict.fromkeys(counted, 0))
+
+    @settings(max_examples=PROGRAMS, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes; the program is printed
+    @given(random=st.randoms(use_true_random=False))
+    def search(random: Random) -> None:
+        examine(menu, random)
+
+    search()
+    print(f"{menu}: {counted}")
+    assert counted["examples"] >= 200 * PROGRAMS // 36
+    assert counted["refused"] < counted["examples"] / 3
+    assert counted["shaky"] < counted["programs"] / 10
+
+
+def examine(menu: str, random: Random) -> None:
+    """Grow one program and compare it on several meshes."""
     axes = random.choice((1, 2, 2, 3))
     program, inputs = grow(random, MENUS[menu], random.randint(2, 8), axes)
     counted["programs"] += 1
