@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardc.layout import Layout
@@ -59,53 +61,84 @@ class Plan:
         """Bytes that one rank sends over every axis in one forward and backward."""
         return {axis: sum(c.sent for c in self.conversions if c.axis == axis) for axis in self.mesh.names}
 
+    @property
+    def predicted(self) -> float:
+        """Seconds of compute and of the conversions that were emitted.
+
+        Conversions of one value can share steps, so this may lie a little below `cost`, which charges each in full.
+        """
+        return self.compute + sum(c.seconds for c in self.conversions)
+
     def __str__(self) -> str:
+        sections = {
+            "tensors": self._tensor_lines(),
+            "sent, per rank and step": self._conversion_lines(),
+            "notes": list(self.notes),
+        }
+        lines = [f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}", *self._time_lines()]
+        for title, content in sections.items():
+            if content:
+                lines += ["", title, *(f"  {line}" for line in content)]
+        slow = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
+        return "\n".join([*lines, "", f"compiled in {sum(self.phases.values()):.2f} CPU-seconds: {slow or 'nothing'}"])
+
+    def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
         proof = "proven optimal" if gap < 1e-6 else f"within {gap:.1%} of the proven bound"
-        communication = sum(c.seconds for c in self.conversions)
-        lines = [
-            f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}: {_seconds(self.cost)} a step ({proof})",
-            f"  compute {_seconds(self.compute)}, conversions {_seconds(communication)}",
-            "",
-            "tensors",
-            *(f"  {line}" for line in _fold([str(p) for p in self.placed])),
-            "",
-            "conversions (per rank and step)",
-            *(f"  {line}" for line in self._conversion_lines()),
+        communication = _seconds(sum(c.seconds for c in self.conversions))
+        parts = f"compute {_seconds(self.compute)}, conversions {communication}"
+        if _seconds(self.cost) == _seconds(self.predicted):
+            return [f"  predicted  {_seconds(self.predicted)} a step, {proof}: {parts}"]
+        return [
+            f"  predicted  {_seconds(self.predicted)} a step: {parts}",
+            f"  objective  {_seconds(self.cost)}, {proof}; it charges in full the steps that conversions share",
         ]
-        if self.notes:
-            lines += ["", "notes", *(f"  {note}" for note in self.notes)]
-        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
-        return "\n".join([*lines, "", f"compiled in {sum(self.phases.values()):.2f} CPU-s: {phases}"])
+
+    def _tensor_lines(self) -> list[str]:
+        """Roles, names and layouts in columns; repeated layers once, with their count."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for one in self.placed:
+            pattern = re.sub(r"\.\d+\.", ".*.", one.name)
+            groups.setdefault((one.role, pattern, f"{one.dtype}{one.layout}"), []).append(one.name)
+        rows = [
+            (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")
+            for (role, pattern, layout), names in groups.items()
+        ]
+        return _columns(rows, "<<<<") if rows else []
 
     def _conversion_lines(self) -> list[str]:
         groups: dict[tuple[str, str, str], list[Conversion]] = {}
         for conversion in self.conversions:
             if conversion.sent:
                 groups.setdefault((conversion.phase, conversion.kind, conversion.axis), []).append(conversion)
-        lines = [
-            f"{phase:<9} {kind:<15} over {axis:<6} x{len(found):<4} {_bytes(sum(c.sent for c in found)):>10} "
-            f"{_seconds(sum(c.seconds for c in found)):>10}   e.g. {found[0].place or found[0].name}"
+        if not groups:
+            return ["nothing"]
+        rows = [
+            (
+                phase, kind, f"over {axis}", f"x{len(found)}", _bytes(sum(c.sent for c in found)),
+                _seconds(sum(c.seconds for c in found)), f"first: {found[0].place or found[0].name}",
+            )
             for (phase, kind, axis), found in groups.items()
-        ]
-        return lines or ["none: nothing is sent"]
+        ]  # fmt: skip
+        for axis, sent in self.bytes_per_axis.items():
+            found = [c for c in self.conversions if c.axis == axis and c.sent]
+            seconds = _seconds(sum(c.seconds for c in found))
+            rows.append(("total", "", f"over {axis}", f"x{len(found)}", _bytes(sent), seconds, ""))
+        return _columns(rows, "<<<>>><")
 
 
-def _fold(lines: list[str]) -> list[str]:
-    """Repeated layers once: lines that differ only in a layer's number are shown as one, with the count."""
-    import re
-
-    groups: dict[str, list[str]] = {}
-    for line in lines:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", line), []).append(line)
-    return [lines[0] if len(lines) == 1 else f"{pattern}   x{len(lines)}" for pattern, lines in groups.items()]
+def _columns(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
+    """Rows as lines of columns, each aligned left or right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shape = list(zip(aligned, widths, strict=True))
+    return ["  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, shape, strict=True)).rstrip() for row in rows]
 
 
 def _seconds(value: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size:
             return f"{value / size:.2f} {unit}"
-    return f"{value / 1e-6:.2f} us" if value else "0 s"
+    return f"{value / 1e-9:.2f} ns" if value else "0 s"
 
 
 def _bytes(value: float) -> str:
