@@ -351,11 +351,20 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
         module.__dict__["_shardc"] = _Engine(request)
         return module
     original = type(module)
-    module.__class__ = type(
-        original.__name__, (original,), {**_methods(original.forward, request), "__module__": original.__module__}
-    )
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        del protocol
+        return _restore, (original, self.__dict__["_shardc"].request), self.__getstate__()
+
+    members = _methods(original.forward, request) | {"__module__": original.__module__, "__reduce_ex__": reduce}
+    module.__class__ = type(original.__name__, (original,), members)
     module.__dict__["_shardc"] = _Engine(request)
     return module
+
+
+def _restore(original: type[nn.Module], request: Request) -> nn.Module:
+    """An empty sharded object of a class: the swapped class has no name by which pickle could find it."""
+    return _shard_module(original.__new__(original), request)
 
 
 class _Function(nn.Module):

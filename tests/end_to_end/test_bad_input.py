@@ -43,7 +43,11 @@ def compile_mlp(mesh: str = "dp=2,tp=2", **options: object) -> shardc.api.Compil
         (LayoutError, {"up.weight": ("tp", "tp")}, "on up.weight: axis 'tp' splits dim 0 and dim 1; it can split one"),
         (LayoutError, {"up.weight": ("tp", None, None)}, "3 entries for a tensor of shape (16, 8); give one per dim"),
         (LayoutError, {"up.bias": ("tp", "dp")}, "2 entries for a tensor of shape (16,); give one per dim"),
-        (ConstraintError, {"upp.weight": ("tp", None)}, "'upp.weight' matches no parameter and no module; nearest: up.weight"),
+        (
+            ConstraintError,
+            {"upp.weight": ("tp", None)},
+            "'upp.weight' matches no parameter and no module; nearest: up.weight",
+        ),
         (LayoutError, {"up": ("dp", None, "tp")}, "the spec (dp,-,tp) has 3 entries but the tensor has 2 dims"),
         (LayoutError, {"up": ("dp", "dp")}, "uses axis 'dp' twice"),
         (LayoutError, {"up": ("dp", "pp")}, "has no axis 'pp'; it has dp, tp"),
@@ -76,7 +80,9 @@ def test_constraint_in_code_with_too_many_entries_names_the_line() -> None:
 
 
 def test_indivisible_dim_in_a_constraint() -> None:
-    with pytest.raises(InfeasibleError, match=r"on up.weight: dim 0 has 16 elements, which tp=3 does not divide; choose another dim"):
+    with pytest.raises(
+        InfeasibleError, match=r"on up.weight: dim 0 has 16 elements, which tp=3 does not divide; choose another dim"
+    ):
         compile_mlp("tp=3", constraints={"up.weight": ("tp", None)})
 
 
@@ -85,7 +91,9 @@ def test_indivisible_dim_in_the_code_names_the_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return constrain(x * 2, ("dp", None))
 
-    with pytest.raises(InfeasibleError, match=r"test_bad_input.py:\d+: dim 0 has 4 elements, which dp=3 does not divide"):
+    with pytest.raises(
+        InfeasibleError, match=r"test_bad_input.py:\d+: dim 0 has 4 elements, which dp=3 does not divide"
+    ):
         shardc.compile(Model(), "dp=3", X)
 
 
