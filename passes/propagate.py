@@ -93,7 +93,8 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
     shape = tuple(int(n) for n in _tensor(constraint.key).shape)
     if len(constraint.dims) != len(shape):
         raise LayoutError(
-            f"{constraint.label}: {len(constraint.dims)} entries for a tensor of shape {shape}; give one per dim"
+            f"{constraint.label}: {len(constraint.dims)} entr{'y' if len(constraint.dims) == 1 else 'ies'} "
+            f"for a tensor of shape {shape}; give one per dim"
         )
     seen: dict[str, int] = {}
     for dim, axes in enumerate(constraint.dims):

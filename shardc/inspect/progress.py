@@ -1,4 +1,4 @@
-"""A progress line for work whose length is not known: it appears after two seconds and counts the time."""
+"""A progress line for work of unknown length: it appears after two seconds and, on a terminal, counts the time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from tqdm import tqdm
 @contextmanager
 def working(what: str, patience: float = 2.0) -> Generator[None]:
     """Show `what` and the seconds gone on stderr while the block runs, if it runs longer than `patience` seconds."""
-    if not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield
-        return
     done = threading.Event()
     watcher = threading.Thread(target=_tick, args=(what, patience, done), daemon=True)
     watcher.start()
@@ -29,6 +25,9 @@ def working(what: str, patience: float = 2.0) -> Generator[None]:
 
 def _tick(what: str, patience: float, done: threading.Event) -> None:
     if done.wait(patience):
+        return
+    if not sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
         return
     with tqdm(desc=what, bar_format="{desc} {bar:12} {elapsed}", total=20, leave=False, initial=0) as bar:
         while not done.wait(0.2):
