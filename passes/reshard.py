@@ -191,7 +191,10 @@ class _Rewrite:
         if step.op not in (None, "sum"):
             keywords["op"] = step.op
         new = self._call(getattr(collectives, step.kind), (node,), keywords)
-        self._provenance(new, key[0])
+        # an input has no place in the user's code: its conversion belongs to the reader that made it necessary
+        reader = self.now or key[0]
+        self._provenance(new, reader if key[0].op == "placeholder" else key[0])
+        new.meta["phase"] = reader.meta.get("phase", "")
         self._describe(new, key, value, after, self._base_held(key, after))
         return new
 
@@ -203,6 +206,7 @@ class _Rewrite:
             if old is None:
                 made.append(None)
                 continue
+            self.now = old
             value = self.factored.values[old]
             leaves = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
             if port.role is Role.GRADIENT and port.name in parameters:
