@@ -1,4 +1,4 @@
-"""Small models with random weights, each as (name, builder): the builder gives a module that returns a loss, and its inputs."""
+"""Small models with random weights, as (name, builder): the builder gives a module that returns a loss, and inputs."""
 
 from __future__ import annotations
 
@@ -73,14 +73,22 @@ def _images(dtype: torch.dtype) -> dict[str, Tensor]:
 def llama(dtype: torch.dtype) -> Case:
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=64, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        intermediate_size=128, max_position_embeddings=64, use_cache=False, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     return LanguageLoss(transformers.LlamaForCausalLM(config)).to(dtype), _text()
 
 
 def gpt2(dtype: torch.dtype) -> Case:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, use_cache=False, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return LanguageLoss(transformers.GPT2LMHeadModel(config)).to(dtype), _text()
 

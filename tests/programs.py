@@ -1,7 +1,7 @@
 """Random programs: short lists of operators on small tensors, grown from a source of random choices.
 
-A `Random` that hypothesis provides makes them shrink. A program is a module whose forward replays recorded steps, so that capture
-meets ordinary calls of torch.
+A `Random` that hypothesis provides makes them shrink. A program is a module whose forward replays recorded steps, so
+that capture meets ordinary calls of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Step = tuple[str, Callable[..., Tensor], tuple[int, ...]]
 
 
 class Program(nn.Module):
-    """`steps` run on the parameters and inputs; the last `outputs` values are weighed into a loss, or returned as they are."""
+    """`steps` run on parameters and inputs; the last `outputs` values are weighed into a loss, or returned as they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,9 @@ class Grower:
         order = [i for i, kind in enumerate(self.kinds) if kind == "parameter"]
         inputs = [i for i, kind in enumerate(self.kinds) if kind != "parameter"]
         for i in order:
-            program.register_parameter(f"w{i}", nn.Parameter(self.leaves[i].clone(), requires_grad=random.random() < 0.9))
+            program.register_parameter(
+                f"w{i}", nn.Parameter(self.leaves[i].clone(), requires_grad=random.random() < 0.9)
+            )
         place = {-i - 1: at for at, i in enumerate([*order, *inputs])}
         place |= {i: len(place) + i for i in range(len(self.made))}
         program.steps = [(name, function, tuple(place[h] for h in operands)) for name, function, operands in self.steps]
@@ -143,7 +145,7 @@ class Grower:
 
 
 def grow(random: Random, families: tuple[str, ...], length: int, axes: int = 0) -> tuple[Program, list[Tensor]]:
-    """A program of about `length` steps and its inputs. With `axes` it may hold a `constrain` on the first axes of AXES."""
+    """A program of about `length` steps and its inputs; with `axes` it may `constrain` values, on the first of AXES."""
     return Grower(random, families, length, axes).finish()
 
 
@@ -176,8 +178,10 @@ def random_spec(random: Random, shape: list[int], axes: dict[str, int]) -> tuple
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "sin": torch.sin, "gelu": F.gelu, "silu": F.silu,
-    "neg": torch.neg, "abs": torch.abs, "square": lambda x: 0.5 * x * x, "scale": lambda x: 1.5 * x, "shift": lambda x: x - 0.3,
-    "rsub": lambda x: 1 - x, "rsqrt": lambda x: torch.rsqrt(x * x + 1), "log1p": lambda x: torch.log1p(x * x), "erf": torch.erf,
+    "neg": torch.neg, "abs": torch.abs, "square": lambda x: 0.5 * x * x, "scale": lambda x: 1.5 * x,
+    "shift": lambda x: x - 0.3,
+    "rsub": lambda x: 1 - x, "rsqrt": lambda x: torch.rsqrt(x * x + 1), "log1p": lambda x: torch.log1p(x * x),
+    "erf": torch.erf,
     "exp": lambda x: torch.exp(-x * x), "power": lambda x: x**3 / 4, "clamp": lambda x: x.clamp(-0.7, 0.8),
     "softplus": F.softplus, "leaky_relu": F.leaky_relu, "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "reciprocal": lambda x: 1 / (x * x + 1), "elu": F.elu, "hardtanh": F.hardtanh, "logsigmoid": F.logsigmoid,
@@ -185,9 +189,11 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": lambda x, y: x / (y * y + 1), "maximum": torch.maximum,
-    "minimum": torch.minimum, "scaled add": lambda x, y: torch.add(x, y, alpha=0.7), "where": lambda x, y: torch.where(x > y, x, y * 0.5),
+    "minimum": torch.minimum, "scaled add": lambda x, y: torch.add(x, y, alpha=0.7),
+    "where": lambda x, y: torch.where(x > y, x, y * 0.5),
     "greater": lambda x, y: (x > y).to(x.dtype), "atan2": lambda x, y: torch.atan2(x, y * y + 0.5),
-    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3), "lerp": lambda x, y: torch.lerp(x, y.expand_as(x + y), 0.3) if x.shape == (x + y).shape else x + y,
+    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
+    "lerp": lambda x, y: torch.lerp(x, y.expand_as(x + y), 0.3) if x.shape == (x + y).shape else x + y,
 }  # fmt: skip
 
 
@@ -250,7 +256,9 @@ def attention(g: Grower) -> None:
     causal = g.random.random() < 0.5
     if g.random.random() < 0.3:
         mask = g.leaf([1, 1, length, keys], "input")
-        g.emit("masked attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), q, k, v, mask)
+        g.emit(
+            "masked attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), q, k, v, mask
+        )
     else:
         g.emit("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), q, k, v)
 
@@ -299,7 +307,9 @@ def view(g: Grower) -> None:
     x = g.pick(1)
     shape = g.shape(x)
     rank = len(shape)
-    kind = g.random.choice(("permute", "merge", "split", "expand", "unsqueeze", "squeeze", "flatten", "regroup", "remerge"))
+    kind = g.random.choice(
+        ("permute", "merge", "split", "expand", "unsqueeze", "squeeze", "flatten", "regroup", "remerge")
+    )
     if kind == "permute":
         order = g.random.sample(range(rank), rank)
         g.emit(f"permute {order}", lambda x: x.permute(order), x)
@@ -333,7 +343,8 @@ def shape(g: Grower) -> None:
     sizes, d = g.shape(x), g.random.randrange(len(g.shape(x)))
     n = sizes[d]
     kind = g.random.choice(
-        ("cat", "stack", "slice", "strided", "select", "split", "chunk", "pad", "flip", "roll", "repeat", "tril", "triu", "unbind",
+        ("cat", "stack", "slice", "strided", "select", "split", "chunk", "pad", "flip", "roll", "repeat", "tril",
+        "triu", "unbind",
          "halves", "cat mixed", "negative pad", "diagonal", "narrow cat")
     )  # fmt: skip
     if kind in ("cat", "stack"):
@@ -389,7 +400,8 @@ def index(g: Grower) -> None:
     x = g.pick(1)
     sizes, d = g.shape(x), g.random.randrange(len(g.shape(x)))
     kind = g.random.choice(
-        ("embedding", "gather", "index_select", "scatter_add", "index_put", "index", "two indices", "scatter", "index_add", "take",
+        ("embedding", "gather", "index_select", "scatter_add", "index_put", "index", "two indices", "scatter",
+        "index_add", "take",
          "topk", "sort", "cross entropy", "one_hot")
     )  # fmt: skip
     if kind == "embedding":
@@ -467,7 +479,9 @@ def mask(g: Grower) -> None:
 def window(g: Grower) -> None:
     batch, channels = g.random.choice((1, 2, 4)), g.random.choice((1, 2, 4))
     height = g.random.choice((3, 4, 6))
-    kind = g.random.choice(("conv2d", "grouped", "strided", "conv1d", "max_pool", "avg_pool", "batch_norm", "group_norm"))
+    kind = g.random.choice(
+        ("conv2d", "grouped", "strided", "conv1d", "max_pool", "avg_pool", "batch_norm", "group_norm")
+    )
     if kind == "conv1d":
         x, w = g.leaf([batch, channels, height]), g.leaf([g.random.choice((2, 4)), channels, 3], "parameter")
         g.emit("conv1d", lambda x, w: F.conv1d(x, w, padding=1) / 3, x, w)
@@ -479,7 +493,9 @@ def window(g: Grower) -> None:
         g.emit("avg_pool", lambda x: F.adaptive_avg_pool2d(x, 1), x)
     elif kind == "batch_norm":
         w, b = g.leaf([channels], "parameter"), g.leaf([channels], "parameter")
-        g.emit("batch_norm", lambda x, w, b: F.batch_norm(x, torch.zeros_like(w), torch.ones_like(w), w, b, True), x, w, b)
+        g.emit(
+            "batch_norm", lambda x, w, b: F.batch_norm(x, torch.zeros_like(w), torch.ones_like(w), w, b, True), x, w, b
+        )
     elif kind == "group_norm" and channels > 1:
         w, b = g.leaf([channels], "parameter"), g.leaf([channels], "parameter")
         g.emit("group_norm", lambda x, w, b: F.group_norm(x, 2, w, b), x, w, b)

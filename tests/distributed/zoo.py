@@ -1,12 +1,12 @@
-"""Trains models through `shard` over gloo beside single device: losses, gradients, parameters, bytes. Run by torchrun."""
+"""Trains models through `shard` over gloo beside single device: losses, gradients, parameters, bytes (for torchrun)."""
 
 import copy
 import sys
 
 import torch
-from models import MODELS, loss_of
 from torch.distributed.tensor import DTensor
 
+from models import MODELS, loss_of
 from shardc import shard
 
 TOLERANCE = 1e-10

@@ -135,7 +135,10 @@ def test_no_mesh_and_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("world", "relation"), [("2", "larger than"), ("8", "smaller than")])
 def test_world_of_another_size(world: str, relation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
-    expected = f"mesh dp=2,tp=2 has 4 devices, {relation} the {world} processes of this run; start torchrun with --nproc-per-node 4"
+    expected = (
+        f"mesh dp=2,tp=2 has 4 devices, {relation} the {world} processes of this run; "
+        "start torchrun with --nproc-per-node 4"
+    )
     with pytest.raises(MeshError, match=expected):
         compile_mlp()
 
@@ -200,7 +203,7 @@ def test_unknown_names_of_options() -> None:
         compile_mlp(outputs="some")
     with pytest.raises(ShardcError, match="no pass is called 'lower'; the passes are capture, normalize"):
         compile_mlp().graph("lower")
-    with pytest.raises(ShardcError, match="it is no nn.Module, no class of modules and no function"):
+    with pytest.raises(ShardcError, match=r"it is no nn\.Module, no class of modules and no function"):
         shard(3, mesh="dp=2")
 
 

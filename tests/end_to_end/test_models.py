@@ -1,4 +1,4 @@
-"""Every model, trained three steps on every mesh: loss, gradients, parameters and buffers equal to single device; bytes as predicted."""
+"""Every model, trained three steps on every mesh: all values equal to single device, bytes as predicted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import MODELS, loss_of
 from shardc import shard
 from shardc.runtime import Executable
-from models import MODELS, loss_of
 
 MESHES = ("dp=4", "tp=4", "dp=2,tp=2", "a=2,b=2,c=2")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

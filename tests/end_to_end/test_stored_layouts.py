@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from models import MODELS
 
+from models import MODELS
 from shardc import shard
 
 

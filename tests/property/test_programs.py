@@ -1,6 +1,7 @@
-"""Random programs on random meshes with random constraints: the values of a single device, or a ShardcError; nothing else.
+"""Random programs on random meshes with random constraints: the values of a single device, or a ShardcError.
 
-An example is one program on one mesh with one set of constraints and one kind of hardware. Capture is shared by a program's examples.
+An example is one program on one mesh with one set of constraints and one kind of hardware. Capture is shared by a
+program's examples.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def test_random_programs_equal_single_device(menu: str) -> None:
     """Ten menus with 200 examples or more each; few programs are too shaky to compare, few constraints are refused."""
     counted.update(dict.fromkeys(counted, 0))
 
-    @settings(max_examples=PROGRAMS, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes; the program is printed
+    # shrinking takes minutes; the program is printed
+    @settings(max_examples=PROGRAMS, phases=[Phase.explicit, Phase.generate])
     @given(random=st.randoms(use_true_random=False))
     def search(random: Random) -> None:
         examine(menu, random)
@@ -128,7 +130,8 @@ def examine(menu: str, random: Random) -> None:
     noisy = run(program, program, inputs, started)
     program.noise = None
     if off([*noisy[0], *noisy[1]], flat, scale) > (1e-11 if program.exact else 1e-5):
-        counted["shaky"] += 1  # a maximum of equals, or a branch on a rounding error: any order of additions may change it
+        # a maximum of equals, or a branch on a rounding error: any order of additions may change it
+        counted["shaky"] += 1
         return
     constrained = any(name.startswith("constrain") for name, _, _ in program.steps)
     with warnings.catch_warnings():

@@ -20,7 +20,12 @@ def test_mesh_text() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("dp2", "cannot read 'dp2'"), ("dp=x", "cannot read 'dp=x'"), ("dp=0", "size 0"), ("dp=2,dp=2", "names an axis twice")],
+    [
+        ("dp2", "cannot read 'dp2'"),
+        ("dp=x", "cannot read 'dp=x'"),
+        ("dp=0", "size 0"),
+        ("dp=2,dp=2", "names an axis twice"),
+    ],
 )
 def test_mesh_refuses(text: str, message: str) -> None:
     with pytest.raises(MeshError, match=message):
@@ -29,7 +34,13 @@ def test_mesh_refuses(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["f32[]", "f32[32@dp, 512, 4096] +sum@tp", "bf16[32@(dp,tp), 7]", "i64[(4@dp 512@tp), 16]", "f64[(4 512@(tp,dp))] +max@cp"],
+    [
+        "f32[]",
+        "f32[32@dp, 512, 4096] +sum@tp",
+        "bf16[32@(dp,tp), 7]",
+        "i64[(4@dp 512@tp), 16]",
+        "f64[(4 512@(tp,dp))] +max@cp",
+    ],
 )
 def test_text_round_trip(text: str) -> None:
     dtype, layout = parse_typed(text)

@@ -1,4 +1,4 @@
-"""The cost network of real programs: its optimum equals an independent MILP, its price is the price of what is emitted."""
+"""The cost network of real programs: its optimum equals an independent MILP, its price that of what is emitted."""
 
 from __future__ import annotations
 
@@ -61,14 +61,19 @@ def by_milp(problem: Problem) -> float:
         rows += [({**{start + i * n + j: 1.0 for j in range(n)}, first[u] + i: -1.0}, 0.0) for i in range(m)]
         rows += [({**{start + i * n + j: 1.0 for i in range(m)}, first[v] + j: -1.0}, 0.0) for j in range(n)]
     entries = [(r, c, x) for r, (row, _) in enumerate(rows) for c, x in row.items()]
-    matrix = coo_matrix(([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])), (len(rows), len(costs)))
+    matrix = coo_matrix(
+        ([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])), (len(rows), len(costs))
+    )
     right = np.array([value for _, value in rows])
     integral = np.zeros(len(costs))
     integral[: max(first) + len(problem.unary[-1])] = 0
     for start, unary in zip(first, problem.unary, strict=True):
         integral[start : start + len(unary)] = 1
     result = milp(
-        costs, constraints=LinearConstraint(matrix.tocsr(), right, right), bounds=Bounds(0, bounds), integrality=integral
+        costs,
+        constraints=LinearConstraint(matrix.tocsr(), right, right),
+        bounds=Bounds(0, bounds),
+        integrality=integral,
     )
     assert result.success, result.message
     return float(result.fun) / scale
