@@ -74,7 +74,8 @@ class _Source:
 
     def text(self) -> str:
         forward_results = [r for p, r in self._ports() if p.role is not Role.GRADIENT]
-        forward = _ancestors(r for r in forward_results if r is not None)
+        # all draws are made forward, in the order of the single device
+        forward = _ancestors([*(r for r in forward_results if r is not None), *filter(_draws, self.graph.nodes)])
         gradients = [r for p, r in self._ports() if p.role is Role.GRADIENT]
         backward = _ancestors(g for g in gradients if g is not None)
         tangents = [n for n, p in self._inputs() if p.role is Role.TANGENT]

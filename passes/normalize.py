@@ -18,6 +18,7 @@ from torch import fx
 from shardc.graph import Program, value_of
 from shardc.rules.builder import Builder
 from shardc.rules.decompositions import DECOMPOSITIONS
+from shardc.runtime.random import bernoulli
 
 
 def normalize(program: Program) -> Program:
@@ -33,7 +34,8 @@ def normalize(program: Program) -> Program:
             results = _cast(builder, results, value_of(node)) if results is not None else None
         if results is not None:
             _replace(node, results)
-    graph.eliminate_dead_code()
+    # draws stay, needed or not: they move the random stream
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is bernoulli)
     return program
 
 

@@ -77,24 +77,24 @@ class Executable:
 
         `state` maps the names of parameters, buffers and constants to tensors: global ones on a virtual mesh; DTensors
         or global ones under torch.distributed. `inputs` are the flat inputs, by index. Outputs and gradients: see
-        `shardc.runtime.boundary`. Buffers that the program changes are changed in place.
+        `shardc.runtime.boundary`. Buffers and inputs that the program changes are changed in place.
 
         `fallback` is asked, with the indices of all outputs that got a gradient, for an executable with a backward from
         them, where this one's backward does not start from all. Without it that is a RankError.
         """
         tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
+        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
         wanted = torch.is_grad_enabled() and hasattr(self.module, "backward")
         if not (wanted and any(tensor.requires_grad for tensor in tensors)):
-            result = self._forward({slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)})
-            self._mutate(result.mutations, state)
+            result = self._forward(names)
+            self._mutate(result.mutations, names)
             return result.outputs
-        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
         for slot in self.gradients:
             if slot.name in names and names[slot.name].requires_grad:
                 self._boundary.check_gradient(slot, names[slot.name])
         mutations: dict[str, Tensor] = {}
         outputs = list(_Differentiable.apply(self, fallback, mutations, *tensors))
-        self._mutate(mutations, state)
+        self._mutate(mutations, names)
         return outputs
 
     def bind(self, model_or_state: nn.Module | Mapping[str, Tensor]) -> Callable[..., list[Tensor]]:
@@ -122,10 +122,10 @@ class Executable:
         slot.check(tensor)
         return tensor
 
-    def _mutate(self, mutations: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def _mutate(self, mutations: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in mutations.items():
-                self._boundary.store(state[name], value)
+                self._boundary.store(targets[name], value)
 
     def _forward(self, values: Mapping[str, Tensor]) -> _Forward:
         # Values are saved for backward as they were: a buffer that changes after forward goes in as a copy.

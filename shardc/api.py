@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from shardc.capture import capture, flatten
+from shardc.capture import capture
 from shardc.constrain import Dim, Spec, parse, serialise
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.errors import ConstraintError, MeshError, ShardcError
-from shardc.graph import Constant, Port, Role
+from shardc.graph import Constant, Port, Program, Role
+from shardc.inputs import call_key, flatten
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.passes.pipeline import PASSES, Lowered, Settings, lower
@@ -117,6 +118,7 @@ class Compiled:
         if meta is not None:
             raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
         outputs = self.executable.run(state | program.constants, leaves, fallback)
+        outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         made = [leaf.value if isinstance(leaf, Constant) else outputs[leaf] for leaf in program.out_leaves]
         return pytree.tree_unflatten(made, program.out_spec)
 
@@ -163,7 +165,7 @@ def compile(
 
 def _compile(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request,
-    differentiable: frozenset[int] | None = None,
+    differentiable: frozenset[int] | None = None, hooks: bool = True,
 ) -> Compiled:  # fmt: skip
     _check_world(request.mesh)
     paths = [path for path, _ in model.named_modules() if path]
@@ -176,12 +178,24 @@ def _compile(
         grad=torch.is_grad_enabled(),
         differentiable=differentiable,
         constraints={p: s for p, s in request.constraints.items() if _is_module(p, paths)},
+        hooks=hooks,
     )
     phases = {"capture": time.process_time() - start}
     ports = [port for port in program.inputs if port.role is Role.PARAMETER]
-    parameters = match_parameters(ports, specs, paths) + _stored(model, ports, request.mesh)
+    parameters = _named(program, ports, specs, paths) + _stored(model, ports, request.mesh)
     settings = Settings(request.mesh, request.device, request.mode, request.outputs == "full", parameters)
     return Compiled(model, lower(program, settings, phases), request)
+
+
+def _named(
+    program: Program, ports: list[Port], specs: dict[str, tuple[Dim, ...]], paths: list[str]
+) -> list[tuple[Port, tuple[Dim, ...], str]]:
+    """The parameters that the constraints name, by any of their names, each demand once."""
+    home = {port.name: port for port in ports}
+    aliases = {name: home[first] for name, first in program.tied.items() if first in home}
+    found = match_parameters([*ports, *(Port(Role.PARAMETER, name) for name in aliases)], specs, paths)
+    unique = {(aliases.get(port.name, port), dims): label for port, dims, label in reversed(found)}
+    return [(port, dims, label) for (port, dims), label in reversed(unique.items())]
 
 
 def _spec(pattern: str, spec: Spec) -> tuple[Dim, ...]:
@@ -240,7 +254,7 @@ class _Engine:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
-        key = (_key(module, leaves), str(spec))
+        key = (call_key(module, leaves), str(spec))
         compiled = self._get(key, None, module, args, kwargs)
         self.last = compiled
 
@@ -264,7 +278,7 @@ class _Engine:
         if identity not in self.compiled:
             self.capturing = True
             try:
-                self.compiled[identity] = _compile(module, args, kwargs, self.request, differentiable)
+                self.compiled[identity] = _compile(module, args, kwargs, self.request, differentiable, hooks=False)
             finally:
                 self.capturing = False
         return self.compiled[identity]
@@ -275,17 +289,6 @@ class _Engine:
                 "nothing is compiled yet: call the model once, or use shardc.compile(model, mesh, inputs)"
             )
         return self.last
-
-
-def _key(module: nn.Module, leaves: list[Any]) -> tuple[Any, ...]:
-    """Everything a captured program depends on besides the values of tensors."""
-    inputs = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
-        for leaf in leaves
-    )
-    modes = tuple(part.training for part in module.modules())
-    state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters())
-    return torch.is_grad_enabled(), inputs, modes, state
 
 
 def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from shardc import canonical, compat
 from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
+from shardc.inputs import flatten, refuse_foreign, refuse_opaque
 
 
 def capture(
@@ -32,6 +33,7 @@ def capture(
     grad: bool = True,
     differentiable: frozenset[int] | None = None,
     constraints: Mapping[str, Spec] | None = None,
+    hooks: bool = True,
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -39,9 +41,10 @@ def capture(
     every scalar that requires a gradient (a loss), or, without one, every floating output that does. `constraints`
     maps patterns of module paths to specs, which `shardc.constrain` then puts on the tensors these modules return.
     Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
-    burned in. Raises CaptureError, LayoutError.
+    burned in. `hooks=False`: the caller runs the hooks of `module` itself. Raises CaptureError, LayoutError.
     """
-    trace = _Trace(_State(module), tuple(args), dict(kwargs or {}), grad, differentiable, dict(constraints or {}))
+    given = tuple(args), dict(kwargs or {})
+    trace = _Trace(_State(module), *given, grad, differentiable, dict(constraints or {}), hooks)
     return _Builder(trace, trace.run()).program()
 
 
@@ -113,11 +116,14 @@ class _Trace:
         grad: bool,
         differentiable: frozenset[int] | None,
         constraints: dict[str, Spec],
+        hooks: bool,
     ) -> None:
         self.state, self.grad, self.differentiable = state, grad, differentiable
+        self.call: Callable[..., Any] = state.module if hooks else state.module.forward
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = compat.fake_mode()
         self.leaves, self.in_spec = flatten((args, kwargs))
+        refuse_opaque(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
             _Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf))
@@ -126,6 +132,7 @@ class _Trace:
         ]
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant] = []
+        self.attached: set[int] = set()
         self.provenance = compat.Provenance(state.module, self._constrained)
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -158,7 +165,7 @@ class _Trace:
             self._refresh_rnns()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             with self.provenance:
-                output = self.state.module(*args, **kwargs)
+                output = self.call(*args, **kwargs)
             self._write_back(tensors)
         return self._flat_outputs(output)
 
@@ -187,7 +194,7 @@ class _Trace:
         chosen = self._differentiable(leaves)
         positions: dict[tuple[int, bool], int] = {}
         tensors: list[Tensor] = []
-        self.out_leaves = []
+        self.out_leaves, self.attached = [], set[int]()
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 self.out_leaves.append(Constant(leaf))
@@ -198,6 +205,8 @@ class _Trace:
                 # A copy, so that no output is a view of an input or of another; the rewriter drops it again.
                 tensors.append((leaf if index in chosen else leaf.detach()).clone())
             self.out_leaves.append(positions[key])
+            if leaf.requires_grad:
+                self.attached.add(positions[key])
         return tuple(tensors)
 
     def _differentiable(self, leaves: list[Any]) -> frozenset[int]:
@@ -232,17 +241,6 @@ class _Trace:
         return pytree.tree_unflatten(leaves, spec)
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves and structure; dataclasses are opened, also where nobody told torch about the class."""
-    leaves, spec = pytree.tree_flatten(tree)
-    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
-    if not unknown and not compat.register_caches(leaves):
-        return leaves, spec
-    for cls in unknown:
-        pytree.register_dataclass(cls)
-    return flatten(tree)
-
-
 class _Builder:
     """Makes the Program out of the traced graph: canonical operators, ports, provenance, phases."""
 
@@ -271,6 +269,7 @@ class _Builder:
             self.trace.out_leaves,
             constants=self.constants,
             tied=dict(self.trace.state.tied),
+            attached=frozenset(self.trace.attached),
         )
 
     def _results(self) -> tuple[list[Port], list[fx.Node | None]]:
@@ -322,6 +321,7 @@ class _Builder:
             raise CaptureError(
                 f"the graph holds {old.target}, a {type(value).__name__}: torch.cond and the like are not supported"
             )
+        refuse_foreign(value)
         name = f"constant:{len(self.constants)}"
         self.constants[name] = value
         if "val" not in old.meta:

@@ -43,6 +43,7 @@ class Program:
 
     `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
     itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
+    `attached` are the positions of the outputs that require a gradient on one device.
     """
 
     graph: fx.Graph
@@ -52,6 +53,7 @@ class Program:
     out_leaves: list[int | Constant]
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     tied: dict[str, str] = field(default_factory=dict[str, str])
+    attached: frozenset[int] = frozenset()
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -1,0 +1,139 @@
+"""What a review broke, once each: every test failed before its fix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardc import shard
+from shardc.errors import CaptureError, InfeasibleError
+
+
+class Program(nn.Module):
+    """A module whose forward is a function of the module and its input."""
+
+    def __init__(self, function: Callable[..., Any], *sizes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(*(sizes or (8, 4)))
+        self.function = function
+        self.scale: Any = 1.0
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+def pair(module: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
+    module = module.double()
+    return module, shard(copy.deepcopy(module), **{"mesh": "dp=2,tp=2", "hardware": "cpu", **options})
+
+
+def sample(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (4, 8)), dtype=torch.float64)
+
+
+def test_hooks_of_the_model_itself_run_once() -> None:
+    single = nn.Linear(8, 4).double()
+    single.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    single.register_forward_hook(lambda _, args, output: output * 2)
+    x = sample()
+    expected = single(x)
+    torch.testing.assert_close(shard(single, mesh="dp=2", hardware="cpu")(x), expected)
+
+
+@pytest.mark.parametrize("value", [3.0, torch.tensor(3.0, dtype=torch.float64)], ids=["number", "tensor"])
+def test_an_attribute_that_changed_between_calls_is_seen(value: Any) -> None:
+    single, sharded = pair(Program(lambda self, x: self.layer(x) * self.scale))
+    x = sample()
+    sharded(x)
+    single.scale = sharded.scale = value
+    torch.testing.assert_close(sharded(x), single(x))
+
+
+def test_autocast_is_part_of_what_a_program_was_compiled_for() -> None:
+    _, sharded = pair(nn.Linear(8, 4))
+    sharded.float()
+    x = sample().float()
+    assert sharded(x).dtype is torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sharded(x).dtype is torch.bfloat16
+
+
+def test_draws_that_nobody_needs_still_move_the_random_stream() -> None:
+    def draw(self: Program, x: Tensor) -> Tensor:
+        F.dropout(x, 0.5)
+        return F.dropout(self.layer(x), 0.5)
+
+    single, sharded = pair(Program(draw))
+    x = sample()
+    torch.manual_seed(3)
+    expected = single(x)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.testing.assert_close(sharded(x), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outputs_that_need_no_gradient_take_none() -> None:
+    single, sharded = pair(Program(lambda self, x: (self.layer(x), self.layer(x).detach(), x)))
+    x = sample()
+    for model in (single, sharded):
+        live, dead, same = model(x)
+        assert (live.requires_grad, dead.requires_grad, same.requires_grad) == (True, False, False)
+        (live * dead * same[:, :4]).sum().backward()
+    torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
+
+
+def test_an_input_changed_in_place_is_changed_for_the_caller() -> None:
+    single, sharded = pair(Program(lambda self, x: self.layer(x.add_(1))))
+    one, other = torch.ones(4, 8, dtype=torch.float64), torch.ones(4, 8, dtype=torch.float64)
+    expected, made = single(one), sharded(other)
+    torch.testing.assert_close(made, expected)
+    assert torch.equal(one, other)
+    expected.sum().backward()
+    made.sum().backward()
+    torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
+
+
+def test_parameters_from_outside_are_refused() -> None:
+    layer = nn.Linear(8, 4).double()
+    function = shard(lambda x: layer(x).sum(), mesh="dp=2", hardware="cpu")
+    with pytest.raises(CaptureError, match="neither an input nor a parameter of the model"):
+        function(sample())
+
+
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_inputs_that_hide_tensors_are_refused() -> None:
+    _, sharded = pair(Program(lambda self, box: self.layer(box.value)))
+    with pytest.raises(CaptureError, match="an input of type Box holds values that would be burned into the program"):
+        sharded(Box(sample()))
+    with pytest.raises(CaptureError, match="an input of type ndarray"):
+        sharded(sample().numpy())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens))
+
+
+def test_a_tied_parameter_is_constrained_by_any_of_its_names() -> None:
+    _, sharded = pair(Tied(), constraints={"head.weight": ("tp", None)})
+    sharded(torch.randint(0, 8, (4, 3)))
+    assert [str(p.layout) for p in sharded.plan.placed if p.role == "parameter"] == ["[8@tp, 4]"]
+    _, sharded = pair(Tied(), constraints={"head.weight": ("tp", None), "table.weight": (None, "tp")})
+    with pytest.raises(InfeasibleError, match="contradict each other"):
+        sharded(torch.randint(0, 8, (4, 3)))
