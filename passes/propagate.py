@@ -193,19 +193,21 @@ def _spread(factored: Factored, mesh: Mesh, op: Op, state: Propagated, origin: d
         if factor.whole:
             continue
         here = places[index]
-        best = max((state.axes[key][leaf] for key, leaf in here), key=len, default=())
+        if not here:
+            continue
+        longest = max(here, key=lambda place: len(state.axes[place[0]][place[1]]))
+        best = state.axes[longest[0]][longest[1]]
         for key, leaf in here:
             held = state.axes[key][leaf]
             if held and held != best[: len(held)]:
-                _report(state, origin, op, (key, leaf), next(p for p in here if state.axes[p[0]][p[1]] == best))
+                _report(state, origin, op, (key, leaf), longest)
             elif (
                 len(held) < len(best)
                 and not state.fixed[key][leaf]
                 and _free(state, mesh, key, leaf, best, factor.size)
             ):
                 state.axes[key][leaf] = best
-                source = next(p for p in here if state.axes[p[0]][p[1]] == best)
-                origin.setdefault((key, leaf), origin.get(source, ""))
+                origin.setdefault((key, leaf), origin[longest])
                 changed = True
     return changed
 

@@ -21,7 +21,8 @@ def show(graph: fx.Graph, mesh: Mesh | None = None) -> str:
             lines.append(f"return {_argument(node.args[0])}")
             continue
         call = "input" if node.op == "placeholder" else _call(node)
-        lines.append(f"%{node.name} = {call:<60}  {_type(node, mesh):<32}{_place(node)}".rstrip())
+        assigned = f"%{node.name} = {call}"
+        lines.append(f"{assigned:<72}  {_type(node, mesh):<32}{_place(node)}".rstrip())
     return "\n".join(lines) + "\n"
 
 
