@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shardc.cost.hardware import Hardware
 from shardc.errors import InfeasibleError
@@ -20,10 +20,11 @@ TIME_LIMIT = 20.0
 
 
 def assign(
-    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool
+    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
+    wishes: Mapping[Key, Sequence[Accepts]],
 ) -> tuple[Network, Assignment, Solution]:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
-    network = Network(factored, mesh, device, accepts, whole_outputs)
+    network = Network(factored, mesh, device, accepts, whole_outputs, wishes)
     for variable in network.variables:
         if not variable.domain:
             raise InfeasibleError(

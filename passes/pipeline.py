@@ -84,9 +84,9 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
     _annotate(factored, spread.axes)
     keep("propagate", program.graph)
-    accepts = spread.accepts(everywhere=settings.mode == "propagate")
+    wishes = spread.wishes() if settings.mode == "propagate" else {}
     network, assignment, solution = timed(
-        "assign", lambda: assign(factored, mesh, settings.device, accepts, settings.whole_outputs)
+        "assign", lambda: assign(factored, mesh, settings.device, spread.accepts(), settings.whole_outputs, wishes)
     )
     _annotate_choice(network, assignment)
     keep("assign", program.graph)

@@ -47,27 +47,29 @@ class Propagated:
     fixed: dict[Key, list[bool]]
     conflicts: list[str] = field(default_factory=list[str])
 
-    def accepts(self, everywhere: bool) -> dict[Key, Accepts]:
-        """What the solver may choose: the fixed leaves as they are, with `everywhere` all leaves of all values."""
+    def accepts(self) -> dict[Key, Accepts]:
+        """What the solver may choose: the leaves that the user fixed as they are."""
 
         def fixed_only(axes: list[Axes], fixed: list[bool]) -> Accepts:
             return lambda s: not s.partial and all(not f or h == a for h, a, f in zip(s.axes, axes, fixed, strict=True))
 
-        def exactly(axes: list[Axes]) -> Accepts:
+        return {key: fixed_only(axes, self.fixed[key]) for key, axes in self.axes.items() if any(self.fixed[key])}
+
+    def wishes(self) -> dict[Key, tuple[Accepts, ...]]:
+        """How every value should lie: all leaves as propagated; where its producer cannot make that (a random mask is
+        drawn whole), leaves as propagated or whole. The user's own demands are in `accepts`."""
+
+        def like(axes: list[Axes], or_whole: bool) -> Accepts:
             def test(splits: Splits) -> bool:
                 pending = {axis for axis, _ in splits.partial}
                 # an axis that still holds partial sums will split the value where it is reduced
-                return splits.axes == tuple(tuple(a for a in held if a not in pending) for held in axes)
+                wanted = [tuple(a for a in held if a not in pending) for held in axes]
+                pairs = zip(splits.axes, wanted, strict=True)
+                return all(have == want or (or_whole and not have) for have, want in pairs)
 
             return test
 
-        found: dict[Key, Accepts] = {}
-        for key, axes in self.axes.items():
-            if any(self.fixed[key]):
-                found[key] = fixed_only(axes, self.fixed[key])
-            elif everywhere:
-                found[key] = exactly(axes)
-        return found
+        return {key: (like(axes, False), like(axes, True)) for key, axes in self.axes.items()}
 
 
 def collect(

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,13 +49,15 @@ class Assignment:
 
 @dataclass(eq=False)
 class Network:
-    """Builds the problem for one program on one mesh. `accepts` filters the layouts of base values (constraints)."""
+    """Builds the problem for one program on one mesh. `accepts` filters the layouts of base values (constraints);
+    of `wishes` the first that leaves a choice is granted."""
 
     factored: Factored
     mesh: Mesh
     device: Hardware
     accepts: Mapping[Key, Accepts]
     whole_outputs: bool
+    wishes: Mapping[Key, Sequence[Accepts]] = field(default_factory=dict[Key, Sequence[Accepts]])
     variables: list[Variable] = field(default_factory=list[Variable])
 
     def __post_init__(self) -> None:
@@ -161,12 +163,19 @@ class Network:
             tests.append((0, lambda splits: not any(splits.axes)))
         if port is not None and (port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.whole_outputs)):
             tests.append((0, self._storable(op.results[0].value)))
-        if not tests:
+        if not tests and not self.wishes:
             return None
-        return [
-            i for i in range(len(options.strategies))
-            if all(ok(options.result_classes[k].layouts[options.result_layouts[k][i]]) for k, ok in tests)
-        ]  # fmt: skip
+
+        def passing(among: Sequence[int], k: int, ok: Accepts) -> list[int]:
+            return [i for i in among if ok(options.result_classes[k].layouts[options.result_layouts[k][i]])]
+
+        keep = list(range(len(options.strategies)))
+        for k, ok in tests:
+            keep = passing(keep, k, ok)
+        for k, result in enumerate(op.results):
+            granted = (passing(keep, k, wish) for wish in self.wishes.get(result.key, ()))
+            keep = next(filter(None, granted), keep)
+        return keep
 
     def _storable(self, value: Value) -> Accepts:
         """What a DTensor holds: one chunk of every dim, axes in an order that DTensor has, nothing partial."""

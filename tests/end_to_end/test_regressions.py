@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardc import shard
+from shardc import constrain, shard
 from shardc.errors import CaptureError, InfeasibleError
 
 
@@ -137,3 +137,24 @@ def test_a_tied_parameter_is_constrained_by_any_of_its_names() -> None:
     _, sharded = pair(Tied(), constraints={"head.weight": ("tp", None), "table.weight": (None, "tp")})
     with pytest.raises(InfeasibleError, match="contradict each other"):
         sharded(torch.randint(0, 8, (4, 3)))
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=1,tp=2"])
+def test_what_cannot_be_made_as_propagated_is_made_whole(mesh: str) -> None:
+    """A random mask, a norm's own dim, a parameter of two heads x 4 of which only the 4 are split."""
+    split = "dp" if mesh == "dp=2,tp=2" else None
+
+    def forward(self: Program, x: Tensor) -> Tensor:
+        heads = constrain(F.dropout(self.layer(x), 0.5).view(4, 2, 4), (split, None, "tp"))
+        return F.layer_norm(heads.reshape(4, 8), [8])
+
+    single, sharded = pair(Program(forward, 8, 8), mesh=mesh, mode="propagate")
+    x = sample()
+    torch.manual_seed(1)
+    expected = single(x)
+    torch.manual_seed(1)
+    made = sharded(x)
+    torch.testing.assert_close(made, expected)
+    for output in (made, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
