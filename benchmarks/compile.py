@@ -38,8 +38,7 @@ AUTOPARALLEL = {
     (8, (4, 8)): (15.0, 39.0, 60.0, None),
     (MLP, (2, 2, 2)): (None, None, None, None),
 }
-STOPPED = 900.0
-"""Wall seconds after which AutoParallel was stopped."""
+STOPPED = "stopped at 900 s wall"
 
 
 @dataclass(frozen=True)
@@ -138,14 +137,13 @@ def row(case: Case, found: Measured) -> list[str]:
 
 
 def rival(case: Case, total: float) -> tuple[str, str]:
-    """AutoParallel's total for the same case, and how many times ours it is."""
+    """AutoParallel's CPU-seconds for the same case, and how many times ours they are, by what it finished."""
     parts = AUTOPARALLEL.get((case.layers, case.sizes))
     if parts is None or (case.batch, case.sequence) != (BATCH, SEQUENCE):
         return "–", "–"
     known = sum(part for part in parts if part is not None)
     if None in parts:
-        known += STOPPED
-        return f"> {known:.0f} (stopped)", f"> {known / total:.0f}×"
+        return (f"{known:.0f} + {STOPPED}", f"> {known / total:.0f}×") if known else (STOPPED, "–")
     return f"{known:.1f}", f"{known / total:.1f}×"
 
 
@@ -172,9 +170,9 @@ def autoparallel() -> str:
     """AutoParallel's figures, by part."""
     lines = ["| model | mesh | trace | strategies | edge and compute costs | CBC |", "| --- " * 6 + "|"]
     for (layers, sizes), parts in AUTOPARALLEL.items():
-        shown = [f"{part:g}" if part is not None else "stopped at 900 s wall" for part in parts]
+        shown = [f"{part:g}" if part is not None else STOPPED for part in parts]
         if parts[0] is None:
-            shown = ["–", "–", "–", "stopped at 900 s wall"]
+            shown = ["–", "–", "–", STOPPED]
         lines.append(f"| {Case(layers, '').name} | {sizes} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ Step = tuple[str, Callable[..., Tensor], tuple[int, ...]]
 
 
 class Program(nn.Module):
-    """`steps` run on parameters and inputs; the last `outputs` values are weighed into a loss, or returned as they are."""
+    """`steps` run on parameters and inputs; the last `outputs` values are weighed into a loss or are returned."""
 
     def __init__(self) -> None:
         super().__init__()
