@@ -25,6 +25,8 @@ SHORT_DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
     torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+    torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
+    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
 }  # fmt: skip
 _LONG_DTYPES = {short: dtype for dtype, short in SHORT_DTYPES.items()}
 
@@ -134,7 +136,7 @@ class Layout:
         return tuple(math.prod(atom.size // mesh.ways(atom.axes) for atom in dim) for dim in self.dims)
 
     def simplify(self, mesh: Mesh) -> Layout:
-        """The same layout with as few atoms as express it: equal layouts simplify to equal objects."""
+        """The same layout with as few atoms and axes as express it: equal layouts simplify to equal objects."""
         return Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
 
     def cuts(self, mesh: Mesh) -> tuple[tuple[int, int, str], ...]:
@@ -143,7 +145,7 @@ class Layout:
         for index, dim in enumerate(self.dims):
             outer = 1
             for atom in dim:
-                found += [(index, outer, axis) for axis in atom.axes]
+                found += [(index, outer, axis) for axis in atom.axes if mesh.sizes[axis] > 1]
                 outer *= atom.size // mesh.ways(atom.axes)
         return tuple(found)
 
@@ -180,7 +182,8 @@ class Layout:
         """The layout that a chain of local slices leads to; inverse of `cuts`."""
         dims = [[Atom(int(size))] for size in shape]
         for dim, outer, axis in cuts:
-            dims[dim] = _cut(dims[dim], outer, axis, mesh)
+            if mesh.sizes[axis] > 1:
+                dims[dim] = _cut(dims[dim], outer, axis, mesh)
         layout = Layout(tuple(tuple(dim) for dim in dims), partial).simplify(mesh)
         layout.check(mesh)
         return layout
@@ -219,7 +222,8 @@ def parse_typed(text: str) -> tuple[torch.dtype, Layout]:
 
 def _merge(dim: tuple[Atom, ...], mesh: Mesh) -> tuple[Atom, ...]:
     merged: list[Atom] = []
-    for atom in dim:
+    for given in dim:
+        atom = Atom(given.size, tuple(axis for axis in given.axes if mesh.sizes[axis] > 1))
         if atom.size == 1 and len(dim) > 1:
             continue
         last = merged[-1] if merged else None

@@ -1,0 +1,204 @@
+"""Layouts on random meshes: text and DTensor round trips, cuts and pastes; every conversion moves the right values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from random import Random
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from shardc.capture import capture
+from shardc.cost.conversion import Splits, TensorClass, apply, sent_fraction, step_seconds
+from shardc.cost.hardware import Hardware, Link
+from shardc.errors import LayoutError
+from shardc.layout import Atom, Layout
+from shardc.mesh import Mesh
+from shardc.passes.codegen import codegen
+from shardc.passes.localize import localize
+from shardc.passes.normalize import normalize
+from shardc.passes.reshard import _Rewrite
+from shardc.rules.factoring import factor
+from shardc.runtime import Executable, cut, load, paste
+from shardc.solver.network import Assignment, Network
+
+randoms = st.randoms(use_true_random=False)
+
+
+def mesh_of(random: Random, least: int = 1) -> Mesh:
+    """One to three axes, at most twelve ranks."""
+    sizes = random.choice(
+        [s for n in (1, 2, 3) for s in itertools.product((least, 2, 3, 4), repeat=n) if math.prod(s) <= 12]
+    )
+    return Mesh(tuple(zip(("a", "b", "c"), sizes, strict=False)))
+
+
+def layout_of(random: Random, mesh: Mesh) -> Layout:
+    """A layout with compound dims, axes in any order, and sometimes a partial axis."""
+    free = list(mesh.names)
+    random.shuffle(free)
+    partial = [free.pop()] if free and random.random() < 0.2 else []
+    dims: list[tuple[Atom, ...]] = []
+    for _ in range(random.randint(0, 3)):
+        atoms: list[Atom] = []
+        for _ in range(random.choice((1, 1, 2, 3))):
+            axes = tuple(free.pop() for _ in range(random.choice((0, 0, 1, 1, 2))) if free)
+            atoms.append(Atom(mesh.ways(axes) * random.choice((1, 1, 2, 3)), axes))
+        dims.append(tuple(atoms))
+    op = random.choice(("sum", "max"))
+    return Layout(tuple(dims), tuple((axis, op) for axis in partial))
+
+
+def numbered(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+
+
+@settings(max_examples=300)
+@given(random=randoms)
+def test_text_round_trip(random: Random) -> None:
+    mesh = mesh_of(random)
+    layout = layout_of(random, mesh)
+    layout.check(mesh)
+    assert Layout.parse(str(layout)) == layout
+    assert Layout.parse(f"bf16{layout}") == layout
+
+
+@settings(max_examples=300)
+@given(random=randoms)
+def test_cuts_lead_to_the_local_shape_and_back(random: Random) -> None:
+    mesh = mesh_of(random)
+    layout = layout_of(random, mesh)
+    simple = layout.simplify(mesh)
+    assert simple.simplify(mesh) == simple
+    assert simple.shape == layout.shape and simple.local_shape(mesh) == layout.local_shape(mesh)
+    whole = numbered(layout.shape)
+    ranks = [
+        dict(zip(mesh.names, at, strict=True)) for at in itertools.product(*(range(n) for n in mesh.sizes.values()))
+    ]
+    parts = [cut(whole, layout.cuts(mesh), rank, mesh.sizes) for rank in ranks]
+    assert all(tuple(part.shape) == layout.local_shape(mesh) for part in parts)
+    assert all(
+        torch.equal(part, cut(whole, simple.cuts(mesh), rank, mesh.sizes))
+        for part, rank in zip(parts, ranks, strict=True)
+    )
+    assert torch.equal(paste(parts, layout.shape, layout.cuts(mesh), mesh.sizes), whole)
+    assert Layout.from_cuts(layout.cuts(mesh), layout.shape, mesh, layout.partial) == simple
+
+
+@settings(max_examples=300)
+@given(random=randoms)
+def test_dtensor_round_trip_or_an_error(random: Random) -> None:
+    mesh = mesh_of(random)
+    layout = layout_of(random, mesh)
+    try:
+        placements = layout.to_dtensor(mesh)
+    except LayoutError as error:
+        assert "DTensor cannot express" in str(error)
+        return
+    assert Layout.from_dtensor(placements, layout.shape, mesh) == layout.simplify(mesh)
+
+
+@settings(max_examples=300)
+@given(random=randoms)
+def test_placements_of_dtensor_round_trip(random: Random) -> None:
+    """Plain placements: axes split a dim in mesh order, as DTensor does."""
+    mesh = mesh_of(random, least=2)
+    rank = random.randint(1, 3)
+    placements = [random.choice([Replicate(), Partial("sum"), *(Shard(d) for d in range(rank))]) for _ in mesh.axes]
+    shape = tuple(mesh.size * random.choice((1, 2)) for _ in range(rank))
+    layout = Layout.from_dtensor(placements, shape, mesh)
+    for dim in range(rank):
+        axes = tuple(a for a, p in zip(mesh.names, placements, strict=True) if p == Shard(dim))
+        assert layout.dims[dim] == (Atom(shape[dim], axes),)
+    assert layout.to_dtensor(mesh) == tuple(placements)
+
+
+def machine(random: Random) -> Hardware:
+    """Random links, so that different paths are cheapest."""
+
+    def link() -> Link:
+        return Link(random.choice((0.0, 1e-6)), 10.0 ** random.randint(3, 8))
+
+    return Hardware(
+        "random", {"float32": 1e9}, 10.0 ** random.randint(3, 9), 1e-9, random.choice((1, 2, 4)), link(), link()
+    )
+
+
+class Scaled(nn.Module):
+    """Views `x` as its atoms, so that the compiler must tell them apart."""
+
+    def __init__(self, atoms: tuple[int, ...]) -> None:
+        super().__init__()
+        self.atoms = atoms
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(self.atoms) * 2
+
+
+@settings(max_examples=250)
+@given(random=randoms)
+def test_every_conversion_moves_the_right_values(random: Random) -> None:
+    """From whole to a random layout, to another, and back where that one is partial; the price is that of the steps."""
+    mesh, device = mesh_of(random), machine(random)
+    atoms = tuple(random.choice((2, 3, 4, 6, 8, 12)) for _ in range(random.randint(1, 3)))
+    breaks = [i for i in range(1, len(atoms)) if random.random() < 0.5]
+    shape = tuple(math.prod(atoms[i:j]) for i, j in itertools.pairwise([0, *breaks, len(atoms)]))
+    ops = random.choice((("sum",), ("sum", "max"), ("sum", "min")))
+    x = numbered(shape) + 1
+    program = normalize(capture(Scaled(atoms), (x,), grad=False))
+    factored = factor(program)
+    key = (program.placeholders[0], 0)
+    assert factored.sizes(key) == atoms
+    tensor = TensorClass(atoms, 8, ops, mesh, device)
+    whole = Splits(((),) * len(atoms))
+    start, end = random.choice(tensor.layouts), random.choice(tensor.layouts)
+
+    _price(tensor, start, end)
+    network = SimpleNamespace(factored=factored, mesh=mesh, class_of=lambda _: tensor)
+    rewrite = _Rewrite(cast(Network, network), Assignment({}, {}, {}, {}))
+    node = rewrite.graph.placeholder("x")
+    rewrite._describe(node, key, factored.base[key], whole, rewrite._base_held(key, whole))
+    for one, other in ((whole, start), (start, end), *([(end, whole)] if end.partial else [])):
+        node = _walk(rewrite, key, node, one, other)
+    rewrite.graph.output((node,))
+    source = codegen(localize(rewrite.graph, mesh), program, mesh)
+    executable = Executable(load(source))
+    (found,) = executable.run({}, [x])
+    assert torch.equal(found, x), f"{atoms} as {shape}: {start} -> {end} on {mesh}\n{source}"
+    if not end.partial:
+        assert executable.outputs[0].cuts == node.meta["layout"].simplify(mesh).cuts(mesh)
+    sent = _sent(tensor, whole, start) + _sent(tensor, start, end) + (_sent(tensor, end, whole) if end.partial else 0)
+    assert sum(executable.mesh.traffic.values()) == pytest.approx(sent)
+
+
+def _walk(rewrite: _Rewrite, key: tuple[fx.Node, int], node: fx.Node, start: Splits, end: Splits) -> fx.Node:
+    rewrite.held[key] = {start: node}
+    rewrite._walk(key, start, end)
+    return rewrite.held[key][end]
+
+
+def _price(tensor: TensorClass, start: Splits, end: Splits) -> None:
+    """The table's entry is the sum of the steps of the path, and the path leads there."""
+    total, here = 0.0, start
+    for step in tensor.path(start, end):
+        moved = tensor.local_bytes(here) / (tensor.mesh.sizes[step.axis] if step.kind == "shard" else 1)
+        total += step_seconds(step.kind, step.axis, moved, tensor.mesh, tensor.device)
+        here = apply(here, step, tensor.mesh)
+    assert here == end
+    assert tensor.seconds[tensor.index[start], tensor.index[end]] == pytest.approx(total)
+
+
+def _sent(tensor: TensorClass, start: Splits, end: Splits) -> float:
+    """Bytes that the path sends."""
+    total, here = 0.0, start
+    for step in tensor.path(start, end):
+        total += sent_fraction(step.kind, tensor.mesh.sizes[step.axis]) * tensor.local_bytes(here)
+        here = apply(here, step, tensor.mesh)
+    return total
