@@ -354,19 +354,16 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
         module.__dict__["_shardc"] = _Engine(request)
         return module
     original = type(module)
-
-    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        del protocol
-        return _restore, (original, self.__dict__["_shardc"].request), self.__getstate__()
-
-    members = _methods(original.forward, request) | {"__module__": original.__module__, "__reduce_ex__": reduce}
-    module.__class__ = type(original.__name__, (original,), members)
+    methods = {**_methods(original.forward, request), "__module__": original.__module__}
+    # pickle finds no class of its own in the module: the original is named, and sharded again
+    methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
+    module.__class__ = type(original.__name__, (original,), methods)
     module.__dict__["_shardc"] = _Engine(request)
     return module
 
 
-def _restore(original: type[nn.Module], request: Request) -> nn.Module:
-    """An empty sharded object of a class: the swapped class has no name by which pickle could find it."""
+def _restored(original: type[nn.Module], request: Request) -> nn.Module:
+    """An empty object of the sharded class, whose state pickle and copy fill in."""
     return _shard_module(original.__new__(original), request)
 
 

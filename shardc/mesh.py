@@ -28,6 +28,8 @@ class Mesh:
         """Read `"dp=2,tp=4"`; a `Mesh` passes through. Raises MeshError with the piece that cannot be read."""
         if isinstance(text, Mesh):
             return text
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MeshError(f"cannot read {text!r} as a mesh; write axes like 'dp=2,tp=4'")
         axes: list[tuple[str, int]] = []
         for piece in text.split(","):
             name, equals, size = piece.strip().partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardc import constrain, shard
-from shardc.errors import CaptureError, InfeasibleError
+from shardc.errors import CaptureError, InfeasibleError, MeshError
 
 
 class Program(nn.Module):
@@ -158,3 +159,24 @@ def test_what_cannot_be_made_as_propagated_is_made_whole(mesh: str) -> None:
     for output in (made, expected):
         output.square().sum().backward()
     torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
+
+
+def test_a_sharded_model_is_pickled_and_copied_as_such() -> None:
+    _, sharded = pair(nn.Linear(8, 4))
+    x = sample()
+    expected = sharded(x)
+    for made in (pickle.loads(pickle.dumps(sharded)), copy.deepcopy(sharded)):
+        assert isinstance(made, nn.Linear)
+        torch.testing.assert_close(made(x), expected)
+        assert str(made.plan.mesh) == "dp=2,tp=2"
+
+
+def test_a_mesh_that_is_no_text_is_refused() -> None:
+    with pytest.raises(MeshError, match="write axes like"):
+        shard(nn.Linear(8, 4), mesh={"dp": 2})
+
+
+def test_unsigned_outputs() -> None:
+    single, sharded = pair(Program(lambda self, x: self.layer(x).abs().to(torch.uint16)))
+    x = sample()
+    assert torch.equal(sharded(x), single(x))
