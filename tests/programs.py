@@ -55,10 +55,8 @@ class Grower:
     def __init__(self, random: Random, families: tuple[str, ...], length: int, axes: int = 0) -> None:
         self.random = random
         self.program = Program()
-        self.values: dict[int, Tensor] = {}
         self.names = AXES[:axes]
-        self.plain: list[tuple[str, Callable[..., Tensor], tuple[Tensor | int, ...]]] = []
-        # parameters come first and inputs next, so numbers are given when all are known: negative ones mean leaves
+        # handles: values that steps make are 0, 1, ...; leaves are -1, -2, ...
         self.leaves: list[Tensor] = []
         self.kinds: list[str] = []
         self.steps: list[Step] = []
@@ -188,12 +186,11 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": torch.zeros_like, "detach": lambda x: x.detach() * 2,
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": lambda x, y: x / (y * y + 1), "maximum": torch.maximum,
-    "minimum": torch.minimum, "scaled add": lambda x, y: torch.add(x, y, alpha=0.7),
-    "where": lambda x, y: torch.where(x > y, x, y * 0.5),
-    "greater": lambda x, y: (x > y).to(x.dtype), "atan2": lambda x, y: torch.atan2(x, y * y + 0.5),
-    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
-    "lerp": lambda x, y: torch.lerp(x, y.expand_as(x + y), 0.3) if x.shape == (x + y).shape else x + y,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": lambda x, y: x / (y * y + 1),
+    "maximum": torch.maximum, "minimum": torch.minimum, "scaled add": lambda x, y: torch.add(x, y, alpha=0.7),
+    "where": lambda x, y: torch.where(x > y, x, y * 0.5), "greater": lambda x, y: (x > y).to(x.dtype),
+    "atan2": lambda x, y: torch.atan2(x, y * y + 0.5), "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
+    "lerp": lambda x, y: torch.lerp(x + y, y.expand_as(x + y), 0.3),
 }  # fmt: skip
 
 
@@ -446,14 +443,11 @@ def index(g: Grower) -> None:
         g.emit(f"sort {d}", lambda x: x.sort(d).values, x)
     elif kind == "cross entropy" and len(sizes) == 2:
         target = g.integers([sizes[0]], sizes[1])
-        g.emit("cross entropy", lambda x, t: F.cross_entropy(x, t, ignore_index=g_ignore), x, target)
+        g.emit("cross entropy", F.cross_entropy, x, target)
     elif kind == "one_hot":
         i = g.integers([sizes[0]], 4)
         w = g.leaf([4, g.size()])
         g.emit("compare", lambda w, i: (i[:, None] == torch.arange(4)).to(w.dtype) @ w, w, i)
-
-
-g_ignore = -100
 
 
 def mask(g: Grower) -> None:
