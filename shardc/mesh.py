@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from shardc.errors import MeshError
 
@@ -38,15 +39,15 @@ class Mesh:
             axes.append((name.strip(), int(size)))
         return Mesh(tuple(axes))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.axes)
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         return dict(self.axes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of devices."""
         return math.prod(size for _, size in self.axes)
