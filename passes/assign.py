@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from shardc.cost.hardware import Hardware
-from shardc.errors import InfeasibleError
+from shardc.errors import InfeasibleError, ShardcError
 from shardc.mesh import Mesh
 from shardc.rules.factoring import Factored, Key
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution, solve
 
 TIME_LIMIT = 20.0
-"""Seconds after which the best plan so far is taken; the plan then tells its proven gap."""
+"""CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
 
 
 def assign(
@@ -31,5 +31,10 @@ def assign(
                 f"no strategy of {variable.name} makes the layout that the constraints demand of it; "
                 f"leave one of its dims open"
             )
-    solution = solve(network.problem(), time_limit=TIME_LIMIT, certify=False)
+    try:
+        solution = solve(network.problem(), time_limit=TIME_LIMIT, certify=False)
+    except TimeoutError as error:
+        raise ShardcError(
+            f"no plan was found within {TIME_LIMIT:.0f} CPU-seconds; constrain more, or use fewer axes"
+        ) from error
     return network, network.assignment(solution.choice), solution

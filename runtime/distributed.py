@@ -129,7 +129,14 @@ def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
             dist.init_process_group("nccl")
         else:
             dist.init_process_group("gloo")
-    return DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
+    # process groups are scarce: every program on the same axes shares one mesh
+    world, identity = dist.group.WORLD, tuple(axes.items())
+    if _MESHES.get(identity, (None, None))[0] is not world:
+        _MESHES[identity] = world, DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
+    return _MESHES[identity][1]
+
+
+_MESHES: dict[tuple[tuple[str, int], ...], tuple[object, DistributedMesh]] = {}
 
 
 def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:

@@ -88,9 +88,10 @@ def _groups(
     if operator in MOVES:
         return [{0}]
     if operator is aten._to_copy.default:
-        # a cast of parts is a part of the cast only between floats; summing rounded parts is what reductions do anyway
+        # a cast of parts is a part of the cast only between floats, and a narrowing one would round each part
         source, target = operands[0].dtype, keywords.get("dtype") or operands[0].dtype
-        return [{0}] if source == target or (source.is_floating_point and target.is_floating_point) else []
+        widens = source.is_floating_point and target.is_floating_point and target.itemsize > source.itemsize
+        return [{0}] if source == target or widens else []
     if operator in TOGETHER:
         groups = [{0, 1}] if len(operands) == 2 else []
     elif operator in EACH:

@@ -57,7 +57,7 @@ def solve(problem: Problem, *, time_limit: float | None = None, certify: bool = 
     `certify=False` skips the sweeps over the unreduced problem; the certificate is then the trivial one.
     """
     problem.check()
-    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    deadline = math.inf if time_limit is None else time.process_time() + time_limit
     network = Network(problem)
     network.shrink()
     core = network.core()
@@ -93,7 +93,7 @@ class Search:
         return self.choice
 
     def _late(self) -> bool:
-        return time.monotonic() > self.deadline
+        return time.process_time() > self.deadline
 
     def _swept(self) -> bool:
         """Sweep and prune until closed (True) or stalled."""
@@ -191,7 +191,7 @@ class Search:
         top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
         scale = _MILP_UNITS / max(min(room, top), 1e-300)
         scaled = {e: np.where(t <= room * (1.0 + TOLERANCE), t * scale, np.inf) for e, t in edges.items()}
-        limit = None if math.isinf(self.deadline) else self.deadline - time.monotonic()
+        limit = None if math.isinf(self.deadline) else self.deadline - time.process_time()
         outcome = solve_milp([cost * scale for cost in unary], scaled, limit)
         if outcome.choice is not None:
             self._offer(outcome.choice)
