@@ -10,6 +10,7 @@ from scipy.sparse import lil_array
 
 from shardc.errors import InfeasibleError
 from shardc.solver import contract, eliminate
+from shardc.solver import milp as milp_module
 from shardc.solver import solve as solving
 from shardc.solver.certificate import check
 from shardc.solver.problem import Array, Edge, Problem, evaluate
@@ -142,8 +143,8 @@ def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -
     """Nothing may be eliminated, so that what the bound leaves open goes to HiGHS."""
     monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
     branched: list[int] = []
-    inner = solving.solve_milp
-    monkeypatch.setattr(solving, "solve_milp", lambda *args: branched.append(1) or inner(*args))
+    inner = milp_module.solve_milp
+    monkeypatch.setattr(milp_module, "solve_milp", lambda *args: branched.append(1) or inner(*args))
     rng = np.random.default_rng([int(100 * forbid), tied, 2])
     for _ in range(5):
         problem = network(rng, "dense", 9, 5, forbid, tied)
