@@ -1,11 +1,13 @@
 """Localize: from global to local.
 
-Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased.
+Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased; an operator
+one of whose parted factors is split gives way to its body.
 
 %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
 %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
     with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
                                                                  %e = embedding(%p, %j)
+%y = _softmax(%x, 1, False)       f32[32, 512@tp]           ->   %y = softmax(%x, 1, False, s=Part(("tp",), 512))
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from shardc.mesh import Mesh
 from shardc.rules.factoring import Op
 from shardc.rules.notation import Size
 from shardc.runtime import indexing
+from shardc.runtime.parts import Part
 from shardc.solver.strategies import Strategy
 
 aten = torch.ops.aten
@@ -55,10 +58,23 @@ def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: 
     for position, meaning in op.rule.sizes.items():
         arguments[position] = _size(node, op, meaning, split, mesh)
     node.args = tuple(arguments)
+    parts = _parts(op, strategy)
+    if parts:
+        node.target, node.kwargs = op.rule.body, {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
         if axes:
             _rebase(graph, node, op, name, axes, mesh)
+
+
+def _parts(op: Op, strategy: Strategy) -> dict[str, Part]:
+    """The parted factors that the strategy splits, as their body gets them."""
+    found: dict[str, Part] = {}
+    for factor, axes in zip(op.factors, strategy.split, strict=True):
+        if factor.parting is not None and axes:
+            size, window = factor.parting.size, factor.parting.parts is not None
+            found[factor.name] = Part(axes, size, 1 if window else size // factor.size)
+    return found
 
 
 def _size(

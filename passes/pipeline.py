@@ -28,6 +28,7 @@ from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
 from shardc.solver.network import Assignment, Network
 from shardc.solver.solve import Solution
+from shardc.solver.strategies import make, sends, shape_of
 
 Result = TypeVar("Result")
 PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "codegen")
@@ -92,7 +93,7 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     keep("assign", program.graph)
     graph = timed("reshard", lambda: reshard(network, assignment))
     keep("reshard", graph)
-    conversions = _conversions(graph, mesh, settings.device)
+    conversions = _conversions(network, graph, mesh, settings.device)
     compute = _compute(network, assignment)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
@@ -109,8 +110,6 @@ def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> 
 
 
 def _annotate_choice(network: Network, assignment: Assignment) -> None:
-    from shardc.solver.strategies import make
-
     factored = network.factored
     for op in factored.ops:
         for index, result in enumerate(op.results):
@@ -130,9 +129,11 @@ def _describe(
     node.meta["dtype"] = node.meta["val"].dtype
 
 
-def _conversions(graph: fx.Graph, mesh: Mesh, device: Hardware) -> tuple[Conversion, ...]:
+def _conversions(network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware) -> tuple[Conversion, ...]:
     found: list[Conversion] = []
     for node in graph.nodes:
+        if "op" in node.meta:
+            found += _inner(network, node, mesh, device)
         kind = COLLECTIVES.get(node.target)
         if node.op != "call_function" or kind is None:
             continue
@@ -149,11 +150,23 @@ def _conversions(graph: fx.Graph, mesh: Mesh, device: Hardware) -> tuple[Convers
     return tuple(found)
 
 
+def _inner(network: Network, node: fx.Node, mesh: Mesh, device: Hardware) -> list[Conversion]:
+    """The collectives that run inside the body of an operator."""
+    shape = shape_of(network.factored, node.meta["op"])
+    return [
+        Conversion(
+            kind, axis, node.name, sent_fraction(kind, mesh.sizes[axis]) * size,
+            step_seconds(kind, axis, size, mesh, device), node.meta.get("phase", ""), where(node),
+        )
+        for kind, axis, size in sends(shape, node.meta["strategy"], mesh)
+    ]  # fmt: skip
+
+
 def _compute(network: Network, assignment: Assignment) -> float:
     total = 0.0
     for op in network.factored.ops:
         options = network.options_of(op)
-        total += float(options.seconds[options.strategies.index(assignment.strategies[op.node])])
+        total += float(options.compute[options.strategies.index(assignment.strategies[op.node])])
     return total
 
 

@@ -11,8 +11,10 @@ from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, reduc
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
 from shardc.runtime.executable import Executable, load
+from shardc.runtime.exponentials import log_softmax, log_softmax_backward, softmax, softmax_backward
 from shardc.runtime.indexing import drop_dummy, pad_dummy, rebase
 from shardc.runtime.mesh import Context, Mesh, current
+from shardc.runtime.parts import Part
 from shardc.runtime.random import bernoulli, rand, randn
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.virtual import VirtualMesh
@@ -23,6 +25,7 @@ __all__ = [
     "DistributedMesh",
     "Executable",
     "Mesh",
+    "Part",
     "RankError",
     "Slot",
     "VirtualMesh",
@@ -39,6 +42,8 @@ __all__ = [
     "drop_dummy",
     "load",
     "local_mesh",
+    "log_softmax",
+    "log_softmax_backward",
     "pad_dummy",
     "paste",
     "placements",
@@ -47,6 +52,8 @@ __all__ = [
     "rebase",
     "reduce_scatter",
     "shard",
+    "softmax",
+    "softmax_backward",
     "swap_in",
     "to_partial",
 ]

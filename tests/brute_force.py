@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_structure
 
 import shardc.rules  # noqa: F401  (registers every rule)
+from shardc.cost.conversion import sent_fraction
 from shardc.graph import Port, Program, Role, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
@@ -24,7 +25,7 @@ from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.rules.factoring import Factored, Op, carried, factor, layout_of, tensor_arguments
 from shardc.runtime import VirtualMesh, load
-from shardc.solver.strategies import Options, Strategy, demand, make, shape_of
+from shardc.solver.strategies import Options, Strategy, demand, make, sends, shape_of
 
 aten = torch.ops.aten
 
@@ -189,11 +190,17 @@ class Call:
         source, bases, layouts = self.lower(strategy, mesh)
         parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
         torch.manual_seed(7)
+        machine.reset()
         try:
             ran = machine.run(load(source).forward, lambda rank: tuple(p[rank] for p in parts), random=True)
         except Exception as error:
             return f"failed: {str(error)[-500:]}\n{source[source.index('def forward') :]}"
         expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
+        predicted = dict.fromkeys(mesh.names, 0.0)
+        for kind, axis, size in sends(self.shape, strategy, mesh):
+            predicted[axis] += sent_fraction(kind, mesh.sizes[axis]) * size
+        if predicted != machine.traffic:
+            return f"sends {machine.traffic} bytes, its rule says {predicted}"
         for position, (index, layout) in enumerate(layouts.items()):
             defined = self.sample.values is None or index in self.sample.values
             locals_ = [outputs[position] for outputs, *_ in ran]

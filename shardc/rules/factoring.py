@@ -5,6 +5,7 @@ is a demand on the base, and the solver never meets a view."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from shardc.errors import RuleError
 from shardc.graph import Program, Role, value_of, where
 from shardc.layout import Atom, Layout
 from shardc.rules.atoms import Atoms, Ref
-from shardc.rules.notation import Rule, maker_of, parse
+from shardc.rules.notation import Rule, Send, maker_of, parse
 
 aten = torch.ops.aten
 VIEWS = frozenset(
@@ -54,6 +55,16 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """How a parted factor may be split: the `size` of the dim it stands for, the numbers of parts that one axis may
+    make of it (None: any, over any axes), and what the body sends then."""
+
+    size: int
+    parts: frozenset[int] | None
+    sends: tuple[Send, ...]
+
+
+@dataclass(frozen=True)
 class Factor:
     """An atom of an operator: piece number `index` of the factor called `name` in its rule."""
 
@@ -61,6 +72,7 @@ class Factor:
     index: int
     size: int
     whole: bool
+    parting: Parting | None = None
 
 
 @dataclass
@@ -182,12 +194,17 @@ class _Walk:
             for name, dim in zip(item.names, item.value.dims, strict=True):
                 if name is None or not dim:
                     continue
-                if name in first and not self.atoms.unify(first[name], dim):
+                if name in first and not self._unify(rule, name, first[name], dim):
                     stuck.add(name)
                 first.setdefault(name, dim)
         if not stuck:
             return rule
         return replace(rule, whole=rule.whole | stuck)
+
+    def _unify(self, rule: Rule, name: str, one: list[Ref], other: list[Ref]) -> bool:
+        """The dims of a window have different sizes and share no atoms: its body sees to what goes where."""
+        sizes = [math.prod(self.atoms.size(ref) for ref in dim) for dim in (one, other)]
+        return (name in rule.parts and sizes[0] != sizes[1]) or self.atoms.unify(one, other)
 
     def _tie_gradients(self) -> None:
         """A gradient has the atoms of its parameter, because it arrives in the parameter's layout."""
@@ -198,17 +215,25 @@ class _Walk:
                     self.atoms.unify(one, other)
 
     def _factors(self, op: Op) -> list[Factor]:
-        found: dict[str, list[Factor]] = {}
+        leaves: dict[str, list[list[Ref]]] = {}
         for item in (*op.operands, *op.results):
             for name, dim in zip(item.names, item.value.dims, strict=True):
-                if name is not None and dim and name not in found:
-                    leaves = self.atoms.leaves(dim)
-                    whole, indexed = name in op.rule.whole, name in op.rule.indices.values()
-                    # indices are rebased to one contiguous chunk, so only the major atom of an indexed dim may be split
-                    found[name] = [
-                        Factor(name, i, self.atoms.size(r), whole or (indexed and i > 0)) for i, r in enumerate(leaves)
-                    ]
-        return [factor for factors in found.values() for factor in factors]
+                if name is not None and dim:
+                    leaves.setdefault(name, []).append(self.atoms.leaves(dim))
+        return [factor for name, dims in leaves.items() for factor in self._pieces(op.rule, name, dims)]
+
+    def _pieces(self, rule: Rule, name: str, dims: list[list[Ref]]) -> list[Factor]:
+        """The atoms of one factor, from all dims that carry it."""
+        sizes = [self.atoms.size(ref) for ref in dims[0]]
+        parting, window = None, name in rule.parts
+        if name in rule.parted:
+            parting = Parting(math.prod(sizes), rule.parts.get(name), rule.sends.get(name, ()))
+        if window:
+            sizes = [math.gcd(*(self.atoms.size(ref) for dim in dims for ref in dim))]
+        # a rank's part of an indexed or parted dim must be one chunk, so only the major atom may be split
+        chunk = parting is not None or name in rule.indices.values()
+        whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
+        return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
 
 
 def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:

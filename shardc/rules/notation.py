@@ -3,6 +3,9 @@
     "m k, k n -> m n"        letters are factors; one that no result carries is reduced there: the result is P(sum)
     "a k:max -> a"           a reduction other than sum
     "a s! -> a s!"           s stays whole on every axis
+    "a s~ -> a s~"           s is parted: where it is split, the rule's `body` runs in the operator's place; it gets the
+                             keyword s, a runtime `Part`, and talks to the other parts itself. `sends` says what it
+                             sends. A result that does not carry s comes out complete, with `s:sum~` partial
     "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's
                              chunk and those outside point at a dummy row (taking: the row is zero, the result P;
                              putting: the row is dropped)
@@ -29,6 +32,17 @@ from shardc.errors import RuleError
 
 Dims = tuple[str | None, ...]
 Size = int | str | tuple[str, ...]
+Body = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Send:
+    """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes."""
+
+    kind: str
+    factors: tuple[str, ...]
+    itemsize: int
+    elements: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,10 @@ class Rule:
     reads: tuple[frozenset[int], ...] | None = None
     sizes: Mapping[int, Size] = field(default_factory=dict[int, Size])
     flops: tuple[str, ...] = ()
+    parted: frozenset[str] = frozenset()
+    body: Body | None = None
+    sends: Mapping[str, tuple[Send, ...]] = field(default_factory=dict[str, tuple[Send, ...]])
+    parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
 
 
 def parse(
@@ -52,12 +70,17 @@ def parse(
     reads: Iterable[Iterable[int]] | None = None,
     sizes: Mapping[int, Size] | None = None,
     flops: Iterable[str] = (),
+    body: Body | None = None,
+    sends: Mapping[str, Iterable[Send]] | None = None,
+    parts: Mapping[str, Iterable[int]] | None = None,
 ) -> Rule:
-    """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`."""
+    """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
+    `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
     whole: set[str] = set()
+    parted: set[str] = set()
     reductions: dict[str, str] = {}
     indices: dict[int, str] = {}
 
@@ -70,7 +93,7 @@ def parse(
         return tuple(factor(word) for word in words)
 
     def factor(word: str) -> str | None:
-        match = re.fullmatch(r"(\w+)(?::(\w+))?(!?)", word)
+        match = re.fullmatch(r"(\w+)(?::(\w+))?([!~]?)", word)
         if not match:
             raise RuleError(f"cannot read {word!r} in rule {text!r}")
         name, reduction, mark = match.groups()
@@ -79,7 +102,7 @@ def parse(
         if reduction:
             reductions[name] = reduction
         if mark:
-            whole.add(name)
+            (whole if mark == "!" else parted).add(name)
         return name
 
     operands = tuple(dims(piece, i) for i, piece in enumerate(left.split(","))) if left else ()
@@ -94,6 +117,10 @@ def parse(
         tuple(frozenset(group) for group in reads) if reads is not None else None,
         sizes or {},
         tuple(flops),
+        frozenset(parted),
+        body,
+        {name: tuple(given) for name, given in (sends or {}).items()},
+        {name: frozenset(given) for name, given in (parts or {}).items()},
     )
 
 
@@ -160,10 +187,10 @@ def letters(value: torch.Tensor, prefix: str = "d") -> list[str]:
     return [f"{prefix}{i}" if size != 1 else "1" for i, size in enumerate(value.shape)]
 
 
-def mark(names: list[str], dims: Iterable[int]) -> str:
-    """The names as rule text, with the given dims kept whole."""
+def mark(names: list[str], dims: Iterable[int], sign: str = "!") -> str:
+    """The names as rule text, with the given dims kept whole, or marked with another sign."""
     chosen = {d % len(names) for d in dims} if names else set[int]()
-    return " ".join(f"{n}!" if i in chosen and n != "1" else n for i, n in enumerate(names))
+    return " ".join(f"{n}{sign}" if i in chosen and n != "1" else n for i, n in enumerate(names))
 
 
 def adds(x: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from shardc.rules.notation import Rule, adds, letters, mark, parse, rule
+from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
+from shardc.runtime import exponentials
 
 aten = torch.ops.aten
 
@@ -59,8 +60,29 @@ def extreme(x: torch.Tensor, dim: int, keepdim: bool = False) -> Rule:
     return parse(f"{mark(names, [dim])} -> {right}, {right}")
 
 
-@rule(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
-def softmax(x: torch.Tensor, dim: int, *_: object) -> Rule:
+def _softmax(body: Body | None) -> Callable[..., Rule]:
+    def maker(x: torch.Tensor, dim: int, *_: object) -> Rule:
+        names, rest = _parted(x, dim)
+        stats = Send("all_reduce", rest, max(x.element_size(), 4))
+        return parse(f"{names} -> {names}", body=body, sends={"s": [stats, stats]})
+
+    return maker
+
+
+rule(aten._softmax.default)(_softmax(exponentials.softmax))
+rule(aten._log_softmax.default)(_softmax(exponentials.log_softmax))
+
+
+def _parted(x: torch.Tensor, dim: int) -> tuple[str, tuple[str, ...]]:
+    """Rule text of a tensor whose `dim` is the parted factor s, and the other factors."""
+    names = letters(x)
+    if names:
+        names[dim] = "s~" if x.shape[dim] != 1 else "1"
+    return " ".join(names), tuple(name for name in names if name not in ("s~", "1"))
+
+
+@rule(aten._safe_softmax.default)
+def safe_softmax(x: torch.Tensor, dim: int, *_: object) -> Rule:
     names = mark(letters(x), [dim])
     return parse(f"{names} -> {names}")
 
@@ -89,10 +111,17 @@ def histc(x: torch.Tensor, bins: int = 100, *_: object) -> Rule:
     return parse(f"{mark(letters(x), range(x.dim()))} -> {'o!' if bins != 1 else '1'}")
 
 
-@rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
-def softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: object) -> Rule:
-    names = mark(letters(grad), [dim])
-    return parse(f"{names}, {names} -> {names}", [{0}])
+def _softmax_backward(body: Body) -> Callable[..., Rule]:
+    def maker(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: object) -> Rule:
+        names, rest = _parted(grad, dim)
+        sent = Send("all_reduce", rest, max(grad.element_size(), 4))
+        return parse(f"{names}, {names} -> {names}", [{0}], body=body, sends={"s": [sent]})
+
+    return maker
+
+
+rule(aten._softmax_backward_data.default)(_softmax_backward(exponentials.softmax_backward))
+rule(aten._log_softmax_backward_data.default)(_softmax_backward(exponentials.log_softmax_backward))
 
 
 @rule(aten.sort.default, aten.sort.stable)

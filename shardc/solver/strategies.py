@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from shardc.cost.conversion import Splits, TensorClass
+from shardc.cost.conversion import Splits, TensorClass, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.graph import value_of
 from shardc.mesh import Mesh
@@ -50,6 +50,8 @@ class Shape(NamedTuple):
     reads: tuple[frozenset[int], ...] | None
     flops: tuple[str, ...]
     dtype: torch.dtype
+    complete: frozenset[str]
+    """Parted factors whose body makes complete results."""
 
 
 def shape_of(factored: Factored, op: Op) -> Shape:
@@ -65,6 +67,7 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         tuple(op.rule.reads[result.key[1]] for result in op.results) if op.rule.reads else None,
         op.rule.flops,
         first.dtype,
+        op.rule.parted - set(op.rule.reductions),
     )
 
 
@@ -114,12 +117,21 @@ class Options:
 
     @cached_property
     def seconds(self) -> np.ndarray:
+        """Seconds of each strategy: compute, and the collectives inside its body."""
+        inner = [
+            sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, s, self.mesh))
+            for s in self.strategies
+        ]
+        return self.compute + np.array(inner)
+
+    @cached_property
+    def compute(self) -> np.ndarray:
         """Compute seconds of each strategy; a placeholder computes nothing."""
         if not self.shape.operands:
             return np.zeros(len(self.strategies))
-        return np.array([self._seconds(s) for s in self.strategies])
+        return np.array([self._compute(s) for s in self.strategies])
 
-    def _seconds(self, strategy: Strategy) -> float:
+    def _compute(self, strategy: Strategy) -> float:
         ways = [self.mesh.ways(axes) for axes in strategy.split]
         moved = sum(
             side.itemsize * math.prod(side.sizes) / math.prod(ways[f] for b, f in side.leaves if b is not None and f is
@@ -131,6 +143,18 @@ class Options:
             local = [f.size / w for f, w in zip(self.shape.factors, ways, strict=True) if f.name in names]
             flops += 2 * math.prod(local)
         return self.device.compute_seconds(flops, moved, self.shape.dtype)
+
+
+def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
+    """The collectives inside the body of a strategy: kind, axis, bytes of the local operand."""
+    for factor, axes in zip(shape.factors, strategy.split, strict=True):
+        for send in factor.parting.sends if factor.parting and axes else ():
+            pairs = zip(shape.factors, strategy.split, strict=True)
+            size = math.prod(f.size // mesh.ways(held) for f, held in pairs if f.name in send.factors)
+            size *= send.itemsize * send.elements
+            for axis in reversed(axes):
+                yield send.kind, axis, size
+                size *= mesh.sizes[axis] if send.kind == "all_gather" else 1
 
 
 def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
@@ -145,9 +169,16 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
             tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == i and isinstance(c, int))
             for i in range(len(shape.factors))
         ]
-        if all(f.size % mesh.ways(axes) == 0 for f, axes in zip(shape.factors, held, strict=True)):
+        if all(_divides(f, axes, mesh) for f, axes in zip(shape.factors, held, strict=True)):
             for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
                 yield Strategy(tuple(order), passes)
+
+
+def _divides(factor: Factor, axes: tuple[str, ...], mesh: Mesh) -> bool:
+    parts = factor.parting.parts if factor.parting else None
+    if axes and parts is not None and (len(axes) > 1 or mesh.ways(axes) not in parts):
+        return False
+    return factor.size % mesh.ways(axes) == 0
 
 
 def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:
@@ -175,7 +206,9 @@ def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
 
 def _reduced_in(shape: Shape, name: str, result: int) -> bool:
     read = shape.reads[result] if shape.reads else range(len(shape.operands))
-    return name not in shape.results[result].names and any(name in shape.operands[k].names for k in read)
+    if name in shape.complete or name in shape.results[result].names:
+        return False
+    return any(name in shape.operands[k].names for k in read)
 
 
 def _reduced(shape: Shape, name: str) -> bool:
