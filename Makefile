@@ -15,7 +15,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit clean
+.PHONY: help setup demo test lint types unit opinfo clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ types: $(READY) ## pyright, strict
 
 unit: $(READY) ## the tests alone
 	$(PY) -m pytest -n 2 -q
+
+opinfo: $(READY) ## every operator of torch's database in every layout; writes docs/opinfo.md
+	PYTHONPATH=.:tests $(PY) -m opinfo --jobs 2
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import fx
@@ -13,7 +13,7 @@ from shardc.constrain import Dim
 from shardc.cost.conversion import sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.graph import Port, Program, Role, where
-from shardc.layout import SHORT_DTYPES, Layout
+from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.assign import assign
 from shardc.passes.codegen import codegen
@@ -40,13 +40,14 @@ COLLECTIVES: dict[object, str] = {
 
 @dataclass
 class Lowered:
-    """What the pipeline made: the plan, the generated source, the printout after every pass, the final graph."""
+    """What the pipeline made: the plan, the generated source, the printout after every pass, the captured program, and
+    the local graph that the source was written from (node metadata as `reshard` leaves it)."""
 
     plan: Plan
     code: str
     graphs: dict[str, str]
     program: Program
-    layouts: dict[str, Layout] = field(default_factory=dict[str, Layout])
+    graph: fx.Graph
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = code
     plan = _plan(settings, factored, graph, conversions, compute, solution, spread, phases)
-    return Lowered(plan, code, graphs, program)
+    return Lowered(plan, code, graphs, program, graph)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
