@@ -11,11 +11,21 @@ from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, reduc
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
 from shardc.runtime.executable import Executable, load
-from shardc.runtime.exponentials import log_softmax, log_softmax_backward, softmax, softmax_backward
+from shardc.runtime.exponentials import (
+    log_softmax,
+    log_softmax_backward,
+    logsumexp,
+    safe_softmax,
+    softmax,
+    softmax_backward,
+)
+from shardc.runtime.extremes import argmax, argmin, max_along, min_along, topk
 from shardc.runtime.indexing import drop_dummy, pad_dummy, rebase
 from shardc.runtime.mesh import Context, Mesh, current
+from shardc.runtime.norms import layer_norm, layer_norm_backward, rms_norm
 from shardc.runtime.parts import Part
 from shardc.runtime.random import bernoulli, rand, randn
+from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.virtual import VirtualMesh
 
@@ -32,18 +42,30 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "argmax",
+    "argmin",
     "attention",
     "attention_backward",
     "bernoulli",
+    "cummax",
+    "cummin",
+    "cumprod",
+    "cumsum",
     "current",
     "cut",
     "cuts_of",
     "distribute",
     "drop_dummy",
+    "layer_norm",
+    "layer_norm_backward",
     "load",
     "local_mesh",
     "log_softmax",
     "log_softmax_backward",
+    "logcumsumexp",
+    "logsumexp",
+    "max_along",
+    "min_along",
     "pad_dummy",
     "paste",
     "placements",
@@ -51,9 +73,12 @@ __all__ = [
     "randn",
     "rebase",
     "reduce_scatter",
+    "rms_norm",
+    "safe_softmax",
     "shard",
     "softmax",
     "softmax_backward",
     "swap_in",
     "to_partial",
+    "topk",
 ]

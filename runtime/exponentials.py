@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from shardc.runtime.parts import Part
+from shardc.runtime.parts import Part, by_dim
 
 
 def softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
@@ -20,6 +22,35 @@ def log_softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
     shifted, scale = _exponents(x, dim, half_to_float, s)
     result = shifted - torch.log(scale)
     return result if half_to_float else result.to(x.dtype)
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
+    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros."""
+    given = x if dtype is None else x.to(dtype)
+    wide = s.fill(_wide(given), dim, float("-inf"))
+    top = s.reduce(wide.amax(dim, keepdim=True), "max")
+    nothing = top == float("-inf")
+    powers = torch.exp(wide - top.masked_fill(nothing, 0))
+    scale = s.reduce(powers.sum(dim, keepdim=True)).masked_fill(nothing, 1)
+    return (powers / scale).to(given.dtype)
+
+
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
+    """`aten.logsumexp` over the dims `dim`; this rank holds the given parts of some of them."""
+    dims = tuple(dim)
+    wide = _wide(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
+    for place, part in by_dim(parts).items():
+        wide = part.fill(wide, place, float("-inf"))
+    top = wide.amax(dims, keepdim=True)
+    for part in parts.values():
+        top = part.reduce(top, "max")
+    top = top.masked_fill(top.isinf(), 0)
+    total = torch.exp(wide - top).sum(dims, keepdim=True)
+    for part in parts.values():
+        total = part.reduce(total)
+    result = torch.log(total) + top
+    result = result.to(x.dtype) if x.is_floating_point() else result
+    return result if keepdim else result.squeeze(dims)
 
 
 def _exponents(x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +57,20 @@ class Part:
         """Elements of the local dim that are no padding; they come first."""
         return self._extent()[2]
 
-    def _extent(self) -> tuple[int, int, int]:
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """`(start, valid)` of every part, in order."""
+        places = itertools.product(*(range(current().size(axis)) for axis in self.axes))
+        extents = (self._extent(dict(zip(self.axes, place, strict=True))) for place in places)
+        return [(start, valid) for start, _, valid in extents]
+
+    def _extent(self, coordinates: Mapping[str, int] | None = None) -> tuple[int, int, int]:
+        """Start, length and valid elements of the part at `coordinates`, the rank's own without."""
         context = current()
         start, chunk, valid = 0, self.size // self.unit, self.size // self.unit
         for axis in self.axes:
             chunk = -(-chunk // context.size(axis))
-            first = context.coordinates[axis] * chunk
+            first = (coordinates or context.coordinates)[axis] * chunk
             start, valid = start + first, min(max(valid - first, 0), chunk)
         return start * self.unit, chunk * self.unit, valid * self.unit
 
@@ -84,3 +94,8 @@ class Part:
         for axis in reversed(self.axes):
             x = all_gather(x, dim=dim, axis=axis)
         return x
+
+
+def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:
+    """The parts that a body got as keywords `d0`, `d1`, ...: those of its first operand's dims of that number."""
+    return {int(name[1:]): part for name, part in parts.items()}

@@ -3,6 +3,17 @@
 # the custom operators must exist before their rules name them
 import shardc.constrain  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.attention  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from shardc.rules import attention, contraction, factory, index, normalization, pointwise, reduction, shape, window
+from shardc.rules import (
+    attention,
+    contraction,
+    factory,
+    index,
+    normalization,
+    pointwise,
+    reduction,
+    scan,
+    shape,
+    window,
+)
 
-FAMILIES = (attention, contraction, factory, index, normalization, pointwise, reduction, shape, window)
+FAMILIES = (attention, contraction, factory, index, normalization, pointwise, reduction, scan, shape, window)

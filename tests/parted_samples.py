@@ -1,0 +1,89 @@
+"""Sample calls of operators that work along a dim which may be split, by a body of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from brute_force import Sample
+from rule_samples import Group, boolean, positive, real, whole
+
+aten = torch.ops.aten
+INFINITY = float("inf")
+
+
+def _rare(x: Tensor) -> Tensor:
+    """A row of nothing but -inf, one with inf and one with nan, in a tensor of at least three rows."""
+    x = x.clone()
+    x[0], x[1, 0], x[2, 1] = -INFINITY, INFINITY, float("nan")
+    return x
+
+
+def reductions() -> Iterator[Sample]:
+    yield Sample(aten.logsumexp.default, (_rare(real(6, 12)), [1], True))
+    yield Sample(aten.logsumexp.default, (real(6, 1, 12), [0, 1, -1]))
+    yield Sample(aten.logsumexp.default, (whole(5, 6, 6), [0]), tolerance=1e-6)
+    yield Sample(aten.logsumexp.default, (real(6, 6).to(torch.complex128), [0]))
+    yield Sample(aten._safe_softmax.default, (_rare(real(6, 12))[[0, 1, 3, 4, 5, 0]], 1), tolerance=1e-6)
+    yield Sample(aten._safe_softmax.default, (_rare(real(6, 12))[[0, 3]].float(), 1, torch.float64), tolerance=1e-6)
+    for operator in (aten.max.dim, aten.min.dim):
+        yield Sample(operator, (whole(3, 6, 12), 1))
+        yield Sample(operator, (boolean(6, 12), 0))
+        yield Sample(operator, (_rare(real(6, 12)), 1, True))
+        yield Sample(operator, (_rare(real(6, 12)).half(), 0))
+    for operator in (aten.argmax.default, aten.argmin.default):
+        yield Sample(operator, (whole(3, 6, 1, 12), 2))
+        yield Sample(operator, (whole(3, 6, 12),))
+        yield Sample(operator, (_rare(real(6, 12)), None, True))
+        yield Sample(operator, (torch.full((6, 12), -INFINITY),))
+        yield Sample(operator, (_rare(real(6, 12)), 1))
+    for operator in (aten.any.dims, aten.all.dims):
+        yield Sample(operator, (boolean(6, 2, 12), [0, -1]))
+        yield Sample(operator, (whole(2, 6, 12), None, True))
+    for operator in (aten.any.dim, aten.all.dim):
+        yield Sample(operator, (whole(3, 6, 12).to(torch.uint8), 1))
+        yield Sample(operator, (_rare(real(6, 12)), 0))
+    yield Sample(aten.topk.default, (real(2, 12), 6, 1, False))
+    yield Sample(aten.topk.default, (torch.cat([real(6, 2), torch.full((6, 10), -INFINITY)], 1), 5), values=[0])
+    yield Sample(aten.topk.default, (real(12, 2), 7, 0))
+    yield Sample(aten.topk.default, (whole(2**40, 6, 12), 2))
+
+
+def scans() -> Iterator[Sample]:
+    for operator in (aten.cumsum.default, aten.cumprod.default):
+        yield Sample(operator, (real(6, 12), 1))
+        yield Sample(operator, (whole(4, 6, 2), 0))
+        yield Sample(operator, (real(12, 2).bfloat16(), -2), tolerance=0.1)
+        yield Sample(operator, (real(6, 12).float(), 0), {"dtype": torch.float64}, tolerance=1e-6)
+    yield Sample(aten.logcumsumexp.default, (real(6, 12), -1))
+    yield Sample(aten.logcumsumexp.default, (torch.full((6, 2), -INFINITY), 0))
+    for operator in (aten.cummax.default, aten.cummin.default):
+        yield Sample(operator, (_rare(real(6, 12)), 1))
+        yield Sample(operator, (_rare(real(6, 12)), -2))
+        yield Sample(operator, (whole(3, 6, 12), 1))
+
+
+def norms() -> Iterator[Sample]:
+    low = torch.bfloat16
+    yield Sample(aten.native_layer_norm.default, (real(6, 12), [6, 12], real(6, 12), None, 1e-5))
+    x, weight = real(6, 12).to(low), real(12).float()
+    yield Sample(aten.native_layer_norm.default, (x, [12], weight, None, 1e-5), tolerance=0.02)
+    yield Sample(aten.native_layer_norm.default, (real(6, 12).float(), [12], None, None, 1e-5), tolerance=1e-5)
+    for weight in (None, real(2, 6)):
+        yield Sample(aten._fused_rms_norm.default, (real(6, 2, 6), [2, 6], weight, None))
+    yield Sample(aten._fused_rms_norm.default, (1e-4 * x, [12], weight.to(low), None), tolerance=0.02)
+    for weight, mask in ((real(2, 6), [True, False, False]), (None, [True, False, False]), (real(2, 6), [True] * 3)):
+        x = real(6, 2, 6)
+        _, mean, inverse = aten.native_layer_norm(x, [2, 6], weight, weight, 1e-5)
+        arguments = (real(6, 2, 6), x, [2, 6], mean, inverse, weight, weight, mask)
+        yield Sample(aten.native_layer_norm_backward.default, arguments, values=[i for i in range(3) if mask[i]])
+
+
+def softmaxes() -> Iterator[Sample]:
+    yield Sample(aten._softmax.default, (real(6, 12).bfloat16(), 1, False), tolerance=0.02)
+    yield Sample(aten._log_softmax_backward_data.default, (real(12, 2), positive(12, 2), 0, torch.float64))
+
+
+PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes)
