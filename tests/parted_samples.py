@@ -68,12 +68,12 @@ def scans() -> Iterator[Sample]:
 def norms() -> Iterator[Sample]:
     low = torch.bfloat16
     yield Sample(aten.native_layer_norm.default, (real(6, 12), [6, 12], real(6, 12), None, 1e-5))
-    x, weight = real(6, 12).to(low), real(12).float()
-    yield Sample(aten.native_layer_norm.default, (x, [12], weight, None, 1e-5), tolerance=0.02)
+    x, scale = real(6, 12).to(low), real(12).float()
+    yield Sample(aten.native_layer_norm.default, (x, [12], scale, None, 1e-5), tolerance=0.02)
     yield Sample(aten.native_layer_norm.default, (real(6, 12).float(), [12], None, None, 1e-5), tolerance=1e-5)
     for weight in (None, real(2, 6)):
         yield Sample(aten._fused_rms_norm.default, (real(6, 2, 6), [2, 6], weight, None))
-    yield Sample(aten._fused_rms_norm.default, (1e-4 * x, [12], weight.to(low), None), tolerance=0.02)
+    yield Sample(aten._fused_rms_norm.default, (1e-4 * x, [12], scale.to(low), None), tolerance=0.02)
     for weight, mask in ((real(2, 6), [True, False, False]), (None, [True, False, False]), (real(2, 6), [True] * 3)):
         x = real(6, 2, 6)
         _, mean, inverse = aten.native_layer_norm(x, [2, 6], weight, weight, 1e-5)
