@@ -1,0 +1,338 @@
+"""The bench on which hypotheses about an operator are tried: cut the operands, run the parts, put them together.
+
+A hypothesis holds if the parts recombine to the results on every kind of inputs that the operator accepts, for every
+way to cut: at even and uneven points, in two and in three, down to single elements, and in every other element, since
+an axis may split the minor part of a dim."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+
+from shardc.rules.specimen import KINDS, Call, Kind, Path, draw
+
+FOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul,
+}  # fmt: skip
+How = int | str
+"""What a cut does to a result: the dim that it cuts, `same` on every part, or how the parts combine."""
+
+Partition = list[list[int]]
+Cell = tuple[int, ...]
+_LOW = (torch.float16, torch.bfloat16)
+_PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, torch.complex64: 2e-5}
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """For a trial: the program's random stream stays where it is, and tiny operators do not wait for threads."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_num_threads(1)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Cut(NamedTuple):
+    """Which dim of every operand is cut, which integer arguments shrink along, which whole operands come as addends."""
+
+    carriers: tuple[int | None, ...]
+    scaled: frozenset[Path] = frozenset()
+    shares: frozenset[int] = frozenset()
+
+
+class Run(NamedTuple):
+    """One kind of inputs, the operands drawn, and the results on them."""
+
+    kind: Kind
+    operands: list[Tensor]
+    results: list[Tensor | None]
+
+
+class Unrunnable(Exception):
+    """The operator accepts no inputs that can be made up for it."""
+
+
+class Unfit(Exception):
+    """The operator is no function of the values of its operands: no rule can describe it."""
+
+
+def partitions(size: int) -> list[Partition]:
+    """Ways to cut the elements of a dim, in order of how much they tell."""
+    every = list(range(size))
+    found = [[every[:-1], every[-1:]], [every[:1], every[1:]], [every[::2], every[1::2]]]
+    if size % 2 == 0:
+        found.append([every[: size // 2], every[size // 2 :]])
+    if size > 2:
+        found += [[every[:1], every[1:-1], every[-1:]], [every[::3], every[1::3], every[2::3]]]
+    return [p for i, p in enumerate(found) if p not in found[:i]]
+
+
+class Bench:
+    """A specimen, the inputs that it accepts, and its results on them. `brief`: one kind of inputs, two ways to cut."""
+
+    def __init__(self, call: Call, *, brief: bool = False) -> None:
+        self.call, self.brief = call, brief
+        self._generator = torch.Generator().manual_seed(len(call.shapes))
+        self.runs: list[Run] = []
+        for self.dtypes in _types(call.dtypes):
+            self.runs = list(self._accepted())
+            if any(_tells(run) for run in self.runs):
+                break
+        if not any(_tells(run) for run in self.runs):
+            raise Unrunnable
+        if not brief:
+            self._refuse_unfit()
+        first = self.runs[0].results
+        self.varies = [
+            any(not _close(run.results[i], one, 0.0) for run in self.runs[1:]) for i, one in enumerate(first)
+        ]
+
+    def _accepted(self) -> Iterator[Run]:
+        integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
+        kinds = [k for k in KINDS if k.integers == "index" or (integers and not self.unchecked)]
+        for kind in kinds[:1] if self.brief else kinds:
+            for _ in range(2):
+                operands = draw(self.call, kind, self.dtypes, self._generator)
+                results = self.results(operands)
+                if results is not None and [None if r is None else tuple(r.shape) for r in results] == [
+                    *self.call.results
+                ]:
+                    yield Run(kind, operands, results)
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether this is compiled code of others, which may use an integer as an index without looking."""
+        name = self.call.operator._schema.name
+        return self.call.operator.namespace not in ("aten", "prims", "shardc") and name not in OPDEFS
+
+    def results(self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None) -> list[Tensor | None] | None:
+        """What the operator makes of the operands; None if it does not take them."""
+        try:
+            with torch.no_grad():
+                return self.call.run(operands, numbers)
+        except Exception:  # whatever it raises on operands that it does not like
+            return None
+
+    def _refuse_unfit(self) -> None:
+        for run in self.runs[:2]:
+            again = self.results(run.operands)
+            if again is None or not _all_close(again, run.results, 0.0):
+                raise Unfit("two runs on equal operands differ: it draws random numbers or keeps a state")
+            turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in run.operands]
+            other = self.results(turned)
+            if other is not None and not _all_close(other, run.results, 1e-3):
+                raise Unfit("its results depend on how its operands lie in memory")
+
+    def options(self, cut: Cut) -> list[set[How]] | None:
+        """Per result all that the cut may do to it; None if some result cannot be had from the parts."""
+        size = self._size(cut)
+        found: list[set[How]] | None = None
+        for partition in partitions(size)[: 2 if self.brief else None]:
+            for run in self.runs:
+                cells = self.cells(run, [cut], [partition])
+                if cells is None:
+                    return None
+                seen = [
+                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, size)
+                    for i, whole in enumerate(run.results)
+                ]
+                found = seen if found is None else [a & b for a, b in zip(found, seen, strict=True)]
+                if not all(found):
+                    return None
+        return found
+
+    def _size(self, cut: Cut) -> int:
+        sizes = {s[d] for s, d in zip(self.call.shapes, cut.carriers, strict=True) if d is not None}
+        (size,) = sizes | {self.call.numbers[path] for path in cut.scaled}
+        return size
+
+    def _outcomes(
+        self, index: int, whole: Tensor | None, parts: list[Tensor | None], partition: Partition, size: int
+    ) -> set[How]:
+        if whole is None:
+            return {"same"} if all(part is None for part in parts) else set()
+        made = [part for part in parts if part is not None]
+        if len(made) != len(parts):
+            return set()
+        found: set[How] = set()
+        for dim in (d for d, n in enumerate(whole.shape) if n == size):
+            pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
+            if all(_close(a, b, _tolerance(whole)) for a, b in zip(made, pieces, strict=True)):
+                found.add(dim)
+        # a result that is never anything else (no NaN, no error) tells nothing about where it comes from
+        if self.varies[index] or self.brief:
+            if all(_close(part, whole, _tolerance(whole)) for part in made):
+                found.add("same")
+            found |= {kind for kind in self._reductions(whole) if _combines(kind, made, whole)}
+        return found
+
+    def _reductions(self, whole: Tensor) -> list[str]:
+        """Sums of booleans are lost, those of low precision cannot be told from luck; see `unchecked`."""
+        integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
+        if whole.dtype is torch.bool or whole.dtype in _LOW or (integers and self.unchecked):
+            return []
+        return ["sum", "prod"] if whole.is_complex() else list(FOLDS)
+
+    def cells(self, run: Run, cuts: Sequence[Cut], ways: Sequence[Partition]) -> dict[Cell, list[Tensor | None]] | None:
+        """The results of every rank of the mesh that `ways` makes; None where the operator refuses its part."""
+        operands = [self._parts(k, x, cuts, ways) for k, x in enumerate(run.operands)]
+        found: dict[Cell, list[Tensor | None]] = {}
+        for cell in itertools.product(*(range(len(way)) for way in ways)):
+            numbers = dict(self.call.numbers)
+            for cut, way, i in zip(cuts, ways, cell, strict=True):
+                numbers |= dict.fromkeys(cut.scaled, len(way[i]))
+            made = self.results([parts(cell) for parts in operands], numbers)
+            if made is None or len(made) != len(run.results):
+                return None
+            found[cell] = made
+        return found
+
+    def _parts(self, k: int, x: Tensor, cuts: Sequence[Cut], ways: Sequence[Partition]) -> Callable[[Cell], Tensor]:
+        """What every rank holds of operand `k`."""
+        shared = [i for i, cut in enumerate(cuts) if k in cut.shares]
+        addends = self.addends(x, math.prod(len(ways[i]) for i in shared))
+
+        def part(cell: Cell) -> Tensor:
+            which = 0
+            for i in shared:
+                which = which * len(ways[i]) + cell[i]
+            own = addends[which]
+            for cut, way, i in zip(cuts, ways, cell, strict=True):
+                dim = cut.carriers[k]
+                own = own if dim is None else own.index_select(dim, torch.tensor(way[i]))
+            return own
+
+        return part
+
+    def addends(self, x: Tensor, count: int) -> list[Tensor]:
+        """Random tensors that sum to `x`."""
+        scale = float(x.abs().nan_to_num(0.0, 0.0, 0.0).max()) if x.numel() and count > 1 else 1.0
+        found: list[Tensor] = []
+        for _ in range(count - 1):
+            noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64) * (scale or 1.0)
+            found.append(noise.to(x.dtype))
+        return [*found, x - sum(found) if found else x]
+
+    def additive(self, group: frozenset[int]) -> bool:
+        """Whether the operator is additive in the operands of `group` together."""
+        told = 0
+        for run in self.runs:
+            if run.kind.floats == "special":
+                continue
+            for count in (2, 3):
+                pools = {k: self.addends(run.operands[k], count) for k in group}
+                parts = [
+                    self.results([pools[k][i] if k in group else x for k, x in enumerate(run.operands)])
+                    for i in range(count)
+                ]
+                for index, whole in enumerate(run.results):
+                    made = [part[index] if part is not None and index < len(part) else None for part in parts]
+                    if whole is None and all(one is None for one in made):
+                        continue
+                    if whole is None or not (whole.is_floating_point() or whole.is_complex()) or whole.dtype in _LOW:
+                        return False
+                    if not self.varies[index] or not _combines("sum", made, whole):
+                        return False
+            told += run.kind.floats in ("signed", "large", "small", "huge") and _tells(run)
+        return told >= 4
+
+    def together(self, cuts: Sequence[Cut], hows: Sequence[Sequence[How]]) -> bool:
+        """Whether several cuts at once recombine as each does alone; `hows` per cut what it does to every result."""
+        for ways in itertools.islice(itertools.product(*(partitions(self._size(c))[1:3] or partitions(2) for c in cuts)), 4):
+            for run in self.runs[::3]:
+                cells = self.cells(run, cuts, ways)
+                if cells is None:
+                    return False
+                for index, whole in enumerate(run.results):
+                    if whole is not None and not _recombines(
+                        whole, {c: made[index] for c, made in cells.items()}, [how[index] for how in hows], ways
+                    ):
+                        return False
+        return True
+
+
+def _recombines(
+    whole: Tensor, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition]
+) -> bool:
+    kinds = {how for how in hows if how in FOLDS}
+    if len(kinds) > 1:
+        return True  # partial in two ways at once: no strategy does this
+    groups: dict[Cell, list[Tensor | None]] = {}
+    for cell, value in values.items():
+        place = tuple(-1 if how in FOLDS else i for how, i in zip(hows, cell, strict=True))
+        groups.setdefault(place, []).append(value)
+    for place, made in groups.items():
+        piece = whole
+        for how, way, i in zip(hows, ways, place, strict=True):
+            if isinstance(how, int):
+                piece = piece.index_select(how, torch.tensor(way[i]))
+        if not _combines(str(next(iter(kinds), "sum")), made, piece):
+            return False
+    return True
+
+
+def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:
+    """The operands' types to try, the most precise first."""
+    widest = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+    found = [
+        tuple(torch.float64 if d.is_floating_point else widest.get(d, d) for d in dtypes),
+        tuple(torch.float32 if d in _LOW else d for d in dtypes),
+        tuple(dtypes),
+    ]
+    return [types for i, types in enumerate(found) if types not in found[:i]]
+
+
+def _tells(run: Run) -> bool:
+    """Whether at least one result is mostly finite numbers."""
+    return any(x is not None and x.numel() and bool(x.isfinite().double().mean() > 0.5) for x in run.results)
+
+
+def _tolerance(x: Tensor) -> float:
+    return _PRECISION.get(x.dtype, 0.0)
+
+
+def _close(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not tolerance or not (a.is_floating_point() or a.is_complex()):
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * 1e-2 * _magnitude(b), equal_nan=True)
+
+
+def _all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
+    return len(one) == len(other) and all(_close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+
+
+def _combines(kind: str, parts: Sequence[Tensor | None], whole: Tensor) -> bool:
+    made = [part for part in parts if part is not None]
+    if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
+        return False
+    total = made[0]
+    for part in made[1:]:
+        total = FOLDS[kind](total, part)
+    if not (whole.is_floating_point() or whole.is_complex()):
+        return torch.equal(total, whole)
+    scale = max(map(_magnitude, (whole, *made)))
+    tolerance = _tolerance(whole)
+    exact = kind in ("max", "min") or len(made) == 1
+    # sums of large parts cancel: what is lost is relative to the parts
+    return torch.allclose(
+        total, whole, rtol=tolerance, atol=tolerance * 1e-2 * (_magnitude(whole) if exact else scale), equal_nan=True
+    )
+
+
+def _magnitude(x: Tensor) -> float:
+    finite = x[x.isfinite()].abs() if x.numel() else x
+    return float(finite.max()) if finite.numel() else 0.0
