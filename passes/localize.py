@@ -87,7 +87,7 @@ def _size(
         layout: Layout = node.meta["layout"] if "layout" in node.meta else layouts[key[1]]
         return list(layout.local_shape(mesh))
     if isinstance(meaning, tuple):
-        return [_factor_size(op, name, split, mesh) for name in meaning]
+        return [n if isinstance(n, int) else _factor_size(op, n, split, mesh) for n in meaning]
     return _factor_size(op, meaning, split, mesh)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
 
 settings.register_profile(
     "ci", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

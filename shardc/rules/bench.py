@@ -115,7 +115,9 @@ class Bench:
         name = self.call.operator._schema.name
         return self.call.operator.namespace not in ("aten", "prims", "shardc") and name not in OPDEFS
 
-    def results(self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None) -> list[Tensor | None] | None:
+    def results(
+        self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None
+    ) -> list[Tensor | None] | None:
         """What the operator makes of the operands; None if it does not take them."""
         try:
             with torch.no_grad():
@@ -143,7 +145,7 @@ class Bench:
                 if cells is None:
                     return None
                 seen = [
-                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, size)
+                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, run.kind)
                     for i, whole in enumerate(run.results)
                 ]
                 found = seen if found is None else [a & b for a, b in zip(found, seen, strict=True)]
@@ -157,7 +159,7 @@ class Bench:
         return size
 
     def _outcomes(
-        self, index: int, whole: Tensor | None, parts: list[Tensor | None], partition: Partition, size: int
+        self, index: int, whole: Tensor | None, parts: list[Tensor | None], partition: Partition, kind: Kind
     ) -> set[How]:
         if whole is None:
             return {"same"} if all(part is None for part in parts) else set()
@@ -165,15 +167,16 @@ class Bench:
         if len(made) != len(parts):
             return set()
         found: set[How] = set()
+        size = sum(map(len, partition))
         for dim in (d for d, n in enumerate(whole.shape) if n == size):
             pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
-            if all(_close(a, b, _tolerance(whole)) for a, b in zip(made, pieces, strict=True)):
+            if all(_close(a, b, _tolerance(whole), kind) for a, b in zip(made, pieces, strict=True)):
                 found.add(dim)
         # a result that is never anything else (no NaN, no error) tells nothing about where it comes from
         if self.varies[index] or self.brief:
-            if all(_close(part, whole, _tolerance(whole)) for part in made):
+            if all(_close(part, whole, _tolerance(whole), kind) for part in made):
                 found.add("same")
-            found |= {kind for kind in self._reductions(whole) if _combines(kind, made, whole)}
+            found |= {how for how in self._reductions(whole) if _combines(how, made, whole, kind)}
         return found
 
     def _reductions(self, whole: Tensor) -> list[str]:
@@ -227,42 +230,62 @@ class Bench:
         """Whether the operator is additive in the operands of `group` together."""
         told = 0
         for run in self.runs:
-            if run.kind.floats == "special":
-                continue
-            for count in (2, 3):
-                pools = {k: self.addends(run.operands[k], count) for k in group}
-                parts = [
-                    self.results([pools[k][i] if k in group else x for k, x in enumerate(run.operands)])
-                    for i in range(count)
-                ]
-                for index, whole in enumerate(run.results):
-                    made = [part[index] if part is not None and index < len(part) else None for part in parts]
-                    if whole is None and all(one is None for one in made):
-                        continue
-                    if whole is None or not (whole.is_floating_point() or whole.is_complex()) or whole.dtype in _LOW:
-                        return False
-                    if not self.varies[index] or not _combines("sum", made, whole):
-                        return False
+            rest, mixed = run.operands, run.kind.floats == "mixed"
+            if run.kind.floats == "special":  # infinite addends of one operand, the others finite
+                rest = self.runs[0].operands
+            for _ in range(6 if mixed else 1):
+                terms = {k: self._terms(run, k, rest[k]) for k in group}
+                if not self._sums(rest, terms, run.kind):
+                    return False
             told += run.kind.floats in ("signed", "large", "small", "huge") and _tells(run)
         return told >= 4
 
+    def _terms(self, run: Run, k: int, x: Tensor) -> list[Tensor]:
+        if run.kind.floats == "special":
+            return [run.operands[k], x]
+        if run.kind.floats != "mixed":
+            return self.addends(x, 3)
+        # around a threshold: addends and sum lie within a few powers of ten of each other
+        first = x * torch.randn(x.shape, generator=self._generator, dtype=torch.float64).mul(3).to(x.dtype)
+        return [first, x - first]
+
+    def _sums(self, rest: Sequence[Tensor], terms: Mapping[int, list[Tensor]], kind: Kind) -> bool:
+        count = len(next(iter(terms.values())))
+        whole = self.results([torch.stack(terms[k]).sum(0) if k in terms else x for k, x in enumerate(rest)])
+        parts = [
+            self.results([terms[k][i] if k in terms else x for k, x in enumerate(rest)]) for i in range(count)
+        ]
+        if whole is None or any(part is None or len(part) != len(whole) for part in parts):
+            return False
+        for index, total in enumerate(whole):
+            made = [part[index] for part in parts if part is not None]
+            if total is None and all(one is None for one in made):
+                continue
+            if total is None or not (total.is_floating_point() or total.is_complex()) or total.dtype in _LOW:
+                return False
+            if not self.varies[index] or not _combines("sum", made, total, kind):
+                return False
+        return True
+
     def together(self, cuts: Sequence[Cut], hows: Sequence[Sequence[How]]) -> bool:
         """Whether several cuts at once recombine as each does alone; `hows` per cut what it does to every result."""
-        for ways in itertools.islice(itertools.product(*(partitions(self._size(c))[1:3] or partitions(2) for c in cuts)), 4):
+        each = [partitions(self._size(cut))[1:3] or partitions(2) for cut in cuts]
+        for ways in itertools.islice(itertools.product(*each), 4):
             for run in self.runs[::3]:
                 cells = self.cells(run, cuts, ways)
                 if cells is None:
                     return False
                 for index, whole in enumerate(run.results):
-                    if whole is not None and not _recombines(
-                        whole, {c: made[index] for c, made in cells.items()}, [how[index] for how in hows], ways
-                    ):
+                    if whole is None:
+                        continue
+                    values = {c: made[index] for c, made in cells.items()}
+                    if not _recombines(whole, values, [how[index] for how in hows], ways, run.kind):
                         return False
         return True
 
 
 def _recombines(
-    whole: Tensor, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition]
+    whole: Tensor, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition], kind: Kind
 ) -> bool:
     kinds = {how for how in hows if how in FOLDS}
     if len(kinds) > 1:
@@ -276,7 +299,7 @@ def _recombines(
         for how, way, i in zip(hows, ways, place, strict=True):
             if isinstance(how, int):
                 piece = piece.index_select(how, torch.tensor(way[i]))
-        if not _combines(str(next(iter(kinds), "sum")), made, piece):
+        if not _combines(str(next(iter(kinds), "max")), made, piece, kind):
             return False
     return True
 
@@ -301,38 +324,38 @@ def _tolerance(x: Tensor) -> float:
     return _PRECISION.get(x.dtype, 0.0)
 
 
-def _close(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+def _near(a: Tensor, b: Tensor, scale: Tensor, tolerance: float, kind: Kind) -> bool:
+    """Elementwise: within `tolerance` of `scale`; what rounding leaves of sums that cancel is forgiven, where no
+    magnitudes are mixed that this would hide."""
+    same = (a == b) | ((a != a) & (b != b))
+    sizes = scale.nan_to_num(0.0, 0.0, 0.0)
+    floor = 0.0 if kind.floats in ("mixed", "special") or not sizes.numel() else 1e-4 * float(sizes.max())
+    return bool((same | ((a - b).abs() <= tolerance * (sizes + floor))).all())
+
+
+def _close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: Kind = KINDS[0]) -> bool:
     if a is None or b is None:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not tolerance or not (a.is_floating_point() or a.is_complex()):
         return bool(((a == b) | ((a != a) & (b != b))).all())
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * 1e-2 * _magnitude(b), equal_nan=True)
+    return _near(a, b, b.abs(), tolerance, kind)
 
 
 def _all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
     return len(one) == len(other) and all(_close(a, b, tolerance) for a, b in zip(one, other, strict=True))
 
 
-def _combines(kind: str, parts: Sequence[Tensor | None], whole: Tensor) -> bool:
+def _combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: Kind) -> bool:
     made = [part for part in parts if part is not None]
     if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
         return False
-    total = made[0]
+    total, scale = made[0], whole.abs() if whole.dtype is not torch.bool else whole
     for part in made[1:]:
-        total = FOLDS[kind](total, part)
+        total = FOLDS[how](total, part)
     if not (whole.is_floating_point() or whole.is_complex()):
         return torch.equal(total, whole)
-    scale = max(map(_magnitude, (whole, *made)))
-    tolerance = _tolerance(whole)
-    exact = kind in ("max", "min") or len(made) == 1
-    # sums of large parts cancel: what is lost is relative to the parts
-    return torch.allclose(
-        total, whole, rtol=tolerance, atol=tolerance * 1e-2 * (_magnitude(whole) if exact else scale), equal_nan=True
-    )
-
-
-def _magnitude(x: Tensor) -> float:
-    finite = x[x.isfinite()].abs() if x.numel() else x
-    return float(finite.max()) if finite.numel() else 0.0
+    if how == "sum":  # sums of large parts cancel: what is lost is relative to the parts
+        scale = torch.stack([scale, *(part.abs() for part in made)]).amax(0)
+    return _near(total, whole, scale, _tolerance(whole), kind)

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from shardc.errors import RuleError
 from shardc.graph import Program, Role, value_of, where
 from shardc.layout import Atom, Layout
 from shardc.rules.atoms import Atoms, Ref
+from shardc.rules.learned import learned
 from shardc.rules.notation import Rule, Send, maker_of, parse
+from shardc.rules.trial import Learned
 
 aten = torch.ops.aten
 VIEWS = frozenset(
@@ -77,13 +80,14 @@ class Factor:
 
 @dataclass
 class Op:
-    """An operator (or placeholder) with its rule, and its factors as atoms."""
+    """An operator (or placeholder) with its rule, and its factors as atoms; `learned` if trial found the rule."""
 
     node: fx.Node
     rule: Rule
     operands: list[Operand]
     results: list[Result]
     factors: list[Factor] = field(default_factory=list[Factor])
+    learned: Learned | None = None
 
 
 @dataclass
@@ -134,15 +138,13 @@ class _Walk:
             source, index = node.args
             self.values[node] = self.base[source, index]  # type: ignore[index]
         elif not (node.target in VIEWS and self._view(node)):
-            maker = maker_of(node.target)
-            if maker is None:
-                place = f" ({where(node)})" if where(node) else ""
-                raise RuleError(
-                    f"no rule for operator {node.target}{place}: write this part of the model with operators that have "
-                    f"rules, or give it one with @shardc.rules.notation.rule (see shardc/rules/)"
-                )
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
-            self._operator(node, maker(*args, **kwargs))
+            maker = maker_of(node.target)
+            if maker is not None:
+                self._operator(node, maker(*args, **kwargs))
+            else:
+                found = _tried(node, args, kwargs)
+                self._operator(node, found.rule(), found)
 
     def _view(self, node: fx.Node) -> bool:
         """Express a view in the refs of what it views; False when it cuts across an atom (it becomes an operator)."""
@@ -166,7 +168,7 @@ class _Walk:
     def _dim(self, size: int) -> list[Ref]:
         return [self.atoms.new(size)] if size != 1 else []
 
-    def _operator(self, node: fx.Node, rule: Rule) -> None:
+    def _operator(self, node: fx.Node, rule: Rule, found: Learned | None = None) -> None:
         given = list(tensor_arguments(node))
         expected = [names for names in rule.operands if names is not None]
         if len(given) != len(expected):
@@ -184,7 +186,7 @@ class _Walk:
                 results.append(Result((node, index), value, names))
         if isinstance(value_of(node), torch.Tensor) and results:
             self.values[node] = results[0].value
-        self.ops.append(Op(node, self._tie(rule, operands, results), operands, results))
+        self.ops.append(Op(node, self._tie(rule, operands, results), operands, results, learned=found))
 
     def _tie(self, rule: Rule, operands: list[Operand], results: list[Result]) -> Rule:
         """Unify the dims that share a factor; a factor whose dims admit no common atoms stays whole."""
@@ -234,6 +236,23 @@ class _Walk:
         chunk = parting is not None or name in rule.indices.values()
         whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
         return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
+
+
+def _tried(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Learned:
+    """The rule found by trial for an operator that has none; RuleError where there can be none."""
+    place = f" ({where(node)})" if where(node) else ""
+    if not isinstance(node.target, OpOverload):
+        raise RuleError(
+            f"{node.target}{place} is no operator of torch.library (one that changes its arguments is wrapped like "
+            "this): write this part of the model with operators, custom ones with mutates_args=()"
+        )
+    found = learned(node.target, args, kwargs)
+    if found.refused:
+        raise RuleError(
+            f"no rule for operator {node.target}{place}, and none can be found: {found.refused}. Write this part of "
+            "the model with operators that have rules, or give it one with shardc.rule"
+        )
+    return found
 
 
 def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:

@@ -16,7 +16,7 @@
 is in every group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the
 operands that each result depends on; a result is partial over a factor only if it reads an operand that carries it.
 `sizes` maps the position of a size-like argument to the result whose (local) shape it is, to the factor whose local
-size it is, or to the factors of a list of sizes."""
+size it is, or to the factors (and plain numbers) of a list of sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from torch._ops import OpOverload
 from shardc.errors import RuleError
 
 Dims = tuple[str | None, ...]
-Size = int | str | tuple[str, ...]
+Size = int | str | tuple[str | int, ...]
 Body = Callable[..., Any]
 
 

@@ -28,9 +28,9 @@ _SIZES = ((4, 6, 5, 7, 8, 9, 10, 12, 16, 24, 32), (6, 9, 5, 10, 7, 12, 14, 4, 8,
 
 
 class Operand(NamedTuple):
-    """Stands in an argument list for tensor number `index`."""
+    """Stands in an argument list for tensor number `number`."""
 
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Call:
 
         def put(value: Any, path: Path) -> Any:
             if isinstance(value, Operand):
-                return operands[value.index]
+                return operands[value.number]
             if isinstance(value, list):
                 return [put(item, (path[0], i)) for i, item in enumerate(value)]  # type: ignore[misc]
             return numbers.get(path, value)
@@ -211,13 +211,15 @@ KINDS = (
     Kind("tiny", "index", 0.5),
     Kind("huge", "index", 0.5),
     Kind("vast", "index", 0.5),
+    Kind("mixed", "index", 0.5),
     Kind("special", "index", 0.5),
     Kind("signed", "signed", 0.5),
     Kind("signed", "wide", 0.5),
     Kind("definite", "index", 0.5),
 )
-"""Signs, magnitudes far apart (a threshold must be met from both sides), ties, a domain of (0, 1), infinities and NaN,
-positive definite matrices; integers that may be indices, that count from the end, and that are plain numbers."""
+"""Signs, magnitudes far apart, all of them mixed (a threshold must be met from both sides), ties, a domain of (0, 1),
+infinities and NaN, positive definite matrices; integers that may be indices, that count from the end, and that are
+plain numbers."""
 
 SCALES = {"signed": 1.0, "large": 30.0, "small": 1e-3, "tiny": 1e-15, "huge": 1e5, "vast": 1e25}
 """Kinds of floats of both signs, by their magnitude."""
@@ -257,9 +259,11 @@ def _floats(shape: Sequence[int], kind: str, generator: torch.Generator) -> Tens
     if kind == "definite" and len(shape) > 1 and shape[-1] == shape[-2]:
         x = normal()
         return x @ x.mT + shape[-1] * torch.eye(shape[-1], dtype=torch.float64)
+    if kind == "mixed":
+        return normal() * 10 ** (40 * uniform() - 20)
     values = normal() * (0.7 * normal()).exp()
     if kind == "special":
-        odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e30, -1e30], dtype=torch.float64)
+        odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0], dtype=torch.float64)
         picks = odd[torch.randint(0, len(odd), tuple(shape), generator=generator)]
         return torch.where(uniform() < 0.15, picks, values)
     return values * SCALES.get(kind, 1.0)

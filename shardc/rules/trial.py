@@ -1,8 +1,8 @@
 """Rules found by trial: an operator without a rule is run on small inputs, whole and in parts.
 
 A factor is a set of operand dims that, cut together, give results that are the cut results, equal on every part, or
-parts of a sum (max, min, product). What is found is a rule like any other, as text. Where nothing recombines, or nothing
-could be tried, every dim stays whole: the rule of an operator that runs on gathered operands."""
+parts of a sum (max, min, product). What is found is a rule like any other, as text. Where nothing recombines, or
+nothing could be tried, every dim stays whole: the rule of an operator that runs on gathered operands."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refusal(operator: OpOverload) -> str:
 
 
 def _whole(call: Call, why: str) -> Learned:
-    shapes = call.results or call.fake() or ()
+    shapes = call.results or call.fake() or ((),)
     names = _names()
 
     def dims(shape: Sequence[int] | None) -> str:
@@ -161,10 +161,9 @@ class _Trial:
         units = self._units()
         for size in sorted(sizes):
             choices = [[None, *(d for d, n in enumerate(self.call.actual[unit[0]]) if n == size)] for unit in units]
-            small = {s[d] for s, a in zip(self.call.shapes, self.call.actual, strict=True) for d in range(len(s))
-                     if a[d] == size}  # fmt: skip
-            numbers = [p for p, n in self.call.given.items() if n == size and (small or {size}) == {self.call.numbers[p]}]
-            subsets = [frozenset(c) for k in range(min(len(numbers), 3) + 1) for c in itertools.combinations(numbers, k)]
+            numbers = self._numbers(size)
+            most = min(len(numbers), 3)
+            subsets = [frozenset(c) for k in range(most + 1) for c in itertools.combinations(numbers, k)]
             for picked in itertools.product(*choices):
                 carriers: list[int | None] = [None] * len(self.call.actual)
                 for unit, dim in zip(units, picked, strict=True):
@@ -174,14 +173,20 @@ class _Trial:
                     if scaled or any(dim is not None for dim in carriers):
                         yield Cut(tuple(carriers), scaled)
 
+    def _numbers(self, size: int) -> list[Path]:
+        """The integer arguments that may be the size of dims of `size`: they equal it, and did when it was shrunk."""
+        pairs = zip(self.call.actual, self.call.shapes, strict=True)
+        shrunk = {small for actual, shape in pairs for n, small in zip(actual, shape, strict=True) if n == size}
+        return [p for p, n in self.call.given.items() if n == size and (shrunk or {size}) == {self.call.numbers[p]}]
+
     def _units(self) -> list[list[int]]:
         """Operands that are cut alike: the tensors of a list, if they have one shape."""
         found: list[list[int]] = []
         for value in (*self.call.args, *self.call.kwargs.values()):
             if isinstance(value, Operand):
-                found.append([value.index])
+                found.append([value.number])
             elif isinstance(value, list):
-                own = [item.index for item in value if isinstance(item, Operand)]  # type: ignore[misc]
+                own = [item.number for item in value if isinstance(item, Operand)]  # type: ignore[misc]
                 alike = len({self.call.actual[k] for k in own}) == 1
                 found += [own] if alike else [[k] for k in own]
         return found
@@ -208,7 +213,8 @@ class _Trial:
         return self.bench.together([s.cut for s in splits], [s.hows for s in splits])
 
     def _written(self, splits: list[Split], linear: list[frozenset[int]]) -> Learned:
-        """The rule as text."""
+        """The rule as text, factors named in the order in which the operands have them."""
+        splits = sorted(splits, key=lambda s: [(type(d) is not int, d) for d in (*s.cut.carriers, *s.hows)])
         names = _names()
         own = [next(names) for _ in splits]
         kinds = {name: next((h for h in s.hows if h in FOLDS), "sum") for name, s in zip(own, splits, strict=True)}
@@ -248,11 +254,12 @@ class _Trial:
         for position, place in held:
             if place is None:
                 sizes[position] = held[position, None]
-            else:
-                values: list[Any] = self.call.args[position]
-                if not all(type(value) is int for value in values):
-                    return None
-                sizes[position] = tuple(held.get((position, i), value) for i, value in enumerate(values))
+                continue
+            values: list[Any] = self.call.args[position]
+            if not all(type(value) is int for value in values):
+                return None
+            places = [(position, i) for i in range(len(values))]
+            sizes[position] = tuple(held[p] if p in held else values[p[1]] for p in places)
         return sizes
 
 
