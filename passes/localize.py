@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,7 +26,7 @@ from shardc.rules.factoring import Op
 from shardc.rules.notation import Size
 from shardc.runtime import indexing
 from shardc.runtime.parts import Part
-from shardc.solver.strategies import Strategy
+from shardc.solver.strategies import Shape, Strategy, masks
 
 aten = torch.ops.aten
 _SIZED = {aten.view.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -54,6 +56,8 @@ IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.defaul
 
 def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
+    if any(f.size % mesh.ways(axes) for f, axes in zip(op.factors, strategy.split, strict=True)):
+        _mask(graph, node, op, node.meta["shape"], strategy, mesh)
     arguments = list(node.args)
     for position, meaning in op.rule.sizes.items():
         arguments[position] = _size(node, op, meaning, split, mesh)
@@ -93,15 +97,13 @@ def _size(
 
 def _factor_size(op: Op, name: str, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh) -> int:
     own = [f for f in op.factors if f.name == name]
-    return math.prod(f.size // mesh.ways(split[f.name, f.index]) for f in own)
+    return math.prod(mesh.chunk(f.size, split[f.name, f.index]) for f in own)
 
 
 def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, ...], mesh: Mesh) -> None:
     """Indices outside the rank's chunk go to a dummy row: taken there they read zero, put there they are dropped."""
-    total = 1
-    for factor in op.factors:
-        total *= factor.size if factor.name == name else 1
-    size = total // mesh.ways(axes)
+    sizes = [factor.size for factor in op.factors if factor.name == name]
+    total, unit = math.prod(sizes), math.prod(sizes[1:])
     operands = _operand_nodes(node)
     changed: dict[int, fx.Node] = {}
     with graph.inserting_before(node):
@@ -113,30 +115,50 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
                     aten._unsafe_index.Tensor,
                     aten.index_put.default,
                 ):  # these count from the end below zero
-                    source = graph.call_function(aten.remainder.Scalar, (source, total))
-                    source.meta.update(operands[index].meta)
-                changed[index] = graph.call_function(indexing.rebase, (source,), {"axes": axes, "size": size})
+                    source = _added(graph, operands[index], aten.remainder.Scalar, (source, total))
+                part = {"part": Part(axes, total, unit)}
+                changed[index] = _added(graph, operands[index], indexing.rebase, (source,), part)
             elif name in operand.names:
-                changed[index] = graph.call_function(
-                    indexing.pad_dummy, (operands[index],), {"dim": operand.names.index(name)}
-                )
-            if index in changed:
-                changed[index].meta.update(
-                    {k: v for k, v in operands[index].meta.items() if k not in ("op", "strategy")}
-                )
+                dim = {"dim": operand.names.index(name)}
+                changed[index] = _added(graph, operands[index], indexing.pad_dummy, (operands[index],), dim)
     supply = iter(changed.get(i, operands[i]) for i in range(len(operands)))
-    node.args = fx.map_arg(node.args, lambda n: next(supply))
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: next(supply))
     for position, meaning in op.rule.sizes.items():
         if meaning == name:
             arguments = list(node.args)
-            arguments[position] = size + 1
+            arguments[position] = mesh.chunk(sizes[0], axes) * unit + 1
             node.args = tuple(arguments)
     _drop(graph, node, op, name)
 
 
+def _mask(graph: fx.Graph, node: fx.Node, op: Op, shape: Shape, strategy: Strategy, mesh: Mesh) -> None:
+    """Fill the padding of operands that would otherwise get into the result."""
+    operands = _operand_nodes(node)
+    with graph.inserting_before(node):
+        for index, operand in enumerate(op.operands):
+            for position, value in masks(shape, strategy, index, mesh).items():
+                factor, axes = op.factors[position], strategy.split[position]
+                pairs = zip(op.factors, strategy.split, strict=True)
+                before = [(f, held) for f, held in pairs if f.name == factor.name and f.index < factor.index]
+                outer = math.prod(mesh.chunk(f.size, held) for f, held in before)
+                for dim in [i for i, name in enumerate(operand.names) if name == factor.name]:
+                    more = {"dim": dim, "part": Part(axes, factor.size), "value": value}
+                    more |= {"outer": outer} if outer > 1 else {}
+                    operands[index] = _added(graph, operands[index], indexing.fill, (operands[index],), more)
+    supply = iter(operands)
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: next(supply))
+
+
+def _added(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any = None) -> fx.Node:
+    """A call whose result lies as `like` does."""
+    new = graph.call_function(target, args, kwargs or {})
+    new.meta.update({k: v for k, v in like.meta.items() if k not in ("op", "strategy")})
+    return new
+
+
 def _operand_nodes(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.map_arg(node.args, found.append)
+    fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 

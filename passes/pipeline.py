@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,12 +140,11 @@ def _conversions(network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware
         if node.op != "call_function" or kind is None:
             continue
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        local = 1
-        for size in source.meta["layout"].local_shape(mesh):
-            local *= size
-        moved = local * source.meta["dtype"].itemsize
         axis = str(node.kwargs["axis"])
-        ways = mesh.sizes[axis]
+        shape, ways = list(source.meta["layout"].local_shape(mesh)), mesh.sizes[axis]
+        if "chunk" in node.kwargs:  # the operand is padded to whole chunks
+            shape[node.kwargs.get("split_dim", node.kwargs.get("dim"))] = node.kwargs["chunk"] * ways
+        moved = math.prod(shape) * source.meta["dtype"].itemsize
         sent = sent_fraction(kind, ways) * moved
         seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
         found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node)))
@@ -185,22 +185,20 @@ def _plan(
     layouts = {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None}
     return Plan(
         mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, solution.cost,
-        solution.lower_bound, (*_indivisible(factored, mesh), *(f"conflict: {c}" for c in spread.conflicts)), phases,
+        solution.lower_bound, (*_padded(program, local, mesh), *(f"conflict: {c}" for c in spread.conflicts)), phases,
     )  # fmt: skip
 
 
-def _indivisible(factored: Factored, mesh: Mesh) -> list[str]:
-    """Dims of parameters and inputs that an axis cannot split, with the reason."""
-    program, notes = factored.program, list[str]()
-    for port, node in zip(program.inputs, program.placeholders, strict=True):
+def _padded(program: Program, local: Sequence[fx.Node], mesh: Mesh) -> list[str]:
+    """Dims of parameters and inputs that the plan pads, with what it costs."""
+    notes: list[str] = []
+    for port, node in zip(program.inputs, local, strict=True):
         if port.role not in (Role.PARAMETER, Role.INPUT):
             continue
-        for index, dim in enumerate(factored.values[node].dims):
-            sizes = [factored.atoms.size(ref) for ref in factored.atoms.leaves(dim)]
-            for axis, ways in mesh.axes:
-                if ways > 1 and sizes and max(sizes) > 1 and all(size % ways for size in sizes):
-                    pieces = " x ".join(map(str, sizes))
-                    notes.append(
-                        f"{port.name} dim {index} ({pieces}) is not split over {axis}: {ways} does not divide it"
-                    )
+        for index, dim in enumerate(node.meta["layout"].dims):
+            for atom in dim:
+                ways = mesh.ways(atom.axes)
+                if atom.size % ways:
+                    axes, chunk = ",".join(atom.axes), mesh.chunk(atom.size, atom.axes)
+                    notes.append(f"{port.name} dim {index}: {atom.size} over {axes} is padded to {ways} x {chunk}")
     return notes

@@ -110,10 +110,10 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
                     f"{constraint.label}: axis {axis!r} splits dim {seen[axis]} and dim {dim}; it can split one"
                 )
             seen[axis] = dim
-        if axes and shape[dim] % mesh.ways(axes):
+        if axes and not mesh.splits(shape[dim], axes):
             raise InfeasibleError(
-                f"{constraint.label}: dim {dim} has {shape[dim]} elements, which "
-                f"{'x'.join(axes)}={mesh.ways(axes)} does not divide; choose another dim, another mesh, or pad the dim"
+                f"{constraint.label}: dim {dim} has {shape[dim]} elements, fewer than the {mesh.ways(axes)} ranks of "
+                f"{'x'.join(axes)}; choose another dim or another mesh"
             )
 
 
@@ -176,12 +176,11 @@ def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constra
         while atom < len(leaves) - 1 and factored.atoms.size(leaves[atom]) == mesh.ways(held[atom]):
             atom += 1
         size = factored.atoms.size(leaves[atom])
-        if size % (mesh.ways(held[atom]) * mesh.sizes[axis]):
+        if not mesh.splits(size, (*held[atom], axis)):
             pieces = " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
             raise InfeasibleError(
-                f"{constraint.label}: the model uses this dim as {pieces}, and axis {axis!r} of size "
-                f"{mesh.sizes[axis]} does not divide its piece of {size}; "
-                f"use an axis that divides it, or split another dim"
+                f"{constraint.label}: the model uses this dim as {pieces}, and its piece of {size} has fewer elements "
+                f"than axis {axis!r} has ranks ({mesh.sizes[axis]}); use a smaller axis, or split another dim"
             )
         held[atom] += (axis,)
     return held
@@ -228,7 +227,7 @@ def _places(factored: Factored, op: Op) -> list[list[tuple[Key, int]]]:
 
 def _free(state: Propagated, mesh: Mesh, key: Key, leaf: int, axes: Axes, size: int) -> bool:
     others = {a for i, held in enumerate(state.axes[key]) if i != leaf for a in held}
-    return not others & set(axes) and size % mesh.ways(axes) == 0
+    return not others & set(axes) and mesh.splits(size, axes)
 
 
 def _report(

@@ -73,7 +73,7 @@ class _Rewrite:
             arguments = (op.node.args, dict(op.node.kwargs))
             args, kwargs = map_arg(arguments, lambda n: next(supply) if n in wanted else n)
             new = self._call(op.node.target, args, kwargs)
-        new.meta = {"op": op, "strategy": strategy}
+        new.meta = {"op": op, "shape": shape, "strategy": strategy}
         several = isinstance(value_of(op.node), (tuple, list))
         used = [user.args[1] for user in op.node.users if user.target is operator.getitem] if several else [0]
         new.meta["dtype"] = None
@@ -196,7 +196,18 @@ class _Rewrite:
         self._provenance(new, reader if key[0].op == "placeholder" else key[0])
         new.meta["phase"] = reader.meta.get("phase", "")
         self._describe(new, key, value, after, self._base_held(key, after))
+        new.kwargs = {**keywords, **self._uneven(node, new, step, place)}
         return new
+
+    def _uneven(self, before: fx.Node, after: fx.Node, step: Step, place: Mapping[int, int]) -> dict[str, int]:
+        """What a step must be told where its dims do not divide: the chunk it leaves, the size it gathers."""
+        had, has = (node.meta["layout"].local_shape(self.mesh) for node in (before, after))
+        ways, told = self.mesh.sizes[step.axis], dict[str, int]()
+        if step.target is not None and has[place[step.target]] * ways != had[place[step.target]]:
+            told["chunk"] = has[place[step.target]]
+        if step.source is not None and had[place[step.source]] * ways != has[place[step.source]]:
+            told["size"] = has[place[step.source]]
+        return told
 
     def _outputs(self) -> None:
         program = self.factored.program

@@ -40,9 +40,11 @@ def retile(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tupl
 
 def _crosses(factored: Factored, mesh: Mesh, node: fx.Node, dim: int, axes: tuple[str, ...]) -> bool:
     """Whether an even split of a dim over `axes` is no split of its atoms."""
-    if any(axis not in mesh.names for axis in axes) or value_of(node).shape[dim] % mesh.ways(axes):
+    if any(axis not in mesh.names for axis in axes) or not mesh.splits(int(value_of(node).shape[dim]), axes):
         return False  # told to the user when the constraint is checked
     sizes = [factored.atoms.size(ref) for ref in factored.atoms.leaves(factored.values[node].dims[dim])]
+    if value_of(node).shape[dim] % mesh.ways(axes):
+        return len(sizes) > 1
     atom, taken = 0, 1
     for axis in axes:
         while atom < len(sizes) - 1 and sizes[atom] == taken:

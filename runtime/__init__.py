@@ -20,7 +20,7 @@ from shardc.runtime.exponentials import (
     softmax_backward,
 )
 from shardc.runtime.extremes import argmax, argmin, max_along, min_along, topk
-from shardc.runtime.indexing import drop_dummy, pad_dummy, rebase
+from shardc.runtime.indexing import drop_dummy, fill, pad_dummy, rebase
 from shardc.runtime.mesh import Context, Mesh, current
 from shardc.runtime.norms import layer_norm, layer_norm_backward, rms_norm
 from shardc.runtime.parts import Part
@@ -56,6 +56,7 @@ __all__ = [
     "cuts_of",
     "distribute",
     "drop_dummy",
+    "fill",
     "layer_norm",
     "layer_norm_backward",
     "load",

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from shardc.runtime.distributed import DistributedMesh, from_local
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import Mesh
-from shardc.runtime.slots import Slot, cut, paste, placements
+from shardc.runtime.slots import Slot, cut, local_shapes, padded, paste, placements
 
 
 class Boundary(ABC):
@@ -75,11 +76,14 @@ class _Distributed(Boundary):
         expected = placements(slot.cuts, slot.shape, self.mesh.axes)
         if value.device_mesh != self.mesh.device_mesh:
             raise RankError(f"{slot} is a DTensor on the mesh {value.device_mesh}, not on {self.mesh.device_mesh}")
-        if value.placements != expected:
+        if not _same(value.placements, expected, self.mesh):
             if slot.role == "parameter":
                 raise RankError(f"{slot} is stored as {value.placements}, but the module works on {expected}")
             value = value.redistribute(self.mesh.device_mesh, expected)
-        return value.to_local().detach().contiguous()
+        local = value.to_local().detach()
+        for dim, size in enumerate(local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1]):
+            local = padded(local, dim, size)
+        return local.contiguous()
 
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         # A parameter is a DTensor even where it is whole, and its gradient must be what it is.
@@ -105,6 +109,11 @@ class _Distributed(Boundary):
                 f"{slot.name} is a plain tensor that wants a gradient, but each rank only has its part of it: "
                 "make it a DTensor with `distribute` and `swap_in`"
             )
+
+
+def _same(one: Sequence[Placement], other: Sequence[Placement], mesh: Mesh) -> bool:
+    """Whether two placements store the same: on an axis of one rank they all do."""
+    return all(a == b for a, b, ways in zip(one, other, mesh.axes.values(), strict=True) if ways > 1)
 
 
 def boundary(mesh: Mesh) -> Boundary:

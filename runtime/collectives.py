@@ -10,28 +10,29 @@ from torch import Tensor
 
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import current
+from shardc.runtime.slots import padded
 
 _OPS = ("sum", "max", "min", "prod")
 
 
-def all_gather(x: Tensor, *, dim: int, axis: str) -> Tensor:
-    """The chunks of all ranks side by side: dim grows n times."""
+def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> Tensor:
+    """The chunks of all ranks side by side: dim grows n times, less the padding beyond its `size`."""
     context = current()
     if context.size(axis) == 1:
         return x.contiguous()
     _check_dim(x, dim)
     parts = context.collective("all_gather", axis, x)
-    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
+    return _cropped(parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim), dim, size)
 
 
-def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum") -> Tensor:
-    """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times."""
+def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: int | None = None) -> Tensor:
+    """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times, or to `chunk`."""
     context = current()
     n = context.size(axis)
     _check_op(op)
     if n == 1:
         return x.contiguous()
-    return context.collective("reduce_scatter", axis, _chunks(x, dim, n), op)
+    return context.collective("reduce_scatter", axis, _chunks(x, dim, n, chunk), op)
 
 
 def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
@@ -43,23 +44,26 @@ def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
     return context.collective("all_reduce", axis, x, op)
 
 
-def all_to_all(x: Tensor, *, split_dim: int, concat_dim: int, axis: str) -> Tensor:
-    """Moves a split from `concat_dim` to `split_dim`: `split_dim` shrinks n times, `concat_dim` grows n times."""
+def all_to_all(
+    x: Tensor, *, split_dim: int, concat_dim: int, axis: str, chunk: int | None = None, size: int | None = None
+) -> Tensor:
+    """Moves a split from `concat_dim` to `split_dim`: `split_dim` shrinks n times (or to `chunk`), `concat_dim` grows n
+    times (less the padding beyond `size`)."""
     context = current()
     n = context.size(axis)
     if n == 1:
         return x.contiguous()
     _check_dim(x, concat_dim)
-    parts = context.collective("all_to_all", axis, _chunks(x, split_dim, n))
-    return torch.cat(parts.unbind(0), concat_dim)
+    parts = context.collective("all_to_all", axis, _chunks(x, split_dim, n, chunk))
+    return _cropped(torch.cat(parts.unbind(0), concat_dim), concat_dim, size)
 
 
-def shard(x: Tensor, *, dim: int, axis: str) -> Tensor:
-    """This rank's chunk of an even split of dim. Local: nothing is sent."""
+def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Tensor:
+    """This rank's chunk of dim: an even part, or `chunk` elements, the last ones padded. Local: nothing is sent."""
     context = current()
     n = context.size(axis)
-    _check_even(x, dim, n)
-    return x.chunk(n, dim)[context.coordinates[axis]].contiguous() if x.shape[dim] else x.contiguous()
+    _check_dim(x, dim)
+    return _chunks(x, dim, n, chunk)[context.coordinates[axis]].contiguous()
 
 
 def to_partial(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
@@ -86,13 +90,15 @@ def _check_dim(x: Tensor, dim: int) -> None:
         raise RankError(f"dim {dim} is not a dim of a tensor of shape {tuple(x.shape)}")
 
 
-def _check_even(x: Tensor, dim: int, n: int) -> None:
+def _chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
+    """`(n, *chunk)`: the n chunks of dim, stacked."""
     _check_dim(x, dim)
+    if chunk is not None:
+        x = padded(x, dim, n * chunk)
     if x.shape[dim] % n:
         raise RankError(f"dim {dim} of shape {tuple(x.shape)} does not split evenly into {n} chunks")
-
-
-def _chunks(x: Tensor, dim: int, n: int) -> Tensor:
-    """`(n, *chunk)`: the n chunks of dim, stacked."""
-    _check_even(x, dim, n)
     return x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0)
+
+
+def _cropped(x: Tensor, dim: int, size: int | None) -> Tensor:
+    return x if size is None else x.narrow(dim, 0, size).contiguous()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import Context, Mesh, Result
-from shardc.runtime.slots import Slot, cut, placements
+from shardc.runtime.slots import Slot, cut, placements, valid_shape
 from shardc.runtime.virtual import VirtualMesh
 
 _REDUCTIONS = {"sum": "sum", "max": "max", "min": "min", "prod": "product"}
@@ -140,7 +140,10 @@ _MESHES: dict[tuple[tuple[str, int], ...], tuple[object, DistributedMesh]] = {}
 
 
 def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
-    """The DTensor of the slot's global shape whose part on this rank is `local`."""
+    """The DTensor of the slot's global shape whose part on this rank is `local`, less its padding."""
+    valid = valid_shape(slot.shape, slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
+    if valid != tuple(local.shape):
+        local = local[tuple(slice(size) for size in valid)].contiguous()
     strides = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
     return DTensor.from_local(
         local,

@@ -1,4 +1,5 @@
-"""Indices into a dim that is split: rebased to the own chunk, with one dummy row that takes all the others."""
+"""Indices into a dim that is split: rebased to the own chunk, with one dummy row that takes all the others. And masks
+for the padding of dims that do not divide."""
 
 from __future__ import annotations
 
@@ -6,20 +7,24 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
-from shardc.runtime.mesh import current
+from shardc.runtime.parts import Part
 
 
-def rebase(indices: Tensor, *, axes: tuple[str, ...], size: int) -> Tensor:
-    """Indices into a global dim → indices into the own chunk of `size` rows; those outside become `size`, the dummy.
+def rebase(indices: Tensor, *, part: Part) -> Tensor:
+    """Indices into a global dim → indices into the rank's part of it; those outside become its length, the dummy row.
 
-    `axes` split the dim, major to minor. Negative indices (an `ignore_index`) are outside on every rank.
+    Negative indices (an `ignore_index`) are outside on every rank.
     """
-    context = current()
-    chunk = 0
-    for axis in axes:
-        chunk = chunk * context.size(axis) + context.coordinates[axis]
-    local = indices - chunk * size
-    return torch.where((local >= 0) & (local < size), local, size)
+    local = indices - part.start
+    return torch.where((local >= 0) & (local < part.valid), local, part.length)
+
+
+def fill(x: Tensor, *, dim: int, part: Part, value: float, outer: int = 1) -> Tensor:
+    """`x` with `value` in the padding of the part in `dim`, which is `(outer, part, rest)`."""
+    if outer == 1 and x.shape[dim] == part.length:
+        return part.fill(x, dim, value)
+    blocks = x.unflatten(dim, (outer, part.length, x.shape[dim] // outer // part.length))
+    return part.fill(blocks, dim + 1, value).flatten(dim, dim + 2)
 
 
 def pad_dummy(x: Tensor, *, dim: int) -> Tensor:

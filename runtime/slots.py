@@ -51,25 +51,38 @@ class Slot:
 def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]) -> Tensor:
     """The part of the global `tensor` that the rank at `coordinates` holds. Contiguous; without cuts not a copy.
 
-    RankError where a dim does not split evenly.
+    Where a dim does not split evenly the last parts are padded with zeros.
     """
     for dim, outer, axis in cuts:
         n, size = axes[axis], tensor.shape[dim]
-        if size % (outer * n):
-            raise RankError(
-                f"dim {dim} of {tuple(tensor.shape)} does not split into {outer} x {n} even chunks ({axis})"
-            )
-        blocks = tensor.unflatten(dim, (outer, n, size // (outer * n)))
-        tensor = blocks.select(dim + 1, coordinates[axis]).flatten(dim, dim + 1)
+        if size % outer:
+            raise RankError(f"dim {dim} of {tuple(tensor.shape)} does not fall into {outer} blocks ({axis})")
+        chunk = -(-size // outer // n)
+        blocks = padded(tensor.unflatten(dim, (outer, size // outer)), dim + 1, chunk * n)
+        tensor = blocks.narrow(dim + 1, coordinates[axis] * chunk, chunk).flatten(dim, dim + 1)
     return tensor.contiguous()
 
 
+def padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """`tensor` with zeros at the end of `dim` up to `size` elements; itself where it has them."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
 def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> Tensor:
-    """The global tensor of `shape` from the local ones of all ranks, numbered row-major over `axes`.
+    """The global tensor of `shape` from the local ones of all ranks, numbered row-major over `axes`, less padding.
 
     Ranks that hold the same part must hold the same values: the part of the lowest is taken. RankError if the parts do
     not make up `shape`.
     """
+    shapes = local_shapes(shape, cuts, axes)
+    if tuple(parts[0].shape) != shapes[-1]:
+        own = tuple(parts[0].shape)
+        raise RankError(f"local parts of shape {own} do not paste to {tuple(shape)}: that takes {shapes[-1]}")
 
     def build(level: int, coordinates: dict[str, int]) -> Tensor:
         if level == len(cuts):
@@ -79,31 +92,47 @@ def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mappi
             return parts[rank]
         dim, outer, axis = cuts[level]
         pieces = [build(level + 1, {**coordinates, axis: index}) for index in range(axes[axis])]
-        if outer == 1:
-            return torch.cat(pieces, dim)
         blocks = [piece.unflatten(dim, (outer, piece.shape[dim] // outer)) for piece in pieces]
-        return torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
+        whole = torch.cat(blocks, dim + 1).narrow(dim + 1, 0, shapes[level][dim] // outer)
+        return whole.flatten(dim, dim + 1)
 
-    result = build(0, {})
-    if tuple(result.shape) != tuple(shape):
-        raise RankError(
-            f"local parts of shape {tuple(parts[0].shape)} paste to {tuple(result.shape)}, not {tuple(shape)}"
-        )
-    return result
+    return build(0, {})
+
+
+def local_shapes(shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """The shape before every cut, and the local shape, padding included, after the last."""
+    shapes = [tuple(shape)]
+    for dim, outer, axis in cuts:
+        local = list(shapes[-1])
+        local[dim] = outer * -(-local[dim] // outer // axes[axis])
+        shapes.append(tuple(local))
+    return shapes
+
+
+def valid_shape(
+    shape: Sequence[int], cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]
+) -> tuple[int, ...]:
+    """The local shape without padding, of cuts that DTensor can store: these pad a dim at its end alone."""
+    valid = list(shape)
+    for (dim, _, axis), local in zip(cuts, local_shapes(shape, cuts, axes)[1:], strict=True):
+        even = valid[dim] % axes[axis] == 0
+        rest = valid[dim] // axes[axis] if even else valid[dim] - coordinates[axis] * local[dim]
+        valid[dim] = min(max(rest, 0), local[dim])
+    return tuple(valid)
 
 
 def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tuple[Placement, ...]:
     """DTensor placements, one per mesh axis, that store on every rank exactly what `cut` gives.
 
     DTensor splits in the order of the mesh's axes; `_StridedShard(dim, split_factor=outer)` is our cut with `outer`.
-    So the cuts are brought into mesh order. RankError where a dim is uneven, an axis is used twice, no such order
-    exists, or DTensor could not put the global tensor together again.
+    So the cuts are brought into mesh order. RankError where a cut of an uneven dim is not its last, an axis is used
+    twice, no such order exists, or DTensor could not put the global tensor together again.
     """
     result: dict[str, Placement] = {}
     if len({axis for _, _, axis in cuts}) < len(cuts):
         raise RankError(f"an axis is used twice in the cuts {cuts}")
     for dim in {dim for dim, _, _ in cuts}:
-        own = [(outer, axis) for at, outer, axis in cuts if at == dim]
+        own = [(outer, axis) for at, outer, axis in cuts if at == dim and axes[axis] > 1]
         ordered = _in_mesh_order(own, dim, shape, axes)
         if not _reassembles(ordered, axes):
             raise RankError(
@@ -116,9 +145,10 @@ def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tup
 
 
 def cuts_of(placements: Sequence[Placement], shape: Sequence[int], axes: Mapping[str, int]) -> Cuts:
-    """The inverse of `placements`: cuts in the order of the mesh's axes. RankError for Partial and for uneven dims."""
+    """The inverse of `placements`: cuts in the order of the mesh's axes. RankError for Partial, and for shards of a dim
+    that is uneven already."""
     cuts: list[tuple[int, int, str]] = []
-    local = list(shape)
+    local, uneven = list(shape), set[int]()
     for (axis, n), placement in zip(axes.items(), placements, strict=True):
         if isinstance(placement, Replicate):
             continue
@@ -126,9 +156,11 @@ def cuts_of(placements: Sequence[Placement], shape: Sequence[int], axes: Mapping
             raise RankError(f"{placement} on axis {axis!r} is no split of the tensor and has no cuts")
         outer = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         dim = placement.dim % len(local) if local else 0
-        if not local or local[dim] % (outer * n):
+        even = bool(local) and local[dim] % (outer * n) == 0
+        if n > 1 and (not local or dim in uneven or not (even or outer == 1)):
             raise RankError(f"dim {dim} of {tuple(shape)} does not split evenly as {placement} on axis {axis!r}")
-        local[dim] //= n
+        uneven |= set() if even else {dim}
+        local[dim] = -(-local[dim] // n)
         cuts.append((dim, outer, axis))
     return tuple(cuts)
 
@@ -142,7 +174,8 @@ def _in_mesh_order(
     if used == ordered:
         local = shape[dim]
         for outer, axis in cuts:
-            if local % (outer * axes[axis]):
+            uneven_last = outer == 1 and axis == used[-1]
+            if local % (outer * axes[axis]) and not uneven_last:
                 raise _not_expressible(dim, shape, outer, axis, axes[axis])
             local //= axes[axis]
         return cuts

@@ -1,5 +1,7 @@
 """Layouts: what every mesh axis does to one tensor, with the order of the axes that split one dim.
 
+An atom may be split by an axis that does not divide it: `250@tp` on four ranks is 63 rows each, the last two of which
+are padding on the last rank.
 A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design.md).
 Printed and parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is
 whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
@@ -117,7 +119,7 @@ class Layout:
         return B
 
     def check(self, mesh: Mesh) -> None:
-        """Raise LayoutError if an axis is unknown, used twice, or does not divide its atom."""
+        """Raise LayoutError if an axis is unknown or used twice."""
         seen: set[str] = set()
         used = [a for dim in self.dims for atom in dim for a in atom.axes] + [name for name, _ in self.partial]
         for axis in used:
@@ -126,27 +128,26 @@ class Layout:
             if axis in seen:
                 raise LayoutError(f"{self} uses axis {axis!r} twice; an axis splits one dim or none")
             seen.add(axis)
-        for dim in self.dims:
-            for atom in dim:
-                if atom.size % mesh.ways(atom.axes):
-                    ways = mesh.ways(atom.axes)
-                    raise LayoutError(f"{self}: {atom.size} does not divide into {ways} parts over {atom.axes}")
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        return tuple(math.prod(atom.size // mesh.ways(atom.axes) for atom in dim) for dim in self.dims)
+        """The shape that every rank holds, padding included."""
+        return tuple(math.prod(mesh.chunk(atom.size, atom.axes) for atom in dim) for dim in self.dims)
 
     def simplify(self, mesh: Mesh) -> Layout:
         """The same layout with as few atoms and axes as express it: equal layouts simplify to equal objects."""
         return Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
 
     def cuts(self, mesh: Mesh) -> tuple[tuple[int, int, str], ...]:
-        """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design.md)."""
+        """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design.md). Raises LayoutError
+        where an atom before others in its dim does not divide: no slice of the whole dim gives that."""
         found: list[tuple[int, int, str]] = []
         for index, dim in enumerate(self.dims):
             outer = 1
-            for atom in dim:
+            for position, atom in enumerate(dim):
+                if atom.size % mesh.ways(atom.axes) and any(later.size > 1 for later in dim[position + 1 :]):
+                    raise LayoutError(f"{self}: {atom} does not divide, and stands before others in its dim")
                 found += [(index, outer, axis) for axis in atom.axes if mesh.sizes[axis] > 1]
-                outer *= atom.size // mesh.ways(atom.axes)
+                outer *= mesh.chunk(atom.size, atom.axes)
         return tuple(found)
 
     def to_dtensor(self, mesh: Mesh) -> tuple[DTensorPlacement, ...]:
@@ -161,7 +162,7 @@ class Layout:
 
     @staticmethod
     def from_dtensor(given: Sequence[DTensorPlacement], shape: Sequence[int], mesh: Mesh) -> Layout:
-        """The layout that DTensor placements stand for. Raises LayoutError for uneven shards."""
+        """The layout that DTensor placements stand for. Raises LayoutError for shards of uneven shards."""
         partial = tuple(
             (name, p.reduce_op) for name, p in zip(mesh.names, given, strict=True) if isinstance(p, Partial)
         )
@@ -227,7 +228,7 @@ def _merge(dim: tuple[Atom, ...], mesh: Mesh) -> tuple[Atom, ...]:
         if atom.size == 1 and len(dim) > 1:
             continue
         last = merged[-1] if merged else None
-        if last and not atom.axes:
+        if last and not atom.axes and last.size % mesh.ways(last.axes) == 0:
             merged[-1] = Atom(last.size * atom.size, last.axes)
         elif last and last.size == mesh.ways(last.axes):
             merged[-1] = Atom(last.size * atom.size, last.axes + atom.axes)
@@ -241,7 +242,7 @@ def _cut(dim: list[Atom], outer: int, axis: str, mesh: Mesh) -> list[Atom]:
     done: list[Atom] = []
     left = outer
     for position, atom in enumerate(dim):
-        local = atom.size // mesh.ways(atom.axes)
+        local = mesh.chunk(atom.size, atom.axes)
         if left == 1:
             return [*done, *_append_axis(dim[position:], axis)]
         if local <= left and left % local == 0:

@@ -57,5 +57,18 @@ class Mesh:
         sizes = self.sizes
         return math.prod(sizes[axis] for axis in axes)
 
+    def chunk(self, size: int, axes: tuple[str, ...]) -> int:
+        """Elements that a rank holds of a dim of `size` split over `axes`, major to minor: each axis deals out equal
+        chunks, the last of which may be padded."""
+        sizes = self.sizes
+        for axis in axes:
+            size = -(-size // sizes[axis])
+        return size
+
+    def splits(self, size: int, axes: tuple[str, ...]) -> bool:
+        """Whether `axes` may split a dim of `size`: evenly, or with padding where there is something for every rank."""
+        ways = self.ways(axes)
+        return size % ways == 0 or size >= ways
+
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)

@@ -171,7 +171,7 @@ class Call:
             (op.node.args, dict(op.node.kwargs)), lambda n: next(supply) if n in wanted else n
         )
         call = graph.call_function(op.node.target, args, kwargs)  # type: ignore[arg-type]
-        call.meta = {"op": op, "strategy": strategy, "dtype": None}
+        call.meta = {"op": op, "shape": self.shape, "strategy": strategy, "dtype": None}
         several, layouts, results = isinstance(value_of(op.node), (tuple, list)), dict[int, Layout](), list[fx.Node]()
         for index, result in enumerate(op.results):
             splits = make(self.shape, strategy, index, mesh)
@@ -236,12 +236,22 @@ def _program(graph: fx.Graph, inputs: int, results: Sequence[fx.Node]) -> Progra
     return Program(graph, ports, outputs, tree_structure(list(results)), list(range(len(results))))
 
 
-def _cut(x: Tensor, layout: Layout, mesh: Mesh, where: Mapping[str, int]) -> Tensor:
-    """The part of a global tensor that the rank at coordinates `where` holds."""
-    for dim, outer, axis in layout.cuts(mesh):
-        pieces = x.unflatten(dim, (outer, x.shape[dim] // outer))
-        x = pieces.chunk(mesh.sizes[axis], dim + 1)[where[axis]].flatten(dim, dim + 1)
-    return x
+def _cut(x: Tensor, layout: Layout, mesh: Mesh, where: Mapping[str, int], padding: Any) -> Tensor:
+    """The part of a global tensor that the rank at coordinates `where` holds, with `padding` where nothing is."""
+    flat = x.reshape([atom.size for dim in layout.dims for atom in dim])
+    for index, atom in enumerate(atom for dim in layout.dims for atom in dim):
+        for axis in atom.axes:
+            size, ways = flat.shape[index], mesh.sizes[axis]
+            chunk = -(-size // ways)
+            missing = [*flat.shape[:index], chunk * ways - size, *flat.shape[index + 1 :]]
+            flat = torch.cat([flat, torch.full(missing, padding, dtype=x.dtype)], index)
+            flat = flat.narrow(index, where[axis] * chunk, chunk)
+    return flat.reshape(layout.local_shape(mesh))
+
+
+def garbage(x: Tensor) -> Any:
+    """What padding may hold at worst."""
+    return float("nan") if x.is_floating_point() or x.is_complex() else x.dtype is torch.bool or 99
 
 
 def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list[Tensor]:
@@ -263,7 +273,8 @@ def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list
     parts: list[Tensor] = []
     for rank in machine.ranks:
         where = machine.coordinates(rank)
-        parts.append(_cut(addends[tuple(where[a] for a in axes)], layout, mesh, where).contiguous())
+        addend = addends[tuple(where[a] for a in axes)]
+        parts.append(_cut(addend, layout, mesh, where, garbage(x)).contiguous())
     return parts
 
 
@@ -293,15 +304,14 @@ def gather(
     seen = 0
     for place, part in combined.items():
         where = dict(zip(mesh.names, place, strict=True))
-        own = _cut(ids, layout, mesh, where).reshape(-1)
-        seen += own.numel()
-        right = expected.reshape(-1)[own].reshape(part.shape)
+        own = _cut(ids, layout, mesh, where, -1).reshape(-1)
+        real = own >= 0
+        seen += int(real.sum())
+        right, got = expected.reshape(-1)[own[real]], part.reshape(-1)[real]
         try:
-            torch.testing.assert_close(part, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+            torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance, equal_nan=True)
         except AssertionError as error:
-            return (
-                f"at {where}: {str(error).splitlines()[0]} got {part.reshape(-1)[:6]} should be {right.reshape(-1)[:6]}"
-            )
+            return f"at {where}: {str(error).splitlines()[0]} got {got[:6]} should be {right[:6]}"
     return "" if seen >= expected.numel() else "parts are missing"
 
 

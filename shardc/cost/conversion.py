@@ -83,8 +83,7 @@ def steps(splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ..
 
     def free(axis: str) -> list[int]:
         """The atoms that `axis` could split next."""
-        ways = mesh.sizes[axis]
-        return [a for a, held in enumerate(splits.axes) if sizes[a] % (mesh.ways(held) * ways) == 0]
+        return [a for a, held in enumerate(splits.axes) if mesh.splits(sizes[a], (*held, axis))]
 
     for axis, ways in mesh.axes:
         if ways == 1:
@@ -123,23 +122,32 @@ class TensorClass:
         return {splits: i for i, splits in enumerate(self.layouts)}
 
     def local_bytes(self, splits: Splits) -> float:
-        ways = math.prod(self.mesh.ways(axes) for axes in splits.axes)
-        return math.prod(self.sizes) * self.itemsize / ways
+        """Bytes that a rank holds, padding included."""
+        return self.itemsize * math.prod(map(self.mesh.chunk, self.sizes, splits.axes))
 
     @cached_property
     def _moves(self) -> dict[int, dict[int, tuple[float, Step]]]:
         """Per layout, the layouts one step away with the seconds and the step."""
         moves: dict[int, dict[int, tuple[float, Step]]] = {}
         for i, splits in enumerate(self.layouts):
-            size = self.local_bytes(splits)
             found: dict[int, tuple[float, Step]] = {}
             for step in steps(splits, self.sizes, self.mesh, self.ops):
-                after = self.index[apply(splits, step, self.mesh)]
-                # a shard writes only what it keeps
-                moved = size / self.mesh.sizes[step.axis] if step.kind == "shard" else size
-                found[after] = step_seconds(step.kind, step.axis, moved, self.mesh, self.device), step
+                after = apply(splits, step, self.mesh)
+                moved = self._operand_bytes(splits, after, step)
+                found[self.index[after]] = step_seconds(step.kind, step.axis, moved, self.mesh, self.device), step
             moves[i] = found
         return moves
+
+    def _operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
+        """Bytes of a step's local operand, padded to chunks of the atom that it splits."""
+        if step.kind == "shard":
+            return self.local_bytes(after)  # it writes only what it keeps
+        size = self.local_bytes(before)
+        if step.target is None:
+            return size
+        atom, held = self.sizes[step.target], before.axes[step.target]
+        chunk = self.mesh.chunk(atom, (*held, step.axis))
+        return size / self.mesh.chunk(atom, held) * chunk * self.mesh.sizes[step.axis]
 
     @cached_property
     def seconds(self) -> np.ndarray:
@@ -171,6 +179,6 @@ def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iter
         if len({op for _, op in partial}) > 1:
             continue
         held = [tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == atom) for atom in range(len(sizes))]
-        if all(size % mesh.ways(axes) == 0 for size, axes in zip(sizes, held, strict=True)):
+        if all(map(mesh.splits, sizes, held)):
             for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
                 yield Splits(tuple(order), partial)

@@ -42,7 +42,7 @@ def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None 
     text = " ".join(
         f"{word.rstrip(',')}!{',' * word.endswith(',')}" if word.rstrip(",") in stuck else word for word in text.split()
     )
-    return parse(_ones(text, x, weight, offsets), [{0}, {1}], flops=["m k n"])
+    return parse(_ones(text, x, weight, offsets), [{0}, {1}], flops=["m k n"], even=True)
 
 
 @named("transformers.grouped_mm_fallback.default")

@@ -62,6 +62,7 @@ class Rule:
     body: Body | None = None
     sends: Mapping[str, tuple[Send, ...]] = field(default_factory=dict[str, tuple[Send, ...]])
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
+    even: bool = False
 
 
 def parse(
@@ -73,9 +74,11 @@ def parse(
     body: Body | None = None,
     sends: Mapping[str, Iterable[Send]] | None = None,
     parts: Mapping[str, Iterable[int]] | None = None,
+    even: bool = False,
 ) -> Rule:
     """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
-    `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only."""
+    `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is
+    split unevenly, because the operator may fail on what padding holds."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
@@ -121,6 +124,7 @@ def parse(
         body,
         {name: tuple(given) for name, given in (sends or {}).items()},
         {name: frozenset(given) for name, given in (parts or {}).items()},
+        even,
     )
 
 

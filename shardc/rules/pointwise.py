@@ -47,6 +47,12 @@ GROUPS: Mapping[OpOverload, tuple[set[int], ...]] = {
 }
 """Groups of operands in which the others are linear."""
 
+FAILING = (
+    aten.floor_divide.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.div.Tensor_mode, aten.pow.Tensor_Tensor,
+    aten.remainder.Scalar_Tensor, aten.pow.Scalar,
+)  # fmt: skip
+"""Of integers these raise where padding happens to hold a zero or a negative number."""
+
 UNTAGGED = (
     aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor,
     aten.zeros_like.default,
@@ -78,7 +84,9 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
         return " ".join("1" if size == 1 else name for size, name in zip(x.shape, own, strict=True))
 
     return parse(
-        f"{', '.join(dims(x) for x in operands)} -> {' '.join(names)}", _groups(operator, arguments, keywords, operands)
+        f"{', '.join(dims(x) for x in operands)} -> {' '.join(names)}",
+        _groups(operator, arguments, keywords, operands),
+        even=operator in FAILING and not any(x.is_floating_point() for x in operands),
     )
 
 

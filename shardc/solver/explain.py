@@ -5,8 +5,8 @@ The model knows layouts and no costs. Tied values form one group and share their
 
 * `split[d, a]`: axis `a` splits dim `d`; an axis splits at most one dim of a value;
 * `major[d, a, b]`: where both split `d`, `a` stands before `b`;
-* the sizes of the axes that split `d` must multiply to a divisor of its size, for every member of the group.
-  Divisors of divisors divide, so it suffices to forbid the minimal bad sets of axes.
+* the axes that split `d` must divide its size or have no more ranks than it has elements, for every member of the
+  group. What holds for a set of axes holds for its subsets, so it suffices to forbid the minimal bad sets.
 
 A request fixes some dims of a value: `(a, b)` says that exactly `a` and `b` split it, `a` major; `()` that it stays
 whole; None leaves it open. Each request is one assumption literal. z3's unsatisfiable core is then thinned by
@@ -116,12 +116,12 @@ class _Legality:
 
 
 def _bad_sets(mesh: Mapping[str, int], sizes: set[int]) -> list[tuple[str, ...]]:
-    """The minimal sets of axes whose product does not divide every one of the sizes."""
+    """The minimal sets of axes with more ranks than one of the sizes has elements."""
     bad: list[tuple[str, ...]] = []
     for count in range(1, len(mesh) + 1):
         for axes in itertools.combinations(mesh, count):
             product = math.prod(mesh[axis] for axis in axes)
-            if any(size % product for size in sizes) and not any(set(b) <= set(axes) for b in bad):
+            if any(size % product and size < product for size in sizes) and not any(set(b) <= set(axes) for b in bad):
                 bad.append(axes)
     return bad
 

@@ -163,6 +163,8 @@ class Network:
             tests.append((0, lambda splits: not any(splits.axes)))
         if port is not None and (port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.whole_outputs)):
             tests.append((0, self._storable(op.results[0].value)))
+        elif port is not None:
+            tests.append((0, self._sliceable(op.results[0].value)))
         if not tests and not self.wishes:
             return None
 
@@ -187,6 +189,19 @@ class Network:
                 return False
             try:
                 layout.to_dtensor(self.mesh)
+            except LayoutError:
+                return False
+            return True
+
+        return test
+
+    def _sliceable(self, value: Value) -> Accepts:
+        """What local slices of the global tensor give: what enters a generated module."""
+        leaves = self.factored.leaves(value.key)
+
+        def test(splits: Splits) -> bool:
+            try:
+                layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True))).cuts(self.mesh)
             except LayoutError:
                 return False
             return True

@@ -52,6 +52,10 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     complete: frozenset[str]
     """Parted factors whose body makes complete results."""
+    indices: frozenset[int]
+    """Operands that hold indices, or numbers that count as such: garbage in their padding would be out of range."""
+    even: bool
+    """Whether padding could make the operator fail, so that no factor may be split unevenly."""
 
 
 def shape_of(factored: Factored, op: Op) -> Shape:
@@ -68,7 +72,17 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         op.rule.flops,
         first.dtype,
         op.rule.parted - set(op.rule.reductions),
+        _integers(op),
+        op.rule.even,
     )
+
+
+def _integers(op: Op) -> frozenset[int]:
+    """The integer operands of an operator that is not elementwise."""
+    if len({op.rule.results[0], *op.rule.operands}) == 1:
+        return frozenset()
+    kinds = [value_of(operand.node).dtype for operand in op.operands]
+    return frozenset(i for i, dtype in enumerate(kinds) if not (dtype.is_floating_point or dtype.is_complex))
 
 
 def _side(factored: Factored, op: Op, item: Operand | Result) -> Side:
@@ -132,17 +146,43 @@ class Options:
         return np.array([self._compute(s) for s in self.strategies])
 
     def _compute(self, strategy: Strategy) -> float:
-        ways = [self.mesh.ways(axes) for axes in strategy.split]
-        moved = sum(
-            side.itemsize * math.prod(side.sizes) / math.prod(ways[f] for b, f in side.leaves if b is not None and f is
-            not None) for side in (*self.shape.operands, *self.shape.results)
-        )  # fmt: skip
+        chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(self.shape.factors, strategy.split, strict=True)]
+        sides = (*self.shape.operands, *self.shape.results)
+        passes = [1 + 2 * len(masks(self.shape, strategy, k, self.mesh)) for k in range(len(self.shape.operands))]
+        passes += [1] * len(self.shape.results)
+        moved = sum(side.itemsize * _local(side, chunks) * n for side, n in zip(sides, passes, strict=True))
         flops = 0.0
         for product in self.shape.flops:
             names = set(product.split())
-            local = [f.size / w for f, w in zip(self.shape.factors, ways, strict=True) if f.name in names]
-            flops += 2 * math.prod(local)
+            flops += 2 * math.prod(c for f, c in zip(self.shape.factors, chunks, strict=True) if f.name in names)
         return self.device.compute_seconds(flops, moved, self.shape.dtype)
+
+
+def _local(side: Side, chunks: list[int]) -> int:
+    """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
+    own = {base: factor for base, factor in side.leaves if base is not None}
+    return math.prod(
+        size if own.get(base) is None else chunks[own[base]]  # type: ignore[index]
+        for base, size in enumerate(side.sizes)
+    )
+
+
+IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
+
+
+def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[int, float]:
+    """The factors along whose padding an operand must be filled before the operator runs, and with what: those that it
+    carries unevenly and that the operator reduces (the identity), and all in operands of indices (0, a valid index)."""
+    side, found = shape.operands[operand], dict[int, float]()
+    reductions = dict(shape.reductions)
+    for position, (factor, axes) in enumerate(zip(shape.factors, strategy.split, strict=True)):
+        if factor.name not in side.names or factor.size % mesh.ways(axes) == 0:
+            continue
+        if _reduced(shape, factor.name):
+            found[position] = IDENTITY[reductions.get(factor.name, "sum")]
+        elif operand in shape.indices:
+            found[position] = 0.0
+    return found
 
 
 def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
@@ -150,7 +190,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, s
     for factor, axes in zip(shape.factors, strategy.split, strict=True):
         for send in factor.parting.sends if factor.parting and axes else ():
             pairs = zip(shape.factors, strategy.split, strict=True)
-            size = math.prod(f.size // mesh.ways(held) for f, held in pairs if f.name in send.factors)
+            size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
             for axis in reversed(axes):
                 yield send.kind, axis, size
@@ -169,16 +209,26 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
             tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == i and isinstance(c, int))
             for i in range(len(shape.factors))
         ]
-        if all(_divides(f, axes, mesh) for f, axes in zip(shape.factors, held, strict=True)):
+        if all(_splittable(shape, f, axes, mesh) for f, axes in zip(shape.factors, held, strict=True)):
             for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
                 yield Strategy(tuple(order), passes)
 
 
-def _divides(factor: Factor, axes: tuple[str, ...], mesh: Mesh) -> bool:
-    parts = factor.parting.parts if factor.parting else None
-    if axes and parts is not None and (len(axes) > 1 or mesh.ways(axes) not in parts):
+def _splittable(shape: Shape, factor: Factor, axes: tuple[str, ...], mesh: Mesh) -> bool:
+    """Whether `axes` may split a factor. With padding where nothing mixes the padding in: the factor is parted, or not
+    reduced, or reduced by an operator that makes zero of zeros."""
+    parting = factor.parting
+    if axes and parting is not None and parting.parts is not None:
+        return len(axes) == 1 and mesh.ways(axes) in parting.parts
+    if factor.size % mesh.ways(axes) == 0:
+        return True
+    if shape.even or not mesh.splits(factor.size, axes):
         return False
-    return factor.size % mesh.ways(axes) == 0
+    if parting is not None or not _reduced(shape, factor.name):
+        return True
+    if dict(shape.reductions).get(factor.name, "sum") != "sum":
+        return len(shape.operands) == 1 and not shape.indices  # integers have no infinity
+    return any(any(factor.name in shape.operands[k].names for k in group) for group in shape.linear)
 
 
 def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:

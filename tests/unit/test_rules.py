@@ -26,8 +26,10 @@ RUNS = (
     ("major", (("a", 2),)),
     ("minor", (("a", 3),)),
     ("no", (("a", 2), ("b", 2))),
+    ("no", (("a", 4),)),
+    ("major", (("a", 5),)),
 )
-"""How operands' dims are cut into atoms, and the mesh."""
+"""How operands' dims are cut into atoms, and the mesh. Four and five ranks divide few of the samples' dims."""
 
 
 def name_of(operator: Any) -> str:
