@@ -7,7 +7,7 @@ one of whose parted factors is split gives way to its body.
 %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
     with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
                                                                  %e = embedding(%p, %j)
-%y = _softmax(%x, 1, False)       f32[32, 512@tp]           ->   %y = softmax(%x, 1, False, s=Part(("tp",), 512))
+%y = _softmax(%x, 1, False)       f32[32, 512@tp]           ->   %y = softmax(%x, 1, False, s=Part(('tp',), 512))
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Layout:
         """DTensor placements, one a mesh axis, exact. Raises LayoutError where DTensor cannot express the layout."""
         try:
             found = list(placements(self.simplify(mesh).cuts(mesh), self.shape, mesh.sizes))
-        except RankError as error:
+        except (RankError, LayoutError) as error:
             raise LayoutError(f"DTensor cannot express {self} on mesh {mesh}: {error}") from error
         for axis, op in self.partial:
             found[mesh.names.index(axis)] = Partial(op)
@@ -225,7 +225,7 @@ def _merge(dim: tuple[Atom, ...], mesh: Mesh) -> tuple[Atom, ...]:
     merged: list[Atom] = []
     for given in dim:
         atom = Atom(given.size, tuple(axis for axis in given.axes if mesh.sizes[axis] > 1))
-        if atom.size == 1 and len(dim) > 1:
+        if atom.size == 1 and not atom.axes and len(dim) > 1:
             continue
         last = merged[-1] if merged else None
         if last and not atom.axes and last.size % mesh.ways(last.axes) == 0:

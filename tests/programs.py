@@ -154,7 +154,7 @@ def constraint(g: Grower) -> None:
 
 
 def random_spec(random: Random, shape: list[int], axes: dict[str, int]) -> tuple[str | tuple[str, ...] | None, ...]:
-    """A constraint for a tensor: mostly one that divides, sometimes open, sometimes impossible."""
+    """A constraint for a tensor: mostly one that can be met, often unevenly, sometimes open, sometimes impossible."""
     free = list(axes)
     random.shuffle(free)
     spec: list[str | tuple[str, ...] | None] = []
@@ -166,7 +166,7 @@ def random_spec(random: Random, shape: list[int], axes: dict[str, int]) -> tuple
             spec.append("?")
         else:
             take = free[: 2 if choice > 0.93 else 1]
-            if size % math.prod(axes[a] for a in take) and random.random() < 0.95:
+            if size < math.prod(axes[a] for a in take) and random.random() < 0.95:
                 spec.append("?")
                 continue
             free = free[len(take) :]

@@ -133,17 +133,17 @@ class TensorClass:
             found: dict[int, tuple[float, Step]] = {}
             for step in steps(splits, self.sizes, self.mesh, self.ops):
                 after = apply(splits, step, self.mesh)
-                moved = self._operand_bytes(splits, after, step)
+                moved = self.operand_bytes(splits, after, step)
                 found[self.index[after]] = step_seconds(step.kind, step.axis, moved, self.mesh, self.device), step
             moves[i] = found
         return moves
 
-    def _operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
+    def operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
         """Bytes of a step's local operand, padded to chunks of the atom that it splits."""
         if step.kind == "shard":
             return self.local_bytes(after)  # it writes only what it keeps
         size = self.local_bytes(before)
-        if step.target is None:
+        if step.target is None or not size:
             return size
         atom, held = self.sizes[step.target], before.axes[step.target]
         chunk = self.mesh.chunk(atom, (*held, step.axis))

@@ -79,22 +79,22 @@ def test_constraint_in_code_with_too_many_entries_names_the_line() -> None:
         shardc.compile(Model(), "dp=2", X)
 
 
-def test_indivisible_dim_in_a_constraint() -> None:
+def test_a_constraint_on_a_dim_of_fewer_elements_than_ranks() -> None:
     with pytest.raises(
-        InfeasibleError, match=r"on up.weight: dim 0 has 16 elements, which tp=3 does not divide; choose another dim"
+        InfeasibleError, match=r"on up.weight: dim 0 has 16 elements, fewer than the 17 ranks of tp; choose another dim"
     ):
-        compile_mlp("tp=3", constraints={"up.weight": ("tp", None)})
+        compile_mlp("tp=17", constraints={"up.weight": ("tp", None)})
 
 
-def test_indivisible_dim_in_the_code_names_the_line() -> None:
+def test_more_ranks_than_elements_in_the_code_names_the_line() -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return constrain(x * 2, ("dp", None))
 
     with pytest.raises(
-        InfeasibleError, match=r"test_bad_input.py:\d+: dim 0 has 4 elements, which dp=3 does not divide"
+        InfeasibleError, match=r"test_bad_input.py:\d+: dim 0 has 4 elements, fewer than the 5 ranks of dp"
     ):
-        shardc.compile(Model(), "dp=3", X)
+        shardc.compile(Model(), "dp=5", X)
 
 
 def test_infeasible_constraints_name_a_minimal_set() -> None:
@@ -230,7 +230,7 @@ def test_a_failed_compile_leaves_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = set(vars(model))
     with pytest.raises(ShardcError):
-        shardc.compile(model, "tp=3", X, constraints={"up.weight": ("tp", None)})
+        shardc.compile(model, "tp=17", X, constraints={"up.weight": ("tp", None)})
     assert type(model) is MLP and set(vars(model)) == attributes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     torch.testing.assert_close(shardc.compile(model, "tp=2", X)(*X), model(*X))

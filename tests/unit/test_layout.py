@@ -86,12 +86,19 @@ def test_dtensor_cannot_express_two_pieces_of_one_dim() -> None:
     [
         ({"cp": S(0)}, "no axis 'cp'; it has dp, tp"),
         ({"dp": S(2)}, "out of range"),
-        ({"dp": S(0), "tp": S(0)}, "6 does not divide into 8 parts"),
     ],
 )
 def test_layout_refuses(given: dict[str, S], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout.of((6, 8), MESH, given)
+
+
+def test_an_uneven_dim_is_padded() -> None:
+    layout = Layout.of((6, 8), MESH, {"dp": S(0), "tp": S(0)})
+    assert layout.local_shape(MESH) == (1, 8)
+    assert Layout.of((7, 8), MESH, {"dp": S(0)}).to_dtensor(MESH) == (Shard(0), Replicate())
+    with pytest.raises(LayoutError, match="stands before others"):
+        Layout.parse("[(5@tp 3), 8]").cuts(MESH)
 
 
 def test_an_axis_is_used_once() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shardc.runtime import (
+    Part,
     RankError,
     VirtualMesh,
     all_gather,
@@ -161,7 +162,7 @@ def test_split_embedding_through_dummy_row():
     table, indices = torch.randn(12, 3), torch.tensor([0, 11, 5, 3, -100, 7])
 
     def program(local):
-        rows = pad_dummy(local, dim=0)[rebase(indices, axes=("b", "a"), size=3)]
+        rows = pad_dummy(local, dim=0)[rebase(indices, part=Part(("b", "a"), 12))]
         return all_reduce(all_reduce(rows, axis="a"), axis="b")
 
     def part(rank):

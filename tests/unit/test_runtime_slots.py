@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardc.runtime import RankError, VirtualMesh, cut, cuts_of, paste, placements
+from shardc.runtime.slots import valid_shape
 
 MESHES = [{"a": 2}, {"a": 3}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2, "c": 2}]
 
@@ -59,6 +60,18 @@ def test_cut_paste_and_placements(case):
     assert all(torch.equal(cut(whole, inverse, mesh.coordinates(r), axes), parts[r]) for r in mesh.ranks)
 
 
+@pytest.mark.parametrize("size", [1, 5, 6, 7, 9])
+def test_an_uneven_dim_is_stored_as_dtensor_does(size):
+    axes, cuts, whole = {"a": 4}, ((0, 1, "a"),), torch.arange(size * 3).reshape(size, 3)
+    (placement,) = placements(cuts, whole.shape, axes)
+    assert cuts_of((placement,), whole.shape, axes) == cuts
+    parts = [cut(whole, cuts, {"a": rank}, axes) for rank in range(4)]
+    assert torch.equal(paste(parts, whole.shape, cuts, axes), whole)
+    for rank, part in enumerate(parts):
+        rows = valid_shape(whole.shape, cuts, {"a": rank}, axes)
+        assert torch.equal(part[: rows[0]], stored_by_dtensor(whole, (placement,), {"a": (4, rank)}))
+
+
 def test_plain_orders_are_always_expressible():
     axes = {"a": 2, "b": 2, "c": 2}
     for order in itertools.permutations(axes):
@@ -66,10 +79,10 @@ def test_plain_orders_are_always_expressible():
 
 
 def test_refusals():
-    with pytest.raises(RankError, match="even"):
-        cut(torch.zeros(5), ((0, 1, "a"),), {"a": 0}, {"a": 2})
+    with pytest.raises(RankError, match="blocks"):
+        cut(torch.zeros(5), ((0, 2, "a"),), {"a": 0}, {"a": 2})
     with pytest.raises(RankError, match="uneven"):
-        placements(((0, 1, "a"),), (5,), {"a": 2})
+        placements(((0, 1, "a"), (0, 1, "b")), (5,), {"a": 2, "b": 2})
     with pytest.raises(RankError, match="together wrongly"):
         placements(((0, 2, "a"), (0, 3, "b")), (24,), {"a": 2, "b": 2})
     with pytest.raises(RankError, match="twice"):

@@ -22,8 +22,8 @@ Conflict = tuple[list[Request], list[tuple[str, str]], set[str]]
 CONFLICTS: dict[str, Conflict] = {
     "an axis on two dims": ([ROWS, ask("columns", "x", None, ("dp",)), OPEN], [], {"rows over dp", "columns"}),
     "an axis twice in one request": ([ask("both", "x", ("dp",), ("dp",)), ROWS], [], {"both"}),
-    "indivisible": ([ROWS, ask("seven", "odd", ("dp",), None)], [], {"seven"}),
-    "indivisible only by the product": ([ask("six", "odd", None, ("pp", "tp")), ROWS], [], {"six"}),
+    "fewer elements than ranks": ([ROWS, ask("seven", "odd", ("dp", "tp"), None)], [], {"seven"}),
+    "fewer only by the product": ([ask("six", "odd", None, ("pp", "tp")), ROWS], [], {"six"}),
     "split and whole": ([OPEN, ROWS, ask("whole", "x", (), None)], [], {"rows over dp", "whole"}),
     "two orders": ([ask("a", "x", None, ("dp", "tp")), ask("b", "x", None, ("tp", "dp")), ROWS], [], {"a", "b"}),
     "exactly one axis, and another": ([ROWS, ask("tp", "x", ("tp",), None)], [], {"rows over dp", "tp"}),
