@@ -37,7 +37,7 @@ class Learned:
     refused: str = ""
 
     def rule(self) -> Rule:
-        return parse(self.text, self.linear, self.reads, self.sizes)
+        return parse(self.text, self.linear, self.reads, self.sizes, even=True)
 
     def __str__(self) -> str:
         linear = f", linear={[set(group) for group in self.linear]}" if self.linear else ""
