@@ -23,7 +23,8 @@ from shardc.passes.normalize import normalize
 from shardc.passes.propagate import Propagated, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
-from shardc.plan import Conversion, Placed, Plan
+from shardc.passes.unknown import refuse_unknown, tried
+from shardc.plan import Conversion, Placed, Plan, Tried
 from shardc.printing import show
 from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
@@ -60,6 +61,7 @@ class Settings:
     mode: str
     whole_outputs: bool
     parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]
+    on_unknown: str = "replicate"
 
 
 def lower(program: Program, settings: Settings, phases: dict[str, float], print_graphs: bool = True) -> Lowered:
@@ -82,6 +84,8 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     factored = timed("factor", lambda: factor(program))
     if timed("retile", lambda: retile(factored, mesh, settings.parameters)):
         factored = timed("factor", lambda: factor(program))
+    if settings.on_unknown == "error":
+        refuse_unknown(factored)
     keep("retile", program.graph)
     constraints = collect(factored, mesh, settings.parameters)
     spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
@@ -97,11 +101,12 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     keep("reshard", graph)
     conversions = _conversions(network, graph, mesh, settings.device)
     compute = _compute(network, assignment)
+    unknown = tried(network, assignment, graph, conversions)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = code
-    plan = _plan(settings, factored, graph, conversions, compute, solution, spread, phases)
+    plan = _plan(settings, factored, graph, conversions, compute, solution, spread, phases, unknown)
     return Lowered(plan, code, graphs, program, graph)
 
 
@@ -173,7 +178,7 @@ def _compute(network: Network, assignment: Assignment) -> float:
 
 def _plan(
     settings: Settings, factored: Factored, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
-    solution: Solution, spread: Propagated, phases: dict[str, float],
+    solution: Solution, spread: Propagated, phases: dict[str, float], unknown: tuple[Tried, ...],
 ) -> Plan:  # fmt: skip
     mesh, program = settings.mesh, factored.program
     local = [node for node in graph.nodes if node.op == "placeholder"]
@@ -186,6 +191,7 @@ def _plan(
     return Plan(
         mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, solution.cost,
         solution.lower_bound, (*_padded(program, local, mesh), *(f"conflict: {c}" for c in spread.conflicts)), phases,
+        unknown,
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from shardc.errors import ShardcError
     from shardc.layout import B, Layout, P, S
     from shardc.mesh import Mesh
+    from shardc.rules.custom import rule
 
-__all__ = ["B", "Layout", "Mesh", "P", "S", "ShardcError", "compile", "constrain", "shard"]
+__all__ = ["B", "Layout", "Mesh", "P", "S", "ShardcError", "compile", "constrain", "rule", "shard"]
 
 _HOME = {
     "B": "shardc.layout",
@@ -25,6 +26,7 @@ _HOME = {
     "ShardcError": "shardc.errors",
     "compile": "shardc.api",
     "constrain": "shardc.constrain",
+    "rule": "shardc.rules.custom",
     "shard": "shardc.api",
 }
 """Where each public name lives. Generated code imports shardc.runtime, which must not load the compiler."""

@@ -30,17 +30,20 @@ from shardc.runtime import DistributedMesh, Executable, distribute, load, swap_i
 
 MODES = ("auto", "propagate")
 OUTPUTS = ("full", "sharded")
+UNKNOWN = ("replicate", "error")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for: mesh, mode, constraints by path, hardware, and how outputs come back."""
+    """What the user asked for: mesh, mode, constraints by path, hardware, how outputs come back, and what becomes of
+    operators that have no rule and cannot be split."""
 
     mesh: Mesh
     mode: str = "auto"
     constraints: Mapping[str, Spec] = field(default_factory=dict[str, Spec])
     device: Hardware = field(default_factory=lambda: hardware(this_hardware()))
     outputs: str = "full"
+    on_unknown: str = "replicate"
 
 
 def _request(
@@ -49,17 +52,21 @@ def _request(
     constraints: Mapping[str, Spec] | None,
     device: str | Hardware | None,
     outputs: str,
+    on_unknown: str,
 ) -> Request:
     if mode not in MODES:
         raise ShardcError(f"mode={mode!r} is not known; it is one of {', '.join(MODES)}")
     if outputs not in OUTPUTS:
         raise ShardcError(f"outputs={outputs!r} is not known; it is one of {', '.join(OUTPUTS)}")
+    if on_unknown not in UNKNOWN:
+        raise ShardcError(f"on_unknown={on_unknown!r} is not known; it is one of {', '.join(UNKNOWN)}")
     return Request(
         Mesh.parse(mesh) if mesh is not None else _default_mesh(),
         mode,
         dict(constraints or {}),
         hardware(device or this_hardware()),
         outputs,
+        on_unknown,
     )
 
 
@@ -152,15 +159,17 @@ def compile(
     constraints: Mapping[str, Spec] | None = None,
     hardware: str | Hardware | None = None,
     outputs: str = "full",
+    on_unknown: str = "replicate",
 ) -> Compiled:
     """Compile ahead of time. Of `example_inputs`, positional (a tuple) or keyword (a mapping), only the shapes count.
 
     A model on the meta device is planned without being allocated. `mode="auto"` lets the solver choose every layout,
     `"propagate"` spreads the constraints and leaves the rest whole. `outputs="sharded"` leaves outputs as they lie
-    (DTensors under torch.distributed). Raises ShardcError; the model stays as it was.
+    (DTensors under torch.distributed). Operators without a rule are tried; `on_unknown="error"` refuses those that
+    would have to run whole on every rank. Raises ShardcError; the model stays as it was.
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-    return _compile(model, args, kwargs, _request(mesh, mode, constraints, hardware, outputs))
+    return _compile(model, args, kwargs, _request(mesh, mode, constraints, hardware, outputs, on_unknown))
 
 
 def _compile(
@@ -183,7 +192,8 @@ def _compile(
     phases = {"capture": time.process_time() - start}
     ports = [port for port in program.inputs if port.role is Role.PARAMETER]
     parameters = _named(program, ports, specs, paths) + _stored(model, ports, request.mesh)
-    settings = Settings(request.mesh, request.device, request.mode, request.outputs == "full", parameters)
+    whole = request.outputs == "full"
+    settings = Settings(request.mesh, request.device, request.mode, whole, parameters, request.on_unknown)
     return Compiled(model, lower(program, settings, phases), request)
 
 
@@ -325,6 +335,7 @@ def shard(
     constraints: Mapping[str, Spec] | None = None,
     hardware: str | Hardware | None = None,
     outputs: str = "full",
+    on_unknown: str = "replicate",
 ) -> Any:
     """Shard a module (in place), a module class (decorator), or a function of tensors, over `mesh`.
 
@@ -332,11 +343,11 @@ def shard(
     torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. See `compile` for the
     options. Raises ShardcError for a request that makes no sense.
     """
-    if target is None:
-        return lambda real: shard(
-            real, mesh=mesh, mode=mode, constraints=constraints, hardware=hardware, outputs=outputs
-        )
-    request = _request(mesh, mode, constraints, hardware, outputs)
+    request = _request(mesh, mode, constraints, hardware, outputs, on_unknown)
+    return (lambda real: _sharded(real, request)) if target is None else _sharded(target, request)
+
+
+def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):

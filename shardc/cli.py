@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--mode", choices=api.MODES, default="auto", help="who decides what is not annotated")
         one.add_argument("--outputs", choices=api.OUTPUTS, default="full", help="gather outputs or leave them sharded")
         one.add_argument(
+            "--on-unknown", choices=api.UNKNOWN, default="replicate", help="operators that have no rule and no split"
+        )
+        one.add_argument(
             "--constraint",
             action="append",
             default=[],
@@ -162,6 +165,7 @@ def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> 
             constraints=constraints,
             hardware=options.hardware,
             outputs=options.outputs,
+            on_unknown=options.on_unknown,
         )
 
 

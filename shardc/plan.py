@@ -37,6 +37,23 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """An operator without a rule of its own: the `rule` that trial found for it.
+
+    Where none of its dims may be split, `replicated` says why, and every rank runs it whole, in `seconds`, after its
+    operands were gathered, in `gather_seconds`, for which a rank sends `gathered` bytes.
+    """
+
+    operator: str
+    place: str
+    rule: str
+    replicated: str
+    seconds: float
+    gather_seconds: float
+    gathered: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs under `lower_bound`.
 
@@ -55,6 +72,7 @@ class Plan:
     lower_bound: float
     notes: tuple[str, ...]
     phases: dict[str, float]
+    tried: tuple[Tried, ...] = ()
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
@@ -73,6 +91,8 @@ class Plan:
         sections = {
             "tensors": self._tensor_lines(),
             "sent, per rank and step": self._conversion_lines(),
+            "rules found by trial": self._tried_lines(),
+            "run whole on every rank, for want of a rule": self._replicated_lines(),
             "notes": list(self.notes),
         }
         lines = [f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}", *self._time_lines()]
@@ -125,6 +145,30 @@ class Plan:
             seconds = _seconds(sum(c.seconds for c in found))
             rows.append(("total", "", f"over {axis}", f"x{len(found)}", _bytes(sent), seconds, ""))
         return _columns(rows, "<<<>>><")
+
+
+    def _tried_lines(self) -> list[str]:
+        groups: dict[tuple[str, str], list[Tried]] = {}
+        for one in self.tried:
+            if not one.replicated:
+                groups.setdefault((one.operator, one.rule), []).append(one)
+        rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
+        return _columns(rows, "<<><") if rows else []
+
+    def _replicated_lines(self) -> list[str]:
+        groups: dict[tuple[str, str], list[Tried]] = {}
+        for one in self.tried:
+            if one.replicated:
+                groups.setdefault((one.operator, one.replicated), []).append(one)
+        rows = [
+            (
+                name, f"x{len(own)}", _seconds(sum(one.seconds for one in own)),
+                f"and gathers of {_bytes(sum(one.gathered for one in own))}",
+                _seconds(sum(one.gather_seconds for one in own)), f"first: {own[0].place}", why,
+            )
+            for (name, why), own in groups.items()
+        ]  # fmt: skip
+        return _columns(rows, "<>><><<") if rows else []
 
 
 def _columns(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
+from shardc.rules.recombine import (
+    FOLDS,
+    LOW,
+    Cell,
+    How,
+    Partition,
+    all_close,
+    close,
+    combines,
+    precision,
+    wrong,
+)
 from shardc.rules.specimen import KINDS, Call, Kind, Path, draw
-
-FOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul,
-}  # fmt: skip
-How = int | str
-"""What a cut does to a result: the dim that it cuts, `same` on every part, or how the parts combine."""
-
-Partition = list[list[int]]
-Cell = tuple[int, ...]
-_LOW = (torch.float16, torch.bfloat16)
-_PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, torch.complex64: 2e-5}
 
 
 @contextmanager
@@ -78,13 +79,16 @@ def partitions(size: int) -> list[Partition]:
 
 
 class Bench:
-    """A specimen, the inputs that it accepts, and its results on them. `brief`: one kind of inputs, two ways to cut."""
+    """A specimen, the inputs that it accepts, and its results on them. `brief`: one kind of inputs, two ways to cut.
 
-    def __init__(self, call: Call, *, brief: bool = False) -> None:
-        self.call, self.brief = call, brief
+    `example`: operands of the user, for operators that do not take made-up ones; what is tried on them is a claim.
+    """
+
+    def __init__(self, call: Call, *, brief: bool = False, example: Sequence[Tensor] | None = None) -> None:
+        self.call, self.brief, self.example = call, brief, example
         self._generator = torch.Generator().manual_seed(len(call.shapes))
         self.runs: list[Run] = []
-        for self.dtypes in _types(call.dtypes):
+        for self.dtypes in _types(call.dtypes) if example is None else [call.dtypes]:
             self.runs = list(self._accepted())
             if any(_tells(run) for run in self.runs):
                 break
@@ -94,10 +98,16 @@ class Bench:
             self._refuse_unfit()
         first = self.runs[0].results
         self.varies = [
-            any(not _close(run.results[i], one, 0.0) for run in self.runs[1:]) for i, one in enumerate(first)
+            example is not None or any(not close(run.results[i], one, 0.0) for run in self.runs[1:])
+            for i, one in enumerate(first)
         ]
 
     def _accepted(self) -> Iterator[Run]:
+        if self.example is not None:
+            results = self.results(self.example)
+            if results is not None:
+                yield Run(KINDS[0], list(self.example), results)
+            return
         integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
         kinds = [k for k in KINDS if k.integers == "index" or (integers and not self.unchecked)]
         for kind in kinds[:1] if self.brief else kinds:
@@ -128,11 +138,11 @@ class Bench:
     def _refuse_unfit(self) -> None:
         for run in self.runs[:2]:
             again = self.results(run.operands)
-            if again is None or not _all_close(again, run.results, 0.0):
+            if again is None or not all_close(again, run.results, 0.0):
                 raise Unfit("two runs on equal operands differ: it draws random numbers or keeps a state")
             turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in run.operands]
             other = self.results(turned)
-            if other is not None and not _all_close(other, run.results, 1e-3):
+            if other is not None and not all_close(other, run.results, 1e-3):
                 raise Unfit("its results depend on how its operands lie in memory")
 
     def options(self, cut: Cut) -> list[set[How]] | None:
@@ -170,19 +180,19 @@ class Bench:
         size = sum(map(len, partition))
         for dim in (d for d, n in enumerate(whole.shape) if n == size):
             pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
-            if all(_close(a, b, _tolerance(whole), kind) for a, b in zip(made, pieces, strict=True)):
+            if all(close(a, b, precision(whole), kind) for a, b in zip(made, pieces, strict=True)):
                 found.add(dim)
         # a result that is never anything else (no NaN, no error) tells nothing about where it comes from
         if self.varies[index] or self.brief:
-            if all(_close(part, whole, _tolerance(whole), kind) for part in made):
+            if all(close(part, whole, precision(whole), kind) for part in made):
                 found.add("same")
-            found |= {how for how in self._reductions(whole) if _combines(how, made, whole, kind)}
+            found |= {how for how in self._reductions(whole) if combines(how, made, whole, kind)}
         return found
 
     def _reductions(self, whole: Tensor) -> list[str]:
         """Sums of booleans are lost, those of low precision cannot be told from luck; see `unchecked`."""
         integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
-        if whole.dtype is torch.bool or whole.dtype in _LOW or (integers and self.unchecked):
+        if whole.dtype is torch.bool or whole.dtype in LOW or (integers and self.unchecked):
             return []
         return ["sum", "prod"] if whole.is_complex() else list(FOLDS)
 
@@ -228,17 +238,17 @@ class Bench:
 
     def additive(self, group: frozenset[int]) -> bool:
         """Whether the operator is additive in the operands of `group` together."""
-        told = 0
+        told, enough = 0, 4 if self.example is None else 1
         for run in self.runs:
             rest, mixed = run.operands, run.kind.floats == "mixed"
             if run.kind.floats == "special":  # infinite addends of one operand, the others finite
                 rest = self.runs[0].operands
-            for _ in range(6 if mixed else 1):
+            for _ in range(6 if mixed or self.example is not None else 1):
                 terms = {k: self._terms(run, k, rest[k]) for k in group}
                 if not self._sums(rest, terms, run.kind):
                     return False
             told += run.kind.floats in ("signed", "large", "small", "huge") and _tells(run)
-        return told >= 4
+        return told >= enough
 
     def _terms(self, run: Run, k: int, x: Tensor) -> list[Tensor]:
         if run.kind.floats == "special":
@@ -261,47 +271,29 @@ class Bench:
             made = [part[index] for part in parts if part is not None]
             if total is None and all(one is None for one in made):
                 continue
-            if total is None or not (total.is_floating_point() or total.is_complex()) or total.dtype in _LOW:
+            if total is None or not (total.is_floating_point() or total.is_complex()) or total.dtype in LOW:
                 return False
-            if not self.varies[index] or not _combines("sum", made, total, kind):
+            if not self.varies[index] or not combines("sum", made, total, kind):
                 return False
         return True
 
-    def together(self, cuts: Sequence[Cut], hows: Sequence[Sequence[How]]) -> bool:
-        """Whether several cuts at once recombine as each does alone; `hows` per cut what it does to every result."""
-        each = [partitions(self._size(cut))[1:3] or partitions(2) for cut in cuts]
-        for ways in itertools.islice(itertools.product(*each), 4):
-            for run in self.runs[::3]:
+    def difference(self, cuts: Sequence[Cut], hows: Sequence[Sequence[How]]) -> str:
+        """What goes wrong when one or several cuts at once do to the results what `hows` say, per cut; empty if
+        nothing does."""
+        several = len(cuts) > 1
+        each = [(partitions(self._size(cut))[1:3] or partitions(2)) if several else partitions(self._size(cut))
+                for cut in cuts]  # fmt: skip
+        for ways in itertools.islice(itertools.product(*each), 4 if several else None):
+            for run in self.runs[:: 3 if several else 1]:
                 cells = self.cells(run, cuts, ways)
                 if cells is None:
-                    return False
+                    return f"Cut into {' and '.join(map(str, ways))}, the operator refuses its part"
                 for index, whole in enumerate(run.results):
-                    if whole is None:
-                        continue
-                    values = {c: made[index] for c, made in cells.items()}
-                    if not _recombines(whole, values, [how[index] for how in hows], ways, run.kind):
-                        return False
-        return True
-
-
-def _recombines(
-    whole: Tensor, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition], kind: Kind
-) -> bool:
-    kinds = {how for how in hows if how in FOLDS}
-    if len(kinds) > 1:
-        return True  # partial in two ways at once: no strategy does this
-    groups: dict[Cell, list[Tensor | None]] = {}
-    for cell, value in values.items():
-        place = tuple(-1 if how in FOLDS else i for how, i in zip(hows, cell, strict=True))
-        groups.setdefault(place, []).append(value)
-    for place, made in groups.items():
-        piece = whole
-        for how, way, i in zip(hows, ways, place, strict=True):
-            if isinstance(how, int):
-                piece = piece.index_select(how, torch.tensor(way[i]))
-        if not _combines(str(next(iter(kinds), "max")), made, piece, kind):
-            return False
-    return True
+                    values = {cell: made[index] for cell, made in cells.items()}
+                    told = wrong(whole, values, [how[index] for how in hows], ways, run.kind)
+                    if told:
+                        return f"Cut into {' and '.join(map(str, ways))}, result {index} {told}"
+        return ""
 
 
 def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:
@@ -309,7 +301,7 @@ def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:
     widest = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
     found = [
         tuple(torch.float64 if d.is_floating_point else widest.get(d, d) for d in dtypes),
-        tuple(torch.float32 if d in _LOW else d for d in dtypes),
+        tuple(torch.float32 if d in LOW else d for d in dtypes),
         tuple(dtypes),
     ]
     return [types for i, types in enumerate(found) if types not in found[:i]]
@@ -318,44 +310,3 @@ def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:
 def _tells(run: Run) -> bool:
     """Whether at least one result is mostly finite numbers."""
     return any(x is not None and x.numel() and bool(x.isfinite().double().mean() > 0.5) for x in run.results)
-
-
-def _tolerance(x: Tensor) -> float:
-    return _PRECISION.get(x.dtype, 0.0)
-
-
-def _near(a: Tensor, b: Tensor, scale: Tensor, tolerance: float, kind: Kind) -> bool:
-    """Elementwise: within `tolerance` of `scale`; what rounding leaves of sums that cancel is forgiven, where no
-    magnitudes are mixed that this would hide."""
-    same = (a == b) | ((a != a) & (b != b))
-    sizes = scale.nan_to_num(0.0, 0.0, 0.0)
-    floor = 0.0 if kind.floats in ("mixed", "special") or not sizes.numel() else 1e-4 * float(sizes.max())
-    return bool((same | ((a - b).abs() <= tolerance * (sizes + floor))).all())
-
-
-def _close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: Kind = KINDS[0]) -> bool:
-    if a is None or b is None:
-        return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not tolerance or not (a.is_floating_point() or a.is_complex()):
-        return bool(((a == b) | ((a != a) & (b != b))).all())
-    return _near(a, b, b.abs(), tolerance, kind)
-
-
-def _all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
-    return len(one) == len(other) and all(_close(a, b, tolerance) for a, b in zip(one, other, strict=True))
-
-
-def _combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: Kind) -> bool:
-    made = [part for part in parts if part is not None]
-    if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
-        return False
-    total, scale = made[0], whole.abs() if whole.dtype is not torch.bool else whole
-    for part in made[1:]:
-        total = FOLDS[how](total, part)
-    if not (whole.is_floating_point() or whole.is_complex()):
-        return torch.equal(total, whole)
-    if how == "sum":  # sums of large parts cancel: what is lost is relative to the parts
-        scale = torch.stack([scale, *(part.abs() for part in made)]).amax(0)
-    return _near(total, whole, scale, _tolerance(whole), kind)

@@ -19,6 +19,7 @@ from shardc.errors import RuleError
 from shardc.graph import Program, Role, value_of, where
 from shardc.layout import Atom, Layout
 from shardc.rules.atoms import Atoms, Ref
+from shardc.rules.custom import given_rule
 from shardc.rules.learned import learned
 from shardc.rules.notation import Rule, Send, maker_of, parse
 from shardc.rules.trial import Learned
@@ -140,8 +141,9 @@ class _Walk:
         elif not (node.target in VIEWS and self._view(node)):
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
             maker = maker_of(node.target)
-            if maker is not None:
-                self._operator(node, maker(*args, **kwargs))
+            rule = maker(*args, **kwargs) if maker else given_rule(node.target, args, kwargs, value_of(node))
+            if rule is not None:
+                self._operator(node, rule)
             else:
                 found = _tried(node, args, kwargs)
                 self._operator(node, found.rule(), found)

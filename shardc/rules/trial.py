@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules.bench import FOLDS, Bench, Cut, How, Unfit, Unrunnable, undisturbed
+from shardc.rules.bench import Bench, Cut, Unfit, Unrunnable, undisturbed
 from shardc.rules.notation import Rule, Size, parse
+from shardc.rules.recombine import FOLDS, How
 from shardc.rules.specimen import Call, Operand, Path, specimens
 
 MOST_HYPOTHESES = 4096
@@ -210,7 +211,7 @@ class _Trial:
         return chosen
 
     def _together(self, splits: Sequence[Split]) -> bool:
-        return self.bench.together([s.cut for s in splits], [s.hows for s in splits])
+        return not self.bench.difference([s.cut for s in splits], [s.hows for s in splits])
 
     def _written(self, splits: list[Split], linear: list[frozenset[int]]) -> Learned:
         """The rule as text, factors named in the order in which the operands have them."""

@@ -191,3 +191,36 @@ def test_refusal_names_the_place() -> None:
 
     with pytest.raises(RuleError, match=r"odd.forgetful.default \(test_trial.py:\d+\).*two runs"), torch.no_grad():
         shardc.compile(Model(), "dp=2", (torch.randn(4, 6),))
+
+
+def test_the_plan_lists_what_was_tried_and_what_runs_whole() -> None:
+    with torch.no_grad():
+        plan = shardc.compile(Odd(), "dp=2", (torch.randn(8, 8, dtype=torch.float64),)).plan
+    (whole,) = [one for one in plan.tried if one.replicated]
+    assert whole.operator == "odd.nothing_splits.default" and "test_trial.py:" in whole.place
+    assert whole.seconds > 0
+    text = str(plan)
+    assert 'odd.rolled.default' in text and '"a b! -> a c!"' in text
+    assert "run whole on every rank, for want of a rule\n  odd.nothing_splits.default  x1" in text
+
+
+def test_gathers_before_an_unknown_operator_are_counted() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.odd.nothing_splits(x)
+
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        plan = shardc.compile(nn.Sequential(nn.Linear(64, 64), Model()), "dp=2", (x,), mode="propagate",
+                              constraints={"0": ("dp", None)}).plan  # fmt: skip
+    (whole,) = plan.tried
+    assert whole.gathered == 64 * 64 * 4 / 2 and whole.gather_seconds > 0
+
+
+def test_on_unknown_error_names_operator_place_and_way_out() -> None:
+    with pytest.raises(RuleError) as caught, torch.no_grad():
+        shardc.compile(Odd(), "dp=2", (torch.randn(8, 8, dtype=torch.float64),), on_unknown="error")
+    assert "odd.nothing_splits.default (test_trial.py:" in str(caught.value)
+    assert "shardc.rule" in str(caught.value) and "on_unknown='replicate'" in str(caught.value)
+    with pytest.raises(shardc.ShardcError, match="on_unknown='ignore' is not known; it is one of replicate, error"):
+        shardc.compile(Odd(), "dp=2", (torch.randn(8, 8),), on_unknown="ignore")

@@ -1,0 +1,248 @@
+"""Rules for operators of the user: `shardc.rule(my_op, "m k, k n -> m n")`. A rule is tried before it is believed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+
+from shardc.errors import RuleError
+from shardc.rules.bench import Bench, Cut, Unfit, Unrunnable, undisturbed
+from shardc.rules.notation import Dims, Rule, Size, maker_of, parse
+from shardc.rules.recombine import How
+from shardc.rules.specimen import Call, specimens
+from shardc.rules.trial import refusal
+
+_GIVEN: dict[OpOverload, list[Rule]] = {}
+_SIZES = (6, 4, 10, 9, 8, 12, 14, 15, 16, 18)
+
+
+def rule(
+    operator: OpOverload | OpOverloadPacket | CustomOpDef,
+    text: str,
+    *,
+    linear: Iterable[Iterable[int]] = (),
+    reads: Iterable[Iterable[int]] | None = None,
+    sizes: Mapping[int, Size] | None = None,
+    example: Sequence[Any] | None = None,
+) -> None:
+    """Say how an operator of `torch.library` may be split, for calls with the ranks that `text` has.
+
+    In `"m k, k n -> m n"` every letter is a factor: cut it in all operands that carry it, and the results are cut
+    likewise, or, where they do not carry it, parts of a sum (`k:max`, `k:min`, `k:prod` of another reduction). `s!` is
+    never split, `1` is a dim of size one, `_` an absent operand or result. `linear`: groups of operands, by position
+    among the tensors, in which the operator is additive when the others are fixed. `reads`: per result, the operands
+    that it depends on (default: all). `sizes`: per position of an integer argument, the factor whose size it is, or of
+    a list, its factors.
+
+    Operators of the backward are operators too; each has its own rule. Several texts may be given to one operator;
+    where none fits a call, a rule is sought by trial.
+
+    The rule is tried on small inputs. Where these cannot be made up from the text (arguments without defaults, indices,
+    integers that must fit each other), `example` gives the positional arguments of a call. Raises RuleError if a claim
+    does not hold, with the factor, and the values that differ.
+    """
+    overload = _overload(operator)
+    if maker_of(overload) is not None:
+        raise RuleError(f"{overload} has a rule in shardc, which knows more than its text can say")
+    refused = refusal(overload)
+    if refused:
+        raise RuleError(f"{overload} can have no rule: {refused}")
+    given = parse(text, linear, reads, sizes, even=True)  # what padding holds is not tried
+    if given.indices or given.parted:
+        raise RuleError(f"rule {text!r} of {overload}: `#` and `~` need more than a text; see shardc/rules/notation.py")
+    _check(overload, given, text, example)
+    _GIVEN.setdefault(overload, []).insert(0, given)
+
+
+def given_rule(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> Rule | None:
+    """The user's rule for one call; None if there is none that fits its ranks and sizes."""
+    rules = _GIVEN.get(operator, [])
+    call = Call.of(operator, args, kwargs) if rules else None
+    made = results if isinstance(results, (tuple, list)) else [results]
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in made]
+    return next((rule for rule in rules if call is not None and not _misfit(rule, call.actual, shapes)), None)
+
+
+def _overload(operator: Any) -> OpOverload:
+    if isinstance(operator, CustomOpDef):
+        return operator._opoverload
+    if isinstance(operator, OpOverloadPacket):
+        names = operator.overloads()
+        if len(names) != 1:
+            raise RuleError(f"{operator} has the overloads {', '.join(names)}: give each its rule")
+        return getattr(operator, names[0])
+    if isinstance(operator, OpOverload):
+        return operator
+    raise RuleError(f"{operator!r} is no operator of torch.library; wrap the function with torch.library.custom_op")
+
+
+def _misfit(rule: Rule, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int] | None]) -> str:
+    """Why a rule does not fit the shapes of a call; empty if it does."""
+    named = [names for names in rule.operands if names is not None]
+    if len(named) != len(operands):
+        return f"it has {len(named)} operands, the call {len(operands)}"
+    if len(rule.results) != len(results):
+        return f"it has {len(rule.results)} results, the call {len(results)}"
+    sizes: dict[str, int] = {}
+    pairs = [*zip(named, operands, strict=True), *zip(rule.results, results, strict=True)]
+    for names, shape in pairs:
+        if names is None or shape is None:
+            if names is not None or shape is not None:
+                return "a result is absent in one and present in the other"
+            continue
+        if len(names) != len(shape):
+            return f"{' '.join(n or '1' for n in names)!r} stands for a tensor of shape {tuple(shape)}"
+        for name, size in zip(names, shape, strict=True):
+            if name is None and size != 1:
+                return f"'1' stands for a dim of size {size}"
+            if name is not None and sizes.setdefault(name, size) != size:
+                return f"{name} has the sizes {sizes[name]} and {size}"
+    return ""
+
+
+def _check(operator: OpOverload, given: Rule, text: str, example: Sequence[Any] | None) -> None:
+    """RuleError if the operator does not do what the rule claims."""
+    title = f"rule {text!r} of {operator}"
+    args = list(example) if example is not None else _made_up(operator, given, title)
+    call = Call.of(operator, args, {})
+    found = specimens(call)
+    if not found:
+        raise RuleError(f"{title} cannot be checked: {_complaint(call)}. Pass example=(...), the arguments of a call")
+    misfit = _misfit(given, found[-1].actual, found[-1].results)
+    if misfit:
+        raise RuleError(f"{title} does not fit a call with shapes {list(call.actual)}: {misfit}")
+    with undisturbed():
+        benches = [bench for specimen in found for bench in _bench(specimen, None, title)]
+        if example is not None and not benches:
+            tensors = [x for x in _tensors(example)]
+            benches = _bench(found[-1], tensors, title)
+        if not benches:
+            raise RuleError(f"{title} cannot be checked: it does not run on made-up inputs. Pass example=(...)")
+        for bench in benches:
+            _Claim(bench, given, title).check()
+
+
+def _bench(call: Call, example: Sequence[Tensor] | None, title: str) -> list[Bench]:
+    try:
+        return [Bench(call, example=example)]
+    except Unfit as error:
+        raise RuleError(f"{title}: the operator can have no rule: {error}") from error
+    except Unrunnable:
+        return []
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)  # type: ignore[arg-type]
+
+
+def _made_up(operator: OpOverload, given: Rule, title: str) -> list[Any]:
+    """Arguments that fit the rule: tensors of its shapes, the sizes that it names, defaults for the rest."""
+    names = dict.fromkeys(n for dims in (*given.operands, *given.results) if dims for n in dims if n)
+    size = {name: _SIZES[i % len(_SIZES)] for i, name in enumerate(names)}
+
+    def shape(dims: Dims) -> list[int]:
+        return [size[name] if name is not None else 1 for name in dims]
+
+    operands = iter(given.operands)
+    args: list[Any] = []
+    for position, argument in enumerate(operator._schema.arguments):
+        kind = str(argument.type)
+        meaning = given.sizes.get(position)
+        if kind in ("Tensor", "Optional[Tensor]"):
+            dims = next(operands, None)
+            args.append(None if dims is None else torch.empty(shape(dims)))
+        elif isinstance(meaning, str):
+            args.append(size[meaning])
+        elif isinstance(meaning, tuple):
+            args.append([n if isinstance(n, int) else size[n] for n in meaning])
+        elif meaning is not None:
+            args.append(shape(given.results[meaning] or ()))
+        elif argument.has_default_value():
+            args.append(argument.default_value)
+        else:
+            raise RuleError(f"{title}: nothing tells what to pass for {argument.name!r}; pass example=(...)")
+    return args
+
+
+def _complaint(call: Call) -> str:
+    """What the operator's fake kernel says about a call that it does not accept."""
+    try:
+        with FakeTensorMode():
+            call.run([torch.empty(s, dtype=d) for s, d in zip(call.shapes, call.dtypes, strict=True)])
+    except Exception as error:
+        return f"on shapes {list(call.shapes)} it raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"a call with shapes {list(call.shapes)} is too large to be run"
+
+
+class _Claim:
+    """What a rule says about one specimen, factor by factor."""
+
+    def __init__(self, bench: Bench, rule: Rule, title: str) -> None:
+        self.bench, self.rule, self.title = bench, rule, title
+        self.operands = [names for names in rule.operands if names is not None]
+
+    def check(self) -> None:
+        held: list[tuple[Cut, list[How]]] = []
+        for name in self._factors():
+            cut, hows = self._cut(name), self._hows(name)
+            told = self.bench.difference([cut], [hows])
+            if told:
+                raise RuleError(f"{self.title}: factor {name} does not hold. {told}")
+            held.append((cut, hows))
+        for one, other in itertools.combinations(held, 2):
+            told = self.bench.difference([one[0], other[0]], [one[1], other[1]])
+            if told:
+                raise RuleError(f"{self.title}: two of its factors do not hold together. {told}")
+        for group in self.rule.linear:
+            if not self.bench.additive(group):
+                raise RuleError(
+                    f"{self.title}: it is not linear in operands {set(group)}: f(a + b) is not f(a) + f(b)"
+                )
+
+    def _factors(self) -> list[str]:
+        """The factors that may be split, where the specimen has more than one element of them."""
+        found: dict[str, None] = {}
+        for names, shape in zip(self.operands, self.bench.call.shapes, strict=True):
+            found |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
+        for names, shape in zip(self.rule.results, self.bench.call.results, strict=True):
+            if names is not None and shape is not None:
+                found |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
+        return [name for name in found if name not in self.rule.whole]
+
+    def _hows(self, name: str) -> list[How]:
+        return [
+            names.index(name) if names is not None and name in names else self._reduced(name, i) or "same"
+            for i, names in enumerate(self.rule.results)
+        ]
+
+    def _reduced(self, name: str, index: int) -> str:
+        read = range(len(self.operands)) if self.rule.reads is None else self.rule.reads[index]
+        names = self.rule.results[index]
+        carried = any(name in self.operands[k] for k in read)
+        return self.rule.reductions.get(name, "sum") if carried and names is not None and name not in names else ""
+
+    def _cut(self, name: str) -> Cut:
+        carriers = tuple(names.index(name) if name in names else None for names in self.operands)
+        scaled = {path for path in self.bench.call.given if self._sized(path[0], path[1], name)}
+        additive = frozenset.intersection(*self.rule.linear) if self.rule.linear else frozenset[int]()
+        reduces = any(self._reduced(name, i) for i in range(len(self.rule.results)))
+        shares = frozenset(k for k in additive if carriers[k] is None) if reduces else frozenset[int]()
+        return Cut(carriers, frozenset(scaled), shares)
+
+    def _sized(self, position: int, place: int | None, name: str) -> bool:
+        meaning = self.rule.sizes.get(position)
+        if isinstance(meaning, int):
+            names = self.rule.results[meaning]
+            return names is not None and place is not None and names[place] == name
+        return meaning == name if place is None else isinstance(meaning, tuple) and meaning[place] == name
