@@ -103,5 +103,6 @@ def combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: Kind
     if not (whole.is_floating_point() or whole.is_complex()):
         return torch.equal(total, whole)
     if how == "sum":  # sums of large parts cancel: what is lost is relative to the parts
+        total = torch.where((total != total) & whole.isinf(), whole, total)  # and infinite ones leave no number at all
         scale = torch.stack([scale, *(part.abs() for part in made)]).amax(0)
     return _near(total, whole, scale, precision(whole), kind)
