@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,17 @@ def all_to_all(
     _check_dim(x, concat_dim)
     parts = context.collective("all_to_all", axis, _chunks(x, split_dim, n, chunk))
     return _cropped(torch.cat(parts.unbind(0), concat_dim), concat_dim, size)
+
+
+def permute(x: Tensor, *, axis: str, sources: Sequence[int]) -> Tensor:
+    """The operand of the rank whose coordinate is `sources[own coordinate]`; `sources` has every coordinate once."""
+    context = current()
+    n = context.size(axis)
+    if sorted(sources) != list(range(n)):
+        raise RankError(f"sources {list(sources)} are not the {n} coordinates of axis {axis!r} in some order")
+    if n == 1:
+        return x.contiguous()
+    return context.collective("permute", axis, x, " ".join(map(str, sources)))
 
 
 def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Tensor:

@@ -92,19 +92,27 @@ class DistributedMesh(Mesh):
         """See `Mesh.exchange`. Waits at once."""
         dtype = operand.dtype
         direct = self._device.type != "cpu" or dtype in _GLOO
-        if collective in ("all_gather", "all_to_all"):
+        if collective in ("all_gather", "all_to_all", "permute"):
             # A 0-d tensor has no bytes view, hence the leading dim.
-            rows = operand.unsqueeze(0) if collective == "all_gather" else operand
-            if direct:
-                return self._move(collective, axis, rows)
-            return self._move(collective, axis, rows.unsqueeze(-1).view(torch.uint8)).view(dtype).squeeze(-1)
+            rows = operand if collective == "all_to_all" else operand.unsqueeze(0)
+            sources = [int(n) for n in op.split()]
+            if not direct:
+                moved = self._move(collective, axis, rows.unsqueeze(-1).view(torch.uint8), sources)
+                result = moved.view(dtype).squeeze(-1)
+            else:
+                result = self._move(collective, axis, rows, sources)
+            return result.squeeze(0) if collective == "permute" else result
         if not direct and dtype not in _WIDER:
             raise RankError(f"gloo does not reduce {dtype}")
         return self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op).to(dtype)
 
-    def _move(self, collective: str, axis: str, rows: Tensor) -> Tensor:
+    def _move(self, collective: str, axis: str, rows: Tensor, sources: list[int]) -> Tensor:
         ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
         n, group = self.axes[axis], self._groups[axis].group_name
+        if collective == "permute":
+            own = self.coordinates(self.rank)[axis]
+            taken, given = ([int(rank == at) for rank in range(n)] for at in (sources[own], sources.index(own)))
+            return ops.wait_tensor(ops.all_to_all_single(rows, taken, given, group))
         if collective == "all_gather":
             return ops.wait_tensor(ops.all_gather_into_tensor(rows, n, group))
         return ops.wait_tensor(ops.all_to_all_single(rows, [1] * n, [1] * n, group))

@@ -24,7 +24,7 @@ class Mesh(ABC):
 
     `axes` maps names to sizes; `ranks` are those that run in this process; `traffic` is the bytes that one rank has
     sent since the last `reset`, per axis. With n ranks on the axis and B bytes in the local operand: all-gather
-    (n-1)*B, reduce-scatter and all-to-all (n-1)/n*B, all-reduce 2*(n-1)/n*B.
+    (n-1)*B, reduce-scatter and all-to-all (n-1)/n*B, all-reduce 2*(n-1)/n*B, permute B.
     """
 
     def __init__(self, axes: Mapping[str, int]) -> None:
@@ -67,13 +67,14 @@ class Mesh(ABC):
         """Transport of one collective, for `shardc.runtime.collectives`.
 
         With n ranks on the axis: "all_gather" takes any shape and gives `(n, *shape)`, "reduce_scatter" takes
-        `(n, *chunk)` and gives `chunk`, "all_to_all" takes and gives `(n, *chunk)`, "all_reduce" keeps the shape.
+        `(n, *chunk)` and gives `chunk`, "all_to_all" takes and gives `(n, *chunk)`, "all_reduce" keeps the shape, and
+        "permute" gives the operand of the rank whose coordinate `op` names at the own one, as in "1 2 0".
         """
 
     def count(self, collective: str, axis: str, operand: Tensor) -> None:
         """Add to `traffic` what one rank sends in this collective."""
         n, size = self.axes[axis], operand.numel() * operand.element_size()
-        steps = {"all_gather": (n - 1) * size, "all_reduce": 2 * (n - 1) * size / n}
+        steps = {"all_gather": (n - 1) * size, "all_reduce": 2 * (n - 1) * size / n, "permute": size}
         self.traffic[axis] += steps.get(collective, (n - 1) * size / n)
 
 

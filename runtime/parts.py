@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives import all_gather, all_reduce
+from shardc.runtime.collectives import all_gather, all_reduce, permute
 from shardc.runtime.mesh import current
 
 
@@ -94,6 +94,11 @@ class Part:
         for axis in reversed(self.axes):
             x = all_gather(x, dim=dim, axis=axis)
         return x
+
+    def shifted(self, x: Tensor, by: int) -> Tensor:
+        """The `x` of the part that lies `by` parts before this one, round the end. The dim is split by one axis."""
+        (axis,), count = self.axes, self.count
+        return permute(x, axis=axis, sources=[(place - by) % count for place in range(count)]) if by % count else x
 
 
 def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:

@@ -106,6 +106,8 @@ class VirtualMesh(Mesh):
             return torch.stack(operands)
         if collective == "all_to_all":
             return torch.stack([other[position] for other in operands])
+        if collective == "permute":
+            return operands[int(op.split()[position])].clone()
         if collective == "reduce_scatter":
             operands = [other[position] for other in operands]
         result = operands[0].clone()

@@ -5,6 +5,7 @@ conversion is the price of exactly the collectives that are emitted.
 
 Ring collectives over n ranks with B bytes in the local operand, latency α and bandwidth β of the axis (Thakur et al.
 2005): all-gather (n-1)(α + B/β), reduce-scatter and all-to-all (n-1)(α + B/n/β), all-reduce 2(n-1)(α + B/n/β).
+Inside the bodies of operators there is also permute, where every rank sends to one other: α + B/β.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def sent_fraction(kind: str, ways: int) -> float:
         return ways - 1
     if kind in ("reduce_scatter", "all_to_all"):
         return (ways - 1) / ways
+    if kind == "permute":
+        return 1
     return 2 * (ways - 1) / ways if kind == "all_reduce" else 0.0
 
 
@@ -58,7 +61,7 @@ def step_seconds(kind: str, axis: str, operand_bytes: float, mesh: Mesh, device:
     if not fraction:
         return device.launch + operand_bytes / device.memory_bandwidth
     link = device.link(mesh, axis)
-    rounds = 2 * (ways - 1) if kind == "all_reduce" else ways - 1
+    rounds = 1 if kind == "permute" else 2 * (ways - 1) if kind == "all_reduce" else ways - 1
     return device.launch + rounds * link.latency + fraction * operand_bytes / link.bandwidth
 
 

@@ -37,12 +37,17 @@ Body = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Send:
-    """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes."""
+    """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
+
+    It is sent only where the parted factor is in `parts` parts and factor `beside` is split too, if these are given.
+    """
 
     kind: str
     factors: tuple[str, ...]
     itemsize: int
     elements: int = 1
+    parts: int | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True)

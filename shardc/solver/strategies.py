@@ -187,8 +187,11 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
 
 def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
     """The collectives inside the body of a strategy: kind, axis, bytes of the local operand."""
+    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     for factor, axes in zip(shape.factors, strategy.split, strict=True):
         for send in factor.parting.sends if factor.parting and axes else ():
+            if send.parts not in (None, mesh.ways(axes)) or send.beside not in (None, *split):
+                continue
             pairs = zip(shape.factors, strategy.split, strict=True)
             size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
