@@ -7,7 +7,7 @@ if __name__ != "shardc.runtime":
     raise ImportError("import shardc.runtime")
 
 from shardc.runtime.attention import attention, attention_backward
-from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, reduce_scatter, shard, to_partial
+from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
 from shardc.runtime.executable import Executable, load
@@ -22,10 +22,29 @@ from shardc.runtime.exponentials import (
 from shardc.runtime.extremes import argmax, argmin, max_along, min_along, topk
 from shardc.runtime.indexing import drop_dummy, fill, pad_dummy, rebase
 from shardc.runtime.mesh import Context, Mesh, current
+from shardc.runtime.moves import (
+    arange,
+    cat_along,
+    constant_pad,
+    diagonal,
+    diagonal_backward,
+    eye,
+    linspace,
+    select_along,
+    select_backward,
+    slice_along,
+    slice_backward,
+    split_along,
+    stack_along,
+    tril,
+    triu,
+    unbind_along,
+)
 from shardc.runtime.norms import layer_norm, layer_norm_backward, rms_norm
 from shardc.runtime.parts import Part
 from shardc.runtime.random import bernoulli, rand, randn
 from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
+from shardc.runtime.shifts import flip, roll
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.virtual import VirtualMesh
 
@@ -42,11 +61,14 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "arange",
     "argmax",
     "argmin",
     "attention",
     "attention_backward",
     "bernoulli",
+    "cat_along",
+    "constant_pad",
     "cummax",
     "cummin",
     "cumprod",
@@ -54,11 +76,16 @@ __all__ = [
     "current",
     "cut",
     "cuts_of",
+    "diagonal",
+    "diagonal_backward",
     "distribute",
     "drop_dummy",
+    "eye",
     "fill",
+    "flip",
     "layer_norm",
     "layer_norm_backward",
+    "linspace",
     "load",
     "local_mesh",
     "log_softmax",
@@ -69,17 +96,28 @@ __all__ = [
     "min_along",
     "pad_dummy",
     "paste",
+    "permute",
     "placements",
     "rand",
     "randn",
     "rebase",
     "reduce_scatter",
     "rms_norm",
+    "roll",
     "safe_softmax",
+    "select_along",
+    "select_backward",
     "shard",
+    "slice_along",
+    "slice_backward",
     "softmax",
     "softmax_backward",
+    "split_along",
+    "stack_along",
     "swap_in",
     "to_partial",
     "topk",
+    "tril",
+    "triu",
+    "unbind_along",
 ]

@@ -31,13 +31,13 @@ def slice_backward(
     grad: Tensor, sizes: Sequence[int], dim: int, start: Any, end: Any, step: int, *, s: Part | None = None,
     o: Part | None = None,
 ) -> Tensor:  # fmt: skip
-    """`aten.slice_backward`: the gradient put back where its slice was taken, zeros elsewhere."""
-    first = slice(start, end, step).indices(sizes[dim])[0]
+    """`aten.slice_backward`: the gradient put back where its slice was taken, zeros elsewhere. `sizes` are local."""
+    first = slice(start, end, step).indices(o.size if o else sizes[dim])[0]
     if step == 1:
-        result = _zeros(grad, dim, o.length if o else sizes[dim])
+        result = _zeros(grad, dim, sizes[dim])
         _copy(result, grad, dim, first, o, s)
         return result
-    reach = torch.arange(o.length, device=grad.device) + o.start if o else torch.arange(sizes[dim], device=grad.device)
+    reach = torch.arange(sizes[dim], device=grad.device) + (o.start if o else 0)
     places = torch.div(reach - first, step, rounding_mode="floor")
     return _taken(grad, dim, torch.where((reach - first) % step == 0, places, -1), s)
 
@@ -48,10 +48,10 @@ def select_along(x: Tensor, dim: int, index: int, *, s: Part) -> Tensor:
 
 
 def select_backward(grad: Tensor, sizes: Sequence[int], dim: int, index: int, *, o: Part) -> Tensor:
-    """`aten.select_backward` into a dim of which this rank holds part `o`."""
+    """`aten.select_backward` into a dim of which this rank holds part `o`. `sizes` are local."""
     row = grad.unsqueeze(dim % len(sizes))
     result = _zeros(row, dim % len(sizes), o.length)
-    _copy(result, row, dim % len(sizes), index % sizes[dim], o, None)
+    _copy(result, row, dim % len(sizes), index % o.size, o, None)
     return result
 
 
@@ -122,11 +122,11 @@ def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1, **parts: 
 
 
 def diagonal_backward(grad: Tensor, sizes: Sequence[int], offset: int, dim1: int, dim2: int, **parts: Part) -> Tensor:
-    """`aten.diagonal_backward` with parts `d0`, ... of the dims of the result."""
+    """`aten.diagonal_backward` with parts `d0`, ... of the dims of the result. `sizes` are local."""
     dims, held = (dim1 % len(sizes), dim2 % len(sizes)), by_dim(parts)
     shape = [*grad.shape[:-1]]
     for dim in sorted(dims):
-        shape.insert(dim, held[dim].length if dim in held else sizes[dim])
+        shape.insert(dim, sizes[dim])
     result = grad.new_zeros(shape)
     own, start = _own_diagonal(result, offset, dims, held)
     own.copy_(grad.narrow(-1, start, own.shape[-1]))

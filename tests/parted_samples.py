@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from brute_force import Sample
+from brute_force import Sample, View
 from rule_samples import Group, boolean, positive, real, whole
 
 aten = torch.ops.aten
@@ -86,4 +86,45 @@ def softmaxes() -> Iterator[Sample]:
     yield Sample(aten._log_softmax_backward_data.default, (real(12, 2), positive(12, 2), 0, torch.float64))
 
 
-PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes)
+def moves() -> Iterator[Sample]:
+    for dtype in (torch.float64, torch.bool, torch.int64):
+        x = (real(6, 12, 2) > 0).to(dtype)
+        yield Sample(aten.slice.Tensor, (x, 1, 3, 11))
+        yield Sample(aten.slice.Tensor, (x, 1, 1, 12, 4))
+        yield Sample(aten.select.int, (x, 0, 4))
+        yield Sample(aten.unbind.int, (x, 2))
+        yield Sample(aten.split.Tensor, (x, 4, 0))
+        yield Sample(aten.cat.default, ([x, x, (real(6, 1, 2) > 0).to(dtype)], 1))
+        yield Sample(aten.stack.default, ([x, x, x], 1))
+        yield Sample(aten.constant_pad_nd.default, (x, [0, 0, 1, 3, -1, 2], 1))
+        yield Sample(aten.triu.default, (x[:, :, 1], 2))
+    yield Sample(aten.slice_backward.default, (real(6, 3, 2), [6, 12, 2], 1, 2, 11, 3))
+    yield Sample(aten.slice_backward.default, (real(6, 6), [6, 12], 1, 5, 11, 1))
+    yield Sample(aten.select_backward.default, (real(6, 2), [12, 6, 2], 0, -3))
+    yield Sample(aten.cat.default, ([real(6, 6).float(), real(6, 2)], 1), tolerance=1e-5)
+    yield Sample(aten.cat.default, ([real(2, 2)] * 5, 0))
+    yield Sample(aten.constant_pad_nd.default, (real(6, 12), [2, -3, 0, 6], 0.0))
+    yield Sample(aten.tril.default, (real(2, 6, 12), -1))
+    for given in ((2,), (-3, 1, 0), (12,)):
+        yield Sample(aten.diagonal.default, (real(6, 12), *given))
+    yield Sample(aten.diagonal_backward.default, (real(2, 5), [6, 2, 12], -1, 0, 2))
+    yield Sample(aten.diagonal_backward.default, (real(2, 4), [6, 2, 12], 8, -3, -1))
+    yield Sample(aten.flip.default, (real(6, 2, 12), [0, -1]))
+    for by, dims in (([5], [1]), ([-7, 1], [1, 0]), ([0], [0]), ([6], [0]), ([25], [-1])):
+        yield Sample(aten.roll.default, (real(6, 12), by, dims))
+
+
+def factories() -> Iterator[Sample]:
+    for operator in (aten.eye.m,):
+        yield Sample(operator, (6, 12), {"dtype": torch.int64})
+        yield Sample(operator, (1, 12))
+    yield Sample(aten.arange.start_step, (12, 0, -1), {"dtype": torch.float32})
+    yield Sample(aten.arange.default, (12,), {"device": "cpu"})
+    yield Sample(aten.linspace.default, (2.0, -1.0, 12))
+
+
+def views() -> Iterator[Sample]:
+    yield Sample(aten.view.default, (View(real(6, 4, 9, 2), aten.view.default, ([6, 6, 6, 2],)), [6, 9, 4, 2]))
+
+
+PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes, moves, factories, views)

@@ -1,4 +1,4 @@
-"""Operators that make tensors from nothing: constants take any layout, sequences and random masks are made whole."""
+"""Operators that make tensors from nothing: each rank makes its part, but random masks, which are made whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shardc.rules.notation import Rule, parse, rule
+from shardc.runtime import moves
 from shardc.runtime.random import bernoulli
 
 aten = torch.ops.aten
@@ -38,18 +39,19 @@ def strided(x: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> Rule:
 def arange(*given: Any, **_: Any) -> Rule:
     numbers = [g for g in given if isinstance(g, (int, float))]
     count = len(torch.arange(*numbers, device="meta"))
-    return parse(f"-> {'n!' if count != 1 else '1'}")
+    return parse(f"-> {'n~' if count != 1 else '1'}", body=moves.arange)
 
 
 @rule(aten.linspace.default)
 def linspace(start: float, end: float, steps: int, **_: Any) -> Rule:
     del start, end
-    return parse(f"-> {'n!' if steps != 1 else '1'}")
+    return parse(f"-> {'n~' if steps != 1 else '1'}", body=moves.linspace)
 
 
 @rule(aten.eye.default, aten.eye.m)
 def eye(rows: int, columns: int | None = None, **_: Any) -> Rule:
-    return parse(f"-> {_names([rows, rows if columns is None else columns], '!')}")
+    sizes = [rows, rows if columns is None else columns]
+    return parse(f"-> {' '.join(f'd{i}~' if n != 1 else '1' for i, n in enumerate(sizes))}", body=moves.eye)
 
 
 @rule(aten.scalar_tensor.default)

@@ -176,8 +176,8 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     side, found = shape.operands[operand], dict[int, float]()
     reductions = dict(shape.reductions)
     for position, (factor, axes) in enumerate(zip(shape.factors, strategy.split, strict=True)):
-        if factor.name not in side.names or factor.size % mesh.ways(axes) == 0:
-            continue
+        if factor.parting or factor.name not in side.names or factor.size % mesh.ways(axes) == 0:
+            continue  # a parted factor's body sees to its padding
         if _reduced(shape, factor.name):
             found[position] = IDENTITY[reductions.get(factor.name, "sum")]
         elif operand in shape.indices:
