@@ -25,6 +25,7 @@ def assign(
 ) -> tuple[Network, Assignment, Solution]:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
     network = Network(factored, mesh, device, accepts, whole_outputs, wishes)
+    network.build()
     for variable in network.variables:
         if not variable.domain:
             raise InfeasibleError(

@@ -16,11 +16,12 @@ from shardc.cost.hardware import Hardware
 from shardc.graph import Port, Program, Role, where
 from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
+from shardc.passes.adopt import Choice, adopt
 from shardc.passes.assign import assign
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
-from shardc.passes.propagate import Propagated, collect, propagate
+from shardc.passes.propagate import collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown, tried
@@ -28,7 +29,7 @@ from shardc.plan import Conversion, Placed, Plan, Tried
 from shardc.printing import show
 from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
-from shardc.solver.network import Assignment, Network
+from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution
 from shardc.solver.strategies import make, sends, shape_of
 
@@ -50,6 +51,7 @@ class Lowered:
     graphs: dict[str, str]
     program: Program
     graph: fx.Graph
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ class Settings:
     on_unknown: str = "replicate"
 
 
-def lower(program: Program, settings: Settings, phases: dict[str, float], print_graphs: bool = True) -> Lowered:
-    """Run every pass after capture."""
+def lower(
+    program: Program, settings: Settings, phases: dict[str, float], print_graphs: bool = True,
+    known: Choice | None = None, planned_at: str = "",
+) -> Lowered:  # fmt: skip
+    """Run every pass after capture. With `known`, the choice for the same program at the sizes `planned_at`, nothing
+    is solved if that can be adopted."""
     mesh, graphs = settings.mesh, dict[str, str]()
 
     def timed(name: str, work: Callable[[], Result]) -> Result:
@@ -93,7 +99,7 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     keep("propagate", program.graph)
     wishes = spread.wishes() if settings.mode == "propagate" else {}
     network, assignment, solution = timed(
-        "assign", lambda: assign(factored, mesh, settings.device, spread.accepts(), settings.whole_outputs, wishes)
+        "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known)
     )
     _annotate_choice(network, assignment)
     keep("assign", program.graph)
@@ -106,8 +112,23 @@ def lower(program: Program, settings: Settings, phases: dict[str, float], print_
     keep("localize", graph)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = code
-    plan = _plan(settings, factored, graph, conversions, compute, solution, spread, phases, unknown)
-    return Lowered(plan, code, graphs, program, graph)
+    notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
+    if solution is None:
+        notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
+    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown)
+    return Lowered(plan, code, graphs, program, graph, Choice(factored, assignment))
+
+
+def _choose(
+    factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts],
+    wishes: Mapping[Key, Sequence[Accepts]], known: Choice | None,
+) -> tuple[Network, Assignment, Solution | None]:  # fmt: skip
+    if known is not None:
+        network = Network(factored, settings.mesh, settings.device, accepts, settings.whole_outputs)
+        adopted = adopt(network, known)
+        if adopted is not None:
+            return network, adopted, None
+    return assign(factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
@@ -171,16 +192,15 @@ def _inner(network: Network, node: fx.Node, mesh: Mesh, device: Hardware) -> lis
 def _compute(network: Network, assignment: Assignment) -> float:
     total = 0.0
     for op in network.factored.ops:
-        options = network.options_of(op)
-        total += float(options.compute[options.strategies.index(assignment.strategies[op.node])])
+        total += network.options_of(op).compute_of(assignment.strategies[op.node])
     return total
 
 
 def _plan(
-    settings: Settings, factored: Factored, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
-    solution: Solution, spread: Propagated, phases: dict[str, float], unknown: tuple[Tried, ...],
+    settings: Settings, program: Program, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
+    solution: Solution | None, notes: Sequence[str], phases: dict[str, float], unknown: tuple[Tried, ...],
 ) -> Plan:  # fmt: skip
-    mesh, program = settings.mesh, factored.program
+    mesh = settings.mesh
     local = [node for node in graph.nodes if node.op == "placeholder"]
     placed = [
         Placed(port.role.value, port.name, SHORT_DTYPES[node.meta["dtype"]], node.meta["layout"].simplify(mesh))
@@ -188,16 +208,19 @@ def _plan(
         if port.role in (Role.PARAMETER, Role.INPUT)
     ]
     layouts = {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None}
+    cost, bound = compute + sum(c.seconds for c in conversions), 0.0
+    if solution is not None:
+        cost, bound = solution.cost, solution.lower_bound
     return Plan(
-        mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, solution.cost,
-        solution.lower_bound, (*_padded(program, local, mesh), *(f"conflict: {c}" for c in spread.conflicts)), phases,
-        unknown,
+        mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, cost, bound,
+        tuple(notes), phases, unknown,
     )  # fmt: skip
 
 
-def _padded(program: Program, local: Sequence[fx.Node], mesh: Mesh) -> list[str]:
-    """Dims of parameters and inputs that the plan pads, with what it costs."""
+def _padded(program: Program, graph: fx.Graph, mesh: Mesh) -> list[str]:
+    """Dims of parameters and inputs that the plan pads."""
     notes: list[str] = []
+    local = [node for node in graph.nodes if node.op == "placeholder"]
     for port, node in zip(program.inputs, local, strict=True):
         if port.role not in (Role.PARAMETER, Role.INPUT):
             continue

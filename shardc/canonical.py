@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from shardc import compat
+
 aten: Any = torch.ops.aten
 
 _COPIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
@@ -148,7 +150,7 @@ def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
     before = args[0].meta["val"]
     if target is aten._to_copy.default:
         return before.dtype == val.dtype
-    if target not in _MOVES or before.shape != val.shape:
+    if target not in _MOVES or not compat.same_shape(before.shape, val.shape):
         return False
     return target is not aten.permute.default or args[1] == sorted(args[1])
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import linecache
-import operator
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc import canonical, compat
+from shardc import canonical, compat, places
 from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
@@ -34,6 +33,7 @@ def capture(
     differentiable: frozenset[int] | None = None,
     constraints: Mapping[str, Spec] | None = None,
     hooks: bool = True,
+    dynamic: Mapping[int, Mapping[int, str]] | None = None,
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -41,10 +41,11 @@ def capture(
     every scalar that requires a gradient (a loss), or, without one, every floating output that does. `constraints`
     maps patterns of module paths to specs, which `shardc.constrain` then puts on the tensors these modules return.
     Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
-    burned in. `hooks=False`: the caller runs the hooks of `module` itself. Raises CaptureError, LayoutError.
+    burned in. `hooks=False`: the caller runs the hooks of `module` itself. `dynamic` names dims of flat inputs, whose
+    sizes stay symbols in the graph (see shardc.sizes). Raises CaptureError, LayoutError.
     """
     given = tuple(args), dict(kwargs or {})
-    trace = _Trace(_State(module), *given, grad, differentiable, dict(constraints or {}), hooks)
+    trace = _Trace(_State(module), *given, grad, differentiable, dict(constraints or {}), hooks, dynamic or {})
     return _Builder(trace, trace.run()).program()
 
 
@@ -117,26 +118,39 @@ class _Trace:
         differentiable: frozenset[int] | None,
         constraints: dict[str, Spec],
         hooks: bool,
+        dynamic: Mapping[int, Mapping[int, str]],
     ) -> None:
         self.state, self.grad, self.differentiable = state, grad, differentiable
         self.call: Callable[..., Any] = state.module if hooks else state.module.forward
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
-        self.mode = compat.fake_mode()
+        self.mode = compat.fake_mode(bool(dynamic))
         self.leaves, self.in_spec = flatten((args, kwargs))
         refuse_opaque(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
-            _Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf))
+            _Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
+        self._tie(dynamic)
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant] = []
         self.attached: set[int] = set()
         self.provenance = compat.Provenance(state.module, self._constrained)
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        return compat.fake_like(self.mode, tensor).requires_grad_(self.grad and tensor.requires_grad)
+    def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
+        given = compat.fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
+        fake = compat.fake_like(self.mode, tensor) if given is None else given
+        return fake.requires_grad_(self.grad and tensor.requires_grad)
+
+    def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
+        """Equal names are equal sizes."""
+        fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role is Role.INPUT}
+        first: dict[str, Any] = {}
+        for index, dims in dynamic.items():
+            for dim, name in dims.items():
+                size = fakes[index].shape[dim]
+                torch._check(first.setdefault(name, size) == size)
 
     def run(self) -> fx.GraphModule:
         """Trace; whatever goes wrong becomes a CaptureError."""
@@ -246,7 +260,7 @@ class _Builder:
 
     def __init__(self, trace: _Trace, traced: fx.GraphModule) -> None:
         self.trace, self.traced = trace, traced
-        self.rewriter = canonical.Rewriter(_describe)
+        self.rewriter = canonical.Rewriter(places.describe)
         self.inputs: list[Port] = []
         self.constants: dict[str, Tensor] = {}
 
@@ -255,11 +269,12 @@ class _Builder:
         ports, values = self._results()
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
-        _locate(nodes, _by_sequence(graph))
-        self.rewriter.copy(nodes)
+        places.locate(nodes, places.by_sequence(graph))
+        with compat.symbols_in_graphs():
+            self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)
-        _mark_phases(new, [r for r, port in zip(results, ports, strict=True) if port.role is not Role.GRADIENT])
+        places.mark_phases(new, [r for r, port in zip(results, ports, strict=True) if port.role is not Role.GRADIENT])
         assert self.trace.out_spec is not None
         return Program(
             new,
@@ -339,41 +354,6 @@ def _identifier(port: Port) -> str:
     if port.role is Role.TANGENT:
         return f"tangent_{port.index}"
     return port.name.replace(".", "_").replace(":", "_")
-
-
-def _by_sequence(graph: fx.Graph) -> dict[int, tuple[str, str]]:
-    """Autograd's sequence number of a forward operator → where the operator stands in the user's code."""
-    found: dict[int, tuple[str, str]] = {}
-    for node in graph.nodes:
-        if node.meta.get("nn_module_stack") and "seq_nr" in node.meta:
-            found.setdefault(node.meta["seq_nr"], node.meta["nn_module_stack"])
-    return found
-
-
-def _locate(nodes: list[fx.Node], forward_of: dict[int, tuple[str, str]]) -> None:
-    """Every node gets a place: its own, that of the forward operator it differentiates, or that of an operand."""
-    for node in nodes:
-        place = compat.provenance_of(node)
-        if place is None and not node.meta.get("is_gradient_acc"):
-            place = forward_of.get(node.meta.get("seq_nr", -1))
-        if place is None:
-            near = [operand.meta.get("place") for operand in node.all_input_nodes]
-            place = next((p for p in reversed(near) if p), ("", ""))
-        node.meta["place"] = place
-
-
-def _describe(old: fx.Node, new: fx.Node) -> None:
-    new.meta["module"], new.meta["source"] = old.meta["place"]
-
-
-def _mark_phases(graph: fx.Graph, forward_results: list[fx.Node | None]) -> None:
-    """Forward is what outputs and mutations need, and randomness that nobody needs; backward is the rest."""
-    forward = set(canonical.live(graph, forward_results))
-    for node in graph.nodes:
-        if node.target is operator.getitem:
-            node.meta["phase"] = node.args[0].meta["phase"]
-        elif node.op == "call_function":
-            node.meta["phase"] = "forward" if node in forward else "backward"
 
 
 def _brief(tensor: Tensor | None) -> str:

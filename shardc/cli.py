@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from shardc import api
 from shardc.errors import ConstraintError, ShardcError
 from shardc.inspect.progress import working
+from shardc.passes.pipeline import PASSES
 from shardc.runtime import RankError
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.")
     compiler = add("compile", _compile, "Print the generated code, or the graph after a pass.")
-    compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(api.PASSES)}")
+    compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(PASSES)}")
     compiler.add_argument("-o", "--output", type=Path, metavar="OUT.PY", help="write the generated code here")
     add("run", _run, "Run one step on the mesh (virtual, or under torchrun) and compare it with a single device.")
     return parser
@@ -76,8 +77,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _compile(options: argparse.Namespace) -> int:
     after: str | None = options.print_after
-    if after is not None and after not in api.PASSES:
-        raise ShardcError(f"--print-after {after}: no such pass; the passes are {', '.join(api.PASSES)}")
+    if after is not None and after not in PASSES:
+        raise ShardcError(f"--print-after {after}: no such pass; the passes are {', '.join(PASSES)}")
     compiled = _compiled(options, *_load(options.file))
     if after is not None:
         print(compiled.graph(after))

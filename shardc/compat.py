@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Generator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import (
@@ -24,7 +27,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -256,9 +265,12 @@ def failing_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | No
     return found
 
 
-def fake_mode() -> FakeTensorMode:
-    """Fake tensors with static shapes; real tensors that the program made itself (constants) may mix with them."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+def fake_mode(dynamic: bool = False) -> FakeTensorMode:
+    """Fake tensors, whose shapes may hold symbols if `dynamic`; real tensors that the program made itself (constants)
+    may mix with them."""
+    if not dynamic:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False)
 
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
@@ -266,6 +278,78 @@ def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return fake  # type: ignore[return-value]
+
+
+def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int], name: str) -> FakeTensor:
+    """Like `fake_like`, with symbols for the sizes of `dims`."""
+    chosen = set(dims)
+    kinds = [DimDynamic.DYNAMIC if dim in chosen else DimDynamic.STATIC for dim in range(tensor.ndim)]
+    real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return mode.from_tensor(
+        real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=ConstantSource(name)
+    )
+
+
+def is_symbolic(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+@contextmanager
+def symbols_in_graphs() -> Generator[None]:
+    """Allow symbolic sizes as plain arguments of fx nodes; torch warns because it could not print such a graph."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Raw SymInt value")
+        yield
+
+
+class Symbols:
+    """Named sizes of one trace, and what the trace assumed of them (torch's guards)."""
+
+    def __init__(self, sizes: Mapping[str, torch.SymInt]) -> None:
+        self._env: ShapeEnv = next(iter(sizes.values())).node.shape_env
+        self._named = {name: self._env.replace(size.node.expr) for name, size in sizes.items()}
+        self.fixed = {name: int(expr) for name, expr in self._named.items() if not expr.free_symbols}
+
+    def hold(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every guard holds at these sizes."""
+        values = self._values(sizes)
+        if values is None:
+            return False
+        guards = [self._env.replace(guard.expr).xreplace(values) for guard in self._env.guards]
+        ranges = [self._env.var_to_range[symbol] for symbol in values if symbol in self._env.var_to_range]
+        inside = all(r.lower <= v <= r.upper for r, v in zip(ranges, values.values(), strict=False))
+        return inside and all(guard == sympy.true for guard in guards)
+
+    def _values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, sympy.Integer] | None:
+        """The symbols' values; None where no integers give these sizes."""
+        symbols = sorted({s for expr in self._named.values() for s in expr.free_symbols}, key=str)
+        equations = [expr - sizes[name] for name, expr in self._named.items()]
+        solved = sympy.solve(equations, symbols, dict=True)
+        if len(solved) != 1 or not all(isinstance(solved[0].get(s), sympy.Integer) for s in symbols):
+            return None
+        return solved[0]
+
+    def evaluator(self, sizes: Mapping[str, int]) -> Callable[[Any], Any]:
+        """A function that puts the sizes' numbers into a symbolic number, and leaves all else alone."""
+        values = self._values(sizes)
+        assert values is not None
+        known: dict[sympy.Basic, Any] = {}
+
+        def number(value: Any) -> Any:
+            if not is_symbolic(value):
+                return value
+            expr = value.node.expr
+            if expr not in known:
+                known[expr] = self._env.replace(expr).xreplace(values)
+            kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+            return kind(known[expr])
+
+        return number
+
+
+def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are equal whatever their symbols stand for; asks nothing that would become a guard."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def is_data_dependent(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,12 @@ def refuse_foreign(constant: Tensor) -> None:
         )
 
 
-def call_key(module: nn.Module, leaves: list[Any]) -> tuple[Any, ...]:
-    """Everything a captured program depends on besides the values of tensors."""
-    inputs = tuple(_leaf_key(leaf) for leaf in leaves)
+def call_key(
+    module: nn.Module, leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None
+) -> tuple[Any, ...]:
+    """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
+    free = dynamic or {}
+    inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     attributes = tuple(_attributes(part) for part in module.modules())
     state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
     casts = tuple(
@@ -60,9 +63,10 @@ def call_key(module: nn.Module, leaves: list[Any]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), casts, torch.get_default_dtype(), inputs, attributes, state
 
 
-def _leaf_key(leaf: Any) -> Any:
+def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.requires_grad
+        shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
+        return shape, leaf.dtype, leaf.requires_grad
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
     return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place

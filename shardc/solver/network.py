@@ -73,7 +73,6 @@ class Network:
         self._op_variable: dict[fx.Node, int] = {}
         self._share_variable: dict[Key, int] = {}
         self._output_variable: dict[int, int] = {}
-        self._build()
 
     def problem(self) -> Problem:
         problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
@@ -108,7 +107,8 @@ class Network:
         value = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
         return self.tensor_class(self.factored.sizes(key), value.element_size())
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Make the variables and edges."""
         program = self.factored.program
         ports = dict(zip(program.placeholders, program.inputs, strict=True))
         mutated = {port.name for port in program.outputs if port.role is Role.MUTATION}

@@ -106,12 +106,7 @@ class Options:
 
     @cached_property
     def strategies(self) -> list[Strategy]:
-        return [s for s in _enumerate(self.shape, self.mesh) if self._legal(s)]
-
-    def _legal(self, strategy: Strategy) -> bool:
-        sides = [demand(self.shape, strategy, k, self.mesh) for k in range(len(self.shape.operands))]
-        made = [make(self.shape, strategy, k, self.mesh) for k in range(len(self.shape.results))]
-        return all(len({op for _, op in splits.partial}) < 2 for splits in (*sides, *made))
+        return [s for s in _enumerate(self.shape, self.mesh) if _one_reduction(self.shape, s, self.mesh)]
 
     @cached_property
     def operand_layouts(self) -> list[np.ndarray]:
@@ -140,12 +135,13 @@ class Options:
 
     @cached_property
     def compute(self) -> np.ndarray:
-        """Compute seconds of each strategy; a placeholder computes nothing."""
-        if not self.shape.operands:
-            return np.zeros(len(self.strategies))
-        return np.array([self._compute(s) for s in self.strategies])
+        """Compute seconds of each strategy."""
+        return np.array([self.compute_of(s) for s in self.strategies])
 
-    def _compute(self, strategy: Strategy) -> float:
+    def compute_of(self, strategy: Strategy) -> float:
+        """Compute seconds of one strategy; a placeholder computes nothing."""
+        if not self.shape.operands:
+            return 0.0
         chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(self.shape.factors, strategy.split, strict=True)]
         sides = (*self.shape.operands, *self.shape.results)
         passes = [1 + 2 * len(masks(self.shape, strategy, k, self.mesh)) for k in range(len(self.shape.operands))]
@@ -215,6 +211,19 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
         if all(_splittable(shape, f, axes, mesh) for f, axes in zip(shape.factors, held, strict=True)):
             for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
                 yield Strategy(tuple(order), passes)
+
+
+def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
+    """Whether an operator of this shape has the strategy; its factors must be the strategy's."""
+    pairs = zip(shape.factors, strategy.split, strict=True)
+    return all(_splittable(shape, f, axes, mesh) for f, axes in pairs) and _one_reduction(shape, strategy, mesh)
+
+
+def _one_reduction(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
+    """A tensor is partial by one reduction at most."""
+    sides = [demand(shape, strategy, k, mesh) for k in range(len(shape.operands))]
+    made = [make(shape, strategy, k, mesh) for k in range(len(shape.results))]
+    return all(len({op for _, op in splits.partial}) < 2 for splits in (*sides, *made))
 
 
 def _splittable(shape: Shape, factor: Factor, axes: tuple[str, ...], mesh: Mesh) -> bool:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from programs import AXES, Program, grow, random_spec
-from shardc.api import Compiled, Request
 from shardc.capture import capture
+from shardc.compiled import Compiled
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import CaptureError, RuleError, ShardcError
 from shardc.graph import Role
@@ -150,10 +150,9 @@ def examine(menu: str, random: Random) -> None:
         counted["examples"] += 1
         what = f"{program}\nmesh {mesh}, mode {mode}, constraints {demands}, {device}, whole outputs {whole}"
         try:
-            request = Request(mesh, mode, demands, device)
             specs = {name: tuple(_dims(spec)) for name, spec in demands.items()}
             chosen = Settings(mesh, device, mode, whole, match_parameters(ports, specs, []))
-            compiled = Compiled(program, lower(captured, chosen, {}, print_graphs=False), request)
+            compiled = Compiled(program, lower(captured, chosen, {}, print_graphs=False))
         except ShardcError as error:
             assert not isinstance(error, (RuleError, CaptureError)), what
             assert demands or constrained, what

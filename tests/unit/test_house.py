@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "passes": {"runtime", "nouns", "rules", "cost", "solver"},
     "top": {"runtime", "nouns", "rules", "cost", "solver", "passes"},
 }
-TOP = {"api", "inspect", "cli"}
+TOP = {"api", "compiled", "inspect", "cli"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

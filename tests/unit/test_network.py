@@ -86,6 +86,7 @@ def test_optimum_equals_an_independent_milp(sizes: tuple[int, int, int], mesh: s
     batch, width, hidden = sizes
     program = normalize(capture(Mlp(width, hidden), (torch.zeros(batch, width),)))
     network = Network(factor(program), Mesh.parse(mesh), device, {}, True)
+    network.build()
     problem = network.problem()
     solution = solve(problem)
     assert solution.exact
