@@ -16,27 +16,61 @@ import torch
 from torch import fx
 
 from shardc.graph import Program, value_of
+from shardc.rules.borrowed import body_of
 from shardc.rules.builder import Builder
 from shardc.rules.decompositions import DECOMPOSITIONS
+from shardc.rules.factoring import VIEWS
+from shardc.rules.notation import maker_of
 from shardc.runtime.random import bernoulli
 
 
 def normalize(program: Program) -> Program:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     graph = program.graph
-    for node in list(graph.nodes):
-        decomposition = DECOMPOSITIONS.get(node.target) if node.op == "call_function" else None
-        if decomposition is None:
-            continue
-        with graph.inserting_before(node):
-            builder = Builder(graph, node)
-            results = decomposition(builder, *node.args, **node.kwargs)
-            results = _cast(builder, results, value_of(node)) if results is not None else None
-        if results is not None:
-            _replace(node, results)
+    _rewrite(graph)
     # draws stay, needed or not: they move the random stream
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is bernoulli)
     return program
+
+
+def _rewrite(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        decomposition = DECOMPOSITIONS.get(node.target)
+        results = None
+        with graph.inserting_before(node):
+            builder = Builder(graph, node)
+            if decomposition is not None:
+                results = decomposition(builder, *node.args, **node.kwargs)
+            elif not _known(node):
+                results = _borrowed(graph, node)
+            results = _cast(builder, results, value_of(node)) if results is not None else None
+        if results is not None:
+            _replace(node, results)
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether planning can take the operator as it is."""
+    return node.target in VIEWS or maker_of(node.target) is not None
+
+
+def _borrowed(graph: fx.Graph, node: fx.Node) -> Any:
+    """torch's own decomposition of a call, if all that it comes down to is known; None if not."""
+    body = body_of(node)
+    if body is None:
+        return None
+    _rewrite(body)
+    calls = [inner for inner in body.nodes if inner.op == "call_function"]
+    if not all(inner.target is operator.getitem or _known(inner) for inner in calls):
+        return None
+    given: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), given.append)
+    places = dict(zip((n for n in body.nodes if n.op == "placeholder"), given, strict=True))
+    for inner in calls:
+        new = places[inner] = graph.node_copy(inner, places.__getitem__)
+        new.meta = {"val": value_of(inner), **{k: node.meta[k] for k in ("module", "source", "phase") if k in node.meta}}
+    return fx.map_arg(body.output_node().args[0], places.__getitem__)
 
 
 def _cast(builder: Builder, results: Any, wanted: Any) -> Any:
