@@ -69,7 +69,8 @@ def _borrowed(graph: fx.Graph, node: fx.Node) -> Any:
     places = dict(zip((n for n in body.nodes if n.op == "placeholder"), given, strict=True))
     for inner in calls:
         new = places[inner] = graph.node_copy(inner, places.__getitem__)
-        new.meta = {"val": value_of(inner), **{k: node.meta[k] for k in ("module", "source", "phase") if k in node.meta}}
+        new.meta = {k: v for k, v in node.meta.items() if k in ("module", "source", "phase")}
+        new.meta["val"] = value_of(inner)
     return fx.map_arg(body.output_node().args[0], places.__getitem__)
 
 

@@ -100,6 +100,8 @@ def canonical(
     order = _order(target, args)
     if order is not None:
         return aten.permute.default, (args[0], order), {}
+    if target is aten._efficientzerotensor.default:  # zeros that autograd does without memory for
+        target = aten.zeros.default
     keep = ("memory_format",) if target is aten.clone.default else ()
     return target, args, {key: value for key, value in kwargs.items() if key in keep or key not in _IRRELEVANT}
 

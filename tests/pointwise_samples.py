@@ -132,6 +132,9 @@ def others() -> Iterator[Sample]:
     yield Sample(aten.lerp.Tensor, (real(6, 2), real(6, 2), real(2)))
     yield Sample(aten.addcmul.default, (real(6, 2), real(6, 2), real(2)))
     yield Sample(aten.addcdiv.default, (real(6, 2), real(6, 2), positive(2)))
+    yield Sample(aten.complex.default, (real(6, 2), real(6, 2)))
+    yield Sample(aten.polar.default, (real(6, 2), real(2)))
+    yield Sample(aten.frexp.Tensor, (real(6, 2),))
     yield Sample(aten.scalar_tensor.default, (2.0,), {"dtype": torch.float64})
 
 

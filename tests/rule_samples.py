@@ -165,6 +165,10 @@ def indices() -> Iterator[Sample]:
     yield Sample(aten.scatter.value, (real(6, 12), 1, whole(12, 6, 3), 2.5))
     yield Sample(aten.index_select.default, (real(6, 12, 2), 1, whole(12, 6)))
     yield Sample(aten.index_select.default, (real(6, 12), -1, whole(12, 1)))
+    yield Sample(aten.index_select.default, (real(), 0, whole(1, 1)))
+    yield Sample(aten.index_select.default, (real(), 0, whole(1)))
+    yield Sample(aten.index_add.default, (real(), 0, whole(1, 1), real()))
+    yield Sample(aten.index_copy.default, (real(), 0, whole(1, 1), real()))
     yield Sample(aten.index_add.default, (real(6, 12), 0, whole(6, 6), real(6, 12)))
     yield Sample(aten.index_add.default, (real(6, 12), -1, whole(12, 3), real(6, 3)), {"alpha": 2})
     one, other = whole(6, 6, low=-6), whole(12, 6, low=-12)
@@ -250,11 +254,36 @@ def windows() -> Iterator[Sample]:
     yield Sample(aten.upsample_nearest2d.vec, (x, None, [2.0, 2.0]))
     yield Sample(aten.upsample_nearest2d.default, (x, [8, 8]))
     yield Sample(aten.upsample_nearest2d_backward.default, (wide, [8, 8], [2, 6, 4, 4]))
-    for operator in (aten.upsample_bilinear2d, aten.upsample_bicubic2d):
+    for operator in (
+        aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa
+    ):  # fmt: skip
         yield Sample(operator.vec, (x, [8, 6], False, None))
         yield Sample(operator.default, (x, [8, 6], False))
-    for operator in (aten.upsample_bilinear2d_backward.default, aten.upsample_bicubic2d_backward.default):
-        yield Sample(operator, (wide, [8, 8], [2, 6, 4, 4], False))
+        backward = getattr(aten, f"{operator.__name__}_backward").default
+        yield Sample(backward, (wide, [8, 8], [2, 6, 4, 4], False))
+    yield from _upsamples()
+
+
+def _upsamples() -> Iterator[Sample]:
+    line, cube = real(2, 6, 4), real(2, 6, 2, 4, 4)
+    wide_line, wide_cube = real(2, 6, 8), real(2, 6, 4, 8, 8)
+    for kind in ("upsample_nearest", "_upsample_nearest_exact"):
+        yield Sample(getattr(aten, f"{kind}1d").vec, (line, None, [2.0]))
+        yield Sample(getattr(aten, f"{kind}1d").default, (line, [8]))
+        yield Sample(getattr(aten, f"{kind}1d_backward").default, (wide_line, [8], [2, 6, 4]))
+        yield Sample(getattr(aten, f"{kind}3d").vec, (cube, [4, 8, 8], None))
+        yield Sample(getattr(aten, f"{kind}3d").default, (cube, [4, 8, 8]))
+        yield Sample(getattr(aten, f"{kind}3d_backward").default, (wide_cube, [4, 8, 8], [2, 6, 2, 4, 4]))
+    flat, wide = real(2, 6, 4, 4), real(2, 6, 8, 8)
+    yield Sample(aten._upsample_nearest_exact2d.vec, (flat, None, [2.0, 2.0]))
+    yield Sample(aten._upsample_nearest_exact2d.default, (flat, [8, 8]))
+    yield Sample(aten._upsample_nearest_exact2d_backward.default, (wide, [8, 8], [2, 6, 4, 4]))
+    yield Sample(aten.upsample_linear1d.vec, (line, [8], True, None))
+    yield Sample(aten.upsample_linear1d.default, (line, [8], False))
+    yield Sample(aten.upsample_linear1d_backward.default, (wide_line, [8], [2, 6, 4], False))
+    yield Sample(aten.upsample_trilinear3d.vec, (cube, [4, 8, 8], False, None))
+    yield Sample(aten.upsample_trilinear3d.default, (cube, [4, 8, 8], True))
+    yield Sample(aten.upsample_trilinear3d_backward.default, (wide_cube, [4, 8, 8], [2, 6, 2, 4, 4], False))
 
 
 def attentions() -> Iterator[Sample]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,12 +166,18 @@ class TensorClass:
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the cheapest conversion; its price is `seconds[index[start], index[end]]`."""
-        here, goal, found = self.index[start], self.index[end], list[Step]()
-        while here != goal:
-            _, there = min((cost + self.seconds[j, goal], j) for j, (cost, _) in self._moves[here].items())
-            found.append(self._moves[here][there][1])
-            here = there
-        return found
+        first, goal = self.index[start], self.index[end]
+        # breadth first: where moves are free, the cheapest may go in a circle
+        ways: dict[int, list[Step]] = {first: []}
+        queue = deque([first])
+        while goal not in ways:
+            here = queue.popleft()
+            totals = {j: cost + self.seconds[j, goal] for j, (cost, _) in self._moves[here].items()}
+            least = min(totals.values())
+            for there in sorted(j for j, total in totals.items() if total == least and j not in ways):
+                ways[there] = [*ways[here], self._moves[here][there][1]]
+                queue.append(there)
+        return ways[goal]
 
 
 def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Splits]:

@@ -7,7 +7,7 @@ Only whole bodies are taken: if anything in one has no rule in the end, the oper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from shardc.canonical import Rewriter
 from shardc.graph import value_of
@@ -58,11 +59,22 @@ def _trace(decomposition: Callable[..., Any], node: fx.Node) -> fx.GraphModule:
 
     def function(*tensors: torch.Tensor) -> Any:
         supply = iter(tensors)
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: next(supply))
-        return decomposition(*args, **kwargs)
+        args, kwargs = _plain(node.args, supply), {k: _plain(v, supply) for k, v in node.kwargs.items()}
+        results = decomposition(*args, **kwargs)
+        return tuple(results) if isinstance(results, (tuple, list)) else results
 
-    with fakes[0].fake_mode:
+    with tree_leaves(value_of(node))[0].fake_mode:
         return make_fx(function)(*fakes)
+
+
+def _plain(argument: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """An argument with tensors in place of nodes, in lists that may be written to, as decompositions do."""
+    if isinstance(argument, fx.Node):
+        return next(tensors)
+    if isinstance(argument, (list, tuple)):
+        items = [_plain(item, tensors) for item in argument]
+        return items if isinstance(argument, list) else tuple(items)
+    return argument
 
 
 def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
@@ -79,7 +91,8 @@ def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
         elif old.op == "call_function":
             rewriter.copy([old])
     results = traced.graph.output_node().args[0]
-    if not all(r is None or isinstance(r, fx.Node) for r in (results if isinstance(results, (tuple, list)) else [results])):
+    several = isinstance(results, (tuple, list))
+    if not all(r is None or isinstance(r, fx.Node) for r in (results if several else [results])):
         return None
     rewriter.graph.output(fx.map_arg(results, rewriter.env.__getitem__))
     rewriter.graph.eliminate_dead_code()

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from shardc.graph import value_of
-from shardc.rules import losses
+from shardc.rules import losses, spellings
 from shardc.rules.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten
@@ -44,6 +44,12 @@ def var_mean(
 
 def std(b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False) -> fx.Node:
     return b(aten.sqrt.default, var(b, x, dim, correction, keepdim))
+
+
+def std_mean(
+    b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False
+) -> tuple[fx.Node, ...]:
+    return std(b, x, dim, correction, keepdim), mean(b, x, dim, keepdim)
 
 
 def vector_norm(
@@ -285,6 +291,7 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.var.correction: var,
     aten.var_mean.correction: var_mean,
     aten.std.correction: std,
+    aten.std_mean.correction: std_mean,
     aten.linalg_vector_norm.default: vector_norm,
     aten.norm.ScalarOpt_dim: vector_norm,
     aten.glu.default: glu,
@@ -303,11 +310,15 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.native_dropout.default: native_dropout,
     aten.embedding_dense_backward.default: embedding_dense_backward,
     **losses.DECOMPOSITIONS,
+    **spellings.DECOMPOSITIONS,
     aten._fused_rms_norm_backward.default: rms_norm_backward,
     aten.native_group_norm.default: group_norm,
     aten.native_group_norm_backward.default: group_norm_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm,
     aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten._native_batch_norm_legit.no_stats: lambda b, x, w, bias, training, momentum, eps: batch_norm(
+        b, x, w, bias, None, None, training, momentum, eps
+    )[:3],
     aten._native_batch_norm_legit_no_training.default: lambda b, x, w, bias, mean_, var_, momentum, eps: batch_norm(
         b, x, w, bias, mean_, var_, False, momentum, eps
     )[:3],

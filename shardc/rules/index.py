@@ -89,8 +89,17 @@ def _whole(text: str) -> str:
     return " ".join(n if n == "1" or n.endswith("!") else f"{n}!" for n in text.split())
 
 
+def _pointlike(*tensors: torch.Tensor) -> Rule | None:
+    """The rule of a call whose table is a single element without dims: then all operands are."""
+    if tensors[0].dim():
+        return None
+    return parse(f"{', '.join(' '.join(letters(t)) for t in tensors)} -> ", [{0, 2}] if len(tensors) > 2 else [{0}])
+
+
 @rule(aten.index_select.default)
 def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Rule:
+    if (single := _pointlike(x, index)) is not None:
+        return single
     table = letters(x)
     after = [*table]
     table[dim], after[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")
@@ -114,6 +123,8 @@ def scatter_reduce(
 
 @rule(aten.index_copy.default)
 def index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Rule:
+    if (single := _pointlike(x, index, source)) is not None:
+        return single
     table, count = letters(x), index.numel()
     put = [*table]
     table[dim], put[dim] = _one(int(x.shape[dim]), "v"), _one(count, "j!")
@@ -123,6 +134,8 @@ def index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Ten
 
 @rule(aten.index_add.default)
 def index_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, **_: object) -> Rule:
+    if (single := _pointlike(x, index, source)) is not None:
+        return single
     table = letters(x)
     put = [*table]
     table[dim], put[dim] = _one(int(x.shape[dim]), "v"), _one(index.numel(), "j")

@@ -12,7 +12,7 @@ from shardc.rules.notation import Rule, adds, family, parse
 
 aten = torch.ops.aten
 
-TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.complex.default)
 """Linear in both tensor operands at once: P + P -> P; P + B and P + scalar are no sums of parts."""
 
 EACH = (aten.mul.Tensor,)
@@ -58,7 +58,7 @@ UNTAGGED = (
     aten.zeros_like.default,
     aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default,
     aten.floor_divide.default, aten.rsub.Tensor, aten.rsub.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
-    aten.hardswish.default, *BACKWARD, *MOVES,
+    aten.hardswish.default, aten.complex.default, aten.polar.default, *BACKWARD, *MOVES,
 )  # fmt: skip
 """Elementwise operators, some of which torch does not tag as pointwise."""
 
@@ -83,8 +83,9 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
         own = names[len(names) - x.dim() :]
         return " ".join("1" if size == 1 else name for size, name in zip(x.shape, own, strict=True))
 
+    results = [" ".join(names)] * len(operator._schema.returns)
     return parse(
-        f"{', '.join(dims(x) for x in operands)} -> {' '.join(names)}",
+        f"{', '.join(dims(x) for x in operands)} -> {', '.join(results)}",
         _groups(operator, arguments, keywords, operands),
         even=operator in FAILING and not any(x.is_floating_point() for x in operands),
     )

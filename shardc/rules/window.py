@@ -101,23 +101,31 @@ def avg_pool2d(x: torch.Tensor, *_: object) -> Rule:
     return parse(f"{before} -> {after}", [{0}])
 
 
-@rule(
-    aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec,
-    aten.upsample_bilinear2d.default,
-    aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default,
+_UPSAMPLES = (
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_trilinear3d, aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
 )  # fmt: skip
+
+
+@rule(*(packet.vec for packet in _UPSAMPLES), *(packet.default for packet in _UPSAMPLES))
 def upsample(x: torch.Tensor, *_: object) -> Rule:
-    before, after = _pooled(x, 2)
+    before, after = _pooled(x, x.dim() - 2)
     return parse(f"{before} -> {after}", [{0}])
 
 
-@rule(
-    aten.upsample_nearest2d_backward.default,
-    aten.upsample_bilinear2d_backward.default,
-    aten.upsample_bicubic2d_backward.default,
-)
+_UPSAMPLES_BACKWARD = (
+    aten.upsample_nearest1d_backward, aten.upsample_nearest2d_backward, aten.upsample_nearest3d_backward,
+    aten._upsample_nearest_exact1d_backward, aten._upsample_nearest_exact2d_backward,
+    aten._upsample_nearest_exact3d_backward, aten.upsample_linear1d_backward, aten.upsample_bilinear2d_backward,
+    aten.upsample_trilinear3d_backward, aten.upsample_bicubic2d_backward, aten._upsample_bilinear2d_aa_backward,
+    aten._upsample_bicubic2d_aa_backward,
+)  # fmt: skip
+
+
+@rule(*(packet.default for packet in _UPSAMPLES_BACKWARD))
 def upsample_backward(grad: torch.Tensor, *_: object) -> Rule:
-    before, after = _pooled(grad, 2)
+    before, after = _pooled(grad, grad.dim() - 2)
     return parse(f"{before} -> {after}", [{0}], sizes={2: 0})
 
 

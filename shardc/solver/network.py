@@ -115,7 +115,8 @@ class Network:
         users = self._users()
         for op in self.factored.ops:
             port = ports.get(op.node)
-            self._add_op(op, port, frozen=port is not None and port.name in mutated)
+            frozen = port is not None and port.role is Role.BUFFER and port.name in mutated
+            self._add_op(op, port, frozen)
             for result in op.results:
                 if users[result.key] > 1 and (port is None or port.role is Role.PARAMETER):
                     self._add_share(result.key)

@@ -158,9 +158,10 @@ def _judged(wrong: str, outcome: Outcome, phase: str) -> Verdict:
 
 
 def part_of(steps: Sequence[Step]) -> str:
-    """How much of the work was split; views count only where there is nothing else."""
-    computing = [s for s in steps if not s.view and s.operands] or [s for s in steps if s.operands]
-    split = [s for s in computing if any(placement != "R" for placement in s.operands)]
+    """How much of the work was split; views, copies and constants count only where there is nothing else."""
+    computing = [s for s in steps if not s.view and s.operands] or list(steps)
+    # what has no operands is split if it is made in parts
+    split = [s for s in computing if any(placement != "R" for placement in s.operands or s.results)]
     if not split:
         return "none" if computing else ""
     gathered = any(before != "R" and now == "R" for step in steps for before, now in step.moves)

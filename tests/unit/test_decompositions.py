@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brute_force import Call, Sample
 from rule_samples import boolean, positive, real, whole
+from shardc.graph import value_of
 from shardc.passes.normalize import normalize
+from shardc.rules.borrowed import body_of
 from shardc.rules.builder import Builder
 from shardc.rules.decompositions import DECOMPOSITIONS
 from shardc.rules.factoring import VIEWS
@@ -153,7 +155,60 @@ def _likelihoods(reduction: int) -> Iterator[Sample]:
         yield Sample(backward, (grad, x, wanted, weight, reduction, 3, count))
 
 
-SAMPLES = [s for group in (statistics, constants, dropout, embeddings, norms, losses) for s in group()]
+def spellings() -> Iterator[Sample]:
+    x, batch = real(6, 4), (real(3, 6, 2), real(3, 2, 4))
+    for operator in (aten.max.default, aten.min.default, aten.prod.default):
+        yield Sample(operator, (x,))
+    yield Sample(aten.prod.default, (x.float(),), {"dtype": torch.float64}, tolerance=1e-6)
+    yield Sample(aten.addbmm.default, (x, *batch))
+    yield Sample(aten.addbmm.default, (x, *batch), {"beta": 0.5, "alpha": 2})
+    yield Sample(aten.addbmm.default, (torch.full_like(x, float("nan")), *batch), {"beta": 0})
+    yield Sample(aten._trilinear.default, (real(6, 3), real(2, 3, 4), real(6, 4), [1, 3], [0], [1, 2], [2, 3]))
+    yield Sample(aten._trilinear.default, (real(6, 3), real(6, 3), real(6, 3), [], [], [], []))
+    yield Sample(aten.put.default, (x, torch.tensor([[3], [20]]), real(2, 1)))
+    yield Sample(aten.put.default, (x, torch.tensor([3, 3, -1]), real(3), True))
+    for dims, keep in (([1], False), (None, True)):
+        yield Sample(aten.std_mean.correction, (x, dims), {"correction": 0, "keepdim": keep})
+    yield Sample(aten._native_batch_norm_legit.no_stats, (real(6, 4, 2), real(4), real(4), True, 0.1, 1e-5))
+
+
+def borrowed() -> Iterator[Sample]:
+    """Some of those that torch brings: several results, numbers in the body, no tensors, bodies within bodies."""
+    x = real(6, 4)
+    yield Sample(aten.addr.default, (x, real(6), real(4)))
+    yield Sample(aten.aminmax.default, (x,), {"dim": 1})
+    yield Sample(aten.dist.default, (x, real(4), 3.0))
+    yield Sample(aten.linspace.default, (0, 1, 5), {"dtype": torch.float64})
+    yield Sample(aten.trace.default, (x,))
+    yield Sample(aten._prelu_kernel.default, (x, real(4)))
+    yield Sample(aten.renorm.default, (x, 2.0, 0, 1.5))
+    yield Sample(aten.diag_embed.default, (x,))
+    yield Sample(aten.rot90.default, (x, 3, [0, 1]))
+    yield Sample(aten.pixel_shuffle.default, (real(2, 8, 3, 3), 2))
+    yield Sample(aten.index_fill.int_Scalar, (x, 1, torch.tensor([2, 0]), 7.0))
+    yield Sample(aten.count_nonzero.default, (x.relu(),))
+    yield Sample(aten.unsafe_split.Tensor, (x, 4))
+    yield Sample(aten.take.default, (x, torch.tensor([[3, 20]])))
+
+
+GROUPS = (statistics, constants, dropout, embeddings, norms, losses, spellings, borrowed)
+SAMPLES = [s for group in GROUPS for s in group()]
+
+
+def test_fused_operators_are_never_taken_apart() -> None:
+    """Their backward reads what only the fused forward gives."""
+    x = torch.ones(2, 2, 4, 4, requires_grad=True)
+    graph, mode = fx.Graph(), FakeTensorMode()
+    given = graph.placeholder("x")
+    given.meta["val"] = mode.from_tensor(x)
+    for target, args in (
+        (aten._scaled_dot_product_flash_attention_for_cpu.default, (given, given, given)),
+        (aten.native_dropout.default, (given, 0.5, True)),
+        (aten.native_batch_norm.default, (given, None, None, None, None, True, 0.1, 1e-5)),
+    ):
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*fx.map_arg(args, value_of))
+        assert body_of(node) is None
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.target))

@@ -1,0 +1,66 @@
+"""Operators that say in one word what others say in several; nothing here is computed in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.graph import value_of
+from shardc.rules.builder import Builder
+
+aten = torch.ops.aten
+
+
+def extreme(operator: Any) -> Callable[[Builder, fx.Node], fx.Node]:
+    """`max(x)` of all elements as `amax` over all dims; `min` likewise."""
+    return lambda b, x: b(operator, x, list(range(value_of(x).dim())), False)
+
+
+def addbmm(
+    b: Builder, x: fx.Node, first: fx.Node, second: fx.Node, *, beta: float = 1, alpha: float = 1
+) -> fx.Node:
+    """With beta 0 torch does not read `x`: what is not finite in it is no part of the result."""
+    total = b(aten.sum.dim_IntList, b(aten.bmm.default, first, second), [0], False)
+    total = total if alpha == 1 else b(aten.mul.Tensor, total, alpha)
+    if beta == 0:
+        return total
+    return b(aten.add.Tensor, x if beta == 1 else b(aten.mul.Tensor, x, beta), total)
+
+
+def trilinear(
+    b: Builder, first: fx.Node, second: fx.Node, third: fx.Node, expand_first: Sequence[int],
+    expand_second: Sequence[int], expand_third: Sequence[int], summed: Sequence[int], _: int = 1,
+) -> fx.Node:  # fmt: skip
+    """The product of three, each with dims of size one put in, summed over `summed`."""
+    product: fx.Node | None = None
+    for x, dims in ((first, expand_first), (second, expand_second), (third, expand_third)):
+        for dim in sorted(dims):
+            x = b(aten.unsqueeze.default, x, dim)
+        product = x if product is None else b(aten.mul.Tensor, product, x)
+    assert product is not None
+    return b(aten.sum.dim_IntList, product, list(summed), False) if summed else product
+
+
+def put(b: Builder, x: fx.Node, index: fx.Node, source: fx.Node, accumulate: bool = False) -> fx.Node:
+    """Writing into the flattened tensor."""
+    shape = [int(n) for n in value_of(x).shape]
+    flat, index, source = (b(aten.view.default, t, [value_of(t).numel()]) for t in (x, index, source))
+    return b(aten.view.default, b(aten.index_put.default, flat, [index], source, accumulate), shape)
+
+
+def prod(b: Builder, x: fx.Node, *, dtype: torch.dtype | None = None) -> fx.Node:
+    flat = b(aten.view.default, x, [value_of(x).numel()])
+    return b(aten.prod.dim_int, flat, 0, False, dtype=dtype)
+
+
+DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
+    aten.max.default: extreme(aten.amax.default),
+    aten.min.default: extreme(aten.amin.default),
+    aten.addbmm.default: addbmm,
+    aten._trilinear.default: trilinear,
+    aten.put.default: put,
+    aten.prod.default: prod,
+}
