@@ -54,6 +54,8 @@ class Shape(NamedTuple):
     """Parted factors whose body makes complete results."""
     indices: frozenset[int]
     """Operands that hold indices, or numbers that count as such: garbage in their padding would be out of range."""
+    computes: bool
+    """Whether it is an operator; a placeholder costs nothing."""
     even: bool
     """Whether padding could make the operator fail, so that no factor may be split unevenly."""
 
@@ -73,6 +75,7 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         first.dtype,
         op.rule.parted - set(op.rule.reductions),
         _integers(op),
+        op.node.op != "placeholder",
         op.rule.even,
     )
 
@@ -139,8 +142,8 @@ class Options:
         return np.array([self.compute_of(s) for s in self.strategies])
 
     def compute_of(self, strategy: Strategy) -> float:
-        """Compute seconds of one strategy; a placeholder computes nothing."""
-        if not self.shape.operands:
+        """Compute seconds of one strategy; what an operator makes from nothing is written all the same."""
+        if not self.shape.computes:
             return 0.0
         chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(self.shape.factors, strategy.split, strict=True)]
         sides = (*self.shape.operands, *self.shape.results)
