@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fuzz import SEED, TIMES
+
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
@@ -16,9 +18,11 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what 
 settings.register_profile(
     "ci", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("quick", settings.get_profile("ci"), max_examples=20)
-settings.register_profile("search", settings.get_profile("ci"), derandomize=False, max_examples=10_000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile("ci")
+
+
+def pytest_report_header() -> str:
+    return f"property tests: SHARDC_SEED={SEED} SHARDC_FUZZ={TIMES}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

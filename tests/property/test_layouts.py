@@ -10,11 +10,12 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from fuzz import searched
 from shardc.capture import capture
 from shardc.cost.conversion import Splits, TensorClass, apply, sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware, Link
@@ -62,7 +63,7 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
 
 
-@settings(max_examples=300)
+@searched(300)
 @given(random=randoms)
 def test_text_round_trip(random: Random) -> None:
     mesh = mesh_of(random)
@@ -72,7 +73,7 @@ def test_text_round_trip(random: Random) -> None:
     assert Layout.parse(f"bf16{layout}") == layout
 
 
-@settings(max_examples=300)
+@searched(300)
 @given(random=randoms)
 def test_cuts_lead_to_the_local_shape_and_back(random: Random) -> None:
     mesh = mesh_of(random)
@@ -99,7 +100,7 @@ def test_cuts_lead_to_the_local_shape_and_back(random: Random) -> None:
     assert Layout.from_cuts(cuts, layout.shape, mesh, layout.partial) == simple
 
 
-@settings(max_examples=300)
+@searched(300)
 @given(random=randoms)
 def test_dtensor_round_trip_or_an_error(random: Random) -> None:
     mesh = mesh_of(random)
@@ -112,7 +113,7 @@ def test_dtensor_round_trip_or_an_error(random: Random) -> None:
     assert Layout.from_dtensor(placements, layout.shape, mesh) == layout.simplify(mesh)
 
 
-@settings(max_examples=300)
+@searched(300)
 @given(random=randoms)
 def test_placements_of_dtensor_round_trip(random: Random) -> None:
     """Plain placements: axes split a dim in mesh order, as DTensor does."""
@@ -149,7 +150,7 @@ class Scaled(nn.Module):
         return x.view(self.atoms) * 2
 
 
-@settings(max_examples=250)
+@searched(250)
 @given(random=randoms)
 def test_every_conversion_moves_the_right_values(random: Random) -> None:
     """From whole to a random layout, to another, and back where that cannot leave; the price is that of the steps."""

@@ -6,16 +6,16 @@ program's examples.
 
 from __future__ import annotations
 
-import os
 import warnings
 from random import Random
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fuzz import TIMES, searched
 from programs import AXES, Program, grow, random_spec
 from shardc.capture import capture
 from shardc.compiled import Compiled
@@ -40,7 +40,7 @@ MENUS: dict[str, tuple[str, ...]] = {
     "all but windows": EVERY[:-1],
 }
 SHARES = 6  # examples per program
-PROGRAMS = int(os.environ.get("SHARDC_PROGRAMS", "36"))  # per menu
+PROGRAMS = 36  # per menu
 MESHES = {  # up to 12 devices
     1: [(2,), (3,), (4,), (1,)],
     2: [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (1, 2), (3, 4), (4, 3), (3, 3)],
@@ -102,14 +102,14 @@ def test_random_programs_equal_single_device(menu: str) -> None:
     counted.update(dict.fromkeys(counted, 0))
 
     # shrinking takes minutes; the program is printed
-    @settings(max_examples=PROGRAMS, phases=[Phase.explicit, Phase.generate])
+    @searched(PROGRAMS, shrink=False)
     @given(random=st.randoms(use_true_random=False))
     def search(random: Random) -> None:
         examine(menu, random)
 
     search()
     print(f"{menu}: {counted}")
-    assert counted["examples"] >= 200 * PROGRAMS // 36
+    assert counted["examples"] >= 200 * TIMES
     assert counted["refused"] < counted["examples"] / 3
     assert counted["shaky"] < counted["programs"] / 10
 
