@@ -4,7 +4,7 @@ Means become global sums divided by the global count, so they stay right however
 factories of global shape, so every mesh draws the single-device stream.
 
     %m = mean(%x, [1])                 ->   %s = sum(%x, [1]);  %m = div(%s, 512)
-    %y, %k = native_dropout(%x, 0.1)   ->   %k = bernoulli([32, 512], 0.9);  %y = mul(mul(%x, %k), 1.11)
+    %y, %k = native_dropout(%x, 0.1)   ->   %k = draw([32, 512], "bernoulli", 0.9);  %y = mul(mul(%x, %k), 1.11)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardc.rules.builder import Builder
 from shardc.rules.decompositions import DECOMPOSITIONS
 from shardc.rules.factoring import VIEWS
 from shardc.rules.notation import maker_of
-from shardc.runtime.random import bernoulli
+from shardc.runtime.random import DRAWS
 
 
 def normalize(program: Program) -> Program:
@@ -29,7 +29,7 @@ def normalize(program: Program) -> Program:
     graph = program.graph
     _rewrite(graph)
     # draws stay, needed or not: they move the random stream
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is bernoulli)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in DRAWS)
     return program
 
 
@@ -84,6 +84,7 @@ def _cast(builder: Builder, results: Any, wanted: Any) -> Any:
 
 def _replace(node: fx.Node, results: Any) -> None:
     if not isinstance(results, (tuple, list)):
+        _remember_strides(node, results)
         node.replace_all_uses_with(results)
         node.graph.erase_node(node)
         return
@@ -91,6 +92,13 @@ def _replace(node: fx.Node, results: Any) -> None:
         assert user.target is operator.getitem
         replacement = results[user.args[1]]  # type: ignore[index]
         assert isinstance(value_of(replacement), torch.Tensor)
+        _remember_strides(user, replacement)
         user.replace_all_uses_with(replacement)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _remember_strides(node: fx.Node, replacement: fx.Node) -> None:
+    """Eager draws random numbers in the order of its own memory, which a decomposition need not keep."""
+    if value_of(node).stride() != value_of(replacement).stride():
+        replacement.meta.setdefault("strides", value_of(node).stride())

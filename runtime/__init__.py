@@ -42,7 +42,16 @@ from shardc.runtime.moves import (
 )
 from shardc.runtime.norms import layer_norm, layer_norm_backward, rms_norm
 from shardc.runtime.parts import Part
-from shardc.runtime.random import bernoulli, rand, randn
+from shardc.runtime.random import (
+    binomial,
+    draw,
+    multinomial,
+    poisson,
+    randperm,
+    rrelu,
+    sample_dirichlet,
+    standard_gamma,
+)
 from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
 from shardc.runtime.shifts import flip, roll
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
@@ -66,7 +75,7 @@ __all__ = [
     "argmin",
     "attention",
     "attention_backward",
-    "bernoulli",
+    "binomial",
     "cat_along",
     "constant_pad",
     "cummax",
@@ -79,6 +88,7 @@ __all__ = [
     "diagonal",
     "diagonal_backward",
     "distribute",
+    "draw",
     "drop_dummy",
     "eye",
     "fill",
@@ -94,17 +104,20 @@ __all__ = [
     "logsumexp",
     "max_along",
     "min_along",
+    "multinomial",
     "pad_dummy",
     "paste",
     "permute",
     "placements",
-    "rand",
-    "randn",
+    "poisson",
+    "randperm",
     "rebase",
     "reduce_scatter",
     "rms_norm",
     "roll",
+    "rrelu",
     "safe_softmax",
+    "sample_dirichlet",
     "select_along",
     "select_backward",
     "shard",
@@ -114,6 +127,7 @@ __all__ = [
     "softmax_backward",
     "split_along",
     "stack_along",
+    "standard_gamma",
     "swap_in",
     "to_partial",
     "topk",

@@ -1,4 +1,8 @@
-"""Random numbers that do not depend on the mesh: every rank draws the global tensor from the same stream."""
+"""Random numbers that do not depend on the mesh: every rank draws the global tensor from the same stream.
+
+Each function here draws what its namesake of torch draws on the CPU, from the run's generator, and advances it as that
+does. They take and give global tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +21,72 @@ def _generator(context: Context) -> torch.Generator:
     return context.generator
 
 
-def bernoulli(
-    shape: Sequence[int], keep_probability: float, *, dtype: torch.dtype, strides: Sequence[int] | None = None
+def draw(
+    shape: Sequence[int],
+    distribution: str,
+    *parameters: float,
+    dtype: torch.dtype,
+    strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """Ones with `keep_probability`, else zeros, of global `shape`: what dropout draws in eager mode on the CPU.
+    """A tensor filled by torch's in-place method `distribution` ("uniform", "normal", "bernoulli", ...).
 
-    The same numbers on all ranks and for every dtype (bool too); advances the run's generator as eager dropout does.
-    Eager draws in the order in which dropout's input lies in memory: `strides` are those of that input where it is not
-    contiguous. The result is contiguous in any case.
+    Eager mode draws in the order in which its result lies in memory: `strides` are those of that result where it is not
+    contiguous. What is returned is contiguous in any case.
     """
     context = current()
     generator = _generator(context)
     if strides is None:
-        mask = torch.empty(tuple(shape), dtype=dtype)
+        made = torch.empty(tuple(shape), dtype=dtype)
     else:
-        mask = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype)
-    return mask.bernoulli_(keep_probability, generator=generator).contiguous().to(context.device)
+        made = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype)
+    return getattr(made, f"{distribution}_")(*parameters, generator=generator).contiguous().to(context.device)
 
 
-def rand(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """Uniform on [0, 1), of global `shape`: what `torch.rand` draws on the CPU."""
+def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
+    """A permutation of 0 to `count` - 1."""
     context = current()
-    return torch.rand(tuple(shape), dtype=dtype, generator=_generator(context)).to(context.device)
+    return torch.randperm(count, dtype=dtype, generator=_generator(context)).to(context.device)
 
 
-def randn(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """Standard normal, of global `shape`: what `torch.randn` draws on the CPU."""
-    context = current()
-    return torch.randn(tuple(shape), dtype=dtype, generator=_generator(context)).to(context.device)
+def multinomial(weights: Tensor, count: int, replacement: bool = False, *, strides: Sequence[int]) -> Tensor:
+    """`count` indices a row, by weight. `strides`, here and below: those that the operand has in eager mode."""
+    generator = _generator(current())
+    return torch.multinomial(_laid(weights, strides), count, replacement, generator=generator).to(weights.device)
+
+
+def poisson(rates: Tensor, *, strides: Sequence[int]) -> Tensor:
+    return torch.poisson(_laid(rates, strides), _generator(current())).contiguous().to(rates.device)
+
+
+def binomial(counts: Tensor, chances: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Numbers of successes; both operands have the same shape and strides."""
+    generator = _generator(current())
+    made = torch.binomial(_laid(counts, strides), _laid(chances, strides), generator)
+    return made.contiguous().to(counts.device)
+
+
+def standard_gamma(shapes: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Gamma with rate one."""
+    made = torch.ops.aten._standard_gamma.default(_laid(shapes, strides), _generator(current()))
+    return made.contiguous().to(shapes.device)
+
+
+def sample_dirichlet(concentrations: Tensor, *, strides: Sequence[int]) -> Tensor:
+    made = torch.ops.aten._sample_dirichlet.default(_laid(concentrations, strides), _generator(current()))
+    return made.contiguous().to(concentrations.device)
+
+
+def rrelu(x: Tensor, lower: float, upper: float, *, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A leaky relu and its slopes: random where `x` is not positive, else one. Only these slopes are drawn."""
+    laid, noise = _laid(x, strides), torch.empty(x.shape, dtype=x.dtype)
+    made = torch.ops.aten.rrelu_with_noise.default(laid, noise, lower, upper, True, _generator(current()))
+    return made.contiguous().to(x.device), noise.to(x.device)
+
+
+def _laid(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """`x` on the CPU, in memory as eager mode has it."""
+    return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype).copy_(x)
+
+
+DRAWS = frozenset({draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu})
+"""The functions that move the random stream."""

@@ -22,6 +22,7 @@ _VIEWS = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default, aten._reshape_alias.default, aten.unflatten.int, aten.flatten.using_ints,
 }  # fmt: skip
+_SAME = {aten._unsafe_index.Tensor: aten.index.Tensor, aten._unsafe_index_put.default: aten.index_put.default}
 _MOVES = {aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor}
 _IRRELEVANT = ("memory_format", "layout", "pin_memory")
 
@@ -93,6 +94,7 @@ def canonical(
 ) -> tuple[Target, tuple[Any, ...], dict[str, Any]]:
     """The one spelling of a call whose result is `val`."""
     args, kwargs = positional(target, args, kwargs)
+    target = _SAME.get(target, target)
     if target in _VIEWS:
         return aten.view.default, (args[0], list(val.shape)), {}
     if target is aten.expand.default:

@@ -6,10 +6,9 @@ models larger than memory are captured as they are, and the model itself stays u
 
 from __future__ import annotations
 
-import dataclasses
 import linecache
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +21,7 @@ from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 from shardc.inputs import flatten, refuse_foreign, refuse_opaque
+from shardc.state import Slot, State, registry
 
 
 def capture(
@@ -45,65 +45,8 @@ def capture(
     sizes stay symbols in the graph (see shardc.sizes). Raises CaptureError, LayoutError.
     """
     given = tuple(args), dict(kwargs or {})
-    trace = _Trace(_State(module), *given, grad, differentiable, dict(constraints or {}), hooks, dynamic or {})
+    trace = _Trace(State(module), *given, grad, differentiable, dict(constraints or {}), hooks, dynamic or {})
     return _Builder(trace, trace.run()).program()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """One argument of the traced function: what it is, its fake, and the places in the model that hold it."""
-
-    port: Port
-    fake: Tensor
-    places: tuple[tuple[nn.Module, str], ...] = ()
-
-
-class _State:
-    """The tensors of a model, each once, and everything needed to put the model back as it was."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.tied: dict[str, str] = {}
-        self.names: dict[int, tuple[Role, str]] = {}
-        self.tensors: dict[int, Tensor] = {}
-        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for role in (Role.PARAMETER, Role.BUFFER):
-            for path, part in module.named_modules(remove_duplicate=False):
-                for key, tensor in _registry(part, role).items():
-                    if tensor is not None:
-                        self._add(role, f"{path}.{key}" if path else key, part, key, tensor)
-
-    def _add(self, role: Role, name: str, part: nn.Module, key: str, tensor: Tensor) -> None:
-        known = self.names.setdefault(id(tensor), (role, name))
-        if known[1] != name:
-            self.tied[name] = known[1]
-        self.tensors[id(tensor)] = tensor
-        self.places.setdefault(id(tensor), []).append((part, key))
-
-    def slots(self, fake: Callable[[Tensor], Tensor]) -> list[_Slot]:
-        return [
-            _Slot(Port(role, name), fake(self.tensors[key]), tuple(self.places[key]))
-            for key, (role, name) in self.names.items()
-        ]
-
-    @contextmanager
-    def unchanged(self) -> Generator[None]:
-        """Whatever the model does to its own attributes in here is undone at the end."""
-        saved = [(part, dict(vars(part))) for part in self.module.modules()]
-        inner = [(own, dict(own)) for _, own_vars in saved for own in own_vars.values() if isinstance(own, dict)]
-        try:
-            yield
-        finally:
-            for part, before in saved:
-                vars(part).clear()
-                vars(part).update(before)
-            for own, before in inner:
-                own.clear()
-                own.update(before)
-
-
-def _registry(part: nn.Module, role: Role) -> dict[str, Tensor | None]:
-    return vars(part)["_parameters" if role is Role.PARAMETER else "_buffers"]
 
 
 class _Trace:
@@ -111,7 +54,7 @@ class _Trace:
 
     def __init__(
         self,
-        state: _State,
+        state: State,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         grad: bool,
@@ -128,7 +71,7 @@ class _Trace:
         refuse_opaque(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
-            _Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
+            Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
@@ -175,7 +118,7 @@ class _Trace:
                 if slot.port.role is Role.INPUT:
                     leaves[slot.port.index] = tensor
                 for part, key in slot.places:
-                    _registry(part, slot.port.role)[key] = tensor
+                    registry(part, slot.port.role)[key] = tensor
             self._refresh_rnns()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             with self.provenance:
@@ -194,7 +137,7 @@ class _Trace:
         for slot, tensor in zip(self.slots, tensors, strict=True):
             if slot.port.role is Role.BUFFER:
                 part, key = slot.places[0]
-                now = _registry(part, Role.BUFFER).get(key)
+                now = registry(part, Role.BUFFER).get(key)
                 if now is not tensor:
                     if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
                         raise CaptureError(
@@ -332,6 +275,11 @@ class _Builder:
         value = self.traced
         for part in str(old.target).split("."):
             value = getattr(value, part)
+        if isinstance(value, torch.Generator):
+            raise CaptureError(
+                "the model draws from a random generator of its own; a sharded run draws from torch's default one. "
+                "Leave out generator=, or draw outside of the model and pass the tensor in"
+            )
         if not isinstance(value, Tensor):
             raise CaptureError(
                 f"the graph holds {old.target}, a {type(value).__name__}: torch.cond and the like are not supported"

@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from shardc.corrections import RESPELLED, corrected
 from shardc.runtime.attention import attention as fused_attention
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -111,6 +112,7 @@ def tracing_flags(module: nn.Module) -> Generator[None]:
         # With mkldnn, LSTM and friends become fused CPU operators whose backward has no schema worth sharding.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(corrected())
         if "transformers" in sys.modules:
             stack.enter_context(_transformers(module))
         try:
@@ -157,6 +159,7 @@ class Provenance(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             return func(*args, **kwargs)
+        func = RESPELLED.get(func, func)
         meta = fx_traceback.current_meta
         before = meta.get("nn_module_stack")
         meta["nn_module_stack"] = (self.stack[-1], source_line(sys._getframe(1)))

@@ -137,9 +137,9 @@ class Call:
         if isinstance(target, torch._ops.OpOverload):
             with self._mode:
                 node.meta["val"] = target(*given[0], **given[1])
-        else:  # a function of the runtime that makes a tensor from a shape
-            with self._mode:
-                node.meta["val"] = torch.empty(args[0], dtype=kwargs["dtype"])
+        else:  # a function of the runtime
+            values = _map((args, kwargs), lambda n: self.whole[n], fx.Node)
+            node.meta["val"] = _map(_run(target, *values), self._mode.from_tensor, Tensor)
         return node
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import shardc.rules  # noqa: F401  (the custom operators must exist)
 from brute_force import Sample, View
-from shardc.runtime.random import bernoulli
+from shardc.runtime import random
 
 aten = torch.ops.aten
 _random = torch.Generator().manual_seed(0)
@@ -286,6 +286,58 @@ def _upsamples() -> Iterator[Sample]:
     yield Sample(aten.upsample_trilinear3d_backward.default, (wide_cube, [4, 8, 8], [2, 6, 2, 4, 4], False))
 
 
+def pools() -> Iterator[Sample]:
+    flat, solid = real(2, 6, 4, 4), real(2, 6, 4, 4, 3)
+    for x, target, backward, given in (
+        (flat, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default, ([2, 3],)),
+        (flat[0], aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default, ([2, 1],)),
+        (solid, aten.adaptive_max_pool3d.default, aten.adaptive_max_pool3d_backward.default, ([2, 3, 1],)),
+    ):
+        yield Sample(target, (x, *given))
+        made, where = target(x, *given)
+        yield Sample(backward, (real(*made.shape), x, where))
+    made, where = aten.max_pool3d_with_indices(solid, [2, 2, 2])
+    yield Sample(aten.max_pool3d_with_indices.default, (solid, [2, 2, 2]))
+    more = ([2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False, where)
+    yield Sample(aten.max_pool3d_with_indices_backward.default, (real(*made.shape), solid, *more))
+    back = (aten.fractional_max_pool2d_backward.default, aten.fractional_max_pool3d_backward.default)
+    forward = (aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default)
+    for x, spatial in ((flat, 2), (solid, 3), (flat[1], 2)):
+        target, backward = forward[spatial - 2], back[spatial - 2]
+        samples = torch.rand(*(x.shape[:2] if x.dim() == spatial + 2 else (1, 6)), spatial, dtype=torch.float64)
+        size = [2, 2, 1][:spatial]
+        yield Sample(target, (x, [2] * spatial, size, samples))
+        made, where = target(x, [2] * spatial, size, samples)
+        yield Sample(backward, (real(*made.shape), x, [2] * spatial, size, where))
+    pooled, where = aten.max_pool2d_with_indices(flat, [2, 2])
+    yield Sample(aten.max_unpool2d.default, (pooled, where, [4, 4]))
+    pooled, where = aten.max_pool3d_with_indices(solid, [2, 2, 2])
+    yield Sample(aten.max_unpool3d.default, (pooled, where, [4, 4, 3], [2, 2, 2], [0, 0, 0]))
+    yield Sample(aten.avg_pool3d.default, (solid, [2, 2, 1]))
+    more = ([2, 2, 1], [2, 2, 1], [0, 0, 0], False, True, None)
+    yield Sample(aten.avg_pool3d_backward.default, (real(2, 6, 2, 2, 3), solid, *more))
+    yield Sample(aten._adaptive_avg_pool3d.default, (solid, [2, 3, 1]))
+    yield Sample(aten._adaptive_avg_pool3d_backward.default, (real(2, 6, 2, 3, 1), solid))
+
+
+def margins() -> Iterator[Sample]:
+    x, target = real(6, 4), torch.stack([torch.randperm(5)[:4] - 1 for _ in range(6)])
+    for logits, wanted, reduction in ((x, target, 0), (x, target, 1), (x[0], target[0], 2)):
+        yield Sample(aten.multilabel_margin_loss_forward.default, (logits, wanted, reduction))
+        made, hits = aten.multilabel_margin_loss_forward(logits, wanted, reduction)
+        arguments = (real(*made.shape), logits, wanted, reduction, hits)
+        yield Sample(aten.multilabel_margin_loss_backward.default, arguments)
+
+
+def bags() -> Iterator[Sample]:
+    table, indices, offsets = real(6, 2), whole(6, 12), torch.tensor([0, 3, 7])
+    for target in (aten._embedding_bag.default, aten._embedding_bag_forward_only.default):
+        yield Sample(target, (table, indices, offsets, True), values=[0])
+    _, bag_of, sizes, won = aten._embedding_bag(table, indices, offsets, True)
+    more = (6, True, 0, False, None, -1)
+    yield Sample(aten._embedding_bag_backward.default, (real(3, 2), indices, offsets, bag_of, sizes, won, *more))
+
+
 def attentions() -> Iterator[Sample]:
     forward, backward = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
     for batch, heads, rows, columns, inner, outer, mask, causal in (
@@ -323,10 +375,21 @@ def factories() -> Iterator[Sample]:
     yield Sample(aten.arange.start, (2, 14), {"dtype": torch.float64})
     yield Sample(aten.arange.start_step, (0, 12, 2))
     yield Sample(aten.scalar_tensor.default, (2.5,), {"dtype": torch.float64})
-    yield Sample(bernoulli, ([6, 2], 0.5), {"dtype": torch.float64})  # type: ignore[arg-type]
     yield Sample(aten.linspace.default, (0.0, 1.0, 6), {"dtype": torch.float64})
     yield Sample(aten.eye.default, (6,), {"dtype": torch.float64})
     yield Sample(aten.eye.m, (6, 3), {"dtype": torch.float64})
+
+
+def draws() -> Iterator[Sample]:
+    yield Sample(random.draw, ([6, 2], "bernoulli", 0.5), {"dtype": torch.float64})
+    yield Sample(random.draw, ([6, 1, 12], "normal", 0.0, 1.0), {"dtype": torch.float64, "strides": [1, 1, 6]})
+    yield Sample(random.randperm, (6,), {"dtype": torch.int64})
+    yield Sample(random.multinomial, (positive(6, 12), 3), {"strides": [12, 1]})
+    yield Sample(random.multinomial, (positive(12), 1, True), {"strides": [1]})
+    for function in (random.poisson, random.standard_gamma, random.sample_dirichlet):
+        yield Sample(function, (positive(6, 2),), {"strides": [1, 6]})
+    yield Sample(random.binomial, (whole(9, 6, 2).double(), torch.full((6, 2), 0.3).double()), {"strides": [2, 1]})
+    yield Sample(random.rrelu, (real(6, 2), 0.1, 0.3), {"strides": [2, 1]})
 
 
 def whole_only() -> Iterator[Sample]:
@@ -345,5 +408,6 @@ def whole_only() -> Iterator[Sample]:
 
 
 GROUPS: tuple[Group, ...] = (
-    contraction, reductions, shapes, indices, norms, windows, attentions, factories, whole_only,
+    contraction, reductions, shapes, indices, norms, windows, pools, margins, bags, attentions, factories, draws,
+    whole_only,
 )  # fmt: skip

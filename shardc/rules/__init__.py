@@ -5,15 +5,21 @@ import shardc.constrain  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.attention  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from shardc.rules import (
     attention,
+    bags,
     contraction,
     factory,
     index,
     normalization,
     pointwise,
+    pools,
+    randomness,
     reduction,
     scan,
     shape,
     window,
 )
 
-FAMILIES = (attention, contraction, factory, index, normalization, pointwise, reduction, scan, shape, window)
+FAMILIES = (
+    attention, bags, contraction, factory, index, normalization, pointwise, pools, randomness, reduction, scan, shape,
+    window,
+)  # fmt: skip

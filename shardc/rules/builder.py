@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from shardc.graph import value_of
-from shardc.runtime.random import bernoulli
+from shardc.graph import value_of, where
+from shardc.runtime import random
 
 aten = torch.ops.aten
 LOW = (torch.float16, torch.bfloat16)
@@ -25,20 +26,45 @@ class Builder:
         self._node = node
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        values = fx.map_arg((args, kwargs), value_of)
+        made = target(*values[0], **values[1])  # a call that is refused leaves no node
         new = self._graph.call_function(target, args, kwargs)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        values = fx.map_arg((args, kwargs), value_of)
-        new.meta["val"] = target(*values[0], **values[1])
+        new.meta["val"] = made
         return new
 
-    def mask(self, x: fx.Node, keep: float) -> fx.Node:
-        """What eager dropout draws for `x`: it draws in the order in which `x` lies in memory."""
-        value = value_of(x)
-        shape, strides = [int(n) for n in value.shape], [int(n) for n in torch.empty_like(value).stride()]
-        more = {} if value.is_contiguous() else {"strides": strides}
-        new = self._graph.call_function(bernoulli, (shape, keep), {"dtype": value.dtype, **more})
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        new.meta["val"] = value.new_empty(shape)
+    @property
+    def result(self) -> Any:
+        """The fake value of what is being replaced."""
+        return value_of(self._node)
+
+    @property
+    def place(self) -> str:
+        """Where in the user's code the operator stands that is being replaced."""
+        return where(self._node)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A function of the runtime whose results are like those of the operator that it replaces."""
+        new = self._graph.call_function(function, args, kwargs)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase", "val")})
+        return new
+
+    def item(self, several: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        return self(operator.getitem, several, index)
+
+    def draw(
+        self, distribution: str, *parameters: float, dtype: torch.dtype | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> fx.Node:  # fmt: skip
+        """Random numbers of the shape of the result; eager draws in the order in which its result lies in memory."""
+        like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
+        shape, dtype = [int(n) for n in like.shape], dtype or like.dtype
+        strides = [int(n) for n in like.stride()] if strides is None else list(strides)
+        plain = strides == [int(n) for n in torch.empty(shape, device="meta").stride()]
+        keywords = {"dtype": dtype, **({} if plain else {"strides": strides})}
+        new = self.run(random.draw, shape, distribution, *parameters, **keywords)
+        new.meta["val"] = like.new_empty(shape, dtype=dtype)
         return new
 
     def full(self, like: fx.Node, shape: Sequence[int], value: float, dtype: torch.dtype | None = None) -> fx.Node:
@@ -52,6 +78,23 @@ class Builder:
 
     def zeros(self, like: fx.Node, shape: Sequence[int]) -> fx.Node:
         return self.full(like, shape, 0)
+
+    def view(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """A view; where eager's memory does not allow one, of a copy."""
+        try:
+            return self(aten.view.default, x, list(shape))
+        except (RuntimeError, ValueError):
+            copy = self(aten.clone.default, x, memory_format=torch.contiguous_format)
+            return self(aten.view.default, copy, list(shape))
+
+    def arange(self, like: fx.Node, count: int) -> fx.Node:
+        """0 to `count` - 1 on the device of `like`."""
+        fake = value_of(like)
+        keywords = {"dtype": torch.int64, "device": fake.device}
+        new = self._graph.call_function(aten.arange.default, (count,), keywords)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
+        new.meta["val"] = fake.new_zeros([count], dtype=torch.int64)
+        return new
 
     def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
         return x if value_of(x).dtype == dtype else self(aten._to_copy.default, x, dtype=dtype)

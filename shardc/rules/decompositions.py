@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from shardc.graph import value_of
-from shardc.rules import losses, spellings
+from shardc.rules import bags, losses, randomness, spellings, written
 from shardc.rules.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten
@@ -82,17 +82,6 @@ def constant(value: float | None, shaped: bool) -> Callable[..., fx.Node]:
         return b.full(x, shape, given[int(shaped)] if value is None else value, dtype)
 
     return decomposition
-
-
-def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node]:
-    shape = value_of(x).shape
-    if train is False or probability == 0:
-        return x, b.full(x, shape, True, torch.bool)
-    if probability == 1:
-        return b.zeros(x, shape), b.full(x, shape, False, torch.bool)
-    mask = b.mask(x, 1 - probability)
-    kept = b(aten.mul.Tensor, b(aten.mul.Tensor, x, mask), 1 / (1 - probability))
-    return kept, b(aten._to_copy.default, mask, dtype=torch.bool)
 
 
 def glu(b: Builder, x: fx.Node, dim: int = -1) -> fx.Node:
@@ -284,6 +273,33 @@ def rms_norm_backward(
     return b(aten.mul.Tensor, slope, inverse) if mask[0] else None, weight_grad
 
 
+def weight_norm(b: Builder, direction: fx.Node, size: fx.Node, dim: int = 0) -> tuple[fx.Node, fx.Node]:
+    """A weight of given norms along all dims but `dim`, and the norms that it had."""
+    rest = [d for d in range(value_of(direction).dim()) if d != dim]
+    norms = b.cast(vector_norm(b, direction, 2, rest, True), b.result[1].dtype)
+    return b(aten.mul.Tensor, direction, b(aten.div.Tensor, size, norms)), norms
+
+
+def weight_norm_backward(
+    b: Builder, grad: fx.Node, direction: fx.Node, size: fx.Node, norms: fx.Node, dim: int
+) -> tuple[fx.Node, fx.Node]:
+    rest = [d for d in range(value_of(direction).dim()) if d != dim]
+    along = b(aten.sum.dim_IntList, b(aten.mul.Tensor, grad, direction), rest, True)
+    grad_size = b(aten.div.Tensor, along, norms)
+    unit = b(aten.div.Tensor, direction, norms)
+    slope = b(aten.sub.Tensor, grad, b(aten.mul.Tensor, unit, grad_size))
+    return b(aten.mul.Tensor, b(aten.div.Tensor, size, norms), slope), grad_size
+
+
+def repeat_interleave(b: Builder, times: fx.Node, *, output_size: int | None = None) -> fx.Node | None:
+    """The index of every copy: the first of the running totals that exceeds its place. Needs to be told the total."""
+    if output_size is None:
+        return None
+    ends = b(aten.cumsum.default, times, 0)
+    places = b(aten.unsqueeze.default, b.arange(times, output_size), 1)
+    return b(aten.sum.dim_IntList, b(aten.ge.Tensor, places, ends), [1], False)
+
+
 Decomposition = Callable[..., Any]
 DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.mean.dim: mean,
@@ -298,6 +314,9 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.glu_backward.default: glu_backward,
     aten.log_sigmoid_forward.default: log_sigmoid,
     aten.index_put.default: index_put,
+    aten._weight_norm_interface.default: weight_norm,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
+    aten.repeat_interleave.Tensor: repeat_interleave,
     # what is left empty holds zeros here
     aten.new_zeros.default: constant(0, True),
     aten.new_ones.default: constant(1, True),
@@ -307,10 +326,12 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.ones_like.default: constant(1, False),
     aten.full_like.default: constant(None, False),
     aten.empty_like.default: constant(0, False),
-    aten.native_dropout.default: native_dropout,
     aten.embedding_dense_backward.default: embedding_dense_backward,
     **losses.DECOMPOSITIONS,
     **spellings.DECOMPOSITIONS,
+    **randomness.DECOMPOSITIONS,
+    **bags.DECOMPOSITIONS,
+    **written.DECOMPOSITIONS,
     aten._fused_rms_norm_backward.default: rms_norm_backward,
     aten.native_group_norm.default: group_norm,
     aten.native_group_norm_backward.default: group_norm_backward,

@@ -1,4 +1,4 @@
-"""Operators that make tensors from nothing: each rank makes its part, but random masks, which are made whole."""
+"""Operators that make tensors from nothing: each rank makes its part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from shardc.rules.notation import Rule, parse, rule
 from shardc.runtime import moves
-from shardc.runtime.random import bernoulli
 
 aten = torch.ops.aten
 
@@ -57,10 +56,3 @@ def eye(rows: int, columns: int | None = None, **_: Any) -> Rule:
 @rule(aten.scalar_tensor.default)
 def scalar(*_: Any, **__: Any) -> Rule:
     return parse("-> ")
-
-
-def _mask(shape: Sequence[int], *_: Any, **__: Any) -> Rule:
-    return parse(f"-> {_names(shape, '!')}")
-
-
-rule(bernoulli)(_mask)  # type: ignore[arg-type]

@@ -184,6 +184,21 @@ def index_put(
     return parse(text, [{0, len(used) + 1}])
 
 
+@rule(aten.multilabel_margin_loss_forward.default)
+def multilabel_margin_loss(x: torch.Tensor, target: torch.Tensor, reduction: int) -> Rule:
+    """The labels of a row end at the first -1."""
+    rows = x.dim() == 2 and reduction == 0
+    names = f"n{'' if rows else '!'} c!" if x.dim() == 2 else "c!" if x.dim() else ""
+    return parse(f"{names}, {names} -> {'n' if rows else ''}, {names}")
+
+
+@rule(aten.multilabel_margin_loss_backward.default)
+def multilabel_margin_loss_backward(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> Rule:
+    """The marks of what is a target are checked: padding may not hold anything, so the rows stay together."""
+    names = ["", "c!", "n! c!"][x.dim()]
+    return parse(f"{'n!' if grad.dim() else ''}, {names}, {names}, {names} -> {names}", [{0}])
+
+
 def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], int]:
     """Names of the table's dims, of those that pass, and where the index dims stand in the result."""
     table, places = letters(x), [i for i, t in enumerate(indices) if t is not None]

@@ -139,7 +139,7 @@ _NAMED: dict[str, Maker] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Callable[[OpOverload], Maker]]] = []
 
 
-def rule(*operators: OpOverload) -> Callable[[Maker], Maker]:
+def rule(*operators: OpOverload | Callable[..., Any]) -> Callable[[Maker], Maker]:
     """Register `maker(*args, **kwargs) -> Rule` (fake tensors in place of values) for operators; one owner each."""
 
     def register(maker: Maker) -> Maker:

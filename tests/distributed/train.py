@@ -18,8 +18,8 @@ from shardc.runtime import (
     all_gather,
     all_reduce,
     all_to_all,
-    bernoulli,
     distribute,
+    draw,
     load,
     placements,
     reduce_scatter,
@@ -90,9 +90,9 @@ def same_as_virtual():
     assert mesh.traffic == virtual.traffic
 
     torch.manual_seed(mesh.rank)  # rank 0's generator counts
-    draw = mesh.run(lambda: bernoulli((64,), 0.5, dtype=torch.float32), lambda _: (), random=True)[0]
+    drawn = mesh.run(lambda: draw((64,), "bernoulli", 0.5, dtype=torch.float32), lambda _: (), random=True)[0]
     torch.manual_seed(0)
-    assert torch.equal(draw, torch.empty(64).bernoulli_(0.5))
+    assert torch.equal(drawn, torch.empty(64).bernoulli_(0.5))
 
 
 def dtensor_agrees():

@@ -64,6 +64,92 @@ def dropout() -> Iterator[Sample]:
         yield Sample(aten.native_dropout.default, (real(6, 12), probability, train))
 
 
+def draws() -> Iterator[Sample]:
+    x, chances = real(6, 20), positive(6, 2) / 2
+    for factory in (aten.rand.default, aten.randn.default):
+        yield Sample(factory, ([6, 20],), {"dtype": torch.float32})
+        yield Sample(factory, ([],), {"dtype": torch.float64})
+    yield Sample(aten.randint.default, (7, [6, 2]))
+    yield Sample(aten.randint.low, (-7, 7, [6, 2]), {"dtype": torch.float64})
+    yield Sample(aten.rand_like.default, (x.t(),))
+    yield Sample(aten.randn_like.default, (x,), {"dtype": torch.bfloat16})
+    yield Sample(aten.randint_like.default, (x, 9))
+    yield Sample(aten.randint_like.low_dtype, (x, 2, 9), {"dtype": torch.int32})
+    for method in (
+        aten.uniform.default, aten.normal_functional.default, aten.exponential.default, aten.cauchy.default,
+        aten.log_normal.default, aten.random.default,
+    ):  # fmt: skip
+        yield Sample(method, (x,))
+    yield Sample(aten.geometric.default, (x, 0.3))
+    yield Sample(aten.random.to, (x, 9))
+    yield Sample(getattr(aten.random, "from"), (x, 4, 9))
+    yield Sample(aten.uniform.default, (x, -1.0, 3.0))
+    yield Sample(aten.normal.float_float, (1.0, 2.0, [6, 20]), {"dtype": torch.float64})
+    yield Sample(aten.normal.Tensor_float, (x, 2.0))
+    yield Sample(aten.normal.float_Tensor, (1.0, chances))
+    yield Sample(aten.normal.Tensor_Tensor, (real(6, 2), chances))
+    yield Sample(aten.bernoulli.default, (chances,))
+    yield Sample(aten.bernoulli.default, (chances.float(),))
+    yield Sample(aten.bernoulli.p, (x, 0.3))
+    yield Sample(aten.bernoulli.Tensor, (real(6, 2), chances))
+    yield Sample(aten.multinomial.default, (chances, 2))
+    yield Sample(aten.poisson.default, (chances,))
+    yield Sample(aten.binomial.default, (whole(9, 6, 2).double(), chances))
+    yield Sample(aten._standard_gamma.default, (chances,))
+    yield Sample(aten._sample_dirichlet.default, (chances,))
+    yield Sample(aten.randperm.default, (6,))
+    for training in (True, False):
+        yield Sample(aten.rrelu_with_noise_functional.default, (x, torch.zeros_like(x), 0.1, 0.3, training))
+        arguments = (real(6, 20), x, positive(6, 20), 0.1, 0.3, training, False)
+        yield Sample(aten.rrelu_with_noise_backward.default, arguments)
+
+
+def bags() -> Iterator[Sample]:
+    table, indices, weights, zeros = real(12, 6), whole(12, 12), positive(12), torch.zeros(0, dtype=torch.int64)
+    forward, backward = aten._embedding_bag.default, aten._embedding_bag_backward.default
+    for offsets, count, last in (
+        (torch.arange(0, 12, 4), 3, False),
+        (torch.tensor([0, 3, 3, 7]), 4, False),
+        (torch.tensor([0, 5, 12]), 2, True),
+    ):
+        settings = ((0, -1, None), (0, 2, weights), (1, -1, None), (1, 3, None), (2, -1, None), (2, 3, None))
+        for mode, padding, weighed in settings:
+            arguments = (table, indices, offsets, False, mode, False, weighed, last, padding)
+            yield Sample(forward, arguments, values=[0])
+            yield Sample(aten._embedding_bag_forward_only.default, arguments, values=[0])
+            _, bag_of, sizes, won = forward(*arguments)
+            more = (12, False, mode, False, weighed, padding)
+            yield Sample(backward, (real(count, 6), indices, offsets, bag_of, sizes, won, *more))
+        arguments = (real(count, 6), table, indices, offsets, zeros, 0, 3)
+        yield Sample(aten._embedding_bag_per_sample_weights_backward.default, arguments)
+
+
+def memory() -> Iterator[Sample]:
+    x = real(6, 4)
+    for size, stride, offset in (
+        ([6, 4], [4, 1], 0), ([4, 6], [1, 4], None), ([3, 2, 4], [8, 4, 1], 0), ([3, 2], [4, 1], 1),
+        ([5, 4], [3, 1], 2), ([2, 2, 1], [0, 3, 9], 4), ([], [], 7),
+    ):  # fmt: skip
+        yield Sample(aten.as_strided.default, (x, size, stride, offset))
+        if size != [5, 4] and size != [2, 2, 1]:  # what overlaps has no one value to put
+            yield Sample(aten.as_strided_scatter.default, (x, real(*size), size, stride, offset))
+    yield Sample(aten.slice_scatter.default, (real(6, 12), real(6, 4), -1, 2, 6))
+    yield Sample(aten.slice_scatter.default, (real(6, 12), real(1, 12), 0, -1, 9223372036854775807))
+    yield Sample(aten.slice_scatter.default, (real(6, 12), real(6, 4), 1, 1, 11, 3))
+    yield Sample(aten.slice_scatter.default, (real(6, 12), real(6, 12), 1))
+    yield Sample(aten.slice_scatter.default, (real(6, 12), real(6, 0), 1, 3, 2))
+    yield Sample(aten.select_scatter.default, (real(6, 12, 2), real(6, 2), -2, -3))
+    yield Sample(aten.diagonal_scatter.default, (real(6, 2, 6), real(2, 5), 1, 0, -1))
+    yield Sample(aten.diagonal_scatter.default, (whole(9, 6, 4), whole(9, 4), -2))
+    for size in (real(6, 1, 1), real(6, 1, 1).abs()):
+        yield Sample(aten._weight_norm_interface.default, (real(6, 2, 3), size, 0))
+    yield Sample(aten._weight_norm_interface.default, (real(6, 2, 3), real(1, 1, 3), 2))
+    v, g = real(6, 2), positive(6, 1)
+    norms = aten._weight_norm_interface(v, g, 0)[1]
+    yield Sample(aten._weight_norm_interface_backward.default, (real(6, 2), v, g, norms, 0))
+    yield Sample(aten.repeat_interleave.Tensor, (torch.tensor([2, 0, 1, 3]),), {"output_size": 6})
+
+
 def embeddings() -> Iterator[Sample]:
     for padding in (-1, 3, 0):
         yield Sample(aten.embedding_dense_backward.default, (real(6, 2, 3), whole(12, 6, 2), 12, padding, False))
@@ -191,8 +277,10 @@ def borrowed() -> Iterator[Sample]:
     yield Sample(aten.take.default, (x, torch.tensor([[3, 20]])))
 
 
-GROUPS = (statistics, constants, dropout, embeddings, norms, losses, spellings, borrowed)
-SAMPLES = [s for group in GROUPS for s in group()]
+GROUPS = (
+    statistics, constants, dropout, draws, bags, memory, embeddings, norms, losses, spellings, borrowed,
+)  # fmt: skip
+SAMPLES = [sample for group in GROUPS for sample in group()]
 
 
 def test_fused_operators_are_never_taken_apart() -> None:

@@ -15,8 +15,8 @@ from shardc.runtime import (
     all_gather,
     all_reduce,
     all_to_all,
-    bernoulli,
     current,
+    draw,
     drop_dummy,
     load,
     pad_dummy,
@@ -146,7 +146,7 @@ def test_dropout_draws_what_eager_draws(mesh, dtype, permuted):
     torch.set_rng_state(start)
 
     def program():
-        mask = bernoulli(x.shape, 0.7, dtype=dtype, strides=x.stride())
+        mask = draw(x.shape, "bernoulli", 0.7, dtype=dtype, strides=x.stride())
         return x * mask * (1 / 0.7) if dtype == torch.bfloat16 else x * mask / 0.7
 
     for result in mesh.run(program, lambda _: (), random=True):

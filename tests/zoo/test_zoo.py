@@ -1,0 +1,35 @@
+"""Every model of the zoo: one training step on a mesh equals single device in loss, gradients, buffers and draws."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardc.graph import Role
+from shardc.layout import Layout
+from zoo.case import Entry
+from zoo.pictures import PICTURES
+from zoo.plain import PLAIN
+from zoo.text import TEXT
+from zoo.trial import MESHES, Trial, trial
+
+ZOO: dict[str, Entry] = {**TEXT, **PICTURES, **PLAIN}
+PAIRS = [(name, MESHES[number % 2]) for number, name in enumerate(ZOO)]
+
+
+@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+def test_trains_like_single_device(name: str, mesh: str) -> None:
+    done = trial(ZOO[name], mesh)
+    assert done.wrong == []
+    check_split(done)
+
+
+def check_split(done: Trial) -> None:
+    """A parameter and a value computed from it lie split beyond the batch, as was asked."""
+    plan = done.compiled.plan
+    assert any(_split(placed.layout, 0) for placed in plan.placed if placed.role == Role.PARAMETER.value)
+    computed = plan.layouts.keys() - {placed.name for placed in plan.placed}
+    assert any(_split(plan.layouts[name], 1) for name in computed)
+
+
+def _split(layout: Layout, first: int) -> bool:
+    return any(atom.axes for dim in layout.dims[first:] for atom in dim)
