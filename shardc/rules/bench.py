@@ -31,6 +31,11 @@ from shardc.rules.recombine import (
 from shardc.rules.specimen import KINDS, Call, Kind, Path, draw
 
 
+def unchecked(call: Call) -> bool:
+    """Whether integers may be indices into memory that nobody checks: of compiled operators, torch's own too."""
+    return any(map(_counts, call.dtypes)) and call.operator._schema.name not in OPDEFS
+
+
 @contextmanager
 def undisturbed() -> Generator[None]:
     """For a trial: the program's random stream stays where it is, and tiny operators do not wait for threads."""
@@ -108,8 +113,8 @@ class Bench:
             if results is not None:
                 yield Run(KINDS[0], list(self.example), results)
             return
-        integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
-        kinds = [k for k in KINDS if k.integers == "index" or (integers and not self.unchecked)]
+        negative = any(map(_counts, self.dtypes)) and not unchecked(self.call)
+        kinds = [kind for kind in KINDS if kind.integers == "index" or negative]
         for kind in kinds[:1] if self.brief else kinds:
             for _ in range(2):
                 operands = draw(self.call, kind, self.dtypes, self._generator)
@@ -118,12 +123,6 @@ class Bench:
                     *self.call.results
                 ]:
                     yield Run(kind, operands, results)
-
-    @property
-    def unchecked(self) -> bool:
-        """Whether this is compiled code of others, which may use an integer as an index without looking."""
-        name = self.call.operator._schema.name
-        return self.call.operator.namespace not in ("aten", "prims", "shardc") and name not in OPDEFS
 
     def results(
         self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None
@@ -147,7 +146,7 @@ class Bench:
 
     def options(self, cut: Cut) -> list[set[How]] | None:
         """Per result all that the cut may do to it; None if some result cannot be had from the parts."""
-        size = self._size(cut)
+        size, unproven = self._size(cut), self._unproven(cut)
         found: list[set[How]] | None = None
         for partition in partitions(size)[: 2 if self.brief else None]:
             for run in self.runs:
@@ -155,7 +154,7 @@ class Bench:
                 if cells is None:
                     return None
                 seen = [
-                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, run.kind)
+                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, run.kind, unproven)
                     for i, whole in enumerate(run.results)
                 ]
                 found = seen if found is None else [a & b for a, b in zip(found, seen, strict=True)]
@@ -169,8 +168,9 @@ class Bench:
         return size
 
     def _outcomes(
-        self, index: int, whole: Tensor | None, parts: list[Tensor | None], partition: Partition, kind: Kind
-    ) -> set[How]:
+        self, index: int, whole: Tensor | None, parts: list[Tensor | None], partition: Partition, kind: Kind,
+        unproven: bool,
+    ) -> set[How]:  # fmt: skip
         if whole is None:
             return {"same"} if all(part is None for part in parts) else set()
         made = [part for part in parts if part is not None]
@@ -186,15 +186,15 @@ class Bench:
         if self.varies[index] or self.brief:
             if all(close(part, whole, precision(whole), kind) for part in made):
                 found.add("same")
-            found |= {how for how in self._reductions(whole) if combines(how, made, whole, kind)}
+            folds = () if unproven or whole.dtype is torch.bool or whole.dtype in LOW else FOLDS
+            numeric = {"max", "min"} if whole.is_complex() else set[str]()
+            found |= {how for how in folds if how not in numeric and combines(how, made, whole, kind)}
         return found
 
-    def _reductions(self, whole: Tensor) -> list[str]:
-        """Sums of booleans are lost, those of low precision cannot be told from luck; see `unchecked`."""
-        integers = any(not d.is_floating_point and not d.is_complex and d is not torch.bool for d in self.dtypes)
-        if whole.dtype is torch.bool or whole.dtype in LOW or (integers and self.unchecked):
-            return []
-        return ["sum", "prod"] if whole.is_complex() else list(FOLDS)
+    def _unproven(self, cut: Cut) -> bool:
+        """Whether the factor runs over integers of which only those were tried that may be indices."""
+        carried = (d for d, dim in zip(self.dtypes, cut.carriers, strict=True) if dim is not None)
+        return unchecked(self.call) and self.example is None and any(map(_counts, carried))
 
     def cells(self, run: Run, cuts: Sequence[Cut], ways: Sequence[Partition]) -> dict[Cell, list[Tensor | None]] | None:
         """The results of every rank of the mesh that `ways` makes; None where the operator refuses its part."""
@@ -294,6 +294,10 @@ class Bench:
                     if told:
                         return f"Cut into {' and '.join(map(str, ways))}, result {index} {told}"
         return ""
+
+
+def _counts(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex) and dtype.is_signed
 
 
 def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:

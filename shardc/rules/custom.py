@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsag
 
 from shardc.errors import RuleError
 from shardc.rules.bench import Bench, Cut, Unfit, Unrunnable, undisturbed
+from shardc.rules.guard import survivors
 from shardc.rules.notation import Dims, Rule, Size, maker_of, parse
 from shardc.rules.recombine import How
 from shardc.rules.specimen import Call, specimens
@@ -118,24 +120,33 @@ def _check(operator: OpOverload, given: Rule, text: str, example: Sequence[Any] 
     misfit = _misfit(given, found[-1].actual, found[-1].results)
     if misfit:
         raise RuleError(f"{title} does not fit a call with shapes {list(call.actual)}: {misfit}")
+    (told,) = survivors(lambda _: _verdict(given, found, example), [None], patience=300.0)
+    if told is None:
+        raise RuleError(f"{title} cannot be checked: the operator does not survive a trial. Pass example=(...)")
+    if told:
+        raise RuleError(f"{title}{told}")
+
+
+def _verdict(given: Rule, found: Sequence[Call], example: Sequence[Any] | None) -> str:
+    """What is wrong with the claim; empty if nothing is."""
     with undisturbed():
-        benches = [bench for specimen in found for bench in _bench(specimen, None, title)]
-        if example is not None and not benches:
-            tensors = [x for x in _tensors(example)]
-            benches = _bench(found[-1], tensors, title)
+        try:
+            benches = list(_benches(found))
+            if not benches and example is not None:
+                benches = [Bench(found[-1], example=list(_tensors(example)))]
+        except Unfit as error:
+            return f": the operator can have no rule: {error}"
+        except Unrunnable:
+            benches = []
         if not benches:
-            raise RuleError(f"{title} cannot be checked: it does not run on made-up inputs. Pass example=(...)")
-        for bench in benches:
-            _Claim(bench, given, title).check()
+            return " cannot be checked: the operator does not run on made-up inputs. Pass example=(...)"
+        return next(filter(None, (_Claim(bench, given).check() for bench in benches)), "")
 
 
-def _bench(call: Call, example: Sequence[Tensor] | None, title: str) -> list[Bench]:
-    try:
-        return [Bench(call, example=example)]
-    except Unfit as error:
-        raise RuleError(f"{title}: the operator can have no rule: {error}") from error
-    except Unrunnable:
-        return []
+def _benches(found: Sequence[Call]) -> Iterator[Bench]:
+    for call in found:
+        with suppress(Unrunnable):
+            yield Bench(call)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
@@ -188,27 +199,25 @@ def _complaint(call: Call) -> str:
 class _Claim:
     """What a rule says about one specimen, factor by factor."""
 
-    def __init__(self, bench: Bench, rule: Rule, title: str) -> None:
-        self.bench, self.rule, self.title = bench, rule, title
+    def __init__(self, bench: Bench, rule: Rule) -> None:
+        self.bench, self.rule = bench, rule
         self.operands = [names for names in rule.operands if names is not None]
 
-    def check(self) -> None:
+    def check(self) -> str:
+        """What does not hold; empty if all does."""
         held: list[tuple[Cut, list[How]]] = []
         for name in self._factors():
             cut, hows = self._cut(name), self._hows(name)
             told = self.bench.difference([cut], [hows])
             if told:
-                raise RuleError(f"{self.title}: factor {name} does not hold. {told}")
+                return f": factor {name} does not hold. {told}"
             held.append((cut, hows))
         for one, other in itertools.combinations(held, 2):
             told = self.bench.difference([one[0], other[0]], [one[1], other[1]])
             if told:
-                raise RuleError(f"{self.title}: two of its factors do not hold together. {told}")
-        for group in self.rule.linear:
-            if not self.bench.additive(group):
-                raise RuleError(
-                    f"{self.title}: it is not linear in operands {set(group)}: f(a + b) is not f(a) + f(b)"
-                )
+                return f": two of its factors do not hold together. {told}"
+        wrong = next((group for group in self.rule.linear if not self.bench.additive(group)), None)
+        return "" if wrong is None else f": it is not linear in operands {set(wrong)}: f(a + b) is not f(a) + f(b)"
 
     def _factors(self) -> list[str]:
         """The factors that may be split, where the specimen has more than one element of them."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules import bench, recombine, specimen, trial
+from shardc.rules import bench, guard, recombine, specimen, trial
 from shardc.rules.specimen import Call
 from shardc.rules.trial import Learned, learn
 
@@ -47,7 +47,7 @@ def _key(call: Call) -> str:
 @functools.cache
 def _code() -> str:
     """A hash of the trial's own code."""
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (bench, recombine, specimen, trial))
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (bench, guard, recombine, specimen, trial))
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -227,7 +227,9 @@ SCALES = {"signed": 1.0, "large": 30.0, "small": 1e-3, "tiny": 1e-15, "huge": 1e
 
 def draw(call: Call, kind: Kind, dtypes: Sequence[torch.dtype], generator: torch.Generator) -> list[Tensor]:
     """Random operands for a specimen, of the given types."""
-    limit = min([n for shape in call.shapes for n in shape if n > 1], default=4)
+    sizes = [n for shape in call.shapes for n in shape if n > 1]
+    # as indices, integers must fit any dim, also of a result whose size an argument gives
+    limit = min([*sizes, *(n for n in call.numbers.values() if n > 1)], default=4)
     return [_one(s, d, kind, limit, generator) for s, d in zip(call.shapes, dtypes, strict=True)]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch._ops import OpOverload
 
 from shardc.rules.bench import Bench, Cut, Unfit, Unrunnable, undisturbed
+from shardc.rules.guard import survivors
 from shardc.rules.notation import Rule, Size, parse
 from shardc.rules.recombine import FOLDS, How
 from shardc.rules.specimen import Call, Operand, Path, specimens
@@ -70,11 +71,17 @@ def learn(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return Learned("", refused="its fake kernel does not accept this call")
     if not found:
         return _whole(call, "too large to be tried, and not to be made smaller")
+    (answer,) = survivors(_attempt, [found], patience=300.0)
+    return answer or _whole(call, "it does not survive a trial")
+
+
+def _attempt(found: Sequence[Call]) -> Learned:
+    """The trial itself, on specimens of a call; this is the part that may crash."""
     with undisturbed():
         try:
             return _Trial(Bench(found[0]), found[1:]).learned()
         except Unrunnable:
-            return _whole(call, "it does not run on made-up inputs")
+            return _whole(found[0], "it does not run on made-up inputs")
         except Unfit as error:
             return Learned("", refused=str(error))
 
@@ -117,7 +124,11 @@ class _Trial:
         self.others = list(_benches(others))
 
     def learned(self) -> Learned:
-        linear = [group for group in self._groups() if self.bench.additive(group)]
+        linear: list[frozenset[int]] = []
+        for group in self._groups():
+            # an operand that may join a group, or not, is not read
+            if not any(smaller < group for smaller in linear) and self.bench.additive(group):
+                linear.append(group)
         additive = frozenset.intersection(*linear) if linear else frozenset[int]()
         plain = self._found(frozenset())
         if additive:
@@ -141,20 +152,21 @@ class _Trial:
 
     def _found(self, additive: frozenset[int]) -> list[Split]:
         """Every cut that recombines; with `additive` those that reduce, with these operands as addends."""
-        found: list[Split] = []
+        cuts: list[Cut] = []
         for cut in itertools.islice(self._cuts(), MOST_HYPOTHESES):
             shares = frozenset(k for k in additive if cut.carriers[k] is None)
-            if additive and not shares:
-                continue
-            tried = cut._replace(shares=shares)
-            options = self.bench.options(tried)
-            hows = _chosen(options) if options is not None else None
-            if hows is None:
-                continue
-            split = Split(tried, hows)
-            if (split.reduces or not additive) and all(_confirms(bench, split) for bench in self.others):
-                found.append(split)
-        return found
+            if shares or not additive:
+                cuts.append(cut._replace(shares=shares))
+        tried = survivors(self._tried, cuts)
+        return [split for split in tried if split is not None and (split.reduces or not additive)]
+
+    def _tried(self, cut: Cut) -> Split | None:
+        options = self.bench.options(cut)
+        hows = _chosen(options) if options is not None else None
+        if hows is None:
+            return None
+        split = Split(cut, hows)
+        return split if all(_confirms(bench, split) for bench in self.others) else None
 
     def _cuts(self) -> Iterator[Cut]:
         """All hypotheses: per size, a dim of that size (or none) of every operand, and the integers that equal it."""
