@@ -27,7 +27,12 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -_INFINITY)
-    return mask.to(dtype).reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return _rows(mask.to(dtype).reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with the elements of a row side by side: the flash kernel reads past the end of any other."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -69,7 +74,7 @@ def attention(
     """
     if _has_kernel(q, k, v, mask, causal):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
+            *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
         return out.contiguous(), logsumexp.contiguous()
     scores = _scores(q, k, mask, causal, scale)
@@ -92,7 +97,7 @@ def attention_backward(
     """The gradients of q, k and v from the gradient of `out`; `out` and `logsumexp` are what `attention` returned."""
     if _has_kernel(q, k, v, mask, causal):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
+            *map(_rows, (grad, q, k, v, out)), logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
     scores = _scores(q, k, mask, causal, scale)

@@ -118,6 +118,7 @@ def topk(x: torch.Tensor, k: int, dim: int = -1, *_: object) -> Rule:
 
 
 @rule(aten.histc.default)
-def histc(x: torch.Tensor, bins: int = 100, *_: object) -> Rule:
-    """Without given bounds the bins depend on the extremes of all elements."""
-    return parse(f"{mark(letters(x), range(x.dim()))} -> {'o!' if bins != 1 else '1'}")
+def histc(x: torch.Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Rule:
+    """Counts add up; without given bounds the bins depend on the extremes of all elements."""
+    names = " ".join(letters(x)) if low != high else mark(letters(x), range(x.dim()))
+    return parse(f"{names} -> {'o!' if bins != 1 else '1'}", even=True)

@@ -173,13 +173,14 @@ def roll(x: torch.Tensor, by: int | Sequence[int], dims: int | Sequence[int] = (
 
 @rule(aten.repeat.default)
 def repeat(x: torch.Tensor, times: Sequence[int]) -> Rule:
-    """Dims that are not repeated pass."""
+    """Dims that are not repeated pass, and copies along new dims may be made where they belong."""
     names, added = letters(x), len(times) - x.dim()
     repeated = [i for i in range(x.dim()) if times[i + added] != 1]
-    after = [f"o{i}!" if n != 1 else "1" for i, n in enumerate(times[:added])]
+    after = [f"o{i}" if n != 1 else "1" for i, n in enumerate(times[:added])]
+    sizes = tuple(name if name != "1" else 1 for name in after) + tuple(times[added:])
     for i, name in enumerate(names):
         after.append(name if i not in repeated else f"r{i}!" if times[i + added] * x.shape[i] != 1 else "1")
-    return parse(f"{mark(names, repeated)} -> {' '.join(after)}", [{0}])
+    return parse(f"{mark(names, repeated)} -> {' '.join(after)}", [{0}], sizes={1: sizes})
 
 
 @rule(aten.diagonal.default)

@@ -21,7 +21,7 @@ from shardc.rules.notation import Rule, Size, parse
 from shardc.rules.recombine import FOLDS, How
 from shardc.rules.specimen import Call, Operand, Path, specimens
 
-MOST_HYPOTHESES = 4096
+MOST_HYPOTHESES = 2048
 MOST_LINEAR = 6
 """With more floating operands than this, only single ones and all together are tried for linearity."""
 
@@ -177,7 +177,7 @@ class _Trial:
             numbers = self._numbers(size)
             most = min(len(numbers), 3)
             subsets = [frozenset(c) for k in range(most + 1) for c in itertools.combinations(numbers, k)]
-            for picked in itertools.product(*choices):
+            for picked in _straight(choices):
                 carriers: list[int | None] = [None] * len(self.call.actual)
                 for unit, dim in zip(units, picked, strict=True):
                     for k in unit:
@@ -274,6 +274,12 @@ class _Trial:
             places = [(position, i) for i in range(len(values))]
             sizes[position] = tuple(held[p] if p in held else values[p[1]] for p in places)
         return sizes
+
+
+def _straight(choices: Sequence[Sequence[int | None]]) -> list[tuple[int | None, ...]]:
+    """All ways to choose, those first that take the same dim of all operands; where there are too many, only some."""
+    ways = list(itertools.islice(itertools.product(*choices), 1 << 16))
+    return sorted(ways, key=lambda way: len({dim for dim in way if dim is not None}))
 
 
 def _marked(name: str, kind: str) -> str:

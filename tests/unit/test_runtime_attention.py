@@ -47,3 +47,20 @@ def test_is_a_sound_custom_op():
     q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     for args in ((q, k, v, None, True, 0.5), (q, k, v[..., :4], torch.ones(4, 4, dtype=torch.bool).tril(), False, 0.5)):
         torch.library.opcheck(torch.ops.shardc.attention.default, args)
+
+
+@pytest.mark.parametrize("turned", range(4))
+def test_operands_may_lie_in_memory_as_they_like(turned):
+    """The CPU's kernel takes the elements of a row to be neighbours, and reads past the end where they are not."""
+    torch.manual_seed(0)
+    q, k, v, tangent = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 7, 7, 5))
+    operands = [q, k, v, tangent]
+    expected = _with_gradients(*operands)
+    operands[turned] = operands[turned].mT.contiguous().mT
+    torch.testing.assert_close(_with_gradients(*operands), expected)
+
+
+def _with_gradients(q, k, v, tangent):
+    out, logsumexp = attention(q, k, v, None, False, 0.3)
+    grads = torch.ops.shardc.attention_backward(tangent, q, k, v, None, out, logsumexp, False, 0.3)
+    return out, logsumexp, *grads

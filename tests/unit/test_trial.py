@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from odd_operators import FOUND, ints, real
 from shardc.errors import RuleError
 from shardc.mesh import Mesh
 from shardc.rules import learned as memory
+from shardc.rules.guard import survivors
 from shardc.rules.learned import learned
 from shardc.rules.trial import Learned, learn
 from shardc.runtime import VirtualMesh
@@ -224,3 +227,31 @@ def test_on_unknown_error_names_operator_place_and_way_out() -> None:
     assert "shardc.rule" in str(caught.value) and "on_unknown='replicate'" in str(caught.value)
     with pytest.raises(shardc.ShardcError, match="on_unknown='ignore' is not known; it is one of replicate, error"):
         shardc.compile(Odd(), "dp=2", (torch.randn(8, 8),), on_unknown="ignore")
+
+
+def _fatal(item: int) -> int:
+    if item == 1:
+        os.abort()
+    if item == 3:
+        time.sleep(60)
+    if item == 5:
+        raise ValueError(item)
+    return item * item
+
+
+def test_a_trial_may_die_hang_or_raise() -> None:
+    assert survivors(_fatal, range(7), patience=2.0) == [0, None, 4, None, 16, None, 36]
+
+
+@torch.library.custom_op("odd::wild", mutates_args=())
+def wild(x: Tensor) -> Tensor:
+    if x.shape[0] == 1:
+        os.abort()
+    return x.sum(1)
+
+
+wild.register_fake(lambda x: x.new_empty(x.shape[0]))
+
+
+def test_an_operator_that_dies_on_some_parts_can_be_split_elsewhere() -> None:
+    assert tried(torch.ops.odd.wild.default, real(8, 6)).text == "b! a -> c!"
