@@ -56,6 +56,18 @@ from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
 from shardc.runtime.shifts import flip, roll
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.virtual import VirtualMesh
+from shardc.runtime.windows import (
+    avg_pool2d,
+    avg_pool2d_backward,
+    avg_pool3d,
+    avg_pool3d_backward,
+    convolution,
+    convolution_backward,
+    max_pool2d,
+    max_pool2d_backward,
+    max_pool3d,
+    max_pool3d_backward,
+)
 
 __all__ = [
     "Context",
@@ -75,9 +87,15 @@ __all__ = [
     "argmin",
     "attention",
     "attention_backward",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "avg_pool3d",
+    "avg_pool3d_backward",
     "binomial",
     "cat_along",
     "constant_pad",
+    "convolution",
+    "convolution_backward",
     "cummax",
     "cummin",
     "cumprod",
@@ -103,6 +121,10 @@ __all__ = [
     "logcumsumexp",
     "logsumexp",
     "max_along",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "max_pool3d",
+    "max_pool3d_backward",
     "min_along",
     "multinomial",
     "pad_dummy",

@@ -127,4 +127,60 @@ def views() -> Iterator[Sample]:
     yield Sample(aten.view.default, (View(real(6, 4, 9, 2), aten.view.default, ([6, 6, 6, 2],)), [6, 9, 4, 2]))
 
 
-PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes, moves, factories, views)
+def convolutions() -> Iterator[Sample]:
+    for x, weight, bias, stride, padding, dilation, transposed, extra, groups in (
+        (real(2, 3, 12, 6), real(4, 3, 3, 3), real(4), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        (real(2, 3, 12, 12), real(2, 3, 7, 3), None, [2, 2], [3, 1], [1, 1], False, [0, 0], 1),
+        (real(2, 3, 24), real(2, 3, 3), real(2), [2], [2], [2], False, [0], 1),
+        (real(2, 2, 12), real(2, 2, 1), None, [3], [0], [1], False, [0], 1),
+        (real(2, 2, 12), real(2, 2, 3), real(2), [4], [1], [1], False, [0], 1),
+        (real(2, 6, 8, 1), real(6, 1, 5, 1), real(6), [1], [2, 0], [1], False, [0], 6),
+        (real(2, 6, 6), real(12, 3, 3), real(12), [1], [1], [1], False, [0], 2),
+        (real(2, 12, 6), real(6, 2, 3), None, [1], [1], [1], False, [0], 6),
+        (real(2, 6, 4, 6), real(6, 2, 4, 4), real(12), [2, 2], [1, 1], [1, 1], True, [0, 0], 6),
+        (real(2, 3, 6, 6), real(3, 2, 3, 2), real(2), [2, 2], [1, 0], [1, 1], True, [1, 0], 1),
+        (real(2, 2, 6), real(2, 4, 1), None, [2], [0], [1], True, [1], 1),
+        (real(2, 2, 4, 4, 6), real(2, 2, 3, 3, 3), None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1),
+    ):
+        more = (stride, padding, dilation, transposed, extra, groups)
+        yield Sample(aten.convolution.default, (x, weight, bias, *more))
+        out = real(*aten.convolution(x, weight, bias, *more).shape)
+        sizes = [out.shape[1]] if bias is not None else None
+        for mask in ([True, True, bias is not None], [True, False, False], [False, True, False]):
+            arguments = (out, x, weight, sizes, *more, mask)
+            yield Sample(aten.convolution_backward.default, arguments, values=[i for i in range(3) if mask[i]])
+
+
+def _pools(rank: int) -> Iterator[tuple[list[int], list[int], list[int], list[int]]]:
+    """Sizes, kernel, stride and padding."""
+    shape, more = [8, 12, 4][:rank], [1, 0][: rank - 1]
+    yield shape, [2] * rank, [], [0]
+    yield shape, [3] * rank, [2], [1]
+    yield shape, [3, *([1] * (rank - 1))], [1], [1, *([0] * (rank - 1))]
+    yield [9, *shape[1:]], [2] * rank, [3, *([2] * (rank - 1))], [1, *more]
+
+
+def pools() -> Iterator[Sample]:
+    for rank, most, average in (
+        (2, aten.max_pool2d_with_indices, aten.avg_pool2d), (3, aten.max_pool3d_with_indices, aten.avg_pool3d),
+    ):  # fmt: skip
+        most_back = getattr(aten, f"max_pool{rank}d_with_indices_backward").default
+        average_back = getattr(aten, f"avg_pool{rank}d_backward").default
+        for shape, kernel, stride, padding in _pools(rank):
+            for ceil in (False, True):
+                x = real(2, 3, *shape)
+                x[0] = -INFINITY
+                yield Sample(most.default, (x, kernel, stride, padding, [1], ceil))
+                out, where = most(x, kernel, stride, padding, [1], ceil)
+                arguments = (real(*out.shape), x, kernel, stride, padding, [1], ceil, where)
+                yield Sample(most_back, arguments)
+                x = real(2, 3, *shape)
+                for padded, divisor in ((True, None), (False, None), (False, 5)):
+                    given = (kernel, stride, padding, ceil, padded, divisor)
+                    yield Sample(average.default, (x, *given))
+                    yield Sample(average_back, (real(*average(x, *given).shape), x, *given))
+    yield Sample(aten.max_pool2d_with_indices.default, (real(3, 12, 8), [3, 2], [3, 2], [1, 0], [2, 1]))
+    yield Sample(aten.avg_pool2d.default, (real(3, 12, 8).bfloat16(), [2, 2]), tolerance=0.02)
+
+
+PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes, moves, factories, views, convolutions, pools)

@@ -39,7 +39,7 @@ Body = Callable[..., Any]
 class Send:
     """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
 
-    It is sent only where the parted factor is in `parts` parts and factor `beside` is split too, if these are given.
+    It is sent only where the parted factor is in `parts` parts, if given, and the factors `beside` are split too.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Send:
     itemsize: int
     elements: int = 1
     parts: int | None = None
-    beside: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

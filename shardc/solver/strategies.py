@@ -82,7 +82,7 @@ def shape_of(factored: Factored, op: Op) -> Shape:
 
 def _integers(op: Op) -> frozenset[int]:
     """The integer operands of an operator that is not elementwise."""
-    if len({op.rule.results[0], *op.rule.operands}) == 1:
+    if len({op.rule.results[0], *op.rule.operands}) == 1 and not op.rule.parted:
         return frozenset()
     kinds = [value_of(operand.node).dtype for operand in op.operands]
     return frozenset(i for i, dtype in enumerate(kinds) if not (dtype.is_floating_point or dtype.is_complex))
@@ -149,21 +149,21 @@ class Options:
         sides = (*self.shape.operands, *self.shape.results)
         passes = [1 + 2 * len(masks(self.shape, strategy, k, self.mesh)) for k in range(len(self.shape.operands))]
         passes += [1] * len(self.shape.results)
-        moved = sum(side.itemsize * _local(side, chunks) * n for side, n in zip(sides, passes, strict=True))
+        moved = sum(side.itemsize * self._local(side, chunks) * n for side, n in zip(sides, passes, strict=True))
         flops = 0.0
         for product in self.shape.flops:
             names = set(product.split())
             flops += 2 * math.prod(c for f, c in zip(self.shape.factors, chunks, strict=True) if f.name in names)
         return self.device.compute_seconds(flops, moved, self.shape.dtype)
 
-
-def _local(side: Side, chunks: list[int]) -> int:
-    """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
-    own = {base: factor for base, factor in side.leaves if base is not None}
-    return math.prod(
-        size if own.get(base) is None else chunks[own[base]]  # type: ignore[index]
-        for base, size in enumerate(side.sizes)
-    )
+    def _local(self, side: Side, chunks: list[int]) -> int:
+        """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
+        own = {base: factor for base, factor in side.leaves if base is not None}
+        found = 1
+        for base, size in enumerate(side.sizes):
+            factor = own.get(base)  # its size is a divisor of the dim's, if it is that of a window
+            found *= size if factor is None else size // self.shape.factors[factor].size * chunks[factor]
+        return found
 
 
 IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
@@ -189,7 +189,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, s
     split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     for factor, axes in zip(shape.factors, strategy.split, strict=True):
         for send in factor.parting.sends if factor.parting and axes else ():
-            if send.parts not in (None, mesh.ways(axes)) or send.beside not in (None, *split):
+            if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
                 continue
             pairs = zip(shape.factors, strategy.split, strict=True)
             size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
