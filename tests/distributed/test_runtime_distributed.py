@@ -14,6 +14,12 @@ def test_training_equals_eager(torchrun):
     assert all(f"rank {rank} is right" in output for rank in range(4)), output
 
 
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_operators_along_split_dims_equal_whole_ones(torchrun, nproc):
+    output = torchrun("bodies.py", nproc=nproc)
+    assert all(f"rank {rank} is right" in output for rank in range(nproc)), output
+
+
 @pytest.mark.parametrize(("accident", "nproc"), [("raise", 2), ("kill", 4), ("hang", 2)])
 def test_accident_ends_every_rank(spawn, accident, nproc):
     results = spawn("fail.py", accident, nproc=nproc)

@@ -21,6 +21,7 @@ from shardc.runtime import (
     distribute,
     draw,
     load,
+    permute,
     placements,
     reduce_scatter,
     swap_in,
@@ -77,6 +78,7 @@ def same_as_virtual():
     def program(x, axis):
         moved = [all_gather(x, dim=d, axis=axis) for d in (0, 1)]
         moved += [all_to_all(x, split_dim=0, concat_dim=1, axis=axis)]
+        moved += [permute(x, axis=axis, sources=[1, 0])]
         moved += [all_reduce(x.t(), axis=axis, op=op) for op in ("sum", "max", "min", "prod")]
         return moved + [reduce_scatter(x, dim=d, axis=axis, op=op) for d in (0, 1) for op in ("sum", "max")]
 

@@ -20,6 +20,7 @@ from shardc.runtime import (
     drop_dummy,
     load,
     pad_dummy,
+    permute,
     rebase,
     reduce_scatter,
     shard,
@@ -72,6 +73,9 @@ def test_gather_reduce_and_exchange(mesh, axis_at, dim):
             torch.testing.assert_close(whole[rank], expected)
             torch.testing.assert_close(parts[rank], expected.chunk(n, dim)[mesh.coordinates(rank)[axis]])
             assert parts[rank].is_contiguous() and torch.equal(back[rank], whole[rank])
+    turned = each(mesh, permute, values, axis=axis, sources=[*range(1, n), 0])
+    for rank in mesh.ranks:
+        assert torch.equal(turned[rank], values[members[rank][(mesh.coordinates(rank)[axis] + 1) % n]])
     for other in {0, 1, 2} - {dim}:
         moved = each(mesh, all_to_all, values, split_dim=dim, concat_dim=other, axis=axis)
         for rank in mesh.ranks:
@@ -88,11 +92,12 @@ def test_traffic_is_counted_as_documented():
         all_gather(x, dim=0, axis="a")
         reduce_scatter(x, dim=0, axis="a")
         all_to_all(x, split_dim=0, concat_dim=1, axis="a")
+        permute(x, axis="a", sources=[1, 2, 0])
         all_reduce(x, axis="b")
         shard(x, dim=0, axis="b")
 
     mesh.run(program, lambda _: ())
-    assert mesh.traffic == {"a": 2 * size + 2 * (2 / 3 * size), "b": size}
+    assert mesh.traffic == {"a": 3 * size + 2 * (2 / 3 * size), "b": size}
     mesh.reset()
     assert mesh.traffic == {"a": 0, "b": 0}
 

@@ -1,0 +1,61 @@
+"""Operators split along the dim that they work along, over gloo, next to torch's own on whole tensors. For torchrun."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from shardc.runtime import DistributedMesh, Part, convolution, flip, local_mesh, roll, softmax, topk
+from shardc.runtime.extremes import argmax
+from shardc.runtime.scans import cummax
+from shardc.runtime.windows import convolution_backward
+
+aten = torch.ops.aten
+mesh = local_mesh({"a": int(os.environ["WORLD_SIZE"])})
+assert isinstance(mesh, DistributedMesh)
+count = mesh.size
+torch.manual_seed(0)
+
+
+def same(body, operator, whole, dim, reduced=()):
+    """`body(part, *own)` makes the parts along `dim` of what `operator(*whole)` makes, but for what is `reduced`."""
+
+    def work():
+        part = Part(("a",), whole[0].shape[dim])
+        made = body(part, *(x.chunk(count, dim)[part.index] if x.dim() > dim else x for x in whole))
+        return made if isinstance(made, (tuple, list)) else [made]
+
+    right = operator(*whole)
+    pairs = zip(mesh.run(work, lambda _: ())[0], right if isinstance(right, (tuple, list)) else [right], strict=True)
+    for index, (one, other) in enumerate(pairs):
+        if index in reduced:
+            dist.all_reduce(one)
+        elif one.shape != other.shape:
+            other = other.chunk(count, dim)[mesh.rank]
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+x = torch.randn(2, 3, 4 * count, 8, dtype=torch.float64)
+odd = x.clone()
+odd[0, 0, 5, 0] = float("nan")
+same(lambda s, x: softmax(x, 2, False, s=s), lambda x: aten._softmax(x, 2, False), [x], 2)
+same(lambda s, x: cummax(x, 2, s=s), lambda x: torch.cummax(x, 2), [odd], 2)
+same(lambda d2, x: argmax(x, 2, d2=d2), lambda x: x.argmax(2), [odd], 2)
+same(lambda s, x: topk(x, 2, 2, s=s), lambda x: torch.topk(x, 2, 2), [x], 2)
+for dtype in (torch.float64, torch.bool, torch.int16):
+    some = (4 * x).to(dtype)
+    same(lambda d2, x: flip(x, [2], d2=d2), lambda x: x.flip(2), [some], 2)
+    same(lambda d2, x: roll(x, [5], [2], d2=d2), lambda x: x.roll(5, 2), [some], 2)
+
+weight, more = torch.randn(2, 3, 3, 3, dtype=torch.float64), ([2, 1], [1, 1], [1, 1], False, [0, 0], 1)
+same(
+    lambda h0, x: convolution(x, weight, None, *more, h0=h0), lambda x: aten.convolution(x, weight, None, *more), [x], 2
+)
+grad = torch.randn(2, 2, 2 * count, 8, dtype=torch.float64)
+same(
+    lambda h0, grad, x: convolution_backward(grad, x, weight, [2], *more, [True] * 3, h0=h0),
+    lambda grad, x: aten.convolution_backward(grad, x, weight, [2], *more, [True] * 3),
+    [grad, x], 2, reduced=(1, 2),
+)  # fmt: skip
+print(f"rank {mesh.rank} is right", flush=True)
+dist.destroy_process_group()
