@@ -162,7 +162,7 @@ class Options:
         found = 1
         for base, size in enumerate(side.sizes):
             factor = own.get(base)  # its size is a divisor of the dim's, if it is that of a window
-            found *= size if factor is None else size // self.shape.factors[factor].size * chunks[factor]
+            found *= size if factor is None else size // max(self.shape.factors[factor].size, 1) * chunks[factor]
         return found
 
 
