@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from shardc.graph import value_of
-from shardc.rules import bags, losses, randomness, spellings, written
+from shardc.rules import bags, blocks, losses, randomness, spellings, written
 from shardc.rules.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten
@@ -327,6 +327,7 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.full_like.default: constant(None, False),
     aten.empty_like.default: constant(0, False),
     aten.embedding_dense_backward.default: embedding_dense_backward,
+    **blocks.DECOMPOSITIONS,
     **losses.DECOMPOSITIONS,
     **spellings.DECOMPOSITIONS,
     **randomness.DECOMPOSITIONS,

@@ -59,6 +59,28 @@ def constants() -> Iterator[Sample]:
     yield Sample(aten.empty_like.default, (x,), values=[])
 
 
+def blocks() -> Iterator[Sample]:
+    for given in ((1, 0, 6), (-1, 6, 12), (1, 3, 6), (1, 2, 8), (1, 0, 6, 2), (1, 5, 6)):
+        yield Sample(aten.slice.Tensor, (real(6, 12), *given))
+    yield Sample(aten.slice_backward.default, (real(6, 6), [6, 12], -1, 6, 12, 1))
+    yield Sample(aten.slice_backward.default, (real(6, 5), [6, 12], 1, 6, 11, 1))
+    for size in (4, 5):
+        yield Sample(aten.split.Tensor, (real(6, 12), size, -1))
+    yield Sample(aten.split_with_sizes.default, (real(6, 12, 2), [4, 4, 4], 1))
+    yield Sample(aten.split_with_sizes.default, (real(6, 12), [2, 10], 1))
+    yield Sample(aten.cat.default, ([real(6, 3), real(6, 3)], -1))
+    yield Sample(aten.cat.default, ([real(6, 3), real(2, 3)],))
+    yield Sample(aten.repeat.default, (real(6, 2), [3, 1, 2]))
+    yield Sample(aten.repeat.default, (real(6, 1), [2, 3]))
+    for rank in (2, 3):
+        pool, back = (getattr(aten, f"_adaptive_avg_pool{rank}d{end}").default for end in ("", "_backward"))
+        for size in ([1, 1], [2, 3], [3, 4]):
+            x = real(2, 3, *[6] * (rank - 2), 6, 6)
+            out = [*[6] * (rank - 2), *size] if size != [1, 1] else [1] * rank
+            yield Sample(pool, (x, out))
+            yield Sample(back, (real(2, 3, *out), x))
+
+
 def dropout() -> Iterator[Sample]:
     for probability, train in ((0.3, True), (0.0, True), (1.0, True), (0.5, False), (0.5, None)):
         yield Sample(aten.native_dropout.default, (real(6, 12), probability, train))
@@ -278,7 +300,7 @@ def borrowed() -> Iterator[Sample]:
 
 
 GROUPS = (
-    statistics, constants, dropout, draws, bags, memory, embeddings, norms, losses, spellings, borrowed,
+    statistics, blocks, constants, dropout, draws, bags, memory, embeddings, norms, losses, spellings, borrowed,
 )  # fmt: skip
 SAMPLES = [sample for group in GROUPS for sample in group()]
 
