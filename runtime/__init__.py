@@ -7,6 +7,7 @@ if __name__ != "shardc.runtime":
     raise ImportError("import shardc.runtime")
 
 from shardc.runtime.attention import attention, attention_backward
+from shardc.runtime.checks import checked
 from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
@@ -93,6 +94,7 @@ __all__ = [
     "avg_pool3d_backward",
     "binomial",
     "cat_along",
+    "checked",
     "constant_pad",
     "convolution",
     "convolution_backward",

@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from shardc.corrections import RESPELLED, corrected
+from shardc.effects import settle
 from shardc.runtime.attention import attention as fused_attention
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -62,6 +63,7 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     joint = aot_export_joint_with_descriptors(
         stack, wrapper, tuple(args), decompositions={}, _disable_torch_fn_metadata_mode=True
     )
+    settle(joint.graph_module)
     return joint.graph_module
 
 

@@ -122,6 +122,8 @@ def shapes() -> Iterator[Sample]:
     yield Sample(aten.stack.default, ([x, x], 0))
     yield Sample(aten.stack.default, ([real(6)], 0))
     yield Sample(torch.ops.shardc.retile.default, (real(6, 12), [0]))
+    yield Sample(torch.ops.shardc.checked.default, (real(6, 12, 12), whole(1, 6), "linalg.inv", False))
+    yield Sample(torch.ops.shardc.checked.default, (real(6, 12), whole(1), "linalg.inv", True))
     yield Sample(aten.constant_pad_nd.default, (real(6, 12), [1, 2]))
     yield Sample(aten.constant_pad_nd.default, (real(6, 12), [0, -1, 0, 0], 0.0))
     yield Sample(aten.constant_pad_nd.default, (real(6, 12, 2), [1, 0, 0, 2], 3.0))

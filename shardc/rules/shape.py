@@ -260,3 +260,10 @@ def retile(x: torch.Tensor, dims: Sequence[int]) -> Rule:
     for dim in dims:
         before[dim], after[dim] = f"i{dim}!", f"o{dim}!"
     return parse(f"{' '.join(before)} -> {' '.join(after)}", [{0}])
+
+
+@rule(torch.ops.shardc.checked.default)
+def checked(x: torch.Tensor, info: torch.Tensor, *_: object) -> Rule:
+    """Every rank sees whether all matrices could be factorised, so that all stop together."""
+    names = " ".join(letters(x))
+    return parse(f"{names}, {mark(letters(info, 'i'), range(info.dim()))} -> {names}")

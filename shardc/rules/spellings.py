@@ -56,6 +56,43 @@ def prod(b: Builder, x: fx.Node, *, dtype: torch.dtype | None = None) -> fx.Node
     return b(aten.prod.dim_int, flat, 0, False, dtype=dtype)
 
 
+def as_strided(
+    b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> fx.Node | None:
+    """Strides over memory as indices into the flattened tensor, which is what memory holds if `x` lies plainly."""
+    index = _places(b, x, size, stride, offset or 0)
+    return None if index is None else b(aten.index.Tensor, _flat(b, x), [index])
+
+
+def as_strided_scatter(
+    b: Builder, x: fx.Node, source: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> fx.Node | None:
+    index = _places(b, x, size, stride, offset or 0)
+    if index is None:
+        return None
+    put = b(aten.index_put.default, _flat(b, x), [index], source)
+    return b(aten.view.default, put, [int(n) for n in value_of(x).shape])
+
+
+def _flat(b: Builder, x: fx.Node) -> fx.Node:
+    return b(aten.view.default, x, [value_of(x).numel()])
+
+
+def _places(b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int) -> fx.Node | None:
+    """Where in the flattened `x` every element of the strided view lies; None if that is no place of `x` itself."""
+    value = value_of(x)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if not value.is_contiguous() or value.storage_offset() or 0 in size or last >= value.numel():
+        return None
+    place = b.full(x, [1] * len(size), offset, torch.int64)
+    for dim, (count, step) in enumerate(zip(size, stride, strict=True)):
+        if count > 1:
+            own = b(aten.mul.Tensor, b.arange(x, count), step)
+            shape = [count if d == dim else 1 for d in range(len(size))]
+            place = b(aten.add.Tensor, place, b(aten.view.default, own, shape))
+    return place
+
+
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.max.default: extreme(aten.amax.default),
     aten.min.default: extreme(aten.amin.default),
@@ -63,4 +100,7 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten._trilinear.default: trilinear,
     aten.put.default: put,
     aten.prod.default: prod,
+    aten.as_strided.default: as_strided,
+    aten.as_strided_copy.default: as_strided,
+    aten.as_strided_scatter.default: as_strided_scatter,
 }

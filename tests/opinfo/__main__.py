@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from opinfo.database import entries
-from opinfo.judge import Record
-from opinfo.summary import Summary, page
+from opinfo.judge import RECORDED, SAMPLES, Record
+from opinfo.summary import Summary, page, status
 from opinfo.workers import judged
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="patterns of operator names; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--samples", type=int, default=3, help="samples an operator, besides the hand-made ones")
     parser.add_argument("--timeout", type=float, default=120, help="seconds an operator")
     parser.add_argument("--again", action="store_true", help="forget earlier records")
     parser.add_argument("--records", type=Path, default=ROOT / "build" / "opinfo.jsonl")
@@ -38,7 +37,7 @@ def main() -> None:
         records = {name: record for name, record in records.items() if name not in chosen}
     _write(options.records, records)
     todo = [name for name in chosen if name not in records]
-    for record in tqdm(judged(todo, options.jobs, options.samples, options.timeout), total=len(todo)):
+    for record in tqdm(judged(todo, options.jobs, SAMPLES, options.timeout), total=len(todo)):
         records[record.name] = record
         with options.records.open("a") as file:
             print(json.dumps(record.plain()), file=file)
@@ -46,6 +45,8 @@ def main() -> None:
     print(summary.totals())
     if len(records) == len(every):
         PAGE.write_text(page(summary))
+        known = {name: status(records[name]) for name in json.loads(RECORDED.read_text())}
+        RECORDED.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Record]:

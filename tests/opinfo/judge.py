@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ RELATIVE, ABSOLUTE = 2e-3, 2e-4
 """Tolerances of float32 values, whose sums are taken in another order."""
 
 PHASES = ("forward", "backward")
+SAMPLES = 3
+"""Samples an operator, besides the hand-made ones."""
+
+RECORDED = Path(__file__).with_name("recorded.json")
+"""What the tests hold a fixed sample of operators to, by name and phase."""
 
 
 @dataclass

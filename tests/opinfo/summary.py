@@ -32,6 +32,10 @@ ROWS = {
 }
 
 
+BEST_FIRST = {"clean": 0, "refused": 1, "wrong": 2, "split": 0, "-": 0, "whole": 1}
+"""The words of `status`, each with its rank among those that may stand in its place."""
+
+
 @dataclass
 class Phase:
     """One operator's runs in one phase, those that there was something to compare for."""

@@ -25,7 +25,7 @@ def judged(names: Sequence[str], jobs: int, samples: int, timeout: float) -> Ite
 
     def one(name: str) -> Record:
         if not hasattr(own, "worker"):
-            own.worker = _Worker(samples, timeout)
+            own.worker = Worker(samples, timeout)
         return own.worker.judge(name)
 
     with ThreadPoolExecutor(jobs) as threads:
@@ -33,7 +33,7 @@ def judged(names: Sequence[str], jobs: int, samples: int, timeout: float) -> Ite
             yield future.result()
 
 
-class _Worker:
+class Worker:
     """A process that judges one operator after another; a new one takes its place when it hangs or dies."""
 
     def __init__(self, samples: int, timeout: float) -> None:
@@ -49,6 +49,7 @@ class _Worker:
         self.here.recv()  # it is ready
 
     def judge(self, name: str) -> Record:
+        """The record of the operator called `name`."""
         self.here.send(name)
         status = "timeout"
         try:
@@ -60,6 +61,11 @@ class _Worker:
         self.process.join()
         self._start()
         return Record(name, status)
+
+    def close(self) -> None:
+        """End the process."""
+        self.here.close()
+        self.process.join()
 
 
 def _serve(connection: Connection, samples: int) -> None:

@@ -275,6 +275,11 @@ def spellings() -> Iterator[Sample]:
     yield Sample(aten._trilinear.default, (real(6, 3), real(6, 3), real(6, 3), [], [], [], []))
     yield Sample(aten.put.default, (x, torch.tensor([[3], [20]]), real(2, 1)))
     yield Sample(aten.put.default, (x, torch.tensor([3, 3, -1]), real(3), True))
+    for operator in (aten.as_strided.default, aten.as_strided_copy.default):
+        yield Sample(operator, (x, [3, 2], [4, 3], 5))
+        yield Sample(operator, (x, [3, 4], [1, 1]))
+        yield Sample(operator, (x, [], [], 7))
+    yield Sample(aten.as_strided_scatter.default, (x, real(3, 2), [3, 2], [4, 3], 5))
     for dims, keep in (([1], False), (None, True)):
         yield Sample(aten.std_mean.correction, (x, dims), {"correction": 0, "keepdim": keep})
     yield Sample(aten._native_batch_norm_legit.no_stats, (real(6, 4, 2), real(4), real(4), True, 0.1, 1e-5))
