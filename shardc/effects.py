@@ -1,7 +1,7 @@
 """Checks that an operator makes of its own result, as values of the graph.
 
-`torch.linalg.inv` is a factorisation and a check that it worked. A trace threads tokens through such checks, so that they
-are neither dropped nor moved; here the result itself goes through its check:
+`torch.linalg.inv` is a factorisation and a check that it worked. A trace threads tokens through such checks, so that
+they are neither dropped nor moved; here the result itself goes through its check:
 
     %inv, %info = linalg_inv_ex(%x)                                       %inv, %info = linalg_inv_ex(%x)
     %token1, _ = with_effects(%token, _linalg_check_errors, %info)   ->   %sure = checked(%inv, %info, "linalg.inv")
@@ -17,8 +17,8 @@ from torch import fx
 from torch._functorch._aot_autograd import descriptors
 from torch._higher_order_ops.effects import with_effects
 
-import shardc.runtime.checks  # noqa: F401  (registers shardc::checked)
 from shardc.errors import CaptureError
+from shardc.runtime.checks import checked
 
 aten = torch.ops.aten
 
@@ -65,9 +65,8 @@ def _settle(graph: fx.Graph, node: fx.Node) -> None:
     result = min(results, key=lambda user: user.args[1])  # type: ignore[arg-type]
     readers = list(result.users)
     with graph.inserting_after(max(info, result)):  # type: ignore[type-var]
-        new = graph.call_function(
-            torch.ops.shardc.checked.default, (result, info, name, bool(node.kwargs.get("is_matrix")))
-        )
+        matrix = bool(node.kwargs.get("is_matrix"))
+        new = graph.call_function(checked._opoverload, (result, info, name, matrix))
     new.meta = dict(result.meta)
     for reader in readers:
         reader.replace_input_with(result, new)

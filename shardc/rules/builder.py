@@ -76,14 +76,6 @@ class Builder:
         new.meta["val"] = fake.new_zeros(list(shape), dtype=dtype or fake.dtype)
         return new
 
-    def arange(self, like: fx.Node, count: int) -> fx.Node:
-        """0, 1, ... on the device of `like`, int64."""
-        fake = value_of(like)
-        new = self._graph.call_function(aten.arange.default, (count,), {"dtype": torch.int64, "device": fake.device})
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        new.meta["val"] = fake.new_zeros([count], dtype=torch.int64)
-        return new
-
     def zeros(self, like: fx.Node, shape: Sequence[int]) -> fx.Node:
         return self.full(like, shape, 0)
 
