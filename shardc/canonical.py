@@ -104,6 +104,8 @@ def canonical(
         return aten.permute.default, (args[0], order), {}
     if target is aten._efficientzerotensor.default:  # zeros that autograd does without memory for
         target = aten.zeros.default
+    if target in (aten.empty_strided.default, aten.empty_permuted.default):  # where in memory is the rank's affair
+        target, args = aten.empty.memory_format, (args[0],)
     keep = ("memory_format",) if target is aten.clone.default else ()
     return target, args, {key: value for key, value in kwargs.items() if key in keep or key not in _IRRELEVANT}
 

@@ -20,7 +20,7 @@ from shardc import canonical, compat, places
 from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
-from shardc.inputs import flatten, refuse_foreign, refuse_opaque
+from shardc.inputs import flatten, refuse_foreign, refuse_opaque, refuse_sparse
 from shardc.state import Slot, State, registry
 
 
@@ -213,6 +213,7 @@ class _Builder:
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
         places.locate(nodes, places.by_sequence(graph))
+        refuse_sparse(nodes)
         with compat.symbols_in_graphs():
             self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc import compat
@@ -47,6 +47,18 @@ def refuse_foreign(constant: Tensor) -> None:
             f"the program uses a tensor of shape {tuple(constant.shape)} that requires a gradient, and is neither an "
             "input nor a parameter of the model: make it one, or shard the module that owns it"
         )
+
+
+def refuse_sparse(nodes: Iterable[fx.Node]) -> None:
+    """CaptureError for a value that is no dense tensor: layouts say nothing about where its elements lie."""
+    for node in nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise CaptureError(
+                    f"{node.target} ({', '.join(part for part in node.meta.get('place', ()) if part)}) makes a tensor "
+                    f"stored as {value.layout}: only dense tensors can be sharded; convert it outside of the model, or "
+                    "compute with dense tensors"
+                )
 
 
 def call_key(

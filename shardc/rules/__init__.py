@@ -2,13 +2,15 @@
 
 # the custom operators must exist before their rules name them
 import shardc.constrain  # pyright: ignore[reportUnusedImport]
-import shardc.runtime.attention  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import shardc.runtime.attention  # pyright: ignore[reportUnusedImport]
+import shardc.runtime.checks  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from shardc.rules import (
     attention,
     bags,
     contraction,
     factory,
     index,
+    linear,
     normalization,
     pointwise,
     pools,
@@ -20,6 +22,6 @@ from shardc.rules import (
 )
 
 FAMILIES = (
-    attention, bags, contraction, factory, index, normalization, pointwise, pools, randomness, reduction, scan, shape,
-    window,
+    attention, bags, contraction, factory, index, linear, normalization, pointwise, pools, randomness, reduction, scan,
+    shape, window,
 )  # fmt: skip

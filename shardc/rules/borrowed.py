@@ -23,9 +23,9 @@ from shardc.graph import value_of
 
 aten = torch.ops.aten
 
-KEPT = ("attention", "batch_norm", "dropout", "rrelu")
+KEPT = ("attention", "batch_norm", "dropout", "rrelu", "multilabel_margin")
 """Parts of names of operators that are never taken apart: their backward reads what only the fused forward gives, or
-they draw random numbers."""
+they draw random numbers, or torch's body computes something else."""
 
 
 def body_of(node: fx.Node) -> fx.Graph | None:

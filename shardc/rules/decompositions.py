@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from shardc.graph import value_of
-from shardc.rules import bags, blocks, losses, randomness, spellings, written
+from shardc.rules import bags, blocks, linear, losses, randomness, spellings, written
 from shardc.rules.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten
@@ -170,6 +170,15 @@ def batch_norm(
         output, flat_mean, flat_inverse,
         _blend(b, running_mean, flat_mean, momentum), _blend(b, running_var, unbiased, momentum),
     )  # fmt: skip
+
+
+def batch_norm_with_update(
+    b: Builder, x: fx.Node, weight: fx.Node | None, bias: fx.Node | None, running_mean: fx.Node, running_var: fx.Node,
+    momentum: float, eps: float,
+) -> tuple[fx.Node, ...]:  # fmt: skip
+    """As in training; the fourth result is memory that only some kernels' backward wants."""
+    made = batch_norm(b, x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return *made[:3], b.full(x, [0], 0, torch.uint8), *made[3:]
 
 
 def _blend(b: Builder, old: fx.Node, new: fx.Node, momentum: float) -> fx.Node:
@@ -330,6 +339,7 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     **blocks.DECOMPOSITIONS,
     **losses.DECOMPOSITIONS,
     **spellings.DECOMPOSITIONS,
+    **linear.DECOMPOSITIONS,
     **randomness.DECOMPOSITIONS,
     **bags.DECOMPOSITIONS,
     **written.DECOMPOSITIONS,
@@ -338,6 +348,8 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.native_group_norm_backward.default: group_norm_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm,
     aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten._batch_norm_with_update_functional.default: batch_norm_with_update,
+    aten.batch_norm_backward.default: lambda b, *args: batch_norm_backward(b, *args[:-1]),
     aten._native_batch_norm_legit.no_stats: lambda b, x, w, bias, training, momentum, eps: batch_norm(
         b, x, w, bias, None, None, training, momentum, eps
     )[:3],

@@ -213,3 +213,38 @@ def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[lis
 def _align(t: torch.Tensor, names: list[str]) -> list[str]:
     own = names[len(names) - t.dim() :]
     return ["1" if n == 1 else name for n, name in zip(t.shape, own, strict=True)]
+
+
+@rule(aten.segment_reduce.default)
+def segment_reduce(
+    data: torch.Tensor, reduce: str, *, lengths: torch.Tensor | None = None, offsets: torch.Tensor | None = None,
+    axis: int = 0, **_: Any,
+) -> Rule:  # fmt: skip
+    """Segments lie along `axis`, which stays whole; of the dims before it every row has its own lengths."""
+    del reduce
+    left, bounds, right = _segments(data, lengths, offsets, axis)
+    return parse(f"{left}, {bounds} -> {right}", even=True)  # padded lengths would not add up
+
+
+@rule(aten._segment_reduce_backward.default)
+def segment_reduce_backward(
+    grad: torch.Tensor, output: torch.Tensor, data: torch.Tensor, reduce: str, *, lengths: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None, axis: int = 0, **_: Any,
+) -> Rule:  # fmt: skip
+    del grad, output, reduce
+    left, bounds, right = _segments(data, lengths, offsets, axis)
+    return parse(f"{right}, {right}, {left}, {bounds} -> {left}", [{0}], even=True)
+
+
+def _segments(
+    data: torch.Tensor, lengths: torch.Tensor | None, offsets: torch.Tensor | None, axis: int
+) -> tuple[str, str, str]:
+    """Texts of the data, of the lengths or offsets, and of the result."""
+    given = lengths if lengths is not None else offsets
+    assert given is not None
+    names = letters(data)
+    before, after = names[:axis], names[axis + 1 :]
+    count = int(given.shape[-1]) - (lengths is None)
+    bounds = [*before, _one(int(given.shape[-1]), "b!")]
+    left = [*before, _one(int(data.shape[axis]), "s!"), *after]
+    return " ".join(left), " ".join(bounds), " ".join([*before, _one(count, "o!"), *after])

@@ -97,7 +97,7 @@ def combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: Kind
     made = [part for part in parts if part is not None]
     if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
         return False
-    total, scale = made[0], whole.abs() if whole.dtype is not torch.bool else whole
+    total, scale = made[0], whole.abs() if whole.dtype.is_signed else whole
     for part in made[1:]:
         total = FOLDS[how](total, part)
     if not (whole.is_floating_point() or whole.is_complex()):

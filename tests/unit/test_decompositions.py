@@ -282,6 +282,15 @@ def spellings() -> Iterator[Sample]:
     yield Sample(aten.as_strided_scatter.default, (x, real(3, 2), [3, 2], [4, 3], 5))
     for dims, keep in (([1], False), (None, True)):
         yield Sample(aten.std_mean.correction, (x, dims), {"correction": 0, "keepdim": keep})
+    channels = (real(4), real(4), real(4), positive(4))
+    with_update = aten._batch_norm_with_update_functional.default
+    made = with_update(real(6, 4, 2), *channels, 0.1, 1e-5)
+    yield Sample(with_update, (real(6, 4, 2), *channels, 0.1, 1e-5), values=[0, 1, 2, 4, 5])
+    arguments = (real(6, 4, 2), real(6, 4, 2), *channels[1:], *made[1:3], True, 1e-5, [True] * 3, made[3])
+    yield Sample(aten.batch_norm_backward.default, arguments)
+    for matrices in (real(4, 4), real(2, 3, 4, 4), real(3, 1, 1), real(2, 4, 4).transpose(1, 2)):
+        yield Sample(aten._linalg_det.default, (matrices,))
+        yield Sample(aten._linalg_slogdet.default, (matrices,))
     yield Sample(aten._native_batch_norm_legit.no_stats, (real(6, 4, 2), real(4), real(4), True, 0.1, 1e-5))
 
 
