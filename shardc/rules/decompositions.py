@@ -331,6 +331,7 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.new_ones.default: constant(1, True),
     aten.new_full.default: constant(None, True),
     aten.new_empty.default: constant(0, True),
+    aten.new_empty_strided.default: constant(0, True),
     aten.zeros_like.default: constant(0, False),
     aten.ones_like.default: constant(1, False),
     aten.full_like.default: constant(None, False),

@@ -28,12 +28,6 @@ def constant_like(x: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> 
     return parse(f"{whole} -> {_names(shape)}", sizes={1: 0})
 
 
-@rule(aten.new_empty_strided.default)
-def strided(x: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> Rule:
-    whole = " ".join(f"x{i}!" if size != 1 else "1" for i, size in enumerate(x.shape))
-    return parse(f"{whole} -> {_names(shape, '!')}")
-
-
 @rule(aten.arange.start_step, aten.arange.default, aten.arange.start)
 def arange(*given: Any, **_: Any) -> Rule:
     numbers = [g for g in given if isinstance(g, (int, float))]

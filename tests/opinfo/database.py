@@ -23,6 +23,9 @@ _EVEN = {"L": 24, "M": 12, "S": 4, "XS": 2}
 _USUAL = {"L": 20, "M": 10, "S": 5, "XS": 3}
 """The sizes from which torch builds its samples, chosen to be divisible, and as torch has them."""
 
+_USUAL_ONLY = frozenset({"_segment_reduce.lengths", "_segment_reduce.offsets"})
+"""Entries whose samples name positions that only torch's own sizes have; the kernel would read beyond its operand."""
+
 _LOOKED_AT = 60
 """Of an operator's samples the first so many are candidates."""
 
@@ -72,7 +75,7 @@ def is_random(entry: Any) -> bool:
 
 def samples(entry: Any, count: int) -> list[Sample]:
     """`count` of an entry's samples, those with most dims to split, and its hand-made ones. Empty if none runs."""
-    for sizes in (_EVEN, _USUAL):
+    for sizes in (_USUAL,) if name_of(entry) in _USUAL_ONLY else (_EVEN, _USUAL):
         _set_sizes(sizes)
         try:
             found = _chosen(entry, count)

@@ -53,6 +53,7 @@ def constants() -> Iterator[Sample]:
         yield Sample(operator, (x, [3]), {"dtype": torch.int64})
     yield Sample(aten.new_full.default, (whole(5, 6), [3, 1], 7))
     yield Sample(aten.new_empty.default, (x, []), values=[])
+    yield Sample(aten.new_empty_strided.default, (x, [6, 12], [1, 6]), values=[])
     for operator in (aten.zeros_like.default, aten.ones_like.default):
         yield Sample(operator, (x,), {"dtype": torch.bool})
     yield Sample(aten.full_like.default, (x, 2.5))
