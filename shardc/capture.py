@@ -7,6 +7,7 @@ models larger than memory are captured as they are, and the model itself stays u
 from __future__ import annotations
 
 import linecache
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from shardc import canonical, compat, places
 from shardc.constrain import Spec, check, constrain, parse, recording, serialise
-from shardc.errors import CaptureError, ShardcError
+from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 from shardc.inputs import flatten, refuse_foreign, refuse_opaque, refuse_sparse
 from shardc.state import Slot, State, registry
@@ -42,11 +43,19 @@ def capture(
     maps patterns of module paths to specs, which `shardc.constrain` then puts on the tensors these modules return.
     Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
     burned in. `hooks=False`: the caller runs the hooks of `module` itself. `dynamic` names dims of flat inputs, whose
-    sizes stay symbols in the graph (see shardc.sizes). Raises CaptureError, LayoutError.
+    sizes stay symbols in the graph (see shardc.sizes). Raises CaptureError, ConstraintError, LayoutError.
     """
     given = tuple(args), dict(kwargs or {})
     trace = _Trace(State(module), *given, grad, differentiable, dict(constraints or {}), hooks, dynamic or {})
-    return _Builder(trace, trace.run()).program()
+    program = _Builder(trace, trace.run()).program()
+    trace.check_met()
+    if trace.state.left:
+        warnings.warn(
+            f"forward leaves something in {', '.join(trace.state.left)}; the compiled program does not, it keeps "
+            "buffers only: return the value, or register it with register_buffer",
+            stacklevel=2,
+        )
+    return program
 
 
 class _Trace:
@@ -79,6 +88,7 @@ class _Trace:
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant] = []
         self.attached: set[int] = set()
+        self.met: set[str] = set()
         self.provenance = compat.Provenance(state.module, self._constrained)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
@@ -180,11 +190,11 @@ class _Trace:
 
     def _constrained(self, path: str, output: Any) -> Any:
         """Forward hook: put the constraints of a module on the tensors it returns."""
-        specs = [text for pattern, text in self.constraints if fnmatchcase(path, pattern)]
+        specs = [(pattern, text) for pattern, text in self.constraints if fnmatchcase(path, pattern)]
         if not specs:
             return None
         leaves, spec = flatten(output)
-        for text in specs:
+        for pattern, text in specs:
             rank = len(parse(text))
             several = sum(isinstance(leaf, Tensor) for leaf in leaves) > 1
             fits = [isinstance(leaf, Tensor) and (leaf.ndim == rank or not several) for leaf in leaves]
@@ -195,7 +205,19 @@ class _Trace:
                 if fits[index]:
                     check(text, leaf.ndim, f"constraint on {path or 'the model'}")
                     leaves[index] = constrain(leaf, text)
+                    self.met.add(pattern)
         return pytree.tree_unflatten(leaves, spec)
+
+    def check_met(self) -> None:
+        """ConstraintError for a pattern that names modules alone, none of which ran and returned a tensor."""
+        named = [*self.state.tied, *(name for _, name in self.state.names.values())]
+        for pattern, _ in self.constraints:
+            if pattern not in self.met and not any(fnmatchcase(name, pattern) for name in named):
+                paths = [path for path, _ in self.state.module.named_modules() if fnmatchcase(path, pattern)]
+                raise ConstraintError(
+                    f"constraint {pattern!r} has no effect: {', '.join(paths[:3])} never runs in this call, or returns "
+                    f"no tensor. Constrain parameters ({paths[0]}.weight), or a value in the code with shardc.constrain"
+                )
 
 
 class _Builder:
@@ -323,6 +345,11 @@ def _explained(error: Exception, path: str) -> CaptureError:
             f"{place}: the program branches on, or takes a shape from, a value that is only known when it runs. "
             "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in. "
             f"({type(error).__name__}){code}"
+        )
+    if "entirely functional graph" in str(error):
+        return CaptureError(
+            f"{place}: the model writes in place to a tensor that is neither a buffer nor an input, so the write would "
+            "be lost: register the tensor with register_buffer"
         )
     reason = next(iter(str(error).splitlines()), "")
     return CaptureError(f"{place}: the model cannot be traced: {type(error).__name__}: {reason}{code}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,10 +23,14 @@ class Slot:
 
 
 class State:
-    """The tensors of a model, each once, and everything needed to put the model back as it was."""
+    """The tensors of a model, each once, and everything needed to put the model back as it was.
+
+    `left` names the attributes, by module path, in which the model left something while it was captured.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.left: dict[str, None] = {}
         self.tied: dict[str, str] = {}
         self.names: dict[int, tuple[Role, str]] = {}
         self.tensors: dict[int, Tensor] = {}
@@ -50,18 +56,50 @@ class State:
 
     @contextmanager
     def unchanged(self) -> Generator[None]:
-        """Whatever the model does to its own attributes in here is undone at the end."""
-        saved = [(part, dict(vars(part))) for part in self.module.modules()]
-        inner = [(own, dict(own)) for _, own_vars in saved for own in own_vars.values() if isinstance(own, dict)]
+        """Whatever the model does to its own attributes in here is undone at the end, and noted in `left`."""
+        parts = [(path, part, dict(vars(part))) for path, part in self.module.named_modules()]
+        values = [value for *_, own in parts for value in own.values()]
+        held = [(value, copy.copy(value)) for value in values if isinstance(value, _CONTAINERS)]
         try:
             yield
         finally:
-            for part, before in saved:
-                vars(part).clear()
-                vars(part).update(before)
-            for own, before in inner:
-                own.clear()
-                own.update(before)
+            refilled = {id(value) for value, before in held if _differ(value, before)}
+            for path, part, before in parts:
+                now = vars(part)
+                for name in (*now, *(name for name in before if name not in now)):
+                    old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
+                    flag = name.startswith("_") and isinstance(new, bool)  # tells that something was set up
+                    if name not in _OWN and not flag and (_differ(old, new) or id(new) in refilled):
+                        self.left.setdefault(f"{path}.{name}" if path else name)
+                now.clear()
+                now.update(before)
+            for value, before in held:
+                _refill(value, before)
+
+
+_CONTAINERS = (dict, list, set)
+_OWN = frozenset({*vars(nn.Module()), "_flat_weights", "_flat_weight_refs", "_shardc"})
+"""Attributes that torch and shardc keep in every module, or in recurrent ones."""
+_ABSENT = object()
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether a value is another one; containers are compared element by element, tensors by identity."""
+    if old is new or type(old) is not type(new):
+        return old is not new
+    if isinstance(old, dict):
+        return list(old) != list(new) or any(_differ(old[key], new[key]) for key in old)
+    if isinstance(old, (list, tuple)):
+        return len(old) != len(new) or any(_differ(a, b) for a, b in zip(old, new, strict=True))
+    try:
+        return isinstance(old, Tensor) or bool(old != new)
+    except Exception:  # what cannot be compared is taken for another
+        return True
+
+
+def _refill(value: Any, before: Any) -> None:
+    value.clear()
+    value.extend(before) if isinstance(value, list) else value.update(before)
 
 
 def registry(part: nn.Module, role: Role) -> dict[str, Tensor | None]:
