@@ -189,7 +189,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
         ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
         ctx.kinds = [type(tensor) for tensor in tensors]
-        ctx.mark_non_differentiable(*(out for out in result.outputs if not out.dtype.is_floating_point))
+        numbers = (torch.is_floating_point, torch.is_complex)
+        ctx.mark_non_differentiable(*(out for out in result.outputs if not any(test(out) for test in numbers)))
         ctx.set_materialize_grads(False)
         return tuple(result.outputs)
 

@@ -63,3 +63,24 @@ def test_convolution_whose_input_needs_no_gradient(mesh: str) -> None:
 def test_a_constraint_with_more_ranks_than_elements_is_refused() -> None:
     with pytest.raises(ShardcError, match="fewer than the 4 ranks"):
         shardc.compile(Function(lambda w: w.sin(), 3), "a=4", (), constraints={"w": ("a",)})
+
+
+@pytest.mark.parametrize("mesh", ["a=2", "a=2,b=2"])
+def test_gradients_of_a_complex_output_and_input(mesh: str) -> None:
+    class Rotation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z * torch.polar(torch.ones_like(self.w), self.w) @ torch.complex(self.w, 2 * self.w)
+
+    single, found = Rotation(), list[list[Tensor]]()
+    z = torch.view_as_complex(torch.randn(4, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    for model in (single, shardc.shard(single, mesh=mesh, hardware=SLOW)):
+        given = z.clone().requires_grad_()
+        output = model(given)
+        loss = (output * torch.linspace(0, 1, 4)).abs().sum()
+        found.append([output.detach(), *torch.autograd.grad(loss, [single.w, given])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
