@@ -15,7 +15,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit fuzz opinfo clean
+.PHONY: help setup demo test lint types unit fuzz opinfo zoo clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ opinfo: $(READY) ## every operator of torch's database in every layout; writes d
 
 fuzz: $(READY) ## the property tests, ten times as long, from a new seed (or make fuzz SEED=3, printed first)
 	SHARDC_SEED=$(or $(SEED),$(shell date +%s)) SHARDC_FUZZ=10 $(PY) -m pytest -n 2 tests/property
+
+zoo: $(READY) ## every model of the zoo on every mesh
+	$(PY) -m pytest -n 2 -q tests/zoo --whole-zoo
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -78,6 +78,7 @@ EFFICIENT = dict(
 PICTURES: dict[str, Entry] = {
     "vit": Entry(classifier(t.ViTForImageClassification, t.ViTConfig, **PATCHES)),
     "deit": Entry(classifier(t.DeiTForImageClassification, t.DeiTConfig, **PATCHES)),
+    "beit": Entry(classifier(t.BeitForImageClassification, t.BeitConfig, **PATCHES)),
     "swin": Entry(classifier(t.SwinForImageClassification, t.SwinConfig, **SWIN)),
     "convnext": Entry(classifier(t.ConvNextForImageClassification, t.ConvNextConfig, **CONVNEXT)),
     "resnet": Entry(classifier(t.ResNetForImageClassification, t.ResNetConfig, **RESNET)),

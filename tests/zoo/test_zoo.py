@@ -13,10 +13,16 @@ from zoo.text import TEXT
 from zoo.trial import MESHES, Trial, trial
 
 ZOO: dict[str, Entry] = {**TEXT, **PICTURES, **PLAIN}
-PAIRS = [(name, MESHES[number % 2]) for number, name in enumerate(ZOO)]
 
 
-@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every model on one mesh, in turn; with --whole-zoo on every mesh."""
+    if "mesh" in metafunc.fixturenames:
+        every = bool(metafunc.config.getoption("--whole-zoo"))
+        pairs = [(name, mesh) for k, name in enumerate(ZOO) for j, mesh in enumerate(MESHES) if every or j == k % 2]
+        metafunc.parametrize(("name", "mesh"), pairs)
+
+
 def test_trains_like_single_device(name: str, mesh: str) -> None:
     done = trial(ZOO[name], mesh)
     assert done.wrong == []

@@ -86,6 +86,7 @@ DISTILBERT = dict(
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 MAMBA = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=1, state_size=4, use_cache=False)
 LONG = {**LLAMA, "num_hidden_layers": 2}
+MOST = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 EXPERTS = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 TEXT: dict[str, Entry] = {
@@ -101,6 +102,13 @@ TEXT: dict[str, Entry] = {
     "opt": Entry(decoder(t.OPTForCausalLM, t.OPTConfig, **OPT)),
     "bloom": Entry(decoder(t.BloomForCausalLM, t.BloomConfig, **BLOOM)),
     "falcon": Entry(decoder(t.FalconForCausalLM, t.FalconConfig, **BERT, use_cache=False)),
+    "qwen2_moe": Entry(
+        decoder(t.Qwen2MoeForCausalLM, t.Qwen2MoeConfig, **MOST, shared_expert_intermediate_size=16), ROUNDED
+    ),
+    "gpt_oss": Entry(decoder(t.GptOssForCausalLM, t.GptOssConfig, **EXPERTS, head_dim=8, sliding_window=4), ROUNDED),
+    "recurrent_gemma": Entry(
+        decoder(t.RecurrentGemmaForCausalLM, t.RecurrentGemmaConfig, **LLAMA, attention_window_size=4), ROUNDED
+    ),
     "mamba": Entry(decoder(t.MambaForCausalLM, t.MambaConfig, **MAMBA), ROUNDED),
     "bert": Entry(encoder(t.BertForMaskedLM, t.BertConfig, **BERT)),
     "roberta": Entry(encoder(t.RobertaForMaskedLM, t.RobertaConfig, **BERT)),
@@ -108,6 +116,8 @@ TEXT: dict[str, Entry] = {
     "albert": Entry(encoder(t.AlbertForMaskedLM, t.AlbertConfig, **BERT, embedding_size=16)),
     "electra": Entry(classifier(t.ElectraForSequenceClassification, t.ElectraConfig, **BERT, embedding_size=16)),
     "deberta": Entry(encoder(t.DebertaV2ForMaskedLM, t.DebertaV2Config, **DEBERTA)),
+    "fnet": Entry(encoder(t.FNetForMaskedLM, t.FNetConfig, **BERT)),
+    "conv_bert": Entry(encoder(t.ConvBertForMaskedLM, t.ConvBertConfig, **BERT, embedding_size=16)),
     "t5": Entry(translator(t.T5ForConditionalGeneration, t.T5Config, **T5), ROUNDED),
     "bart": Entry(translator(t.BartForConditionalGeneration, t.BartConfig, **BART)),
 }
