@@ -59,9 +59,11 @@ def _running(
 
 
 def _before(own: Tensor, dim: int, s: Part) -> Tensor:
-    """The last values of the parts before this one, side by side along `dim`."""
+    """The last values of the parts before this one, side by side along `dim`, but for those that are all padding (over
+    two axes, these need not be the last)."""
     last = own.narrow(dim, max(s.valid, 1) - 1, 1)
-    return s.gather(last, dim % own.dim()).narrow(dim, 0, s.index)
+    real = [number for number, (_, valid) in enumerate(s.spans[: s.index]) if valid]
+    return s.gather(last, dim % own.dim()).index_select(dim, torch.tensor(real, dtype=torch.int64, device=own.device))
 
 
 def _scanned(x: Tensor, dim: int, dtype: torch.dtype | None, scan: Callable[..., Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardc.compiled import Call, Compiled, Request, compiled
+from shardc.compiled import TRACING, Call, Compiled, Request, compiled
 from shardc.constrain import Spec
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.errors import MeshError, ShardcError
@@ -103,12 +103,13 @@ class _Engine:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
         call = Call(module, args, kwargs, hooks=False)
-        key = (call_key(module, leaves, call.dims(self.request)), str(spec))
-        self.last = found = self._get(key, call)
+        with TRACING:
+            key = (call_key(module, leaves, call.dims(self.request)), str(spec))
+            self.last = found = self._get(key, call)
 
         def fallback(outputs: frozenset[int]) -> Executable:
             """Backward starts from outputs that were taken for mere results: compile for exactly these."""
-            with torch.enable_grad():
+            with torch.enable_grad(), TRACING:
                 return self._get(key, replace(call, differentiable=found.leaves_of(outputs))).executable
 
         return found.run(leaves, fallback)
@@ -142,9 +143,11 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
 
     def sharded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         own = engine(self)
-        if own.capturing or torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return forward(self, *args, **kwargs)
-        return own.call(self, args, kwargs)
+        with TRACING:  # another thread's capture is none of ours
+            traced = own.capturing or torch.compiler.is_compiling()
+        return forward(self, *args, **kwargs) if traced else own.call(self, args, kwargs)
 
     sharded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     sharded_forward.__doc__ = forward.__doc__
@@ -215,10 +218,10 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.function = function
+        self.sharded_function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+        return self.sharded_function(*args, **kwargs)
 
 
 def _shard_function(function: Callable[..., Any], request: Request) -> Any:

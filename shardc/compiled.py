@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from shardc.passes.propagate import match_parameters
 from shardc.plan import Plan
 from shardc.runtime import DistributedMesh, Executable, distribute, load, swap_in
 from shardc.sizes import Dims, Dynamic, Template, named_dims, sizes_of
+
+TRACING = threading.RLock()
+"""Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,14 @@ class Compiled:
     def run(self, leaves: list[Any], fallback: Callable[[frozenset[int]], Executable] | None = None) -> Any:
         """Run on flat inputs; returns what the program returns, in its own structure."""
         program = self._lowered.program
-        state: dict[str, Tensor] = dict(self._module.named_parameters(remove_duplicate=False))
-        state |= dict(self._module.named_buffers(remove_duplicate=False))
+        with TRACING:
+            executable = self.executable
+            state: dict[str, Tensor] = dict(self._module.named_parameters(remove_duplicate=False))
+            state |= dict(self._module.named_buffers(remove_duplicate=False))
         meta = next((name for name, t in state.items() if t.is_meta), None)
         if meta is not None:
             raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
-        outputs = self.executable.run(state | program.constants, leaves, fallback)
+        outputs = executable.run(state | program.constants, leaves, fallback)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         made = [leaf.value if isinstance(leaf, Constant) else outputs[leaf] for leaf in program.out_leaves]
         return pytree.tree_unflatten(made, program.out_spec)
@@ -105,7 +111,8 @@ class Compiled:
 
     def at(self, call: Call) -> Compiled:
         """The program for the sizes of a call: this one, unless sizes are dynamic."""
-        return self if self._family is None else self._family.at(call)
+        with TRACING:
+            return self if self._family is None else self._family.at(call)
 
     def leaves_of(self, outputs: frozenset[int]) -> frozenset[int]:
         """The flat positions in the user's output of the graph outputs numbered `outputs`."""
@@ -137,17 +144,19 @@ class Call:
     hooks: bool = True
 
     def dims(self, request: Request) -> Dims:
-        """The dynamic dims of the flat inputs."""
-        return named_dims(request.dynamic, self.model.forward, self.args, self.kwargs)
+        """The dynamic dims of the flat inputs. Of a sharded function the parameters are those of the function."""
+        named = vars(self.model).get("sharded_function", self.model.forward)
+        return named_dims(request.dynamic, named, self.args, self.kwargs)
 
 
 def compiled(call: Call, request: Request) -> Compiled:
     """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
     _check_world(request.mesh)
     dims = call.dims(request)
-    if dims:
-        return Family(request, dims).at(call)
-    return Compiled(call.model, lower(*_captured(call, request, {})))
+    with TRACING:
+        if dims:
+            return Family(request, dims).at(call)
+        return Compiled(call.model, lower(*_captured(call, request, {})))
 
 
 def _captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:

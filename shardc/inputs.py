@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -67,7 +69,8 @@ def call_key(
     """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
-    attributes = tuple(_attributes(part) for part in module.modules())
+    known: dict[int, tuple[Any, bool]] = {}
+    attributes = tuple(_attributes(part, part is module, known) for part in module.modules())
     state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
@@ -78,16 +81,56 @@ def call_key(
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
         shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
-        return shape, leaf.dtype, leaf.requires_grad
+        # results lie in memory as operands do, and eager mode draws random numbers in the order of memory
+        order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
+        return shape, leaf.dtype, leaf.requires_grad, order
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
     return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
 
 
-def _attributes(part: nn.Module) -> tuple[Any, ...]:
-    """What forward may read of a module besides its state: plain values, and tensors that are no state, by identity."""
-    return tuple(
-        (name, type(value), id(value) if isinstance(value, Tensor) else repr(value))
-        for name, value in vars(part).items()
-        if isinstance(value, (bool, int, float, str, Tensor, tuple, type(None)))
-    )
+_OWN = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
+_NAMED = (type, FunctionType, BuiltinFunctionType)
+_LONG = 1000
+"""Lists and dicts with more elements are told apart by identity and length: to read them all would take too long."""
+
+
+def _attributes(part: nn.Module, root: bool, known: dict[int, tuple[Any, bool]]) -> tuple[Any, ...]:
+    """What forward may read of a module besides its state: its class, settings, and hooks by number (no number comes
+    twice; those of the root are not part of the program). Tensors that are no state count by identity."""
+    own = vars(part)
+    hooks = () if root else tuple(tuple(own[name]) for name in _HOOKS)
+    return type(part), hooks, tuple((k, _setting(v, known)[0]) for k, v in own.items() if k not in _OWN)
+
+
+def _setting(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
+    """A value that forward may read, as a key, and whether the key tells all of it. Lists, dicts and objects made of
+    plain values (configurations) are told by what they hold; of any other object only the class counts, since a
+    trainer or a logger, say, changes without meaning anything to the program."""
+    if isinstance(value, Tensor):
+        return id(value), True
+    if isinstance(value, _PLAIN):
+        return (type(value), repr(value)), True
+    if isinstance(value, _NAMED):
+        return value, True
+    if id(value) not in known:  # all values are held by the model, so that no id is given twice meanwhile
+        known[id(value)] = type(value), False  # also ends circles
+        known[id(value)] = _compound(value, known)
+    return known[id(value)]
+
+
+def _compound(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        if len(value) > _LONG:
+            return (type(value), id(value), len(value)), True
+        items: Iterable[Any] = (*value, *value.values()) if isinstance(value, Mapping) else value
+        pairs = [_setting(item, known) for item in items]
+        return (type(value), tuple(key for key, _ in pairs)), all(told for _, told in pairs)
+    if isinstance(value, functools.partial):
+        return _compound((value.func, value.args, value.keywords), known)
+    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return type(value), False
+    held, told = _setting(vars(value), known)
+    return (type(value), held) if told else type(value), told

@@ -34,8 +34,12 @@ def named_dims(
     if not dynamic:
         return {}
     given, positions, count = dict[str, Any](), dict[str, int](), 0
-    for name, value in [*zip(inspect.signature(forward).parameters, args, strict=False), *kwargs.items()]:
-        given[name], positions[name] = value, count
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, p in inspect.signature(forward).parameters.items() if p.kind not in several][: len(args)]
+    unnamed = [""] * (len(args) - len(names))
+    for name, value in [*zip([*names, *unnamed], args, strict=True), *kwargs.items()]:
+        if name:
+            given[name], positions[name] = value, count
         count += len(flatten(value)[0])
     found: Dims = {}
     for name, dims in dynamic.items():

@@ -112,3 +112,14 @@ def test_a_size_that_the_model_fixes() -> None:
 
     with pytest.raises(ShardcError, match="'batch' is declared dynamic, but the model's code fixes it to 4"):
         shardc.compile(Fixed(), "dp=2", (torch.ones(4, 3),), dynamic={"x": {0: "batch"}})
+
+
+def test_functions_and_parameters_without_names(traces: list[object]) -> None:
+    def scaled(x: Tensor, *more: Tensor, mask: Tensor) -> Tensor:
+        return sum(more, x).cumsum(0) * mask
+
+    sharded = shardc.shard(scaled, mesh="dp=2", dynamic={"x": {0: "batch"}, "mask": {0: "batch"}})
+    for batch in (4, 6, 7):
+        x, mask, more = torch.randn(batch, 3), torch.randn(batch, 1), (torch.randn(3), torch.randn(1, 3))
+        torch.testing.assert_close(sharded(x, *more, mask=mask), scaled(x, *more, mask=mask))
+    assert len(traces) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -180,3 +181,89 @@ def test_unsigned_outputs() -> None:
     single, sharded = pair(Program(lambda self, x: self.layer(x).abs().to(torch.uint16)))
     x = sample()
     assert torch.equal(sharded(x), single(x))
+
+
+def test_complex_outputs_have_gradients() -> None:
+    single, sharded = pair(Program(lambda self, x: torch.complex(self.layer(x), x[:, :4])))
+    x = sample()
+    for model in (single, sharded):
+        model(x).abs().sum().backward()
+    torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
+
+
+class Config:
+    """Settings as an object."""
+
+    def __init__(self) -> None:
+        self.scale, self.scales = 1.0, {"up": [1.0]}
+
+
+def _set_object(model: Any) -> None:
+    model.config.scales["up"][0] = 2.0
+
+
+def _set_list(model: Any) -> None:
+    model.factors[0] = 2.0
+
+
+def _set_activation(model: Any) -> None:
+    model.act = nn.Sigmoid()
+
+
+def _set_function(model: Any) -> None:
+    model.last = torch.cos
+
+
+def _add_hook(model: Any) -> None:
+    model.layer.register_forward_hook(lambda part, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [_set_object, _set_list, _set_activation, _set_function, _add_hook])
+def test_a_change_of_the_model_between_calls_is_seen(change: Callable[[Any], None]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.act, self.last = nn.Linear(8, 4), nn.Tanh(), torch.sin
+            self.config, self.factors = Config(), [1.0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor = self.config.scale * self.config.scales["up"][0] * self.factors[0]
+            return self.last(self.act(self.layer(x))) * factor
+
+    single, sharded = pair(Model())
+    x = sample()
+    before = sharded(x)
+    for model in (single, sharded):
+        change(model)
+    torch.testing.assert_close(sharded(x), single(x))
+    assert not torch.equal(sharded(x), before)
+
+
+def test_attributes_that_say_nothing_to_the_program_do_not_compile_it_again() -> None:
+    """A trainer, say: it counts its steps, and holds what no key could tell."""
+    _, sharded = pair(Program(lambda self, x: self.layer(x)))
+    sharded.trainer = Config()
+    sharded.trainer.model, sharded.trainer.steps = sharded.layer, 0
+    sharded(sample())
+    sharded.trainer.steps = 1
+    sharded(sample())
+    assert len(sharded._shardc.compiled) == 1
+
+
+def test_random_numbers_follow_the_memory_of_inputs_that_lie_otherwise() -> None:
+    single, sharded = pair(Program(lambda self, x: torch.dropout(x, 0.5, True)))
+    for x in (sample(4, 8), sample(8, 4).t()):
+        results: list[Tensor] = []
+        for model in (single, sharded):
+            torch.manual_seed(3)
+            results.append(model(x))
+        torch.testing.assert_close(*results)
+
+
+def test_threads_that_call_a_model_at_the_same_time() -> None:
+    single, sharded = pair(Program(lambda self, x: self.layer(x).relu()))
+    batches = [sample(rows, 8) for rows in range(2, 8)]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for x, made in zip(batches, pool.map(sharded, batches), strict=True):
+            torch.testing.assert_close(made, single(x))
+    assert len(sharded._shardc.compiled) == len(batches)

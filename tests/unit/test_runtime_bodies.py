@@ -12,7 +12,7 @@ from torch import Tensor
 from shardc.runtime import Part, VirtualMesh, exponentials, extremes, norms, scans
 
 aten = torch.ops.aten
-MESHES: list[dict[str, int]] = [{"a": 2}, {"a": 4}, {"a": 2, "b": 2}]
+MESHES: list[dict[str, int]] = [{"a": 2}, {"a": 4}, {"a": 2, "b": 2}, {"a": 2, "b": 3}]
 SIZES = (5, 7, 9)
 HARM = (float("nan"), float("inf"), float("-inf"))
 
