@@ -77,11 +77,60 @@ def _bernoulli(x: torch.Tensor, *chance: float, **kwargs: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(*chance, **kwargs)
 
 
+def _where(x: torch.Tensor, key: Any, value: Any, accumulate: bool = False) -> torch.Tensor | None:
+    """`x` with one value (or one per element of the dims beyond the mask's) where a mask says so. None for other keys.
+
+    Autograd asks which elements were written, and their number is only known when the program runs.
+    """
+    mask = key[0] if isinstance(key, (tuple, list)) and len(key) == 1 else key
+    if not (isinstance(mask, torch.Tensor) and mask.dtype is torch.bool and isinstance(value, torch.Tensor)):
+        return None
+    extra = value.dim() - (x.dim() - mask.dim())
+    if extra > 0:
+        if any(size != 1 for size in value.shape[:extra]):
+            return None
+        value = value.reshape(value.shape[extra:])
+    value = value.to(x.dtype)
+    mask = mask.reshape([*mask.shape, *[1] * (x.dim() - mask.dim())])
+    return torch.where(mask, x + value if accumulate else value, x)
+
+
+def _assign(x: torch.Tensor, key: Any, value: Any) -> None:
+    written = _where(x, key, value)
+    if written is None:
+        torch.Tensor.__setitem__(x, key, value)
+    else:
+        x.copy_(written)
+
+
+def _put(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    written = _where(x, indices, values, accumulate)
+    return torch.index_put(x, indices, values, accumulate) if written is None else written
+
+
+def _put_in_place(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    written = _where(x, indices, values, accumulate)
+    return x.index_put_(indices, values, accumulate) if written is None else x.copy_(written)
+
+
+def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
+    """Autograd's formula for a value that is a tensor asks for the different indices among `index`."""
+    if not isinstance(value, torch.Tensor) or not x.dim():
+        return torch.index_fill(x, dim, index, value)
+    marked = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
+    mask = marked.reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+    return torch.where(mask, value.to(x.dtype), x)
+
+
 RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.random_: _random,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,
+    torch.Tensor.__setitem__: _assign,
+    torch.index_put: _put,
+    torch.Tensor.index_put: _put,
+    torch.Tensor.index_put_: _put_in_place,
+    torch.index_fill: _fill,
+    torch.Tensor.index_fill: _fill,
 }
-
-
 """Functions of torch, and what is called in their place."""
