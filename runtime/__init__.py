@@ -9,6 +9,7 @@ if __name__ != "shardc.runtime":
 from shardc.runtime.attention import attention, attention_backward
 from shardc.runtime.checks import checked
 from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
+from shardc.runtime.context import attention_in_parts, attention_in_parts_backward
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
 from shardc.runtime.executable import Executable, load
@@ -88,6 +89,8 @@ __all__ = [
     "argmin",
     "attention",
     "attention_backward",
+    "attention_in_parts",
+    "attention_in_parts_backward",
     "avg_pool2d",
     "avg_pool2d_backward",
     "avg_pool3d",

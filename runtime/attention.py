@@ -17,7 +17,8 @@ from shardc.runtime.errors import RankError
 _INFINITY = float("inf")
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which scores are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -46,22 +47,27 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bo
     )
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    dtype = _compute_dtype(q.dtype)
+def scores_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, ahead: int = 0) -> Tensor:
+    """`scale * q @ k^T + mask`; `ahead`: by how much the first query is further on than the first key."""
+    dtype = compute_dtype(q.dtype)
     scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-2, -1)) * scale
     bias = _bias(mask, dtype)
     if bias is not None:
         scores = scores + bias
     if causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(ahead)
         scores = scores.masked_fill(keep.logical_not(), -_INFINITY)
     return scores
 
 
-def _weights(scores: Tensor, logsumexp: Tensor) -> Tensor:
+def seen(logsumexp: Tensor) -> Tensor:
+    """The log-sum-exp with zeros, as the CPU's kernel has them, for rows where everything is masked."""
+    return logsumexp.masked_fill(logsumexp == -_INFINITY, 0.0)
+
+
+def weights_of(scores: Tensor, logsumexp: Tensor) -> Tensor:
     """Softmax of the scores; zeros in rows where everything is masked."""
-    total = logsumexp.unsqueeze(-1)
-    return torch.exp(scores - total.masked_fill(total == -_INFINITY, 0.0))
+    return torch.exp(scores - seen(logsumexp).unsqueeze(-1))
 
 
 @torch.library.custom_op("shardc::attention", mutates_args=())
@@ -77,9 +83,9 @@ def attention(
             *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
         return out.contiguous(), logsumexp.contiguous()
-    scores = _scores(q, k, mask, causal, scale)
-    logsumexp = torch.logsumexp(scores, -1)
-    return torch.matmul(_weights(scores, logsumexp), v.to(scores.dtype)).to(q.dtype), logsumexp
+    scores = scores_of(q, k, mask, causal, scale)
+    logsumexp = seen(torch.logsumexp(scores, -1))
+    return torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype), logsumexp
 
 
 @torch.library.custom_op("shardc::attention_backward", mutates_args=())
@@ -100,9 +106,9 @@ def attention_backward(
             *map(_rows, (grad, q, k, v, out)), logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-    scores = _scores(q, k, mask, causal, scale)
+    scores = scores_of(q, k, mask, causal, scale)
     dtype = scores.dtype
-    weights = _weights(scores, logsumexp)
+    weights = weights_of(scores, logsumexp)
     upper = grad.to(dtype)
     inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
     slope = weights * inner * scale
@@ -115,7 +121,7 @@ def attention_backward(
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     rows = q.shape[:-1]
-    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=_compute_dtype(q.dtype))
+    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=compute_dtype(q.dtype))
 
 
 @attention_backward.register_fake

@@ -183,4 +183,26 @@ def pools() -> Iterator[Sample]:
     yield Sample(aten.avg_pool2d.default, (real(3, 12, 8).bfloat16(), [2, 2]), tolerance=0.02)
 
 
-PARTED: tuple[Group, ...] = (reductions, scans, norms, softmaxes, moves, factories, views, convolutions, pools)
+def attentions() -> Iterator[Sample]:
+    forward, backward = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
+    blind = boolean(6, 8)
+    blind[2] = False
+    blind[:, :4] = False  # half of the keys is seen by nobody
+    for rows, columns, mask, causal, low in (
+        (6, 8, blind, False, False),
+        (6, 8, blind, True, False),
+        (8, 6, None, True, False),
+        (6, 6, real(6, 1), True, False),
+        (6, 6, None, True, True),
+    ):
+        dtype, tolerance = (torch.bfloat16, 0.05) if low else (torch.float64, 1e-9)
+        q, k, v = (real(1, 2, n, 2).to(dtype) for n in (rows, columns, columns))
+        yield Sample(forward, (q, k, v, mask, causal, 0.5), tolerance=tolerance)
+        if not low:
+            out, total = forward(q, k, v, mask, causal, 0.5)
+            yield Sample(backward, (real(*out.shape), q, k, v, mask, out, total, causal, 0.5))
+
+
+PARTED: tuple[Group, ...] = (
+    reductions, scans, norms, softmaxes, moves, factories, views, convolutions, pools, attentions,
+)  # fmt: skip

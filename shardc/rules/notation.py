@@ -13,7 +13,8 @@
     "-> n"                   a text that begins with the arrow has no operands; " -> n" has one of no dims
 
 `linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that
-is in every group is additive: it must be partial where a factor is summed (the bias of addmm). `reads` lists the
+is in every group is additive: it must be partial where a factor is summed (the bias of addmm), unless it is among the
+`multiplied`, of which every part of the sum needs the whole (a gradient alone in its group). `reads` lists the
 operands that each result depends on; a result is partial over a factor only if it reads an operand that carries it.
 `sizes` maps the position of a size-like argument to the result whose (local) shape it is, to the factor whose local
 size it is, or to the factors (and plain numbers) of a list of sizes."""
@@ -68,6 +69,7 @@ class Rule:
     sends: Mapping[str, tuple[Send, ...]] = field(default_factory=dict[str, tuple[Send, ...]])
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     even: bool = False
+    multiplied: frozenset[int] = frozenset()
 
 
 def parse(
@@ -80,6 +82,7 @@ def parse(
     sends: Mapping[str, Iterable[Send]] | None = None,
     parts: Mapping[str, Iterable[int]] | None = None,
     even: bool = False,
+    multiplied: Iterable[int] = (),
 ) -> Rule:
     """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
     `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is
@@ -130,6 +133,7 @@ def parse(
         {name: tuple(given) for name, given in (sends or {}).items()},
         {name: frozenset(given) for name, given in (parts or {}).items()},
         even,
+        frozenset(multiplied),
     )
 
 

@@ -58,6 +58,8 @@ class Shape(NamedTuple):
     """Whether it is an operator; a placeholder costs nothing."""
     even: bool
     """Whether padding could make the operator fail, so that no factor may be split unevenly."""
+    multiplied: frozenset[int]
+    """Operands that are not additive though they are in every linear group."""
 
 
 def shape_of(factored: Factored, op: Op) -> Shape:
@@ -77,6 +79,7 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         _integers(op),
         op.node.op != "placeholder",
         op.rule.even,
+        op.rule.multiplied,
     )
 
 
@@ -250,8 +253,8 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
     """The layout in which a strategy needs an operand's base value."""
     side = shape.operands[operand]
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
-    additive = bool(shape.linear) and all(operand in group for group in shape.linear)
-    if additive:
+    always = bool(shape.linear) and all(operand in group for group in shape.linear)
+    if always and operand not in shape.multiplied:
         for factor, axes in zip(shape.factors, strategy.split, strict=True):
             if factor.name not in side.names and _reduced(shape, factor.name):
                 partial |= dict.fromkeys(axes, "sum")
