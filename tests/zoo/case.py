@@ -23,14 +23,10 @@ ROUNDED = 2e-5
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with random weights and its inputs, how near to single device it must come, and what it is asked for.
-
-    `asked`: constraints with the axis called `tp`; None asks for the widest weight and what the layer makes of it.
-    """
+    """A model with random weights and its inputs, and how near to single device it must come."""
 
     build: Callable[[], Built]
     tolerance: float = EXACT
-    asked: dict[str, str] | None = None
 
 
 class Loss(nn.Module):

@@ -85,9 +85,6 @@ DISTILBERT = dict(
 )  # fmt: skip
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 MAMBA = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=1, state_size=4, use_cache=False)
-OUT = "model.backbone.layers.0.mixer.out_proj"
-MAMBA_OUT = {f"{OUT}.weight": "tp,?", OUT: "?,?,tp"}
-"""The widest layer's output is cut in two, which four ranks cannot share evenly."""
 LONG = {**LLAMA, "num_hidden_layers": 2}
 MOST = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 EXPERTS = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -112,7 +109,7 @@ TEXT: dict[str, Entry] = {
     "recurrent_gemma": Entry(
         decoder(t.RecurrentGemmaForCausalLM, t.RecurrentGemmaConfig, **LLAMA, attention_window_size=4), ROUNDED
     ),
-    "mamba": Entry(decoder(t.MambaForCausalLM, t.MambaConfig, **MAMBA), ROUNDED, MAMBA_OUT),
+    "mamba": Entry(decoder(t.MambaForCausalLM, t.MambaConfig, **MAMBA), ROUNDED),
     "bert": Entry(encoder(t.BertForMaskedLM, t.BertConfig, **BERT)),
     "roberta": Entry(encoder(t.RobertaForMaskedLM, t.RobertaConfig, **BERT)),
     "distilbert": Entry(encoder(t.DistilBertForMaskedLM, t.DistilBertConfig, **DISTILBERT)),
