@@ -4,7 +4,7 @@ Sizes in views, expands and factories shrink to the rank's part; indices into sp
 one of whose parted factors is split gives way to its body.
 
 %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
-%e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, axes=("tp",), size=64)
+%e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, part=Part(('tp',), 128))
     with %w: f32[128@tp, 512]                                    %p = pad_dummy(%w, dim=0)
                                                                  %e = embedding(%p, %j)
 %y = _softmax(%x, 1, False)       f32[32, 512@tp]           ->   %y = softmax(%x, 1, False, s=Part(('tp',), 512))
@@ -30,6 +30,9 @@ from shardc.solver.strategies import Shape, Strategy, masks
 
 aten = torch.ops.aten
 _SIZED = {aten.view.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+
+_FROM_END = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default}
+"""Whose indices count from the end below zero."""
 
 
 def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
@@ -109,15 +112,9 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
     with graph.inserting_before(node):
         for index, operand in enumerate(op.operands):
             if op.rule.indices.get(index) == name:
-                source = operands[index]
-                if node.target in (
-                    aten.index.Tensor,
-                    aten._unsafe_index.Tensor,
-                    aten.index_put.default,
-                ):  # these count from the end below zero
-                    source = _added(graph, operands[index], aten.remainder.Scalar, (source, total))
-                part = {"part": Part(axes, total, unit)}
-                changed[index] = _added(graph, operands[index], indexing.rebase, (source,), part)
+                more: dict[str, Any] = {"part": Part(axes, total, unit)}
+                more |= {"wrap": True} if node.target in _FROM_END else {}
+                changed[index] = _added(graph, operands[index], indexing.rebase, (operands[index],), more)
             elif name in operand.names:
                 dim = {"dim": operand.names.index(name)}
                 changed[index] = _added(graph, operands[index], indexing.pad_dummy, (operands[index],), dim)

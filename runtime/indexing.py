@@ -9,13 +9,18 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.parts import Part
 
+aten = torch.ops.aten
 
-def rebase(indices: Tensor, *, part: Part) -> Tensor:
+
+def rebase(indices: Tensor, *, part: Part, wrap: bool = False) -> Tensor:
     """Indices into a global dim → indices into the rank's part of it; those outside become its length, the dummy row.
 
-    Negative indices (an `ignore_index`) are outside on every rank.
+    `wrap`: they may count from the end, below zero. An index outside of the global dim is an error, as on a single
+    device: no rank would have the row, and it would read as zeros.
     """
-    local = indices - part.start
+    inside = (indices >= (-part.size if wrap else 0)) & (indices < part.size)
+    aten._assert_async.msg(inside.all(), f"index out of range: the dim has {part.size} elements")
+    local = (torch.where(indices < 0, indices + part.size, indices) if wrap else indices) - part.start
     return torch.where((local >= 0) & (local < part.valid), local, part.length)
 
 

@@ -110,6 +110,8 @@ def tracing_flags(module: nn.Module) -> Generator[None]:
         # Libraries ask this flag before they branch on values. (With the exporting flag, transformers drops is_causal.)
         stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", True))
         # AOTAutograd traces in anomaly mode, which formats a Python stack per operator; Provenance knows the lines.
+        # The user's own anomaly mode would look for nan in fakes.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
         # With mkldnn, LSTM and friends become fused CPU operators whose backward has no schema worth sharding.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shardc import constrain, shard
 from shardc.errors import CaptureError, InfeasibleError, MeshError
+from shardc.runtime import RankError
 
 
 class Program(nn.Module):
@@ -267,3 +268,22 @@ def test_threads_that_call_a_model_at_the_same_time() -> None:
         for x, made in zip(batches, pool.map(sharded, batches), strict=True):
             torch.testing.assert_close(made, single(x))
     assert len(sharded._shardc.compiled) == len(batches)
+
+
+def test_an_index_out_of_range_is_an_error_where_the_table_is_split() -> None:
+    table, sharded = sample(4096, 64), shard(lambda w, i: constrain(w, ("tp", None))[i], mesh="tp=2", hardware="cpu")
+    found = sharded(table, torch.tensor([0, 4095, -1]))
+    assert "rebase" in sharded.code
+    torch.testing.assert_close(found, table[[0, -1, -1]])
+    for wrong in (4096, -4097):
+        with pytest.raises(RankError, match="index out of range"):
+            sharded(table, torch.tensor([0, 1, wrong]))
+
+
+def test_a_model_is_captured_in_anomaly_mode() -> None:
+    single, sharded = pair(Program(lambda self, x: self.layer(x)))
+    x = sample()
+    with torch.autograd.set_detect_anomaly(True):
+        for model in (single, sharded):
+            model(x).sum().backward()
+    torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)

@@ -164,17 +164,21 @@ def test_dropout_draws_what_eager_draws(mesh, dtype, permuted):
 
 def test_split_embedding_through_dummy_row():
     mesh = VirtualMesh({"a": 2, "b": 2})
-    table, indices = torch.randn(12, 3), torch.tensor([0, 11, 5, 3, -100, 7])
+    table, indices = torch.randn(12, 3), torch.tensor([0, 11, 5, 3, 2, 7])
 
-    def program(local):
-        rows = pad_dummy(local, dim=0)[rebase(indices, part=Part(("b", "a"), 12))]
+    def program(local, given=indices, wrap=False):
+        rows = pad_dummy(local, dim=0)[rebase(given, part=Part(("b", "a"), 12), wrap=wrap)]
         return all_reduce(all_reduce(rows, axis="a"), axis="b")
 
     def part(rank):
         at = mesh.coordinates(rank)
         return (table[3 * (2 * at["b"] + at["a"]) :][:3],)
 
-    expected = table[indices.clamp(min=0)] * (indices >= 0).unsqueeze(1)
     for result in mesh.run(program, part):
-        assert torch.equal(result, expected)
+        assert torch.equal(result, table[indices])
+    for result in mesh.run(program, lambda rank: (*part(rank), indices - 12, True)):
+        assert torch.equal(result, table[indices])
+    for wrong, wrap in ((12, False), (-1, False), (12, True), (-13, True)):
+        with pytest.raises(RankError, match="index out of range: the dim has 12 elements"):
+            mesh.run(program, lambda rank, w=wrong, f=wrap: (*part(rank), torch.tensor([0, w]), f))
     assert torch.equal(drop_dummy(pad_dummy(table, dim=1), dim=1), table)
