@@ -274,6 +274,17 @@ def windows() -> Iterator[Sample]:
     yield from _upsamples()
 
 
+def grids() -> Iterator[Sample]:
+    for x, grid, forward, backward in (
+        (real(2, 6, 3, 4), real(2, 3, 6, 2) / 2, aten.grid_sampler_2d, aten.grid_sampler_2d_backward),
+        (real(2, 3, 2, 3, 4), real(2, 3, 1, 6, 3) / 2, aten.grid_sampler_3d, aten.grid_sampler_3d_backward),
+    ):
+        yield Sample(forward.default, (x, grid, 0, 1, True))
+        made = forward(x, grid, 0, 0, False)
+        yield Sample(backward.default, (real(*made.shape), x, grid, 0, 0, False, [True, True]))
+        yield Sample(backward.default, (real(*made.shape), x, grid, 0, 0, False, [False, True]), values=[1])
+
+
 def _upsamples() -> Iterator[Sample]:
     line, cube = real(2, 6, 4), real(2, 6, 2, 4, 4)
     wide_line, wide_cube = real(2, 6, 8), real(2, 6, 4, 8, 8)
@@ -402,6 +413,10 @@ def draws() -> Iterator[Sample]:
 
 
 def whole_only() -> Iterator[Sample]:
+    points = real(6, 4)
+    yield Sample(aten._pdist_forward.default, (points,))
+    distances = aten._pdist_forward(points)
+    yield Sample(aten._pdist_backward.default, (real(15), points, 2.0, distances))
     offsets = torch.tensor([2, 6], dtype=torch.int32)
     low = torch.bfloat16
     yield Sample(aten._grouped_mm.default, (real(6, 128).to(low), real(2, 128, 16).to(low), offsets), tolerance=0.5)
@@ -417,6 +432,6 @@ def whole_only() -> Iterator[Sample]:
 
 
 GROUPS: tuple[Group, ...] = (
-    contraction, reductions, shapes, indices, norms, windows, pools, margins, bags, attentions, factories, draws,
-    whole_only,
+    contraction, reductions, shapes, indices, norms, windows, grids, pools, margins, bags, attentions, factories,
+    draws, whole_only,
 )  # fmt: skip

@@ -16,12 +16,13 @@ from shardc.rules import (
     pools,
     randomness,
     reduction,
+    sampling,
     scan,
     shape,
     window,
 )
 
 FAMILIES = (
-    attention, bags, contraction, factory, index, linear, normalization, pointwise, pools, randomness, reduction, scan,
-    shape, window,
+    attention, bags, contraction, factory, index, linear, normalization, pointwise, pools, randomness, reduction,
+    sampling, scan, shape, window,
 )  # fmt: skip
