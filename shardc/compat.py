@@ -323,8 +323,8 @@ class Symbols:
         if values is None:
             return False
         guards = [self._env.replace(guard.expr).xreplace(values) for guard in self._env.guards]
-        ranges = [self._env.var_to_range[symbol] for symbol in values if symbol in self._env.var_to_range]
-        inside = all(r.lower <= v <= r.upper for r, v in zip(ranges, values.values(), strict=False))
+        ranges = self._env.var_to_range
+        inside = all(ranges[s].lower <= n <= ranges[s].upper for s, n in values.items() if s in ranges)
         return inside and all(guard == sympy.true for guard in guards)
 
     def _values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, sympy.Integer] | None:
