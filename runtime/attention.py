@@ -70,6 +70,20 @@ def weights_of(scores: Tensor, logsumexp: Tensor) -> Tensor:
     return torch.exp(scores - seen(logsumexp).unsqueeze(-1))
 
 
+def gradients_of(
+    scores: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from the gradient of `out`, given the scores (Dao et al. 2022, appendix B.2)."""
+    dtype, weights = scores.dtype, weights_of(scores, logsumexp)
+    upper = grad.to(dtype)
+    inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
+    slope = weights * inner * scale
+    grad_q = torch.matmul(slope, k.to(dtype))
+    grad_k = torch.matmul(slope.transpose(-2, -1), q.to(dtype))
+    grad_v = torch.matmul(weights.transpose(-2, -1), upper)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
 @torch.library.custom_op("shardc::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
@@ -106,16 +120,7 @@ def attention_backward(
             *map(_rows, (grad, q, k, v, out)), logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-    scores = scores_of(q, k, mask, causal, scale)
-    dtype = scores.dtype
-    weights = weights_of(scores, logsumexp)
-    upper = grad.to(dtype)
-    inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
-    slope = weights * inner * scale
-    grad_q = torch.matmul(slope, k.to(dtype))
-    grad_k = torch.matmul(slope.transpose(-2, -1), q.to(dtype))
-    grad_v = torch.matmul(weights.transpose(-2, -1), upper)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    return gradients_of(scores_of(q, k, mask, causal, scale), grad, q, k, v, out, logsumexp, scale)
 
 
 @attention.register_fake

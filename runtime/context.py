@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardc.runtime.attention import scores_of, seen, weights_of
+from shardc.runtime.attention import gradients_of, scores_of, seen, weights_of
 from shardc.runtime.parts import Part
 
 _NOTHING = float("-inf")
@@ -42,15 +42,7 @@ def attention_in_parts_backward(
         k, v = s.fill(k, 2, 0), s.fill(v, 2, 0)
     if r is not None:
         grad, q, out, logsumexp = (r.fill(x, 2, 0) for x in (grad, q, out, logsumexp))
-    scores = _scores(q, k, mask, causal, scale, r, s)
-    dtype, weights = scores.dtype, weights_of(scores, logsumexp)
-    upper = grad.to(dtype)
-    inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
-    slope = weights * inner * scale
-    grad_q = torch.matmul(slope, k.to(dtype))
-    grad_k = torch.matmul(slope.transpose(-2, -1), q.to(dtype))
-    grad_v = torch.matmul(weights.transpose(-2, -1), upper)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    return gradients_of(_scores(q, k, mask, causal, scale, r, s), grad, q, k, v, out, logsumexp, scale)
 
 
 def _scores(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import math
 import os
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +31,12 @@ _GLOO = (
 _WIDER = {torch.int16: torch.int32, torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
 
 
+def _let_workers_end() -> None:
+    """Gloo's threads drop the tensors of a collective only after its result was seen. Where that drop meets the end of
+    the interpreter, the process aborts (pytorch/pytorch#190489), even after destroy_process_group."""
+    time.sleep(0.1)
+
+
 class DistributedMesh(Mesh):
     """One rank per process of the default process group, which must be initialised and as large as the mesh.
 
@@ -51,6 +59,8 @@ class DistributedMesh(Mesh):
             torch.cuda.set_device(self._device)
         else:
             self._device = torch.device(device_type)
+            atexit.unregister(_let_workers_end)
+            atexit.register(_let_workers_end)
         self.device_mesh: DeviceMesh = init_device_mesh(
             device_type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.parts import Part, by_dim
+from shardc.runtime.widening import widened
 
 
 def softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
@@ -27,7 +28,7 @@ def log_softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
     """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros."""
     given = x if dtype is None else x.to(dtype)
-    wide = s.fill(_wide(given), dim, float("-inf"))
+    wide = s.fill(widened(given), dim, float("-inf"))
     top = s.reduce(wide.amax(dim, keepdim=True), "max")
     nothing = top == float("-inf")
     powers = torch.exp(wide - top.masked_fill(nothing, 0))
@@ -38,7 +39,7 @@ def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Pa
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
     """`aten.logsumexp` over the dims `dim`; this rank holds the given parts of some of them."""
     dims = tuple(dim)
-    wide = _wide(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
+    wide = widened(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
     for place, part in by_dim(parts).items():
         wide = part.fill(wide, place, float("-inf"))
     top = wide.amax(dims, keepdim=True)
@@ -55,7 +56,7 @@ def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Par
 
 def _exponents(x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tensor, Tensor]:
     """`x` less its global maximum, and the global sum of the exponentials of that."""
-    wide = x.float() if half_to_float or x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.float() if half_to_float else widened(x)
     wide = s.fill(wide, dim, float("-inf"))
     shifted = wide - s.reduce(wide.amax(dim, keepdim=True), "max")
     return shifted, s.reduce(torch.exp(shifted).sum(dim, keepdim=True))
@@ -63,16 +64,12 @@ def _exponents(x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tenso
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype, *, s: Part) -> Tensor:
     """`aten._softmax_backward_data` over `dim`, of which this rank holds part `s`."""
-    wide, result = _wide(grad), _wide(output)
+    wide, result = widened(grad), widened(output)
     product = s.fill(wide * result, dim, 0)
     return (product - result * s.reduce(product.sum(dim, keepdim=True))).to(dtype)
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype, *, s: Part) -> Tensor:
     """`aten._log_softmax_backward_data` over `dim`, of which this rank holds part `s`."""
-    wide, result = s.fill(_wide(grad), dim, 0), _wide(output)
+    wide, result = s.fill(widened(grad), dim, 0), widened(output)
     return (wide - torch.exp(result) * s.reduce(wide.sum(dim, keepdim=True))).to(dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

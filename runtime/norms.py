@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.parts import Part, by_dim
+from shardc.runtime.widening import widened
 
 
 def layer_norm(
     x: Tensor, normalized: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, **parts: Part
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`aten.native_layer_norm`: the output, and each row's mean and 1/deviation."""
-    wide, dims, count = _wide(x), _last(x, normalized), math.prod(normalized)
+    wide, dims, count = widened(x), _last(x, normalized), math.prod(normalized)
     mean = _total(wide, dims, parts) / count
     offset = wide - mean
     inverse = torch.rsqrt(_total(offset * offset, dims, parts) / count + eps)
@@ -35,7 +36,7 @@ def rms_norm(
     x: Tensor, normalized: Sequence[int], weight: Tensor | None, eps: float | None, **parts: Part
 ) -> tuple[Tensor, Tensor]:
     """`aten._fused_rms_norm`: the output, and each row's 1/root of the mean square."""
-    wide, dims = _wide(x), _last(x, normalized)
+    wide, dims = widened(x), _last(x, normalized)
     square = _total(wide * wide, dims, parts) / math.prod(normalized)
     inverse = torch.rsqrt(square + (torch.finfo(wide.dtype).eps if eps is None else eps))
     result = wide * inverse
@@ -47,8 +48,8 @@ def layer_norm_backward(
     bias: Tensor | None, mask: Sequence[bool], **parts: Part,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`aten.native_layer_norm_backward`; `mask` says which gradients are wanted: of x, of weight, of bias."""
-    upper, dims, count = _wide(grad), _last(x, normalized), math.prod(normalized)
-    normal = (_wide(x) - mean) * inverse
+    upper, dims, count = widened(grad), _last(x, normalized), math.prod(normalized)
+    normal = (widened(x) - mean) * inverse
     batch = list(range(x.dim() - len(dims)))
     grad_x = grad_weight = grad_bias = None
     if mask[0]:
@@ -75,7 +76,3 @@ def _total(x: Tensor, dims: list[int], parts: Mapping[str, Part], shift: int = 0
 
 def _last(x: Tensor, normalized: Sequence[int]) -> list[int]:
     return list(range(x.dim() - len(normalized), x.dim()))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.parts import Part
+from shardc.runtime.widening import LOW, widened
 
 
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, s: Part) -> Tensor:
@@ -27,7 +28,7 @@ def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, s: Part) -
 
 def logcumsumexp(x: Tensor, dim: int, *, s: Part) -> Tensor:
     """`aten.logcumsumexp` along `dim`, of which this rank holds part `s`."""
-    own = torch.logcumsumexp(x.float() if _is_low(x.dtype) else x, dim)
+    own = torch.logcumsumexp(widened(x), dim)
     before = _before(own, dim, s)
     return torch.logaddexp(own, torch.logsumexp(before, dim, keepdim=True)).to(x.dtype)
 
@@ -69,13 +70,9 @@ def _before(own: Tensor, dim: int, s: Part) -> Tensor:
 def _scanned(x: Tensor, dim: int, dtype: torch.dtype | None, scan: Callable[..., Tensor]) -> Tensor:
     """The scan of the own part, in the type in which sums of parts lose nothing."""
     result = _result_dtype(x, dtype)
-    return scan(x, dim, dtype=torch.float32 if _is_low(result) else result)
+    return scan(x, dim, dtype=torch.float32 if result in LOW else result)
 
 
 def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     floating = x.is_floating_point() or x.is_complex()
     return dtype or (x.dtype if floating else torch.int64)
-
-
-def _is_low(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.parts import Part
+from shardc.runtime.widening import widened
 
 aten = torch.ops.aten
 Ints = int | Sequence[int]
@@ -271,7 +272,7 @@ def avg_pool3d(
 def _avg_pool(
     pool: Callable[..., Tensor], windows: _Windows, x: Tensor, ceil: bool, padded: bool, divisor: int | None
 ) -> Tensor:
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widened(x)
     total = pool(windows.extended(wide), windows.kernel, windows.stride, windows.local, ceil, True, 1)
     return (total / windows.divisor(x.shape, total, padded, divisor)).to(x.dtype)
 

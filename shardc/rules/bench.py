@@ -18,7 +18,6 @@ from torch._library.custom_ops import OPDEFS
 
 from shardc.rules.recombine import (
     FOLDS,
-    LOW,
     Cell,
     How,
     Partition,
@@ -29,6 +28,7 @@ from shardc.rules.recombine import (
     wrong,
 )
 from shardc.rules.specimen import KINDS, Call, Kind, Path, draw
+from shardc.runtime.widening import LOW
 
 
 def unchecked(call: Call) -> bool:
@@ -281,9 +281,7 @@ class Bench:
     def _sums(self, rest: Sequence[Tensor], terms: Mapping[int, list[Tensor]], kind: Kind) -> bool:
         count = len(next(iter(terms.values())))
         whole = self.results([torch.stack(terms[k]).sum(0) if k in terms else x for k, x in enumerate(rest)])
-        parts = [
-            self.results([terms[k][i] if k in terms else x for k, x in enumerate(rest)]) for i in range(count)
-        ]
+        parts = [self.results([terms[k][i] if k in terms else x for k, x in enumerate(rest)]) for i in range(count)]
         if whole is None or any(part is None or len(part) != len(whole) for part in parts):
             return False
         for index, total in enumerate(whole):

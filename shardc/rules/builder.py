@@ -12,10 +12,9 @@ from torch import fx
 
 from shardc.graph import value_of, where
 from shardc.runtime import random
+from shardc.runtime.widening import LOW
 
 aten = torch.ops.aten
-LOW = (torch.float16, torch.bfloat16)
-"""Types in which torch's kernels sum in float32."""
 
 
 class Builder:

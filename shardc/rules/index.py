@@ -194,9 +194,10 @@ def multilabel_margin_loss(x: torch.Tensor, target: torch.Tensor, reduction: int
 
 @rule(aten.multilabel_margin_loss_backward.default)
 def multilabel_margin_loss_backward(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> Rule:
-    """The marks of what is a target are checked: padding may not hold anything, so the rows stay together."""
-    names = ["", "c!", "n! c!"][x.dim()]
-    return parse(f"{'n!' if grad.dim() else ''}, {names}, {names}, {names} -> {names}", [{0}])
+    """The marks of what is a target are checked, so padding may not hold anything; a mean divides by all the rows."""
+    each = grad.dim() == 1
+    names = ["", "c!", f"n{'' if each else '!'} c!"][x.dim()]
+    return parse(f"{'n' if each else ''}, {names}, {names}, {names} -> {names}", [{0}], even=True)
 
 
 def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], int]:

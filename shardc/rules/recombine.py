@@ -18,9 +18,6 @@ How = int | str
 
 Partition = list[list[int]]
 Cell = tuple[int, ...]
-LOW = (torch.float16, torch.bfloat16)
-"""Types in which a sum of parts cannot be told from luck."""
-
 _PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, torch.complex64: 2e-5}
 
 

@@ -9,6 +9,7 @@ import torch
 from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
 from shardc.rules.reduction import along, stats_size
 from shardc.runtime import exponentials, scans
+from shardc.runtime.widening import LOW
 
 aten = torch.ops.aten
 
@@ -48,8 +49,7 @@ def _scan(body: Body, linear: bool = False) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Rule:
         names, rest = along(x, dim)
         made = dtype or (x.dtype if x.is_floating_point() or x.is_complex() else torch.int64)
-        low = made in (torch.float16, torch.bfloat16)
-        sent, text = Send("all_gather", rest, 4 if low else made.itemsize), " ".join(names)
+        sent, text = Send("all_gather", rest, 4 if made in LOW else made.itemsize), " ".join(names)
         return parse(f"{text} -> {text}", [{0}] if linear and adds(x) else [], body=body, sends={"s": [sent]})
 
     return maker

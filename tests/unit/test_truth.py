@@ -21,13 +21,12 @@ Place = tuple[str, int, int]
 
 MISSED = {
     "aten.cat.default": "an empty tensor that joins is summed with the others: it costs nothing",
+    "aten._embedding_bag_backward.default": "decomposed before layouts: the rule is for counts of rows only",
     "shardc.retile.default": "it exists to change atoms, so these dims may not be split through it",
     "aten.scatter_add.default": "a source larger than its index: rare, and parts of it would have to be dropped first",
     "aten.index_put.default": "a mask as index: elementwise only where the value is a single element",
-    "aten.convolution.default": "kernels of one element; larger windows need their neighbours, and are parted",
-    "aten.convolution_backward.default": "as convolution; parts of input and weight at once mean nothing to a model",
+    "aten.convolution_backward.default": "parts of input and weight at once mean nothing to a model",
     "shardc.attention.default": "the value dim: heads are there to be split, and one more factor slows every solve",
-    "shardc.attention_backward.default": "the keys: partial gradients, which are worth more, could not pass then",
     "transformers.grouped_mm_fallback_backward.default": "parts of input and weight at once mean nothing to a model",
 }
 """Operators whose rule offers less than it could, and why."""

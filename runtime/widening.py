@@ -1,0 +1,13 @@
+"""Types too narrow to add up in: torch's kernels compute with them in float32, and so do ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the type in which torch's kernels compute with it."""
+    return x.float() if x.dtype in LOW else x
