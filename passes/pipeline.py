@@ -31,7 +31,7 @@ from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution
-from shardc.solver.strategies import make, sends, shape_of
+from shardc.solver.strategies import make, sends
 
 Result = TypeVar("Result")
 PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "codegen")
@@ -179,7 +179,7 @@ def _conversions(network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware
 
 def _inner(network: Network, node: fx.Node, mesh: Mesh, device: Hardware) -> list[Conversion]:
     """The collectives that run inside the body of an operator."""
-    shape = shape_of(network.factored, node.meta["op"])
+    shape = network.options_of(node.meta["op"]).shape
     return [
         Conversion(
             kind, axis, node.name, sent_fraction(kind, mesh.sizes[axis]) * size,

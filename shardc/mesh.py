@@ -54,8 +54,10 @@ class Mesh:
 
     def ways(self, axes: tuple[str, ...]) -> int:
         """Into how many parts `axes` together split a dim."""
-        sizes = self.sizes
-        return math.prod(sizes[axis] for axis in axes)
+        sizes, ways = self.sizes, 1
+        for axis in axes:
+            ways *= sizes[axis]
+        return ways
 
     def chunk(self, size: int, axes: tuple[str, ...]) -> int:
         """Elements that a rank holds of a dim of `size` split over `axes`, major to minor: each axis deals out equal

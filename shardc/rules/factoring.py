@@ -101,9 +101,14 @@ class Factored:
     values: dict[fx.Node, Value]
     base: dict[Key, Value]
 
+    def __post_init__(self) -> None:
+        self._leaves: dict[Key, list[Ref]] = {}  # the atoms are final
+
     def leaves(self, key: Key) -> list[Ref]:
         """The atoms of a base value, in memory order."""
-        return self.atoms.leaves([ref for dim in self.base[key].dims for ref in dim])
+        if key not in self._leaves:
+            self._leaves[key] = self.atoms.leaves([ref for dim in self.base[key].dims for ref in dim])
+        return self._leaves[key]
 
     def sizes(self, key: Key) -> tuple[int, ...]:
         return tuple(self.atoms.size(ref) for ref in self.leaves(key))

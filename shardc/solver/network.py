@@ -62,6 +62,7 @@ class Network:
 
     def __post_init__(self) -> None:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._shapes: dict[fx.Node, Shape] = {}
         self._options: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
@@ -90,7 +91,7 @@ class Network:
 
         return Assignment(
             {node: pick(v) for node, v in self._op_variable.items()},  # type: ignore[misc]
-            {op.node: shape_of(self.factored, op) for op in self.factored.ops},
+            {op.node: self._shape(op) for op in self.factored.ops},
             {key: pick(v) for key, v in self._share_variable.items()},  # type: ignore[misc]
             {index: pick(v) for index, v in self._output_variable.items()},  # type: ignore[misc]
         )
@@ -129,8 +130,13 @@ class Network:
                 users[self.factored.values[node].key] += 1
         return users
 
+    def _shape(self, op: Op) -> Shape:
+        if op.node not in self._shapes:
+            self._shapes[op.node] = shape_of(self.factored, op)
+        return self._shapes[op.node]
+
     def options_of(self, op: Op) -> Options:
-        shape = shape_of(self.factored, op)
+        shape = self._shape(op)
         if shape not in self._options:
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize) for side in sides]

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ class Strategy(NamedTuple):
     passes: tuple[tuple[str, int], ...] = ()
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)
+class Side:
     """One operand or result: its base value's atoms, and per own leaf (base atom or None, factor or None)."""
 
     sizes: tuple[int, ...]
@@ -38,9 +39,16 @@ class Side(NamedTuple):
     leaves: tuple[tuple[int | None, int | None], ...]
     names: frozenset[str]
 
+    @cached_property
+    def factors(self) -> tuple[int | None, ...]:
+        """Per base atom the factor that it is, or None."""
+        own = {base: factor for base, factor in self.leaves if base is not None and factor is not None}
+        return tuple(map(own.get, range(len(self.sizes))))
 
-class Shape(NamedTuple):
-    """All that an operator's strategies and costs depend on."""
+
+@dataclass(frozen=True)
+class Shape:
+    """All that an operator's strategies and costs depend on, and what every one of its strategies asks of it."""
 
     factors: tuple[Factor, ...]
     operands: tuple[Side, ...]
@@ -60,6 +68,61 @@ class Shape(NamedTuple):
     """Whether padding could make the operator fail, so that no factor may be split unevenly."""
     multiplied: frozenset[int]
     """Operands that are not additive though they are in every linear group."""
+
+    @cached_property
+    def reduced(self) -> dict[int, str]:
+        """The factors over which some result is reduced, and how."""
+        return {factor: op for made in self.reduced_in for factor, op in made.items()}
+
+    @cached_property
+    def reduced_in(self) -> tuple[dict[int, str], ...]:
+        """Per result the factors over which it is reduced, and how."""
+        return tuple(self._reduced_in(result) for result in range(len(self.results)))
+
+    def _reduced_in(self, result: int) -> dict[int, str]:
+        read = self.reads[result] if self.reads else range(len(self.operands))
+        names = {name for k in read for name in self.operands[k].names} - self.complete - self.results[result].names
+        how = dict(self.reductions)
+        return {i: how.get(f.name, "sum") for i, f in enumerate(self.factors) if f.name in names}
+
+    @cached_property
+    def addends(self) -> tuple[frozenset[int], ...]:
+        """Per operand the factors that make it a sum of parts where they are split."""
+        return tuple(
+            frozenset(i for i in self.reduced if self.factors[i].name not in side.names)
+            if self.linear and k not in self.multiplied and all(k in group for group in self.linear)
+            else frozenset[int]()
+            for k, side in enumerate(self.operands)
+        )
+
+    @cached_property
+    def filled(self) -> tuple[dict[int, float], ...]:
+        """Per operand the factors along whose padding it must be filled, and with what (see `masks`)."""
+        return tuple(self._filled(k, side) for k, side in enumerate(self.operands))
+
+    def _filled(self, operand: int, side: Side) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for position, factor in enumerate(self.factors):
+            if factor.parting or factor.name not in side.names:
+                continue  # a parted factor's body sees to its padding
+            if position in self.reduced:
+                found[position] = IDENTITY[self.reduced[position]]
+            elif operand in self.indices:
+                found[position] = 0.0
+        return found
+
+    @cached_property
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        """Per product of the operator's arithmetic its factors."""
+        return tuple(
+            tuple(i for i, f in enumerate(self.factors) if f.name in product.split()) for product in self.flops
+        )
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether some strategy could make a result partial by two reductions."""
+        passing = {"sum"} if self.linear else set[str]()
+        return any(len(passing.union(made.values())) > 1 for made in self.reduced_in)
 
 
 def shape_of(factored: Factored, op: Op) -> Shape:
@@ -133,6 +196,8 @@ class Options:
     @cached_property
     def seconds(self) -> np.ndarray:
         """Seconds of each strategy: compute, and the collectives inside its body."""
+        if all(factor.parting is None for factor in self.shape.factors):
+            return self.compute
         inner = [
             sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, s, self.mesh))
             for s in self.strategies
@@ -148,23 +213,20 @@ class Options:
         """Compute seconds of one strategy; what an operator makes from nothing is written all the same."""
         if not self.shape.computes:
             return 0.0
-        chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(self.shape.factors, strategy.split, strict=True)]
-        sides = (*self.shape.operands, *self.shape.results)
-        passes = [1 + 2 * len(masks(self.shape, strategy, k, self.mesh)) for k in range(len(self.shape.operands))]
-        passes += [1] * len(self.shape.results)
-        moved = sum(side.itemsize * self._local(side, chunks) * n for side, n in zip(sides, passes, strict=True))
-        flops = 0.0
-        for product in self.shape.flops:
-            names = set(product.split())
-            flops += 2 * math.prod(c for f, c in zip(self.shape.factors, chunks, strict=True) if f.name in names)
-        return self.device.compute_seconds(flops, moved, self.shape.dtype)
+        shape = self.shape
+        chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+        moved = sum(side.itemsize * self._local(side, chunks) for side in shape.results)
+        for operand, side in enumerate(shape.operands):
+            passes = 1 + 2 * len(masks(shape, strategy, operand, self.mesh))
+            moved += side.itemsize * self._local(side, chunks) * passes
+        flops = float(sum(2 * math.prod([chunks[i] for i in product]) for product in shape.products))
+        return self.device.compute_seconds(flops, moved, shape.dtype)
 
     def _local(self, side: Side, chunks: list[int]) -> int:
         """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
-        own = {base: factor for base, factor in side.leaves if base is not None}
         found = 1
-        for base, size in enumerate(side.sizes):
-            factor = own.get(base)  # its size is a divisor of the dim's, if it is that of a window
+        for size, factor in zip(side.sizes, side.factors, strict=True):
+            # the factor's size is a divisor of the dim's, if it is that of a window
             found *= size if factor is None else size // max(self.shape.factors[factor].size, 1) * chunks[factor]
         return found
 
@@ -175,16 +237,11 @@ IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
 def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[int, float]:
     """The factors along whose padding an operand must be filled before the operator runs, and with what: those that it
     carries unevenly and that the operator reduces (the identity), and all in operands of indices (0, a valid index)."""
-    side, found = shape.operands[operand], dict[int, float]()
-    reductions = dict(shape.reductions)
-    for position, (factor, axes) in enumerate(zip(shape.factors, strategy.split, strict=True)):
-        if factor.parting or factor.name not in side.names or factor.size % mesh.ways(axes) == 0:
-            continue  # a parted factor's body sees to its padding
-        if _reduced(shape, factor.name):
-            found[position] = IDENTITY[reductions.get(factor.name, "sum")]
-        elif operand in shape.indices:
-            found[position] = 0.0
-    return found
+    return {
+        position: value
+        for position, value in shape.filled[operand].items()
+        if shape.factors[position].size % mesh.ways(strategy.split[position])
+    }
 
 
 def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
@@ -208,33 +265,41 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
         [None, *free, *(f"group {g}" for g in range(len(shape.linear)))] if ways > 1 else [None]
         for _, ways in mesh.axes
     ]  # None: nothing is split; int: that factor; str: that linear group passes
+
+    @cache
+    def splittable(factor: int, axes: tuple[str, ...]) -> bool:
+        return _splittable(shape, factor, axes, mesh)
+
     for choice in itertools.product(*options):
         passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
-        held = [
-            tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == i and isinstance(c, int))
-            for i in range(len(shape.factors))
-        ]
-        if all(_splittable(shape, f, axes, mesh) for f, axes in zip(shape.factors, held, strict=True)):
-            for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
-                yield Strategy(tuple(order), passes)
+        held: dict[int, tuple[str, ...]] = {}
+        for axis, c in zip(mesh.names, choice, strict=True):
+            if isinstance(c, int):
+                held[c] = (*held.get(c, ()), axis)
+        if all(splittable(factor, axes) for factor, axes in held.items()):
+            orders = [itertools.permutations(held[i]) if i in held else ((),) for i in range(len(shape.factors))]
+            for order in itertools.product(*orders):
+                yield Strategy(order, passes)
 
 
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
     """Whether an operator of this shape has the strategy; its factors must be the strategy's."""
-    pairs = zip(shape.factors, strategy.split, strict=True)
-    return all(_splittable(shape, f, axes, mesh) for f, axes in pairs) and _one_reduction(shape, strategy, mesh)
+    splits = all(_splittable(shape, i, axes, mesh) for i, axes in enumerate(strategy.split))
+    return splits and _one_reduction(shape, strategy, mesh)
 
 
 def _one_reduction(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
     """A tensor is partial by one reduction at most."""
-    sides = [demand(shape, strategy, k, mesh) for k in range(len(shape.operands))]
+    if not shape.mixes:
+        return True
     made = [make(shape, strategy, k, mesh) for k in range(len(shape.results))]
-    return all(len({op for _, op in splits.partial}) < 2 for splits in (*sides, *made))
+    return all(len({op for _, op in splits.partial}) < 2 for splits in made)
 
 
-def _splittable(shape: Shape, factor: Factor, axes: tuple[str, ...], mesh: Mesh) -> bool:
+def _splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -> bool:
     """Whether `axes` may split a factor. With padding where nothing mixes the padding in: the factor is parted, or not
     reduced, or reduced by an operator that makes zero of zeros."""
+    factor = shape.factors[position]
     parting = factor.parting
     if axes and parting is not None and parting.parts is not None:
         return len(axes) == 1 and mesh.ways(axes) in parting.parts
@@ -242,50 +307,29 @@ def _splittable(shape: Shape, factor: Factor, axes: tuple[str, ...], mesh: Mesh)
         return True
     if shape.even or not mesh.splits(factor.size, axes):
         return False
-    if parting is not None or not _reduced(shape, factor.name):
+    if parting is not None or position not in shape.reduced:
         return True
-    if dict(shape.reductions).get(factor.name, "sum") != "sum":
+    if shape.reduced[position] != "sum":
         return len(shape.operands) == 1 and not shape.indices  # integers have no infinity
     return any(any(factor.name in shape.operands[k].names for k in group) for group in shape.linear)
 
 
 def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:
     """The layout in which a strategy needs an operand's base value."""
-    side = shape.operands[operand]
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
-    always = bool(shape.linear) and all(operand in group for group in shape.linear)
-    if always and operand not in shape.multiplied:
-        for factor, axes in zip(shape.factors, strategy.split, strict=True):
-            if factor.name not in side.names and _reduced(shape, factor.name):
-                partial |= dict.fromkeys(axes, "sum")
-    return _splits(side, strategy, partial, mesh)
+    for factor in shape.addends[operand]:
+        partial |= dict.fromkeys(strategy.split[factor], "sum")
+    return _splits(shape.operands[operand], strategy, partial, mesh)
 
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout in which a strategy makes a result."""
-    side = shape.results[result]
-    reductions = dict(shape.reductions)
     partial = {axis: "sum" for axis, _ in strategy.passes}
-    for factor, axes in zip(shape.factors, strategy.split, strict=True):
-        if _reduced_in(shape, factor.name, result):
-            partial |= dict.fromkeys(axes, reductions.get(factor.name, "sum"))
-    return _splits(side, strategy, partial, mesh)
-
-
-def _reduced_in(shape: Shape, name: str, result: int) -> bool:
-    read = shape.reads[result] if shape.reads else range(len(shape.operands))
-    if name in shape.complete or name in shape.results[result].names:
-        return False
-    return any(name in shape.operands[k].names for k in read)
-
-
-def _reduced(shape: Shape, name: str) -> bool:
-    return any(_reduced_in(shape, name, k) for k in range(len(shape.results)))
+    for factor, op in shape.reduced_in[result].items():
+        partial |= dict.fromkeys(strategy.split[factor], op)
+    return _splits(shape.results[result], strategy, partial, mesh)
 
 
 def _splits(side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:
-    axes: list[tuple[str, ...]] = [() for _ in side.sizes]
-    for base, factor in side.leaves:
-        if base is not None and factor is not None:
-            axes[base] = strategy.split[factor]
-    return Splits(tuple(axes), tuple((a, partial[a]) for a in mesh.names if a in partial))
+    axes = tuple([() if factor is None else strategy.split[factor] for factor in side.factors])
+    return Splits(axes, tuple([(a, partial[a]) for a in mesh.names if a in partial]) if partial else ())
