@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,12 @@ from fuzz import SEED, TIMES
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
+
+# The tests start many processes. Where no bytecode may be written beside the sources, each would compile all of torch
+# anew, which takes longer than most of the tests; workers, their children and later runs share what was compiled.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache/bytecode")
 
 settings.register_profile(
     "ci", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
