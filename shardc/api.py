@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def _request(
     mesh: str | Mesh | None,
     mode: str,
     constraints: Mapping[str, Spec] | None,
-    device: str | Hardware | None,
+    device: str | Path | Hardware | None,
     outputs: str,
     on_unknown: str,
     dynamic: Dynamic | None,
@@ -66,7 +67,7 @@ def compile(
     *,
     mode: str = "auto",
     constraints: Mapping[str, Spec] | None = None,
-    hardware: str | Hardware | None = None,
+    hardware: str | Path | Hardware | None = None,
     outputs: str = "full",
     on_unknown: str = "replicate",
     dynamic: Dynamic | None = None,
@@ -166,7 +167,7 @@ def shard(
     mesh: str | Mesh | None = None,
     mode: str = "auto",
     constraints: Mapping[str, Spec] | None = None,
-    hardware: str | Hardware | None = None,
+    hardware: str | Path | Hardware | None = None,
     outputs: str = "full",
     on_unknown: str = "replicate",
     dynamic: Dynamic | None = None,

@@ -3,9 +3,8 @@
 One table serves the solver (which adds up its entries) and lowering (which walks its paths), so the price of a
 conversion is the price of exactly the collectives that are emitted.
 
-Ring collectives over n ranks with B bytes in the local operand, latency α and bandwidth β of the axis (Thakur et al.
-2005): all-gather (n-1)(α + B/β), reduce-scatter and all-to-all (n-1)(α + B/n/β), all-reduce 2(n-1)(α + B/n/β).
-Inside the bodies of operators there is also permute, where every rank sends to one other: α + B/β.
+What a collective costs is in `shardc/cost/collectives.py`. Inside the bodies of operators there is also permute, where
+every rank sends to one other.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ class Step(NamedTuple):
 
 
 def sent_fraction(kind: str, ways: int) -> float:
-    """Bytes that one rank sends, as a multiple of the bytes of its local operand."""
+    """Bytes that one rank sends, as a multiple of the bytes of its local operand: the least that any algorithm can do
+    with an operand too long for its latency to matter, whatever the backend does."""
     if kind == "all_gather":
         return ways - 1
     if kind in ("reduce_scatter", "all_to_all"):
@@ -57,13 +57,11 @@ def sent_fraction(kind: str, ways: int) -> float:
 
 def step_seconds(kind: str, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
     """Seconds of one step whose local operand has `operand_bytes`."""
-    ways = mesh.sizes[axis]
-    fraction = sent_fraction(kind, ways)
-    if not fraction:
+    if kind in ("shard", "to_partial"):
         return device.launch + operand_bytes / device.memory_bandwidth
-    link = device.link(mesh, axis)
-    rounds = 1 if kind == "permute" else 2 * (ways - 1) if kind == "all_reduce" else ways - 1
-    return device.launch + rounds * link.latency + fraction * operand_bytes / link.bandwidth
+    if mesh.sizes[axis] == 1:
+        return 0.0
+    return device.collective_seconds(kind, operand_bytes, mesh, axis)
 
 
 def apply(splits: Splits, step: Step, mesh: Mesh) -> Splits:

@@ -1,18 +1,38 @@
-"""Hardware: what a device computes and what its links carry, read from the data files in `hardware/`.
+"""Hardware: what a device computes and what its links carry, read from a data file, ours or the user's.
 
-Units: flops in floating-point operations per second and dtype, memory in bytes per second, link bandwidth in bytes per
-second and device, latency in seconds. Each data file names its sources.
+    memory = 80e9                # bytes a device
+    memory_bandwidth = 3.35e12   # bytes a second
+    launch = 3e-6                # seconds: no kernel takes less
+    start = 6.6e-6               # seconds that a collective takes besides its hops
+    devices_per_node = 8
+    [flops]                      # per second, by dtype
+    bfloat16 = 989e12
+    [inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
+    latency = 1.9e-6
+    bandwidth = 370e9
+    [between]                    # between nodes: bytes a second that one node sends, by all its network cards together
+    latency = 4e-6
+    bandwidth = 360e9
+    [algorithms]                 # what the backend chooses among; shardc/cost/collectives.py has them all
+    all_reduce = ["ring", "tree"]
+    [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
+    latency = 2e-6
+    bandwidth = 300e9
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.errors import ShardcError
 from shardc.mesh import Mesh
 
@@ -22,36 +42,70 @@ _FOLDER = Path(__file__).parent / "hardware"
 
 @dataclass(frozen=True)
 class Link:
-    """α–β model of one network level: `latency` seconds a message, `bandwidth` bytes per second and device."""
+    """α–β model of one network level: `latency` in seconds a hop, `bandwidth` in bytes a second, of one device inside a
+    node, of a whole node between nodes. `measured` has other values for the kinds of collectives that it names."""
 
     latency: float
     bandwidth: float
+    measured: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
+
+    def of(self, kind: str) -> Link:
+        """The link as a kind of collective sees it."""
+        return self.measured.get(kind, self)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and how it is wired: `devices_per_node` share the link `inside`, nodes talk over `between`."""
+    """One kind of device and how it is wired: `devices_per_node` share the link `inside`, nodes talk over `between`.
+
+    Units: flops a second by dtype, memory in bytes and bytes a second, `launch` and `start` in seconds.
+    """
 
     name: str
-    flops: dict[str, float]
+    flops: Mapping[str, float]
     memory_bandwidth: float
     launch: float
     devices_per_node: int
     inside: Link
     between: Link
+    start: float = 0.0
+    memory: float = math.inf
+    algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TEXTBOOK)
 
-    def link(self, mesh: Mesh, axis: str) -> Link:
-        """The link that carries `axis`: the last axes of the mesh fill a node, the others cross nodes.
+    def wires(self, mesh: Mesh, axis: str, kind: str) -> Wires:
+        """How `axis` is wired, as a kind of collective sees it. Ranks are row-major: the last axes fill a node.
 
-        Within a level, ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours
-        get the heavy traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing
-        but ties.
+        An axis lies inside nodes, or between them, or does both: `near` of its ranks in every node. The uplink of a
+        node carries as many of the axis' rings as there are devices in the node, or ranks on the axes after it.
+
+        Ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours get the heavy
+        traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing but ties.
         """
-        inner = mesh.names[mesh.names.index(axis) + 1 :]
-        stride = mesh.ways(inner)
-        link = self.inside if stride * mesh.sizes[axis] <= self.devices_per_node else self.between
-        far = 1 + DISTANCE * math.log2(stride)
-        return Link(link.latency * far, link.bandwidth / far)
+        ways, stride = mesh.sizes[axis], mesh.ways(mesh.names[mesh.names.index(axis) + 1 :])
+        node = min(self.devices_per_node, mesh.size)
+        near = math.gcd(ways, node // stride) if node % stride == 0 else 1
+        if mesh.size <= self.devices_per_node:
+            near = ways
+        inside, between, far = self.inside.of(kind), self.between.of(kind), 1 + DISTANCE * math.log2(stride)
+        share = between.bandwidth / min(node, stride)
+        return Wires(
+            near,
+            ways // near,
+            Line(inside.latency * far, far / inside.bandwidth),
+            Line(between.latency * far, far / share),
+        )
+
+    def collective_seconds(self, kind: str, size: float, mesh: Mesh, axis: str) -> float:
+        """Seconds of one collective over `axis` whose local operand has `size` bytes, by the fastest algorithm."""
+        key = kind, axis, mesh.axes
+        if key not in self._lines:
+            self._lines[key] = lines(kind, self.algorithms[kind], self.wires(mesh, axis, kind))
+        return self.launch + self.start + min(line.at(size) for line in self._lines[key])
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Line]]:
+        """The lines of every collective met so far."""
+        return {}
 
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel."""
@@ -59,28 +113,94 @@ class Hardware:
         return max(flops / rate, moved / self.memory_bandwidth) + self.launch
 
 
-def hardware(name: str | Hardware) -> Hardware:
-    """Load a hardware file by name. Raises ShardcError naming the files there are."""
+def hardware(name: str | Path | Hardware) -> Hardware:
+    """Load a hardware file of ours by its name, or any by its path (`*.toml`). Raises ShardcError."""
     if isinstance(name, Hardware):
         return name
-    path = _FOLDER / f"{name}.toml"
-    if not path.exists():
+    path = Path(name) if str(name).endswith(".toml") else _FOLDER / f"{name}.toml"
+    if not path.is_file():
         known = ", ".join(sorted(p.stem for p in _FOLDER.glob("*.toml")))
-        raise ShardcError(f"no hardware called {name!r}; known are {known}")
-    data = tomllib.loads(path.read_text())
-    return Hardware(
-        name,
-        data["flops"],
-        data["memory_bandwidth"],
-        data["launch"],
-        data["devices_per_node"],
-        Link(**data["inside"]),
-        Link(**data["between"]),
-    )
+        if path.parent != _FOLDER:
+            raise ShardcError(f"no hardware file {path}; `shardc calibrate {path}` measures this machine into one")
+        raise ShardcError(f"no hardware called {str(name)!r}; known are {known}, and the path of any .toml file")
+    try:
+        return _Reader(str(path)).hardware(path.stem, tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise ShardcError(f"hardware file {path} is no TOML: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the tables of one file; every message names it."""
+
+    path: str
+
+    def hardware(self, name: str, data: Mapping[str, Any]) -> Hardware:
+        given = self.table(data, "flops")
+        flops = {dtype: self.number(given, dtype, "flops.") for dtype in given}
+        if "float32" not in flops:
+            raise ShardcError(f"hardware file {self.path} lacks flops.float32, which dtypes that are not named use")
+        per_node = self.number(data, "devices_per_node")
+        if per_node != int(per_node):
+            raise ShardcError(f"hardware file {self.path}: devices_per_node is {per_node}, not a whole number")
+        return Hardware(
+            name,
+            flops,
+            self.number(data, "memory_bandwidth"),
+            self.number(data, "launch", least=0.0),
+            int(per_node),
+            self.link(data, "inside"),
+            self.link(data, "between"),
+            self.number({"start": 0.0, **data}, "start", least=0.0),
+            self.number({"memory": math.inf, **data}, "memory"),
+            {**TEXTBOOK, **self.algorithms(data.get("algorithms", {}))},
+        )
+
+    def link(self, data: Mapping[str, Any], name: str) -> Link:
+        table = self.table(data, name)
+        measured = {kind: self.link(table["measured"], kind) for kind in table.get("measured", {})}
+        unknown = sorted(set(measured) - set(ALGORITHMS))
+        if unknown:
+            raise ShardcError(
+                f"hardware file {self.path}: {name}.measured names {', '.join(unknown)}; "
+                f"kinds are {', '.join(ALGORITHMS)}"
+            )
+        latency = self.number(table, "latency", f"{name}.", least=0.0)
+        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured)
+
+    def algorithms(self, data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        for kind, names in data.items():
+            if kind not in ALGORITHMS:
+                raise ShardcError(
+                    f"hardware file {self.path}: no collective is called {kind!r}; they are {', '.join(ALGORITHMS)}"
+                )
+            if not isinstance(names, list) or not names or not all(one in ALGORITHMS[kind] for one in names):  # type: ignore[misc]
+                raise ShardcError(
+                    f"hardware file {self.path}: algorithms.{kind} is {names!r}; "
+                    f"it is a list of some of {', '.join(ALGORITHMS[kind])}"
+                )
+        return {kind: tuple(names) for kind, names in data.items()}
+
+    def table(self, data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        if not isinstance(data.get(name), dict):
+            raise ShardcError(f"hardware file {self.path} lacks the table [{name}]")
+        return data[name]
+
+    def number(self, data: Mapping[str, Any], name: str, prefix: str = "", least: float | None = None) -> float:
+        """A number above zero, or from `least` on."""
+        if name not in data:
+            raise ShardcError(f"hardware file {self.path} lacks {prefix}{name}")
+        value = data[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ShardcError(f"hardware file {self.path}: {prefix}{name} is {value!r}, not a number")
+        if math.isnan(value) or not (value > 0 if least is None else value >= least):
+            raise ShardcError(f"hardware file {self.path}: {prefix}{name} is {value}; it must be above zero")
+        return float(value)
 
 
 def this_hardware() -> str:
     """The hardware file that fits this machine: by the CUDA device's name, else `cpu`."""
     if not torch.cuda.is_available():
         return "cpu"
-    return "a100" if "A100" in torch.cuda.get_device_name() else "h100"
+    device = torch.cuda.get_device_name()
+    return next((name for name in ("a100", "h200") if name.upper() in device), "h100")
