@@ -21,10 +21,11 @@ from shardc.passes.assign import assign
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
-from shardc.passes.propagate import collect, propagate
+from shardc.passes.propagate import Constraint, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown, tried
+from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Placed, Plan, Tried
 from shardc.printing import show
 from shardc.rules.factoring import Factored, Key, factor, layout_of
@@ -105,8 +106,10 @@ def lower(
     keep("assign", program.graph)
     graph = timed("reshard", lambda: reshard(network, assignment))
     keep("reshard", graph)
-    conversions = _conversions(network, graph, mesh, settings.device)
+    titles = titles_of(program, graph)
+    conversions = _conversions(network, graph, mesh, settings.device, titles)
     compute = _compute(network, assignment)
+    explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
     unknown = tried(network, assignment, graph, conversions)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
@@ -115,7 +118,7 @@ def lower(
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
-    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown)
+    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer)
     return Lowered(plan, code, graphs, program, graph, Choice(factored, assignment))
 
 
@@ -157,11 +160,13 @@ def _describe(
     node.meta["dtype"] = node.meta["val"].dtype
 
 
-def _conversions(network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware) -> tuple[Conversion, ...]:
+def _conversions(
+    network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware, titles: Mapping[Key, str]
+) -> tuple[Conversion, ...]:
     found: list[Conversion] = []
     for node in graph.nodes:
         if "op" in node.meta:
-            found += _inner(network, node, mesh, device)
+            found += _inner(network, node, mesh, device, titles)
         kind = COLLECTIVES.get(node.target)
         if node.op != "call_function" or kind is None:
             continue
@@ -173,20 +178,37 @@ def _conversions(network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware
         moved = math.prod(shape) * source.meta["dtype"].itemsize
         sent = sent_fraction(kind, ways) * moved
         seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
-        found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node)))
+        value = titles[node.meta["base"]]
+        found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node), value))
     return tuple(found)
 
 
-def _inner(network: Network, node: fx.Node, mesh: Mesh, device: Hardware) -> list[Conversion]:
+def _inner(
+    network: Network, node: fx.Node, mesh: Mesh, device: Hardware, titles: Mapping[Key, str]
+) -> list[Conversion]:
     """The collectives that run inside the body of an operator."""
     shape = network.options_of(node.meta["op"]).shape
     return [
         Conversion(
             kind, axis, node.name, sent_fraction(kind, mesh.sizes[axis]) * size,
             step_seconds(kind, axis, size, mesh, device), node.meta.get("phase", ""), where(node),
+            titles.get((node.meta["op"].node, 0), node.name),
         )
         for kind, axis, size in sends(shape, node.meta["strategy"], mesh)
     ]  # fmt: skip
+
+
+def _explainer(
+    network: Network, assignment: Assignment, solution: Solution | None, settings: Settings,
+    constraints: Sequence[Constraint], titles: Mapping[Key, str], conversions: tuple[Conversion, ...], compute: float,
+) -> Questions:  # fmt: skip
+    """What the plan asks when it is asked."""
+
+    def price(other: Assignment) -> Priced:
+        emitted = _conversions(network, reshard(network, other), settings.mesh, settings.device, titles)
+        return emitted, _compute(network, other)
+
+    return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)
 
 
 def _compute(network: Network, assignment: Assignment) -> float:
@@ -199,6 +221,7 @@ def _compute(network: Network, assignment: Assignment) -> float:
 def _plan(
     settings: Settings, program: Program, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
     solution: Solution | None, notes: Sequence[str], phases: dict[str, float], unknown: tuple[Tried, ...],
+    explainer: Questions,
 ) -> Plan:  # fmt: skip
     mesh = settings.mesh
     local = [node for node in graph.nodes if node.op == "placeholder"]
@@ -213,7 +236,7 @@ def _plan(
         cost, bound = solution.cost, solution.lower_bound
     return Plan(
         mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, cost, bound,
-        tuple(notes), phases, unknown,
+        tuple(notes), phases, unknown, explainer,
     )  # fmt: skip
 
 

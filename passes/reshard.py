@@ -34,7 +34,8 @@ Held = dict[Ref, tuple[str, ...]]
 
 
 def reshard(network: Network, assignment: Assignment) -> fx.Graph:
-    """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `op` and `strategy` on operators."""
+    """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `base` (the key of the base
+    value), `op` and `strategy` on operators."""
     return _Rewrite(network, assignment).run()
 
 
@@ -105,6 +106,7 @@ class _Rewrite:
         producer = value_of(key[0])
         tensor = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
         node.meta["dtype"] = tensor.dtype
+        node.meta["base"] = key
         node.meta["layout"] = layout_of(self.factored, value, held, splits.partial)
 
     def _value(self, old: fx.Node, splits: Splits, held: Held) -> fx.Node:

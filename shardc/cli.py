@@ -1,4 +1,4 @@
-"""The command line: `shardc plan | compile | run FILE --mesh dp=2,tp=2`.
+"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.")
+    explainer = add("explain", _explain, "Tell why a value lies as it does, or what another layout would cost.")
+    explainer.add_argument(
+        "--why", required=True, metavar="VALUE", help="a parameter, a module (its output), input:0, or a printed name"
+    )
+    explainer.add_argument("--layout", help="the layout to compare with: 'f32[256@tp, 64]' or 'tp,-'")
     compiler = add("compile", _compile, "Print the generated code, or the graph after a pass.")
     compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(PASSES)}")
     compiler.add_argument("-o", "--output", type=Path, metavar="OUT.PY", help="write the generated code here")
@@ -72,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> int:
     print(_compiled(options, *_load(options.file)).plan)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    plan = _compiled(options, *_load(options.file)).plan
+    print(plan.why(options.why) if options.layout is None else plan.why_not(options.why, options.layout))
     return 0
 
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from shardc.answers import Conversion, Explainer, Why, WhyNot
+from shardc.errors import ShardcError
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One collective or local slice that the plan emits: `sent` bytes a rank over `axis`, in `seconds`."""
-
-    kind: str
-    axis: str
-    name: str
-    sent: float
-    seconds: float
-    phase: str
-    place: str
+from shardc.printing import columns, in_bytes, in_seconds
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,29 @@ class Plan:
     notes: tuple[str, ...]
     phases: dict[str, float]
     tried: tuple[Tried, ...] = ()
+    explainer: Explainer | None = field(default=None, repr=False, compare=False)
+    """Answers questions about the plan; it holds the whole problem, so it is not saved with the plan."""
+
+    def why(self, value: str) -> Why:
+        """Why `value` lies as it does: who makes it, how every reader reads it and what conversions that takes, and the
+        second-best layout. `value` is the path of a parameter or of a module (its output), `input:0`, or a name in
+        `graph("reshard")`. Raises ShardcError, with near names, for a value that is not there."""
+        return self._explained().why(value)
+
+    def why_not(self, value: str, layout: str) -> WhyNot:
+        """What the best plan would cost in which `value` lies as `layout`, written as plans print it
+        (`f32[256@tp, 64]`) or as constraints are written (`tp,-`); or what stands against it. Solves again."""
+        return self._explained().why_not(value, layout)
+
+    def _explained(self) -> Explainer:
+        if self.explainer is None:
+            raise ShardcError(
+                "this plan was loaded from a file, without the problem that it solves; compile the model again"
+            )
+        return self.explainer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "explainer": None}
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
@@ -107,13 +120,13 @@ class Plan:
         proof = "proven optimal" if gap < 1e-6 else f"within {gap:.1%} of the proven bound"
         if not self.lower_bound:
             proof = "no bound proven"
-        communication = _seconds(sum(c.seconds for c in self.conversions))
-        parts = f"compute {_seconds(self.compute)}, conversions {communication}"
-        if _seconds(self.cost) == _seconds(self.predicted):
-            return [f"  predicted  {_seconds(self.predicted)} a step, {proof}: {parts}"]
+        communication = in_seconds(sum(c.seconds for c in self.conversions))
+        parts = f"compute {in_seconds(self.compute)}, conversions {communication}"
+        if in_seconds(self.cost) == in_seconds(self.predicted):
+            return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
         return [
-            f"  predicted  {_seconds(self.predicted)} a step: {parts}",
-            f"  objective  {_seconds(self.cost)}, {proof}; it charges in full the steps that conversions share",
+            f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
+            f"  objective  {in_seconds(self.cost)}, {proof}; it charges in full the steps that conversions share",
         ]
 
     def _tensor_lines(self) -> list[str]:
@@ -126,7 +139,7 @@ class Plan:
             (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")
             for (role, pattern, layout), names in groups.items()
         ]
-        return _columns(rows, "<<<<") if rows else []
+        return columns(rows, "<<<<") if rows else []
 
     def _conversion_lines(self) -> list[str]:
         groups: dict[tuple[str, str, str], list[Conversion]] = {}
@@ -137,17 +150,16 @@ class Plan:
             return ["nothing"]
         rows = [
             (
-                phase, kind, f"over {axis}", f"x{len(found)}", _bytes(sum(c.sent for c in found)),
-                _seconds(sum(c.seconds for c in found)), f"first: {found[0].place or found[0].name}",
+                phase, kind, f"over {axis}", f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
+                in_seconds(sum(c.seconds for c in found)), f"first: {found[0].place or found[0].name}",
             )
             for (phase, kind, axis), found in groups.items()
         ]  # fmt: skip
         for axis, sent in self.bytes_per_axis.items():
             found = [c for c in self.conversions if c.axis == axis and c.sent]
-            seconds = _seconds(sum(c.seconds for c in found))
-            rows.append(("total", "", f"over {axis}", f"x{len(found)}", _bytes(sent), seconds, ""))
-        return _columns(rows, "<<<>>><")
-
+            seconds = in_seconds(sum(c.seconds for c in found))
+            rows.append(("total", "", f"over {axis}", f"x{len(found)}", in_bytes(sent), seconds, ""))
+        return columns(rows, "<<<>>><")
 
     def _tried_lines(self) -> list[str]:
         groups: dict[tuple[str, str], list[Tried]] = {}
@@ -155,7 +167,7 @@ class Plan:
             if not one.replicated:
                 groups.setdefault((one.operator, one.rule), []).append(one)
         rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
-        return _columns(rows, "<<><") if rows else []
+        return columns(rows, "<<><") if rows else []
 
     def _replicated_lines(self) -> list[str]:
         groups: dict[tuple[str, str], list[Tried]] = {}
@@ -164,31 +176,10 @@ class Plan:
                 groups.setdefault((one.operator, one.replicated), []).append(one)
         rows = [
             (
-                name, f"x{len(own)}", _seconds(sum(one.seconds for one in own)),
-                f"and gathers of {_bytes(sum(one.gathered for one in own))}",
-                _seconds(sum(one.gather_seconds for one in own)), f"first: {own[0].place}", why,
+                name, f"x{len(own)}", in_seconds(sum(one.seconds for one in own)),
+                f"and gathers of {in_bytes(sum(one.gathered for one in own))}",
+                in_seconds(sum(one.gather_seconds for one in own)), f"first: {own[0].place}", why,
             )
             for (name, why), own in groups.items()
         ]  # fmt: skip
-        return _columns(rows, "<>><><<") if rows else []
-
-
-def _columns(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
-    """Rows as lines of columns, each aligned left or right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    shape = list(zip(aligned, widths, strict=True))
-    return ["  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, shape, strict=True)).rstrip() for row in rows]
-
-
-def _seconds(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value / 1e-9:.2f} ns" if value else "0 s"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"
+        return columns(rows, "<>><><<") if rows else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,3 +57,26 @@ def _type(node: fx.Node, mesh: Mesh | None) -> str:
     if isinstance(value, torch.Tensor):
         return f"{SHORT_DTYPES.get(value.dtype, value.dtype)}[{', '.join(str(int(n)) for n in value.shape)}]"
     return ""
+
+
+def columns(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
+    """Rows as lines of columns, each aligned left or right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shape = list(zip(aligned, widths, strict=True))
+    return ["  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, shape, strict=True)).rstrip() for row in rows]
+
+
+def in_seconds(value: float) -> str:
+    """`12.30 us`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value / 1e-9:.2f} ns" if value else "0 s"
+
+
+def in_bytes(value: float) -> str:
+    """`4.0 KiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"

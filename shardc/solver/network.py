@@ -96,6 +96,10 @@ class Network:
             {index: pick(v) for index, v in self._output_variable.items()},  # type: ignore[misc]
         )
 
+    def variable_of(self, node: fx.Node) -> int:
+        """The variable of an operator or placeholder."""
+        return self._op_variable[node]
+
     def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
         key = (sizes, itemsize)
         if key not in self._classes:

@@ -1,0 +1,154 @@
+"""What plans answer: the same figures as compiling with the alternative as a constraint."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardc
+from shardc.cli import main
+from shardc.errors import LayoutError, ShardcError
+from shardc.plan import Plan
+from textbook import MLP
+
+X = torch.zeros(64, 256)
+NAMES = ("up.weight", "down.weight", "input:0", "up", "down", "relu")
+
+
+def planned(mesh: str = "dp=2,tp=4", x: Tensor = X, model: nn.Module | None = None, **options: object) -> Plan:
+    with torch.device("meta"):
+        model = MLP(256, 4096) if model is None else model
+    return shardc.compile(model, mesh, (x,), hardware="h100", **options).plan  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planned()
+
+
+@pytest.mark.parametrize("layout", ["tp,-", "-,tp", "(dp,tp),-", "(tp,dp),-", "dp,tp", "-,-"])
+def test_why_not_agrees_with_a_constraint(plan: Plan, layout: str) -> None:
+    """Seconds and conversions are those of a plan that was constrained to the alternative."""
+    answer = plan.why_not("up.weight", layout)
+    other = planned(constraints={"up.weight": layout})
+    assert plan.cost + answer.extra == pytest.approx(other.cost, rel=1e-9)
+    assert plan.compute + answer.compute == pytest.approx(other.compute, rel=1e-9)
+
+    def sent(conversions: tuple[shardc.plan.Conversion, ...]) -> Counter[tuple[str, str, float]]:
+        return Counter((c.kind, c.axis, c.sent) for c in conversions)
+
+    assert sent(plan.conversions) + sent(answer.added) - sent(answer.removed) == sent(other.conversions)
+
+
+def test_the_runner_up_is_the_best_of_all_others(plan: Plan) -> None:
+    best = plan.why("up.weight").runner_up
+    assert best is not None and best.extra >= 0 and best.proven
+    specs = ("tp,-", "dp,-", "-,tp", "-,dp", "(dp,tp),-", "(tp,dp),-", "-,-")
+    others = [plan.why_not("up.weight", spec) for spec in specs]
+    assert best.extra <= min(o.extra for o in others if o.layout != o.chosen) + 1e-15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_readers_are_those_of_the_plan(plan: Plan, name: str) -> None:
+    """What readers are said to need is what the plan emits for that value."""
+    answer = plan.why(name)
+    emitted = Counter((c.kind, c.axis, c.sent) for c in plan.conversions)
+    for step in (*answer.shared, *(step for reader in answer.readers for step in reader.steps)):
+        assert emitted[step.kind, step.axis, step.sent], f"{name}: {step} is not in the plan"
+    assert str(answer).startswith(f"{name}  {answer.layout}\n")
+
+
+def test_layouts_are_read_as_they_are_printed(plan: Plan) -> None:
+    for name in NAMES:
+        layout = plan.why(name).layout
+        same = plan.why_not(name, layout)
+        assert (same.layout, same.chosen, same.extra) == (layout, layout, 0.0)
+        assert "that is the plan" in str(same)
+
+
+def test_a_value_that_is_not_there(plan: Plan) -> None:
+    with pytest.raises(ShardcError, match=r"no value is named 'up.weigth'; nearest: up.weight"):
+        plan.why("up.weigth")
+    with pytest.raises(ShardcError, match=r"no value is named '\xe4'\. Values are named by"):
+        plan.why_not("\xe4", "-,-")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("tp", r"1 entries for up.weight of shape \(4096, 256\); give one per dim, or a layout as plans print it"),
+        ("pp,-", "mesh dp=2,tp=4 has no axis 'pp'; it has dp, tp"),
+        ("f32[4096@pp, 256]", "mesh dp=2,tp=4 has no axis 'pp'"),
+        ("f32[4096@tp, 256@tp]", "uses axis 'tp' twice"),
+        ("f32[256@tp, 4096]", r"has shape \(256, 4096\); up.weight has \(4096, 256\)"),
+        ("f32[", "cannot read layout"),
+    ],
+)
+def test_a_layout_that_cannot_be(plan: Plan, layout: str, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        plan.why_not("up.weight", layout)
+
+
+def test_what_stands_against_a_layout() -> None:
+    plan = planned(constraints={"up.weight": ("tp", None)})
+    answer = plan.why_not("up.weight", "-,tp")
+    assert answer.conflict == "against it stands constraints['up.weight'] on up.weight; drop it, or change it"
+    assert plan.why("up.weight").runner_up is None
+    assert "no other layout is legal with constraints['up.weight']" in str(plan.why("up.weight"))
+
+
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin().sort(dim=1).values.cos()
+
+
+def test_an_operator_that_cannot_make_a_layout() -> None:
+    answer = planned(model=Sorted()).why_not("getitem", "-,tp")
+    assert answer.conflict.startswith("aten.sort.default (test_why.py:")
+    assert "stay whole in its rule" in answer.conflict and "shardc.constrain" in answer.conflict
+
+
+def test_a_buffer_that_is_written_in_place() -> None:
+    answer = planned(model=nn.BatchNorm1d(256)).why_not("running_mean", "tp")
+    assert answer.conflict == "running_mean cannot be split like that: it is written in place and so kept whole"
+
+
+def test_propagate_mode_compares_nothing() -> None:
+    plan = planned(mode="propagate", constraints={"up.weight": ("tp", None)})
+    assert "mode='propagate' decided it" in str(plan.why("down.weight"))
+    assert "ask a plan of mode='auto'" in plan.why_not("down.weight", "tp,-").conflict
+
+
+def test_adopted_plans_say_so() -> None:
+    compiled = shardc.compile(MLP(8, 32), "dp=2", (torch.zeros(4, 8),), dynamic={"x": {0: "batch"}})
+    compiled(torch.zeros(6, 8))
+    adopted = compiled.at(shardc.compiled.Call(MLP(8, 32), (torch.zeros(6, 8),), {})).plan
+    assert "adopted from other sizes" in str(adopted.why("up.weight"))
+    with pytest.raises(ShardcError, match="adopted from other sizes"):
+        adopted.why_not("up.weight", "dp,-" if "@" not in adopted.why("up.weight").layout else "-,-")
+
+
+def test_a_saved_plan_has_no_problem_with_it(plan: Plan) -> None:
+    loaded = pickle.loads(pickle.dumps(plan))
+    assert loaded == plan and str(loaded) == str(plan)
+    with pytest.raises(ShardcError, match="loaded from a file"):
+        loaded.why("up.weight")
+    with pytest.raises(ShardcError, match="loaded from a file"):
+        copy.copy(plan).why_not("up.weight", "-,-")
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(Path(__file__).parents[2] / "examples" / "mlp.py")
+    with_mesh = ["explain", file, "--mesh", "dp=2,tp=2", "--hardware", "h100", "--why"]
+    assert main([*with_mesh, "input:0"]) == 0
+    assert "read by" in capsys.readouterr().out
+    assert main([*with_mesh, "input:0", "--layout", "tp,-"]) == 0
+    assert capsys.readouterr().out.startswith("input:0 ")
+    assert main([*with_mesh, "input:7"]) == 2
+    assert "no value is named 'input:7'; nearest: input:" in capsys.readouterr().err
