@@ -16,6 +16,10 @@ an incumbent is known.
 
 Needs finite unary costs and a finite entry in every row and column of every table; tables may contain inf
 elsewhere. Then every message is finite and no inf is ever subtracted from inf.
+
+The best such bound is that of the linear program over the pairs, and frustrated cycles keep it below the optimum.
+Terms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
+what they keep counts as part of the bound.
 """
 
 from collections.abc import Sequence
@@ -24,19 +28,26 @@ import numpy as np
 
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
+from shardc.solver.triplets import Triplet, lend
 
 
 class Bound:
-    """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far."""
+    """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far.
 
-    def __init__(self, unary: Sequence[Array], edges: dict[Edge, Array]) -> None:
+    `chords` are pairs without a table of their own, over which triplets meet."""
+
+    def __init__(self, unary: Sequence[Array], edges: dict[Edge, Array], chords: Sequence[Edge] = ()) -> None:
         self.unary = list(unary)
-        self.ends = sorted(edges)
+        self.ends = sorted({*edges, *chords})
+        self.number = {edge: e for e, edge in enumerate(self.ends)}
         turned: dict[int, tuple[Array, Array]] = {}
         for table in edges.values():
             if id(table) not in turned:
                 turned[id(table)] = (np.ascontiguousarray(table), np.ascontiguousarray(table.T))
-        self.tables = [turned[id(edges[e])] for e in self.ends]  # (rows are u, rows are v) of e = (u, v)
+        # (rows are u, rows are v) of e = (u, v): as given, None for a chord; and less what triplets have borrowed
+        self.given = [turned[id(edges[e])] if e in edges else None for e in self.ends]
+        self.tables = [pair or self._nothing(e) for e, pair in zip(self.ends, self.given, strict=True)]
+        self.triplets: list[Triplet] = []
         self.behind: list[list[int]] = [[] for _ in unary]
         self.ahead: list[list[int]] = [[] for _ in unary]
         for e, (u, v) in enumerate(self.ends):
@@ -48,12 +59,16 @@ class Bound:
         self.lower = -np.inf
 
     def sweep(self) -> float:
-        """One pass forward and one backward; returns the bound."""
+        """One pass forward and one backward, and one round of lending before; returns the bound."""
+        if self.triplets:
+            messages = self.messages()
+            for triplet in self.triplets:
+                lend(triplet, self.tables, [messages[self.ends[e]] for e in triplet.edges])
         self._forward()
         return self._backward(None)
 
     def reduced_costs(self) -> list[Array]:
-        """One more sweep, noting `C_v - min C_v` on the way back; valid together with `lower` *before* the call."""
+        """One more pass each way, noting `C_v - min C_v` on the way back; valid with `lower` *before* the call."""
         reduced: list[Array] = [cost for cost in self.unary]
         self._forward()
         self._backward(reduced)
@@ -96,6 +111,7 @@ class Bound:
                 lower += least
                 message -= least
                 self.to_first[e] = message
+        lower += sum(triplet.kept for triplet in self.triplets)
         self.lower = max(self.lower, lower)
         return lower
 
@@ -105,7 +121,34 @@ class Bound:
         return {(u, v): (self.to_first[e].copy(), self.to_second[e] - shares[v]) for e, (u, v) in enumerate(self.ends)}
 
     def tables_by_edge(self) -> dict[Edge, Array]:
-        return {edge: table for edge, (table, _) in zip(self.ends, self.tables, strict=True)}
+        """The tables as given."""
+        return {edge: pair[0] for edge, pair in zip(self.ends, self.given, strict=True) if pair is not None}
+
+    def with_triplets(self, triples: Sequence[tuple[int, int, int]], ceiling: float) -> "Bound":
+        """The same bound with more triplets. Entries whose rewritten cost exceeds `ceiling` are cut off there, which is
+        sound if no better solution can have them: what is lent must be finite."""
+        pairs = {pair for a, b, c in triples for pair in ((a, b), (b, c), (a, c))}
+        chords = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
+        more = Bound(self.unary, self.tables_by_edge(), [*chords, *(pairs - self.number.keys())])
+        for e, edge in enumerate(more.ends):
+            old = self.number.get(edge)
+            if old is not None:
+                more.tables[e], more.to_first[e], more.to_second[e] = (
+                    self.tables[old], self.to_first[old], self.to_second[old],
+                )  # fmt: skip
+        for (u, v), (to_u, to_v) in more.messages().items():
+            if (u, v) in pairs:
+                e = more.number[(u, v)]
+                table = np.minimum(more.tables[e][0], to_u[:, None] + to_v[None, :] + ceiling)
+                more.tables[e] = (table, np.ascontiguousarray(table.T))
+        more.triplets = [t.renumbered(more.number) for t in self.triplets]
+        more.triplets += [Triplet.over(triple, more.number, self.unary) for triple in triples]
+        more.lower = self.lower
+        return more
+
+    def _nothing(self, edge: Edge) -> tuple[Array, Array]:
+        shape = (len(self.unary[edge[0]]), len(self.unary[edge[1]]))
+        return np.zeros(shape), np.zeros(shape[::-1])
 
     def rewritten_network(self) -> tuple[float, list[Array], dict[Edge, Array]]:
         """The same network in costs rewritten by a fresh sweep: a constant, and terms whose minima are zero."""
@@ -113,6 +156,8 @@ class Bound:
         unary = [cost.copy() for cost in self.unary]
         edges = self.tables_by_edge()
         for (u, v), (to_u, to_v) in self.messages().items():
+            if (u, v) not in edges:
+                continue
             unary[u] += to_u
             unary[v] += to_v
             edges[(u, v)] = edges[(u, v)] - to_u[:, None] - to_v[None, :]
@@ -144,9 +189,11 @@ class Bound:
             for v in range(len(self.unary)):
                 cost = self.unary[v].copy()
                 for e in self.behind[v]:
-                    cost += self.tables[e][0][choice[self.ends[e][0]]]
+                    pair = self.given[e]
+                    cost += pair[0][choice[self.ends[e][0]]] if pair else 0.0
                 for e in self.ahead[v]:
-                    cost += self.tables[e][1][choice[self.ends[e][1]]]
+                    pair = self.given[e]
+                    cost += pair[1][choice[self.ends[e][1]]] if pair else 0.0
                 best = first_minimum(cost)
                 if cost[best] < cost[choice[v]]:
                     choice[v], moved = best, True
@@ -156,19 +203,27 @@ class Bound:
 
     def cost(self, choice: Sequence[int]) -> float:
         total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))
-        return total + sum(float(self.tables[e][0][choice[u], choice[v]]) for e, (u, v) in enumerate(self.ends))
+        return total + sum(float(table[choice[u], choice[v]]) for (u, v), table in self.tables_by_edge().items())
 
     def restricted(self, keep: Sequence[Mask]) -> "Bound":
         """The same messages over fewer values; equal tables stay shared."""
         cut: dict[tuple[int, bytes, bytes], Array] = {}
-        edges: dict[Edge, Array] = {}
-        for e, (u, v) in enumerate(self.ends):
-            key = (id(self.tables[e]), keep[u].tobytes(), keep[v].tobytes())
+
+        def part(table: Array, u: int, v: int) -> Array:
+            key = (id(table), keep[u].tobytes(), keep[v].tobytes())
             if key not in cut:
-                cut[key] = self.tables[e][0][np.ix_(keep[u], keep[v])]
-            edges[(u, v)] = cut[key]
-        small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges)
+                cut[key] = table[np.ix_(keep[u], keep[v])]
+            return cut[key]
+
+        edges = {(u, v): part(table, u, v) for (u, v), table in self.tables_by_edge().items()}
+        chords = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
+        small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges, chords)
+        for e, (u, v) in enumerate(self.ends):
+            if self.tables[e] is not self.given[e]:
+                table = part(self.tables[e][0], u, v)
+                small.tables[e] = (table, np.ascontiguousarray(table.T))
         small.to_first = [m[keep[u]] for m, (u, _) in zip(self.to_first, self.ends, strict=True)]
         small.to_second = [m[keep[v]] for m, (_, v) in zip(self.to_second, self.ends, strict=True)]
+        small.triplets = [triplet.restricted(keep) for triplet in self.triplets]
         small.lower = self.lower
         return small

@@ -5,7 +5,9 @@
 3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
    reduced cost exceeds it are deleted. It ends when the bound meets the incumbent, or when the rest is narrow
    enough to eliminate.
-4. If the bound stalls on a rest that is still wide, `milp.py` branches over it.
+4. If the bound stalls on a rest that is still wide, triplets are added where cycles are frustrated (`triplets.py`), and
+   it sweeps on.
+5. If there are none left to add, `milp.py` branches over the rest.
 
 Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit.
 The result depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a
@@ -25,12 +27,15 @@ from shardc.solver.contract import Core, Network
 from shardc.solver.eliminate import eliminate, find_order, surviving
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.prove import prove
+from shardc.solver.triplets import frustrated
 
 TOLERANCE = 1e-9
 MAX_SWEEPS = 400
 _LOOK_EVERY = 5
-_STALL = 1e-3  # a bound that gains less than this part of the gap between two looks has stalled
+_ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
 _AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
+_ROUNDS = 8  # times that triplets are added
+_WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
 _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
@@ -86,7 +91,13 @@ class Search:
         self.lower = -math.inf
 
     def run(self) -> list[int]:
-        if not (self._eliminated(_AT_ONCE) or self._swept() or self._eliminated(math.inf) or self._dived()):
+        if not (
+            self._eliminated(_AT_ONCE)
+            or self._swept(_ROUGHLY)
+            or self._eliminated(math.inf)
+            or self._tightened()
+            or self._dived()
+        ):
             self._branch()
         if self.choice is None:
             raise TimeoutError("no feasible plan was found within the time limit")
@@ -95,8 +106,8 @@ class Search:
     def _late(self) -> bool:
         return time.process_time() > self.deadline
 
-    def _swept(self) -> bool:
-        """Sweep and prune until closed (True) or stalled."""
+    def _swept(self, stall: float) -> bool:
+        """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
         before, tried = -math.inf, math.inf
         for sweep in range(1, MAX_SWEEPS + 1):
             self.bound.sweep()
@@ -112,9 +123,26 @@ class Search:
                 self._prune()
                 if self._eliminated(math.inf):
                     return True
-            if self._late() or self.lower - before < _STALL * min(gap, abs(self.lower)):
+            if self._late() or self.lower - before < stall * min(gap, abs(self.lower)):
                 return False
             before = self.lower
+        return False
+
+    def _tightened(self) -> bool:
+        """Add triplets and sweep on, until closed (True) or nothing is frustrated any more."""
+        for _ in range(_ROUNDS):
+            if self.choice is None or self._late():
+                return False
+            self._prune()
+            _, unary, spare = self.bound.rewritten_network()
+            gap = self.upper - self.bound.lower
+            known = {triplet.variables for triplet in self.bound.triplets}
+            more = [t for t in frustrated(unary, spare, _WORTH * gap) if t not in known]
+            if not more:
+                return False
+            self.bound = self.bound.with_triplets(more, 2.0 * gap)
+            if self._swept(_FINELY) or self._eliminated(math.inf):
+                return True
         return False
 
     def _dived(self) -> bool:

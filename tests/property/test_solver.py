@@ -9,7 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from shardc.errors import InfeasibleError
-from shardc.solver import contract, eliminate
+from shardc.solver import contract, eliminate, triplets
 from shardc.solver import milp as milp_module
 from shardc.solver import solve as solving
 from shardc.solver.certificate import check
@@ -140,8 +140,9 @@ def linear_program(problem: Problem) -> float:
 @pytest.mark.parametrize("forbid", [0.0, 0.05])
 @pytest.mark.parametrize("tied", [False, True])
 def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may be eliminated, so that what the bound leaves open goes to HiGHS."""
+    """Nothing may be eliminated and no triplet added, so that what the bound leaves open goes to HiGHS."""
     monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
+    monkeypatch.setattr(triplets, "MAX_ENTRIES", 0)
     branched: list[int] = []
     inner = milp_module.solve_milp
     monkeypatch.setattr(milp_module, "solve_milp", lambda *args: branched.append(1) or inner(*args))
@@ -150,6 +151,27 @@ def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -
         problem = network(rng, "dense", 9, 5, forbid, tied)
         examine(problem, linear_program(problem))
     assert branched
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_triplets_close_frustrated_cycles(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tensors are each gathered (at a cost) or not; every two share a product that wants one of its operands
+    gathered. The relaxation gathers half of each; with triplets the bound meets the optimum, without any other help."""
+    monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
+    monkeypatch.setattr(milp_module, "solve_milp", lambda *_: pytest.fail("nothing should be left to branch over"))
+    rng, problem = np.random.default_rng([seed, 5]), Problem()
+    for v in range(3):
+        problem.add_variable(f"tensor {v}", np.array([1.0 + 0.1 * rng.random(), 0.0]))
+    for u, v in itertools.combinations(range(3), 2):
+        product = problem.add_variable(f"product of {u} and {v}", 0.01 * rng.random(3))
+        problem.add_edge(u, product, np.array([[0.0, 9.0, 0.0], [9.0, 0.0, 9.0]]))
+        problem.add_edge(v, product, np.array([[0.0, 0.0, 9.0], [9.0, 9.0, 0.0]]))
+        # 0: both gathered, 1: the second alone, 2: the first alone; a third neighbour, so that nothing is contracted
+        other = problem.add_variable(f"result of {u} and {v}", np.zeros(2))
+        problem.add_edge(product, other, 0.01 * rng.random((3, 2)))
+        problem.add_edge(u, other, 0.01 * rng.random((2, 2)))
+        problem.add_edge(v, other, 0.01 * rng.random((2, 2)))
+    examine(problem, linear_program(problem))
 
 
 @pytest.mark.parametrize("seed", range(12))

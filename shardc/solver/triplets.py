@@ -1,0 +1,172 @@
+"""Terms over three variables, for cycles on which the pairs alone prove too little.
+
+Three matrix products of a linear layer (forward, gradient of the input, gradient of the weight) share three tensors.
+If each product is satisfied when one of its two operands is gathered, the cheapest choice gathers two of the three: a
+vertex cover of a triangle, which the linear program over pairs settles with three halves (Sontag et al. 2008,
+"Tightening LP relaxations for MAP using message passing"). A triplet sees all three at once.
+
+A triplet over (a, b, c) has no cost of its own. It borrows from the tables of its pairs, `loan_e = lent back -
+borrowed`, so that
+
+    T'_e = t_e + sum of loans        the triplet keeps  min_abc (- loan_ab - loan_bc - loan_ac)
+
+and no total changes. `lend` takes all that the pairs have to spare, and hands each a third of what it is worth to it:
+the bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardc.solver.pool import Mask, min_plus
+from shardc.solver.problem import Array, Edge
+
+Triple = tuple[int, int, int]
+MAX_ENTRIES = 2**22
+"""Entries of one triplet, and of one table on the way to it."""
+MAX_TOTAL = 2**25
+"""Entries of all triplets that are added at a time."""
+
+
+@dataclass
+class Triplet:
+    """`edges` and `loans` in the order ab, bc, ac; `kept` is the part of the bound that stays here."""
+
+    variables: Triple
+    edges: tuple[int, int, int]
+    loans: list[Array]
+    kept: float = 0.0
+
+    @staticmethod
+    def over(variables: Triple, number: Mapping[Edge, int], unary: Sequence[Array]) -> Triplet:
+        """One that has borrowed nothing yet; `number` gives the place of an edge among the tables."""
+        pairs = _pairs(variables)
+        loans = [np.zeros((len(unary[u]), len(unary[v]))) for u, v in pairs]
+        return Triplet(variables, _three([number[pair] for pair in pairs]), loans)
+
+    def renumbered(self, number: Mapping[Edge, int]) -> Triplet:
+        """The same over tables that stand in other places."""
+        return Triplet(self.variables, _three([number[p] for p in _pairs(self.variables)]), self.loans, self.kept)
+
+    def restricted(self, keep: Sequence[Mask]) -> Triplet:
+        """The same over fewer values."""
+        loans = [x[np.ix_(keep[u], keep[v])] for x, (u, v) in zip(self.loans, _pairs(self.variables), strict=True)]
+        return Triplet(self.variables, self.edges, loans, self.kept)
+
+
+def lend(triplet: Triplet, tables: list[tuple[Array, Array]], messages: Sequence[tuple[Array, Array]]) -> None:
+    """Borrow what the pairs' tables hold beyond their messages, and hand it back in equal parts. Changes `tables`."""
+    spare = [
+        tables[e][0] - to_u[:, None] - to_v[None, :] for e, (to_u, to_v) in zip(triplet.edges, messages, strict=True)
+    ]
+    ab, bc, ac = (has - loan for has, loan in zip(spare, triplet.loans, strict=True))
+    every = ab[:, :, None] + bc[None, :, :]
+    every += ac[:, None, :]
+    worth = [every.min(axis=2) / 3.0, every.min(axis=0) / 3.0, every.min(axis=1) / 3.0]
+    every -= worth[0][:, :, None]
+    every -= worth[1][None, :, :]
+    every -= worth[2][:, None, :]
+    triplet.kept = float(every.min())
+    for k, e in enumerate(triplet.edges):
+        change = worth[k] - spare[k]
+        triplet.loans[k] = triplet.loans[k] + change
+        table = tables[e][0] + change
+        tables[e] = (table, np.ascontiguousarray(table.T))
+
+
+def frustrated(unary: Sequence[Array], spare: Mapping[Edge, Array], least: float) -> list[Triple]:
+    """Triplets that would raise the bound by more than `least`, those of the most frustrated cycles first.
+
+    `unary` and `spare`: costs rewritten so that all minima are zero. Looked at are cycles through three variables, of
+    which every two share a table or a neighbour; a cycle of six becomes four triplets.
+    """
+    joins = _Joins(unary, spare)
+    found: list[tuple[float, Triple, tuple[int | None, ...]]] = []
+    for a, b, c in joins.triples():
+        if len(unary[a]) * len(unary[b]) * len(unary[c]) > MAX_ENTRIES:
+            continue
+        ways = [joins.ways(a, b), joins.ways(b, c), joins.ways(a, c)]
+        for (p, ab), (q, bc), (r, ac) in itertools.product(*ways):
+            middles = [m for m in (p, q, r) if m is not None]
+            if len({a, b, c, *middles}) < 3 + len(middles):
+                continue
+            gain = float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).min())
+            if gain > least:
+                found.append((gain, (a, b, c), (p, q, r)))
+    return _selected(sorted(found, key=lambda one: -one[0]), unary)
+
+
+def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]], unary: Sequence[Array]) -> list[Triple]:
+    """Every cycle's triplets, as long as they fit."""
+    chosen: dict[Triple, None] = {}
+    cycles: set[frozenset[int]] = set()
+    room = MAX_TOTAL
+    for _, triple, middles in found:
+        cycle = frozenset(x for x in (*triple, *middles) if x is not None)
+        if cycle in cycles:
+            continue
+        cycles.add(cycle)
+        more = [triple]
+        for (u, v), m in zip(_pairs(triple), middles, strict=True):
+            if m is not None:
+                x, y, z = sorted((u, v, m))
+                more.append((x, y, z))
+        sizes = [len(unary[a]) * len(unary[b]) * len(unary[c]) for a, b, c in more]
+        if max(sizes) > MAX_ENTRIES or sum(sizes) > room:
+            continue
+        room -= sum(sizes)
+        chosen |= dict.fromkeys(more)
+    return list(chosen)
+
+
+class _Joins:
+    """Which variables share a table or a neighbour, and what joining them costs at least."""
+
+    def __init__(self, unary: Sequence[Array], spare: Mapping[Edge, Array]) -> None:
+        self.unary, self.spare = unary, spare
+        self.around: list[set[int]] = [set() for _ in unary]
+        for u, v in spare:
+            self.around[u].add(v)
+            self.around[v].add(u)
+        self.middles: dict[Edge, list[int]] = {pair: [] for pair in spare}
+        for m, ring in enumerate(self.around):
+            for pair in itertools.combinations(sorted(ring), 2):
+                self.middles.setdefault(pair, []).append(m)
+        self._ways: dict[Edge, list[tuple[int | None, Array]]] = {}
+
+    def triples(self) -> list[Triple]:
+        near: list[set[int]] = [set() for _ in self.unary]
+        for u, v in self.middles:
+            near[u].add(v)
+        return [(a, b, c) for a in range(len(near)) for b in sorted(near[a]) for c in sorted(near[a] & near[b])]
+
+    def ways(self, u: int, v: int) -> list[tuple[int | None, Array]]:
+        """The tables between `u < v`: their own (None), or through a neighbour that both share."""
+        if (u, v) not in self._ways:
+            own = self.spare.get((u, v))
+            found: list[tuple[int | None, Array]] = [] if own is None or not own.any() else [(None, own)]
+            for m in self.middles[(u, v)]:
+                left, right = self._table(m, u), self._table(m, v)
+                if left.size * right.shape[1] <= MAX_ENTRIES:
+                    joined = min_plus(left, self.unary[m], right)
+                    if joined.any():
+                        found.append((m, joined))
+            self._ways[(u, v)] = found
+        return self._ways[(u, v)]
+
+    def _table(self, u: int, v: int) -> Array:
+        return self.spare[(u, v)] if u < v else self.spare[(v, u)].T
+
+
+def _pairs(triple: Triple) -> tuple[Edge, Edge, Edge]:
+    a, b, c = triple
+    return (a, b), (b, c), (a, c)
+
+
+def _three(items: Sequence[int]) -> tuple[int, int, int]:
+    a, b, c = items
+    return a, b, c
