@@ -1,4 +1,4 @@
-"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`.
+"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -9,8 +9,10 @@ import argparse
 import copy
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from shardc import api
 from shardc.errors import ConstraintError, ShardcError
 from shardc.inspect.progress import working
 from shardc.passes.pipeline import PASSES
-from shardc.runtime import RankError
+from shardc.runtime import DistributedMesh, RankError, local_mesh
 
+MEASURE = "Measure this machine, or under torchrun the cluster, and write what --hardware takes."
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -47,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=command)
         one.add_argument("file", type=Path, metavar="FILE", help="Python file with model() and inputs()")
         one.add_argument("--mesh", required=True, help="axes and sizes, the slowest first: dp=2,tp=4")
-        one.add_argument("--hardware", help="what costs are computed for, like h100 (default: this machine)")
+        one.add_argument("--hardware", help="what costs are for: h100, or a .toml file (default: this machine)")
         one.add_argument("--mode", choices=api.MODES, default="auto", help="who decides what is not annotated")
         one.add_argument("--outputs", choices=api.OUTPUTS, default="full", help="gather outputs or leave them sharded")
         one.add_argument(
@@ -72,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(PASSES)}")
     compiler.add_argument("-o", "--output", type=Path, metavar="OUT.PY", help="write the generated code here")
     add("run", _run, "Run one step on the mesh (virtual, or under torchrun) and compare it with a single device.")
+    calibrate = commands.add_parser("calibrate", help=MEASURE, description=MEASURE)
+    calibrate.set_defaults(command=_calibrate)
+    calibrate.add_argument("file", type=Path, metavar="FILE.toml", help="where the hardware file is written")
+    calibrate.add_argument("--processes", type=int, help="without torchrun: how many (default: one a GPU, else 2)")
     return parser
 
 
@@ -135,6 +142,30 @@ def _run(options: argparse.Namespace) -> int:
             lines.append(f"{len(gradients)} gradients: largest difference {gradients[worst]:.1e} ({worst})")
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    """Measure on the processes of torchrun; without it, start it on this machine."""
+    path: Path = options.file
+    if path.suffix != ".toml":
+        raise ShardcError(f"{path}: a hardware file is called *.toml")
+    if not path.absolute().parent.is_dir():
+        raise ShardcError(f"{path}: there is no folder {path.absolute().parent}")
+    if "RANK" not in os.environ:
+        processes = options.processes or torch.cuda.device_count() or 2
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*torchrun, "-m", "shardc.cli", "calibrate", str(path)]
+        return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
+    from shardc.cost import calibrate  # scipy takes a second to import
+
+    mesh = local_mesh(calibrate.layout_of_processes())
+    assert isinstance(mesh, DistributedMesh)
+    with working("measuring") if mesh.rank == 0 else nullcontext():
+        measured = calibrate.calibrate(mesh, path.stem)
+    if mesh.rank == 0:
+        path.write_text(calibrate.toml(measured))
+        print(f"{calibrate.table(measured)}\nwrote {path}")
     return 0
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardc.cost.collectives import ALGORITHMS, Line, Wires
+from shardc.cost.calibrate import fit
+from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import ShardcError
 from shardc.mesh import Mesh
@@ -147,3 +148,19 @@ def test_a_file_by_its_path(tmp_path: Path) -> None:
     assert gather == pytest.approx(9.6e-6 + 7e-3) and reduce == pytest.approx(9.6e-6 + 7 * 1.9e-6)
     with pytest.raises(ShardcError, match=r"no hardware file .*nowhere\.toml; `shardc calibrate"):
         hardware(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("kind", sorted(ALGORITHMS))
+def test_a_fit_finds_the_link_that_made_the_times(kind: str) -> None:
+    device, mesh = replace(PLAIN, inside=Link(3e-5, 2e9)), Mesh.parse("tp=4")
+    times = [(size, device.collective_seconds(kind, size, mesh, "tp") + 1e-6) for size in (1e3, 1e4, 1e5, 1e6)]
+    found = fit(kind, TEXTBOOK[kind][0], 4, 1e-6, times)
+    assert found.link.latency == pytest.approx(3e-5) and found.link.bandwidth == pytest.approx(2e9)
+    assert found.error < 1e-6
+
+
+def test_a_fit_to_noise_has_a_bandwidth_all_the_same() -> None:
+    """Small calls of a slow backend show nothing but latency; a bandwidth of zero or of infinity would be no link."""
+    found = fit("all_gather", "ring", 2, 1e-6, [(1e3, 2e-3), (2e3, 1e-3)])
+    assert 0 < found.link.bandwidth < float("inf") and found.error < 1
+    assert fit("all_gather", "ring", 2, 1.0, [(1e3, 2e-3), (2e3, 1e-3)]).link.latency == 0.0  # all within the floor

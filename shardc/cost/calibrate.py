@@ -1,0 +1,252 @@
+"""Calibrate: measure what this machine, or this cluster, computes and what its links carry, as a hardware file.
+
+Every process of torchrun measures at the same time, so that what devices share (memory, caches, the uplink of a node)
+counts as shared, and the slowest rank counts. Collectives run as generated code runs them. The formulas of
+`shardc/cost/collectives.py` are linear in the latency and in the seconds a byte of a link, and these are fitted to the
+times by least squares of relative errors, for each kind of collective on its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
+from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
+from shardc.runtime import collectives
+from shardc.runtime.distributed import DistributedMesh
+
+SIZES = tuple(4**k for k in range(5, 12))
+"""Bytes of the local operand: 1 KiB to 4 MiB."""
+
+LONGEST = 1.0
+"""Seconds of one collective after which no larger size is tried."""
+
+BLOCKS, BLOCK, REPEAT = 5, 0.02, 50
+"""A time is the median of this many blocks of calls, each of about so many seconds and at most so many calls."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A link fitted to times of one kind of collective: the `points` are bytes and seconds, `error` the largest
+    deviation of the fit from any of them, relative."""
+
+    kind: str
+    link: Link
+    points: tuple[tuple[float, float], ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A calibrated device and the fits behind its links, by level; None for a level that this run does not have."""
+
+    device: Hardware
+    inside: tuple[Fit, ...] | None
+    between: tuple[Fit, ...] | None
+
+
+def fit(kind: str, algorithm: str, ways: int, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
+    """The link over which `algorithm` among `ways` ranks takes the times of `points` (bytes, seconds), `floor` seconds
+    of each apart. At least two sizes are needed to tell latency from bandwidth."""
+    unit = lines(kind, (algorithm,), Wires(ways, 1, Line(1.0, 1.0), Line(0.0, 0.0)))[0]
+    sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
+    hops, moved = unit.latency / seconds, unit.per_byte * sizes / seconds
+    scale = moved.max()  # seconds a hop and seconds a byte lie far apart
+    found, _ = nnls(np.stack([hops, moved / scale], 1), np.maximum(seconds - floor, 0.0) / seconds)
+    latency, per_byte = float(found[0]), float(found[1] / scale)
+    if not per_byte:  # latency is all there was to see: moving the bytes was no more than a tenth of the largest size's
+        per_byte = float(0.1 * seconds[-1] / (unit.per_byte * sizes[-1]))
+    predicted = floor + unit.latency * latency + unit.per_byte * sizes * per_byte
+    error = float(np.abs(predicted / seconds - 1).max())
+    return Fit(kind, Link(latency, 1 / per_byte), tuple(points), error)
+
+
+def calibrate(mesh: DistributedMesh, name: str) -> Measured:
+    """Measure on all ranks of `mesh`, whose axes are called `node` and `local`. The same on every rank."""
+    measured: list[Measured] = mesh.run(lambda: _Bench(mesh).measure(name), lambda _: ())
+    return measured[0]
+
+
+def layout_of_processes() -> dict[str, int]:
+    """The axes that `calibrate` needs, from torchrun's variables: processes on every node, and nodes."""
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return {"node": world // local, "local": local}
+
+
+class _Bench:
+    """Runs on every rank, in step: what decides about repetitions is agreed upon."""
+
+    def __init__(self, mesh: DistributedMesh) -> None:
+        self.axes = mesh.axes
+        self.device = mesh.device(mesh.rank)
+
+    def measure(self, name: str) -> Measured:
+        launch = self.seconds(self._adding(4))
+        elements = 2**26 if self.device.type == "cuda" else 2**23
+        bandwidth = 2 * 4 * elements / self.seconds(self._adding(elements))
+        flops = {str(dtype).removeprefix("torch."): self.flops(dtype) for dtype in DTYPES}
+        known = hardware(this_hardware())
+        algorithms = GLOO if self.device.type == "cpu" else TEXTBOOK
+        inside, between = (self.fits(axis, launch, algorithms) for axis in ("local", "node"))
+        near, far = known.inside, known.between
+        if inside is not None:
+            near = _link(inside, 1)
+        if between is not None:
+            far = _link(between, self.axes["local"])
+        if inside is not None and between is None:  # all that is known of links
+            far = _link(inside, self.axes["local"])
+        if between is not None and inside is None:
+            near = _link(between, 1)
+        per_node = self.axes["local"] if inside or between else known.devices_per_node
+        start = 0.0 if inside or between else known.start
+        device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
+        return Measured(device, inside, between)
+
+    def fits(self, axis: str, launch: float, algorithms: dict[str, tuple[str, ...]]) -> tuple[Fit, ...] | None:
+        """What each kind of collective makes of the links along an axis."""
+        ways = self.axes[axis]
+        if ways == 1:
+            return None
+        return tuple(fit(kind, algorithms[kind][0], ways, launch, self.times(kind, axis)) for kind in ALGORITHMS)
+
+    def times(self, kind: str, axis: str) -> list[tuple[float, float]]:
+        """Bytes and seconds of one kind of collective."""
+        points: list[tuple[float, float]] = []
+        for size in SIZES:
+            points.append(self.collective(kind, axis, size))
+            if points[-1][1] > LONGEST and len(points) > 1:
+                break
+        return points
+
+    def collective(self, kind: str, axis: str, size: float) -> tuple[float, float]:
+        """Bytes of the local operand, rounded to what the ranks can share, and seconds."""
+        ways = self.axes[axis]
+        x = torch.ones(max(1, round(size / 4 / ways)) * ways, device=self.device)
+        calls: dict[str, Callable[[], object]] = {
+            "all_gather": lambda: collectives.all_gather(x, dim=0, axis=axis),
+            "reduce_scatter": lambda: collectives.reduce_scatter(x, dim=0, axis=axis),
+            "all_reduce": lambda: collectives.all_reduce(x, axis=axis),
+            "all_to_all": lambda: collectives.all_to_all(x, split_dim=0, concat_dim=0, axis=axis),
+            "permute": lambda: collectives.permute(x, axis=axis, sources=[(i + 1) % ways for i in range(ways)]),
+        }
+        return x.numel() * 4.0, self.seconds(calls[kind])
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Flops a second of a square product, large enough to take a while."""
+        size = 64
+        while True:
+            size *= 2
+            x = torch.ones(size, size, dtype=dtype, device=self.device)
+            seconds = self.seconds(lambda x=x: x @ x)
+            if seconds > 5e-3 or size >= 8192:
+                return 2 * size**3 / seconds
+
+    def memory(self) -> float:
+        """Bytes of the device; of a CPU, a process's share."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / self.axes["local"]
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Seconds of a call among calls back to back, on the slowest rank."""
+        call()
+        once = self.slowest(self._block(call, 1))
+        repeat = max(1, min(REPEAT, int(BLOCK / once)))
+        return statistics.median(self.slowest(self._block(call, repeat)) for _ in range(BLOCKS)) / repeat
+
+    def slowest(self, seconds: float) -> float:
+        """The largest of all ranks' seconds; no rank goes on before all have come here."""
+        found = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        for axis in self.axes:
+            found = collectives.all_reduce(found, axis=axis, op="max")
+        return max(found.item(), 1e-9)
+
+    def _block(self, call: Callable[[], object], repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def _adding(self, elements: int) -> Callable[[], object]:
+        x = torch.ones(elements, device=self.device)
+        return lambda: x + 1
+
+
+def _link(fits: Sequence[Fit], rings: int) -> Link:
+    """The link of one level. `rings` devices ran rings side by side and shared it; its own figures, for kinds that were
+    not measured, are those of an all-reduce."""
+    measured = {one.kind: replace(one.link, bandwidth=one.link.bandwidth * rings) for one in fits}
+    return replace(measured["all_reduce"], measured=measured)
+
+
+def toml(measured: Measured) -> str:
+    """The hardware file."""
+    device = measured.device
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    ranks = f"{kind}, {device.devices_per_node} processes a node, torch {torch.__version__}"
+    text = [f"# Measured by `shardc calibrate`: {ranks}.", *_numbers(device)]
+    text += ["", "[flops] # per second, of a square product of matrices"]
+    text += [f"{dtype} = {rate:.4g}" for dtype, rate in device.flops.items()]
+    text += ["", *_level("inside", device.inside, measured.inside)]
+    text += ["", *_level("between", device.between, measured.between)]
+    text += ["", "[algorithms]"]
+    text += [f"{name} = {json.dumps(choice)}" for name, choice in device.algorithms.items()]
+    return "\n".join(text) + "\n"
+
+
+def _numbers(device: Hardware) -> list[str]:
+    return [
+        f"memory = {device.memory:.4g} # bytes",
+        f"memory_bandwidth = {device.memory_bandwidth:.4g} # bytes/s, read and written by an addition",
+        f"launch = {device.launch:.4g} # s, an addition of 4 elements",
+        f"start = {device.start:.4g} # s, a collective besides its hops",
+        f"devices_per_node = {device.devices_per_node}",
+    ]
+
+
+def _level(level: str, link: Link, fits: Sequence[Fit] | None) -> list[str]:
+    whose = "device" if level == "inside" else "node"
+    remark = "those of all_reduce below" if fits else "not measured: this run had no such link"
+    found = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
+    errors = {one.kind: one for one in fits or ()}
+    for kind, own in link.measured.items():
+        found += ["", f"[{level}.measured.{kind}]"]
+        if kind in errors:
+            sizes = errors[kind].points
+            reach = f"{sizes[0][0]:.0f} to {sizes[-1][0]:.0f} bytes"
+            found[-1] += f" # fitted to {len(sizes)} sizes, {reach}, none off by more than {errors[kind].error:.0%}"
+        found += _pair(own)
+    return found
+
+
+def _pair(link: Link) -> list[str]:
+    return [f"latency = {link.latency:.4g}", f"bandwidth = {link.bandwidth:.4g}"]
+
+
+def table(measured: Measured) -> str:
+    """What was measured, for people."""
+    device = measured.device
+    rows = [f"launch {device.launch * 1e6:.1f} us, memory {device.memory_bandwidth / 1e9:.1f} GB/s"]
+    rows += [f"{dtype:<10} {rate / 1e9:10.1f} Gflop/s" for dtype, rate in device.flops.items()]
+    for level, fits in (("inside", measured.inside), ("between", measured.between)):
+        for one in fits or ():
+            link = (device.inside if level == "inside" else device.between).of(one.kind)
+            rows.append(
+                f"{level:<8} {one.kind:<15} {link.latency * 1e6:9.1f} us a hop  {link.bandwidth / 1e9:8.3f} GB/s  "
+                f"largest error of the fit {one.error:.0%}"
+            )
+    return "\n".join(rows)

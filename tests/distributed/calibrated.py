@@ -1,0 +1,35 @@
+"""Measures this machine into the hardware file that is named, and compares what it predicts with what is measured."""
+
+import sys
+from pathlib import Path
+
+from shardc.cost.calibrate import _Bench, calibrate, layout_of_processes, toml
+from shardc.cost.hardware import hardware
+from shardc.mesh import Mesh
+from shardc.runtime import DistributedMesh, local_mesh
+
+mesh = local_mesh(layout_of_processes())
+assert isinstance(mesh, DistributedMesh)
+path = Path(sys.argv[1])
+measured = calibrate(mesh, "mine")
+if mesh.rank == 0:
+    path.write_text(toml(measured))
+    print(path.read_text())
+
+
+def predicted_over_measured() -> float:
+    """Of an all-reduce of a size that was not among those measured."""
+    size, seconds = _Bench(mesh).collective("all_reduce", "local", 600_000)
+    return measured.device.collective_seconds("all_reduce", size, Mesh.parse("local=2"), "local") / seconds
+
+
+ratios = [mesh.run(predicted_over_measured, lambda _: ())[0] for _ in range(5)]
+if mesh.rank == 0:
+    loaded = hardware(path)
+    assert loaded.name == path.stem and loaded.devices_per_node == 2
+    for kind in loaded.algorithms:
+        for size in (1e3, 1e6):
+            mesh_of_two = Mesh.parse("tp=2")
+            one, other = (d.collective_seconds(kind, size, mesh_of_two, "tp") for d in (loaded, measured.device))
+            assert abs(one / other - 1) < 1e-2
+    print("ratios", *sorted(ratios))

@@ -1,0 +1,37 @@
+"""`shardc calibrate` over gloo: the file it writes loads, and predicts what it did not measure."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import shardc
+
+pytestmark = pytest.mark.distributed
+
+
+def test_the_file_predicts_a_size_that_was_not_measured(torchrun, tmp_path: Path) -> None:
+    """Within a factor of two, in one of five trials: other work on the machine may disturb the rest."""
+    path = tmp_path / "mine.toml"
+    output = torchrun("calibrated.py", str(path), nproc=2)
+    ratios = [float(ratio) for ratio in re.findall(r"ratios (.*)", output)[0].split()]
+    assert any(0.5 < ratio < 2 for ratio in ratios), output
+    plan = shardc.compile(nn.Linear(8, 8), "tp=2", (torch.zeros(4, 8),), hardware=path).plan
+    assert "on mine, mode=auto" in str(plan)
+
+
+def test_the_command_line_starts_the_processes_itself(tmp_path: Path) -> None:
+    path = tmp_path / "here.toml"
+    command = [sys.executable, "-m", "shardc.cli", "calibrate", str(path), "--processes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path}" in done.stdout and "float32" in done.stdout
+    assert "not measured: this run had no such link" in path.read_text()
+    assert shardc.compile(nn.Linear(8, 8), "tp=2", (torch.zeros(4, 8),), hardware=str(path)).plan.cost > 0
