@@ -7,7 +7,7 @@
    enough to eliminate.
 4. If the bound stalls on a rest that is still wide, triplets are added where cycles are frustrated (`triplets.py`), and
    it sweeps on.
-5. If there are none left to add, `milp.py` branches over the rest.
+5. If there are none left to add, `milp.py` branches over the rest, unless that is far too large: then the gap stays.
 
 Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit.
 The result depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a
@@ -37,6 +37,7 @@ _AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
 _ROUNDS = 8  # times that triplets are added
 _WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
+_PAIRS = 2e6  # pairs of values beyond which branching gets nowhere in minutes
 _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
 
@@ -92,11 +93,7 @@ class Search:
 
     def run(self) -> list[int]:
         if not (
-            self._eliminated(_AT_ONCE)
-            or self._swept(_ROUGHLY)
-            or self._eliminated(math.inf)
-            or self._tightened()
-            or self._dived()
+            self._eliminated(_AT_ONCE) or self._swept(_ROUGHLY) or self._eliminated(math.inf) or self._alternated()
         ):
             self._branch()
         if self.choice is None:
@@ -127,6 +124,15 @@ class Search:
                 return False
             before = self.lower
         return False
+
+    def _alternated(self) -> bool:
+        """A better bound leaves less to search, a better incumbent less to bound: in turns, as long as either helps."""
+        while True:
+            before = self.upper
+            if self._tightened() or self._dived():
+                return True
+            if self.choice is None or not self.upper < before:
+                return self._late() and self.choice is not None
 
     def _tightened(self) -> bool:
         """Add triplets and sweep on, until closed (True) or nothing is frustrated any more."""
@@ -171,7 +177,7 @@ class Search:
         for halvings in range(1, _DIVES):
             keep = surviving(reduced, edges, (self.upper - self.lower) * 0.5**halvings, incumbent)
             part = self.bound.restricted(keep)
-            order = find_order([len(cost) for cost in part.unary], part.ends)
+            order = find_order([len(cost) for cost in part.unary], list(edges))
             if order.narrow:
                 _, choice = eliminate(part.unary, part.tables_by_edge(), order)
                 self._offer([int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)])
@@ -200,7 +206,7 @@ class Search:
     def _eliminated(self, work: float) -> bool:
         """Eliminate all variables, if that takes no more than this work."""
         edges = self.bound.tables_by_edge()
-        order = find_order([len(cost) for cost in self.bound.unary], self.bound.ends)
+        order = find_order([len(cost) for cost in self.bound.unary], list(edges))
         if not order.narrow or order.total > work:
             return False
         optimum, choice = eliminate(self.bound.unary, edges, order)
@@ -214,6 +220,8 @@ class Search:
         """Branch over the rest, in rewritten costs; those above the gap cannot be part of a better choice."""
         from shardc.solver.milp import solve_milp  # scipy takes a second to import, and few problems come this far
 
+        if self.choice is not None and (self._late() or sum(t.size for t in self.bound.tables_by_edge().values()) > _PAIRS):
+            return
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant
         top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
