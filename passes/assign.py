@@ -13,6 +13,7 @@ from shardc.errors import InfeasibleError, ShardcError
 from shardc.mesh import Mesh
 from shardc.rules.factoring import Factored, Key
 from shardc.solver.network import Accepts, Assignment, Network
+from shardc.solver.problem import Problem
 from shardc.solver.solve import Solution, solve
 
 TIME_LIMIT = 20.0
@@ -24,6 +25,16 @@ def assign(
     wishes: Mapping[Key, Sequence[Accepts]],
 ) -> tuple[Network, Assignment, Solution]:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
+    network = network_of(factored, mesh, device, accepts, whole_outputs, wishes)
+    solution = solved(network.problem(), TIME_LIMIT)
+    return network, network.assignment(solution.choice), solution
+
+
+def network_of(
+    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
+    wishes: Mapping[Key, Sequence[Accepts]],
+) -> Network:
+    """The cost network. Raises InfeasibleError where a variable has no value left."""
     network = Network(factored, mesh, device, accepts, whole_outputs, wishes)
     network.build()
     for variable in network.variables:
@@ -32,10 +43,14 @@ def assign(
                 f"no strategy of {variable.name} makes the layout that the constraints demand of it; "
                 f"leave one of its dims open"
             )
+    return network
+
+
+def solved(problem: Problem, time_limit: float) -> Solution:
+    """The cheapest choice, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        solution = solve(network.problem(), time_limit=TIME_LIMIT, certify=False)
+        return solve(problem, time_limit=time_limit, certify=False)
     except TimeoutError as error:
         raise ShardcError(
-            f"no plan was found within {TIME_LIMIT:.0f} CPU-seconds; constrain more, or use fewer axes"
+            f"no plan was found within {time_limit:.0f} CPU-seconds; constrain more, or use fewer axes"
         ) from error
-    return network, network.assignment(solution.choice), solution

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from shardc.layout import B, Layout, P, S
     from shardc.mesh import Mesh
     from shardc.rules.custom import rule
+    from shardc.search import search_mesh
 
-__all__ = ["B", "Layout", "Mesh", "P", "S", "ShardcError", "compile", "constrain", "rule", "shard"]
+__all__ = ["B", "Layout", "Mesh", "P", "S", "ShardcError", "compile", "constrain", "rule", "search_mesh", "shard"]
 
 _HOME = {
     "B": "shardc.layout",
@@ -27,6 +28,7 @@ _HOME = {
     "compile": "shardc.api",
     "constrain": "shardc.constrain",
     "rule": "shardc.rules.custom",
+    "search_mesh": "shardc.search",
     "shard": "shardc.api",
 }
 """Where each public name lives. Generated code imports shardc.runtime, which must not load the compiler."""

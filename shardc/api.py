@@ -26,7 +26,7 @@ OUTPUTS = ("full", "sharded")
 UNKNOWN = ("replicate", "error")
 
 
-def _request(
+def request_of(
     mesh: str | Mesh | None,
     mode: str,
     constraints: Mapping[str, Spec] | None,
@@ -35,6 +35,7 @@ def _request(
     on_unknown: str,
     dynamic: Dynamic | None,
 ) -> Request:
+    """The options of `compile`, checked and resolved. Raises ShardcError naming what is known."""
     if mode not in MODES:
         raise ShardcError(f"mode={mode!r} is not known; it is one of {', '.join(MODES)}")
     if outputs not in OUTPUTS:
@@ -82,7 +83,7 @@ def compile(
     Raises ShardcError; the model stays as it was.
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-    request = _request(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
+    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
     return compiled(Call(model, args, kwargs), request)
 
 
@@ -183,7 +184,7 @@ def shard(
             real, mesh=mesh, mode=mode, constraints=constraints, hardware=hardware, outputs=outputs,
             on_unknown=on_unknown, dynamic=dynamic,
         )  # fmt: skip
-    request = _request(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
+    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
     if isinstance(target, nn.Module):
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):

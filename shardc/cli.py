@@ -9,6 +9,7 @@ import argparse
 import copy
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from shardc.errors import ConstraintError, ShardcError
 from shardc.inspect.progress import working
 from shardc.passes.pipeline import PASSES
 from shardc.runtime import DistributedMesh, RankError, local_mesh
+from shardc.search import search_mesh
 
 MEASURE = "Measure this machine, or under torchrun the cluster, and write what --hardware takes."
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -45,11 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shardc", description="Shard PyTorch programs over a mesh of devices.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], help: str, searches: bool = False
+    ) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=help, description=help)
         one.set_defaults(command=command)
         one.add_argument("file", type=Path, metavar="FILE", help="Python file with model() and inputs()")
-        one.add_argument("--mesh", required=True, help="axes and sizes, the slowest first: dp=2,tp=4")
+        mesh = one.add_mutually_exclusive_group(required=True) if searches else one
+        mesh.add_argument("--mesh", required=not searches, help="axes and sizes, the slowest first: dp=2,tp=4")
+        if searches:
+            mesh.add_argument("--devices", type=int, help="instead: rank all meshes of so many devices")
         one.add_argument("--hardware", help="what costs are for: h100, or a .toml file (default: this machine)")
         one.add_argument("--mode", choices=api.MODES, default="auto", help="who decides what is not annotated")
         one.add_argument("--outputs", choices=api.OUTPUTS, default="full", help="gather outputs or leave them sharded")
@@ -65,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         return one
 
-    add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.")
+    planner = add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.", searches=True)
+    planner.add_argument("--axes", default="dp,tp", help="with --devices: what axes there may be (default dp,tp)")
     explainer = add("explain", _explain, "Tell why a value lies as it does, or what another layout would cost.")
     explainer.add_argument(
         "--why", required=True, metavar="VALUE", help="a parameter, a module (its output), input:0, or a printed name"
@@ -83,7 +91,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.devices is not None:
+        return _search(options, *_load(options.file))
     print(_compiled(options, *_load(options.file)).plan)
+    return 0
+
+
+def _search(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> int:
+    """Rank the meshes; the last line plans for the best."""
+    found = search_mesh(
+        model, options.devices, inputs, axes=[axis.strip() for axis in options.axes.split(",")], **_asked(options)
+    )
+    own = [f"--{name}={value}" for name in ("hardware", "mode", "outputs") if (value := getattr(options, name))]
+    own += [f"--on-unknown={options.on_unknown}", *(f"--constraint={text}" for text in options.constraint)]
+    defaults = {"--mode=auto", "--outputs=full", "--on-unknown=replicate"}
+    command = ["shardc", "plan", str(options.file), f"--mesh={found.best}", *(o for o in own if o not in defaults)]
+    print(f"{found}\n\n{shlex.join(command)}")
     return 0
 
 
@@ -192,24 +215,26 @@ def _load(path: Path) -> tuple[nn.Module, Inputs]:
     return model, inputs
 
 
-def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> api.Compiled:
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that `compile` and `search_mesh` share."""
     constraints: dict[str, str] = {}
     for text in options.constraint:
         pattern, equals, spec = text.partition("=")
         if not equals or not pattern:
             raise ConstraintError(f"--constraint {text}: write PATTERN=SPEC, like 'layers.*.up.weight=tp,-'")
         constraints[pattern.strip()] = spec.strip()
+    return {
+        "mode": options.mode,
+        "constraints": constraints,
+        "hardware": options.hardware,
+        "outputs": options.outputs,
+        "on_unknown": options.on_unknown,
+    }
+
+
+def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> api.Compiled:
     with working(f"compiling {options.file.name} for {options.mesh}"):
-        return api.compile(
-            model,
-            options.mesh,
-            inputs,
-            mode=options.mode,
-            constraints=constraints,
-            hardware=options.hardware,
-            outputs=options.outputs,
-            on_unknown=options.on_unknown,
-        )
+        return api.compile(model, options.mesh, inputs, **_asked(options))
 
 
 def _call(function: Callable[..., Any], inputs: Inputs) -> Any:

@@ -156,10 +156,11 @@ def compiled(call: Call, request: Request) -> Compiled:
     with TRACING:
         if dims:
             return Family(request, dims).at(call)
-        return Compiled(call.model, lower(*_captured(call, request, {})))
+        return Compiled(call.model, lower(*captured(call, request, {})))
 
 
-def _captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:
+def captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:
+    """The program of a call, what was asked for it, and the CPU-seconds of capture."""
     paths = [path for path, _ in call.model.named_modules() if path]
     specs = {pattern: _spec(pattern, spec) for pattern, spec in request.constraints.items()}
     start = time.process_time()
@@ -205,10 +206,10 @@ class Family:
     def _lowered(self, call: Call, sizes: Mapping[str, int]) -> Lowered:
         phases: dict[str, float] = {}
         if self._template is None and min(sizes.values()) > 1:
-            program, self._settings, phases = _captured(call, self._request, self._dims)
+            program, self._settings, phases = captured(call, self._request, self._dims)
             self._template = Template(program, self._dims)
         if self._template is None or self._settings is None or not self._template.admits(sizes):
-            return lower(*_captured(call, self._request, {}))
+            return lower(*captured(call, self._request, {}))
         start = time.process_time()
         program = self._template.at(sizes)
         phases["sizes"] = time.process_time() - start

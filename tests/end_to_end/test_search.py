@@ -1,0 +1,129 @@
+"""Mesh search: every mesh that can differ is planned once, and its price is that of compiling for it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardc
+from shardc.cli import main
+from shardc.cost.hardware import hardware
+from shardc.mesh import Mesh
+from shardc.search import factorisations, meshes
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))).square().mean()
+
+
+def mlp(width: int, hidden: int, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    with torch.device("meta"):
+        return Mlp(width, hidden).bfloat16(), (torch.empty(batch, width, dtype=torch.bfloat16),)
+
+
+@pytest.mark.parametrize(("number", "factors", "count"), [(64, 1, 1), (64, 2, 7), (64, 3, 28), (12, 2, 6), (7, 2, 2)])
+def test_factorisations(number: int, factors: int, count: int) -> None:
+    found = list(factorisations(number, factors))
+    assert len(found) == len(set(found)) == count
+    assert all(math.prod(sizes) == number and len(sizes) == factors for sizes in found)
+
+
+def names(found: list[Mesh]) -> list[str]:
+    return [str(mesh) for mesh in found]
+
+
+def test_meshes_that_only_names_tell_apart_are_one() -> None:
+    h100, axes = hardware("h100"), ("dp", "tp")
+    assert names(meshes(64, axes, h100, False)) == [
+        "dp=64", "dp=2,tp=32", "dp=4,tp=16", "dp=8,tp=8", "dp=16,tp=4", "dp=32,tp=2"
+    ]  # fmt: skip
+    assert names(meshes(8, axes, h100, False)) == ["dp=8", "dp=2,tp=4"]  # one node: order is but a name
+    assert names(meshes(8, axes, replace(h100, devices_per_node=4), False)) == ["dp=8", "dp=2,tp=4", "dp=4,tp=2"]
+    assert names(meshes(4, axes, h100, True)) == ["dp=1,tp=4", "dp=4,tp=1", "dp=2,tp=2"]
+    assert names(meshes(1, axes, h100, False)) == ["dp=1"]
+    three = names(meshes(64, ("a", "b", "c"), h100, False))
+    assert len(three) == 6 + 10 - 2  # of the 10 of three axes, these are others by another name:
+    assert "a=2,b=4,c=8" in three and "a=4,b=2,c=8" not in three  # both between nodes
+    assert "a=8,b=2,c=4" in three and "a=8,b=4,c=2" not in three  # both inside
+
+
+@pytest.mark.parametrize("sizes", [(8192, 32768, 65536), (512, 2048, 65536)])
+def test_every_price_is_that_of_compiling_for_the_mesh(sizes: tuple[int, int, int]) -> None:
+    model, inputs = mlp(*sizes)
+    found = shardc.search_mesh(model, 16, inputs, hardware="h100", axes=("a", "b"))
+    assert [one.cost for one in found.ranked] == sorted(one.cost for one in found.ranked)
+    assert len(found.ranked) == 4
+    for one in found.ranked:
+        plan = shardc.compile(model, one.mesh, inputs, hardware="h100").plan
+        if math.isfinite(one.cost):
+            assert one.cost == pytest.approx(plan.cost) and one.gap < 1e-6
+        else:
+            assert one.lower_bound <= plan.cost and plan.cost >= found.ranked[0].cost
+    assert found.best == found.ranked[0].mesh
+    assert "4 meshes of 16 devices on h100" in str(found) and "optimal" in str(found)
+
+
+def test_big_weights_and_a_big_batch_over_nodes_want_two_axes() -> None:
+    """The textbook's: the batch over nodes and columns and rows inside beats either alone."""
+    model, inputs = mlp(8192, 32768, 65536)
+    found = shardc.search_mesh(model, 16, inputs, hardware="h100")
+    assert str(found.best) in ("dp=2,tp=8", "dp=4,tp=4", "dp=8,tp=2")
+    worst = next(one for one in found.ranked if str(one.mesh) == "dp=16")
+    assert found.ranked[0].cost < worst.cost
+    for one in found.ranked[:2]:
+        placed = shardc.compile(model, one.mesh, inputs, hardware="h100").plan.placed
+        held = sum(math.prod(p.layout.local_shape(one.mesh)) for p in placed if p.role == "parameter")
+        assert one.stored == 2 * 2 * held  # parameters and gradients, in bf16
+
+
+def test_what_does_not_fit_is_said() -> None:
+    model, inputs = mlp(4096, 16384, 64)
+    small = replace(hardware("h100"), memory=1e6)
+    assert "more than the 976.6 KiB of a device" in str(shardc.search_mesh(model, 2, inputs, hardware=small))
+
+
+def test_constraints_keep_the_names_of_axes() -> None:
+    model, inputs = mlp(256, 1024, 64)
+    wanted = {"up.weight": ("tp", None)}
+    found = shardc.search_mesh(model, 8, inputs, hardware="h100", constraints=wanted)
+    assert {str(one.mesh) for one in found.ranked} == {"dp=1,tp=8", "dp=8,tp=1", "dp=2,tp=4", "dp=4,tp=2"}
+    for one in found.ranked:
+        if math.isfinite(one.cost):
+            plan = shardc.compile(model, one.mesh, inputs, hardware="h100", constraints=wanted).plan
+            assert one.cost == pytest.approx(plan.cost)
+
+
+def test_what_cannot_be_searched_is_an_error() -> None:
+    model, inputs = mlp(8, 8, 8)
+    with pytest.raises(shardc.ShardcError, match="cannot spread 0 devices over 2 axes"):
+        shardc.search_mesh(model, 0, inputs)
+    with pytest.raises(shardc.ShardcError, match=r"no mesh of 4 devices has a plan; .*: .*tq"):
+        shardc.search_mesh(model, 4, inputs, constraints={"up.weight": ("tq", None)})
+
+
+def test_the_command_line_ranks_meshes_and_gives_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = ["plan", "examples/mlp.py", "--hardware", "h100", "--outputs", "sharded", "--constraint", "up.weight=tp,-"]
+    assert main([*asked, "--devices", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "3 meshes of 4 devices on h100, the cheapest plan first" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["shardc", "plan", "examples/mlp.py"] and "--constraint=up.weight=tp,-" in command
+    assert main(command[1:]) == 0
+    assert "plan for mesh dp=" in capsys.readouterr().out
