@@ -75,13 +75,14 @@ class Part:
         return start * self.unit, chunk * self.unit, valid * self.unit
 
     def fill(self, x: Tensor, dim: int, value: float) -> Tensor:
-        """`x` with `value` in the padding of its local `dim`."""
+        """`x` with `value` in the padding of its local `dim`; among truth values what is above zero is true."""
         if self.size == self.length * self.count:
             return x
         shape = [1] * x.dim()
         shape[dim] = self.length
         padding = torch.arange(self.length, device=x.device) >= self.valid
-        return torch.where(padding.view(shape), torch.full((), value, dtype=x.dtype, device=x.device), x)
+        filling = value > 0 if x.dtype is torch.bool else value
+        return torch.where(padding.view(shape), torch.full((), filling, dtype=x.dtype, device=x.device), x)
 
     def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """The reduction of `x` over all parts."""

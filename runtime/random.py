@@ -1,7 +1,8 @@
 """Random numbers that do not depend on the mesh: every rank draws the global tensor from the same stream.
 
 Each function here draws what its namesake of torch draws on the CPU, from the run's generator, and advances it as that
-does. They take and give global tensors.
+does. They take and give global tensors, or, where they are told of parts `d0`, `d1`, ... of the dims of that number,
+the rank's part: every rank goes through the whole stream, block by block, and keeps its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import Context, current
+from shardc.runtime.parts import Part, by_dim
+from shardc.runtime.streams import Stream, filled
 
 
 def _generator(context: Context) -> torch.Generator:
@@ -27,19 +30,16 @@ def draw(
     *parameters: float,
     dtype: torch.dtype,
     strides: Sequence[int] | None = None,
+    **parts: Part,
 ) -> Tensor:
     """A tensor filled by torch's in-place method `distribution` ("uniform", "normal", "bernoulli", ...).
 
-    Eager mode draws in the order in which its result lies in memory: `strides` are those of that result where it is not
-    contiguous. What is returned is contiguous in any case.
+    `shape` is global. Eager mode draws in the order in which its result lies in memory: `strides` are those of that
+    result where it is not contiguous. What is returned is contiguous in any case.
     """
     context = current()
-    generator = _generator(context)
-    if strides is None:
-        made = torch.empty(tuple(shape), dtype=dtype)
-    else:
-        made = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype)
-    return getattr(made, f"{distribution}_")(*parameters, generator=generator).contiguous().to(context.device)
+    stream = Stream(distribution, parameters, dtype, _generator(context))
+    return filled(stream, shape, strides, by_dim(parts)).to(context.device)
 
 
 def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
@@ -48,10 +48,31 @@ def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
     return torch.randperm(count, dtype=dtype, generator=_generator(context)).to(context.device)
 
 
-def multinomial(weights: Tensor, count: int, replacement: bool = False, *, strides: Sequence[int]) -> Tensor:
-    """`count` indices a row, by weight. `strides`, here and below: those that the operand has in eager mode."""
+def multinomial(
+    weights: Tensor, count: int, replacement: bool = False, *, strides: Sequence[int], d0: Part | None = None
+) -> Tensor:
+    """`count` indices a row, by weight. `strides`, here and below: those that the operand has in eager mode, whole.
+
+    With `d0` the weights are the rank's part of the rows, and so are the indices.
+    """
     generator = _generator(current())
-    return torch.multinomial(_laid(weights, strides), count, replacement, generator=generator).to(weights.device)
+    if d0 is None:
+        return torch.multinomial(_laid(weights, strides), count, replacement, generator=generator).to(weights.device)
+    rows, result = weights[: d0.valid].cpu(), torch.zeros(d0.length, count, dtype=torch.int64)
+    if replacement and count > 1:  # a number of the stream for every index
+        numbers = Stream("uniform", (0.0, 1.0), torch.float64, generator)
+        before = min(d0.start, d0.size)
+        numbers.skip(before * count)
+        if d0.valid:
+            result[: d0.valid] = torch.multinomial(rows, count, True, generator=generator)
+        numbers.skip((d0.size - before - d0.valid) * count)
+    else:  # one for every weight
+        shape, numbers = (d0.size, weights.shape[1]), Stream("exponential", (1.0,), weights.dtype, generator)
+        scores = rows / filled(numbers, shape, strides, {0: d0})[: d0.valid]
+        if not bool(((rows >= 0) & (rows < float("inf"))).all() & (rows.sum(1) != 0).all()):
+            raise RankError("multinomial: a row of weights is negative, not finite, or sums to zero")
+        result[: d0.valid] = scores.argmax(1, keepdim=True) if count == 1 else scores.topk(count)[1]
+    return result.to(weights.device)
 
 
 def poisson(rates: Tensor, *, strides: Sequence[int]) -> Tensor:

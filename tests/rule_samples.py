@@ -74,6 +74,8 @@ def reductions() -> Iterator[Sample]:
         yield Sample(operator, (boolean(6, 12), 1, True))
     for operator in (aten.any.default, aten.all.default):
         yield Sample(operator, (boolean(6, 2),))
+        for truth in (torch.zeros, torch.ones):  # what padding holds decides neither
+            yield Sample(operator, (truth(5, 7).bool(),))
     for operator in (aten.max.dim, aten.min.dim):
         yield Sample(operator, (real(6, 12), -1))
         yield Sample(operator, (real(6, 12), 0, True))
@@ -403,9 +405,13 @@ def factories() -> Iterator[Sample]:
 def draws() -> Iterator[Sample]:
     yield Sample(random.draw, ([6, 2], "bernoulli", 0.5), {"dtype": torch.float64})
     yield Sample(random.draw, ([6, 1, 12], "normal", 0.0, 1.0), {"dtype": torch.float64, "strides": [1, 1, 6]})
+    yield Sample(random.draw, ([5, 7], "uniform", 0.0, 1.0), {"dtype": torch.float32})
     yield Sample(random.randperm, (6,), {"dtype": torch.int64})
     yield Sample(random.multinomial, (positive(6, 12), 3), {"strides": [12, 1]})
     yield Sample(random.multinomial, (positive(12), 1, True), {"strides": [1]})
+    yield Sample(random.multinomial, (positive(5, 12), 1), {"strides": [1, 5]})
+    yield Sample(random.multinomial, (positive(5, 4), 7, True), {"strides": [4, 1]})
+    yield Sample(random.multinomial, (positive(6, 4).float(), 4), {"strides": [4, 1]})
     for function in (random.poisson, random.standard_gamma, random.sample_dirichlet):
         yield Sample(function, (positive(6, 2),), {"strides": [1, 6]})
     yield Sample(random.binomial, (whole(9, 6, 2).double(), torch.full((6, 2), 0.3).double()), {"strides": [2, 1]})

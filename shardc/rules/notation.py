@@ -70,6 +70,7 @@ class Rule:
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     even: bool = False
     multiplied: frozenset[int] = frozenset()
+    repeated: bool = False
 
 
 def parse(
@@ -83,10 +84,12 @@ def parse(
     parts: Mapping[str, Iterable[int]] | None = None,
     even: bool = False,
     multiplied: Iterable[int] = (),
+    repeated: bool = False,
 ) -> Rule:
     """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
     `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is
-    split unevenly, because the operator may fail on what padding holds."""
+    split unevenly, because the operator may fail on what padding holds. `repeated`: every rank makes all of the
+    results, whatever is split, and keeps its part."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
@@ -134,6 +137,7 @@ def parse(
         {name: frozenset(given) for name, given in (parts or {}).items()},
         even,
         frozenset(multiplied),
+        repeated,
     )
 
 

@@ -1,4 +1,5 @@
-"""Random operators, rewritten so that every mesh draws the single-device stream: the global tensor, drawn whole."""
+"""Random operators, rewritten so that every mesh draws the single-device stream: the global tensor, of which a rank may
+keep its part. Every rank goes through the whole stream, so that a split saves memory and what follows, not the draw."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Decomposition = Callable[..., Any]
 
 @rule(random.draw)
 def draw(shape: Any, *_: Any, **__: Any) -> Rule:
-    return parse(f"-> {_whole(torch.empty(shape, device='meta'))}")
+    x = torch.empty(shape, device="meta")
+    return parse(f"-> {mark(letters(x), range(x.dim()), '~')}", body=random.draw, repeated=True)
 
 
 @rule(random.randperm)
@@ -29,9 +31,11 @@ def randperm(count: int, **_: Any) -> Rule:
 
 @rule(random.multinomial)
 def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
-    names = _whole(weights)
-    rows = names.rpartition(" ")[0]
-    return parse(f"{names} -> {rows} {'j!' if count != 1 else '1'}")
+    """Every rank goes through the random numbers of all rows; it looks into the weights of its own."""
+    *rows, last = letters(weights)
+    batch = mark(rows, range(len(rows)), "~")
+    column = f"{last}!" if last != "1" else "1"
+    return parse(f"{batch} {column} -> {batch} {'j!' if count != 1 else '1'}", body=random.multinomial)
 
 
 @rule(random.poisson, random.binomial, random.standard_gamma, random.sample_dirichlet)

@@ -24,13 +24,17 @@ def _kept(names: list[str], chosen: set[int], keepdim: bool) -> list[str]:
     return [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
 
 
-def _reduce(reduction: str, even: bool = False) -> Callable[..., Rule]:
+def _reduce(reduction: str, truth: bool = False) -> Callable[..., Rule]:
+    """`truth`: the largest of some zeros and ones is one if any is, and of no other numbers is the infinity that fills
+    padding true or false as it should be."""
+
     def maker(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
         names, chosen = letters(x), _chosen(x, dim)
         left = " ".join(
             f"{n}:{reduction}" if i in chosen and n != "1" and reduction != "sum" else n for i, n in enumerate(names)
         )
         right = " ".join(_kept(names, chosen, keepdim))
+        even = truth and x.dtype is not torch.bool
         return parse(f"{left} -> {right}", [{0}] if reduction == "sum" and adds(x) else [], even=even)
 
     return maker
@@ -40,9 +44,8 @@ rule(aten.sum.dim_IntList, aten.sum.default)(_reduce("sum"))
 rule(aten.amax.default)(_reduce("max"))
 rule(aten.amin.default)(_reduce("min"))
 rule(aten.prod.dim_int)(_reduce("prod"))
-# the largest of some zeros and ones is one if any is; what fills padding for it, -inf, would count as true
-rule(aten.any.dim, aten.any.dims, aten.any.default)(_reduce("max", even=True))
-rule(aten.all.dim, aten.all.dims, aten.all.default)(_reduce("min", even=True))
+rule(aten.any.dim, aten.any.dims, aten.any.default)(_reduce("max", truth=True))
+rule(aten.all.dim, aten.all.dims, aten.all.default)(_reduce("min", truth=True))
 
 
 def parted(x: torch.Tensor, dims: set[int]) -> tuple[str, tuple[str, ...]]:

@@ -19,6 +19,17 @@ def extreme(operator: Any) -> Callable[[Builder, fx.Node], fx.Node]:
     return lambda b, x: b(operator, x, list(range(value_of(x).dim())), False)
 
 
+def truth(operator: Any) -> Callable[..., fx.Node | None]:
+    """`any` and `all` of numbers as those of truth values, which have an identity to fill padding with."""
+
+    def decomposition(b: Builder, x: fx.Node, *given: Any) -> fx.Node | None:
+        if value_of(x).dtype is torch.bool:
+            return None
+        return b(operator, b(aten.ne.Scalar, x, 0), *given)
+
+    return decomposition
+
+
 def addbmm(
     b: Builder, x: fx.Node, first: fx.Node, second: fx.Node, *, beta: float = 1, alpha: float = 1
 ) -> fx.Node:
@@ -96,6 +107,11 @@ def _places(b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.max.default: extreme(aten.amax.default),
     aten.min.default: extreme(aten.amin.default),
+    **{
+        operator: truth(operator)
+        for kind in (aten.any, aten.all)
+        for operator in (kind.default, kind.dim, kind.dims)
+    },
     aten.addbmm.default: addbmm,
     aten._trilinear.default: trilinear,
     aten.put.default: put,

@@ -68,6 +68,8 @@ class Shape:
     """Whether padding could make the operator fail, so that no factor may be split unevenly."""
     multiplied: frozenset[int]
     """Operands that are not additive though they are in every linear group."""
+    repeated: bool
+    """Whether every rank makes all of the results and keeps its part."""
 
     @cached_property
     def reduced(self) -> dict[int, str]:
@@ -143,15 +145,21 @@ def shape_of(factored: Factored, op: Op) -> Shape:
         op.node.op != "placeholder",
         op.rule.even,
         op.rule.multiplied,
+        op.rule.repeated,
     )
 
 
 def _integers(op: Op) -> frozenset[int]:
-    """The integer operands of an operator that is not elementwise."""
+    """The integer operands of an operator that is not elementwise. Truth values have extremes, as floats do."""
     if len({op.rule.results[0], *op.rule.operands}) == 1 and not op.rule.parted:
         return frozenset()
     kinds = [value_of(operand.node).dtype for operand in op.operands]
-    return frozenset(i for i, dtype in enumerate(kinds) if not (dtype.is_floating_point or dtype.is_complex))
+    extremes = bool(op.rule.reductions)
+    return frozenset(
+        i
+        for i, dtype in enumerate(kinds)
+        if not (dtype.is_floating_point or dtype.is_complex or (extremes and dtype is torch.bool))
+    )
 
 
 def _side(factored: Factored, op: Op, item: Operand | Result) -> Side:
@@ -216,6 +224,8 @@ class Options:
         shape = self.shape
         chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
         moved = sum(side.itemsize * self._local(side, chunks) for side in shape.results)
+        if shape.repeated:
+            moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
         for operand, side in enumerate(shape.operands):
             passes = 1 + 2 * len(masks(shape, strategy, operand, self.mesh))
             moved += side.itemsize * self._local(side, chunks) * passes

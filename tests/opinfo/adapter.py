@@ -224,7 +224,7 @@ def _trace(graph: fx.Graph, program: Program, sums: set[fx.Node]) -> Iterator[St
         operands = [_came(operand, entries) for operand in node.all_input_nodes]
         made = [node] if node.meta.get("layout") is not None else list(node.users)
         yield Step(
-            str(node.target).removeprefix("aten."),
+            _name(node.target),
             node.meta["phase"],
             [now for _, now, _ in operands],
             [placement_of(n) for n in made],
@@ -237,6 +237,11 @@ def _trace(graph: fx.Graph, program: Program, sums: set[fx.Node]) -> Iterator[St
             if source.op == "placeholder" or source in entries:
                 phase = "backward" if port.role is Role.GRADIENT else "forward"
                 yield Step("identity", phase, [placement_of(source)], [placement_of(source)], [], True)
+
+
+def _name(target: Any) -> str:
+    """`mm.default`, or the name of a function of the runtime."""
+    return str(target).removeprefix("aten.") if isinstance(target, torch._ops.OpOverload) else target.__name__
 
 
 def _came(operand: fx.Node, entries: set[fx.Node]) -> tuple[str, str, bool]:
