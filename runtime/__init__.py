@@ -9,6 +9,7 @@ if __name__ != "shardc.runtime":
 from shardc.runtime.attention import attention, attention_backward
 from shardc.runtime.checks import checked
 from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
+from shardc.runtime.columns import cholesky_inverse, householder_product
 from shardc.runtime.context import attention_in_parts, attention_in_parts_backward
 from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
 from shardc.runtime.errors import RankError
@@ -23,6 +24,7 @@ from shardc.runtime.exponentials import (
 )
 from shardc.runtime.extremes import argmax, argmin, max_along, min_along, topk
 from shardc.runtime.indexing import drop_dummy, fill, pad_dummy, rebase
+from shardc.runtime.lists import hash_tensor, nonzero_static, pair_distances
 from shardc.runtime.mesh import Context, Mesh, current
 from shardc.runtime.moves import (
     arange,
@@ -98,6 +100,7 @@ __all__ = [
     "binomial",
     "cat_along",
     "checked",
+    "cholesky_inverse",
     "constant_pad",
     "convolution",
     "convolution_backward",
@@ -116,6 +119,8 @@ __all__ = [
     "eye",
     "fill",
     "flip",
+    "hash_tensor",
+    "householder_product",
     "layer_norm",
     "layer_norm_backward",
     "linspace",
@@ -132,7 +137,9 @@ __all__ = [
     "max_pool3d_backward",
     "min_along",
     "multinomial",
+    "nonzero_static",
     "pad_dummy",
+    "pair_distances",
     "paste",
     "permute",
     "placements",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,31 @@ def checked(x: Tensor, info: Tensor, name: str, is_matrix: bool) -> Tensor:
     return x.clone()
 
 
+@torch.library.custom_op("shardc::confirmed", mutates_args=())
+def confirmed(x: Tensor, good: Tensor, message: str) -> Tensor:
+    """`x`, where `good`, a single truth value, holds. Raises ValueError with the message where it does not."""
+    if not bool(good):
+        raise ValueError(message)
+    return x.clone()
+
+
+@confirmed.register_fake
+def _confirmed_fake(x: Tensor, good: Tensor, message: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _same(_: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None
+
+
+def _same_of_checked(_: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
+
+
 @checked.register_fake
 def _checked_fake(x: Tensor, info: Tensor, name: str, is_matrix: bool) -> Tensor:
     return torch.empty_like(x)
+
+
+confirmed.register_autograd(_same)
+checked.register_autograd(_same_of_checked)

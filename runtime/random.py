@@ -48,30 +48,21 @@ def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
     return torch.randperm(count, dtype=dtype, generator=_generator(context)).to(context.device)
 
 
-def multinomial(
-    weights: Tensor, count: int, replacement: bool = False, *, strides: Sequence[int], d0: Part | None = None
-) -> Tensor:
-    """`count` indices a row, by weight. `strides`, here and below: those that the operand has in eager mode, whole.
+def multinomial(weights: Tensor, count: int, *, strides: Sequence[int], d0: Part | None = None) -> Tensor:
+    """`count` indices a row, by weight, with replacement. `strides`, here and below: those that the operand has in
+    eager mode.
 
     With `d0` the weights are the rank's part of the rows, and so are the indices.
     """
     generator = _generator(current())
     if d0 is None:
-        return torch.multinomial(_laid(weights, strides), count, replacement, generator=generator).to(weights.device)
+        return torch.multinomial(_laid(weights, strides), count, True, generator=generator).to(weights.device)
     rows, result = weights[: d0.valid].cpu(), torch.zeros(d0.length, count, dtype=torch.int64)
-    if replacement and count > 1:  # a number of the stream for every index
-        numbers = Stream("uniform", (0.0, 1.0), torch.float64, generator)
-        before = min(d0.start, d0.size)
-        numbers.skip(before * count)
-        if d0.valid:
-            result[: d0.valid] = torch.multinomial(rows, count, True, generator=generator)
-        numbers.skip((d0.size - before - d0.valid) * count)
-    else:  # one for every weight
-        shape, numbers = (d0.size, weights.shape[1]), Stream("exponential", (1.0,), weights.dtype, generator)
-        scores = rows / filled(numbers, shape, strides, {0: d0})[: d0.valid]
-        if not bool(((rows >= 0) & (rows < float("inf"))).all() & (rows.sum(1) != 0).all()):
-            raise RankError("multinomial: a row of weights is negative, not finite, or sums to zero")
-        result[: d0.valid] = scores.argmax(1, keepdim=True) if count == 1 else scores.topk(count)[1]
+    numbers, before = Stream("uniform", (0.0, 1.0), torch.float64, generator), min(d0.start, d0.size)
+    numbers.skip(before * count)  # one for every index
+    if d0.valid:
+        result[: d0.valid] = torch.multinomial(rows, count, True, generator=generator)
+    numbers.skip((d0.size - before - d0.valid) * count)
     return result.to(weights.device)
 
 

@@ -13,6 +13,8 @@ from torch._C import DispatchKey
 from torch._decomp import decompositions as rnn
 from torch._ops import OpOverload
 
+from shardc import respellings
+
 aten = torch.ops.aten
 
 
@@ -132,5 +134,6 @@ RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.index_put_: _put_in_place,
     torch.index_fill: _fill,
     torch.Tensor.index_fill: _fill,
+    **respellings.RESPELLED,
 }
 """Functions of torch, and what is called in their place."""

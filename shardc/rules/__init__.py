@@ -9,8 +9,11 @@ from shardc.rules import (
     bags,
     contraction,
     factory,
+    fourier,
     index,
     linear,
+    lists,
+    matrices,
     normalization,
     pointwise,
     pools,
@@ -23,6 +26,6 @@ from shardc.rules import (
 )
 
 FAMILIES = (
-    attention, bags, contraction, factory, index, linear, normalization, pointwise, pools, randomness, reduction,
-    sampling, scan, shape, window,
+    attention, bags, contraction, factory, fourier, index, linear, lists, matrices, normalization, pointwise,
+    pools, randomness, reduction, sampling, scan, shape, window,
 )  # fmt: skip

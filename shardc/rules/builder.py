@@ -54,11 +54,12 @@ class Builder:
 
     def draw(
         self, distribution: str, *parameters: float, dtype: torch.dtype | None = None,
-        strides: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None, shape: Sequence[int] | None = None,
     ) -> fx.Node:  # fmt: skip
-        """Random numbers of the shape of the result; eager draws in the order in which its result lies in memory."""
+        """Random numbers, of the shape of the result unless another is given; eager draws in the order in which its
+        result lies in memory."""
         like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
-        shape, dtype = [int(n) for n in like.shape], dtype or like.dtype
+        shape, dtype = [int(n) for n in like.shape] if shape is None else list(shape), dtype or like.dtype
         strides = [int(n) for n in like.stride()] if strides is None else list(strides)
         plain = strides == [int(n) for n in torch.empty(shape, device="meta").stride()]
         keywords = {"dtype": dtype, **({} if plain else {"strides": strides})}

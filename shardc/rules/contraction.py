@@ -8,8 +8,6 @@ from shardc.rules.notation import Rule, fixed, named, parse, rule
 
 aten = torch.ops.aten
 
-fixed(aten._pdist_forward.default, text="n! d! -> p!")
-fixed(aten._pdist_backward.default, text="p!, n! d!, p! -> n! d!", linear=[{0}])
 fixed(aten.mm.default, text="m k, k n -> m n", linear=[{0}, {1}], flops=["m k n"])
 fixed(aten.bmm.default, text="b m k, b k n -> b m n", linear=[{0}, {1}], flops=["b m k n"])
 fixed(aten.dot.default, text="k, k -> ", linear=[{0}, {1}], flops=["k"])

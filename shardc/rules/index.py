@@ -224,7 +224,7 @@ def segment_reduce(
     """Segments lie along `axis`, which stays whole; of the dims before it every row has its own lengths."""
     del reduce
     left, bounds, right = _segments(data, lengths, offsets, axis)
-    return parse(f"{left}, {bounds} -> {right}", even=True)  # padded lengths would not add up
+    return parse(f"{left}, {bounds} -> {right}", even=axis > 0)  # padded lengths would not add up
 
 
 @rule(aten._segment_reduce_backward.default)
@@ -234,7 +234,7 @@ def segment_reduce_backward(
 ) -> Rule:  # fmt: skip
     del grad, output, reduce
     left, bounds, right = _segments(data, lengths, offsets, axis)
-    return parse(f"{right}, {right}, {left}, {bounds} -> {left}", [{0}], even=True)
+    return parse(f"{right}, {right}, {left}, {bounds} -> {left}", [{0}], even=axis > 0)
 
 
 def _segments(

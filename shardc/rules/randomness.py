@@ -129,6 +129,24 @@ def _sampled(function: Callable[..., Any]) -> Decomposition:
     return decomposition
 
 
+def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool = False) -> fx.Node:
+    """Without replacement as in ATen: where the weight is largest beside an exponential number of its own."""
+    value = value_of(weights)
+    if replacement and count > 1:
+        return b.run(random.multinomial, weights, count, strides=_strides(weights))
+    lowest, highest = (b(operator, weights, [-1], False) for operator in (aten.amin.default, aten.amax.default))
+    some = b(aten.logical_and.default, b(aten.gt.Scalar, highest, 0), b(aten.lt.Scalar, highest, float("inf")))
+    good = b(aten.all.default, b(aten.logical_and.default, b(aten.ge.Scalar, lowest, 0), some))
+    message = "multinomial: of the weights of a row one must be above 0, and none below it or without bound"
+    sure = b(torch.ops.shardc.confirmed.default, weights, good, message)
+    shape = [int(n) for n in value.shape]
+    chances = b.draw("exponential", 1.0, dtype=value.dtype, strides=_strides(weights), shape=shape)
+    scores = b(aten.div.Tensor, sure, chances)
+    if count == 1:
+        return b(aten.argmax.default, scores, -1, True)
+    return b.item(b(aten.topk.default, scores, count), 1)
+
+
 def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:
     return b.run(random.randperm, count, dtype=b.result.dtype)
 
@@ -169,7 +187,7 @@ DECOMPOSITIONS: Mapping[Any, Decomposition] = {
     aten.native_dropout.default: native_dropout,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise,
     aten.rrelu_with_noise_backward.default: rrelu_backward,
-    aten.multinomial.default: _sampled(random.multinomial),
+    aten.multinomial.default: multinomial_of,
     aten.poisson.default: _sampled(random.poisson),
     aten.binomial.default: _sampled(random.binomial),
     aten._standard_gamma.default: _sampled(random.standard_gamma),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
-from shardc.runtime import exponentials, extremes
+from shardc.runtime import exponentials, extremes, lists
 
 aten = torch.ops.aten
 
@@ -105,6 +105,24 @@ def _extreme(body: Body) -> Callable[..., Rule]:
 
 rule(aten.max.dim)(_extreme(extremes.max_along))
 rule(aten.min.dim)(_extreme(extremes.min_along))
+
+
+@rule(aten.median.dim, aten.nanmedian.dim, aten.mode.default)
+def typical(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Rule:
+    """The dim is sorted, so it stays whole."""
+    names, chosen = letters(x), _chosen(x, dim)
+    right = " ".join(_kept(names, chosen, keepdim))
+    return parse(f"{mark(names, chosen)} -> {right}, {right}")
+
+
+@rule(aten.hash_tensor.default)
+def hash_tensor(x: torch.Tensor, dim: Sequence[int] = (), *, keepdim: bool = False, mode: int = 0) -> Rule:
+    """The exclusive or of the elements' bits, as 64-bit integers."""
+    chosen = _chosen(x, dim)
+    left, rest = parted(x, chosen if mode == 0 else set())
+    right = " ".join(_kept(letters(x), chosen, keepdim))
+    sent = [Send("all_gather", rest, torch.int64.itemsize)]
+    return parse(f"{left} -> {right}", body=lists.hash_tensor, sends={f"d{i}": sent for i in chosen})
 
 
 @rule(aten.topk.default)

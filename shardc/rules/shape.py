@@ -267,3 +267,9 @@ def checked(x: torch.Tensor, info: torch.Tensor, *_: object) -> Rule:
     """Every rank sees whether all matrices could be factorised, so that all stop together."""
     names = " ".join(letters(x))
     return parse(f"{names}, {mark(letters(info, 'i'), range(info.dim()))} -> {names}")
+
+
+@rule(torch.ops.shardc.confirmed.default)
+def confirmed(x: torch.Tensor, *_: object) -> Rule:
+    names = " ".join(letters(x))
+    return parse(f"{names},  -> {names}", [{0}])

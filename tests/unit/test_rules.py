@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from brute_force import Call, Sample
+from matrix_samples import MATRICES
 from parted_samples import PARTED
 from pointwise_samples import POINTWISE
 from rule_samples import GROUPS
@@ -38,7 +39,7 @@ def name_of(operator: Any) -> str:
 
 def _by_operator() -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = defaultdict(list)
-    for group in (*GROUPS, *PARTED, *POINTWISE):
+    for group in (*GROUPS, *MATRICES, *PARTED, *POINTWISE):
         for sample in group():
             found[name_of(sample.target)].append(sample)
     return dict(found)

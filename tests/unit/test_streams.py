@@ -86,8 +86,8 @@ def test_tensors_in_any_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("count, replacement", [(1, False), (1, True), (4, False), (9, True)])
-def test_samples_of_rows(count: int, replacement: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("count", [2, 9])
+def test_samples_of_rows(count: int, dtype: torch.dtype) -> None:
     machine = VirtualMesh({"a": 4})
     for rows, columns in ((5, 7), (8, 40), (4, 9)):
         for weights in (torch.rand(rows, columns), torch.rand(columns, rows).t()):
@@ -96,12 +96,12 @@ def test_samples_of_rows(count: int, replacement: bool, dtype: torch.dtype) -> N
             def draw(weights: Tensor = weights, part: Part = part) -> tuple[Tensor, Tensor]:
                 own = torch.full((part.length, weights.shape[1]), float("nan"), dtype=dtype)
                 own[: part.valid] = weights[part.start : part.start + part.valid]
-                made = random.multinomial(own, count, replacement, strides=weights.stride(), d0=part)
+                made = random.multinomial(own, count, strides=weights.stride(), d0=part)
                 return made[: part.valid], random.draw([], "uniform", dtype=torch.float64)
 
             torch.manual_seed(5)
             ran = machine.run(draw, lambda _: (), random=True)
             torch.manual_seed(5)
-            assert torch.equal(torch.cat([own for own, _ in ran]), torch.multinomial(weights, count, replacement))
+            assert torch.equal(torch.cat([own for own, _ in ran]), torch.multinomial(weights, count, True))
             after = torch.empty([], dtype=torch.float64).uniform_()
             assert all(torch.equal(own, after) for _, own in ran)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from brute_force import Sample, View
+from matrix_samples import MATRICES
 from pointwise_samples import POINTWISE
 from rule_samples import GROUPS
 from shardc.rules.notation import Rule, maker_of
@@ -38,7 +39,7 @@ def _sampled() -> Iterator[Sample]:
     elementwise = {sample.target: sample for group in POINTWISE for sample in group()}
     yield from list(elementwise.values())[::3]
     seen: set[Any] = set(elementwise)
-    for sample in (sample for group in GROUPS for sample in group()):
+    for sample in (sample for group in (*GROUPS, *MATRICES) for sample in group()):
         operator = sample.target
         if isinstance(operator, torch._ops.OpOverload) and (operator not in seen or str(operator) in MISSED):
             seen.add(operator)
