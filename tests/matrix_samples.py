@@ -27,6 +27,11 @@ def factorisations() -> Iterator[Sample]:
         yield Sample(aten.lu_unpack.default, (packed, pivots))
         yield Sample(aten.lu_unpack.default, (packed, pivots, False), values=[0])
         yield Sample(aten.geqrf.default, (x,))
+        yield Sample(aten._linalg_svd.default, (x,))
+        yield Sample(aten._linalg_svd.default, (x, True))
+        yield Sample(aten._linalg_svd.default, (x, False, False), values=[1])
+    yield Sample(aten._linalg_eigh.default, (_definite(6, 4, 4),))
+    yield Sample(aten._linalg_eigh.default, (_definite(4, 4), "U", False), values=[0])
 
 
 def reflections() -> Iterator[Sample]:
@@ -111,6 +116,29 @@ def pairs() -> Iterator[Sample]:
         distances = aten._pdist_forward(points, p)
         yield Sample(aten._pdist_backward.default, (real(6), points, p, distances))
     yield Sample(aten._pdist_forward.default, (positive(2, 5),))
+
+
+def decomposed() -> Iterator[Sample]:
+    """Of operators that are decomposed before layouts are chosen."""
+    for operators in (aten.any, aten.all):
+        for x in (whole(2, 6, 4), torch.tensor([[0.0, float("nan")], [-0.0, 0.0]]), whole(2, 5, 3).to(torch.uint8)):
+            yield Sample(operators.default, (x,))
+            yield Sample(operators.dim, (x, 1, True))
+            yield Sample(operators.dims, (x, [0, -1]))
+    for shape in ((4, 4), (2, 5, 3), (3, 5), (2, 1, 3, 3)):
+        x = real(*shape)
+        packed, pivots, _ = aten.linalg_lu_factor_ex(x)
+        yield Sample(aten.lu_unpack.default, (packed, pivots))
+        yield Sample(aten.lu_unpack.default, (packed, pivots, True, False))
+        yield Sample(aten.linalg_lu.default, (x,))
+        for mode in ("reduced", "complete", "r"):
+            yield Sample(aten.linalg_qr.default, (x, mode))
+        tolerance = torch.tensor(0.3, dtype=torch.float64)
+        for given in ({}, {"atol": tolerance}, {"rtol": tolerance}, {"atol": tolerance, "rtol": tolerance}):
+            yield Sample(aten.linalg_pinv.atol_rtol_tensor, (x,), given)
+    yield Sample(aten.linalg_pinv.atol_rtol_tensor, (_definite(2, 4, 4),), {"hermitian": True})
+    for shape in ((4, 4), (2, 3, 3), (1, 1)):
+        yield Sample(aten.linalg_inv_ex.default, (_definite(*shape),))
 
 
 MATRICES: tuple[Group, ...] = (factorisations, reflections, solves, spectra, segments, lists, pairs)

@@ -93,7 +93,10 @@ class Atoms:
             while (have := math.prod(self.size(r) for r in dim)) < size:
                 if not rest:
                     return None
-                need, piece = size // have, rest.pop()
+                # a piece that stands twice may have been split where it stood first
+                *major, piece = self.leaves([rest.pop()])
+                rest += major
+                need = size // have
                 if size % have:
                     return None
                 if self.size(piece) > need:

@@ -87,18 +87,20 @@ def _unpacked(b: Builder, factors: fx.Node, pivots: fx.Node, permutation: bool) 
 
 
 def qr(b: Builder, x: fx.Node, mode: str = "reduced") -> tuple[fx.Node, fx.Node] | None:
-    """Reflections, whose product is made column by column. Nothing is gained where only the triangle is asked for."""
+    """Reflections, whose product is made column by column, and a triangle."""
     value = value_of(x)
     rank, (rows, columns) = value.dim(), (int(n) for n in value.shape[-2:])
-    if mode == "r" or value.numel() == 0:
+    if value.numel() == 0:
         return None
     made = b(aten.geqrf.default, x)
     packed, scales = b.item(made, 0), b.item(made, 1)
     wide = rows if mode == "complete" else min(rows, columns)
+    triangle = b(aten.triu.default, b(aten.slice.Tensor, packed, rank - 2, 0, wide))
+    if mode == "r":
+        return b.zeros(x, [0]), triangle
     vectors = b(aten.slice.Tensor, packed, rank - 1, 0, min(wide, columns))
     if wide > columns:
         vectors = b(aten.constant_pad_nd.default, vectors, [0, wide - columns])
-    triangle = b(aten.triu.default, b(aten.slice.Tensor, packed, rank - 2, 0, wide))
     return b(aten.linalg_householder_product.default, vectors, scales), triangle
 
 

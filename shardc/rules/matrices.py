@@ -43,6 +43,25 @@ def permutation(x: torch.Tensor, pivots: torch.Tensor, data: bool = True, *_: ob
     return parse(f"{operands} -> {_words(rows, 'p!', 'q!')}, {', '.join(sides)}", even=True)
 
 
+@rule(aten._linalg_svd.default)
+def singular_values(x: torch.Tensor, full: bool = False, vectors: bool = True, **_: object) -> Rule:
+    """Vectors from the left, values, vectors from the right. What padding holds would not be factorised."""
+    *batch, rows, columns_ = x.shape
+    least = min(rows, columns_)
+    left = x.new_empty([*batch, rows, rows if full else least])
+    right = x.new_empty([*batch, columns_ if full else least, columns_])
+    sides = (_words(left, "r!", "p!"), _words(right, "q!", "c!")) if vectors else ("e!", "f!")
+    values = _words(x[..., :least, 0], "k!")
+    return parse(f"{_words(x, 'm!', 'n!')} -> {sides[0]}, {values}, {sides[1]}", even=True)
+
+
+@rule(aten._linalg_eigh.default)
+def eigenvalues(x: torch.Tensor, uplo: str = "L", vectors: bool = True) -> Rule:
+    del uplo
+    made = _words(x, "r!", "c!") if vectors else "e!"
+    return parse(f"{_words(x, 'm!', 'n!')} -> {_words(x[..., 0], 'k!')}, {made}", even=True)
+
+
 @rule(aten.geqrf.default)
 def reflections(x: torch.Tensor) -> Rule:
     matrix = _words(x, "m!", "n!")
@@ -71,12 +90,14 @@ def cholesky_inverse(x: torch.Tensor, *_: object) -> Rule:
 def solve(x: torch.Tensor, other: torch.Tensor, *, left: bool = True, **_: object) -> Rule:
     """Results: solution, LU, pivots, info; the last three are of the matrix alone."""
     vector = other.dim() == 1 or (other.dim() == x.dim() - 1 and other.shape == x.shape[:-1])
-    side = ("c!",) if vector else ("c!", "j") if left else ("j", "c!")
+    side, solved = ("m!",), ("n!",)
+    if not vector:
+        side, solved = (("m!", "j"), ("n!", "j")) if left else (("j", "n!"), ("j", "m!"))
     batch = torch.broadcast_shapes(x.shape[:-2], other.shape[: other.dim() - len(side)])
     made = x.new_empty([*batch, *other.shape[other.dim() - len(side) :]])
     matrix, right = _words(x, "m!", "n!"), _words(other, *side)
     factors = f"{matrix}, {_words(x[..., 0], 'k!')}, {_words(_plain(x, 0))}"
-    return parse(f"{matrix}, {right} -> {_words(made, *side)}, {factors}", reads=[{0, 1}, {0}, {0}, {0}])
+    return parse(f"{matrix}, {right} -> {_words(made, *solved)}, {factors}", reads=[{0, 1}, {0}, {0}, {0}])
 
 
 @rule(aten.triangular_solve.default)
@@ -85,5 +106,5 @@ def triangular_solve(other: torch.Tensor, x: torch.Tensor, *_: object) -> Rule:
     batch = torch.broadcast_shapes(x.shape[:-2], other.shape[:-2])
     made, copy = x.new_empty([*batch, *other.shape[-2:]]), x.new_empty([*batch, *x.shape[-2:]])
     matrix = ("m!", "n!")
-    text = f"{_words(other, 'c!', 'j')}, {_words(x, *matrix)} -> {_words(made, 'c!', 'j')}, {_words(copy, *matrix)}"
+    text = f"{_words(other, 'c!', 'j')}, {_words(x, *matrix)} -> {_words(made, 'r!', 'j')}, {_words(copy, *matrix)}"
     return parse(text, reads=[{0, 1}, {1}])

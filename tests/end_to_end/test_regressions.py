@@ -287,3 +287,9 @@ def test_a_model_is_captured_in_anomaly_mode() -> None:
         for model in (single, sharded):
             model(x).sum().backward()
     torch.testing.assert_close(sharded.layer.weight.grad, single.layer.weight.grad)
+
+
+def test_a_value_whose_dims_share_atoms_is_viewed_in_other_blocks_per_dim() -> None:
+    single, sharded = pair(Program(lambda _, x: (x[:, None] * x).view(6, 2, 4, 3).sin()))
+    x = sample(12)
+    torch.testing.assert_close(sharded(x), single(x))

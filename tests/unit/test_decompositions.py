@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brute_force import Call, Sample
+from matrix_samples import decomposed
 from rule_samples import boolean, positive, real, whole
 from shardc.graph import value_of
 from shardc.passes.normalize import normalize
@@ -316,6 +317,7 @@ def borrowed() -> Iterator[Sample]:
 
 GROUPS = (
     statistics, blocks, constants, dropout, draws, bags, memory, embeddings, norms, losses, spellings, borrowed,
+    decomposed,
 )  # fmt: skip
 SAMPLES = [sample for group in GROUPS for sample in group()]
 
