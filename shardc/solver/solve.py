@@ -220,7 +220,8 @@ class Search:
         """Branch over the rest, in rewritten costs; those above the gap cannot be part of a better choice."""
         from shardc.solver.milp import solve_milp  # scipy takes a second to import, and few problems come this far
 
-        if self.choice is not None and (self._late() or sum(t.size for t in self.bound.tables_by_edge().values()) > _PAIRS):
+        pairs = sum(t.size for t in self.bound.tables_by_edge().values())
+        if self.choice is not None and (self._late() or pairs > _PAIRS):
             return
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant
