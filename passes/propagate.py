@@ -12,12 +12,12 @@ prefixes. Closed dims never change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from shardc.constrain import Dim, parse
+from shardc.constrain import Dim, parse, spec_text
 from shardc.cost.conversion import Splits
 from shardc.errors import ConstraintError, InfeasibleError, LayoutError
 from shardc.graph import Port, value_of, where
@@ -132,7 +132,7 @@ def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     requests = [Request(c.label, names[c.key], c.dims) for c in constraints]
     core = minimal_conflict(shapes, mesh.sizes, requests)
     if core:
-        lines = "\n".join(f"  - {request.label}" for request in core)
+        lines = "\n".join(f"  - {request.label}: {spec_text(request.dims)}" for request in core)
         raise InfeasibleError(f"these constraints contradict each other; drop or change any one of them:\n{lines}")
 
 
@@ -155,16 +155,20 @@ def propagate(factored: Factored, mesh: Mesh, constraints: list[Constraint]) -> 
 def _seed(
     factored: Factored, mesh: Mesh, constraint: Constraint, state: Propagated, origin: dict[tuple[Key, int], str]
 ) -> None:
+    for leaf, held in demanded_leaves(factored, mesh, constraint):
+        state.axes[constraint.key][leaf] = held
+        state.fixed[constraint.key][leaf] = True
+        origin[constraint.key, leaf] = constraint.label
+
+
+def demanded_leaves(factored: Factored, mesh: Mesh, constraint: Constraint) -> Iterator[tuple[int, Axes]]:
+    """The leaves of its value that a constraint fixes, with their axes. Raises InfeasibleError for one too small."""
     position = {ref: i for i, ref in enumerate(factored.leaves(constraint.key))}
     for dim, axes in zip(constraint.value.dims, constraint.dims, strict=True):
-        if axes is None:
-            continue
-        leaves = factored.atoms.leaves(dim)
-        for ref, held in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
-            leaf = position[ref]
-            state.axes[constraint.key][leaf] = held
-            state.fixed[constraint.key][leaf] = True
-            origin[constraint.key, leaf] = constraint.label
+        if axes is not None:
+            leaves = factored.atoms.leaves(dim)
+            for ref, held in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
+                yield position[ref], held
 
 
 def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constraint: Constraint) -> list[Axes]:

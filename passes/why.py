@@ -10,21 +10,25 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx
 
-from shardc.answers import Conversion, Reader, Why, WhyNot
-from shardc.constrain import Dim, parse
+from shardc.answers import Conflict, Conversion, Reader, Why, WhyNot
+from shardc.constrain import Dim, parse, spec_text
 from shardc.cost.conversion import Splits, apply, sent_fraction, step_seconds
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.graph import Port, Program, Role, value_of, where
 from shardc.layout import Layout, describe
-from shardc.passes.propagate import Constraint
+from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.rules.factoring import Key, Op, Value, layout_of
 from shardc.solver.network import Assignment, Network
 from shardc.solver.solve import Solution, solve
 from shardc.solver.strategies import Strategy, demand, make
+
+if TYPE_CHECKING:
+    from shardc.solver.clash import Clashes
 
 TIME_LIMIT = 20.0
 """CPU-seconds that the plan of an alternative may take."""
@@ -80,6 +84,27 @@ class Questions:
         if not keep.any():
             return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, wanted))
         return self._forced(name, value, keep, layout)
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """The minimal sets of what was demanded that cannot hold together without conversions."""
+        found = self.clashes().found()
+        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in found)
+
+    def clashes(self) -> Clashes:
+        """The model of what was demanded."""
+        from shardc.solver.clash import Clashes, Demand  # z3 takes a while to import
+
+        factored, demands = self.network.factored, list[Demand]()
+        for constraint in self.constraints:
+            leaves: list[tuple[str, ...] | None] = [None] * len(factored.leaves(constraint.key))
+            for leaf, axes in demanded_leaves(factored, self.network.mesh, constraint):
+                leaves[leaf] = axes
+            demands.append(Demand(_words(constraint), constraint.key, tuple(leaves)))
+        return Clashes(self.network, demands)
+
+    def _step(self, op: Op) -> str:
+        place = where(op.node)
+        return f"{self._title((op.node, 0))} ({place})" if place else self._title((op.node, 0))
 
     def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
         """The best plan in which the value lies in any other layout."""
@@ -323,6 +348,15 @@ class Questions:
         found = [f"{','.join(axes)} splits {factor.name}" for factor, axes in pairs if axes]
         found += [f"sums over {axis} pass through" for axis, _ in strategy.passes]
         return ", ".join(found) or "every rank makes all of it"
+
+
+def _words(constraint: Constraint) -> str:
+    """A constraint as the user wrote it, which may speak of many values: of every layer of a kind, or a line of code
+    that runs several times."""
+    node, spec = constraint.key[0], spec_text(constraint.dims)
+    if node.op == "placeholder":
+        return f"{constraint.label.partition(' on ')[0]} = {spec}"
+    return f"constrain(..., {spec}) at {node.meta.get('source') or where(node)}"
 
 
 def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:

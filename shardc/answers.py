@@ -116,12 +116,34 @@ class WhyNot:
         return "\n".join([*lines, *(f"  {line}" for line in columns(rows, "<<<<>>><"))] if rows else lines)
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """A minimal set of demands and operators' limits that cannot hold together unless a split dim is gathered or moved
+    to another: without any one of `members` the others can. `path` are the operators, with their places, from one
+    demand to where it meets the others, `reason` what is wrong there."""
+
+    members: tuple[str, ...]
+    path: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        lines = ["these hold together only with a split dim gathered or moved; to save that, change any one of them:"]
+        lines += [f"  - {member}" for member in self.members]
+        if self.path:
+            more = [f"{len(self.path) - 4} more"] if len(self.path) > 5 else list(self.path[2:-2])
+            shown = self.path if len(self.path) < 5 else (*self.path[:2], *more, *self.path[-2:])
+            lines.append(f"  by way of {' -> '.join(shown)}" + (f"; {self.reason}" if self.reason else ""))
+        return "\n".join(lines)
+
+
 class Explainer(Protocol):
     """What a plan asks to answer questions: it knows the program and the problem that was solved."""
 
     def why(self, name: str, /) -> Why: ...
 
     def why_not(self, name: str, layout: str, /) -> WhyNot: ...
+
+    def conflicts(self) -> tuple[Conflict, ...]: ...
 
 
 def _signed(seconds: float) -> str:

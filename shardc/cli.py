@@ -74,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
     planner = add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.", searches=True)
     planner.add_argument("--axes", default="dp,tp", help="with --devices: what axes there may be (default dp,tp)")
-    explainer = add("explain", _explain, "Tell why a value lies as it does, or what another layout would cost.")
+    explainer = add("explain", _explain, "Tell which demands conflict, or why a value lies as it does.")
     explainer.add_argument(
-        "--why", required=True, metavar="VALUE", help="a parameter, a module (its output), input:0, or a printed name"
+        "--why", metavar="VALUE", help="a parameter, a module (its output), input:0, or a printed name; else: conflicts"
     )
     explainer.add_argument("--layout", help="the layout to compare with: 'f32[256@tp, 64]' or 'tp,-'")
     compiler = add("compile", _compile, "Print the generated code, or the graph after a pass.")
@@ -111,8 +111,13 @@ def _search(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> in
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.layout is not None and options.why is None:
+        raise ShardcError("--layout says how a value should lie; name the value with --why")
     plan = _compiled(options, *_load(options.file)).plan
-    print(plan.why(options.why) if options.layout is None else plan.why_not(options.why, options.layout))
+    if options.why is None:
+        print("\n\n".join(map(str, plan.conflicts())) or "what was demanded needs no split dim gathered or moved")
+    else:
+        print(plan.why(options.why) if options.layout is None else plan.why_not(options.why, options.layout))
     return 0
 
 

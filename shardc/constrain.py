@@ -67,8 +67,8 @@ def constrain(x: torch.Tensor, spec: Spec) -> torch.Tensor:
 def serialise(spec: Spec) -> str:
     """The text form of `spec`: `("dp", None, ("sp", "tp"), "?")` becomes `"dp,-,(sp,tp),?"`."""
     if isinstance(spec, str):
-        return _text(parse(spec))
-    return _text(tuple(_dim(entry) for entry in spec))
+        return spec_text(parse(spec))
+    return spec_text(tuple(_dim(entry) for entry in spec))
 
 
 def parse(text: str) -> tuple[Dim, ...]:
@@ -122,7 +122,9 @@ def _dim(entry: str | Sequence[str] | None) -> Dim:
     return axes
 
 
-def _text(dims: tuple[Dim, ...]) -> str:
+def spec_text(dims: tuple[Dim, ...]) -> str:
+    """The inverse of `parse`."""
+
     def one(dim: Dim) -> str:
         if dim is None:
             return OPEN

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardc.answers import Conversion, Explainer, Why, WhyNot
+from shardc.answers import Conflict, Conversion, Explainer, Why, WhyNot
 from shardc.errors import ShardcError
 from shardc.layout import Layout
 from shardc.mesh import Mesh
@@ -76,6 +76,12 @@ class Plan:
         """What the best plan would cost in which `value` lies as `layout`, written as plans print it
         (`f32[256@tp, 64]`) or as constraints are written (`tp,-`); or what stands against it. Solves again."""
         return self._explained().why_not(value, layout)
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """Which demands (constraints, outputs that come back whole) and operators' limits cannot hold together unless a
+        split dim is gathered or moved: minimal sets, no two with a constraint in common. Empty where what was demanded
+        costs no more than the reduction of partial sums."""
+        return self._explained().conflicts()
 
     def _explained(self) -> Explainer:
         if self.explainer is None:

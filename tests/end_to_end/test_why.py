@@ -152,3 +152,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("input:0 ")
     assert main([*with_mesh, "input:7"]) == 2
     assert "no value is named 'input:7'; nearest: input:" in capsys.readouterr().err
+    assert main(["explain", file, "--mesh", "tp=2", "--constraint", "up=tp,-", "--constraint", "up.weight=tp,-"]) == 0
+    assert "by way of up.weight -> addmm" in capsys.readouterr().out
+    assert main(["explain", file, "--mesh", "tp=2"]) == 0
+    assert capsys.readouterr().out == "what was demanded needs no split dim gathered or moved\n"
+    assert main(["explain", file, "--mesh", "tp=2", "--layout", "tp,-"]) == 2
+    assert "name the value with --why" in capsys.readouterr().err

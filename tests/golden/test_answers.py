@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from shardc import constrain
 from shardc.plan import Plan
 from textbook import MLP
 
@@ -38,3 +39,18 @@ def test_why_not(golden: Golden) -> None:
     plan = megatron(torch.empty(4096, 4096, device="meta"))
     asked = (("up.weight", "-,tp"), ("up.weight", "f32[16384@dp, 4096]"), ("down.weight", "tp,-"), ("relu", "dp,-"))
     golden("why_not", timeless([plan.why_not(name, layout) for name, layout in asked]))
+
+
+class Rows(nn.Module):
+    """Rows are split, and then sorted; and a product of rows with rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = constrain(x.sin(), (None, "dp"))
+        ordered = (rows * 2).sort(dim=1).values
+        split = constrain(ordered.cos(), (("tp", "dp"), "?"))
+        return (split @ split.t()).sum()
+
+
+def test_conflicts(golden: Golden) -> None:
+    plan = shardc.compile(Rows(), "dp=2,tp=2", (torch.zeros(8, 8),), hardware="h100").plan
+    golden("conflicts", "\n\n".join(map(str, plan.conflicts())) + "\n")
