@@ -1,4 +1,4 @@
-"""Llama as transformers builds it, by size; the 8B model stays on the meta device and is only planned.
+"""Llama as transformers builds it, by size; the large ones stay on the meta device and are only planned.
 
     shardc plan examples/llama.py --mesh dp=4,tp=8 --hardware h100
 """
@@ -20,6 +20,16 @@ SIZES = {
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
+    "405b": {
+        "hidden_size": 16384,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "intermediate_size": 53248,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     "tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -30,7 +40,7 @@ SIZES = {
         "max_position_embeddings": 256,
     },
 }
-ON_META = {"8b"}
+ON_META = {"8b", "405b"}
 
 
 class LlamaForCausalLMLoss(LlamaForCausalLM):

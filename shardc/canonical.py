@@ -39,8 +39,7 @@ class Rewriter:
 
     def placeholder(self, old: fx.Node, name: str) -> fx.Node:
         """A placeholder that stands for `old`."""
-        new = self.graph.placeholder(name)
-        new.target = new.name  # what the graph made of the name: unique, and no keyword
+        new = placeholder(self.graph, name)
         new.meta["val"] = old.meta["val"]
         self.env[old] = new
         return new
@@ -56,7 +55,7 @@ class Rewriter:
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not node.users and not _is_random(node):
                 self.graph.erase_node(node)
-        return self.graph
+        return _numbered(self.graph)
 
     def _copied(self, old: fx.Node) -> fx.Node:
         args: Any
@@ -71,11 +70,38 @@ class Rewriter:
             args = _through(target, args)
             if _does_nothing(target, args, val):
                 return args[0]
-        name = target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
-        new = self.graph.create_node("call_function", target, args, kwargs, name)
+        new = call(self.graph, target, args, kwargs)
         new.meta["val"] = val
         self._describe(old, new)
         return new
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    new = graph.placeholder(name)
+    new.target = new.name  # what the graph made of the name: unique, and no keyword
+    return new
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call, named after its operator."""
+    name = target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
+    return graph.create_node("call_function", target, args, kwargs, name)
+
+
+def _numbered(old: fx.Graph) -> fx.Graph:
+    """The same graph with the names that it has if it is made at once: what was erased on the way left gaps."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in old.nodes:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+        if node.op == "placeholder":
+            env[node] = placeholder(graph, node.name)
+        elif node.op == "call_function":
+            env[node] = call(graph, node.target, args, kwargs)
+        else:
+            graph.output(args[0])
+            continue
+        env[node].meta = node.meta
+    return graph
 
 
 def live(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> list[fx.Node]:

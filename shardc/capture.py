@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,7 +22,10 @@ from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 from shardc.inputs import flatten, refuse_foreign, refuse_opaque, refuse_sparse
+from shardc.repeat import Repeat, find
+from shardc.skip import Watch
 from shardc.state import Slot, State, registry
+from shardc.stitch import fill
 
 
 def capture(
@@ -46,8 +49,14 @@ def capture(
     sizes stay symbols in the graph (see shardc.sizes). Raises CaptureError, ConstraintError, LayoutError.
     """
     given = tuple(args), dict(kwargs or {})
-    trace = _Trace(State(module), *given, grad, differentiable, dict(constraints or {}), hooks, dynamic or {})
-    program = _Builder(trace, trace.run()).program()
+
+    def traced(watch: Watch | None = None) -> tuple[_Trace, Program]:
+        rest = grad, differentiable, dict(constraints or {}), hooks, dynamic or {}, watch
+        trace = _Trace(State(module), *given, *rest)
+        return trace, _Builder(trace, trace.run()).program()
+
+    repeats = [] if dynamic else find(module, constraints or ())
+    trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
     trace.check_met()
     if trace.state.left:
         warnings.warn(
@@ -56,6 +65,21 @@ def capture(
             stacklevel=2,
         )
     return program
+
+
+Traced = Callable[..., "tuple[_Trace, Program]"]
+
+
+def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[_Trace, Program] | None:
+    """A trace that runs only some of the repeated layers, with the others filled in; None if they may not be."""
+    watch = Watch(repeats)
+    try:
+        trace, program = traced(watch)
+        for number, repeat in enumerate(repeats):
+            program = fill(program, number, repeat)
+    except Exception:  # whatever it is: the full trace meets it as well, or works
+        return None
+    return None if watch.broken else (trace, program)
 
 
 class _Trace:
@@ -71,7 +95,9 @@ class _Trace:
         constraints: dict[str, Spec],
         hooks: bool,
         dynamic: Mapping[int, Mapping[int, str]],
+        watch: Watch | None,
     ) -> None:
+        self.watch = watch
         self.state, self.grad, self.differentiable = state, grad, differentiable
         self.call: Callable[..., Any] = state.module if hooks else state.module.forward
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
@@ -131,7 +157,7 @@ class _Trace:
                     registry(part, slot.port.role)[key] = tensor
             self._refresh_rnns()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-            with self.provenance:
+            with self.provenance, self.watch.installed() if self.watch else nullcontext():
                 output = self.call(*args, **kwargs)
             self._write_back(tensors)
         return self._flat_outputs(output)
@@ -240,7 +266,8 @@ class _Builder:
             self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)
-        places.mark_phases(new, [r for r, port in zip(results, ports, strict=True) if port.role is not Role.GRADIENT])
+        made: Any = new.output_node().args[0]
+        places.mark_phases(new, [r for r, port in zip(made, ports, strict=True) if port.role is not Role.GRADIENT])
         assert self.trace.out_spec is not None
         return Program(
             new,

@@ -239,6 +239,12 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unsqueeze(-3).expand(*batch, own, heads // own, length, size).reshape(*batch, heads, length, size)
 
 
+def modes() -> tuple[Any, ...]:
+    """What user code may have wrapped around a call: function modes, dispatch modes, hooks on saved tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), hooks
+
+
 def is_user_code(code: CodeType) -> bool:
     """Whether the code is neither torch's nor shardc's."""
     known = _is_user.get(code)
