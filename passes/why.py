@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx
 
-from shardc.answers import Conflict, Conversion, Reader, Why, WhyNot
+from shardc.answers import Assumption, Conflict, Conversion, Reader, Why, WhyNot
 from shardc.constrain import Dim, parse, spec_text
 from shardc.cost.conversion import Splits, apply, sent_fraction, step_seconds
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.graph import Port, Program, Role, value_of, where
 from shardc.layout import Layout, describe
+from shardc.passes.assumes import assumptions
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.rules.factoring import Key, Op, Value, layout_of
 from shardc.solver.network import Assignment, Network
@@ -89,6 +90,10 @@ class Questions:
         """The minimal sets of what was demanded that cannot hold together without conversions."""
         found = self.clashes().found()
         return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in found)
+
+    def assumes(self) -> tuple[Assumption, ...]:
+        """What the plan assumes of the sizes of the inputs."""
+        return assumptions(self.network, self.assignment)
 
     def clashes(self) -> Clashes:
         """The model of what was demanded."""

@@ -136,6 +136,32 @@ class Conflict:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Assumption:
+    """What a plan assumes of a size of the inputs, which the `dims` share: it is split evenly at multiples of `even`,
+    needs `least` elements, and a multiple of `only` (1: any). At other sizes another plan is made, unless a constraint
+    demands the split."""
+
+    dims: tuple[str, ...]
+    size: int
+    even: int
+    least: int
+    only: int
+
+    def holds(self, size: int) -> bool:
+        """Whether the plan can be adopted at this size."""
+        return size >= self.least and size % self.only == 0
+
+    def __str__(self) -> str:
+        text = f"{', '.join(self.dims)} ({self.size}): "
+        if self.only > 1:
+            padded = "" if self.only % self.even == 0 else f", even at multiples of {self.even}"
+            text += f"only multiples of {self.only}{padded}"
+        else:
+            text += f"even at multiples of {self.even}, padded otherwise"
+        return text + f"; not below {self.least}"
+
+
 class Explainer(Protocol):
     """What a plan asks to answer questions: it knows the program and the problem that was solved."""
 
@@ -144,6 +170,8 @@ class Explainer(Protocol):
     def why_not(self, name: str, layout: str, /) -> WhyNot: ...
 
     def conflicts(self) -> tuple[Conflict, ...]: ...
+
+    def assumes(self) -> tuple[Assumption, ...]: ...
 
 
 def _signed(seconds: float) -> str:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardc.answers import Conflict, Conversion, Explainer, Why, WhyNot
+from shardc.answers import Assumption, Conflict, Conversion, Explainer, Why, WhyNot
 from shardc.errors import ShardcError
 from shardc.layout import Layout
 from shardc.mesh import Mesh
@@ -82,6 +82,10 @@ class Plan:
         split dim is gathered or moved: minimal sets, no two with a constraint in common. Empty where what was demanded
         costs no more than the reduction of partial sums."""
         return self._explained().conflicts()
+
+    def assumes(self) -> tuple[Assumption, ...]:
+        """At which other sizes of the inputs the plan would do, and where it would pad; one a size that is split."""
+        return self._explained().assumes()
 
     def _explained(self) -> Explainer:
         if self.explainer is None:

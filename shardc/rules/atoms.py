@@ -45,6 +45,10 @@ class Atoms:
             piece = self._find(halves[half])
         return piece
 
+    def piece(self, ref: Ref) -> int:
+        """The number of the piece that a ref names: dims that are tied have the same."""
+        return self._at(ref)
+
     def size(self, ref: Ref) -> int:
         return self._size[self._at(ref)]
 
