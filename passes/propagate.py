@@ -145,9 +145,12 @@ def propagate(factored: Factored, mesh: Mesh, constraints: list[Constraint]) -> 
     origin: dict[tuple[Key, int], str] = {}
     for constraint in constraints:
         _seed(factored, mesh, constraint, state, origin)
+    if not constraints:
+        return state
+    places = {op.node: _places(factored, op) for op in factored.ops}
     elementwise = [op for op in factored.ops if len({op.rule.results[0], *op.rule.operands}) == 1]
     for ops in (elementwise, factored.ops):
-        while any([_spread(factored, mesh, op, state, origin) for op in (*ops, *reversed(ops))]):
+        while any([_spread(mesh, op, places[op.node], state, origin) for op in (*ops, *reversed(ops))]):
             pass
     return state
 
@@ -190,9 +193,10 @@ def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constra
     return held
 
 
-def _spread(factored: Factored, mesh: Mesh, op: Op, state: Propagated, origin: dict[tuple[Key, int], str]) -> bool:
+def _spread(
+    mesh: Mesh, op: Op, places: list[list[tuple[Key, int]]], state: Propagated, origin: dict[tuple[Key, int], str]
+) -> bool:
     """Let one operator's factors carry axes between its operands and results; True when something changed."""
-    places = _places(factored, op)
     changed = False
     for index, factor in enumerate(op.factors):
         if factor.whole:

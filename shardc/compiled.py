@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -153,10 +155,23 @@ def compiled(call: Call, request: Request) -> Compiled:
     """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
     _check_world(request.mesh)
     dims = call.dims(request)
-    with TRACING:
+    with TRACING, _uncollected():
         if dims:
             return Family(request, dims).at(call)
         return Compiled(call.model, lower(*captured(call, request, {})))
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Python's cyclic collector pauses: graphs grow and stay, so it would walk over them again and again for nothing,
+    which is half the time of a deep model."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:

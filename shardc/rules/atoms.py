@@ -38,8 +38,9 @@ class Atoms:
         return piece
 
     def _at(self, ref: Ref) -> int:
-        piece = self._find(ref[0])
-        for half in ref[1]:
+        slot, path = ref
+        piece = slot if self._parent[slot] == slot else self._find(slot)
+        for half in path:
             halves = self._halves[piece]
             assert halves is not None
             piece = self._find(halves[half])
@@ -56,12 +57,17 @@ class Atoms:
         """The refs, each replaced by the leaves below it."""
         found: list[Ref] = []
         for ref in refs:
-            if self._halves[self._at(ref)] is None:
-                found.append(ref)
-            else:
-                slot, path = ref
-                found += self.leaves([(slot, (*path, 0)), (slot, (*path, 1))])
+            self._gather(ref, self._at(ref), found)
         return found
+
+    def _gather(self, ref: Ref, piece: int, found: list[Ref]) -> None:
+        halves = self._halves[piece]
+        if halves is None:
+            found.append(ref)
+            return
+        slot, path = ref
+        for half in (0, 1):
+            self._gather((slot, (*path, half)), self._find(halves[half]), found)
 
     def split(self, ref: Ref, minor: int) -> None:
         """Split a leaf into (size/minor, minor)."""

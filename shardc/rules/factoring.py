@@ -126,6 +126,7 @@ class _Walk:
         self.values: dict[fx.Node, Value] = {}
         self.base: dict[Key, Value] = {}
         self.ops: list[Op] = []
+        self.rules: dict[Any, tuple[Rule, Learned | None]] = {}
 
     def run(self) -> Factored:
         for node in self.program.graph.nodes:
@@ -144,14 +145,22 @@ class _Walk:
             source, index = node.args
             self.values[node] = self.base[source, index]  # type: ignore[index]
         elif not (node.target in VIEWS and self._view(node)):
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
-            maker = maker_of(node.target)
-            rule = maker(*args, **kwargs) if maker else given_rule(node.target, args, kwargs, value_of(node))
-            if rule is not None:
-                self._operator(node, rule)
-            else:
-                found = _tried(node, args, kwargs)
-                self._operator(node, found.rule(), found)
+            self._operator(node, *self._rule(node))
+
+    def _rule(self, node: fx.Node) -> tuple[Rule, Learned | None]:
+        """The rule of a call, and how it was found if by trial. Calls of the same form have the same."""
+        form = node.target, repr(fx.map_arg((node.args, dict(node.kwargs)), _form)), repr(_form(node))
+        if form in self.rules:
+            return self.rules[form]
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
+        maker = maker_of(node.target)
+        rule = maker(*args, **kwargs) if maker else given_rule(node.target, args, kwargs, value_of(node))
+        if rule is not None:
+            self.rules[form] = rule, None
+        else:
+            found = _tried(node, args, kwargs)
+            self.rules[form] = found.rule(), found
+        return self.rules[form]
 
     def _view(self, node: fx.Node) -> bool:
         """Express a view in the refs of what it views; False when it cuts across an atom (it becomes an operator)."""
@@ -212,8 +221,11 @@ class _Walk:
 
     def _unify(self, rule: Rule, name: str, one: list[Ref], other: list[Ref]) -> bool:
         """The dims of a window have different sizes and share no atoms: its body sees to what goes where."""
-        sizes = [math.prod(self.atoms.size(ref) for ref in dim) for dim in (one, other)]
-        return (name in rule.parts and sizes[0] != sizes[1]) or self.atoms.unify(one, other)
+        if name in rule.parts:
+            sizes = [math.prod(self.atoms.size(ref) for ref in dim) for dim in (one, other)]
+            if sizes[0] != sizes[1]:
+                return True
+        return self.atoms.unify(one, other)
 
     def _tie_gradients(self) -> None:
         """A gradient has the atoms of its parameter, because it arrives in the parameter's layout."""
@@ -243,6 +255,17 @@ class _Walk:
         chunk = parting is not None or name in rule.indices.values()
         whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
         return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
+
+
+def _form(node: fx.Node) -> Any:
+    """All that rules ask of a value."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+        return [one(item) for item in value] if isinstance(value, (list, tuple)) else value  # type: ignore[misc]
+
+    return one(value_of(node))
 
 
 def _tried(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Learned:
