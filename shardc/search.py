@@ -109,18 +109,23 @@ def search_mesh(
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
-    start = time.process_time()
-    with TRACING:
-        program, settings, _ = captured(Call(model, args, kwargs), request, {})
-    factored = factor(normalize(program))
-    if on_unknown == "error":
-        refuse_unknown(factored)
-    shared = time.process_time() - start
-    annotated = bool(constraints) or any(node.target is CONSTRAIN for node in program.graph.nodes)
     found: list[Candidate] = []
-    for mesh in tqdm(meshes(devices, axes, settings.device, annotated), desc="meshes", disable=None, leave=False):
-        best = min((one.cost for one in found), default=math.inf)
-        found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
+    with tqdm(desc="capture", disable=None, leave=False) as bar:
+        start = time.process_time()
+        with TRACING:
+            program, settings, _ = captured(Call(model, args, kwargs), request, {})
+        factored = factor(normalize(program))
+        if on_unknown == "error":
+            refuse_unknown(factored)
+        shared = time.process_time() - start
+        annotated = bool(constraints) or any(node.target is CONSTRAIN for node in program.graph.nodes)
+        wanted = meshes(devices, axes, settings.device, annotated)
+        bar.set_description("meshes")
+        bar.reset(len(wanted))
+        for mesh in wanted:
+            best = min((one.cost for one in found), default=math.inf)
+            found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
+            bar.update()
     found.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(found[0].cost):
         raise ShardcError(f"no mesh of {devices} devices has a plan; {found[0].mesh}: {found[0].remark}")

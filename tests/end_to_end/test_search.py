@@ -90,6 +90,14 @@ def test_big_weights_and_a_big_batch_over_nodes_want_two_axes() -> None:
         assert one.stored == 2 * 2 * held  # parameters and gradients, in bf16
 
 
+def test_three_axes_are_searched_where_three_are_named() -> None:
+    model, inputs = mlp(512, 2048, 512)
+    found = shardc.search_mesh(model, 8, inputs, hardware="h100", axes=("a", "b", "c"))
+    assert {str(one.mesh) for one in found.ranked} == {"a=8", "a=2,b=4", "a=2,b=2,c=2"}
+    cost = {str(one.mesh): one.cost for one in found.ranked}
+    assert found.ranked[0].cost == min(cost.values())
+
+
 def test_what_does_not_fit_is_said() -> None:
     model, inputs = mlp(4096, 16384, 64)
     small = replace(hardware("h100"), memory=1e6)
