@@ -22,13 +22,13 @@ Terms over three variables (`triplets.py`) close that: they borrow from the tabl
 what they keep counts as part of the bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
-from shardc.solver.triplets import Triplet, lend
+from shardc.solver.triplets import Groups, Triplet, lend
 
 
 class Bound:
@@ -57,6 +57,12 @@ class Bound:
         self.to_second = [np.zeros(len(unary[v])) for _, v in self.ends]
         self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
         self.lower = -np.inf
+
+    def begin(self, messages: Mapping[Edge, tuple[Array, Array]]) -> None:
+        """Start from messages such as `messages` gives."""
+        for edge, (to_u, to_v) in messages.items():
+            e = self.number[edge]
+            self.to_first[e], self.to_second[e] = to_u, to_v
 
     def sweep(self) -> float:
         """One pass forward and one backward, and one round of lending before; returns the bound."""
@@ -124,9 +130,11 @@ class Bound:
         """The tables as given."""
         return {edge: pair[0] for edge, pair in zip(self.ends, self.given, strict=True) if pair is not None}
 
-    def with_triplets(self, triples: Sequence[tuple[int, int, int]], ceiling: float) -> "Bound":
-        """The same bound with more triplets. Entries whose rewritten cost exceeds `ceiling` are cut off there, which is
-        sound if no better solution can have them: what is lent must be finite."""
+    def with_triplets(
+        self, triples: Sequence[tuple[int, int, int]], groups: Sequence[Groups], ceiling: float
+    ) -> "Bound":
+        """The same bound with more triplets, all with these groups. Entries whose rewritten cost exceeds `ceiling` are
+        cut off there, which is sound if no better solution can have them: what is lent must be finite."""
         pairs = {pair for a, b, c in triples for pair in ((a, b), (b, c), (a, c))}
         chords = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
         more = Bound(self.unary, self.tables_by_edge(), [*chords, *(pairs - self.number.keys())])
@@ -141,8 +149,8 @@ class Bound:
                 e = more.number[(u, v)]
                 table = np.minimum(more.tables[e][0], to_u[:, None] + to_v[None, :] + ceiling)
                 more.tables[e] = (table, np.ascontiguousarray(table.T))
-        more.triplets = [t.renumbered(more.number) for t in self.triplets]
-        more.triplets += [Triplet.over(triple, more.number, self.unary) for triple in triples]
+        more.triplets = [t.renumbered(more.number, groups) for t in self.triplets]
+        more.triplets += [Triplet.over(triple, more.number, groups) for triple in triples]
         more.lower = self.lower
         return more
 

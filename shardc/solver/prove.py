@@ -7,20 +7,26 @@ one for the true ones.
 
 import math
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate
-from shardc.solver.problem import Array, Problem
+from shardc.solver.problem import Array, Edge, Problem
 
 MAX_SWEEPS = 200
 _CHECK_EVERY = 5
 
 
-def prove(problem: Problem, cost: float, tolerance: float, deadline: float) -> Certificate:
-    """Messages whose bound comes within `tolerance` of `cost`, or as close as the sweeps get."""
+def prove(
+    problem: Problem, cost: float, tolerance: float, deadline: float,
+    start: Mapping[Edge, tuple[Array, Array]] | None = None,
+) -> Certificate:  # fmt: skip
+    """Messages whose bound comes within `tolerance` of `cost`, or as close as the sweeps get from those of `start`."""
     bound = _clipped(problem, cost)
+    if start is not None:
+        bound.begin(start)
     before = -math.inf
     for sweep in range(1, MAX_SWEEPS + 1):
         lower = bound.sweep()

@@ -1,5 +1,7 @@
 """Minimise a cost network, and prove it.
 
+0. Many equal layers are folded to a few (`fold.py`), and the search is over those; if messages then prove the plan for
+   the whole network, that is all.
 1. `contract.py` shrinks the network exactly.
 2. If what is left is narrow, `eliminate.py` finishes it at once.
 3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
@@ -25,18 +27,24 @@ from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.contract import Core, Network
 from shardc.solver.eliminate import eliminate, find_order, surviving
+from shardc.solver.fold import Fold, fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.prove import prove
-from shardc.solver.triplets import frustrated
+from shardc.solver.triplets import Groups, frustrated
 
 TOLERANCE = 1e-9
 MAX_SWEEPS = 400
 _LOOK_EVERY = 5
 _ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
 _AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
-_ROUNDS = 8  # times that triplets are added
+_ROUNDS = 20  # times that triplets are added
+_HELPS = 0.02  # part of the gap that a round must close to be followed by another
 _WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
+_KEPT = 2  # layers kept on either side when a network is folded
+_FOLDED = 2  # times that a network must shrink by folding to be worth it
+_SEARCH = 0.6  # part of the time that the search over the template may take
+_LARGE = 8000  # variables beyond which what folding leaves open stays open
 _PAIRS = 2e6  # pairs of values beyond which branching gets nowhere in minutes
 _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
@@ -64,20 +72,44 @@ def solve(problem: Problem, *, time_limit: float | None = None, certify: bool = 
     """
     problem.check()
     deadline = math.inf if time_limit is None else time.process_time() + time_limit
+    folded = fold(problem, _KEPT)
+    if folded is not None and _FOLDED * len(folded.template.unary) <= len(problem.unary):
+        solution = _unfolded(problem, folded, deadline)
+        if solution.exact or len(problem.unary) > _LARGE:
+            return solution
+    choice, lower = _searched(problem, deadline)
+    cost, magnitude = evaluate(problem, choice), _magnitude(problem, choice)
+    exact = cost - lower <= TOLERANCE * magnitude
+    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline) if certify else Certificate({})
+    proved = check(problem, certificate)
+    return Solution(choice, cost, cost if exact else max(lower, proved), exact, certificate, proved)
+
+
+def _searched(problem: Problem, deadline: float) -> tuple[list[int], float]:
+    """The best choice found, and what every choice costs at least."""
     network = Network(problem)
     network.shrink()
     core = network.core()
     search = Search(core, deadline)
     choice = network.expand(core, search.run())
     cost = evaluate(problem, choice)
-    magnitude = _magnitude(problem, choice)
-    if abs(cost - (search.upper + network.constant)) > TOLERANCE * magnitude:
+    if abs(cost - (search.upper + network.constant)) > TOLERANCE * _magnitude(problem, choice):
         raise AssertionError(f"the plan costs {cost!r}, the solver promised {search.upper + network.constant!r}")
-    lower = min(search.lower + network.constant, cost)
-    exact = cost - lower <= TOLERANCE * magnitude
-    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline) if certify else Certificate({})
+    return choice, min(search.lower + network.constant, cost)
+
+
+def _unfolded(problem: Problem, folded: Fold, deadline: float) -> Solution:
+    """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
+    template, now = folded.template, time.process_time()
+    found, _ = _searched(template, now + _SEARCH * (deadline - now))
+    proof = prove(template, evaluate(template, found), TOLERANCE * _magnitude(template, found), deadline)
+    choice = folded.unfolded_choice(found)
+    cost, magnitude = evaluate(problem, choice), _magnitude(problem, choice)
+    start = folded.unfolded_messages(proof.messages)
+    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline, start)
     proved = check(problem, certificate)
-    return Solution(choice, cost, cost if exact else max(lower, proved), exact, certificate, proved)
+    exact = cost - proved <= TOLERANCE * magnitude
+    return Solution(choice, cost, cost if exact else proved, exact, certificate, proved)
 
 
 class Search:
@@ -135,20 +167,23 @@ class Search:
                 return self._late() and self.choice is not None
 
     def _tightened(self) -> bool:
-        """Add triplets and sweep on, until closed (True) or nothing is frustrated any more."""
+        """Add triplets and sweep on, until closed (True) or that does not help any more."""
         for _ in range(_ROUNDS):
             if self.choice is None or self._late():
                 return False
             self._prune()
+            before, gap = self.lower, self.upper - self.lower
+            groups = [Groups.by(cost) for cost in self.bound.reduced_costs()]
             _, unary, spare = self.bound.rewritten_network()
-            gap = self.upper - self.bound.lower
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, _WORTH * gap) if t not in known]
-            if not more:
+            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap) if t not in known]
+            if not (more or known):
                 return False
-            self.bound = self.bound.with_triplets(more, 2.0 * gap)
+            self.bound = self.bound.with_triplets(more, groups, 2.0 * gap)
             if self._swept(_FINELY) or self._eliminated(math.inf):
                 return True
+            if self.lower - before < _HELPS * gap:
+                return False
         return False
 
     def _dived(self) -> bool:

@@ -12,6 +12,9 @@ borrowed`, so that
 
 and no total changes. `lend` takes all that the pairs have to spare, and hands each a third of what it is worth to it:
 the bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
+
+Only a few values of a variable matter to a close bound. A triplet tells `GROUPS - 1` of them apart, those of the
+smallest reduced costs, and takes all others as one, at the least that any of them costs.
 """
 
 from __future__ import annotations
@@ -21,15 +24,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardc.solver.pool import Mask, min_plus
 from shardc.solver.problem import Array, Edge
 
 Triple = tuple[int, int, int]
-MAX_ENTRIES = 2**22
-"""Entries of one triplet, and of one table on the way to it."""
-MAX_TOTAL = 2**25
-"""Entries of all triplets that are added at a time."""
+GROUPS = 48
+MAX_TRIPLETS = 400
+"""Triplets that are added at a time."""
+
+
+class Groups:
+    """A variable's values in groups: `index` gives the group of each."""
+
+    def __init__(self, index: NDArray[np.intp]) -> None:
+        self.index = np.unique(index, return_inverse=True)[1]
+        self.order = np.argsort(self.index, kind="stable")
+        self.starts = np.searchsorted(self.index[self.order], np.arange(self.index.max() + 1))
+
+    @staticmethod
+    def by(reduced: Array) -> Groups:
+        """The values of the smallest reduced costs each alone, the others together."""
+        index = np.full(len(reduced), GROUPS - 1)
+        first = np.argsort(reduced, kind="stable")[: GROUPS - 1]
+        index[first] = np.arange(len(first))
+        return Groups(index)
+
+    def least(self, cost: Array) -> Array:
+        """The least of every group, along the first dim."""
+        return np.minimum.reduceat(cost[self.order], self.starts, axis=0)
+
+
+def _least(table: Array, rows: Groups, columns: Groups) -> Array:
+    return columns.least(rows.least(table).T).T
 
 
 @dataclass
@@ -39,31 +67,39 @@ class Triplet:
     variables: Triple
     edges: tuple[int, int, int]
     loans: list[Array]
+    groups: tuple[Groups, Groups, Groups]
     kept: float = 0.0
 
     @staticmethod
-    def over(variables: Triple, number: Mapping[Edge, int], unary: Sequence[Array]) -> Triplet:
+    def over(variables: Triple, number: Mapping[Edge, int], groups: Sequence[Groups]) -> Triplet:
         """One that has borrowed nothing yet; `number` gives the place of an edge among the tables."""
         pairs = _pairs(variables)
-        loans = [np.zeros((len(unary[u]), len(unary[v]))) for u, v in pairs]
-        return Triplet(variables, _three([number[pair] for pair in pairs]), loans)
+        loans = [np.zeros((len(groups[u].index), len(groups[v].index))) for u, v in pairs]
+        a, b, c = variables
+        return Triplet(variables, _three([number[pair] for pair in pairs]), loans, (groups[a], groups[b], groups[c]))
 
-    def renumbered(self, number: Mapping[Edge, int]) -> Triplet:
-        """The same over tables that stand in other places."""
-        return Triplet(self.variables, _three([number[p] for p in _pairs(self.variables)]), self.loans, self.kept)
+    def renumbered(self, number: Mapping[Edge, int], groups: Sequence[Groups]) -> Triplet:
+        """The same over tables that stand in other places, with other groups."""
+        edges, (a, b, c) = _three([number[pair] for pair in _pairs(self.variables)]), self.variables
+        return Triplet(self.variables, edges, self.loans, (groups[a], groups[b], groups[c]), self.kept)
 
     def restricted(self, keep: Sequence[Mask]) -> Triplet:
         """The same over fewer values."""
         loans = [x[np.ix_(keep[u], keep[v])] for x, (u, v) in zip(self.loans, _pairs(self.variables), strict=True)]
-        return Triplet(self.variables, self.edges, loans, self.kept)
+        a, b, c = (Groups(g.index[keep[v]]) for g, v in zip(self.groups, self.variables, strict=True))
+        return Triplet(self.variables, self.edges, loans, (a, b, c), self.kept)
 
 
 def lend(triplet: Triplet, tables: list[tuple[Array, Array]], messages: Sequence[tuple[Array, Array]]) -> None:
     """Borrow what the pairs' tables hold beyond their messages, and hand it back in equal parts. Changes `tables`."""
+    a, b, c = triplet.groups
+    sides = ((a, b), (b, c), (a, c))
     spare = [
-        tables[e][0] - to_u[:, None] - to_v[None, :] for e, (to_u, to_v) in zip(triplet.edges, messages, strict=True)
+        _least(tables[e][0] - to_u[:, None] - to_v[None, :], *side)
+        for e, (to_u, to_v), side in zip(triplet.edges, messages, sides, strict=True)
     ]
-    ab, bc, ac = (has - loan for has, loan in zip(spare, triplet.loans, strict=True))
+    owed = [_least(-loan, *side) for loan, side in zip(triplet.loans, sides, strict=True)]
+    ab, bc, ac = (has + owes for has, owes in zip(spare, owed, strict=True))
     every = ab[:, :, None] + bc[None, :, :]
     every += ac[:, None, :]
     worth = [every.min(axis=2) / 3.0, every.min(axis=0) / 3.0, every.min(axis=1) / 3.0]
@@ -71,24 +107,25 @@ def lend(triplet: Triplet, tables: list[tuple[Array, Array]], messages: Sequence
     every -= worth[1][None, :, :]
     every -= worth[2][:, None, :]
     triplet.kept = float(every.min())
-    for k, e in enumerate(triplet.edges):
-        change = worth[k] - spare[k]
+    for k, (e, (rows, columns)) in enumerate(zip(triplet.edges, sides, strict=True)):
+        change = (worth[k] - spare[k])[np.ix_(rows.index, columns.index)]
         triplet.loans[k] = triplet.loans[k] + change
         table = tables[e][0] + change
         tables[e] = (table, np.ascontiguousarray(table.T))
 
 
-def frustrated(unary: Sequence[Array], spare: Mapping[Edge, Array], least: float) -> list[Triple]:
+def frustrated(
+    unary: Sequence[Array], spare: Mapping[Edge, Array], groups: Sequence[Groups], least: float
+) -> list[Triple]:
     """Triplets that would raise the bound by more than `least`, those of the most frustrated cycles first.
 
     `unary` and `spare`: costs rewritten so that all minima are zero. Looked at are cycles through three variables, of
     which every two share a table or a neighbour; a cycle of six becomes four triplets.
     """
-    joins = _Joins(unary, spare)
+    small = [group.least(cost) for group, cost in zip(groups, unary, strict=True)]
+    joins = _Joins(small, {(u, v): _least(table, groups[u], groups[v]) for (u, v), table in spare.items()})
     found: list[tuple[float, Triple, tuple[int | None, ...]]] = []
     for a, b, c in joins.triples():
-        if len(unary[a]) * len(unary[b]) * len(unary[c]) > MAX_ENTRIES:
-            continue
         ways = [joins.ways(a, b), joins.ways(b, c), joins.ways(a, c)]
         for (p, ab), (q, bc), (r, ac) in itertools.product(*ways):
             middles = [m for m in (p, q, r) if m is not None]
@@ -97,29 +134,23 @@ def frustrated(unary: Sequence[Array], spare: Mapping[Edge, Array], least: float
             gain = float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).min())
             if gain > least:
                 found.append((gain, (a, b, c), (p, q, r)))
-    return _selected(sorted(found, key=lambda one: -one[0]), unary)
+    return _selected(sorted(found, key=lambda one: -one[0]))
 
 
-def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]], unary: Sequence[Array]) -> list[Triple]:
-    """Every cycle's triplets, as long as they fit."""
+def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]]) -> list[Triple]:
+    """The triplets of every cycle, up to a number."""
     chosen: dict[Triple, None] = {}
     cycles: set[frozenset[int]] = set()
-    room = MAX_TOTAL
     for _, triple, middles in found:
         cycle = frozenset(x for x in (*triple, *middles) if x is not None)
-        if cycle in cycles:
+        if cycle in cycles or len(chosen) >= MAX_TRIPLETS:
             continue
         cycles.add(cycle)
-        more = [triple]
+        chosen[triple] = None
         for (u, v), m in zip(_pairs(triple), middles, strict=True):
             if m is not None:
                 x, y, z = sorted((u, v, m))
-                more.append((x, y, z))
-        sizes = [len(unary[a]) * len(unary[b]) * len(unary[c]) for a, b, c in more]
-        if max(sizes) > MAX_ENTRIES or sum(sizes) > room:
-            continue
-        room -= sum(sizes)
-        chosen |= dict.fromkeys(more)
+                chosen[x, y, z] = None
     return list(chosen)
 
 
@@ -150,11 +181,9 @@ class _Joins:
             own = self.spare.get((u, v))
             found: list[tuple[int | None, Array]] = [] if own is None or not own.any() else [(None, own)]
             for m in self.middles[(u, v)]:
-                left, right = self._table(m, u), self._table(m, v)
-                if left.size * right.shape[1] <= MAX_ENTRIES:
-                    joined = min_plus(left, self.unary[m], right)
-                    if joined.any():
-                        found.append((m, joined))
+                joined = min_plus(self._table(m, u), self.unary[m], self._table(m, v))
+                if joined.any():
+                    found.append((m, joined))
             self._ways[(u, v)] = found
         return self._ways[(u, v)]
 

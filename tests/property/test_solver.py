@@ -142,7 +142,7 @@ def linear_program(problem: Problem) -> float:
 def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be eliminated and no triplet added, so that what the bound leaves open goes to HiGHS."""
     monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
-    monkeypatch.setattr(triplets, "MAX_ENTRIES", 0)
+    monkeypatch.setattr(triplets, "MAX_TRIPLETS", 0)
     branched: list[int] = []
     inner = milp_module.solve_milp
     monkeypatch.setattr(milp_module, "solve_milp", lambda *args: branched.append(1) or inner(*args))

@@ -1,0 +1,223 @@
+"""Fold a network of many equal layers to one of a few, and unfold what was found there.
+
+    embed  L0 L1 L2 L3 ... L125  head        ->        embed  L0 L1 | L124 L125  head
+
+Layers are stretches of variables that repeat, side by side, in the order in which variables are numbered: one run for
+the parameters, one forward, one backward (which counts down). Runs are told by what variables cost and are linked by,
+not by names; how two runs count against each other is told by the edges between them. The middle layers are cut out,
+and edges that cross the cut are joined to the layer beyond it.
+
+Nothing here has to be believed. A choice for the template gives one for the network, whose cost is then evaluated as
+it stands; messages for the template give messages for the network, and any messages prove a bound. Where layers are
+less alike than they looked, the two do not meet, and the gap says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardc.solver.problem import Array, Edge, Problem
+
+Integers = NDArray[np.int64]
+Messages = dict[Edge, tuple[Array, Array]]
+
+MIN_LAYERS = 8
+"""Fewer layers than this are not folded."""
+_PERIODS = 40  # distances between equal variables that are tried as periods
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class _Run:
+    """`count` stretches of `period` variables from `start` on."""
+
+    start: int
+    period: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.period * self.count
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The template, and per variable of the network its representative there."""
+
+    template: Problem
+    representative: list[int]
+    edges: dict[Edge, Edge]
+    """Per edge of the network the edge of the template whose variables come in the order of its own."""
+
+    def unfolded_choice(self, choice: Sequence[int]) -> list[int]:
+        return [choice[r] for r in self.representative]
+
+    def unfolded_messages(self, messages: Mapping[Edge, tuple[Array, Array]]) -> Messages:
+        """Messages for the network: on each edge those of the edge that stands for it."""
+        found: Messages = {}
+        for edge, (a, b) in self.edges.items():
+            if (a, b) in messages:
+                found[edge] = messages[(a, b)]
+            elif (b, a) in messages:
+                second, first = messages[(b, a)]
+                found[edge] = first, second
+        return found
+
+
+def fold(problem: Problem, kept: int) -> Fold | None:
+    """The problem with only `kept` layers on either side of the cut; None if no layers repeat in it."""
+    labels = _labels(problem)
+    if labels is None:
+        return None
+    layer, shift = labels
+    low, high = int(layer[layer != _NONE].min()) + kept - 1, int(layer.max()) - kept + 1
+    if high - low - 1 < MIN_LAYERS - 2 * kept:
+        return None
+    return _Cut(problem, layer, shift, low, high).fold()
+
+
+class _Cut:
+    """Layers up to `low` and from `high` on stay; `shift` is the distance to a variable's place in the next layer."""
+
+    def __init__(self, problem: Problem, layer: Integers, shift: Integers, low: int, high: int) -> None:
+        self.problem, self.layer, self.shift, self.low, self.high = problem, layer, shift, low, high
+        self.gone = (layer > low) & (layer < high)
+        self.number = np.cumsum(~self.gone) - 1
+
+    def fold(self) -> Fold | None:
+        problem = self.problem
+        kept = np.flatnonzero(~self.gone)
+        template = Problem([problem.unary[v] for v in kept], {}, [problem.names[v] for v in kept])
+        representative = [self._stand_in(v) for v in range(len(problem.unary))]
+        if any(len(problem.unary[v]) != len(template.unary[r]) for v, r in enumerate(representative)):
+            return None
+        edges: dict[Edge, Edge] = {}
+        for (u, v), table in problem.edges.items():
+            a, b = edges[(u, v)] = self._edge(u, v)
+            if table.shape != (len(template.unary[a]), len(template.unary[b])):
+                return None
+            if not self._is_copy(u, v):
+                template.add_edge(a, b, table)
+        return Fold(template, representative, edges)
+
+    def _edge(self, u: int, v: int) -> Edge:
+        """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then
+        lies beyond that layer is met again behind the cut."""
+        layers = [int(self.layer[x]) for x in (u, v) if self.layer[x] != _NONE]
+        if not layers or min(layers) >= self.high or max(layers) <= self.low:
+            return int(self.number[u]), int(self.number[v])
+        down, last = max(min(layers) - self.low, 0), int(self.layer.max())
+
+        def place(x: int) -> int:
+            if self.layer[x] == _NONE:
+                return x
+            layer = int(self.layer[x]) - down
+            return self._at(x, layer if layer <= self.low else min(layer - self.low - 1 + self.high, last))
+
+        return int(self.number[place(u)]), int(self.number[place(v)])
+
+    def _is_copy(self, u: int, v: int) -> bool:
+        """Whether the edge is a copy of one that the template has: its lower layer was cut out."""
+        layers = [int(self.layer[x]) for x in (u, v) if self.layer[x] != _NONE]
+        return bool(layers) and self.low < min(layers) < self.high
+
+    def _stand_in(self, v: int) -> int:
+        return int(self.number[self._at(v, self.low)]) if self.gone[v] else int(self.number[v])
+
+    def _at(self, v: int, layer: int) -> int:
+        """The variable that stands where `v` does, in another layer."""
+        return int(v + (layer - self.layer[v]) * self.shift[v])
+
+
+def _labels(problem: Problem) -> tuple[Integers, Integers] | None:
+    """Per variable its layer (-1: none) and the distance to the same place in the next; None if nothing repeats."""
+    runs = _disjoint(_runs(_signatures(problem)))
+    if not runs:
+        return None
+    size = len(problem.unary)
+    run, position = np.full(size, _NONE), np.zeros(size, dtype=np.int64)
+    for i, one in enumerate(runs):
+        run[one.start : one.stop] = i
+        position[one.start : one.stop] = np.arange(one.stop - one.start) // one.period
+    counting = _counting(problem, runs, run, position)
+    layer, shift = np.full(size, _NONE), np.zeros(size, dtype=np.int64)
+    ranges = [sorted((offset, offset + sign * (runs[i].count - 1))) for i, (sign, offset) in counting.items()]
+    first, last = max(a for a, _ in ranges), min(b for _, b in ranges)
+    if last - first + 1 < MIN_LAYERS:
+        return None
+    for i, (sign, offset) in counting.items():
+        mine = run == i
+        layer[mine] = offset + sign * position[mine] - first
+        shift[mine] = sign * runs[i].period
+    layer[(layer < 0) | (layer > last - first)] = _NONE
+    return layer, shift
+
+
+def _signatures(problem: Problem) -> Integers:
+    """Equal numbers for variables of equal cost whose edges to earlier ones have equal tables."""
+    contents: dict[object, int] = {}
+    behind: list[list[int]] = [[] for _ in problem.unary]
+    for (_, v), table in problem.edges.items():
+        behind[v].append(id(table))
+    known: dict[object, int] = {}
+    found: list[int] = []
+    for cost, tables in zip(problem.unary, behind, strict=True):
+        unary = contents.setdefault(cost.tobytes(), len(contents))
+        found.append(known.setdefault((unary, tuple(sorted(tables))), len(known)))
+    return np.array(found, dtype=np.int64)
+
+
+def _runs(signatures: Integers) -> Iterator[_Run]:
+    """Stretches that are followed by their like at least `MIN_LAYERS - 1` times."""
+    last: dict[int, int] = {}
+    distances: Counter[int] = Counter()
+    for place, signature in enumerate(signatures.tolist()):
+        if signature in last:
+            distances[place - last[signature]] += 1
+        last[signature] = place
+    for period, _ in distances.most_common(_PERIODS):
+        same = np.concatenate([[0], signatures[:-period] == signatures[period:], [0]]).astype(np.int64)
+        edges = np.diff(same)
+        for start, stop in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
+            count = int(stop - start + period) // period
+            if count >= MIN_LAYERS:
+                yield _Run(int(start), period, count)
+
+
+def _disjoint(runs: Iterator[_Run]) -> list[_Run]:
+    """The longest ones that do not overlap, of equally long ones that with the shortest period; all of about as many
+    layers as the longest has."""
+    chosen: list[_Run] = []
+    for run in sorted(runs, key=lambda r: (-r.period * r.count, r.period)):
+        apart = all(run.stop <= other.start or other.stop <= run.start for other in chosen)
+        if apart and (not chosen or abs(run.count - chosen[0].count) <= 1):
+            chosen.append(run)
+    return chosen
+
+
+def _counting(
+    problem: Problem, runs: Sequence[_Run], run: Integers, position: Integers
+) -> dict[int, tuple[int, int]]:
+    """Per run that is linked to the first (sign, offset) so that its layers count as those of the first."""
+    votes: dict[tuple[int, int], Counter[tuple[int, int]]] = defaultdict(Counter)
+    for u, v in problem.edges:
+        i, j = int(run[u]), int(run[v])
+        if i != j and min(i, j) != _NONE:
+            for (a, x), (b, y) in (((i, u), (j, v)), ((j, v), (i, u))):  # position of x in terms of that of y
+                votes[a, b][1, int(position[x] - position[y])] += 1
+                votes[a, b][-1, int(position[x] + position[y])] += 1
+    found, waiting = {0: (1, 0)}, [0]
+    while waiting:
+        known = waiting.pop()
+        sign, offset = found[known]
+        for other in range(len(runs)):
+            if other not in found and votes[known, other]:
+                (turn, distance), _ = votes[known, other].most_common(1)[0]
+                found[other] = sign * turn, offset + sign * distance
+                waiting.append(other)
+    return found

@@ -1,0 +1,97 @@
+"""Equal layers folded: the same optimum, proved for the whole network, and nothing believed that is not so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from shardc.solver import fold as folding
+from shardc.solver.certificate import check
+from shardc.solver.fold import fold
+from shardc.solver.problem import Problem, evaluate
+from shardc.solver.solve import solve
+
+VALUES = 5
+
+
+def layered(count: int, seed: int, odd: Callable[[Problem, int], None] = lambda *_: None) -> Problem:
+    """A training graph in small: parameters, a forward chain, a backward chain that counts down, a table read by all
+    layers. `odd` may add something to a layer."""
+    rng, problem = np.random.default_rng(seed), Problem()
+    cost = {name: rng.random(VALUES) for name in ("table", "weight", "product", "act", "loss", "grad", "update")}
+    link = {pair: rng.random((VALUES, VALUES)) for pair in ("tp", "wp", "pa", "ax", "al", "lg", "gu", "gg", "wu", "ag")}
+    table = problem.add_variable("table", cost["table"])
+    weights = [problem.add_variable(f"weight {i}", cost["weight"]) for i in range(count)]
+    acts: list[int] = []
+    for i, weight in enumerate(weights):
+        product = problem.add_variable(f"product {i}", cost["product"])
+        problem.add_edge(table, product, link["tp"])
+        problem.add_edge(weight, product, link["wp"])
+        if acts:
+            problem.add_edge(acts[-1], product, link["ax"])
+        acts.append(problem.add_variable(f"act {i}", cost["act"]))
+        problem.add_edge(product, acts[-1], link["pa"])
+        odd(problem, i)
+    before = problem.add_variable("loss", cost["loss"])
+    problem.add_edge(acts[-1], before, link["al"])
+    for i in reversed(range(count)):
+        grad = problem.add_variable(f"grad {i}", cost["grad"])
+        problem.add_edge(before, grad, link["lg"] if i == count - 1 else link["gg"])
+        problem.add_edge(acts[i], grad, link["ag"])
+        update = problem.add_variable(f"update {i}", cost["update"])
+        problem.add_edge(grad, update, link["gu"])
+        problem.add_edge(weights[i], update, link["wu"])
+        before = grad
+    return problem
+
+
+def whole(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The optimum, found without folding."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folding, "MIN_LAYERS", 10**6)
+        assert fold(problem, 2) is None
+        solution = solve(problem)
+    assert solution.exact
+    return solution.cost
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_folded_equals_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = layered(40, seed)
+    folded = fold(problem, 2)
+    assert folded is not None and len(folded.template.unary) < len(problem.unary) / 4
+    solution = solve(problem)
+    assert solution.cost == evaluate(problem, solution.choice)
+    assert solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+    assert solution.lower_bound <= solution.cost
+    assert solution.exact
+
+
+def test_template_of_equal_layers_proves_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the template proves is carried over to every layer, and checked there by code that knows of no layers."""
+    problem = layered(300, 1)
+    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)  # what folding leaves open would stay open
+    solution = solve(problem)
+    assert check(problem, solution.certificate) == solution.certified_bound
+    assert solution.exact and solution.certified_bound == pytest.approx(solution.cost, rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_odd_layer_among_equal_ones(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer in the middle has a variable of its own: its cost is not lost, and the optimum is found."""
+
+    def odd(problem: Problem, layer: int) -> None:
+        if layer == 20:
+            other = problem.add_variable("odd", np.linspace(0.0, 3.0, 3))
+            problem.add_edge(len(problem.unary) - 2, other, 9.0 * np.random.default_rng(seed).random((VALUES, 3)))
+
+    problem = layered(40, seed, odd)
+    solution = solve(problem)
+    assert solution.cost == evaluate(problem, solution.choice)
+    assert solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+
+
+def test_few_layers_are_not_folded() -> None:
+    assert fold(layered(5, 0), 2) is None
