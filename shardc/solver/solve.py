@@ -176,7 +176,7 @@ class Search:
             groups = [Groups.by(cost) for cost in self.bound.reduced_costs()]
             _, unary, spare = self.bound.rewritten_network()
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap) if t not in known]
+            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
             if not (more or known):
                 return False
             self.bound = self.bound.with_triplets(more, groups, 2.0 * gap)

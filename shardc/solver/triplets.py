@@ -20,7 +20,7 @@ smallest reduced costs, and takes all others as one, at the least that any of th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ Triple = tuple[int, int, int]
 GROUPS = 48
 MAX_TRIPLETS = 400
 """Triplets that are added at a time."""
+_WAYS = 3  # joins of two variables that are looked at: those that charge most pairs of values
 
 
 class Groups:
@@ -115,17 +116,24 @@ def lend(triplet: Triplet, tables: list[tuple[Array, Array]], messages: Sequence
 
 
 def frustrated(
-    unary: Sequence[Array], spare: Mapping[Edge, Array], groups: Sequence[Groups], least: float
+    unary: Sequence[Array],
+    spare: Mapping[Edge, Array],
+    groups: Sequence[Groups],
+    least: float,
+    late: Callable[[], bool],
 ) -> list[Triple]:
     """Triplets that would raise the bound by more than `least`, those of the most frustrated cycles first.
 
     `unary` and `spare`: costs rewritten so that all minima are zero. Looked at are cycles through three variables, of
-    which every two share a table or a neighbour; a cycle of six becomes four triplets.
+    which every two share a table or a neighbour; a cycle of six becomes four triplets. Once it is `late`, those found
+    so far must do.
     """
     small = [group.least(cost) for group, cost in zip(groups, unary, strict=True)]
     joins = _Joins(small, {(u, v): _least(table, groups[u], groups[v]) for (u, v), table in spare.items()})
     found: list[tuple[float, Triple, tuple[int | None, ...]]] = []
     for a, b, c in joins.triples():
+        if late():
+            break
         ways = [joins.ways(a, b), joins.ways(b, c), joins.ways(a, c)]
         for (p, ab), (q, bc), (r, ac) in itertools.product(*ways):
             middles = [m for m in (p, q, r) if m is not None]
@@ -184,7 +192,8 @@ class _Joins:
                 joined = min_plus(self._table(m, u), self.unary[m], self._table(m, v))
                 if joined.any():
                     found.append((m, joined))
-            self._ways[(u, v)] = found
+            found.sort(key=lambda way: -np.count_nonzero(way[1]))
+            self._ways[(u, v)] = found[:_WAYS]
         return self._ways[(u, v)]
 
     def _table(self, u: int, v: int) -> Array:
