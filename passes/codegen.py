@@ -72,7 +72,9 @@ class _Source:
         # all results of an operator are made where it runs
         forward |= {n for n in backward if n.target is operator.getitem and n.args[0] in forward}
         backward -= forward | set(primals)
-        saved = [n for n in self.graph.nodes if (n in forward or n in primals) and self._needed(n, backward, gradients)]
+        wanted = {*gradients, *(operand for n in backward for operand in n.all_input_nodes)}
+        at_hand = forward | set(primals)
+        saved = [n for n in self.graph.nodes if n in wanted and n in at_hand and n.meta.get("layout") is not None]
         random_ = any(_draws(n) for n in self.graph.nodes)
         parts = [
             HEADER.format(mesh=self.mesh, axes=self.mesh.sizes, random=random_, imports=_listed(self.imports)),
@@ -94,10 +96,6 @@ class _Source:
     def _ports(self) -> list[tuple[Port, fx.Node | None]]:
         return list(zip(self.program.outputs, self.results, strict=True))
 
-    @staticmethod
-    def _needed(node: fx.Node, backward: set[fx.Node], gradients: list[fx.Node | None]) -> bool:
-        return node.meta.get("layout") is not None and (node in gradients or any(u in backward for u in node.users))
-
     def _slots(self, name: str, slots: list[tuple[fx.Node | None, Port]]) -> str:
         lines = [f"{name} = ("]
         for node, port in slots:
@@ -117,6 +115,10 @@ class _Source:
         nodes = [n for n in self.graph.nodes if n in body]
         kept = {*results, *(saved or [])}
         last: dict[fx.Node, fx.Node] = {n: user for user in nodes for n in (*user.all_input_nodes, user)}
+        spent: dict[fx.Node, list[str]] = {}
+        for node, user in last.items():
+            if node not in kept:
+                spent.setdefault(user, []).append(self.names[node])
         given = [self.names[n] for n in arguments]
         head = f"def {name}({', '.join(given)}):"
         lines = [head] if len(head) <= 100 else [f"def {name}(", *(f"    {own}," for own in given), "):"]
@@ -127,9 +129,8 @@ class _Source:
                     place = where(node)
                     lines.append(f"    # {place}")
                 lines.append(f"    {self.names[node]} = {self._call(node)}  # {self._type(node)}")
-            spent = [self.names[n] for n, user in last.items() if user is node and n not in kept]
-            if spent:
-                lines.append(f"    del {', '.join(sorted(spent))}")
+            if node in spent:
+                lines.append(f"    del {', '.join(sorted(spent[node]))}")
         outputs = _tuple(self.names[r] if r is not None else "None" for r in results)
         lines.append(f"    return {outputs}" + ("" if saved is None else f", {_tuple(self.names[s] for s in saved)}"))
         return "\n".join([*lines, ""])

@@ -44,12 +44,12 @@ COLLECTIVES: dict[object, str] = {
 
 @dataclass
 class Lowered:
-    """What the pipeline made: the plan, the generated source, the printout after every pass, the captured program, and
-    the local graph that the source was written from (node metadata as `reshard` leaves it)."""
+    """What the pipeline made: the plan, the generated source, the printout after every pass (made when it is called),
+    the captured program, and the local graph that the source was written from (node metadata as `reshard` leaves it)."""
 
     plan: Plan
     code: str
-    graphs: dict[str, str]
+    graphs: Mapping[str, Callable[[], str]]
     program: Program
     graph: fx.Graph
     choice: Choice
@@ -68,12 +68,11 @@ class Settings:
 
 
 def lower(
-    program: Program, settings: Settings, phases: dict[str, float], print_graphs: bool = True,
-    known: Choice | None = None, planned_at: str = "",
-) -> Lowered:  # fmt: skip
+    program: Program, settings: Settings, phases: dict[str, float], known: Choice | None = None, planned_at: str = ""
+) -> Lowered:
     """Run every pass after capture. With `known`, the choice for the same program at the sizes `planned_at`, nothing
     is solved if that can be adopted."""
-    mesh, graphs = settings.mesh, dict[str, str]()
+    mesh, graphs = settings.mesh, dict[str, Callable[[], str]]()
 
     def timed(name: str, work: Callable[[], Result]) -> Result:
         start = time.process_time()
@@ -82,8 +81,7 @@ def lower(
         return result
 
     def keep(name: str, graph: fx.Graph) -> None:
-        if print_graphs:
-            graphs[name] = show(graph, mesh)
+        graphs[name] = show(graph, mesh)
 
     keep("capture", program.graph)
     timed("normalize", lambda: normalize(program))
@@ -114,7 +112,7 @@ def lower(
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
-    graphs["codegen"] = code
+    graphs["codegen"] = lambda: code
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")

@@ -77,7 +77,7 @@ class Compiled:
         """The graph after a pass: capture, normalize, propagate, assign, reshard, localize or codegen."""
         if name not in self._lowered.graphs:
             raise ShardcError(f"no pass is called {name!r}; the passes are {', '.join(PASSES)}")
-        return self._lowered.graphs[name]
+        return self._lowered.graphs[name]()
 
     def save(self, path: str | Path) -> None:
         """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`)."""
@@ -164,12 +164,15 @@ def compiled(call: Call, request: Request) -> Compiled:
 @contextmanager
 def _uncollected() -> Generator[None]:
     """Python's cyclic collector pauses: graphs grow and stay, so it would walk over them again and again for nothing,
-    which is half the time of a deep model."""
+    which is half the time of a deep model. What was made goes to the oldest generation, without one last walk."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.distributed.tensor.placement_types import Partial, Replicate
@@ -135,7 +136,14 @@ class Layout:
 
     def simplify(self, mesh: Mesh) -> Layout:
         """The same layout with as few atoms and axes as express it: equal layouts simplify to equal objects."""
-        return Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
+        found = self._simple.get(mesh)
+        if found is None:
+            found = self._simple[mesh] = Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
+        return found
+
+    @cached_property
+    def _simple(self) -> dict[Mesh, Layout]:
+        return {}
 
     def cuts(self, mesh: Mesh) -> tuple[tuple[int, int, str], ...]:
         """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design.md). Raises LayoutError
@@ -190,6 +198,10 @@ class Layout:
         return layout
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         def show(dim: tuple[Atom, ...]) -> str:
             return str(dim[0]) if len(dim) == 1 else f"({' '.join(map(str, dim))})"
 

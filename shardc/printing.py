@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from shardc.graph import where
-from shardc.layout import SHORT_DTYPES
+from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 
 
-def show(graph: fx.Graph, mesh: Mesh | None = None) -> str:
-    """Print a graph; values that have a layout show it, others their shape."""
-    lines: list[str] = []
-    for node in graph.nodes:
-        if node.op == "output":
-            lines.append(f"return {_argument(node.args[0])}")
-            continue
-        call = "input" if node.op == "placeholder" else _call(node)
-        assigned = f"%{node.name} = {call}"
-        lines.append(f"{assigned:<72}  {_type(node, mesh):<32}{_place(node)}".rstrip())
-    return "\n".join(lines) + "\n"
+class _Line(NamedTuple):
+    """What the line of one node will show. All of it stays as it is when passes change the node."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    layout: Layout | None
+    dtype: torch.dtype | None
+    value: Any
+    place: str
 
 
-def _place(node: fx.Node) -> str:
-    return f"  # {where(node)}" if where(node) else ""
+def show(graph: fx.Graph, mesh: Mesh | None = None) -> Callable[[], str]:
+    """The text of a graph as it is now, made when it is asked for: of a deep model it is long, and seldom read. Values
+    that have a layout show it, others their shape."""
+    lines = [_line(node) for node in graph.nodes]
+    return lambda: "".join(f"{_text(line, mesh)}\n" for line in lines)
 
 
-def _call(node: fx.Node) -> str:
-    if node.target is operator.getitem:
-        return f"{_argument(node.args[0])}[{node.args[1]}]"
-    target = node.target
-    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__  # type: ignore[union-attr]
-    shown = [_argument(a) for a in node.args]
-    shown += [f"{k}={_argument(v)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")]
+def _line(node: fx.Node) -> _Line:
+    told = node.meta.get
+    return _Line(node, node.target, node.args, node.kwargs, told("layout"), told("dtype"), told("val"), where(node))
+
+
+def _text(line: _Line, mesh: Mesh | None) -> str:
+    if line.node.op == "output":
+        return f"return {_argument(line.args[0])}"
+    call = "input" if line.node.op == "placeholder" else _call(line)
+    assigned = f"%{line.node.name} = {call}"
+    place = f"  # {line.place}" if line.place else ""
+    return f"{assigned:<72}  {_type(line, mesh):<32}{place}".rstrip()
+
+
+def _call(line: _Line) -> str:
+    target = line.target
+    if target is operator.getitem:
+        return f"{_argument(line.args[0])}[{line.args[1]}]"
+    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+    shown = [_argument(a) for a in line.args]
+    shown += [f"{k}={_argument(v)}" for k, v in line.kwargs.items() if k not in ("device", "pin_memory", "layout")]
     return f"{name}({', '.join(shown)})"
 
 
@@ -49,11 +66,10 @@ def _argument(value: Any) -> str:
     return str(value)
 
 
-def _type(node: fx.Node, mesh: Mesh | None) -> str:
-    layout = node.meta.get("layout")
-    if layout is not None:
-        return f"{SHORT_DTYPES[node.meta['dtype']]}{layout.simplify(mesh) if mesh else layout}"
-    value = node.meta.get("val")
+def _type(line: _Line, mesh: Mesh | None) -> str:
+    if line.layout is not None and line.dtype is not None:
+        return f"{SHORT_DTYPES[line.dtype]}{line.layout.simplify(mesh) if mesh else line.layout}"
+    value = line.value
     if isinstance(value, torch.Tensor):
         return f"{SHORT_DTYPES.get(value.dtype, value.dtype)}[{', '.join(str(int(n)) for n in value.shape)}]"
     return ""

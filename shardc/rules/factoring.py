@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,16 +103,28 @@ class Factored:
     base: dict[Key, Value]
 
     def __post_init__(self) -> None:
-        self._leaves: dict[Key, list[Ref]] = {}  # the atoms are final
+        # the atoms are final
+        self._leaves: dict[Key, list[Ref]] = {}
+        self._sizes: dict[Key, tuple[int, ...]] = {}
+        self._pieces: dict[Ref, list[tuple[Ref, int]]] = {}
 
     def leaves(self, key: Key) -> list[Ref]:
         """The atoms of a base value, in memory order."""
         if key not in self._leaves:
-            self._leaves[key] = self.atoms.leaves([ref for dim in self.base[key].dims for ref in dim])
+            self._leaves[key] = [leaf for dim in self.base[key].dims for ref in dim for leaf, _ in self.pieces(ref)]
         return self._leaves[key]
 
     def sizes(self, key: Key) -> tuple[int, ...]:
-        return tuple(self.atoms.size(ref) for ref in self.leaves(key))
+        if key not in self._sizes:
+            refs = [ref for dim in self.base[key].dims for ref in dim]
+            self._sizes[key] = tuple([size for ref in refs for _, size in self.pieces(ref)])
+        return self._sizes[key]
+
+    def pieces(self, ref: Ref) -> list[tuple[Ref, int]]:
+        """The atoms that a ref consists of, major to minor, with their sizes."""
+        if ref not in self._pieces:
+            self._pieces[ref] = [(leaf, self.atoms.size(leaf)) for leaf in self.atoms.leaves([ref])]
+        return self._pieces[ref]
 
 
 def factor(program: Program) -> Factored:
@@ -305,7 +318,7 @@ def carried(factored: Factored, item: Operand | Result, factors: list[Factor]) -
     position = {(f.name, f.index): i for i, f in enumerate(factors)}
     found: list[tuple[Ref, int | None]] = []
     for name, dim in zip(item.names, item.value.dims, strict=True):
-        for index, leaf in enumerate(factored.atoms.leaves(dim)):
+        for index, leaf in enumerate([leaf for ref in dim for leaf, _ in factored.pieces(ref)]):
             found.append((leaf, position.get((name, index)) if name is not None else None))
     return found
 
@@ -317,8 +330,15 @@ def layout_of(
     partial: tuple[tuple[str, str], ...] = (),
 ) -> Layout:
     """The layout of a value whose leaves are split as `held` says."""
-    dims = (factored.atoms.leaves(dim) for dim in value.dims)
-    atoms = (
-        tuple(Atom(factored.atoms.size(ref), held.get(ref, ())) for ref in leaves) or (Atom(1),) for leaves in dims
-    )
-    return Layout(tuple(atoms), partial)
+    dims = [
+        tuple([(size, held.get(leaf, ())) for ref in dim for leaf, size in factored.pieces(ref)]) for dim in value.dims
+    ]
+    return _layout(tuple(dims), partial)
+
+
+@lru_cache(maxsize=1 << 16)
+def _layout(
+    dims: tuple[tuple[tuple[int, tuple[str, ...]], ...], ...], partial: tuple[tuple[str, str], ...]
+) -> Layout:  # fmt: skip
+    """Equal layouts are one object: a deep model has few, and what is derived from one is derived once."""
+    return Layout(tuple(tuple(Atom(*atom) for atom in dim) or (Atom(1),) for dim in dims), partial)

@@ -62,8 +62,8 @@ class Network:
 
     def __post_init__(self) -> None:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
-        self._shapes: dict[fx.Node, Shape] = {}
-        self._options: dict[Shape, Options] = {}
+        self._options: dict[fx.Node, Options] = {}
+        self._distinct: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
         reductions = {r for op in self.factored.ops for r in op.rule.reductions.values()}
@@ -91,7 +91,7 @@ class Network:
 
         return Assignment(
             {node: pick(v) for node, v in self._op_variable.items()},  # type: ignore[misc]
-            {op.node: self._shape(op) for op in self.factored.ops},
+            {op.node: self.options_of(op).shape for op in self.factored.ops},
             {key: pick(v) for key, v in self._share_variable.items()},  # type: ignore[misc]
             {index: pick(v) for index, v in self._output_variable.items()},  # type: ignore[misc]
         )
@@ -134,20 +134,20 @@ class Network:
                 users[self.factored.values[node].key] += 1
         return users
 
-    def _shape(self, op: Op) -> Shape:
-        if op.node not in self._shapes:
-            self._shapes[op.node] = shape_of(self.factored, op)
-        return self._shapes[op.node]
-
     def options_of(self, op: Op) -> Options:
-        shape = self._shape(op)
-        if shape not in self._options:
+        """The strategies of an operator; operators of one shape share them."""
+        if op.node not in self._options:
+            self._options[op.node] = self._options_of(shape_of(self.factored, op))
+        return self._options[op.node]
+
+    def _options_of(self, shape: Shape) -> Options:
+        if shape not in self._distinct:
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
-            self._options[shape] = Options(shape, self.mesh, self.device, operands, results)
-        return self._options[shape]
+            self._distinct[shape] = Options(shape, self.mesh, self.device, operands, results)
+        return self._distinct[shape]
 
     def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
         self.variables.append(Variable(name, domain, unary))

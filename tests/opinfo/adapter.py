@@ -112,7 +112,7 @@ def _run(
 ) -> Outcome:
     program = capture(call, tensors, grad=bool(tangents), differentiable=frozenset(tangents))
     settings, sums = _settings(program, placements)
-    lowered = lower(program, settings, {}, print_graphs=False)
+    lowered = lower(program, settings, {})
     feeds = [_addends(x) if p == "P" else x.detach() for x, p in zip(tensors, placements, strict=True)]
     outcome = Outcome(steps=list(_trace(lowered.graph, program, sums)))
     gradients = _execute(load(lowered.code), program, feeds, tangents, outcome)

@@ -152,7 +152,7 @@ def examine(menu: str, random: Random) -> None:
         try:
             specs = {name: tuple(_dims(spec)) for name, spec in demands.items()}
             chosen = Settings(mesh, device, mode, whole, match_parameters(ports, specs, []))
-            compiled = Compiled(program, lower(captured, chosen, {}, print_graphs=False))
+            compiled = Compiled(program, lower(captured, chosen, {}))
         except ShardcError as error:
             assert not isinstance(error, (RuleError, CaptureError)), what
             assert demands or constrained, what
