@@ -44,8 +44,9 @@ COLLECTIVES: dict[object, str] = {
 
 @dataclass
 class Lowered:
-    """What the pipeline made: the plan, the generated source, the printout after every pass (made when it is called),
-    the captured program, and the local graph that the source was written from (node metadata as `reshard` leaves it)."""
+    """What the pipeline made: the plan, the generated source, the printout after every pass (made when it is asked
+    for), the captured program, and the local graph that the source was written from (node metadata as `reshard` leaves
+    it)."""
 
     plan: Plan
     code: str
