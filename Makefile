@@ -34,7 +34,7 @@ types: $(READY) ## pyright, strict
 	$(PY) -m pyright
 
 unit: $(READY) ## the tests alone
-	$(PY) -m pytest -n 2 -q
+	$(PY) -m pytest -n 2 --dist worksteal -q
 
 opinfo: $(READY) ## every operator of torch's database in every layout; writes docs/opinfo.md
 	PYTHONPATH=.:tests $(PY) -m opinfo --jobs 2
@@ -43,7 +43,7 @@ fuzz: $(READY) ## the property tests, ten times as long, from a new seed (or mak
 	SHARDC_SEED=$(or $(SEED),$(shell date +%s)) SHARDC_FUZZ=10 $(PY) -m pytest -n 2 tests/property
 
 zoo: $(READY) ## every model of the zoo on every mesh
-	$(PY) -m pytest -n 2 -q tests/zoo --whole-zoo
+	$(PY) -m pytest -n 2 --dist worksteal -q tests/zoo tests/end_to_end/test_models.py --whole-zoo
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,5 +34,5 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole-zoo", action="store_true", help="train every model of the zoo on every mesh")
+    parser.addoption("--whole-zoo", action="store_true", help="train every model on every mesh")
     parser.addoption("--update-golden", action="store_true", help="write what is printed now to tests/golden/*.txt")

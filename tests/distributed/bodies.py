@@ -1,4 +1,4 @@
-"""Operators split along the dim that they work along, over gloo, next to torch's own on whole tensors. For torchrun."""
+"""Operators split along the dim that they work along, over gloo, next to torch's own on whole tensors. For ranks.py."""
 
 import os
 

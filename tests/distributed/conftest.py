@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,55 +17,45 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE))),
 }
+PATIENCE = 600.0
+"""Seconds after which processes are taken to hang: many times what they take on an idle machine."""
 
 
 @pytest.fixture
 def torchrun() -> Callable[..., str]:
     """`torchrun("script.py", "arg", nproc=4)`: the output of a script of this folder; fails unless it exits with 0."""
 
-    def run(script: str, *arguments: str, nproc: int = 4, timeout: float = 120) -> str:
+    def run(script: str, *arguments: str, nproc: int = 4) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-        done = subprocess.run(
-            [*command, str(HERE / script), *arguments],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        code, output = _started([*command, str(HERE / script), *arguments])
+        assert code == 0, output
+        return output
 
     return run
 
 
 @pytest.fixture
-def spawn() -> Callable[..., list[tuple[int, str]]]:
-    """`spawn("script.py", "arg", nproc=4)`: exit code and output of each rank. Without torchrun, which ends the peers
-    of a failed rank before they can say what they saw."""
+def spawn(tmp_path: Path) -> Callable[..., list[tuple[int, str]]]:
+    """`spawn("script.py", "arg", nproc=4)`: exit code and output of each rank, which `ranks.py` starts."""
 
-    def run(script: str, *arguments: str, nproc: int = 4, timeout: float = 60) -> list[tuple[int, str]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        ranks: list[subprocess.Popen[str]] = []
-        for rank in range(nproc):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(HERE / script), *arguments],
-                    env={**ENVIRONMENT, **own},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        return [(process.returncode, output) for process, output in zip(ranks, outputs, strict=True)]
+    def run(script: str, *arguments: str, nproc: int = 4) -> list[tuple[int, str]]:
+        ours = [str(HERE / "ranks.py"), str(tmp_path), str(nproc), str(HERE / script), *arguments]
+        code, output = _started([sys.executable, *ours])
+        assert code == 0, output
+        names = [tmp_path / str(rank) for rank in range(nproc)]
+        return [(int(name.with_suffix(".code").read_text()), name.read_text()) for name in names]
 
     return run
+
+
+def _started(command: list[str]) -> tuple[int, str]:
+    """Exit code and output; after PATIENCE seconds all processes are ended, and the test fails."""
+    ours = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output = ours.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(ours.pid, signal.SIGKILL)
+        pytest.fail(f"still running after {PATIENCE:.0f} s:\n{ours.communicate()[0]}")
+    return ours.returncode, output

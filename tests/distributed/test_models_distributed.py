@@ -9,14 +9,20 @@ import pytest
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "tp=4"])
-def test_language_models_and_a_cnn_train_like_single_device(torchrun: Callable[..., str], mesh: str) -> None:
-    names = ["llama", "gpt2", "resnet"]
-    output = torchrun("zoo.py", mesh, *names, timeout=300)
-    for name in names:
-        assert output.count(f"{name} equals single device") == 4, output
+Spawn = Callable[..., list[tuple[int, str]]]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "names"), [("dp=2,tp=2", ("llama", "gpt2")), ("tp=4", ("llama", "gpt2", "resnet"))]
+)
+def test_language_models_and_a_cnn_train_like_single_device(spawn: Spawn, mesh: str, names: tuple[str, ...]) -> None:
+    for code, output in spawn("zoo.py", mesh, *names):
+        assert code == 0, output
+        assert all(f"{name} equals single device" in output for name in names), output
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "tp=4"])
-def test_dims_that_the_mesh_does_not_divide(torchrun: Callable[..., str], mesh: str) -> None:
-    assert torchrun("uneven.py", mesh).count("odd sizes equal single device") == 4
+def test_dims_that_the_mesh_does_not_divide(spawn: Spawn, mesh: str) -> None:
+    for code, output in spawn("uneven.py", mesh):
+        assert code == 0, output
+        assert "odd sizes equal single device" in output

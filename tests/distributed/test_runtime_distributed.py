@@ -15,9 +15,10 @@ def test_training_equals_eager(torchrun):
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_operators_along_split_dims_equal_whole_ones(torchrun, nproc):
-    output = torchrun("bodies.py", nproc=nproc)
-    assert all(f"rank {rank} is right" in output for rank in range(nproc)), output
+def test_operators_along_split_dims_equal_whole_ones(spawn, nproc):
+    for rank, (code, output) in enumerate(spawn("bodies.py", nproc=nproc)):
+        assert code == 0, output
+        assert f"rank {rank} is right" in output
 
 
 @pytest.mark.parametrize(("accident", "nproc"), [("raise", 2), ("kill", 4), ("hang", 2)])

@@ -1,4 +1,4 @@
-"""Trains a decoder whose dims the mesh does not divide over gloo, beside single device. Run by torchrun."""
+"""Trains a decoder whose dims the mesh does not divide over gloo, beside single device. Run by ranks.py."""
 
 import copy
 import sys

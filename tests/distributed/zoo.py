@@ -1,4 +1,4 @@
-"""Trains models through `shard` over gloo beside single device: losses, gradients, parameters, bytes (for torchrun)."""
+"""Trains models through `shard` over gloo beside single device: losses, gradients, parameters, bytes (for ranks.py)."""
 
 import copy
 import sys

@@ -1,8 +1,13 @@
-"""Every model, trained three steps on every mesh: all values equal to single device, bytes as predicted."""
+"""Every model, trained three steps on meshes: all values equal to single device, bytes as predicted.
+
+On every mesh in both dtypes with --whole-zoo. Without it float32 on one mesh, and three axes for three models: plans
+over three axes take most of the time.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,6 +18,8 @@ from shardc import shard
 from shardc.runtime import Executable
 
 MESHES = ("dp=4", "tp=4", "dp=2,tp=2", "a=2,b=2,c=2")
+THREE_AXES = ("bert", "hand_gpt", "vit")
+"""A model of text, one with dropout and tied weights, one of pictures."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 STEPS = 3
 
@@ -37,9 +44,22 @@ def train(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[Tensor, dic
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", MODELS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cells = list(itertools.product(MODELS, MESHES, (torch.float64, torch.float32)))
+    if not metafunc.config.getoption("--whole-zoo"):
+        cells = [cell for cell in cells if _among_the_few(*cell)]
+    ids = [f"{name}-{mesh}-f{dtype.itemsize * 8}" for name, mesh, dtype in cells]
+    metafunc.parametrize(("name", "mesh", "dtype"), cells, ids=ids)
+
+
+def _among_the_few(name: str, mesh: str, dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return mesh == "dp=2,tp=2"
+    if (name, mesh) == ("resnet", "dp=2,tp=2"):  # most of it is the solver's proof; float32 is planned faster
+        return False
+    return mesh != "a=2,b=2,c=2" or name in THREE_AXES
+
+
 def test_trains_like_single_device(name: str, mesh: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     single, inputs = MODELS[name](dtype)
