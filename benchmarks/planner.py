@@ -1,0 +1,289 @@
+"""The planner against itself at depth, against HiGHS on the same problem, and against what papers derived by hand.
+
+    python benchmarks/planner.py            # everything; the tables of README.md
+    python benchmarks/planner.py --only time
+
+Times are CPU-seconds, every case of them in a fresh process; those that a ratio compares are taken in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compile import machine
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+HARDWARE, SEQUENCE = "h100", 4096
+SHALLOW, DEEP = 32, 126
+HIGHS_LIMIT = 300.0
+"""Seconds of wall time after which HiGHS is stopped."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, forward and backward, on one mesh."""
+
+    model: str
+    layers: int
+    mesh: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.layers} layers"
+
+
+TIMED = (
+    Case("Llama-3-8B", 32, "dp=4,tp=8", 32),
+    Case("Mixtral-8x7B", 32, "dp=4,tp=8", 32),
+    Case("Llama-3-405B", SHALLOW, "node=16,gpu=8", 128),
+    Case("Llama-3-405B", DEEP, "node=16,gpu=8", 128),
+)
+SOLVED = (Case("Llama-3-8B", 8, "dp=4,tp=8", 32), Case("Llama-3-8B", 2, "dp=4,cp=4,tp=8", 32))
+
+
+def build(case: Case) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model and its inputs, on the meta device, in bf16; it gives the loss alone."""
+    sys.path.insert(0, str(HERE.parent / "examples"))
+    import llama
+
+    if case.model != "Mixtral-8x7B":
+        size = case.model.rpartition("-")[2].lower()
+        return llama.build(size, case.layers, llama.LlamaForCausalLMLoss), llama.example_inputs(case.batch, SEQUENCE)
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    class Mixtral(MixtralForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+    with torch.device("meta"):
+        tokens = torch.empty(case.batch, SEQUENCE, dtype=torch.int64)
+        model = Mixtral(MixtralConfig(num_hidden_layers=case.layers, use_cache=False)).bfloat16()
+    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
+def timed(case: Case) -> dict[str, Any]:
+    """Compile one case in this process: CPU-seconds by phase, and what was proved."""
+    import shardc.api
+
+    model, inputs = build(case)
+    start = time.process_time()
+    compiled = shardc.compile(model, case.mesh, inputs, hardware=HARDWARE)
+    total = time.process_time() - start
+    plan = compiled.plan
+    phases = dict(plan.phases)
+    return {"phases": {**phases, "rest": total - sum(phases.values()), "total": total},
+            "gap": 1 - plan.lower_bound / plan.cost, "lines": compiled.code.count("\n")}  # fmt: skip
+
+
+def problem_of(case: Case) -> Any:
+    """The cost network of one case, as it is given to the solver."""
+    import shardc.api
+    from shardc.passes import assign
+
+    class Caught(Exception):
+        pass
+
+    caught: list[Any] = []
+
+    def catch(problem: Any, **_: Any) -> Any:
+        caught.append(problem)
+        raise Caught
+
+    before, assign.solve = assign.solve, catch
+    try:
+        model, inputs = build(case)
+        shardc.compile(model, case.mesh, inputs, hardware=HARDWARE)
+    except Caught:
+        pass
+    finally:
+        assign.solve = before
+    return caught[0]
+
+
+def highs(problem: Any) -> tuple[float, float, bool]:
+    """The optimum by HiGHS, what it proved, and whether it finished: the textbook's program, with a 0/1 variable for
+    every value that is allowed, and for every pair of neighbours' values one that is 1 where both are chosen."""
+    scale = 1e6  # HiGHS stops at absolute gaps of 1e-6
+    place: list[np.ndarray] = []
+    costs: list[np.ndarray] = []
+    count = rows = 0
+    entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for unary in problem.unary:
+        allowed = np.flatnonzero(np.isfinite(unary))
+        index = np.full(len(unary), -1)
+        index[allowed] = count + np.arange(len(allowed))
+        place.append(index)
+        costs.append(unary[allowed])
+        entries.append((np.full(len(allowed), rows), index[allowed], np.ones(len(allowed))))
+        count, rows = count + len(allowed), rows + 1
+    values = count
+    for (one, other), table in problem.edges.items():
+        finite = np.isfinite(table) & (place[one][:, None] >= 0) & (place[other][None, :] >= 0)
+        a, b = np.nonzero(finite)
+        pairs = count + np.arange(len(a))
+        for end, chosen in ((one, a), (other, b)):
+            own = np.flatnonzero(place[end] >= 0)
+            row = rows + np.searchsorted(own, chosen)
+            entries.append((row, pairs, np.ones(len(pairs))))
+            entries.append((rows + np.arange(len(own)), place[end][own], -np.ones(len(own))))
+            rows += len(own)
+        costs.append(table[a, b])
+        count += len(a)
+    row, column, factor = (np.concatenate(part) for part in zip(*entries, strict=True))
+    right = np.concatenate([np.ones(len(problem.unary)), np.zeros(rows - len(problem.unary))])
+    matrix = coo_array((factor, (row, column)), shape=(rows, count)).tocsr()
+    found = milp(
+        np.concatenate(costs) * scale, constraints=LinearConstraint(matrix, right, right), bounds=Bounds(0, 1),
+        integrality=(np.arange(count) < values).astype(np.int8),
+        options={"time_limit": HIGHS_LIMIT, "mip_rel_gap": 1e-9},
+    )  # fmt: skip
+    best = float(found.fun) / scale if found.x is not None else float("inf")
+    bound = float(found.mip_dual_bound) / scale if found.mip_dual_bound is not None else 0.0
+    return best, bound, found.status == 0
+
+
+def against_highs(case: Case) -> dict[str, Any]:
+    """One problem, given to both in this process: CPU-seconds and objectives."""
+    from shardc.passes.assign import solved
+
+    problem = problem_of(case)
+    start = time.process_time()
+    ours = solved(problem, HIGHS_LIMIT)
+    between = time.process_time()
+    best, bound, finished = highs(problem)
+    theirs = time.process_time() - between
+    return {"variables": len(problem.unary), "ours": between - start, "cost": ours.cost, "exact": bool(ours.exact),
+            "theirs": theirs, "best": best, "bound": bound, "finished": finished}  # fmt: skip
+
+
+def apart(what: str, case: Case) -> dict[str, Any]:
+    """What `timed` or `against_highs` finds in a fresh process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps([what, asdict(case)])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{case.name} on {case.mesh}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, in columns."""
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def times() -> str:
+    """How long compiling takes, by phase, and how it grows with depth."""
+    found = {case: apart("time", case) for case in tqdm(TIMED, desc="time")}
+    phases = list(found[TIMED[0]]["phases"])
+    rows = [
+        [case.name, case.mesh, *(f"{one['phases'][phase]:.2f}" for phase in phases),
+         "optimal" if one["gap"] < 1e-9 else f"within {one['gap']:.1e}"]
+        for case, one in found.items()
+    ]  # fmt: skip
+    shallow, deep = (found[case]["phases"] for case in TIMED[-2:])
+    growth = [f"{deep[p] / shallow[p]:.1f}" if shallow[p] >= 0.02 else "–" for p in phases]
+    rows.append([f"ratio, {DEEP / SHALLOW:.1f} times the layers", "", *growth, ""])
+    return f"Compiling:\n\n{markdown(['model', 'mesh', *phases, 'plan'], rows)}\n\n"
+
+
+def solvers() -> str:
+    """Our solver and HiGHS on the same problems."""
+    rows: list[list[str]] = []
+    for case in tqdm(SOLVED, desc="highs"):
+        one = apart("highs", case)
+        end = "" if one["finished"] else f", stopped at {HIGHS_LIMIT:.0f} s wall"
+        best = f"{one['best']:.9g}" if one["best"] < float("inf") else f"none found, at least {one['bound']:.6g}"
+        ratio = f"{'' if one['finished'] else '> '}{one['theirs'] / one['ours']:.0f}"
+        cost = f"{one['cost']:.9g}{'' if one['exact'] else ' (not proved)'}"
+        rows.append([case.name, case.mesh, str(one["variables"]), f"{one['ours']:.2f}", f"{one['theirs']:.1f}{end}",
+                     ratio, cost, best])  # fmt: skip
+    head = ["model", "mesh", "variables", "shardc", "HiGHS", "ratio", "objective", "HiGHS's objective"]
+    return f"Solving the same network, CPU-seconds and seconds of the plan:\n\n{markdown(head, rows)}\n\n"
+
+
+def closed_forms() -> str:
+    """What papers derived by hand, over grids."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import closed_forms as known
+
+    shapes = ((8192, 1024, 4096), (2048, 8192, 1024), (65536, 4096, 2048), (512, 2048, 8192))
+    equal = cheaper = dearer = best = count = 0
+    for devices in tqdm((4, 8, 16, 32), desc="AxoNN"):
+        for shape in shapes:
+            pairs = [(c, c.seconds(), c.planned(True)) for c in known.axonn_cases(devices, (shape,))]
+            count += len(pairs)
+            equal += sum(abs(paper - ours) <= 1e-9 * paper for _, paper, ours in pairs)
+            best += min(pairs, key=lambda p: p[1])[0] == min(pairs, key=lambda p: p[2])[0]
+            free = [(c.planned(False), paper) for c, paper, _ in pairs]
+            cheaper += sum(ours < paper * (1 - 1e-9) for ours, paper in free)
+            dearer += sum(ours > paper * (1 + 1e-9) for ours, paper in free)
+    rows = [
+        ["AxoNN's layer, its layouts", f"{count} configurations", f"{equal} cost what the formulas say"],
+        ["AxoNN's layer, best configuration", f"{4 * len(shapes)} shapes x devices", f"{best} the same"],
+        ["AxoNN's layer, products free", f"{count} configurations", f"{dearer} dearer, {cheaper} cheaper"],
+    ]
+    sizes = (256, 1024, 4096)
+    layers = [known.Poseidon(m, n, k, p) for m in sizes for n in sizes for k in (1, 8, 64, 512) for p in (4, 8, 16)]
+    ways: dict[str, int] = {}
+    right = decided = strict = 0
+    for layer in tqdm(layers, desc="Poseidon"):
+        seconds, plan = layer.seconds(), layer.planned().plan
+        least = min(seconds.values())
+        way = min(seconds, key=lambda w: seconds[w])
+        right += abs(plan.cost - least) <= 1e-9 * least
+        ways[way] = ways.get(way, 0) + 1
+        kinds = {c.kind for c in plan.conversions if c.sent}
+        first, second = seconds["reduce the gradient"], seconds["gather the factors"]
+        if min(first, second) == least and first != second:
+            strict += 1
+            decided += (kinds == {"all_gather"}) == layer.inequality
+    rows += [
+        ["Poseidon, least of four ways", f"{len(layers)} layers", f"{right} cost what the formula says"],
+        ["Poseidon, the inequality", f"{strict} layers where one of its two ways is best", f"{decided} as it says"],
+    ]
+    rows += [[f"of them: {way}", "", str(number)] for way, number in ways.items()]
+    for recipe in tqdm(known.recipes(), desc="recipes"):
+        ours, free = recipe.planned(False), recipe.planned(True)
+        same = all(abs(known.sent(ours)[k] - v) < 1 for k, v in recipe.sends.items())
+        same = same and known.sent(ours).keys() == recipe.sends.keys()
+        answer = "sends what the recipe sends" if same else f"sends {known.sent(ours)}"
+        rows.append([recipe.name, recipe.mesh, f"{answer}; free: {free.plan.cost / ours.plan.cost:.3f} of its time"])
+    return f"Closed forms:\n\n{markdown(['what', 'over', 'found'], rows)}\n"
+
+
+SECTIONS = {"time": times, "highs": solvers, "forms": closed_forms}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=list(SECTIONS), help="one section")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        what, case = json.loads(options.case)
+        print(json.dumps({"time": timed, "highs": against_highs}[what](Case(**case))))
+        return
+    print(f"CPU-seconds; sequences of {SEQUENCE} tokens, bf16, costs of {HARDWARE}. Machine: {machine()}.\n")
+    for name, section in SECTIONS.items():
+        if options.only in (None, name):
+            print(section(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
