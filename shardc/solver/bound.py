@@ -22,13 +22,17 @@ Terms over three variables (`triplets.py`) close that: they borrow from the tabl
 what they keep counts as part of the bound.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from shardc.solver.certificate import Certificate
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
-from shardc.solver.triplets import Groups, Triplet, lend
+from shardc.solver.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
+
+Place = NDArray[np.intp]
 
 
 class Bound:
@@ -58,18 +62,35 @@ class Bound:
         self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
         self.lower = -np.inf
 
-    def begin(self, messages: Mapping[Edge, tuple[Array, Array]]) -> None:
-        """Start from messages such as `messages` gives."""
-        for edge, (to_u, to_v) in messages.items():
-            e = self.number[edge]
-            self.to_first[e], self.to_second[e] = to_u, to_v
+    def starting(self, start: Certificate) -> "Bound":
+        """The same network with the messages and triplets of a certificate, and one pass each way."""
+        pairs = {pair for lender in start.triplets for pair in sides(lender.variables)}
+        more = self._with_chords(pairs - self.number.keys())
+        for edge, (to_u, to_v) in start.messages.items():
+            e = more.number[edge]
+            more.to_first[e], more.to_second[e] = to_u, to_v
+        groups: dict[int, Groups] = {}
+        for lender in start.triplets:
+            a, b, c = (groups.setdefault(id(index), Groups(index)) for index in lender.groups)
+            edges = edges_of(lender.variables, more.number)
+            ab, bc, ac = lender.loans
+            kept = -float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).max())
+            more.triplets.append(Triplet(lender.variables, edges, (a, b, c), [ab, bc, ac], kept))
+        more._enter([t.loans for t in more.triplets])
+        more._passes()
+        return more
 
     def sweep(self) -> float:
         """One pass forward and one backward, and one round of lending before; returns the bound."""
         if self.triplets:
             messages = self.messages()
+            lending = Lending(self.tables, [messages[edge] for edge in self.ends])
             for triplet in self.triplets:
-                lend(triplet, self.tables, [messages[self.ends[e]] for e in triplet.edges])
+                lending.lend(triplet)
+            lending.close()
+        return self._passes()
+
+    def _passes(self) -> float:
         self._forward()
         return self._backward(None)
 
@@ -112,11 +133,7 @@ class Bound:
                 reduced[v] = cost.copy()
             cost *= self.share[v]
             for e in self.behind[v]:
-                message = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
-                least = float(message.min())
-                lower += least
-                message -= least
-                self.to_first[e] = message
+                self.to_first[e] = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
         lower += sum(triplet.kept for triplet in self.triplets)
         self.lower = max(self.lower, lower)
         return lower
@@ -130,27 +147,29 @@ class Bound:
         """The tables as given."""
         return {edge: pair[0] for edge, pair in zip(self.ends, self.given, strict=True) if pair is not None}
 
-    def with_triplets(
-        self, triples: Sequence[tuple[int, int, int]], groups: Sequence[Groups], ceiling: float
-    ) -> "Bound":
+    def with_triplets(self, triples: Sequence[Triple], groups: Sequence[Groups], ceiling: float) -> "Bound":
         """The same bound with more triplets, all with these groups. Entries whose rewritten cost exceeds `ceiling` are
         cut off there, which is sound if no better solution can have them: what is lent must be finite."""
-        pairs = {pair for a, b, c in triples for pair in ((a, b), (b, c), (a, c))}
-        chords = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
-        more = Bound(self.unary, self.tables_by_edge(), [*chords, *(pairs - self.number.keys())])
-        for e, edge in enumerate(more.ends):
-            old = self.number.get(edge)
-            if old is not None:
-                more.tables[e], more.to_first[e], more.to_second[e] = (
-                    self.tables[old], self.to_first[old], self.to_second[old],
-                )  # fmt: skip
+        pairs = {pair for triple in triples for pair in sides(triple)}
+        more = self._with_chords(pairs - self.number.keys())
+        more._passes()  # variables with new pairs hand out smaller shares
         for (u, v), (to_u, to_v) in more.messages().items():
             if (u, v) in pairs:
-                e = more.number[(u, v)]
-                table = np.minimum(more.tables[e][0], to_u[:, None] + to_v[None, :] + ceiling)
+                e, moved = more.number[(u, v)], to_u[:, None] + to_v[None, :]
+                least = float((more.tables[e][0] - moved).min())
+                table = np.minimum(more.tables[e][0], moved + (least + ceiling))
                 more.tables[e] = (table, np.ascontiguousarray(table.T))
-        more.triplets = [t.renumbered(more.number, groups) for t in self.triplets]
         more.triplets += [Triplet.over(triple, more.number, groups) for triple in triples]
+        return more
+
+    def _with_chords(self, chords: Iterable[Edge]) -> "Bound":
+        """The same with more pairs that have no table."""
+        old = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
+        more = Bound(self.unary, self.tables_by_edge(), [*old, *chords])
+        for edge, e in self.number.items():
+            n = more.number[edge]
+            more.tables[n], more.to_first[n], more.to_second[n] = self.tables[e], self.to_first[e], self.to_second[e]
+        more.triplets = [triplet.renumbered(more.number) for triplet in self.triplets]
         more.lower = self.lower
         return more
 
@@ -177,11 +196,26 @@ class Bound:
             {e: table - least[1][e] for e, table in edges.items()},
         )
 
-    def decode(self) -> list[int]:
-        """A choice: each variable in order, given those before it and the messages of those after it."""
+    def spare(self) -> tuple[list[Array], dict[Edge, Array]]:
+        """What is left of unary costs and of tables beyond their messages and loans; all minima are zero."""
+        self.sweep()
+        unary = [cost.copy() for cost in self.unary]
+        edges: dict[Edge, Array] = {}
+        for e, ((u, v), (to_u, to_v)) in enumerate(self.messages().items()):
+            unary[u] += to_u
+            unary[v] += to_v
+            table = self.tables[e][0] - to_u[:, None] - to_v[None, :]
+            edges[(u, v)] = table - table.min()
+        return [cost - cost.min() for cost in unary], edges
+
+    def decode(self, counts: Sequence[int] | None = None) -> list[int]:
+        """A choice: each variable in order, given those before it and the messages of those after it. With `counts`, of
+        its so many first values."""
         choice: list[int] = []
         for v in range(len(self.unary)):
             cost = self.unary[v].copy()
+            if counts is not None:
+                cost[counts[v] :] = np.inf
             for e in self.behind[v]:
                 cost += self.tables[e][0][choice[self.ends[e][0]]]
             for e in self.ahead[v]:
@@ -232,6 +266,60 @@ class Bound:
                 small.tables[e] = (table, np.ascontiguousarray(table.T))
         small.to_first = [m[keep[u]] for m, (u, _) in zip(self.to_first, self.ends, strict=True)]
         small.to_second = [m[keep[v]] for m, (_, v) in zip(self.to_second, self.ends, strict=True)]
-        small.triplets = [triplet.restricted(keep) for triplet in self.triplets]
+        groups: dict[tuple[int, int], Groups] = {}
+
+        def fewer(group: Groups, v: int) -> Groups:
+            key = (id(group), v)
+            if key not in groups:
+                groups[key] = group.restricted(keep[v])
+            return groups[key]
+
+        small.triplets = [t.restricted(_each(fewer, t)) for t in self.triplets]
         small.lower = self.lower
         return small
+
+    def gathered(self, keep: Sequence[Mask]) -> tuple["Bound", list[Place], dict[Edge, tuple[Array, Array]]]:
+        """A smaller network that proves as much: the values of a variable that are not kept become one, the last, which
+        costs as little as any of them. For a bound without triplets.
+
+        Returned with the place of every value in it, and the messages up to here, which its costs contain: messages for
+        the smaller network, added to those, prove the same for this one."""
+        assert not self.triplets
+        messages = self.messages()
+        places = [np.where(mask, np.cumsum(mask) - 1, np.count_nonzero(mask)) for mask in keep]
+        unary = [cost.copy() for cost in self.unary]
+        edges: dict[Edge, Array] = {}
+        for e, (u, v) in enumerate(self.ends):
+            to_u, to_v = messages[u, v]
+            unary[u] += to_u
+            unary[v] += to_v
+            edges[u, v] = self.tables[e][0] - to_u[:, None] - to_v[None, :]
+        small = Bound(
+            [_gathered(cost, mask) for cost, mask in zip(unary, keep, strict=True)],
+            {(u, v): _gathered(_gathered(t, keep[u]).T, keep[v]).T for (u, v), t in edges.items()},
+        )
+        small.lower = self.lower
+        return small, places, messages
+
+    def _enter(self, changes: Sequence[Sequence[Array]]) -> None:
+        """Enter changes of the triplets' loans into the tables."""
+        sums: dict[tuple[int, int, int], tuple[Groups, Groups, Array]] = {}
+        for triplet, change in zip(self.triplets, changes, strict=True):
+            for loan, e, (rows, columns) in zip(change, triplet.edges, triplet.grids, strict=True):
+                key = (e, id(rows), id(columns))
+                sums[key] = rows, columns, sums[key][2] + loan if key in sums else loan
+        for (e, _, _), (rows, columns, loan) in sums.items():
+            table = self.tables[e][0] + spread(loan, rows, columns)
+            self.tables[e] = (table, np.ascontiguousarray(table.T))
+
+
+def _gathered(cost: Array, keep: Mask) -> Array:
+    """The kept entries along the first dim, then the least of the others."""
+    if keep.all():
+        return cost
+    return np.concatenate([cost[keep], cost[~keep].min(axis=0, keepdims=True)])
+
+
+def _each(regrouped: Callable[[Groups, int], Groups], triplet: Triplet) -> tuple[Groups, Groups, Groups]:
+    (a, b, c), (x, y, z) = triplet.groups, triplet.variables
+    return regrouped(a, x), regrouped(b, y), regrouped(c, z)

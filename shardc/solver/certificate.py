@@ -6,59 +6,163 @@ A certificate holds two finite messages per edge `e = (u, v)`. Moving them betwe
 
 whatever the messages are: a wrong certificate can only prove too little. `check` shares no code with the solver.
 
-What it proves is the bound of the linear relaxation at best. Where the exact solve had to close a gap by
-elimination or by branching, `check` returns less than the optimum; `Solution.lower_bound` (proved by the search,
-not by the certificate) and `Solution.certified_bound` (what `check` returned) are reported side by side for that
-reason.
+That is the bound of the linear program over pairs at best, and cycles can keep it below the optimum. So a certificate
+may hold triplets. A triplet over `a < b < c` lends to its three pairs, `l_ab`, `l_bc` and `l_ac`, and owes what it
+lent:
+
+    each of the pairs      min_xy (t_e[x, y] - m_eu[x] - m_ev[y] + sum of loans l_e[x, y])
+    the triplet            min_abc (- l_ab[x_a, x_b] - l_bc[x_b, x_c] - l_ac[x_a, x_c])
+
+Again no total changes. Loans are the same for all values of a group, and the minimum over groups is one over values. A
+pair without a table of its own counts as one of zeros.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardc.solver.problem import Array, Edge, Problem
+
+_EPSILON = float(np.finfo(np.float64).eps)
+_MARGIN = 4.0  # times the roundings that are counted
+
+
+@dataclass(frozen=True)
+class Lender:
+    """A triplet: for each of its three variables the group of every value, and the loans to the pairs ab, bc and ac as
+    tables over groups."""
+
+    variables: tuple[int, int, int]
+    groups: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
+    loans: tuple[Array, Array, Array]
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Messages `(m_eu, m_ev)` per edge; an edge that is left out has zero messages."""
+    """Messages `(m_eu, m_ev)` per edge, and triplets; an edge that is left out has zero messages."""
 
     messages: dict[Edge, tuple[Array, Array]]
+    triplets: tuple[Lender, ...] = ()
+
+
+Loan = tuple[NDArray[np.intp], NDArray[np.intp], Array]  # groups of rows, groups of columns, table over groups
+Term = tuple[float, float]  # a minimum, and the roundings that may be in it
 
 
 def check(problem: Problem, certificate: Certificate) -> float:
-    """The lower bound that the certificate proves, rounded down by more than the arithmetic can have erred."""
-    unary = [np.array(cost, dtype=np.float64) for cost in problem.unary]
-    error = [np.abs(cost, where=np.isfinite(cost), out=np.zeros_like(cost)) for cost in unary]
-    terms: list[float] = []
-    rounding: list[float] = []
-    for edge in certificate.messages:
-        if edge not in problem.edges:
-            raise ValueError(f"the certificate speaks of {edge}, which is no edge of the problem")
-    for (u, v), table in problem.edges.items():
-        if (u, v) not in certificate.messages:
-            terms.append(float(table.min()))
-            continue
-        to_u, to_v = certificate.messages[(u, v)]
-        if to_u.shape != unary[u].shape or to_v.shape != unary[v].shape:
-            raise ValueError(f"messages of {(u, v)} do not fit the domains")
-        if not (np.isfinite(to_u).all() and np.isfinite(to_v).all()):
-            raise ValueError(f"messages of {(u, v)} are not finite")
-        left = table - to_u[:, None] - to_v[None, :]
-        terms.append(float(left.min()))
-        rounding.append(abs(terms[-1]) + 2.0 * float(np.abs(to_u).max() + np.abs(to_v).max()))
-        unary[u] += to_u
-        unary[v] += to_v
-        error[u] += np.abs(to_u)
-        error[v] += np.abs(to_v)
-    degree = [1] * len(unary)
-    for u, v in problem.edges:
-        degree[u] += 1
-        degree[v] += 1
-    for v, cost in enumerate(unary):
-        terms.append(float(cost.min()))
-        rounding.append(degree[v] * float(error[v].max()))
-    if not all(math.isfinite(term) for term in terms):
-        return math.inf  # a variable or an edge without any finite entry: nothing is feasible
-    return math.fsum(terms) - 4.0 * float(np.finfo(np.float64).eps) * math.fsum(rounding)
+    """The lower bound that the certificate proves, rounded down by more than the arithmetic can have erred.
+
+    Raises ValueError for a certificate that does not fit the problem. Equal layers cost little: what is worked out for
+    arrays is remembered by their identity.
+    """
+    return _Audit(problem, certificate).bound()
+
+
+class _Audit:
+    """One check. Every array it meets outlives it, so that identities are those of contents."""
+
+    def __init__(self, problem: Problem, certificate: Certificate) -> None:
+        self.problem, self.certificate = problem, certificate
+        self.loans: dict[Edge, list[Loan]] = defaultdict(list)
+        self.moved: list[list[Array]] = [[] for _ in problem.unary]
+        self._known: dict[tuple[object, ...], Term] = {}
+        self._sound: set[tuple[int, ...]] = set()
+
+    def bound(self) -> float:
+        terms = [self._triplet(lender) for lender in self.certificate.triplets]
+        for edge in self.certificate.messages:
+            if edge not in self.problem.edges and edge not in self.loans:
+                raise ValueError(f"the certificate speaks of {edge}, which is no edge of the problem")
+        terms += [self._pair(edge) for edge in self.problem.edges]
+        terms += [self._pair(edge) for edge in self.loans if edge not in self.problem.edges]
+        terms += [self._variable(v) for v in range(len(self.problem.unary))]
+        if not all(math.isfinite(least) for least, _ in terms):
+            return math.inf  # a variable or an edge without any finite entry: nothing is feasible
+        error = math.fsum(abs(least) + rounding for least, rounding in terms)
+        return math.fsum(least for least, _ in terms) - _MARGIN * _EPSILON * error
+
+    def _triplet(self, lender: Lender) -> Term:
+        """What a triplet keeps; its loans are entered with their pairs."""
+        a, b, c = lender.variables
+        if not 0 <= a < b < c < len(self.problem.unary):
+            raise ValueError(f"{lender.variables} is no triplet of variables in ascending order")
+        for place, (i, j) in enumerate(((0, 1), (1, 2), (0, 2))):
+            loan = lender.groups[i], lender.groups[j], lender.loans[place]
+            edge = lender.variables[i], lender.variables[j]
+            self._check_loan(edge, loan)
+            self.loans[edge].append(loan)
+        key = ("triplet", *map(id, lender.loans))
+        if key not in self._known:
+            ab, bc, ac = lender.loans
+            if (ab.shape[1], bc.shape[1], ac.shape[0]) != (bc.shape[0], ac.shape[1], ab.shape[0]):
+                raise ValueError(f"the loans of {lender.variables} are not over the same groups")
+            least = -float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).max())
+            self._known[key] = least, 3.0 * _largest(lender.loans)
+        return self._known[key]
+
+    def _check_loan(self, edge: Edge, loan: Loan) -> None:
+        sizes = tuple(len(self.problem.unary[v]) for v in edge)
+        key = (*sizes, *map(id, loan))
+        if key in self._sound:
+            return
+        table = loan[2]
+        if table.ndim != 2 or table.dtype != np.float64 or not np.isfinite(table).all():
+            raise ValueError(f"a loan to {edge} is no table of finite floats")
+        for size, groups, count in zip(sizes, loan[:2], table.shape, strict=True):
+            whole = groups.shape == (size,) and np.issubdtype(groups.dtype, np.integer)
+            if not whole or (size and not 0 <= groups.min() <= groups.max() < count):
+                raise ValueError(f"the groups of a loan to {edge} do not fit the domains")
+        self._sound.add(key)
+
+    def _pair(self, edge: Edge) -> Term:
+        """What a pair keeps; its messages are noted with its variables."""
+        u, v = edge
+        table, loans = self.problem.edges.get(edge), self.loans.get(edge, [])
+        messages = self.certificate.messages.get(edge, ())
+        if messages:
+            self.moved[u].append(messages[0])
+            self.moved[v].append(messages[1])
+        sizes = len(self.problem.unary[u]), len(self.problem.unary[v])
+        key = ("pair", sizes, id(table), *map(id, messages), *(id(array) for loan in loans for array in loan))
+        if key in self._known:
+            return self._known[key]
+        left = np.zeros(sizes) if table is None else table
+        if messages:
+            self._check_messages(edge)
+            left = left - messages[0][:, None] - messages[1][None, :]
+        for rows, columns, loan in loans:
+            left = left + loan[np.ix_(rows, columns)]
+        least = float(left.min())
+        moved = _largest(messages) + _largest([loan for _, _, loan in loans])
+        steps = len(messages) + len(loans)
+        self._known[key] = least, steps * (abs(least) + moved) if math.isfinite(least) else 0.0
+        return self._known[key]
+
+    def _check_messages(self, edge: Edge) -> None:
+        for v, message in zip(edge, self.certificate.messages[edge], strict=True):
+            if message.shape != self.problem.unary[v].shape:
+                raise ValueError(f"messages of {edge} do not fit the domains")
+            if message.dtype != np.float64 or not np.isfinite(message).all():
+                raise ValueError(f"messages of {edge} are not finite floats")
+
+    def _variable(self, v: int) -> Term:
+        """The least of a variable's cost with its messages, each value less the roundings that may be in it."""
+        cost, moved = self.problem.unary[v], self.moved[v]
+        key = ("variable", id(cost), *map(id, moved))
+        if key not in self._known:
+            total = np.array(cost, dtype=np.float64)
+            error = np.abs(total)
+            for message in moved:
+                total += message
+                error += np.abs(message)
+            with np.errstate(invalid="ignore"):  # where the cost is infinite, so is the error
+                total = np.where(np.isfinite(total), total - _MARGIN * _EPSILON * len(moved) * error, total)
+            self._known[key] = float(total.min()), 0.0
+        return self._known[key]
+
+
+def _largest(arrays: "list[Array] | tuple[Array, ...]") -> float:
+    return math.fsum(float(np.abs(array).max(initial=0.0)) for array in arrays)

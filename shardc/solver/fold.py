@@ -15,12 +15,13 @@ less alike than they looked, the two do not meet, and the gap says so.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver.certificate import Certificate, Lender
 from shardc.solver.problem import Array, Edge, Problem
 
 Integers = NDArray[np.int64]
@@ -30,6 +31,7 @@ MIN_LAYERS = 8
 """Fewer layers than this are not folded."""
 _PERIODS = 40  # distances between equal variables that are tried as periods
 _NONE = -1
+_PAIRS = ((0, 1), (1, 2), (0, 2))  # the places of the pairs of a triplet
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,56 @@ class Fold:
     representative: list[int]
     edges: dict[Edge, Edge]
     """Per edge of the network the edge of the template whose variables come in the order of its own."""
+    places: Callable[[tuple[int, int, int]], Iterator[tuple[int, int, int]]]
+    """Per three variables of the template the variables of the network for which they stand."""
 
     def unfolded_choice(self, choice: Sequence[int]) -> list[int]:
         return [choice[r] for r in self.representative]
 
-    def unfolded_messages(self, messages: Mapping[Edge, tuple[Array, Array]]) -> Messages:
-        """Messages for the network: on each edge those of the edge that stands for it."""
-        found: Messages = {}
-        for edge, (a, b) in self.edges.items():
-            if (a, b) in messages:
-                found[edge] = messages[(a, b)]
-            elif (b, a) in messages:
-                second, first = messages[(b, a)]
-                found[edge] = first, second
-        return found
+    def unfolded_certificate(self, certificate: Certificate) -> Certificate:
+        """A certificate for the network: on each edge the messages of the edge that stands for it, and the triplets of
+        the last layer before the cut in every layer that was cut out."""
+        messages: Messages = {}
+        for edge, other in self.edges.items():
+            _enter(messages, edge, other, certificate.messages)
+        triplets: list[Lender] = []
+        for lender in certificate.triplets:
+            for variables in self.places(lender.variables):
+                triplets.append(_placed(lender, variables))
+                for i, j in _PAIRS:
+                    _enter(
+                        messages, (variables[i], variables[j]), (lender.variables[i], lender.variables[j]),
+                        certificate.messages,
+                    )  # fmt: skip
+        return Certificate(messages, tuple(triplets))
+
+
+def _enter(messages: Messages, edge: Edge, other: Edge, known: Mapping[Edge, tuple[Array, Array]]) -> None:
+    """Enter for `edge` the messages of `other`, if it has any; the first entry stays."""
+    (u, v), (a, b) = (edge, other) if edge[0] < edge[1] else ((edge[1], edge[0]), (other[1], other[0]))
+    if (u, v) in messages:
+        return
+    if (a, b) in known:
+        messages[u, v] = known[a, b]
+    elif (b, a) in known:
+        second, first = known[b, a]
+        messages[u, v] = first, second
+
+
+def _placed(lender: Lender, variables: tuple[int, int, int]) -> Lender:
+    """The triplet over other variables, which are brought into ascending order."""
+    order = sorted(range(3), key=variables.__getitem__)
+
+    def loan(i: int, j: int) -> Array:
+        """The loan to a pair by places in the lender's own order, rows for the place `i`."""
+        table = lender.loans[_PAIRS.index((min(i, j), max(i, j)))]
+        return table if i < j else np.ascontiguousarray(table.T)
+
+    x, y, z = order
+    return Lender(
+        (variables[x], variables[y], variables[z]), (lender.groups[x], lender.groups[y], lender.groups[z]),
+        (loan(x, y), loan(y, z), loan(x, z)),
+    )  # fmt: skip
 
 
 def fold(problem: Problem, kept: int) -> Fold | None:
@@ -87,12 +125,12 @@ class _Cut:
     def __init__(self, problem: Problem, layer: Integers, shift: Integers, low: int, high: int) -> None:
         self.problem, self.layer, self.shift, self.low, self.high = problem, layer, shift, low, high
         self.gone = (layer > low) & (layer < high)
+        self.kept = np.flatnonzero(~self.gone).tolist()
         self.number = np.cumsum(~self.gone) - 1
 
     def fold(self) -> Fold | None:
         problem = self.problem
-        kept = np.flatnonzero(~self.gone)
-        template = Problem([problem.unary[v] for v in kept], {}, [problem.names[v] for v in kept])
+        template = Problem([problem.unary[v] for v in self.kept], {}, [problem.names[v] for v in self.kept])
         representative = [self._stand_in(v) for v in range(len(problem.unary))]
         if any(len(problem.unary[v]) != len(template.unary[r]) for v, r in enumerate(representative)):
             return None
@@ -103,7 +141,7 @@ class _Cut:
                 return None
             if not self._is_copy(u, v):
                 template.add_edge(a, b, table)
-        return Fold(template, representative, edges)
+        return Fold(template, representative, edges, self._places)
 
     def _edge(self, u: int, v: int) -> Edge:
         """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then
@@ -120,6 +158,26 @@ class _Cut:
             return self._at(x, layer if layer <= self.low else min(layer - self.low - 1 + self.high, last))
 
         return int(self.number[place(u)]), int(self.number[place(v)])
+
+    def _places(self, variables: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+        """Behind the cut a template goes on as the network does right after its last layer before the cut."""
+        own = [self.kept[v] for v in variables]
+        layers = [int(self.layer[x]) for x in own if self.layer[x] != _NONE]
+        if not layers or min(layers) >= self.high or max(layers) < self.low:
+            yield own[0], own[1], own[2]
+            return
+        for up in range(self.high - self.low if min(layers) == self.low else 1):
+            a, b, c = (self._moved(x, up) for x in own)
+            if min(a, b, c) != _NONE:
+                yield a, b, c
+
+    def _moved(self, x: int, up: int) -> int:
+        """A variable of the template so many layers further on; -1 beyond the last layer."""
+        layer = int(self.layer[x])
+        if layer == _NONE:
+            return x
+        layer = up + (layer if layer <= self.low else layer - self.high + self.low + 1)
+        return self._at(x, layer) if layer <= self.layer.max() else _NONE
 
     def _is_copy(self, u: int, v: int) -> bool:
         """Whether the edge is a copy of one that the template has: its lower layer was cut out."""

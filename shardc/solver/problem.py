@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Edge = tuple[int, int]
 
+TOLERANCE = 1e-9
+"""Differences of cost that do not count, as a part of the `magnitude` of a choice."""
+
 
 @dataclass
 class Problem:
@@ -86,6 +89,12 @@ def evaluate(problem: Problem, choice: Sequence[int]) -> float:
     terms = [float(cost[choice[v]]) for v, cost in enumerate(problem.unary)]
     terms += [float(table[choice[u], choice[v]]) for (u, v), table in problem.edges.items()]
     return math.fsum(terms)
+
+
+def magnitude(problem: Problem, choice: Sequence[int]) -> float:
+    """The sum of absolute values of the terms of a choice."""
+    total = math.fsum(abs(float(cost[choice[v]])) for v, cost in enumerate(problem.unary))
+    return total + math.fsum(abs(float(table[choice[u], choice[v]])) for (u, v), table in problem.edges.items())
 
 
 def _check_entries(table: Array, what: str, seen: set[int]) -> None:

@@ -1,4 +1,8 @@
-"""Find a certificate: message sweeps on the unreduced problem, stopped when they prove the known cost.
+"""Find a certificate: messages and triplets over the unreduced problem whose bound meets the known cost.
+
+Sweeps over all values come first. Where they stall, the values of a variable that are too dear to matter are gathered
+into one, which costs as little as any of them, and triplets are added (`triplets.py`); and so on until the bound meets
+the cost. Messages for the gathered values are messages for every one of them, so nothing is lost on the way back.
 
 An entry above `2 * (cost - sum of all minima + largest minimum)` cannot occur in a solution as cheap as the known
 one, so for the sweeps every entry is cut off there. That removes the inf's, and a bound for the smaller costs is
@@ -7,44 +11,152 @@ one for the true ones.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate
-from shardc.solver.problem import Array, Edge, Problem
+from shardc.solver.bound import Bound, Place
+from shardc.solver.certificate import Certificate, Lender
+from shardc.solver.problem import TOLERANCE, Array, Edge, Problem, evaluate, magnitude
+from shardc.solver.triplets import Groups, frustrated
 
 MAX_SWEEPS = 200
 _CHECK_EVERY = 5
+_STALLED = 2e-2  # gain between two looks, as a part of the gap, below which a bound has stalled
+_ROUNDS = 12  # times that triplets are added
+_WORTH = 1e-4  # part of the gap that a triplet must promise to close
+_HELPS = 0.1  # part of the gap that a round must close to be followed by another
+_MARGIN = 1.0  # of the gap: reduced costs of values that are told apart
+_FINER = 0.1  # part of the tolerance that is aimed at
 
 
 def prove(
-    problem: Problem, cost: float, tolerance: float, deadline: float,
-    start: Mapping[Edge, tuple[Array, Array]] | None = None,
-) -> Certificate:  # fmt: skip
-    """Messages whose bound comes within `tolerance` of `cost`, or as close as the sweeps get from those of `start`."""
-    bound = _clipped(problem, cost)
-    if start is not None:
-        bound.begin(start)
-    before = -math.inf
-    for sweep in range(1, MAX_SWEEPS + 1):
-        lower = bound.sweep()
-        gap = cost - lower
-        if gap <= tolerance or time.process_time() > deadline:
-            break
-        if sweep % _CHECK_EVERY == 0:
-            if lower - before < 1e-3 * gap:
+    problem: Problem, cost: float, tolerance: float, deadline: float, start: Certificate | None = None
+) -> Certificate:
+    """A certificate whose bound comes within `tolerance` of `cost`, or as close as it gets from that of `start`."""
+    bound = clipped(problem, cost)
+    proof = Proof(problem, bound if start is None else bound.starting(start), Known(cost, tolerance), deadline)
+    proof.run()
+    return proof.certificate()
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the best choice costs, and how close to that the bound should come."""
+
+    cost: float
+    tolerance: float
+
+
+class Proof:
+    """Brings a bound up to the cost of the best choice. Where that is not known, it looks for the choice too."""
+
+    def __init__(self, problem: Problem, bound: Bound, known: Known | None, deadline: float) -> None:
+        self.problem, self.whole, self.bound, self.deadline = problem, bound, bound, deadline
+        self.cost, self.tolerance = (known.cost, known.tolerance) if known else (math.inf, 0.0)
+        self.searching = known is None
+        self.choice: list[int] | None = None
+        self.lower = bound.lower
+        self.values = [np.arange(len(cost)) for cost in bound.unary]  # of the problem, per value that is told apart
+        self.places = [np.arange(len(cost)) for cost in bound.unary]  # in the bound, per value of the problem
+        self.messages: dict[Edge, tuple[Array, Array]] = {}  # that the costs of the bound contain
+
+    def run(self) -> bool:
+        """Sweep; gather values, add triplets, sweep on; until closed (True), or that does not help any more."""
+        closed = self.cost - self.lower <= self.tolerance or self._swept()
+        for _ in range(_ROUNDS):
+            gap = self.cost - self.lower
+            if closed or self._late() or not math.isfinite(gap):
                 break
-            before = lower
-    return Certificate(bound.messages())
+            reduced = self.bound.reduced_costs() if self.bound.triplets else self._gather(gap)
+            groups = [Groups.by(cost) for cost in reduced]
+            unary, spare = self.bound.spare()
+            known = {triplet.variables for triplet in self.bound.triplets}
+            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
+            if not (more or known):
+                break
+            self.bound = self.bound.with_triplets(more, groups, math.inf)
+            closed = self._swept()
+            if self.cost - self.lower > (1.0 - _HELPS) * gap:
+                break
+        return closed
+
+    def certificate(self) -> Certificate:
+        messages = dict(self.messages)
+        _add(messages, self.bound.messages(), self.places)
+        lenders: list[Lender] = []
+        known: dict[int, NDArray[np.intp]] = {}
+        for t in self.bound.triplets:
+            a, b, c = (
+                known.setdefault(id(group), group.index[self.places[v]])
+                for group, v in zip(t.groups, t.variables, strict=True)
+            )
+            lenders.append(Lender(t.variables, (a, b, c), (t.loans[0], t.loans[1], t.loans[2])))
+        return Certificate(messages, tuple(lenders))
+
+    def _late(self) -> bool:
+        return time.process_time() > self.deadline
+
+    def _gather(self, gap: float) -> list[Array]:
+        """Values that cannot be part of a choice as cheap as `cost` become one a variable; the reduced costs."""
+        reduced = self.bound.reduced_costs()
+        keep = [cost <= _MARGIN * gap for cost in reduced]
+        for mask, values in zip(keep, self.values, strict=True):
+            mask[len(values) :] = False
+        self.bound.sweep()
+        self.bound, places, messages = self.bound.gathered(keep)
+        _add(self.messages, messages, self.places)
+        self.places = [place[old] for place, old in zip(places, self.places, strict=True)]
+        self.values = [values[mask[: len(values)]] for values, mask in zip(self.values, keep, strict=True)]
+        gathered = [np.full(len(cost), np.inf) for cost in self.bound.unary]
+        for cost, old, place in zip(gathered, reduced, places, strict=True):
+            np.minimum.at(cost, place, old)
+        return gathered
+
+    def _swept(self) -> bool:
+        before = -math.inf
+        for sweep in range(1, MAX_SWEEPS + 1):
+            self.lower = self.bound.sweep()
+            look = sweep % _CHECK_EVERY == 0
+            if look and self.searching:
+                self._offer()
+            gap = self.cost - self.lower
+            if gap <= _FINER * self.tolerance:
+                return True
+            if self._late():
+                return False
+            if look:
+                if self.lower - before < _STALLED * min(gap, abs(self.lower)):
+                    return False
+                before = self.lower
+        return False
+
+    def _offer(self) -> None:
+        """Look for a better choice."""
+        choice = self.bound.decode([len(values) for values in self.values])
+        found = self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)])
+        cost = evaluate(self.problem, found)
+        if cost < self.cost:
+            self.cost, self.choice, self.tolerance = cost, found, TOLERANCE * magnitude(self.problem, found)
 
 
-def _clipped(problem: Problem, cost: float) -> Bound:
+def _add(
+    total: dict[Edge, tuple[Array, Array]], more: Mapping[Edge, tuple[Array, Array]], places: Sequence[Place]
+) -> None:
+    """Add messages over the values of a bound to messages over those of the problem."""
+    for (u, v), (to_u, to_v) in more.items():
+        to_u, to_v = to_u[places[u]], to_v[places[v]]
+        if (u, v) in total:
+            to_u, to_v = to_u + total[u, v][0], to_v + total[u, v][1]
+        total[u, v] = to_u, to_v
+
+
+def clipped(problem: Problem, cost: float) -> Bound:
+    """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them."""
     tables = [*problem.unary, *problem.edges.values()]
     minima = [float(table.min()) for table in tables]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))
-    clipped: dict[int, Array] = {id(table): np.minimum(table, ceiling) for table in tables}
-    return Bound(
-        [clipped[id(c)] for c in problem.unary], {edge: clipped[id(table)] for edge, table in problem.edges.items()}
-    )
+    cut: dict[int, Array] = {id(table): np.minimum(table, ceiling) for table in tables}
+    return Bound([cut[id(c)] for c in problem.unary], {edge: cut[id(table)] for edge, table in problem.edges.items()})

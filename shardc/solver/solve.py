@@ -1,7 +1,7 @@
 """Minimise a cost network, and prove it.
 
-0. Many equal layers are folded to a few (`fold.py`), and the search is over those; if messages then prove the plan for
-   the whole network, that is all.
+0. Many equal layers are folded to a few (`fold.py`), and the search is over those, by way of a proof (`prove.py`); if
+   that, unfolded, proves the plan for the whole network, that is all.
 1. `contract.py` shrinks the network exactly.
 2. If what is left is narrow, `eliminate.py` finishes it at once.
 3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
@@ -28,11 +28,10 @@ from shardc.solver.certificate import Certificate, check
 from shardc.solver.contract import Core, Network
 from shardc.solver.eliminate import eliminate, find_order, surviving
 from shardc.solver.fold import Fold, fold
-from shardc.solver.problem import Problem, evaluate
-from shardc.solver.prove import prove
+from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
+from shardc.solver.prove import Proof, prove
 from shardc.solver.triplets import Groups, frustrated
 
-TOLERANCE = 1e-9
 MAX_SWEEPS = 400
 _LOOK_EVERY = 5
 _ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
@@ -41,7 +40,7 @@ _ROUNDS = 20  # times that triplets are added
 _HELPS = 0.02  # part of the gap that a round must close to be followed by another
 _WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
-_KEPT = 2  # layers kept on either side when a network is folded
+_KEPT, _BETWEEN = 1, 6  # layers kept on either side when a network is folded: at last, and before
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time that the search over the template may take
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
@@ -72,15 +71,15 @@ def solve(problem: Problem, *, time_limit: float | None = None, certify: bool = 
     """
     problem.check()
     deadline = math.inf if time_limit is None else time.process_time() + time_limit
-    folded = fold(problem, _KEPT)
-    if folded is not None and _FOLDED * len(folded.template.unary) <= len(problem.unary):
-        solution = _unfolded(problem, folded, deadline)
+    folds = _folds(problem)
+    if folds:
+        solution = _unfolded(problem, folds, deadline)
         if solution.exact or len(problem.unary) > _LARGE:
             return solution
     choice, lower = _searched(problem, deadline)
-    cost, magnitude = evaluate(problem, choice), _magnitude(problem, choice)
-    exact = cost - lower <= TOLERANCE * magnitude
-    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline) if certify else Certificate({})
+    cost, tolerance = evaluate(problem, choice), TOLERANCE * magnitude(problem, choice)
+    exact = cost - lower <= tolerance
+    certificate = prove(problem, cost, tolerance, deadline) if certify else Certificate({})
     proved = check(problem, certificate)
     return Solution(choice, cost, cost if exact else max(lower, proved), exact, certificate, proved)
 
@@ -93,23 +92,51 @@ def _searched(problem: Problem, deadline: float) -> tuple[list[int], float]:
     search = Search(core, deadline)
     choice = network.expand(core, search.run())
     cost = evaluate(problem, choice)
-    if abs(cost - (search.upper + network.constant)) > TOLERANCE * _magnitude(problem, choice):
+    if abs(cost - (search.upper + network.constant)) > TOLERANCE * magnitude(problem, choice):
         raise AssertionError(f"the plan costs {cost!r}, the solver promised {search.upper + network.constant!r}")
     return choice, min(search.lower + network.constant, cost)
 
 
-def _unfolded(problem: Problem, folded: Fold, deadline: float) -> Solution:
+def _folds(problem: Problem) -> list[Fold]:
+    """The folds from the network to one of `_KEPT` layers on either side, the widest first; none if few layers repeat.
+
+    In between is one that still has layers in its middle whose neighbours are as those of all others: what is tight in
+    the smallest need not be where two layers of the middle meet."""
+    found: list[Fold] = []
+    for kept in (_BETWEEN, _KEPT):
+        network = found[-1].template if found else problem
+        folded = fold(network, kept)
+        if folded is not None and _FOLDED * len(folded.template.unary) <= len(network.unary):
+            found.append(folded)
+    return found
+
+
+def _unfolded(problem: Problem, folds: list[Fold], deadline: float) -> Solution:
     """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
-    template, now = folded.template, time.process_time()
-    found, _ = _searched(template, now + _SEARCH * (deadline - now))
-    proof = prove(template, evaluate(template, found), TOLERANCE * _magnitude(template, found), deadline)
-    choice = folded.unfolded_choice(found)
-    cost, magnitude = evaluate(problem, choice), _magnitude(problem, choice)
-    start = folded.unfolded_messages(proof.messages)
-    certificate = prove(problem, cost, TOLERANCE * magnitude, deadline, start)
-    proved = check(problem, certificate)
-    exact = cost - proved <= TOLERANCE * magnitude
+    template, now = folds[-1].template, time.process_time()
+    choice, certificate = _proved(template, now + _SEARCH * (deadline - now))
+    cost = proved = tolerance = math.nan
+    for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
+        choice, certificate = folded.unfolded_choice(choice), folded.unfolded_certificate(certificate)
+        cost, tolerance = evaluate(network, choice), TOLERANCE * magnitude(network, choice)
+        proved = check(network, certificate)
+        if cost - proved > tolerance:
+            certificate = prove(network, cost, tolerance, deadline, certificate)
+            proved = check(network, certificate)
+    exact = cost - proved <= tolerance
     return Solution(choice, cost, cost if exact else proved, exact, certificate, proved)
+
+
+def _proved(problem: Problem, deadline: float) -> tuple[list[int], Certificate]:
+    """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
+    finite = all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()])
+    if finite:
+        proof = Proof(problem, Bound(problem.unary, problem.edges), None, deadline)
+        if proof.run() and proof.choice is not None:
+            return proof.choice, proof.certificate()
+    choice, _ = _searched(problem, deadline)
+    cost = evaluate(problem, choice)
+    return choice, prove(problem, cost, TOLERANCE * magnitude(problem, choice), deadline)
 
 
 class Search:
@@ -174,7 +201,7 @@ class Search:
             self._prune()
             before, gap = self.lower, self.upper - self.lower
             groups = [Groups.by(cost) for cost in self.bound.reduced_costs()]
-            _, unary, spare = self.bound.rewritten_network()
+            unary, spare = self.bound.spare()
             known = {triplet.variables for triplet in self.bound.triplets}
             more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
             if not (more or known):
@@ -271,9 +298,3 @@ class Search:
             raise InfeasibleError("the constraints leave no feasible plan")
         proved = min(self.upper, constant + outcome.lower / scale)
         self.lower = self.upper if outcome.finished else max(self.lower, proved)
-
-
-def _magnitude(problem: Problem, choice: list[int]) -> float:
-    """The sum of absolute values of the terms of a choice."""
-    total = math.fsum(abs(float(cost[choice[v]])) for v, cost in enumerate(problem.unary))
-    return total + math.fsum(abs(float(table[choice[u], choice[v]])) for (u, v), table in problem.edges.items())

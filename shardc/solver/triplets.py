@@ -10,18 +10,19 @@ borrowed`, so that
 
     T'_e = t_e + sum of loans        the triplet keeps  min_abc (- loan_ab - loan_bc - loan_ac)
 
-and no total changes. `lend` takes all that the pairs have to spare, and hands each a third of what it is worth to it:
-the bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
+and no total changes. `Lending` takes all that the pairs have to spare, and hands each a third of what it is worth to
+it: the bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
 
 Only a few values of a variable matter to a close bound. A triplet tells `GROUPS - 1` of them apart, those of the
-smallest reduced costs, and takes all others as one, at the least that any of them costs.
+smallest reduced costs, and takes all others as one, at the least that any of them costs. Its loans are the same for all
+values of a group, so they are small tables, and it keeps the groups with which it was made.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +38,13 @@ _WAYS = 3  # joins of two variables that are looked at: those that charge most p
 
 
 class Groups:
-    """A variable's values in groups: `index` gives the group of each."""
+    """A variable's values in groups: `index` gives the group of each. `labels` are the groups' names: numbers as given,
+    of which only those that have a value are counted."""
 
     def __init__(self, index: NDArray[np.intp]) -> None:
-        self.index = np.unique(index, return_inverse=True)[1]
+        self.labels, self.index = np.unique(index, return_inverse=True)
         self.order = np.argsort(self.index, kind="stable")
-        self.starts = np.searchsorted(self.index[self.order], np.arange(self.index.max() + 1))
+        self.starts = np.searchsorted(self.index[self.order], np.arange(len(self.labels)))
 
     @staticmethod
     def by(reduced: Array) -> Groups:
@@ -51,6 +53,10 @@ class Groups:
         first = np.argsort(reduced, kind="stable")[: GROUPS - 1]
         index[first] = np.arange(len(first))
         return Groups(index)
+
+    def restricted(self, keep: Mask) -> Groups:
+        """The groups of fewer values; their labels are numbers of these groups."""
+        return Groups(self.index[keep])
 
     def least(self, cost: Array) -> Array:
         """The least of every group, along the first dim."""
@@ -61,58 +67,86 @@ def _least(table: Array, rows: Groups, columns: Groups) -> Array:
     return columns.least(rows.least(table).T).T
 
 
+def spread(loan: Array, rows: Groups, columns: Groups) -> Array:
+    """A table over groups as one over values."""
+    return loan.take(rows.index, axis=0).take(columns.index, axis=1)
+
+
 @dataclass
 class Triplet:
-    """`edges` and `loans` in the order ab, bc, ac; `kept` is the part of the bound that stays here."""
+    """`edges` (places among the tables) and `loans` (tables over groups) in the order ab, bc, ac; `kept` is the part of
+    the bound that stays here."""
 
     variables: Triple
     edges: tuple[int, int, int]
-    loans: list[Array]
     groups: tuple[Groups, Groups, Groups]
+    loans: list[Array]
     kept: float = 0.0
 
     @staticmethod
     def over(variables: Triple, number: Mapping[Edge, int], groups: Sequence[Groups]) -> Triplet:
         """One that has borrowed nothing yet; `number` gives the place of an edge among the tables."""
-        pairs = _pairs(variables)
-        loans = [np.zeros((len(groups[u].index), len(groups[v].index))) for u, v in pairs]
         a, b, c = variables
-        return Triplet(variables, _three([number[pair] for pair in pairs]), loans, (groups[a], groups[b], groups[c]))
+        loans = [np.zeros((len(groups[u].labels), len(groups[v].labels))) for u, v in sides(variables)]
+        return Triplet(variables, edges_of(variables, number), (groups[a], groups[b], groups[c]), loans)
 
-    def renumbered(self, number: Mapping[Edge, int], groups: Sequence[Groups]) -> Triplet:
-        """The same over tables that stand in other places, with other groups."""
-        edges, (a, b, c) = _three([number[pair] for pair in _pairs(self.variables)]), self.variables
-        return Triplet(self.variables, edges, self.loans, (groups[a], groups[b], groups[c]), self.kept)
+    @property
+    def grids(self) -> tuple[tuple[Groups, Groups], tuple[Groups, Groups], tuple[Groups, Groups]]:
+        """The groups of rows and of columns of every loan."""
+        a, b, c = self.groups
+        return (a, b), (b, c), (a, c)
 
-    def restricted(self, keep: Sequence[Mask]) -> Triplet:
-        """The same over fewer values."""
-        loans = [x[np.ix_(keep[u], keep[v])] for x, (u, v) in zip(self.loans, _pairs(self.variables), strict=True)]
-        a, b, c = (Groups(g.index[keep[v]]) for g, v in zip(self.groups, self.variables, strict=True))
-        return Triplet(self.variables, self.edges, loans, (a, b, c), self.kept)
+    def renumbered(self, number: Mapping[Edge, int]) -> Triplet:
+        """The same over tables that stand in other places."""
+        return replace(self, edges=edges_of(self.variables, number))
+
+    def restricted(self, groups: tuple[Groups, Groups, Groups]) -> Triplet:
+        """The same over fewer values, with the groups of those."""
+        part = Triplet(self.variables, self.edges, groups, [], self.kept)
+        part.loans = [loan[np.ix_(u.labels, v.labels)] for loan, (u, v) in zip(self.loans, part.grids, strict=True)]
+        return part
 
 
-def lend(triplet: Triplet, tables: list[tuple[Array, Array]], messages: Sequence[tuple[Array, Array]]) -> None:
-    """Borrow what the pairs' tables hold beyond their messages, and hand it back in equal parts. Changes `tables`."""
-    a, b, c = triplet.groups
-    sides = ((a, b), (b, c), (a, c))
-    spare = [
-        _least(tables[e][0] - to_u[:, None] - to_v[None, :], *side)
-        for e, (to_u, to_v), side in zip(triplet.edges, messages, sides, strict=True)
-    ]
-    owed = [_least(-loan, *side) for loan, side in zip(triplet.loans, sides, strict=True)]
-    ab, bc, ac = (has + owes for has, owes in zip(spare, owed, strict=True))
-    every = ab[:, :, None] + bc[None, :, :]
-    every += ac[:, None, :]
-    worth = [every.min(axis=2) / 3.0, every.min(axis=0) / 3.0, every.min(axis=1) / 3.0]
-    every -= worth[0][:, :, None]
-    every -= worth[1][None, :, :]
-    every -= worth[2][:, None, :]
-    triplet.kept = float(every.min())
-    for k, (e, (rows, columns)) in enumerate(zip(triplet.edges, sides, strict=True)):
-        change = (worth[k] - spare[k])[np.ix_(rows.index, columns.index)]
-        triplet.loans[k] = triplet.loans[k] + change
-        table = tables[e][0] + change
-        tables[e] = (table, np.ascontiguousarray(table.T))
+class Lending:
+    """A round of lending. What tables hold beyond their messages is looked up once per pair of groups."""
+
+    def __init__(self, tables: list[tuple[Array, Array]], messages: Sequence[tuple[Array, Array]]) -> None:
+        self.tables, self.messages = tables, messages
+        self._open: dict[int, tuple[tuple[Groups, Groups], Array, Array]] = {}  # groups, at first, by now
+
+    def lend(self, triplet: Triplet) -> None:
+        """Borrow all that the pairs' tables have to spare, and hand it back in equal parts."""
+        spare = [self._spare(e, grid) for e, grid in zip(triplet.edges, triplet.grids, strict=True)]
+        ab, bc, ac = (has - loan for has, loan in zip(spare, triplet.loans, strict=True))
+        every = ab[:, :, None] + bc[None, :, :]
+        every += ac[:, None, :]
+        worth = [every.min(axis=2) / 3.0, every.min(axis=0) / 3.0, every.min(axis=1) / 3.0]
+        every -= worth[0][:, :, None]
+        every -= worth[1][None, :, :]
+        every -= worth[2][:, None, :]
+        triplet.kept = float(every.min())
+        for k, has in enumerate(spare):
+            triplet.loans[k] = triplet.loans[k] + (worth[k] - has)
+            has[...] = worth[k]
+
+    def close(self) -> None:
+        """Enter what has changed into the tables."""
+        for e in list(self._open):
+            self._enter(e)
+
+    def _spare(self, e: int, grid: tuple[Groups, Groups]) -> Array:
+        if e in self._open and self._open[e][0] != grid:
+            self._enter(e)
+        if e not in self._open:
+            to_u, to_v = self.messages[e]
+            spare = _least(self.tables[e][0] - to_u[:, None] - to_v[None, :], *grid)
+            self._open[e] = grid, spare, spare.copy()
+        return self._open[e][2]
+
+    def _enter(self, e: int) -> None:
+        grid, first, now = self._open.pop(e)
+        table = self.tables[e][0] + spread(now - first, *grid)
+        self.tables[e] = (table, np.ascontiguousarray(table.T))
 
 
 def frustrated(
@@ -155,7 +189,7 @@ def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]]) -> 
             continue
         cycles.add(cycle)
         chosen[triple] = None
-        for (u, v), m in zip(_pairs(triple), middles, strict=True):
+        for (u, v), m in zip(sides(triple), middles, strict=True):
             if m is not None:
                 x, y, z = sorted((u, v, m))
                 chosen[x, y, z] = None
@@ -200,11 +234,13 @@ class _Joins:
         return self.spare[(u, v)] if u < v else self.spare[(v, u)].T
 
 
-def _pairs(triple: Triple) -> tuple[Edge, Edge, Edge]:
+def sides(triple: Triple) -> tuple[Edge, Edge, Edge]:
+    """The pairs ab, bc, ac."""
     a, b, c = triple
     return (a, b), (b, c), (a, c)
 
 
-def _three(items: Sequence[int]) -> tuple[int, int, int]:
-    a, b, c = items
-    return a, b, c
+def edges_of(triple: Triple, number: Mapping[Edge, int]) -> tuple[int, int, int]:
+    """The places of its pairs."""
+    ab, bc, ac = (number[pair] for pair in sides(triple))
+    return ab, bc, ac

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from shardc.solver import fold as folding
-from shardc.solver.certificate import check
+from shardc.solver.certificate import Certificate, check
 from shardc.solver.fold import fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.solve import solve
@@ -91,6 +92,39 @@ def test_an_odd_layer_among_equal_ones(seed: int, monkeypatch: pytest.MonkeyPatc
     solution = solve(problem)
     assert solution.cost == evaluate(problem, solution.choice)
     assert solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [10, 20, 60])
+def test_triplets_are_unfolded(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer has an odd cycle, and one that reaches into the next: messages prove too little. The triplets of the
+    template, in every layer, prove it all."""
+    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)
+    rng = np.random.default_rng(count)
+    costs, differ = [0.3 * rng.random(2) for _ in range(3)], 2.0 * np.eye(2)
+    link = 0.2 * rng.random((VALUES, 2))
+    before: list[int] = []
+
+    def frustrated(problem: Problem, layer: int) -> None:
+        act = len(problem.unary) - 1
+        cycle = [problem.add_variable(f"cycle {layer} {i}", cost) for i, cost in enumerate(costs)]
+        for u, v in itertools.combinations(cycle, 2):
+            problem.add_edge(u, v, differ)
+        problem.add_edge(act, cycle[0], link)
+        if before:
+            problem.add_edge(before[1], cycle[0], differ)
+            problem.add_edge(before[2], cycle[0], differ)
+        before[:] = cycle
+
+    problem = layered(count, 3, frustrated)
+    solution = solve(problem)
+    assert solution.certificate.triplets
+    alone = {edge: pair for edge, pair in solution.certificate.messages.items() if edge in problem.edges}
+    assert check(problem, Certificate(alone)) < 0.999 * solution.cost
+    assert solution.exact and solution.certified_bound == pytest.approx(solution.cost, rel=1e-8)
+    assert solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+    for lender in solution.certificate.triplets[:3]:  # spoilt, it proves less, never more
+        lender.loans[0][0, 0] += 1.0
+        assert check(problem, solution.certificate) <= solution.cost
 
 
 def test_few_layers_are_not_folded() -> None:

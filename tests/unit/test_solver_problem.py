@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shardc.errors import InfeasibleError
-from shardc.solver.certificate import Certificate, check
+from shardc.solver.certificate import Certificate, Lender, check
 from shardc.solver.contract import Network
 from shardc.solver.pool import min_plus, undominated
 from shardc.solver.problem import Problem, evaluate
@@ -135,6 +135,30 @@ def test_certificates_are_checked() -> None:
     for _ in range(50):  # whatever the messages are, the bound is a bound
         wild = Certificate({edge: (rng.normal(size=3), rng.normal(size=3)) for edge in problem.edges})
         assert check(problem, wild) <= solution.cost
+
+
+def test_triplets_of_certificates_are_checked() -> None:
+    problem, index = chain(4), np.arange(3)
+    loans = (np.zeros((3, 3)), np.zeros((3, 3)), np.zeros((3, 3)))
+
+    def lender(**changes: object) -> Certificate:
+        fields = {"variables": (0, 1, 2), "groups": (index, index, index), "loans": loans}
+        return Certificate({(0, 2): (np.zeros(3), np.zeros(3))}, (Lender(**{**fields, **changes}),))  # type: ignore[arg-type]
+
+    assert check(problem, lender()) == pytest.approx(check(problem, Certificate({})))
+    for variables in ((0, 2, 1), (1, 1, 2), (2, 3, 4), (-1, 0, 1)):
+        with pytest.raises(ValueError, match="ascending"):
+            check(problem, lender(variables=variables))
+    for group in (np.arange(2), np.array([0, 1, 3]), np.array([0, -1, 1]), np.zeros(3)):
+        with pytest.raises(ValueError, match="groups"):
+            check(problem, lender(groups=(index, group, index)))
+    for loan in (np.full((3, 3), np.inf), np.zeros(3), np.zeros((3, 3), dtype=np.float32)):
+        with pytest.raises(ValueError, match="loan"):
+            check(problem, lender(loans=(loans[0], loan, loans[2])))
+    with pytest.raises(ValueError, match="loans"):
+        check(problem, lender(loans=(loans[0], np.zeros((4, 3)), loans[2])))
+    with pytest.raises(ValueError, match="no edge"):
+        check(problem, Certificate({(0, 2): (np.zeros(3), np.zeros(3))}))
 
 
 def test_time_limit_still_bounds() -> None:
