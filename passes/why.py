@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,10 @@ from shardc.layout import Layout, describe
 from shardc.passes.assumes import assumptions
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.rules.factoring import Key, Op, Value, layout_of
+from shardc.solver.certificate import Certificate, check
 from shardc.solver.network import Assignment, Network
+from shardc.solver.problem import TOLERANCE, Problem, magnitude
+from shardc.solver.prove import prove
 from shardc.solver.solve import Solution, solve
 from shardc.solver.strategies import Strategy, demand, make
 
@@ -52,6 +56,7 @@ class Questions:
     price: Callable[[Assignment], Priced]
     titles: Mapping[Key, str]
     ops: dict[fx.Node, Op] = field(init=False)
+    _certified: tuple[Problem, Certificate] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.ops = {op.node: op for op in self.network.factored.ops}
@@ -94,6 +99,24 @@ class Questions:
     def assumes(self) -> tuple[Assumption, ...]:
         """What the plan assumes of the sizes of the inputs."""
         return assumptions(self.network, self.assignment)
+
+    def checked(self) -> float:
+        """The lower bound that the plan's certificate proves."""
+        problem, certificate = self.certified()
+        return check(problem, certificate)
+
+    def certified(self) -> tuple[Problem, Certificate]:
+        """The problem that was solved, and the certificate of its solution: that which came with it if it proves what
+        the search proved, else one made now, within `TIME_LIMIT`."""
+        self._check_solved()
+        assert self.solution is not None
+        if self._certified is None:
+            problem, found = self.network.problem(), self.solution
+            certificate, tolerance = found.certificate, TOLERANCE * magnitude(problem, found.choice)
+            if found.lower_bound - check(problem, certificate) > tolerance:
+                certificate = prove(problem, found.cost, tolerance, time.process_time() + TIME_LIMIT, certificate)
+            self._certified = problem, certificate
+        return self._certified
 
     def clashes(self) -> Clashes:
         """The model of what was demanded."""

@@ -173,6 +173,8 @@ class Explainer(Protocol):
 
     def assumes(self) -> tuple[Assumption, ...]: ...
 
+    def checked(self) -> float: ...
+
 
 def _signed(seconds: float) -> str:
     return ("-" if seconds < 0 else "+") + in_seconds(abs(seconds))

@@ -87,6 +87,14 @@ class Plan:
         """At which other sizes of the inputs the plan would do, and where it would pad; one a size that is split."""
         return self._explained().assumes()
 
+    def check(self) -> float:
+        """Proves anew, in seconds a step, what every plan of the search space costs at least, by a certificate and by
+        code that shares nothing with the search (`shardc.solver.certificate.check`).
+
+        Plans of many equal layers hold their certificate; for others it is made when first asked for. Where that takes
+        too long, it proves less than `lower_bound`, which the search has proved; never more than `cost`."""
+        return self._explained().checked()
+
     def _explained(self) -> Explainer:
         if self.explainer is None:
             raise ShardcError(

@@ -158,3 +158,29 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "what was demanded needs no split dim gathered or moved\n"
     assert main(["explain", file, "--mesh", "tp=2", "--layout", "tp,-"]) == 2
     assert "name the value with --why" in capsys.readouterr().err
+
+
+class Stack(nn.Module):
+    """Residual blocks, all alike."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(256, 4096) for _ in range(count))
+        self.downs = nn.ModuleList(nn.Linear(4096, 256) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,tp=4", "a=2,b=2,c=2"])
+@pytest.mark.parametrize("layers", [1, 12])
+def test_check_proves_the_plan_anew(layers: int, mesh: str) -> None:
+    """The certificate, whether it came with the solution or is made now, proves what the plan claims; never more."""
+    with torch.device("meta"):
+        plan = planned(mesh, model=Stack(layers))
+    assert plan.lower_bound == plan.cost
+    assert plan.cost * (1 - 1e-7) <= plan.check() <= plan.cost
+    with pytest.raises(ShardcError, match="loaded from a file"):
+        pickle.loads(pickle.dumps(plan)).check()
