@@ -119,6 +119,9 @@ def _unfolded(problem: Problem, folds: list[Fold], deadline: float) -> Solution:
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice, certificate = folded.unfolded_choice(choice), folded.unfolded_certificate(certificate)
         cost, tolerance = evaluate(network, choice), TOLERANCE * magnitude(network, choice)
+        if network is not problem:
+            certificate = prove(network, cost, tolerance, deadline, certificate)
+            continue
         proved = check(network, certificate)
         if cost - proved > tolerance:
             certificate = prove(network, cost, tolerance, deadline, certificate)
