@@ -33,10 +33,12 @@ from shardc.solver.problem import Array, Edge
 from shardc.solver.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
 
 Place = NDArray[np.intp]
+_ROOM = 2.0  # times the gap above the least of a table, where its entries are cut off
 
 
 class Bound:
-    """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far.
+    """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far, `current` that of the
+    messages as they are: it may be less after pairs were added, and reduced costs count from there.
 
     `chords` are pairs without a table of their own, over which triplets meet."""
 
@@ -60,7 +62,7 @@ class Bound:
         self.to_first = [np.zeros(len(unary[u])) for u, _ in self.ends]
         self.to_second = [np.zeros(len(unary[v])) for _, v in self.ends]
         self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
-        self.lower = -np.inf
+        self.lower = self.current = -np.inf
 
     def starting(self, start: Certificate) -> "Bound":
         """The same network with the messages and triplets of a certificate, and one pass each way."""
@@ -95,7 +97,7 @@ class Bound:
         return self._backward(None)
 
     def reduced_costs(self) -> list[Array]:
-        """One more pass each way, noting `C_v - min C_v` on the way back; valid with `lower` *before* the call."""
+        """One more pass each way, noting `C_v - min C_v` on the way back; valid with `current` *before* the call."""
         reduced: list[Array] = [cost for cost in self.unary]
         self._forward()
         self._backward(reduced)
@@ -133,8 +135,13 @@ class Bound:
                 reduced[v] = cost.copy()
             cost *= self.share[v]
             for e in self.behind[v]:
-                self.to_first[e] = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
+                message = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
+                least = float(message.min())
+                lower += least
+                message -= least
+                self.to_first[e] = message
         lower += sum(triplet.kept for triplet in self.triplets)
+        self.current = lower
         self.lower = max(self.lower, lower)
         return lower
 
@@ -147,12 +154,13 @@ class Bound:
         """The tables as given."""
         return {edge: pair[0] for edge, pair in zip(self.ends, self.given, strict=True) if pair is not None}
 
-    def with_triplets(self, triples: Sequence[Triple], groups: Sequence[Groups], ceiling: float) -> "Bound":
-        """The same bound with more triplets, all with these groups. Entries whose rewritten cost exceeds `ceiling` are
-        cut off there, which is sound if no better solution can have them: what is lent must be finite."""
+    def with_triplets(self, triples: Sequence[Triple], groups: Sequence[Groups], upper: float) -> "Bound":
+        """The same bound with more triplets, all with these groups. Entries that no solution cheaper than `upper` can
+        have are cut off, well above what proves that: what is lent must be finite."""
         pairs = {pair for triple in triples for pair in sides(triple)}
         more = self._with_chords(pairs - self.number.keys())
         more._passes()  # variables with new pairs hand out smaller shares
+        ceiling = _ROOM * (upper - more.current)
         for (u, v), (to_u, to_v) in more.messages().items():
             if (u, v) in pairs:
                 e, moved = more.number[(u, v)], to_u[:, None] + to_v[None, :]
@@ -170,7 +178,7 @@ class Bound:
             n = more.number[edge]
             more.tables[n], more.to_first[n], more.to_second[n] = self.tables[e], self.to_first[e], self.to_second[e]
         more.triplets = [triplet.renumbered(more.number) for triplet in self.triplets]
-        more.lower = self.lower
+        more.lower, more.current = self.lower, -np.inf
         return more
 
     def _nothing(self, edge: Edge) -> tuple[Array, Array]:
@@ -275,7 +283,7 @@ class Bound:
             return groups[key]
 
         small.triplets = [t.restricted(_each(fewer, t)) for t in self.triplets]
-        small.lower = self.lower
+        small.lower, small.current = self.lower, self.current
         return small
 
     def gathered(self, keep: Sequence[Mask]) -> tuple["Bound", list[Place], dict[Edge, tuple[Array, Array]]]:

@@ -209,7 +209,7 @@ class Search:
             more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
             if not (more or known):
                 return False
-            self.bound = self.bound.with_triplets(more, groups, 2.0 * gap)
+            self.bound = self.bound.with_triplets(more, groups, self.upper)
             if self._swept(_FINELY) or self._eliminated(math.inf):
                 return True
             if self.lower - before < _HELPS * gap:
@@ -262,7 +262,7 @@ class Search:
         """Delete every value whose reduced cost exceeds the gap."""
         if self.choice is None:
             return
-        gap = self.upper - self.bound.lower
+        gap = self.upper - self.bound.current
         reduced = self.bound.reduced_costs()
         keep = surviving(reduced, self.bound.tables_by_edge(), gap, self._incumbent(self.choice))
         self.bound = self.bound.restricted(keep)

@@ -1,14 +1,19 @@
 """The nouns of the solver: problems, certificates, and what they refuse."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
 from shardc.errors import InfeasibleError
+from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, Lender, check
 from shardc.solver.contract import Network
 from shardc.solver.pool import min_plus, undominated
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.solve import solve
+from shardc.solver.triplets import Groups
 
 
 def chain(n: int, d: int = 3) -> Problem:
@@ -172,3 +177,23 @@ def test_time_limit_still_bounds() -> None:
     assert not solution.exact
     assert solution.lower_bound < solution.cost == evaluate(problem, solution.choice)
     assert check(problem, solution.certificate) <= solution.lower_bound
+
+
+def test_many_sweeps_with_triplets_neither_drift_nor_prove_too_much() -> None:
+    """Constants that stay in messages are lent on from sweep to sweep, and grow until nothing else is left."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        problem = Problem()
+        for v in range(5):
+            problem.add_variable(f"v{v}", rng.random(4))
+            for u in range(v):
+                problem.add_edge(u, v, rng.random((4, 4)) * rng.choice([0.1, 1.0, 10.0]))
+        optimum = min(evaluate(problem, choice) for choice in itertools.product(range(4), repeat=5))
+        bound = Bound(problem.unary, problem.edges)
+        bound.sweep()
+        groups = [Groups.by(cost) for cost in bound.reduced_costs()]
+        bound = bound.with_triplets(list(itertools.combinations(range(5), 3)), groups, math.inf)
+        for _ in range(200):
+            bound.sweep()
+        assert bound.lower <= optimum + 1e-9
+        assert max(float(np.abs(message).max()) for message in bound.to_first + bound.to_second) < 1e4
