@@ -146,8 +146,12 @@ class Bound:
         return lower
 
     def messages(self) -> dict[Edge, tuple[Array, Array]]:
-        """The messages `(m_eu, m_ev)` whose sum of minima is the bound of the sweep just made."""
-        shares = [self.rewritten(v) * self.share[v] for v in range(len(self.unary))]
+        """The messages `(m_eu, m_ev)` whose sum of minima is the bound of the sweep just made.
+
+        What is constant stays with the variables: between triplets, which borrow all that a pair has to spare,
+        constants would grow."""
+        costs = (self.rewritten(v) for v in range(len(self.unary)))
+        shares = [(cost - cost.min()) * share for cost, share in zip(costs, self.share, strict=True)]
         return {(u, v): (self.to_first[e].copy(), self.to_second[e] - shares[v]) for e, (u, v) in enumerate(self.ends)}
 
     def tables_by_edge(self) -> dict[Edge, Array]:
