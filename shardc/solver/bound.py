@@ -75,9 +75,8 @@ class Bound:
         for lender in start.triplets:
             a, b, c = (groups.setdefault(id(index), Groups(index)) for index in lender.groups)
             edges = edges_of(lender.variables, more.number)
-            ab, bc, ac = lender.loans
-            kept = -float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).max())
-            more.triplets.append(Triplet(lender.variables, edges, (a, b, c), [ab, bc, ac], kept))
+            more.triplets.append(Triplet(lender.variables, edges, (a, b, c), list(lender.loans)))
+            more.triplets[-1].keep()
         more._enter([t.loans for t in more.triplets])
         more._passes()
         return more
@@ -305,11 +304,9 @@ class Bound:
             to_u, to_v = messages[u, v]
             unary[u] += to_u
             unary[v] += to_v
-            edges[u, v] = self.tables[e][0] - to_u[:, None] - to_v[None, :]
-        small = Bound(
-            [_gathered(cost, mask) for cost, mask in zip(unary, keep, strict=True)],
-            {(u, v): _gathered(_gathered(t, keep[u]).T, keep[v]).T for (u, v), t in edges.items()},
-        )
+            moved = self.tables[e][0] - to_u[:, None] - to_v[None, :]
+            edges[u, v] = _gathered(_gathered(moved, keep[u]).T, keep[v]).T
+        small = Bound([_gathered(cost, mask) for cost, mask in zip(unary, keep, strict=True)], edges)
         small.lower = self.lower
         return small, places, messages
 

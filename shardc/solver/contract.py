@@ -16,6 +16,7 @@ cannot arise.
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,11 @@ class Core:
     edges: dict[Edge, Array]
     variables: list[int]
     values: list[Values]
+
+    def nearest(self, choice: Sequence[int]) -> list[int]:
+        """A choice of the whole network as one of the core. For a value that is gone stands the next that is left."""
+        found = (np.searchsorted(values, choice[v]) for v, values in zip(self.variables, self.values, strict=True))
+        return [min(int(x), len(values) - 1) for x, values in zip(found, self.values, strict=True)]
 
 
 class Network:

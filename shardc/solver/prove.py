@@ -19,26 +19,39 @@ from numpy.typing import NDArray
 
 from shardc.solver.bound import Bound, Place
 from shardc.solver.certificate import Certificate, Lender
+from shardc.solver.dive import dive
+from shardc.solver.leap import Leaps
 from shardc.solver.problem import TOLERANCE, Array, Edge, Problem, evaluate, magnitude
 from shardc.solver.triplets import Groups, frustrated
 
 MAX_SWEEPS = 200
-_CHECK_EVERY = 5
+_LOOK_EVERY = 2  # rounds of sweeps
 _STALLED = 2e-2  # gain between two looks, as a part of the gap, below which a bound has stalled
+_SLOW = 1e-1  # the same for sweeps over pairs alone, while the choice is not known
 _ROUNDS = 12  # times that triplets are added
 _WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _HELPS = 0.1  # part of the gap that a round must close to be followed by another
 _MARGIN = 1.0  # of the gap: reduced costs of values that are told apart
+_CLOSER = 0.7  # of the gap when values were last gathered: they are gathered again
+_DIVE = 0.1  # of the gap when a choice was last looked for exactly: it is done again
+_NEAR = 2e-2  # of the cost: gaps in which it pays to gather values
+_WIDE = 4096  # entries of a table
+_CLOSING = 0.5  # of the gap that a round leaves where it is about to close
 _FINER = 0.1  # part of the tolerance that is aimed at
 
 
 def prove(
-    problem: Problem, cost: float, tolerance: float, deadline: float, start: Certificate | None = None
+    problem: Problem, cost: float, tolerance: float, deadline: float, start: Certificate | None = None,
+    sweeps: int | None = None,
 ) -> Certificate:
-    """A certificate whose bound comes within `tolerance` of `cost`, or as close as it gets from that of `start`."""
+    """A certificate whose bound comes within `tolerance` of `cost`, or as close as it gets from that of `start`. With
+    `sweeps`, after about so many it is close enough, if it is not about to close."""
     bound = clipped(problem, cost)
     proof = Proof(problem, bound if start is None else bound.starting(start), Known(cost, tolerance), deadline)
-    proof.run()
+    if sweeps is None:
+        proof.run()
+    elif cost - proof.lower > tolerance:
+        proof.sweep(sweeps)
     return proof.certificate()
 
 
@@ -58,6 +71,7 @@ class Proof:
         self.cost, self.tolerance = (known.cost, known.tolerance) if known else (math.inf, 0.0)
         self.searching = known is None
         self.choice: list[int] | None = None
+        self.dived = 0.0  # the gap when it was last looked for exactly; at first, when it was first known
         self.lower = bound.lower
         self.values = [np.arange(len(cost)) for cost in bound.unary]  # of the problem, per value that is told apart
         self.places = [np.arange(len(cost)) for cost in bound.unary]  # in the bound, per value of the problem
@@ -65,7 +79,7 @@ class Proof:
 
     def run(self) -> bool:
         """Sweep; gather values, add triplets, sweep on; until closed (True), or that does not help any more."""
-        closed = self.cost - self.lower <= self.tolerance or self._swept()
+        closed = self.cost - self.lower <= self.tolerance or self.sweep()
         for _ in range(_ROUNDS):
             gap = self.cost - self.lower
             if closed or self._late() or not math.isfinite(gap):
@@ -78,10 +92,14 @@ class Proof:
             if not (more or known):
                 break
             self.bound = self.bound.with_triplets(more, groups, math.inf)
-            closed = self._swept()
+            closed = self.sweep()
             if self.cost - self.lower > (1.0 - _HELPS) * gap:
                 break
         return closed
+
+    def know(self, choice: list[int], cost: float, tolerance: float) -> None:
+        """The best choice was found elsewhere."""
+        self.choice, self.cost, self.tolerance, self.searching = choice, cost, tolerance, False
 
     def certificate(self) -> Certificate:
         messages = dict(self.messages)
@@ -105,7 +123,6 @@ class Proof:
         keep = [cost <= _MARGIN * gap for cost in reduced]
         for mask, values in zip(keep, self.values, strict=True):
             mask[len(values) :] = False
-        self.bound.sweep()
         self.bound, places, messages = self.bound.gathered(keep)
         _add(self.messages, messages, self.places)
         self.places = [place[old] for place, old in zip(places, self.places, strict=True)]
@@ -115,28 +132,53 @@ class Proof:
             np.minimum.at(cost, place, old)
         return gathered
 
-    def _swept(self) -> bool:
-        before = -math.inf
-        for sweep in range(1, MAX_SWEEPS + 1):
-            self.lower = self.bound.sweep()
-            look = sweep % _CHECK_EVERY == 0
+    def sweep(self, enough: int = MAX_SWEEPS) -> bool:
+        """Sweep until closed (True), or that does not help any more; after `enough` it must help a lot."""
+        before, gathered, leaps = -math.inf, math.inf, Leaps()
+        for turn in range(1, MAX_SWEEPS // Leaps.SWEEPS + 1):
+            last = self.lower
+            self.lower = leaps.round(self.bound)
+            look = turn % _LOOK_EVERY == 0
             if look and self.searching:
                 self._offer()
             gap = self.cost - self.lower
             if gap <= _FINER * self.tolerance:
                 return True
-            if self._late():
+            if self._late() or (turn * Leaps.SWEEPS >= enough and gap > _CLOSING * (self.cost - last)):
                 return False
             if look:
-                if self.lower - before < _STALLED * min(gap, abs(self.lower)):
+                stalled = _STALLED if self.bound.triplets or not self.searching else _SLOW
+                if self.lower - before < stalled * min(gap, abs(self.lower)):
                     return False
                 before = self.lower
+                if not self.bound.triplets and gap < _CLOSER * min(gathered, _NEAR * abs(self.cost)) and self._wide():
+                    self._gather(gap)
+                    gathered = gap
         return False
 
+    def _wide(self) -> bool:
+        """Whether sweeps spend their time on the entries of tables, of which fewer would do."""
+        sizes = [len(self.bound.unary[u]) * len(self.bound.unary[v]) for u, v in self.bound.ends]
+        return sum(sizes) > _WIDE * len(sizes)
+
     def _offer(self) -> None:
-        """Look for a better choice."""
-        choice = self.bound.decode([len(values) for values in self.values])
-        found = self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)])
+        """Look for a better choice: by what the messages say, and, as the gap closes, exactly among the best values."""
+        counts = [len(values) for values in self.values]
+        choice = self.bound.decode(counts)
+        self._take(self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
+        gap = self.cost - self.lower
+        self.dived = self.dived or gap
+        if self.choice is None or gap > _DIVE * self.dived:
+            return
+        self.dived = gap
+        incumbent = [int(place[x]) for place, x in zip(self.places, self.choice, strict=True)]
+        if any(x >= count for x, count in zip(incumbent, counts, strict=True)):
+            return
+        found = dive(self.bound, gap, incumbent, counts)
+        if found is not None:
+            self._take([int(values[x]) for values, x in zip(self.values, found, strict=True)])
+
+    def _take(self, found: list[int]) -> None:
         cost = evaluate(self.problem, found)
         if cost < self.cost:
             self.cost, self.choice, self.tolerance = cost, found, TOLERANCE * magnitude(self.problem, found)

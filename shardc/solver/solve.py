@@ -25,25 +25,28 @@ import numpy as np
 from shardc.errors import InfeasibleError
 from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
-from shardc.solver.contract import Core, Network
+from shardc.solver.contract import Network
+from shardc.solver.dive import dive
 from shardc.solver.eliminate import eliminate, find_order, surviving
 from shardc.solver.fold import Fold, fold
+from shardc.solver.leap import Leaps
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
-from shardc.solver.prove import Proof, prove
+from shardc.solver.prove import Proof, clipped, prove
 from shardc.solver.triplets import Groups, frustrated
 
 MAX_SWEEPS = 400
-_LOOK_EVERY = 5
+_LOOK_EVERY = 2  # rounds of sweeps
 _ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
 _AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
 _ROUNDS = 20  # times that triplets are added
 _HELPS = 0.02  # part of the gap that a round must close to be followed by another
 _WORTH = 1e-4  # part of the gap that a triplet must promise to close
-_DIVES = 40  # halvings of the gap tried in search of a part that is narrow enough
 _KEPT, _BETWEEN = 1, 6  # layers kept on either side when a network is folded: at last, and before
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
-_SEARCH = 0.6  # part of the time that the search over the template may take
+_SEARCH = 0.6  # part of the time left that one step may take which others follow
+_PASSED_ON = 12  # sweeps between two folds, where no certificate is asked for
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
+_ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 _PAIRS = 2e6  # pairs of values beyond which branching gets nowhere in minutes
 _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
@@ -72,25 +75,42 @@ def solve(problem: Problem, *, time_limit: float | None = None, certify: bool = 
     problem.check()
     deadline = math.inf if time_limit is None else time.process_time() + time_limit
     folds = _folds(problem)
-    if folds:
-        solution = _unfolded(problem, folds, deadline)
-        if solution.exact or len(problem.unary) > _LARGE:
-            return solution
-    choice, lower = _searched(problem, deadline)
-    cost, tolerance = evaluate(problem, choice), TOLERANCE * magnitude(problem, choice)
-    exact = cost - lower <= tolerance
-    certificate = prove(problem, cost, tolerance, deadline) if certify else Certificate({})
-    proved = check(problem, certificate)
-    return Solution(choice, cost, cost if exact else max(lower, proved), exact, certificate, proved)
+    known = _unfolded(problem, folds, deadline, certify) if folds else None
+    if known is not None and (known.exact or len(problem.unary) > _LARGE):
+        return known
+    choice, lower = _searched(problem, deadline, known.choice if known else None)
+    if known is not None:
+        choice = min(known.choice, choice, key=lambda one: evaluate(problem, one))
+        lower = max(known.lower_bound, lower)
+    certificate = known.certificate if known else Certificate({})
+    if certify:
+        cost, tolerance = evaluate(problem, choice), TOLERANCE * magnitude(problem, choice)
+        certificate = prove(problem, cost, tolerance, deadline, known.certificate if known else None)
+    return _solution(problem, choice, lower, certificate)
 
 
-def _searched(problem: Problem, deadline: float) -> tuple[list[int], float]:
-    """The best choice found, and what every choice costs at least."""
+def _solution(problem: Problem, choice: list[int], lower: float, certificate: Certificate) -> Solution:
+    """What is known by now; `lower` is what every choice costs at least, by the search."""
+    cost, proved = evaluate(problem, choice), check(problem, certificate)
+    lower = min(max(lower, proved), cost)
+    exact = cost - lower <= TOLERANCE * magnitude(problem, choice)
+    return Solution(choice, cost, cost if exact else lower, exact, certificate, proved)
+
+
+def _searched(problem: Problem, deadline: float, known: list[int] | None = None) -> tuple[list[int], float]:
+    """The best choice found, and what every choice costs at least. The search starts from the known choice."""
     network = Network(problem)
     network.shrink()
     core = network.core()
-    search = Search(core, deadline)
-    choice = network.expand(core, search.run())
+    search = Search(Bound(core.unary, core.edges), deadline)
+    if known is not None:
+        search.start(core.nearest(known))
+    try:
+        choice = network.expand(core, search.run())
+    except TimeoutError:
+        if known is None:
+            raise
+        return known, search.lower + network.constant
     cost = evaluate(problem, choice)
     if abs(cost - (search.upper + network.constant)) > TOLERANCE * magnitude(problem, choice):
         raise AssertionError(f"the plan costs {cost!r}, the solver promised {search.upper + network.constant!r}")
@@ -111,47 +131,78 @@ def _folds(problem: Problem) -> list[Fold]:
     return found
 
 
-def _unfolded(problem: Problem, folds: list[Fold], deadline: float) -> Solution:
-    """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
-    template, now = folds[-1].template, time.process_time()
-    choice, certificate = _proved(template, now + _SEARCH * (deadline - now))
-    cost = proved = tolerance = math.nan
+def _unfolded(problem: Problem, folds: list[Fold], deadline: float, certify: bool) -> Solution:
+    """What was found and proved for the template, carried over; what it costs and proves here is worked out here.
+
+    Where that leaves a gap, it is small: hardly a value is left that could be in a better choice, and elimination
+    closes it at once, most often. A certificate takes longer."""
+    choice, certificate = _proved(folds[-1].template, _part(deadline))
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice, certificate = folded.unfolded_choice(choice), folded.unfolded_certificate(certificate)
-        cost, tolerance = evaluate(network, choice), TOLERANCE * magnitude(network, choice)
         if network is not problem:
-            certificate = prove(network, cost, tolerance, deadline, certificate)
-            continue
-        proved = check(network, certificate)
-        if cost - proved > tolerance:
-            certificate = prove(network, cost, tolerance, deadline, certificate)
-            proved = check(network, certificate)
-    exact = cost - proved <= tolerance
-    return Solution(choice, cost, cost if exact else proved, exact, certificate, proved)
+            cost, tolerance = evaluate(network, choice), TOLERANCE * magnitude(network, choice)
+            sweeps = None if certify else _PASSED_ON
+            certificate = prove(network, cost, tolerance, _part(deadline), certificate, sweeps)
+    solution = _solution(problem, choice, -math.inf, certificate)
+    if solution.exact or (sum(table.size for table in problem.edges.values()) > _ENTRIES and not certify):
+        return solution
+    if len(problem.unary) <= _LARGE:
+        deadline = _part(deadline)
+    search = Search(clipped(problem, solution.cost).starting(certificate), deadline)
+    search.start(choice)
+    choice = search.close()
+    if certify:
+        cost, tolerance = evaluate(problem, choice), TOLERANCE * magnitude(problem, choice)
+        certificate = prove(problem, cost, tolerance, deadline, certificate)
+    return _solution(problem, choice, search.lower, certificate)
+
+
+def _part(deadline: float) -> float:
+    """A deadline that leaves time for what comes after."""
+    now = time.process_time()
+    return now + _SEARCH * (deadline - now)
 
 
 def _proved(problem: Problem, deadline: float) -> tuple[list[int], Certificate]:
     """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
     finite = all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()])
-    if finite:
-        proof = Proof(problem, Bound(problem.unary, problem.edges), None, deadline)
-        if proof.run() and proof.choice is not None:
-            return proof.choice, proof.certificate()
+    proof = Proof(problem, Bound(problem.unary, problem.edges), None, deadline) if finite else None
+    if proof and proof.run() and proof.choice is not None:
+        return proof.choice, proof.certificate()
     choice, _ = _searched(problem, deadline)
-    cost = evaluate(problem, choice)
-    return choice, prove(problem, cost, TOLERANCE * magnitude(problem, choice), deadline)
+    cost, tolerance = evaluate(problem, choice), TOLERANCE * magnitude(problem, choice)
+    if proof is None:
+        return choice, prove(problem, cost, tolerance, deadline)
+    if cost < proof.cost:
+        proof.know(choice, cost, tolerance)
+    proof.run()
+    assert proof.choice is not None
+    return proof.choice, proof.certificate()
 
 
 class Search:
     """Close the core: `choice` costs `upper`, and nothing costs less than `lower`."""
 
-    def __init__(self, core: Core, deadline: float) -> None:
+    def __init__(self, bound: Bound, deadline: float) -> None:
         self.deadline = deadline
-        self.bound = Bound(core.unary, core.edges)
-        self.values = [np.arange(len(cost)) for cost in core.unary]  # what the bound's values are in the core
+        self.bound = bound
+        self.values = [np.arange(len(cost)) for cost in bound.unary]  # what the bound's values are in the core
         self.choice: list[int] | None = None
         self.upper = math.inf
-        self.lower = -math.inf
+        self.lower = bound.lower
+
+    def start(self, choice: list[int]) -> None:
+        """Take a choice that is known, or what is near it."""
+        self._offer(choice)
+        self._offer(self.bound.improve(choice))
+
+    def close(self) -> list[int]:
+        """As `run`, from a choice and a bound that are close already: it goes only as far as that pays."""
+        assert self.choice is not None
+        self._prune()
+        if not (self._eliminated(math.inf) or self._swept(_ROUGHLY)):
+            self._eliminated(math.inf)
+        return self.choice
 
     def run(self) -> list[int]:
         if not (
@@ -167,10 +218,10 @@ class Search:
 
     def _swept(self, stall: float) -> bool:
         """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
-        before, tried = -math.inf, math.inf
-        for sweep in range(1, MAX_SWEEPS + 1):
-            self.bound.sweep()
-            if sweep % _LOOK_EVERY:
+        before, tried, leaps = -math.inf, math.inf, Leaps()
+        for turn in range(1, MAX_SWEEPS // Leaps.SWEEPS + 1):
+            leaps.round(self.bound)
+            if turn % _LOOK_EVERY:
                 continue
             self._offer(self.bound.improve(self.bound.decode()))
             self.lower = self.bound.lower
@@ -229,7 +280,7 @@ class Search:
             self._prune()
             if self.upper - self.lower <= TOLERANCE * abs(self.upper) or self._eliminated(math.inf):
                 return True
-            for _ in range(_LOOK_EVERY):
+            for _ in range(_LOOK_EVERY * Leaps.SWEEPS):
                 self.bound.sweep()
             self.lower = max(self.lower, self.bound.lower)
         return False
@@ -237,16 +288,9 @@ class Search:
     def _dive(self) -> None:
         """Solve over the values whose reduced cost lies below the largest threshold that elimination can take."""
         assert self.choice is not None
-        reduced, edges = self.bound.reduced_costs(), self.bound.tables_by_edge()
-        incumbent = self._incumbent(self.choice)
-        for halvings in range(1, _DIVES):
-            keep = surviving(reduced, edges, (self.upper - self.lower) * 0.5**halvings, incumbent)
-            part = self.bound.restricted(keep)
-            order = find_order([len(cost) for cost in part.unary], list(edges))
-            if order.narrow:
-                _, choice = eliminate(part.unary, part.tables_by_edge(), order)
-                self._offer([int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)])
-                return
+        choice = dive(self.bound, self.upper - self.lower, self._incumbent(self.choice))
+        if choice is not None:
+            self._offer(choice)
 
     def _offer(self, choice: list[int]) -> None:
         """Take a choice of the bound's network as incumbent if it is better."""

@@ -96,6 +96,11 @@ class Triplet:
         a, b, c = self.groups
         return (a, b), (b, c), (a, c)
 
+    def keep(self) -> None:
+        """Set `kept` to what the loans leave."""
+        ab, bc, ac = self.loans
+        self.kept = -float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).max())
+
     def renumbered(self, number: Mapping[Edge, int]) -> Triplet:
         """The same over tables that stand in other places."""
         return replace(self, edges=edges_of(self.variables, number))

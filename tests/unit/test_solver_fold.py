@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shardc.solver import fold as folding
+from shardc.solver import solve as solving
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.fold import fold
 from shardc.solver.problem import Problem, evaluate
@@ -129,3 +130,34 @@ def test_triplets_are_unfolded(count: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_few_layers_are_not_folded() -> None:
     assert fold(layered(5, 0), 2) is None
+
+
+def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what was found for the template cannot be proved, the search goes on, from there; if it finds nothing
+    better in time, nothing is lost."""
+    problem = layered(20, 2)
+    best = solve(problem)
+    folds = solving._folds(problem)
+    template = solve(folds[-1].template).choice
+    monkeypatch.setattr(solving, "_proved", lambda *_: (template, Certificate({})))
+    monkeypatch.setattr(solving, "prove", lambda *_: Certificate({}))
+    monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
+    known: list[list[int]] = []
+
+    def nothing_better(problem: Problem, _: float, choice: list[int]) -> tuple[list[int], float]:
+        known.append(choice)
+        return [0] * len(problem.unary), 0.5 * best.cost
+
+    monkeypatch.setattr(solving, "_searched", nothing_better)
+    solution = solve(problem, certify=False)
+    assert solution.choice == known[0] and solution.cost < evaluate(problem, [0] * len(problem.unary))
+    assert solution.lower_bound >= 0.5 * best.cost and not solution.exact
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_certificate_the_rest_is_eliminated(seed: int) -> None:
+    """What folding leaves open is closed by pruning and elimination over the whole network."""
+    problem = layered(40, seed)
+    with_certificate, without = solve(problem), solve(problem, certify=False)
+    assert without.exact and without.cost == pytest.approx(with_certificate.cost, rel=1e-9)
+    assert check(problem, without.certificate) <= with_certificate.cost

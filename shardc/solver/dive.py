@@ -1,0 +1,32 @@
+"""A better choice from a bound: the best one among the values of small reduced cost, found exactly.
+
+Where ties keep the sweeps from a good choice, that is where it is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardc.solver.bound import Bound
+from shardc.solver.eliminate import eliminate, find_order, surviving
+
+_HALVINGS = 40
+
+
+def dive(
+    bound: Bound, gap: float, incumbent: Sequence[int], counts: Sequence[int] | None = None
+) -> list[int] | None:
+    """The best choice over the values whose reduced cost lies below the largest part of the gap, by halves, that
+    elimination can take, and those of the incumbent. None if even those are too many. With `counts`, of every
+    variable's so many first values."""
+    reduced, edges = bound.reduced_costs(), bound.tables_by_edge()
+    for cost, count in zip(reduced, counts or map(len, reduced), strict=True):
+        cost[count:] = np.inf
+    for halvings in range(1, _HALVINGS):
+        keep = surviving(reduced, edges, gap * 0.5**halvings, incumbent)
+        part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
+        order = find_order([len(cost) for cost in part], list(edges))
+        if order.narrow:
+            tables = {(u, v): table[np.ix_(keep[u], keep[v])] for (u, v), table in edges.items()}
+            _, choice = eliminate(part, tables, order)
+            return [int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)]
+    return None
