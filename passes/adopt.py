@@ -37,11 +37,16 @@ def adopt(network: Network, choice: Choice) -> Assignment | None:
             return None
         found.strategies[after.node], found.shapes[after.node] = strategy, shape
     keys: dict[tuple[str, int], Key] = {(node.name, index): (node, index) for node, index in new.base}
-    for (node, index), splits in choice.assignment.shares.items():
-        key = keys.get((node.name, index))
-        if key is None or not _fits(network, key, splits):
-            return None
-        found.shares[key] = splits
+    known = choice.assignment
+    for theirs, own in ((known.shares, found.shares), (known.kept, found.kept), (known.regathered, found.regathered)):
+        for (node, index), splits in theirs.items():
+            key = keys.get((node.name, index))
+            if key is None or not _fits(network, key, splits):
+                return None
+            own[key] = splits
+    if known.forward is not None:
+        names = {node.name for node in known.forward}
+        found.forward = frozenset(node for node in new.program.graph.nodes if node.name in names)
     for position, splits in choice.assignment.outputs.items():
         node: fx.Node | None = new.program.results[position]
         if node is None or not _fits(network, new.values[node].key, splits):

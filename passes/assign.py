@@ -6,18 +6,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from shardc.cost.hardware import Hardware
+from shardc.cost.memory import States
 from shardc.errors import InfeasibleError, ShardcError
 from shardc.mesh import Mesh
+from shardc.printing import in_bytes
 from shardc.rules.factoring import Factored, Key
+from shardc.solver.budget import Frontier, Within
+from shardc.solver.certificate import Certificate
+from shardc.solver.keeping import KeepingNetwork
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.problem import Problem
 from shardc.solver.solve import Solution, solve
 
+TRIES = 4
+"""Times that the bound is moved to where the lowered plan just fits."""
+CLOSE = 0.01
 TIME_LIMIT = 20.0
 """CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a device may hold, in bytes, the optimizer's states among them."""
+
+    bytes: float
+    states: States
 
 
 def assign(
@@ -30,12 +51,59 @@ def assign(
     return network, network.assignment(solution.choice), solution
 
 
+def assign_within(
+    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
+    wishes: Mapping[Key, Sequence[Accepts]], budget: Budget, peak_of: Callable[[Network, Assignment], float],
+) -> tuple[Network, Assignment, Solution]:  # fmt: skip
+    """As `assign`, among the plans that hold at most `budget.bytes` at once. Operators that run again are offered only
+    if something has to give. `peak_of` tells what a plan holds once it is lowered; where that is not what the network
+    reckoned, the bound is moved by the difference. Raises InfeasibleError if nothing fits."""
+
+    def network(recompute: bool) -> KeepingNetwork:
+        asked = (factored, mesh, device, accepts, whole_outputs, wishes)
+        return _built(KeepingNetwork(*asked, recompute=recompute, states=budget.states))
+
+    simple = network(recompute=False)
+    solution = solved(simple.problem(), TIME_LIMIT)
+    assignment = simple.assignment(solution.choice)
+    if peak_of(simple, assignment) <= budget.bytes:
+        return simple, assignment, solution
+    full = network(recompute=True)
+    frontier = Frontier(full.problem(), full.holdings())
+    best: tuple[Within, Assignment] | None = None
+    low, bound = 0.0, budget.bytes
+    for _ in range(TRIES):
+        try:
+            found = frontier.within(bound, TIME_LIMIT)
+        except InfeasibleError:
+            if not low and best is None and bound >= budget.bytes:
+                raise
+            low, bound = bound, 0.5 * (bound + budget.bytes)
+            continue
+        assignment = full.assignment(found.choice)
+        peak = peak_of(full, assignment)
+        if peak <= budget.bytes and (best is None or found.cost < best[0].cost):
+            best = found, assignment
+        over = peak - float(found.held.max())
+        if best is not None and abs(budget.bytes - over - bound) < CLOSE * bound:
+            break
+        bound = max(budget.bytes - over, 0.5 * (low + bound))
+    if best is None:
+        raise InfeasibleError(f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device")
+    found, assignment = best
+    exact = found.cost <= found.lower_bound
+    return full, assignment, Solution(found.choice, found.cost, found.lower_bound, exact, Certificate({}), 0.0)
+
+
 def network_of(
     factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
     wishes: Mapping[Key, Sequence[Accepts]],
 ) -> Network:
     """The cost network. Raises InfeasibleError where a variable has no value left."""
-    network = Network(factored, mesh, device, accepts, whole_outputs, wishes)
+    return _built(Network(factored, mesh, device, accepts, whole_outputs, wishes))
+
+
+def _built(network: AnyNetwork) -> AnyNetwork:
     network.build()
     for variable in network.variables:
         if not variable.domain:

@@ -14,13 +14,14 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.graph import Port, Program, Role, where
+from shardc.halves import halves, spent
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 from shardc.runtime.parts import Part
@@ -62,19 +63,7 @@ class _Source:
             self.names[node] = name
 
     def text(self) -> str:
-        forward_results = [r for p, r in self._ports() if p.role is not Role.GRADIENT]
-        # all draws are made forward, in the order of the single device
-        forward = _ancestors([*(r for r in forward_results if r is not None), *filter(_draws, self.graph.nodes)])
-        gradients = [r for p, r in self._ports() if p.role is Role.GRADIENT]
-        backward = _ancestors(g for g in gradients if g is not None)
-        tangents = [n for n, p in self._inputs() if p.role is Role.TANGENT]
-        primals = [n for n, p in self._inputs() if p.role is not Role.TANGENT]
-        # all results of an operator are made where it runs
-        forward |= {n for n in backward if n.target is operator.getitem and n.args[0] in forward}
-        backward -= forward | set(primals)
-        wanted = {*gradients, *(operand for n in backward for operand in n.all_input_nodes)}
-        at_hand = forward | set(primals)
-        saved = [n for n in self.graph.nodes if n in wanted and n in at_hand and n.meta.get("layout") is not None]
+        run = halves(self.graph, self.program)
         random_ = any(_draws(n) for n in self.graph.nodes)
         parts = [
             HEADER.format(mesh=self.mesh, axes=self.mesh.sizes, random=random_, imports=_listed(self.imports)),
@@ -83,11 +72,22 @@ class _Source:
             self._slots("TANGENTS", [(n, p) for n, p in self._inputs() if p.role is Role.TANGENT]),
             self._slots("GRADIENTS", [(r, p) for p, r in self._ports() if p.role is Role.GRADIENT and r is not None]),
             "",
-            self._function("forward", primals, forward - set(primals), forward_results, saved if gradients else []),
+            self._signature("forward", run.given),
+            *self._body(run.forward, run.outputs, run.saved),
+            f"    return {self._tuple(run.outputs)}, {self._tuple(run.saved)}",
+            "",
         ]
-        if any(g is not None for g in gradients):
-            made: list[fx.Node | None] = [g for g in gradients if g is not None]
-            parts += ["", self._function("backward", [*saved, *tangents], backward - set(tangents), made, None)]
+        if run.gradients:
+            given = [*run.saved, *run.tangents]
+            parts += [
+                "",
+                "def backward(given):",
+                *self._unpacked(given),
+                "    given.clear()  # nobody else holds them: each is freed where it is deleted",
+                *self._body(run.backward, run.gradients, []),
+                f"    return {self._tuple(run.gradients)}",
+                "",
+            ]
         return "\n".join(parts)
 
     def _inputs(self) -> list[tuple[fx.Node, Port]]:
@@ -108,32 +108,33 @@ class _Source:
             lines.append(f"    {slot},  # {self._type(node)}")
         return "\n".join([*lines, ")"])
 
-    def _function(
-        self, name: str, arguments: list[fx.Node], body: set[fx.Node], results: list[fx.Node | None],
-        saved: list[fx.Node] | None,
-    ) -> str:  # fmt: skip
-        nodes = [n for n in self.graph.nodes if n in body]
-        kept = {*results, *(saved or [])}
-        last: dict[fx.Node, fx.Node] = {n: user for user in nodes for n in (*user.all_input_nodes, user)}
-        spent: dict[fx.Node, list[str]] = {}
-        for node, user in last.items():
-            if node not in kept:
-                spent.setdefault(user, []).append(self.names[node])
+    def _signature(self, name: str, arguments: list[fx.Node]) -> str:
         given = [self.names[n] for n in arguments]
         head = f"def {name}({', '.join(given)}):"
-        lines = [head] if len(head) <= 100 else [f"def {name}(", *(f"    {own}," for own in given), "):"]
-        place = ""
+        return head if len(head) <= 100 else "\n".join([f"def {name}(", *(f"    {own}," for own in given), "):"])
+
+    def _unpacked(self, values: list[fx.Node]) -> list[str]:
+        line = f"    {self._tuple(values)} = given"
+        if len(line) <= 100:
+            return [line]
+        return ["    (", *(f"        {self.names[value]}," for value in values), "    ) = given"]
+
+    def _body(self, nodes: list[fx.Node], results: Sequence[fx.Node | None], saved: list[fx.Node]) -> list[str]:
+        lines: list[str] = []
+        dead, place = spent(nodes, [*results, *saved]), ""
         for node in nodes:
             if node.op == "call_function":
                 if where(node) != place:
                     place = where(node)
                     lines.append(f"    # {place}")
                 lines.append(f"    {self.names[node]} = {self._call(node)}  # {self._type(node)}")
-            if node in spent:
-                lines.append(f"    del {', '.join(sorted(spent[node]))}")
-        outputs = _tuple(self.names[r] if r is not None else "None" for r in results)
-        lines.append(f"    return {outputs}" + ("" if saved is None else f", {_tuple(self.names[s] for s in saved)}"))
-        return "\n".join([*lines, ""])
+            if node in dead:
+                lines.append(f"    del {', '.join(sorted(self.names[value] for value in dead[node]))}")
+        return lines
+
+    def _tuple(self, nodes: Iterable[fx.Node | None]) -> str:
+        listed = ["None" if node is None else self.names[node] for node in nodes]
+        return f"({', '.join(listed)}{',' if len(listed) == 1 else ''})"
 
     def _type(self, node: fx.Node) -> str:
         layout = node.meta.get("layout")
@@ -185,21 +186,5 @@ def _listed(names: list[str]) -> str:
     return line if len(line) < 90 else "(\n" + "".join(f"    {name},\n" for name in names) + ")"
 
 
-def _tuple(items: Iterable[str]) -> str:
-    listed = list(items)
-    return f"({', '.join(listed)}{',' if len(listed) == 1 else ''})"
-
-
 def _draws(node: fx.Node) -> bool:
     return node.target in DRAWS
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found

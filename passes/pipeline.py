@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx
@@ -13,12 +13,14 @@ from torch import fx
 from shardc.constrain import Dim
 from shardc.cost.conversion import sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware
+from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Program, Role, where
 from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
-from shardc.passes.assign import assign
+from shardc.passes.assign import Budget, assign, assign_within
 from shardc.passes.codegen import codegen
+from shardc.passes.footprint import footprint
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
 from shardc.passes.propagate import Constraint, collect, propagate
@@ -26,7 +28,7 @@ from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
-from shardc.plan import Conversion, Placed, Plan, Tried
+from shardc.plan import Conversion, Memory, Placed, Plan, Tried
 from shardc.printing import show
 from shardc.rules.factoring import Factored, Key, factor, layout_of
 from shardc.runtime import collectives
@@ -66,6 +68,8 @@ class Settings:
     whole_outputs: bool
     parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]
     on_unknown: str = "replicate"
+    memory: float | None = None
+    states: States = NO_STATES
 
 
 def lower(
@@ -99,7 +103,7 @@ def lower(
     keep("propagate", program.graph)
     wishes = spread.wishes() if settings.mode == "propagate" else {}
     network, assignment, solution = timed(
-        "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known)
+        "assign", lambda: _choose(program, factored, settings, spread.accepts(), wishes, known)
     )
     _annotate_choice(network, assignment)
     keep("assign", program.graph)
@@ -112,17 +116,19 @@ def lower(
     unknown = tried(network, assignment, graph, conversions)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
+    memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
+    memory = replace(memory, budget=settings.memory)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = lambda: code
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
-    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer)
+    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer, memory)
     return Lowered(plan, code, graphs, program, graph, Choice(factored, assignment))
 
 
 def _choose(
-    factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts],
+    program: Program, factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts],
     wishes: Mapping[Key, Sequence[Accepts]], known: Choice | None,
 ) -> tuple[Network, Assignment, Solution | None]:  # fmt: skip
     if known is not None:
@@ -130,7 +136,15 @@ def _choose(
         adopted = adopt(network, known)
         if adopted is not None:
             return network, adopted, None
-    return assign(factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
+    asked = (factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
+    if settings.memory is None:
+        return assign(*asked)
+
+    def peak_of(network: Network, assignment: Assignment) -> float:
+        graph = localize(reshard(network, assignment), settings.mesh)
+        return footprint(graph, program, settings.mesh, settings.states).peak
+
+    return assign_within(*asked, Budget(settings.memory, settings.states), peak_of)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
@@ -213,14 +227,15 @@ def _explainer(
 def _compute(network: Network, assignment: Assignment) -> float:
     total = 0.0
     for op in network.factored.ops:
-        total += network.options_of(op).compute_of(assignment.strategies[op.node])
+        strategy = assignment.strategies[op.node]
+        total += network.options_of(op).compute_of(strategy) * (2 if strategy.again else 1)
     return total
 
 
 def _plan(
     settings: Settings, program: Program, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
     solution: Solution | None, notes: Sequence[str], phases: dict[str, float], unknown: tuple[Tried, ...],
-    explainer: Questions,
+    explainer: Questions, memory: Memory,
 ) -> Plan:  # fmt: skip
     mesh = settings.mesh
     local = [node for node in graph.nodes if node.op == "placeholder"]
@@ -235,7 +250,7 @@ def _plan(
         cost, bound = solution.cost, solution.lower_bound
     return Plan(
         mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, cost, bound,
-        tuple(notes), phases, unknown, explainer,
+        tuple(notes), phases, unknown, explainer, memory,
     )  # fmt: skip
 
 

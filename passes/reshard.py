@@ -8,13 +8,18 @@ becomes
     %z = add(%y1, %x)                            f32[32@dp, 512@tp]
 
 A conversion is made once and shared by all that need the same layout. Views are rebuilt on whatever layout their reader
-needs.
+needs. Under a memory budget, backward shares nothing with forward but what was kept for it:
+
+    %k = shard(%x, dim=0, axis=tp)               f32[8@tp, 512]            kept
+    ...
+    %x1 = all_gather(%k, dim=0, axis=tp)         f32[8, 512]               in backward
+    %h1 = relu(%x1)                              f32[8, 512]               again
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from shardc.cost.conversion import Splits, Step, apply
-from shardc.graph import Role, value_of
+from shardc.graph import Port, Role, value_of
 from shardc.rules.atoms import Ref
 from shardc.rules.factoring import Factored, Key, Op, Value, carried, layout_of, tensor_arguments
 from shardc.runtime import collectives
@@ -39,6 +44,15 @@ def reshard(network: Network, assignment: Assignment) -> fx.Graph:
     return _Rewrite(network, assignment).run()
 
 
+class _Part:
+    """What was written of forward and backward together, or of one of them."""
+
+    def __init__(self) -> None:
+        self.held: dict[Key, dict[Splits, fx.Node]] = {}  # every layout in which a base value exists so far
+        self.origin: dict[Key, Splits] = {}
+        self.views: dict[tuple[fx.Node, Splits, frozenset[tuple[Ref, tuple[str, ...]]]], fx.Node] = {}
+
+
 class _Rewrite:
     def __init__(self, network: Network, assignment: Assignment) -> None:
         self.network = network
@@ -46,17 +60,66 @@ class _Rewrite:
         self.mesh = network.mesh
         self.assignment = assignment
         self.graph = fx.Graph()
-        self.held: dict[Key, dict[Splits, fx.Node]] = {}  # every layout in which a base value exists so far
-        self.origin: dict[Key, Splits] = {}
-        self.views: dict[tuple[fx.Node, Splits, frozenset[tuple[Ref, tuple[str, ...]]]], fx.Node] = {}
+        self.here = _Part()
+        self.forward: _Part | None = None  # while backward is written, what forward made
         self.now: fx.Node | None = None
+        self.repeated: set[fx.Node] = set()
+        self.made: dict[int, fx.Node | None] = {}
+        self.by_node = {op.node: op for op in self.factored.ops}
+        self.places = {op.node: place for place, op in enumerate(self.factored.ops)}
+        program = self.factored.program
+        self.parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
+        self.gradients: dict[Key, list[int]] = {}
+        for index, (port, node) in enumerate(self._ports()):
+            if node is not None and port.role is Role.GRADIENT:
+                self.gradients.setdefault(self.factored.values[node].key, []).append(index)
 
     def run(self) -> fx.Graph:
-        for op in self.factored.ops:
+        ops, forward = self.factored.ops, self.assignment.forward
+        if forward is None:
+            self._write(ops)
+        else:
+            self._write([op for op in ops if op.node in forward or op.node.op == "placeholder"])
+            self._leave_forward()
+            for op in ops:
+                if op.node not in forward and op.node.op != "placeholder":
+                    self._write([op])
+                    self._outputs(index for result in op.results for index in self.gradients.get(result.key, ()))
+        self._outputs(range(len(self._ports())))
+        self.graph.output(tuple(self.made[index] for index in range(len(self.made))))
+        return self.graph
+
+    def _ports(self) -> list[tuple[Port, fx.Node | None]]:
+        return list(zip(self.factored.program.outputs, self.factored.program.results, strict=True))
+
+    def _write(self, ops: Iterable[Op]) -> None:
+        for op in ops:
             self.now = op.node
             self._operator(op)
-        self._outputs()
-        return self.graph
+            for result in op.results if self.forward is None else ():
+                shared = self.assignment.shares.get(result.key)
+                origin = self.here.origin.get(result.key)
+                if origin is not None and (shared in (None, origin) or self.assignment.kept.get(result.key) == origin):
+                    self._keep(result.key)  # else once it was converted for its readers
+
+    def _keep(self, key: Key) -> None:
+        """Make sure of what backward finds of a value."""
+        kept = self.assignment.kept.get(key)
+        if kept is None or self.assignment.strategies[key[0]].again or self.forward is not None:
+            return
+        here, shared = self.here.held[key], self.assignment.shares.get(key)
+        if kept not in here:
+            start = self.here.origin[key] if shared is None else shared
+            self._walk(key, self.here.origin[key], start)
+            self._walk(key, start, kept)
+        here[kept].meta["kept"] = True
+
+    def _leave_forward(self) -> None:
+        self._outputs(index for index, (port, _) in enumerate(self._ports()) if port.role is not Role.GRADIENT)
+        for key in self.assignment.kept:
+            if key in self.here.held:
+                self._keep(key)
+        self.forward, self.here = self.here, _Part()
 
     def _operator(self, op: Op) -> None:
         shape, strategy = self.assignment.shapes[op.node], self.assignment.strategies[op.node]
@@ -87,8 +150,8 @@ class _Rewrite:
             if several:
                 self._provenance(node, op.node)
             self._describe(node, result.key, result.value, splits, self._base_held(result.key, splits))
-            self.held[result.key] = {splits: node}
-            self.origin[result.key] = splits
+            self.here.held[result.key] = {splits: node}
+            self.here.origin[result.key] = splits
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
@@ -99,6 +162,8 @@ class _Rewrite:
 
     def _provenance(self, new: fx.Node, old: fx.Node) -> None:
         new.meta.update({k: old.meta.get(k, "") for k in ("module", "source", "phase")})
+        if self.forward is not None:
+            new.meta["phase"] = "backward"
 
     def _describe(
         self, node: fx.Node, key: Key, value: Value, splits: Splits, held: Mapping[Ref, tuple[str, ...]]
@@ -115,32 +180,65 @@ class _Rewrite:
         if old is value.key[0] or old.target is operator.getitem:
             return self._converted(value.key, splits)
         identity = (old, splits, frozenset((r, a) for r, a in held.items() if a))
-        if identity not in self.views:
+        if identity not in self.here.views:
             source = self._value(old.args[0], splits, held)  # type: ignore[arg-type]
             node = self._call(old.target, (source, *old.args[1:]))  # type: ignore[arg-type]
             self._provenance(node, old)
             own = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
             self._describe(node, value.key, value, splits, {ref: held.get(ref, ()) for ref in own})
             node.meta["dtype"] = value_of(old).dtype
-            self.views[identity] = node
-        return self.views[identity]
+            self.here.views[identity] = node
+        return self.here.views[identity]
 
     def _converted(self, key: Key, splits: Splits) -> fx.Node:
         """A base value in the given layout; steps go by way of the layout in which its users share it."""
-        here = self.held[key]
+        if key not in self.here.held:
+            self._recall(key)
+        here, start = self.here.held[key], self.here.origin[key]
         if splits in here:
             return here[splits]
-        start = self.origin[key]
-        shared = self.assignment.shares.get(key)
-        if shared is not None and shared != start:
-            self._walk(key, start, shared)
-            start = shared
-        if splits not in here:
-            self._walk(key, start, splits)
+        for stop in (*self._stops(key), splits):
+            self._walk(key, start, stop)
+            start = stop
+        self._keep(key)
         return here[splits]
 
+    def _stops(self, key: Key) -> list[Splits]:
+        """The layouts by way of which readers of a value get it."""
+        chosen = self.assignment
+        if self.forward is None or key not in self.forward.held:
+            shared = chosen.shares.get(key)
+            return [] if shared is None else [shared]
+        return [found[key] for found in (chosen.kept, chosen.regathered) if key in found]
+
+    def _recall(self, key: Key) -> None:
+        """Bring a value of forward into backward: what was kept, or what made it, once again."""
+        assert self.forward is not None
+        if key in self.assignment.kept and self.assignment.strategies[key[0]].again:
+            self._repeat(key)
+            return
+        origin = self.assignment.kept.get(key, self.forward.origin[key])
+        self.here.held[key], self.here.origin[key] = {origin: self.forward.held[key][origin]}, origin
+
+    def _repeat(self, key: Key) -> None:
+        """Write again what makes a value, and before it all that it needs and that is not kept either."""
+        needed: set[fx.Node] = set()
+        stack = [key]
+        while stack:
+            producer = stack.pop()[0]
+            if producer in needed or producer in self.repeated or not self.assignment.strategies[producer].again:
+                continue
+            needed.add(producer)
+            stack += [operand.value.key for operand in self.by_node[producer].operands]
+        self.repeated |= needed
+        before = self.now
+        for producer in sorted(needed, key=self.places.__getitem__):
+            self.now = producer
+            self._operator(self.by_node[producer])
+        self.now = before
+
     def _walk(self, key: Key, start: Splits, end: Splits) -> None:
-        here = self.held[key]
+        here = self.here.held[key]
         if end in here:
             return
         tensor = self.network.class_of(key)
@@ -196,7 +294,8 @@ class _Rewrite:
         # an input has no place in the user's code: its conversion belongs to the reader that made it necessary
         reader = self.now or key[0]
         self._provenance(new, reader if key[0].op == "placeholder" else key[0])
-        new.meta["phase"] = reader.meta.get("phase", "")
+        if self.forward is None:
+            new.meta["phase"] = reader.meta.get("phase", "")
         self._describe(new, key, value, after, self._base_held(key, after))
         new.kwargs = {**keywords, **self._uneven(node, new, step, place)}
         return new
@@ -211,13 +310,12 @@ class _Rewrite:
             told["size"] = has[place[step.source]]
         return told
 
-    def _outputs(self) -> None:
-        program = self.factored.program
-        parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
-        made: list[fx.Node | None] = []
-        for index, (port, old) in enumerate(zip(program.outputs, program.results, strict=True)):
-            if old is None:
-                made.append(None)
+    def _outputs(self, indices: Iterable[int]) -> None:
+        program, parameters = self.factored.program, self.parameters
+        for index in indices:
+            port, old = program.outputs[index], program.results[index]
+            if index in self.made or old is None:
+                self.made.setdefault(index, None)
                 continue
             self.now = old
             value = self.factored.values[old]
@@ -229,5 +327,4 @@ class _Rewrite:
             else:
                 splits = self.assignment.outputs[index]
                 held = {ref: axes for ref, axes in self._base_held(value.key, splits).items() if ref in leaves}
-            made.append(self._value(old, splits, held))
-        self.graph.output(tuple(made))
+            self.made[index] = self._value(old, splits, held)

@@ -76,7 +76,10 @@ def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Tensor
     context = current()
     n = context.size(axis)
     _check_dim(x, dim)
-    return _chunks(x, dim, n, chunk)[context.coordinates[axis]].contiguous()
+    if n == 1 and chunk is None:
+        return x.contiguous()
+    # a copy even of what is contiguous: a view would keep the whole of x in memory
+    return _chunks(x, dim, n, chunk)[context.coordinates[axis]].clone(memory_format=torch.contiguous_format)
 
 
 def to_partial(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:

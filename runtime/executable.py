@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +148,14 @@ class Executable:
                     mutations[slot.name] = value
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
 
-    def _backward(self, saved: list[tuple[Any, ...]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, from the tangents by output index; tangents that are absent are zeros."""
+    def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Gradients by name, from the tangents by output index; tangents that are absent are zeros. The lists of saved
+        values are emptied, so that each value is freed after its last use."""
 
         def arguments(rank: int) -> tuple[Any, ...]:
-            local = [self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents]
-            return (*saved[self.mesh.ranks.index(rank)], *local)
+            given = saved[self.mesh.ranks.index(rank)]
+            given += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
+            return (given,)
 
         results = self.mesh.run(self.module.backward, arguments)
         gradients: dict[str, Tensor] = {}
@@ -200,8 +203,10 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, *tangents: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         executable: Executable = ctx.executable
-        tensors = list(ctx.saved_tensors)
-        saved = [tuple(tensors.pop(0) if value is None else value[0] for value in kept) for kept in ctx.kept]
+        tensors = deque(ctx.saved_tensors)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
+            ctx.maybe_clear_saved_tensors()
+        saved = [[tensors.popleft() if value is None else value[0] for value in kept] for kept in ctx.kept]
         given = {
             slot.index: tangent
             for slot, tangent in zip(executable.outputs, tangents, strict=True)
@@ -244,4 +249,4 @@ def _again(
         result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
     finally:
         torch.set_rng_state(before)
-    return executable._backward(result.saved, tangents)  # pyright: ignore[reportPrivateUsage]
+    return executable._backward([[*saved] for saved in result.saved], tangents)  # pyright: ignore[reportPrivateUsage]

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import Context, Mesh, Result
 
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_COMBINE: dict[str, Callable[..., Tensor]] = {
     "sum": torch.add,
     "prod": torch.mul,
     "max": torch.maximum,
@@ -47,6 +47,7 @@ class _Group:
         self.size = size
         self.posted: dict[int, tuple[str, Tensor]] = {}
         self.complete: list[tuple[str, Tensor]] = []
+        self.fetched = 0
         self.round = 0
 
 
@@ -112,7 +113,7 @@ class VirtualMesh(Mesh):
             operands = [other[position] for other in operands]
         result = operands[0].clone()
         for other in operands[1:]:
-            result = _COMBINE[op](result, other)
+            _COMBINE[op](result, other, out=result)
         return result
 
     def _meet(
@@ -138,6 +139,9 @@ class VirtualMesh(Mesh):
                 if group.round == this_round:
                     raise _Aborted(f"a peer on axis {key[0]!r} never came to {label}")
             complete = group.complete
+            group.fetched += 1
+            if group.fetched == group.size:  # what it holds could be freed now
+                group.complete, group.fetched = [], 0
         labels = [label for label, _ in complete]
         if len(set(labels)) > 1:
             raise RankError(f"the ranks of axis {key[0]!r} disagree on the collective: {', '.join(labels)}")

@@ -15,6 +15,7 @@ from torch import nn
 from shardc.compiled import TRACING, Call, Compiled, Request, compiled
 from shardc.constrain import Spec
 from shardc.cost.hardware import Hardware, hardware, this_hardware
+from shardc.cost.memory import bytes_of, states_of
 from shardc.errors import MeshError, ShardcError
 from shardc.inputs import call_key, flatten
 from shardc.mesh import Mesh
@@ -34,6 +35,8 @@ def request_of(
     outputs: str,
     on_unknown: str,
     dynamic: Dynamic | None,
+    memory: float | str | None = None,
+    optimizer: float | str | None = None,
 ) -> Request:
     """The options of `compile`, checked and resolved. Raises ShardcError naming what is known."""
     if mode not in MODES:
@@ -50,6 +53,8 @@ def request_of(
         outputs,
         on_unknown,
         dict(dynamic or {}),
+        None if memory is None else bytes_of(memory),
+        states_of(optimizer),
     )
 
 
@@ -72,6 +77,8 @@ def compile(
     outputs: str = "full",
     on_unknown: str = "replicate",
     dynamic: Dynamic | None = None,
+    memory: float | str | None = None,
+    optimizer: float | str | None = None,
 ) -> Compiled:
     """Compile ahead of time. Of `example_inputs`, positional (a tuple) or keyword (a mapping), only the shapes count.
 
@@ -80,10 +87,12 @@ def compile(
     (DTensors under torch.distributed). Operators without a rule are tried; `on_unknown="error"` refuses those that
     would have to run whole on every rank. `dynamic={"input_ids": {0: "batch", 1: "seq"}}` names dims of arguments that
     change from call to call: the program is captured and planned once, and lowered anew for sizes not met before.
-    Raises ShardcError; the model stays as it was.
+    `memory="80GB"` bounds what a device holds at any time, beside the state of the `optimizer` ("adamw", or bytes an
+    element of a parameter): where something has to give, values are kept split and regathered, or made again in
+    backward, whichever costs the least time. Raises ShardcError; the model stays as it was.
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
+    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic, memory, optimizer)
     return compiled(Call(model, args, kwargs), request)
 
 
@@ -172,6 +181,8 @@ def shard(
     outputs: str = "full",
     on_unknown: str = "replicate",
     dynamic: Dynamic | None = None,
+    memory: float | str | None = None,
+    optimizer: float | str | None = None,
 ) -> Any:
     """Shard a module (in place), a module class (decorator), or a function of tensors, over `mesh`.
 
@@ -182,9 +193,9 @@ def shard(
     if target is None:
         return lambda real: shard(
             real, mesh=mesh, mode=mode, constraints=constraints, hardware=hardware, outputs=outputs,
-            on_unknown=on_unknown, dynamic=dynamic,
+            on_unknown=on_unknown, dynamic=dynamic, memory=memory, optimizer=optimizer,
         )  # fmt: skip
-    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic)
+    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic, memory, optimizer)
     if isinstance(target, nn.Module):
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):

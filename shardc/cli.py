@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--on-unknown", choices=api.UNKNOWN, default="replicate", help="operators that have no rule and no split"
         )
+        one.add_argument("--memory", help="what a device may hold: 80GB, 24GiB")
+        one.add_argument("--optimizer", help="whose state counts: adamw, sgd, ..., or bytes an element of a parameter")
         one.add_argument(
             "--constraint",
             action="append",
@@ -99,6 +101,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> int:
     """Rank the meshes; the last line plans for the best."""
+    if options.memory is not None:
+        raise ShardcError("--memory bounds the plan for one --mesh; the table of --devices tells what is stored")
     found = search_mesh(
         model, options.devices, inputs, axes=[axis.strip() for axis in options.axes.split(",")], **_asked(options)
     )
@@ -239,7 +243,15 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> api.Compiled:
     with working(f"compiling {options.file.name} for {options.mesh}"):
-        return api.compile(model, options.mesh, inputs, **_asked(options))
+        return api.compile(model, options.mesh, inputs, **_asked(options), **_budget(options))
+
+
+def _budget(options: argparse.Namespace) -> dict[str, Any]:
+    optimizer: str | None = options.optimizer
+    try:
+        return {"memory": options.memory, "optimizer": None if optimizer is None else float(optimizer)}
+    except ValueError:
+        return {"memory": options.memory, "optimizer": optimizer}
 
 
 def _call(function: Callable[..., Any], inputs: Inputs) -> Any:

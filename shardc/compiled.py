@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture import capture
 from shardc.constrain import Dim, Spec, parse, serialise
 from shardc.cost.hardware import Hardware, hardware, this_hardware
+from shardc.cost.memory import NO_STATES, States
 from shardc.errors import ConstraintError, MeshError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 from shardc.inputs import flatten
@@ -40,8 +41,8 @@ TRACING = threading.RLock()
 @dataclass(frozen=True)
 class Request:
     """What the user asked for: mesh, mode, constraints by path, hardware, how outputs come back, what
-    becomes of operators that have no rule and cannot be split, and which dims of the arguments change from call to
-    call."""
+    becomes of operators that have no rule and cannot be split, which dims of the arguments change from call to
+    call, and how many bytes a device may hold."""
 
     mesh: Mesh
     mode: str = "auto"
@@ -50,6 +51,8 @@ class Request:
     outputs: str = "full"
     on_unknown: str = "replicate"
     dynamic: Dynamic = field(default_factory=dict[str, Mapping[int, str]])
+    memory: float | None = None
+    states: States = NO_STATES
 
 
 class Compiled:
@@ -196,7 +199,10 @@ def captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Setting
     ports = [port for port in program.inputs if port.role is Role.PARAMETER]
     parameters = _named(program, ports, specs, paths) + _stored(call.model, ports, request.mesh)
     whole = request.outputs == "full"
-    settings = Settings(request.mesh, request.device, request.mode, whole, parameters, request.on_unknown)
+    settings = Settings(
+        request.mesh, request.device, request.mode, whole, parameters, request.on_unknown,
+        request.memory, request.states,
+    )  # fmt: skip
     return program, settings, phases
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
+
+from shardc.runtime.random import DRAWS
 
 
 class Role(StrEnum):
@@ -75,6 +78,27 @@ class Constant:
 def value_of(node: fx.Node) -> Any:
     """The fake value (global shape and dtype) that capture recorded for `node`."""
     return node.meta["val"]
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def forward_part(
+    graph: fx.Graph, ports: Sequence[Port], results: Sequence[fx.Node | None], more: Iterable[fx.Node] = ()
+) -> set[fx.Node]:
+    """What runs in forward: all that its results need (those that are no gradients, and `more`), and all draws, which
+    are made in the order of the single device. `results` has a node or None for every port."""
+    wanted = [n for port, n in zip(ports, results, strict=True) if n is not None and port.role is not Role.GRADIENT]
+    return ancestors([*wanted, *more, *(node for node in graph.nodes if node.target in DRAWS)])
 
 
 def where(node: fx.Node) -> str:

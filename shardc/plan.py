@@ -44,6 +44,18 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The most that a rank holds at once while the generated code runs: `peak` bytes in all, in `half` (forward or
+    backward) at `place`, and what they are. What kernels allocate for themselves is not in it."""
+
+    peak: float
+    half: str
+    place: str
+    parts: dict[str, float]
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs under `lower_bound`.
 
@@ -65,6 +77,7 @@ class Plan:
     tried: tuple[Tried, ...] = ()
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
     """Answers questions about the plan; it holds the whole problem, so it is not saved with the plan."""
+    memory: Memory = Memory(0.0, "", "", {})
 
     def why(self, value: str) -> Why:
         """Why `value` lies as it does: who makes it, how every reader reads it and what conversions that takes, and the
@@ -126,7 +139,8 @@ class Plan:
             "run whole on every rank, for want of a rule": self._replicated_lines(),
             "notes": list(self.notes),
         }
-        lines = [f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}", *self._time_lines()]
+        head = f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}"
+        lines = [head, *self._time_lines(), *self._memory_lines()]
         for title, content in sections.items():
             if content:
                 lines += ["", title, *(f"  {line}" for line in content)]
@@ -146,6 +160,15 @@ class Plan:
             f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
             f"  objective  {in_seconds(self.cost)}, {proof}; it charges in full the steps that conversions share",
         ]
+
+    def _memory_lines(self) -> list[str]:
+        memory = self.memory
+        if not memory.peak:
+            return []
+        largest = sorted(memory.parts.items(), key=lambda part: -part[1])
+        parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
+        budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
+        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.half}: {parts}"]
 
     def _tensor_lines(self) -> list[str]:
         """Roles, names and layouts in columns; repeated layers once, with their count."""

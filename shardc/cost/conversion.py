@@ -123,6 +123,11 @@ class TensorClass:
     def index(self) -> dict[Splits, int]:
         return {splits: i for i, splits in enumerate(self.layouts)}
 
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """Per layout the bytes that a rank holds."""
+        return np.array([self.local_bytes(splits) for splits in self.layouts])
+
     def local_bytes(self, splits: Splits) -> float:
         """Bytes that a rank holds, padding included."""
         return self.itemsize * math.prod(map(self.mesh.chunk, self.sizes, splits.axes))
@@ -161,6 +166,16 @@ class TensorClass:
         for k in range(len(table)):  # Floyd-Warshall
             np.minimum(table, table[:, k, None] + table[None, k, :], out=table)
         return table
+
+    @cached_property
+    def slices(self) -> np.ndarray:
+        """Which layouts are parts of which: `slices[i, j]` if layout j is cut from layout i without any exchange."""
+        found = np.eye(len(self.layouts), dtype=bool)
+        for i, moves in self._moves.items():
+            found[i, [j for j, (_, step) in moves.items() if step.kind == "shard"]] = True
+        for _ in self.mesh.axes:  # as many cuts as there are axes
+            found = found @ found
+        return found
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the cheapest conversion; its price is `seconds[index[start], index[end]]`."""

@@ -30,7 +30,18 @@ class Outcome:
     finished: bool
 
 
-def solve_milp(unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None) -> Outcome:
+@dataclass(frozen=True)
+class Limit:
+    """What the terms of a choice add up to at most `bound`. Every pair has a table in the network."""
+
+    unary: Sequence[tuple[int, Array]]
+    edges: Sequence[tuple[Edge, Array]]
+    bound: float
+
+
+def solve_milp(
+    unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None, limits: Sequence[Limit] = ()
+) -> Outcome:
     """Minimise over the network; costs in units in which 1e-6 does not matter."""
     starts = np.concatenate([[0], np.cumsum([len(cost) for cost in unary])])
     integral = int(starts[-1])
@@ -40,7 +51,10 @@ def solve_milp(unary: Sequence[Array], edges: dict[Edge, Array], time_limit: flo
         options["time_limit"] = max(time_limit, 0.01)
     result = milp(
         costs,
-        constraints=LinearConstraint(matrix, right, right),  # pyright: ignore[reportArgumentType]
+        constraints=[
+            LinearConstraint(matrix, right, right),  # pyright: ignore[reportArgumentType]
+            *(LinearConstraint(_row(limit, edges, starts, len(costs)), -np.inf, 1.0) for limit in limits),
+        ],
         integrality=(np.arange(len(costs)) < integral).astype(np.int8),
         bounds=Bounds(0.0, 1.0),
         options=options,
@@ -53,6 +67,20 @@ def solve_milp(unary: Sequence[Array], edges: dict[Edge, Array], time_limit: flo
         return Outcome(None, lower, finished=False)
     choice = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts)]
     return Outcome(choice, lower, finished=result.status == 0)
+
+
+def _row(limit: Limit, edges: dict[Edge, Array], starts: "np.ndarray", columns: int) -> Array:
+    """The coefficients of a limit, in units of its bound."""
+    row = np.zeros(columns)
+    for v, table in limit.unary:
+        row[starts[v] : starts[v] + len(table)] += table
+    first, places = int(starts[-1]), dict[Edge, int]()
+    for edge, table in sorted(edges.items()):
+        places[edge], first = first, first + int(np.isfinite(table).sum())
+    for edge, table in limit.edges:
+        held = table[np.isfinite(edges[edge])]
+        row[places[edge] : places[edge] + len(held)] += held
+    return row / limit.bound
 
 
 def _program(unary: Sequence[Array], edges: dict[Edge, Array], starts: "np.ndarray") -> tuple[Array, coo_array, Array]:

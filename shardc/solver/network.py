@@ -29,6 +29,17 @@ Accepts = Callable[[Splits], bool]
 
 
 @dataclass
+class Domain:
+    """The values of an operator's variable: strategies, their seconds, and per operand and result the layouts (by their
+    index in the tensor class) that each demands and makes."""
+
+    strategies: list[Strategy]
+    seconds: np.ndarray
+    operands: list[np.ndarray]
+    results: list[np.ndarray]
+
+
+@dataclass
 class Variable:
     """One variable: `domain` says what its values mean, a `Strategy` (operators) or `Splits` (shares, outputs)."""
 
@@ -39,12 +50,20 @@ class Variable:
 
 @dataclass
 class Assignment:
-    """What was chosen: a strategy per operator, the layout in which a value is shared, the layout of every output."""
+    """What was chosen: a strategy per operator, the layout in which a value is shared, the layout of every output.
+
+    Under a memory budget also, per value of forward that backward reads, the layout in which it is kept until then (or
+    made again), and that in which its readers in backward share it. `forward` holds what runs in forward; None without
+    a budget, when backward takes whatever forward made.
+    """
 
     strategies: dict[fx.Node, Strategy]
     shapes: dict[fx.Node, Shape]
     shares: dict[Key, Splits]
     outputs: dict[int, Splits]
+    kept: dict[Key, Splits] = field(default_factory=dict[Key, Splits])
+    regathered: dict[Key, Splits] = field(default_factory=dict[Key, Splits])
+    forward: frozenset[fx.Node] | None = None
 
 
 @dataclass(eq=False)
@@ -123,9 +142,13 @@ class Network:
             frozen = port is not None and port.role is Role.BUFFER and port.name in mutated
             self._add_op(op, port, frozen)
             for result in op.results:
-                if users[result.key] > 1 and (port is None or port.role is Role.PARAMETER):
-                    self._add_share(result.key)
+                self._add_shares(op, result.key, users[result.key], port)
         self._add_outputs()
+
+    def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
+        """The variables between a value and its readers, if it has any need of them."""
+        if users > 1 and (port is None or port.role is Role.PARAMETER):
+            self._share_variable[key] = self._add_share(key)
 
     def _users(self) -> Counter[Key]:
         users = Counter(operand.value.key for op in self.factored.ops for operand in op.operands)
@@ -153,17 +176,26 @@ class Network:
         self.variables.append(Variable(name, domain, unary))
         return len(self.variables) - 1
 
-    def _add_op(self, op: Op, port: Port | None, frozen: bool) -> None:
+    def _add_op(self, op: Op, port: Port | None, frozen: bool) -> Domain:
+        domain = self._domain(op, port, frozen)
+        variable = self._op_variable[op.node] = self._variable(op.node.name, domain.strategies, domain.seconds)
+        for operand, demanded in zip(op.operands, domain.operands, strict=True):
+            self._connect(operand.value.key, variable, demanded)
+        for result, made in zip(op.results, domain.results, strict=True):
+            self._source[result.key] = variable, made
+        return domain
+
+    def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         options = self.options_of(op)
         keep = self._kept(op, options, port, frozen)
-        domain, unary = options.strategies, options.seconds
-        if keep is not None:
-            domain, unary = [domain[i] for i in keep], unary[keep]
-        variable = self._op_variable[op.node] = self._variable(op.node.name, domain, unary)
-        for operand, layouts in zip(op.operands, options.operand_layouts, strict=True):
-            self._connect(operand.value.key, variable, layouts if keep is None else self._intern(layouts[keep]))
-        for result, layouts in zip(op.results, options.result_layouts, strict=True):
-            self._source[result.key] = variable, layouts if keep is None else self._intern(layouts[keep])
+        if keep is None:
+            return Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
+        return Domain(
+            [options.strategies[i] for i in keep],
+            options.seconds[keep],
+            [self._intern(layouts[keep]) for layouts in options.operand_layouts],
+            [self._intern(layouts[keep]) for layouts in options.result_layouts],
+        )
 
     def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
@@ -224,20 +256,24 @@ class Network:
 
     def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
         """Charge `variable` for turning a base value into the layouts it demands."""
-        source, made = self._source[key]
+        source, made = self._source_of(key)
         tensor = self.class_of(key)
         identity = (id(tensor), id(made), id(demanded))
         if identity not in self._tables:
             self._tables[identity] = tensor.seconds[np.ix_(made, demanded)]
         self._edges.append((source, variable, self._tables[identity]))
 
-    def _add_share(self, key: Key) -> None:
+    def _source_of(self, key: Key) -> tuple[int, np.ndarray]:
+        """The variable that readers of a base value are charged against, and the layouts of its values."""
+        return self._source[key]
+
+    def _add_share(self, key: Key) -> int:
         tensor = self.class_of(key)
         every = self._intern(np.arange(len(tensor.layouts)))
         variable = self._variable(f"{key[0].name} shared", tensor.layouts, np.zeros(len(tensor.layouts)))
         self._connect(key, variable, every)
         self._source[key] = variable, every
-        self._share_variable[key] = variable
+        return variable
 
     def _add_outputs(self) -> None:
         program = self.factored.program
@@ -259,11 +295,12 @@ class Network:
 
     def _tie_gradient(self, value: Value, parameter: fx.Node) -> None:
         """A gradient is demanded in the layout in which its parameter is stored."""
-        variable = self._op_variable[parameter]
-        tensor = self.class_of(value.key)
-        made = self._op_layouts(parameter)
+        self._connect(value.key, self._op_variable[parameter], self._gradient_layouts(value, parameter))
+
+    def _gradient_layouts(self, value: Value, parameter: fx.Node) -> np.ndarray:
+        tensor, made = self.class_of(value.key), self._op_layouts(parameter)
         demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
-        self._connect(value.key, variable, self._intern(np.array(demanded)))
+        return self._intern(np.array(demanded))
 
     def _op_layouts(self, parameter: fx.Node) -> list[Splits]:
         return [Splits(s.split) for s in self.variables[self._op_variable[parameter]].domain]  # type: ignore[union-attr]

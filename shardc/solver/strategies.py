@@ -24,10 +24,12 @@ from shardc.rules.factoring import Factor, Factored, Op, Operand, Result, carrie
 
 
 class Strategy(NamedTuple):
-    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it."""
+    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it; and
+    whether backward runs the operator again, instead of keeping what it made."""
 
     split: tuple[tuple[str, ...], ...]
     passes: tuple[tuple[str, int], ...] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True)

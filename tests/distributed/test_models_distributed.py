@@ -26,3 +26,11 @@ def test_dims_that_the_mesh_does_not_divide(spawn: Spawn, mesh: str) -> None:
     for code, output in spawn("uneven.py", mesh):
         assert code == 0, output
         assert "odd sizes equal single device" in output
+
+
+@pytest.mark.parametrize(("mesh", "part"), [("dp=2,tp=2", 0.6)])
+def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
+    """What torch's allocator gives a rank is what the plan predicts, within 5 %."""
+    for code, output in spawn("memory.py", mesh, str(part)):
+        assert code == 0, output
+        assert "memory as predicted" in output

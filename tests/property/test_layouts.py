@@ -197,9 +197,9 @@ def _sliceable(factored: Factored, key: tuple[fx.Node, int], splits: Splits, mes
 
 
 def _walk(rewrite: _Rewrite, key: tuple[fx.Node, int], node: fx.Node, start: Splits, end: Splits) -> fx.Node:
-    rewrite.held[key] = {start: node}
+    rewrite.here.held[key] = {start: node}
     rewrite._walk(key, start, end)
-    return rewrite.held[key][end]
+    return rewrite.here.held[key][end]
 
 
 def _price(tensor: TensorClass, start: Splits, end: Splits) -> None:

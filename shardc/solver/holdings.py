@@ -1,0 +1,113 @@
+"""What a choice holds in memory, and when: the linear side of a cost network.
+
+A schedule has positions `0 .. length - 1`, one an operator, in the order in which generated code runs them. A holding
+says that from position `start` to `end`, both included, a device holds `table[x_u]` or `table[x_u, x_v]` bytes. All
+holdings of a position add up, so memory is as linear in a choice as its cost is, and a price per byte at some
+positions turns a bound on memory into costs (`priced`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardc.solver.problem import Array, Edge, Problem
+
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """`table` holds the bytes per value of variable `one`, or per pair of values of `one < other`."""
+
+    one: int
+    other: int | None
+    table: Array
+    start: int
+    end: int
+
+
+class Holdings:
+    """All holdings of a network. The tables of equal layers are the same arrays, as in the problem itself."""
+
+    def __init__(self, length: int, all: Sequence[Holding]) -> None:
+        self.length = length
+        self.all = [holding for holding in all if holding.start <= holding.end]
+        self._starts: Index = np.array([h.start for h in self.all], dtype=np.intp)
+        self._ends: Index = np.array([h.end for h in self.all], dtype=np.intp)
+
+    def timeline(self, choice: Sequence[int]) -> Array:
+        """The bytes held at every position."""
+        return self._over_time(np.arange(len(self.all)), choice)
+
+    def around(self, part: Iterable[int], choice: Sequence[int]) -> Array:
+        """The bytes at every position of what depends on some of the variables."""
+        places = sorted({place for v in part for place in self._by_variable.get(v, ())})
+        return self._over_time(np.array(places, dtype=np.intp), choice)
+
+    def pairs(self) -> set[Edge]:
+        """The variables of which bytes depend on both."""
+        return {(h.one, h.other) for h in self.all if h.other is not None}
+
+    @cached_property
+    def _by_variable(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for place, holding in enumerate(self.all):
+            for v in (holding.one, holding.other):
+                if v is not None:
+                    found.setdefault(v, []).append(place)
+        return found
+
+    def _over_time(self, places: Index, choice: Sequence[int]) -> Array:
+        some = [self.all[place] for place in places]
+        held = np.array([
+            h.table[choice[h.one]] if h.other is None else h.table[choice[h.one], choice[h.other]] for h in some
+        ], dtype=np.float64)  # fmt: skip
+        change = np.zeros(self.length + 1)
+        np.add.at(change, self._starts[places], held)
+        np.subtract.at(change, self._ends[places] + 1, held)
+        return np.cumsum(change[:-1])
+
+    def at(self, position: int) -> list[Holding]:
+        """What is held at one position."""
+        return [self.all[i] for i in np.flatnonzero((self._starts <= position) & (position <= self._ends))]
+
+    def priced(self, problem: Problem, prices: Mapping[int, float]) -> Problem:
+        """The problem in which every byte held at a position costs its price, in seconds."""
+        steps = np.zeros(self.length + 1)
+        for position, price in prices.items():
+            steps[position + 1] += price
+        until = np.cumsum(steps)  # what a byte costs that is held at all positions before this one
+        rates = until[self._ends + 1] - until[self._starts]
+        terms: dict[tuple[int, int | None], list[tuple[Array, float]]] = {}
+        for place in np.flatnonzero(rates > 0.0):
+            holding = self.all[place]
+            terms.setdefault((holding.one, holding.other), []).append((holding.table, float(rates[place])))
+        found = Problem([*problem.unary], {**problem.edges}, [*problem.names])
+        sums = _Sums()
+        for (one, other), added in terms.items():
+            if other is None:
+                found.unary[one] = sums(problem.unary[one], added)
+            else:
+                found.edges[one, other] = sums(problem.edges.get((one, other)), added)
+        return found
+
+
+class _Sums:
+    """Adds priced tables; the sum of the same arrays at the same prices is the same array."""
+
+    def __init__(self) -> None:
+        self.made: dict[object, Array] = {}
+
+    def __call__(self, base: Array | None, added: list[tuple[Array, float]]) -> Array:
+        key = (id(base), *((id(table), price) for table, price in added))
+        if key not in self.made:
+            total = 0.0 if base is None else base
+            for table, price in added:
+                total = total + table * price
+            self.made[key] = np.asarray(total)
+        return self.made[key]

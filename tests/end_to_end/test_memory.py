@@ -1,0 +1,132 @@
+"""Budgets on memory: the plan fits, computes the same, and what it predicts is what a rank allocates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+import shardc
+from meter import metered
+from towers import Tower
+
+Case = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+class Convolutions(nn.Module):
+    """Batch norm: running statistics must not be updated twice by an operator that runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).square().mean()
+
+
+def tower() -> Case:
+    return Tower().double(), (torch.randn(16, 32, 32, dtype=torch.float64),)
+
+
+def gpt() -> Case:
+    ids = torch.randint(0, models.VOCABULARY, (8, 16))
+    return models.HandGPT(width=32, heads=4, layers=2, length=16).double(), (ids, ids)
+
+
+def convolutions() -> Case:
+    return Convolutions().double(), (torch.randn(8, 3, 8, 8, dtype=torch.float64),)
+
+
+def train_step(model: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> list[Tensor]:
+    """The loss, all gradients and all buffers of one step."""
+    torch.manual_seed(3)
+    loss = call(*inputs)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [loss.detach(), *gradients, *(b.clone() for b in model.buffers())]
+
+
+def fitted(case: Case, part: float, mesh: str = "dp=2,tp=2") -> tuple[shardc.Compiled, float]:
+    """Compiled for a part of the memory that the fastest plan takes; checked against a single device and a meter."""
+    model, inputs = case
+    single = copy.deepcopy(model)
+    expected = train_step(single, inputs, single)
+    free = shardc.compile(copy.deepcopy(model), mesh, inputs, hardware="cpu", optimizer="adamw").plan
+    budget = part * free.memory.peak
+    compiled = shardc.compile(model, mesh, inputs, hardware="cpu", optimizer="adamw", memory=budget)
+    plan, meters = compiled.plan, metered(compiled.executable.module)
+    found = train_step(model, inputs, compiled)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).double().norm() <= 1e-10 * max(float(other.double().norm()), 1.0)
+    assert plan.memory.peak <= budget
+    states = plan.memory.parts.get("optimizer state", 0.0)
+    # in collectives the threads of a virtual mesh hold what belongs to others, for as long as they happen to take
+    measured = min(meter.peak for meter in meters.values())
+    assert plan.memory.peak == pytest.approx(measured + states, rel=0.05)
+    assert plan.cost >= free.cost * (1.0 - 1e-3)
+    return compiled, budget
+
+
+@pytest.mark.parametrize(("case", "part"), [(tower, 0.6), (gpt, 0.6), (convolutions, 0.75)])
+def test_part_of_the_memory_computes_the_same(case: Callable[[], Case], part: float) -> None:
+    torch.manual_seed(0)
+    fitted(case(), part)
+
+
+def test_what_is_large_and_cheap_is_made_again() -> None:
+    torch.manual_seed(0)
+    compiled, _ = fitted(tower(), 0.6, mesh="dp=2")
+    assert compiled.code.split("def backward")[1].count("aten.gelu.default(") >= 1
+    assert compiled.code.split("def backward")[0].count("aten.gelu.default(") == 3
+    model, inputs = tower()
+    assert "aten.gelu.default" not in shardc.compile(model, "dp=2", inputs).code.split("def backward")[1]
+
+
+def test_a_budget_that_is_not_reached_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model, inputs = tower()
+    free = shardc.compile(copy.deepcopy(model), "dp=2,tp=2", inputs, hardware="cpu")
+    wide = shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu", memory="80GB")
+    assert wide.plan.cost == pytest.approx(free.plan.cost, rel=1e-3)
+    assert wide.plan.lower_bound == wide.plan.cost
+    assert "of 74.5 GiB at most" in str(wide.plan)
+
+
+def test_nothing_fits() -> None:
+    model, inputs = tower()
+    with pytest.raises(shardc.ShardcError, match="no plan was found that holds at most"):
+        shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu", memory=1024)
+
+
+@pytest.mark.parametrize("amount", ["lots", "80 GBit", "-3GB", "0GB", "1.2.3GB"])
+def test_an_amount_that_is_none(amount: str) -> None:
+    model, inputs = tower()
+    with pytest.raises(shardc.ShardcError, match="memory="):
+        shardc.compile(model, "dp=2", inputs, memory=amount)
+
+
+def test_an_optimizer_that_is_not_known() -> None:
+    model, inputs = tower()
+    with pytest.raises(shardc.ShardcError, match="optimizer='shampoo' is not known; it is one of sgd"):
+        shardc.compile(model, "dp=2", inputs, memory="1GB", optimizer="shampoo")
+
+
+def test_backward_twice() -> None:
+    """Backward empties what it is given, not what autograd keeps."""
+    torch.manual_seed(0)
+    model, inputs = Tower(8, 1), (torch.randn(8, 4, 8),)
+    sharded = shardc.shard(copy.deepcopy(model), mesh="dp=2")
+    loss, expected = sharded(*inputs), model(*inputs)
+    torch.manual_seed(0)
+    for one in (loss, expected):
+        one.backward(retain_graph=True)
+        one.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()

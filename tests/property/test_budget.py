@@ -1,0 +1,94 @@
+"""Plans within a bound on memory against brute force on small networks."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from shardc.errors import InfeasibleError
+from shardc.solver.budget import Frontier
+from shardc.solver.holdings import Holding, Holdings
+from shardc.solver.problem import Problem, evaluate
+
+LENGTH = 6
+
+
+def instance(seed: int) -> tuple[Problem, Holdings]:
+    """A random network of up to 6 variables, some pairs forbidden, and what it holds over a schedule."""
+    rng = np.random.default_rng(seed)
+    count, sizes = int(rng.integers(2, 7)), rng.integers(2, 4, size=7)
+    problem = Problem()
+    for v in range(count):
+        problem.add_variable(f"v{v}", rng.random(sizes[v]))
+        for u in range(v):
+            if rng.random() < 0.6:
+                table = rng.random((sizes[u], sizes[v]))
+                table[rng.random(table.shape) < 0.1] = np.inf
+                problem.add_edge(u, v, table)
+    held: list[Holding] = []
+    for _ in range(int(rng.integers(2, 12))):
+        start = int(rng.integers(LENGTH))
+        end = int(rng.integers(start, LENGTH))
+        one, other = sorted(int(v) for v in rng.choice(count, 2, replace=False))
+        if rng.random() < 0.5:
+            held.append(Holding(one, None, rng.integers(0, 9, size=sizes[one]).astype(float), start, end))
+        else:
+            held.append(Holding(one, other, rng.integers(0, 9, (sizes[one], sizes[other])).astype(float), start, end))
+    return problem, Holdings(LENGTH, held)
+
+
+def brute_force(problem: Problem, holdings: Holdings) -> list[tuple[float, float]]:
+    """The cost and the peak of every choice that is allowed."""
+    every = itertools.product(*(range(len(cost)) for cost in problem.unary))
+    found = [(evaluate(problem, choice), float(holdings.timeline(choice).max())) for choice in every]
+    return [(cost, peak) for cost, peak in found if math.isfinite(cost)]
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_within_a_bound(seed: int) -> None:
+    """At three bounds between the least and the greatest peak, asked one after the other of one frontier."""
+    problem, holdings = instance(seed)
+    every = brute_force(problem, holdings)
+    if not every:
+        with pytest.raises(InfeasibleError):
+            Frontier(problem, holdings).within(1.0, 20.0)
+        return
+    peaks = sorted({peak for _, peak in every})
+    frontier = Frontier(problem, holdings)
+    for bound in {peaks[0], peaks[len(peaks) // 3], peaks[-1]}:
+        if not bound:
+            continue
+        best = min(cost for cost, peak in every if peak <= bound)
+        found = frontier.within(bound, 20.0)
+        assert evaluate(problem, found.choice) == found.cost
+        assert found.held.max() <= bound
+        assert found.lower_bound <= best + 1e-6
+        assert best - 1e-9 <= found.cost <= best * (1.0 + 6e-4) + 1e-6
+    if peaks[0] > 1.0:
+        with pytest.raises(InfeasibleError, match="smallest peak"):
+            frontier.within(peaks[0] - 0.5, 20.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_priced_is_cost_plus_what_is_held(seed: int) -> None:
+    problem, holdings = instance(seed)
+    prices = {0: 0.5, 3: 0.25, LENGTH - 1: 1.0}
+    priced = holdings.priced(problem, prices)
+    for choice in itertools.islice(itertools.product(*(range(len(cost)) for cost in problem.unary)), 50):
+        held = holdings.timeline(choice)
+        expected = evaluate(problem, choice) + sum(price * held[at] for at, price in prices.items())
+        assert evaluate(priced, choice) == pytest.approx(expected)
+
+
+def test_what_two_plans_differ_in_is_taken_part_by_part() -> None:
+    """Ten equal layers that could all be faster at the same price; there is room for three of them."""
+    problem = Problem()
+    held: list[Holding] = []
+    cost, size = np.array([2.0, 1.0]), np.array([0.0, 1.0])
+    for v in range(10):
+        problem.add_variable(f"layer {v}", cost)
+        held.append(Holding(v, None, size, 0, 0))
+    found = Frontier(problem, Holdings(1, held)).within(3.0, 20.0)
+    assert found.cost == 17.0 and sum(found.choice) == 3
+    assert found.lower_bound == pytest.approx(17.0)
