@@ -136,8 +136,8 @@ class Questions:
 
     def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
         """The best plan in which the value lies in any other layout."""
-        if self.solution is None:
-            return None, "not known: the plan was adopted from other sizes"
+        if reason := self._unpriced():
+            return None, f"not known: {reason}"
         made = self._text(value, self._made(value.key))
         keep = np.array([self._text(value, splits) != made for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
@@ -186,12 +186,14 @@ class Questions:
 
         return beyond(other, self.conversions), beyond(self.conversions, other)
 
+    def _unpriced(self) -> str:
+        """Why there is no other plan to compare with; "" if there is."""
+        bounded = "the plan keeps to a bound on memory" if self.assignment.forward is not None else ""
+        return "the plan was adopted from other sizes" if self.solution is None else bounded
+
     def _check_solved(self) -> None:
-        if self.solution is None:
-            raise ShardcError(
-                "this plan was adopted from other sizes, so nothing was solved for these; ask the plan of the sizes "
-                "that were met first, or compile for these sizes without dynamic"
-            )
+        if reason := self._unpriced():
+            raise ShardcError(f"{reason}: nothing else was priced; ask one compiled without dynamic= and memory=")
 
     def _find(self, name: str) -> Value:
         """The value of that name: a parameter, an input, a module's output, or a printed name."""

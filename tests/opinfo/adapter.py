@@ -197,7 +197,7 @@ def _execute(
         given[position] = given[position] + tangent if position in given else tangent
     back = machine.run(
         module.backward,
-        lambda rank: (*ran[rank][1], *(local(s, given[s.index], rank) for s in module.TANGENTS)),
+        lambda rank: ([*ran[rank][1], *(local(s, given[s.index], rank) for s in module.TANGENTS)],),
         random=False,
     )
     return {
