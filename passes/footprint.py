@@ -162,11 +162,9 @@ class _Run:
                 return tuple(map(show, value))  # pyright: ignore
             return repr(value)
 
-        shapes = tuple(tuple(self._local(user)) for user in (node, *node.users) if self._own(node, user))
-        return node.target, show(node.args), show(tuple(node.kwargs.items())), shapes
-
-    def _own(self, node: fx.Node, user: fx.Node) -> bool:
-        return user.meta.get("layout") is not None and (user is node or user.target is operator.getitem)
+        own = () if node.meta.get("layout") is None else self._local(node)
+        taken = ((user.args[1], self._local(user)) for user in node.users if user.target is operator.getitem)
+        return node.target, show(node.args), show(tuple(node.kwargs.items())), own, tuple(taken)
 
     def _local(self, node: fx.Node) -> tuple[int, ...]:
         return node.meta["layout"].local_shape(self.mesh)
