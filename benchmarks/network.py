@@ -1,4 +1,5 @@
-"""How well the cost model predicts: seconds of a step, predicted and measured, for many plans of one transformer.
+"""How well the cost model predicts: seconds of a step, predicted and measured, for many plans of one transformer; and
+the plan that shardc picks beside torch's own recipes (peers.py), measured in the same run.
 
     sudo .venv/bin/python benchmarks/network.py                    # two hosts of two processes, at 100 and 400 Mbit/s
     sudo .venv/bin/python benchmarks/network.py --rates 50 --steps 3
@@ -6,7 +7,8 @@
 The hosts are network namespaces of this machine, joined by a link whose rate is limited in both directions (tc's token
 buckets); processes talk over gloo. On that network `shardc calibrate` measures a hardware file, and with it shardc
 plans the same model under different constraints (data, fully sharded, tensor and sequence parallel, mixes of them on
-two axes, and without any). Nothing else is fitted. Needs Linux, root and iproute2; no packet leaves the namespaces.
+two axes, and without any). Nothing else is fitted. Before a plan or a peer is timed, its loss and its gradients are
+compared with those of one device. Needs Linux, root and iproute2; no packet leaves the namespaces.
 """
 
 from __future__ import annotations
@@ -19,18 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from peers import AXES, PEERS, check
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 WIDTH, HEADS, BLOCKS, BATCH, SEQUENCE = 256, 4, 2, 8, 128
 HOSTS, RANKS = 2, 2
-PREFIX, NETWORK = "shardc-bench", "10.199.0"
-Spec = tuple[object, ...]
+PREFIX, NETWORK = f"shardc-bench-{os.getpid()}", "10.199.0"  # what a killed run left is in nobody's way
+Where = str | tuple[str, ...] | None
+Spec = tuple[Where, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def weights(columns: Spec, rows: Spec) -> dict[str, Spec]:
     return named | {f"*.{name}.weight": rows for name in ("proj", "down")}
 
 
-def outputs(*spec: object) -> dict[str, Spec]:
+def outputs(*spec: Where) -> dict[str, Spec]:
     """What every block gives: its batch, sequence and width."""
     return {f"blocks.{block}": spec for block in range(BLOCKS)}
 
@@ -68,6 +73,7 @@ RECIPES = (
     Recipe("free, one axis", "a=4", {}),
     Recipe("free, two axes", "a=2,b=2", {}),
 )
+FREE = {recipe.name for recipe in RECIPES if not recipe.constraints}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,14 @@ class Result:
     measured: float
 
 
+@dataclass
+class Found:
+    """What one rate gave: the plans, and the measured seconds of the peers by name."""
+
+    plans: list[Result] = field(default_factory=list)
+    peers: dict[str, float] = field(default_factory=dict)
+
+
 class Block(nn.Module):
     """A transformer's block."""
 
@@ -92,7 +106,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (f(y).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(y).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
@@ -109,47 +123,61 @@ class Transformer(nn.Module):
         return self.blocks(x).square().mean()
 
 
-def work(recipes: list[str], hardware: str, steps: int, out: Path) -> None:
-    """On every rank: calibrate, then plan and measure each recipe."""
+def fresh() -> tuple[Transformer, Tensor]:
+    """The model and its batch, the same on every call and every rank."""
+    torch.manual_seed(0)
+    return Transformer(), torch.randn(BATCH, SEQUENCE, WIDTH)
+
+
+def work(wanted: list[str], hardware: str, steps: int, out: Path) -> None:
+    """On every rank: calibrate, then plan and measure each recipe, then the peers."""
     from shardc import shard
     from shardc.cost import calibrate
     from shardc.runtime import DistributedMesh, local_mesh
 
     mesh = local_mesh(calibrate.layout_of_processes())
     assert isinstance(mesh, DistributedMesh)
-    measured = calibrate.calibrate(mesh, Path(hardware).stem)
+    calibrated = calibrate.calibrate(mesh, Path(hardware).stem)
     if mesh.rank == 0:
-        Path(hardware).write_text(calibrate.toml(measured))
-        print(calibrate.table(measured), flush=True)
-    results: list[Result] = []
-    for recipe in RECIPES:
-        if recipes and recipe.name not in recipes:
-            continue
-        torch.manual_seed(0)
-        model = shard(Transformer(), mesh=recipe.mesh, constraints=recipe.constraints, hardware=measured.device)
-        x = torch.randn(BATCH, SEQUENCE, WIDTH)
-        times = [step(model, x) for _ in range(steps + 2)][2:]
-        slowest = torch.tensor(times)
-        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-        plan = model.plan
-        results.append(
-            Result(recipe.name, recipe.mesh, plan.predicted, plan.compute, statistics.median(slowest.tolist()))
-        )
+        Path(hardware).write_text(calibrate.toml(calibrated))
+        print(calibrate.table(calibrated), flush=True)
+    found = Found()
+    for recipe in (recipe for recipe in RECIPES if recipe.name in wanted):
+        model, x = fresh()
+        model = shard(model, mesh=recipe.mesh, constraints=recipe.constraints, hardware=calibrated.device)
+        seconds = measured(recipe.name, model, x, steps)
+        found.plans.append(Result(recipe.name, recipe.mesh, model.plan.predicted, model.plan.compute, seconds))
         if mesh.rank == 0:
-            print(results[-1], flush=True)
-            out.write_text(json.dumps([asdict(result) for result in results]))
+            print(found.plans[-1], flush=True)
+    devices = init_device_mesh("cpu", (HOSTS, RANKS), mesh_dim_names=AXES)
+    for peer in (peer for peer in PEERS if peer.name in wanted):
+        model, x = fresh()
+        found.peers[peer.name] = measured(peer.name, peer.apply(model, devices), peer.share(x, devices), steps)
+        if mesh.rank == 0:
+            print(peer.name, found.peers[peer.name], flush=True)
+    if mesh.rank == 0:
+        out.write_text(json.dumps(asdict(found)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def step(model: nn.Module, x: Tensor) -> float:
-    """Seconds of forward and backward, started together."""
+def measured(name: str, model: nn.Module, x: Tensor, steps: int) -> float:
+    """Median seconds of a step on the slowest rank, after a step whose results are checked and another one."""
+    expected, batch = fresh()
+    check(name, model, step(model, x)[1], expected, step(expected, batch)[1])
+    times = torch.tensor([step(model, x)[0] for _ in range(steps + 1)][1:])
+    torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX)
+    return statistics.median(times.tolist())
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
+    """Seconds of forward and backward, started together; the loss."""
     model.zero_grad(set_to_none=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    torch.distributed.barrier()
     start = time.perf_counter()
-    model(x).backward()
-    return time.perf_counter() - start
+    loss = model(x)
+    loss.backward()
+    return time.perf_counter() - start, loss
 
 
 def command(*words: object, check: bool = True) -> None:
@@ -157,7 +185,7 @@ def command(*words: object, check: bool = True) -> None:
 
 
 @contextmanager
-def hosts(rate: float) -> Iterator[None]:
+def hosts(rate: float) -> Generator[None]:
     """Two namespaces, and a link between them that carries `rate` Mbit/s each way."""
     names = [f"{PREFIX}-{host}" for host in range(HOSTS)]
     burst = max(16384, int(rate * 125))  # bytes: a millisecond, and one large packet at least
@@ -177,8 +205,8 @@ def hosts(rate: float) -> Iterator[None]:
             command("ip", "netns", "del", name, check=False)
 
 
-def measure(rate: float, options: argparse.Namespace, folder: Path) -> list[Result]:
-    """Calibrate and run all recipes at one rate."""
+def measure(rate: float, options: argparse.Namespace, folder: Path) -> Found:
+    """Calibrate and run all recipes and peers at one rate."""
     out, port = folder / f"{rate:g}.json", 29731
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
     own = [str(Path(__file__).resolve()), "--work", str(out), "--hardware", str(folder / f"net{rate:g}.toml")]
@@ -199,7 +227,8 @@ def measure(rate: float, options: argparse.Namespace, folder: Path) -> list[Resu
                 process.wait()
     if any(codes):
         sys.exit(f"a host failed: exit codes {codes}")
-    return [Result(**one) for one in json.loads(out.read_text())]
+    read = json.loads(out.read_text())
+    return Found([Result(**one) for one in read["plans"]], read["peers"])
 
 
 def ranks_of(values: list[float]) -> list[float]:
@@ -210,33 +239,65 @@ def ranks_of(values: list[float]) -> list[float]:
     return found
 
 
-def report(rate: float, results: list[Result]) -> str:
-    """A Markdown table, Spearman's correlation of the ranks, and the median error."""
+def table_of_plans(plans: list[Result]) -> list[str]:
+    """Lines of Markdown: the plans, Spearman's correlation of the ranks, and the median error."""
     lines = [
-        f"{rate:g} Mbit/s between hosts", "",
         "| plan | mesh | predicted s | of it compute | measured s | predicted / measured |", "| --- " * 6 + "|",
     ]  # fmt: skip
-    for one in sorted(results, key=lambda one: one.measured):
+    for one in sorted(plans, key=lambda one: one.measured):
         ratio = one.predicted / one.measured
         lines.append(
             f"| {one.name} | {one.mesh} | {one.predicted:.3f} | {one.compute:.3f} | {one.measured:.3f} | {ratio:.2f} |"
         )
-    predicted, measured = [one.predicted for one in results], [one.measured for one in results]
-    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
-    spearman = statistics.correlation(ranks_of(predicted), ranks_of(measured))
-    lines += ["", f"Spearman correlation {spearman:.2f}, median error {statistics.median(errors):.0%}."]
-    return "\n".join(lines)
+    if len(plans) > 1:
+        predicted, measured = [one.predicted for one in plans], [one.measured for one in plans]
+        errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+        spearman = statistics.correlation(ranks_of(predicted), ranks_of(measured))
+        lines += ["", f"Spearman correlation {spearman:.2f}, median error {statistics.median(errors):.0%}."]
+    return lines
+
+
+def table_of_peers(peers: Mapping[str, float], picked: Result | None) -> list[str]:
+    """Lines of Markdown: the peers, and each one's time over that of the plan that shardc picks."""
+    lines = ["| peer | measured s | over the picked plan's |", "| --- " * 3 + "|"]
+    for name, seconds in sorted(peers.items(), key=lambda item: item[1]):
+        lines.append(f"| {name} | {seconds:.3f} | {f'{seconds / picked.measured:.2f}' if picked else '–'} |")
+    return lines
+
+
+def verdict(picked: Result, found: Found) -> str:
+    """Where the picked plan stands among all that was measured."""
+    fastest = min(one.measured for one in found.plans)
+    place = 1 + sum(one.measured < picked.measured for one in found.plans)
+    among = f"number {place} of {len(found.plans)} plans by the clock, {picked.measured / fastest - 1:.0%} slower than"
+    line = f"Picked: {picked.name}, {'the fastest plan by the clock' if place == 1 else f'{among} the fastest'}"
+    if found.peers:
+        best = min(found.peers, key=found.peers.__getitem__)
+        line += f"; it takes {picked.measured / found.peers[best]:.2f} of the time of the best peer, {best}"
+    return f"{line}."
+
+
+def report(rate: float, found: Found) -> str:
+    """Markdown: the plans, the peers, and how the plan that shardc predicts to be fastest where it is free compares."""
+    picked = min((one for one in found.plans if one.name in FREE), key=lambda one: one.predicted, default=None)
+    parts = [[f"{rate:g} Mbit/s between hosts"]]
+    parts += [table_of_plans(found.plans)] if found.plans else []
+    parts += [table_of_peers(found.peers, picked)] if found.peers else []
+    parts += [[verdict(picked, found)]] if picked else []
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against measured seconds of a step, over limited links.")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 400.0], help="Mbit/s between the hosts")
-    parser.add_argument("--steps", type=int, default=7, help="measured steps a plan, after two that are not")
-    parser.add_argument("--recipe", action="append", default=[], help="only this plan (may be repeated)")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps of each, after two that are not")
+    names = [one.name for one in (*RECIPES, *PEERS)]
+    parser.add_argument("--recipe", action="append", choices=names, help="only this plan or peer (may be repeated)")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for one rate")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--hardware", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.recipe = options.recipe or names
     if options.work is not None:
         work(options.recipe, options.hardware, options.steps, options.work)
         return
@@ -244,7 +305,7 @@ def main() -> None:
         sys.exit("network namespaces need root: run this with sudo")
     with tempfile.TemporaryDirectory() as folder:
         found = {rate: measure(rate, options, Path(folder)) for rate in options.rates}
-    print("\n\n".join(report(rate, results) for rate, results in found.items()))
+    print("\n\n".join(report(rate, one) for rate, one in found.items()))
 
 
 if __name__ == "__main__":
