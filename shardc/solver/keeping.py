@@ -20,70 +20,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import fx
 
 from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.memory import NO_STATES, States
-from shardc.graph import Port, Role, forward_part
-from shardc.rules.factoring import Factored, Key, Op, Value
+from shardc.graph import Port, Role
+from shardc.rules.factoring import Key, Op, Value
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.network import Assignment, Domain, Network
 from shardc.solver.problem import Array
+from shardc.solver.schedule import Schedule
 from shardc.solver.strategies import Strategy
 
 Source = tuple[int, np.ndarray]
 """A variable, and per value of it the layout that it stands for."""
 GONE = Splits((), (("gone", ""),))
 """The value of a kept value's variable that says that it is not kept."""
-
-
-class Schedule:
-    """The order in which generated code runs the operators: all of forward, then all of backward. `readers` has, per
-    base value, the positions of what reads it in forward and in backward; outputs are read at the end of forward."""
-
-    def __init__(self, factored: Factored) -> None:
-        program = factored.program
-        self.forward = forward_part(program.graph, program.outputs, program.results)
-        given = zip(program.placeholders, program.inputs, strict=True)
-        self.forward |= {node for node, port in given if port.role is not Role.TANGENT}
-        order = sorted(factored.ops, key=lambda op: op.node not in self.forward)
-        self.position = {op.node: place for place, op in enumerate(order)}
-        self.length = len(order)
-        self.border = sum(op.node in self.forward for op in order) - 1
-        self.readers: dict[Key, tuple[list[int], list[int]]] = {}
-        for op in order:
-            for operand in op.operands:
-                self._read(operand.value.key, self.position[op.node])
-        for port, node in zip(program.outputs, program.results, strict=True):
-            if node is not None:
-                key = factored.values[node].key  # a gradient is laid as its parameter as soon as it is there
-                self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
-        self.again: dict[Key, tuple[int, int]] = {}
-        """Per value that operators of forward read which might run again: when the first and the last of them would."""
-        for op in reversed(order[: self.border + 1]):
-            if repeatable(op):
-                self._wanted_by(op)
-
-    def _read(self, key: Key, position: int) -> None:
-        self.readers.setdefault(key, ([], []))[position > self.border].append(position)
-
-    def _wanted_by(self, op: Op) -> None:
-        """An operator that runs again does so when one of its results is first read."""
-        found: list[int] = []
-        for result in op.results:
-            found += self.readers.get(result.key, ([], []))[1] or self.again.get(result.key, ())
-        for operand in op.operands if found else ():
-            first, last = self.again.get(operand.value.key, (self.length, 0))
-            self.again[operand.value.key] = min(first, *found), max(last, min(found))
-
-
-def repeatable(op: Op) -> bool:
-    """Whether an operator of torch's gives the same again: it draws nothing and changes nothing."""
-    target = op.node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
-        return False
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
 
 
 @dataclass(eq=False)
@@ -131,7 +83,7 @@ class KeepingNetwork(Network):
 
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         once = super()._domain(op, port, frozen)
-        again = self.recompute and op.node in self.schedule.forward and repeatable(op)
+        again = self.recompute and op.node in self.schedule.repeatable
         if not (again and any(self._crosses(result.key) for result in op.results)):
             return once
         return Domain(
