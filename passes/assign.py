@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from shardc.cost.hardware import Hardware
@@ -16,8 +16,8 @@ from shardc.errors import InfeasibleError, ShardcError
 from shardc.mesh import Mesh
 from shardc.printing import in_bytes
 from shardc.rules.factoring import Factored, Key
-from shardc.solver.budget import Frontier, Within
-from shardc.solver.certificate import Certificate
+from shardc.solver.budget import Frontier
+from shardc.solver.holdings import Prices
 from shardc.solver.keeping import KeepingNetwork
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.problem import Problem
@@ -26,6 +26,8 @@ from shardc.solver.solve import Solution, solve
 TRIES = 4
 """Times that the bound is moved to where the lowered plan just fits."""
 CLOSE = 0.01
+FAR = 1.5
+"""Times the budget from which on what the network reckons of a plan is more than its lowering could save."""
 TIME_LIMIT = 20.0
 """CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
 
@@ -59,18 +61,23 @@ def assign_within(
     if something has to give. `peak_of` tells what a plan holds once it is lowered; where that is not what the network
     reckoned, the bound is moved by the difference. Raises InfeasibleError if nothing fits."""
 
-    def network(recompute: bool) -> KeepingNetwork:
+    def network(recompute: bool, like: Network | None = None) -> KeepingNetwork:
         asked = (factored, mesh, device, accepts, whole_outputs, wishes)
-        return _built(KeepingNetwork(*asked, recompute=recompute, states=budget.states))
+        made = KeepingNetwork(*asked, recompute=recompute, states=budget.states)
+        if like is not None:
+            made.share(like)
+        return _built(made)
 
     simple = network(recompute=False)
-    solution = solved(simple.problem(), TIME_LIMIT)
-    assignment = simple.assignment(solution.choice)
-    if peak_of(simple, assignment) <= budget.bytes:
-        return simple, assignment, solution
-    full = network(recompute=True)
+    free = solved(simple.problem(), TIME_LIMIT)
+    if simple.holdings().timeline(free.choice).max() <= FAR * budget.bytes:
+        assignment = simple.assignment(free.choice)
+        if peak_of(simple, assignment) <= budget.bytes:
+            return simple, assignment, replace(free, prices=Prices({}, budget.bytes, simple.holdings()))
+    full = network(recompute=True, like=simple)
     frontier = Frontier(full.problem(), full.holdings())
-    best: tuple[Within, Assignment] | None = None
+    frontier.know(free, full.widened(simple, free.choice))
+    best: tuple[Solution, Assignment] | None = None
     low, bound = 0.0, budget.bytes
     for _ in range(TRIES):
         try:
@@ -84,15 +91,14 @@ def assign_within(
         peak = peak_of(full, assignment)
         if peak <= budget.bytes and (best is None or found.cost < best[0].cost):
             best = found, assignment
-        over = peak - float(found.held.max())
-        if best is not None and abs(budget.bytes - over - bound) < CLOSE * bound:
+        over = peak - float(full.holdings().timeline(found.choice).max())
+        if best is not None and budget.bytes - over - bound < CLOSE * bound:
             break
         bound = max(budget.bytes - over, 0.5 * (low + bound))
     if best is None:
         raise InfeasibleError(f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device")
     found, assignment = best
-    exact = found.cost <= found.lower_bound
-    return full, assignment, Solution(found.choice, found.cost, found.lower_bound, exact, Certificate({}), 0.0)
+    return full, assignment, found
 
 
 def network_of(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import difflib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,22 +21,20 @@ from shardc.cost.conversion import Splits, apply, sent_fraction, step_seconds
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.graph import Port, Program, Role, value_of, where
 from shardc.layout import Layout, describe
+from shardc.passes.again import TIME_LIMIT, Solved
 from shardc.passes.assumes import assumptions
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.rules.factoring import Key, Op, Value, layout_of
-from shardc.solver.certificate import Certificate, check
+from shardc.solver.certificate import Certificate
 from shardc.solver.network import Assignment, Network
-from shardc.solver.problem import TOLERANCE, Problem, magnitude
-from shardc.solver.prove import prove
-from shardc.solver.solve import Solution, solve
+from shardc.solver.problem import Problem
+from shardc.solver.solve import Solution
 from shardc.solver.strategies import Strategy, demand, make
 
 if TYPE_CHECKING:
     from shardc.solver.clash import Clashes
 
-TIME_LIMIT = 20.0
-"""CPU-seconds that the plan of an alternative may take."""
-
+_ADOPTED = "the plan was adopted from other sizes"
 Priced = tuple[tuple[Conversion, ...], float]
 
 
@@ -56,7 +53,7 @@ class Questions:
     price: Callable[[Assignment], Priced]
     titles: Mapping[Key, str]
     ops: dict[fx.Node, Op] = field(init=False)
-    _certified: tuple[Problem, Certificate] | None = field(init=False, default=None)
+    _proof: Solved | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.ops = {op.node: op for op in self.network.factored.ops}
@@ -85,7 +82,7 @@ class Questions:
         if wanted(chosen):
             text = self._text(value, chosen)
             return WhyNot(name, text, text)
-        self._check_solved()
+        self._solved()
         keep = np.array([wanted(splits) for splits in self._domain(value.key)], dtype=bool)
         if not keep.any():
             return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, wanted))
@@ -102,21 +99,11 @@ class Questions:
 
     def checked(self) -> float:
         """The lower bound that the plan's certificate proves."""
-        problem, certificate = self.certified()
-        return check(problem, certificate)
+        return self._solved().checked()
 
     def certified(self) -> tuple[Problem, Certificate]:
-        """The problem that was solved, and the certificate of its solution: that which came with it if it proves what
-        the search proved, else one made now, within `TIME_LIMIT`."""
-        self._check_solved()
-        assert self.solution is not None
-        if self._certified is None:
-            problem, found = self.network.problem(), self.solution
-            certificate, tolerance = found.certificate, TOLERANCE * magnitude(problem, found.choice)
-            if found.lower_bound - check(problem, certificate) > tolerance:
-                certificate = prove(problem, found.cost, tolerance, time.process_time() + TIME_LIMIT, certificate)
-            self._certified = problem, certificate
-        return self._certified
+        """The problem that was solved, and the certificate of its solution."""
+        return self._solved().certified()
 
     def clashes(self) -> Clashes:
         """The model of what was demanded."""
@@ -136,8 +123,8 @@ class Questions:
 
     def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
         """The best plan in which the value lies in any other layout."""
-        if reason := self._unpriced():
-            return None, f"not known: {reason}"
+        if self.solution is None:
+            return None, f"not known: {_ADOPTED}"
         made = self._text(value, self._made(value.key))
         keep = np.array([self._text(value, splits) != made for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
@@ -149,13 +136,13 @@ class Questions:
 
     def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
         """Solve again with some values of the variable forbidden, and compare. Layout "": whatever the solver takes."""
-        assert self.solution is not None
+        solution = self._solved().solution
         chosen = self._text(value, self._made(value.key))
         problem = self.network.problem()
         variable = self.network.variable_of(value.key[0])
         problem.unary[variable] = np.where(keep, problem.unary[variable], np.inf)
         try:
-            found = solve(problem, time_limit=TIME_LIMIT, certify=False)
+            found = self._solved().again(problem)
         except InfeasibleError as error:
             return WhyNot(name, layout or "anything else", chosen, conflict=str(error))
         except TimeoutError as error:
@@ -165,8 +152,8 @@ class Questions:
         op = self.ops[value.key[0]]
         splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
         return WhyNot(
-            name, self._text(value, splits), chosen, found.cost - self.solution.cost, self.solution.cost,
-            compute - self.compute, *self._difference(conversions), proven=found.exact and self.solution.exact,
+            name, self._text(value, splits), chosen, found.cost - solution.cost, solution.cost,
+            compute - self.compute, *self._difference(conversions), proven=found.exact and solution.exact,
         )  # fmt: skip
 
     def _difference(self, other: Sequence[Conversion]) -> tuple[tuple[Conversion, ...], tuple[Conversion, ...]]:
@@ -186,14 +173,13 @@ class Questions:
 
         return beyond(other, self.conversions), beyond(self.conversions, other)
 
-    def _unpriced(self) -> str:
-        """Why there is no other plan to compare with; "" if there is."""
-        bounded = "the plan keeps to a bound on memory" if self.assignment.forward is not None else ""
-        return "the plan was adopted from other sizes" if self.solution is None else bounded
-
-    def _check_solved(self) -> None:
-        if reason := self._unpriced():
-            raise ShardcError(f"{reason}: nothing else was priced; ask one compiled without dynamic= and memory=")
+    def _solved(self) -> Solved:
+        """What was solved. Raises ShardcError where the plan was adopted from other sizes."""
+        if self.solution is None:
+            raise ShardcError(f"{_ADOPTED}: nothing else was priced; ask one compiled without dynamic=")
+        if self._proof is None:
+            self._proof = Solved(self.network, self.solution)
+        return self._proof
 
     def _find(self, name: str) -> Value:
         """The value of that name: a parameter, an input, a module's output, or a printed name."""

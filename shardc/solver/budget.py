@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,15 +27,19 @@ import numpy as np
 
 from shardc.errors import InfeasibleError
 from shardc.printing import in_bytes
-from shardc.solver.holdings import Holdings
-from shardc.solver.problem import TOLERANCE, Array, Problem, evaluate
-from shardc.solver.solve import Solution, solve
+from shardc.solver.certificate import Certificate
+from shardc.solver.holdings import Holdings, Prices
+from shardc.solver.problem import TOLERANCE, Array, Problem, evaluate, magnitude
+from shardc.solver.solve import Solution, Trail, solve
 
 if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
-_CLOSE = 5e-4  # relative gap at which the search ends
+_CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
+_ENOUGH = 3e-4  # the same at any one price
+_NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _ROUNDS = 40
+_KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
 _MODEST, _RISE, _RICH = 0.2, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
 the whole bound."""
@@ -44,15 +48,18 @@ _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple o
 
 
 @dataclass(frozen=True)
-class Within:
-    """A choice within the bound. `prices` per position (seconds a byte) prove `lower_bound`, by the lower bound of the
-    priced problem; `held` are the bytes at every position."""
+class Proof:
+    """Prices per position, in seconds a byte; what every choice costs at least at these prices, and the certificate of
+    that as far as there is one. A draft only tells what the best choice found costs."""
 
-    choice: list[int]
-    cost: float
-    lower_bound: float
-    held: Array
-    prices: dict[int, float] = field(default_factory=dict[int, float])
+    prices: Mapping[int, float]
+    least: float
+    certificate: Certificate
+    draft: bool = False
+
+    def bound(self, bound: float) -> float:
+        """What every choice costs at least that holds at most `bound` bytes."""
+        return self.least - bound * math.fsum(self.prices.values())
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class _Point:
     choice: list[int]
     cost: float
     held: Array
+    merged: bool = False
 
     @property
     def peak(self) -> float:
@@ -72,10 +80,17 @@ class Frontier:
     def __init__(self, problem: Problem, holdings: Holdings) -> None:
         self.problem, self.holdings = problem, holdings
         self.points: list[_Point] = []
-        self.proofs: list[tuple[dict[int, float], float]] = []  # prices, and the least cost at these
+        self.proofs: list[Proof] = []
         self.finished: dict[float, float] = {}  # what branching proved, by bound
+        self.trail = Trail.of(holdings.linked(problem), _KEPT)
+        self.close = _DEEP if self.trail.folds else _CLOSE
 
-    def within(self, bound: float, time_limit: float) -> Within:
+    def know(self, free: Solution, choice: list[int]) -> None:
+        """What is known of the network without prices: what was proved, and a choice for it."""
+        self.proofs.append(Proof({}, free.lower_bound, free.certificate))
+        self.points.append(self._point(choice))
+
+    def within(self, bound: float, time_limit: float) -> Solution:
         """The cheapest choice that holds at most `bound` bytes at every position, or the best found in `time_limit`
         CPU-seconds. Raises InfeasibleError, with the least peak that was found, if there is none."""
         deadline = time.process_time() + time_limit
@@ -83,47 +98,55 @@ class Frontier:
             self._ask({}, deadline)
         ceiling = _MODEST
         for _ in range(_ROUNDS):
-            best, lower = self._best(bound), self._proof(bound)[1]
-            if best is not None and (best.cost - lower <= _CLOSE * best.cost or time.process_time() > deadline):
+            best, lower = self._best(bound), self._proof(bound, drafts=True).bound(bound)
+            if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
                 break
-            if best is not None:
-                ceiling = _RICH
-            elif ceiling > _RICH or lower > _HOPELESS * max(point.cost for point in self.points):
+            if best is None and (ceiling > _RICH or lower > _HOPELESS * max(point.cost for point in self.points)):
                 break
-            prices, value = self._master(bound, ceiling)
+            prices, value = self._master(bound, _RICH if best else ceiling)
             if best is None:
                 ceiling *= _RISE
-                self._ask(prices, deadline)
-            elif value - lower <= _CLOSE * best.cost or not self._ask(prices, deadline):
+                self._ask(prices, deadline, draft=True)
+                continue
+            ways = (self._between(prices, bound), prices)
+            if value - lower <= self.close * best.cost or not any(self._ask(way, deadline, draft=True) for way in ways):
                 break
-            self._merge(bound)
-        best, lower = self._best(bound), self._proof(bound)[1]
+            if value - lower <= _NEAR * abs(value):
+                self._merge(bound)
+        if self._proof(bound, drafts=True).draft:
+            self._ask(self._proof(bound, drafts=True).prices, deadline)
+        self._merge(bound)
+        best, lower = self._best(bound), self._proof(bound).bound(bound)
         if self._pairs <= _SMALL and (best is None or best.cost - lower > TOLERANCE * abs(best.cost)):
             self._finish(bound, deadline)
-        best, (prices, lower) = self._best(bound), self._proof(bound)
+        best, proof = self._best(bound), self._proof(bound)
         if best is None:
             least = min(point.peak for point in self.points)
             raise InfeasibleError(
                 f"no plan was found that holds at most {in_bytes(bound)} a device; the smallest peak found is "
                 f"{in_bytes(least)}"
             )
-        lower = max(lower, self.finished.get(bound, -math.inf))
-        return Within(best.choice, best.cost, min(lower, best.cost), best.held, prices)
+        lower = min(max(proof.bound(bound), self.finished.get(bound, -math.inf)), best.cost)
+        exact = best.cost - lower <= TOLERANCE * magnitude(self.problem, best.choice)
+        prices = Prices(proof.prices, bound, self.holdings)
+        return Solution(best.choice, best.cost, lower, exact, proof.certificate, proof.bound(bound), None, prices)
 
     def _best(self, bound: float) -> _Point | None:
         return min((p for p in self.points if p.peak <= bound), key=lambda p: p.cost, default=None)
 
-    def _proof(self, bound: float) -> tuple[dict[int, float], float]:
-        """The prices that prove most for a bound, and what."""
-        proofs = ((prices, least - bound * math.fsum(prices.values())) for prices, least in self.proofs)
-        return max(proofs, key=lambda proof: proof[1])
+    def _proof(self, bound: float, drafts: bool = False) -> Proof:
+        """The one that proves, or seems to prove, most for a bound."""
+        return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
-    def _ask(self, prices: dict[int, float], deadline: float) -> bool:
+    def _ask(self, prices: Mapping[int, float], deadline: float, draft: bool = False) -> bool:
         """Solve at these prices; whether a choice was found that was not known."""
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
-        found: Solution = solve(priced, time_limit=left, certify=False)
-        self.proofs.append((prices, found.lower_bound))
+        found = solve(priced, time_limit=left, certify=False, enough=_ENOUGH, trail=self.trail, draft=draft)
+        if found.trail is not None:
+            self.trail = replace(self.trail, choice=found.trail.choice, certificate=found.trail.certificate)
+        drafted = found.lower_bound == -math.inf
+        self.proofs.append(Proof(prices, found.cost if drafted else found.lower_bound, found.certificate, drafted))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))
@@ -147,6 +170,12 @@ class Frontier:
         )
         prices = {t: float(p) * unit / bound for t, p in zip(places, found.x[1:], strict=True) if p > 0.0}
         return prices, float(found.x[0]) * unit
+
+    def _between(self, prices: Mapping[int, float], bound: float) -> dict[int, float]:
+        """Half way to the prices that seem to prove most: from there, steps do not swing from position to position
+        (Ben-Ameur and Neto 2007, "Acceleration of cutting-plane and column generation algorithms")."""
+        best = self._proof(bound, drafts=True).prices
+        return {t: 0.5 * (prices.get(t, 0.0) + best.get(t, 0.0)) for t in sorted({*prices, *best})}
 
     @cached_property
     def _pairs(self) -> int:
@@ -182,13 +211,22 @@ class Frontier:
         return Limit(alone, [((h.one, h.other), h.table) for h in held if h.other is not None], bound)
 
     def _merge(self, bound: float) -> None:
-        """Between the best choice and each that is cheaper but too large: take what fits of the latter."""
-        for point in sorted(self.points, key=lambda one: one.peak):
-            best = self._best(bound)
-            if best is not None and point.peak > bound and point.cost < best.cost:
-                merged = self._merged(best, point, bound)
-                if merged.cost < best.cost:
-                    self.points.append(merged)
+        """Between choices within the bound and one that is cheaper but too large, all of them good at the prices that
+        prove most: take what fits of the latter."""
+        best, prices = self._best(bound), self._proof(bound, drafts=True).prices
+        if best is None:
+            return
+
+        def priced(point: _Point) -> float:
+            return point.cost + math.fsum(price * float(point.held[t]) for t, price in prices.items())
+
+        solved = [point for point in self.points if not point.merged]
+        large = min((p for p in solved if p.peak > bound), key=priced, default=best)
+        small = min((p for p in solved if p.peak <= bound), key=priced, default=best)
+        found = [self._merged(one, large, bound) for one in (best, small)[: 1 + (small is not best)]]
+        merged = min(found, key=lambda point: point.cost)
+        if merged.cost < best.cost:
+            self.points.append(merged)
 
     def _merged(self, small: _Point, fast: _Point, bound: float) -> _Point:
         choice, held = [*small.choice], small.held.copy()
@@ -198,15 +236,15 @@ class Frontier:
             for v in part:
                 other[v] = fast.choice[v]
             gain = self._cost_around(part, other) - self._cost_around(part, small.choice)
-            change = self.holdings.around(part, other) - self.holdings.around(part, small.choice)
             if gain < 0.0:
+                change = self.holdings.around(part, other) - self.holdings.around(part, small.choice)
                 ways.append((gain / max(float(change.max()), 1.0), change, part))
         for _, change, part in sorted(ways, key=lambda way: way[0]):
             if float((held + change).max()) <= bound:
                 held += change
                 for v in part:
                     choice[v] = fast.choice[v]
-        return self._point(choice)
+        return replace(self._point(choice), merged=True)
 
     def _parts(self, one: Sequence[int], other: Sequence[int]) -> list[list[int]]:
         """The variables in which two choices differ, in parts that share no table."""

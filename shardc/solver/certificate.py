@@ -19,11 +19,13 @@ pair without a table of its own counts as one of zeros.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver.holdings import Holding
 from shardc.solver.problem import Array, Edge, Problem
 
 _EPSILON = float(np.finfo(np.float64).eps)
@@ -49,6 +51,8 @@ class Certificate:
 
 
 Loan = tuple[NDArray[np.intp], NDArray[np.intp], Array]  # groups of rows, groups of columns, table over groups
+_NOTHING = np.zeros(())
+_PRICING = 1e-12  # part of a priced cost that roundings of its few sums cannot reach
 Term = tuple[float, float]  # a minimum, and the roundings that may be in it
 
 
@@ -59,6 +63,34 @@ def check(problem: Problem, certificate: Certificate) -> float:
     arrays is remembered by their identity.
     """
     return _Audit(problem, certificate).bound()
+
+
+def check_within(
+    problem: Problem, held: Iterable[Holding], prices: Mapping[int, float], bound: float, certificate: Certificate
+) -> float:
+    """The lower bound that prices on memory (seconds a byte, by position) and a certificate for the priced problem
+    prove for every choice that holds at most `bound` bytes at every position: none of these pays more for memory than
+    `bound` times all prices together. Raises ValueError where prices are negative, or as `check` does."""
+    if not all(math.isfinite(price) and price >= 0.0 for price in prices.values()):
+        raise ValueError(f"prices are finite and not negative, but these are {dict(prices)}")
+    priced = Problem([*problem.unary], {**problem.edges}, [*problem.names])
+    made: dict[tuple[int, int, float], tuple[Array, ...]] = {}
+    for holding in held:
+        rate = math.fsum(price for place, price in prices.items() if holding.start <= place <= holding.end)
+        if not rate:
+            continue
+        before = priced.unary[holding.one]
+        if holding.other is not None:
+            before = priced.edges.get((holding.one, holding.other), _NOTHING)
+        key = id(before), id(holding.table), rate
+        if key not in made:
+            made[key] = before + rate * holding.table, before, holding.table
+        if holding.other is None:
+            priced.unary[holding.one] = made[key][0]
+        else:
+            priced.edges[holding.one, holding.other] = made[key][0]
+    least, paid = check(priced, certificate), bound * math.fsum(prices.values())
+    return least - paid - _PRICING * (abs(least) + paid)
 
 
 class _Audit:

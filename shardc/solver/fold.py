@@ -15,8 +15,8 @@ less alike than they looked, the two do not meet, and the gap says so.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,20 @@ class Fold:
     representative: list[int]
     edges: dict[Edge, Edge]
     """Per edge of the network the edge of the template whose variables come in the order of its own."""
+    kept: list[int]
+    """The variables of the network that the template consists of."""
+    copies: set[Edge]
+    """The edges of the network that the template does without: they are as others are."""
     places: Callable[[tuple[int, int, int]], Iterator[tuple[int, int, int]]]
     """Per three variables of the template the variables of the network for which they stand."""
+
+    def over(self, problem: Problem) -> Fold:
+        """The same fold of a network with the same variables, other costs, and no other edges. Raises ValueError for
+        edges that are not known."""
+        if not problem.edges.keys() <= self.edges.keys():
+            raise ValueError(f"{min(problem.edges.keys() - self.edges.keys())} is no edge of what was folded")
+        edges = {edge: self.edges[edge] for edge in problem.edges}
+        return replace(self, template=_template(problem, self.kept, edges, self.copies), edges=edges)
 
     def unfolded_choice(self, choice: Sequence[int]) -> list[int]:
         return [choice[r] for r in self.representative]
@@ -130,18 +142,16 @@ class _Cut:
 
     def fold(self) -> Fold | None:
         problem = self.problem
-        template = Problem([problem.unary[v] for v in self.kept], {}, [problem.names[v] for v in self.kept])
         representative = [self._stand_in(v) for v in range(len(problem.unary))]
-        if any(len(problem.unary[v]) != len(template.unary[r]) for v, r in enumerate(representative)):
+        edges = {(u, v): self._edge(u, v) for u, v in problem.edges}
+        sizes = [len(problem.unary[v]) for v in self.kept]
+        if any(len(problem.unary[v]) != sizes[r] for v, r in enumerate(representative)):
             return None
-        edges: dict[Edge, Edge] = {}
-        for (u, v), table in problem.edges.items():
-            a, b = edges[(u, v)] = self._edge(u, v)
-            if table.shape != (len(template.unary[a]), len(template.unary[b])):
-                return None
-            if not self._is_copy(u, v):
-                template.add_edge(a, b, table)
-        return Fold(template, representative, edges, self._places)
+        if any(problem.edges[edge].shape != (sizes[a], sizes[b]) for edge, (a, b) in edges.items()):
+            return None
+        copies = {(u, v) for u, v in edges if self._is_copy(u, v)}
+        template = _template(problem, self.kept, edges, copies)
+        return Fold(template, representative, edges, self.kept, copies, self._places)
 
     def _edge(self, u: int, v: int) -> Edge:
         """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then
@@ -190,6 +200,14 @@ class _Cut:
     def _at(self, v: int, layer: int) -> int:
         """The variable that stands where `v` does, in another layer."""
         return int(v + (layer - self.layer[v]) * self.shift[v])
+
+
+def _template(problem: Problem, kept: Sequence[int], edges: Mapping[Edge, Edge], copies: Set[Edge]) -> Problem:
+    template = Problem([problem.unary[v] for v in kept], {}, [problem.names[v] for v in kept])
+    for edge, table in problem.edges.items():
+        if edge not in copies:
+            template.add_edge(*edges[edge], table)
+    return template
 
 
 def _labels(problem: Problem) -> tuple[Integers, Integers] | None:

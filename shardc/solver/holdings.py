@@ -8,6 +8,7 @@ positions turns a bound on memory into costs (`priced`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,14 @@ class Holdings:
         """The variables of which bytes depend on both."""
         return {(h.one, h.other) for h in self.all if h.other is not None}
 
+    def linked(self, problem: Problem) -> Problem:
+        """The problem with all edges that prices may add to it; what these cost is left open."""
+        edges: dict[Edge, Array] = {}
+        for holding in self.all:
+            if holding.other is not None:
+                edges.setdefault((holding.one, holding.other), holding.table)
+        return Problem(problem.unary, edges | problem.edges, problem.names)
+
     @cached_property
     def _by_variable(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
@@ -95,6 +104,20 @@ class Holdings:
             else:
                 found.edges[one, other] = sums(problem.edges.get((one, other)), added)
         return found
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices on memory, in seconds for a byte held at a position, and the bound on bytes for which they were found."""
+
+    of: Mapping[int, float]
+    bound: float
+    holdings: Holdings
+
+    @property
+    def paid(self) -> float:
+        """The most that a choice within the bound pays, in seconds."""
+        return self.bound * math.fsum(self.of.values())
 
 
 class _Sums:

@@ -16,7 +16,7 @@ from which operator to which (`holdings.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,23 @@ class KeepingNetwork(Network):
         self._regathered: dict[Key, Source] = {}
         self._made: dict[object, tuple[Array, object]] = {}
 
+    def widened(self, narrow: KeepingNetwork, choice: Sequence[int]) -> list[int]:
+        """The choice of a network in which nothing runs again, as one of this network. What that one lacks is gone or,
+        for what is shared, in the layout that costs least beside the rest."""
+        known = {variable.name: x for variable, x in zip(narrow.variables, choice, strict=True)}
+        found = [known.get(variable.name, len(variable.domain) - 1) for variable in self.variables]
+        missing = {v for v, variable in enumerate(self.variables) if variable.name not in known}
+        beside: dict[int, Array] = {}
+        for one, other, table in self._edges:
+            if one in missing and other not in missing:
+                beside[one] = beside.get(one, 0.0) + table[:, found[other]]
+            elif other in missing and one not in missing:
+                beside[other] = beside.get(other, 0.0) + table[found[one]]
+        for v, seconds in beside.items():
+            if self.variables[v].domain[-1] != GONE:
+                found[v] = int(seconds.argmin())
+        return found
+
     def holdings(self) -> Holdings:
         """What every choice holds, over the schedule."""
         return Holdings(self.schedule.length, self._held)
@@ -76,7 +93,7 @@ class KeepingNetwork(Network):
         variable = self._op_variable[op.node]
         if domain.strategies and domain.strategies[-1].again:
             for operand, demanded in zip(op.operands, domain.operands, strict=True):
-                self._connect_again(operand.value.key, variable, demanded)
+                self._connect_again(op, operand.value.key, variable, demanded)
         for result in op.results:
             self._hold_result(result.key, variable, port)
         return domain
@@ -215,7 +232,7 @@ class KeepingNetwork(Network):
         source, made = self._source_of(key)
         self._hold(source, variable, self._copies(self.class_of(key), made, demanded), self._reader, self._reader)
 
-    def _connect_again(self, key: Key, variable: int, demanded: np.ndarray) -> None:
+    def _connect_again(self, op: Op, key: Key, variable: int, demanded: np.ndarray) -> None:
         """An operator that runs again reads what is kept of its operands."""
         source, layouts = self._keeping.get(key, self._source[key])
         tensor, half = self.class_of(key), len(demanded) // 2
@@ -227,7 +244,14 @@ class KeepingNetwork(Network):
             seconds[:, :half] = 0.0
             return seconds
 
-        self._edges.append((source, variable, self._derived(("read again", gone), (tensor, layouts, demanded), table)))
+        def copies() -> Array:
+            table = self._copies(tensor, layouts, demanded).copy()
+            table[:, :half] = 0.0
+            return np.vstack([table, np.zeros((int(gone), len(demanded)))])
+
+        parts, at = (tensor, layouts, demanded), self.schedule.rerun[op.node]
+        self._edges.append((source, variable, self._derived(("read again", gone), parts, table)))
+        self._hold(source, variable, self._derived(("copied again", gone), parts, copies), at, at)
 
     def _add_outputs(self) -> None:
         self._reader = self.schedule.border

@@ -94,6 +94,11 @@ class Network:
         self._share_variable: dict[Key, int] = {}
         self._output_variable: dict[int, int] = {}
 
+    def share(self, other: Network) -> None:
+        """Use the strategies and conversions that another network of the same program on the same mesh worked out."""
+        self._classes, self._options, self._distinct = other._classes, other._options, other._distinct
+        self._tables, self._arrays = other._tables, other._arrays
+
     def problem(self) -> Problem:
         problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
         for one, other, table in self._edges:

@@ -40,21 +40,6 @@ _CLOSING = 0.5  # of the gap that a round leaves where it is about to close
 _FINER = 0.1  # part of the tolerance that is aimed at
 
 
-def prove(
-    problem: Problem, cost: float, tolerance: float, deadline: float, start: Certificate | None = None,
-    sweeps: int | None = None,
-) -> Certificate:
-    """A certificate whose bound comes within `tolerance` of `cost`, or as close as it gets from that of `start`. With
-    `sweeps`, after about so many it is close enough, if it is not about to close."""
-    bound = clipped(problem, cost)
-    proof = Proof(problem, bound if start is None else bound.starting(start), Known(cost, tolerance), deadline)
-    if sweeps is None:
-        proof.run()
-    elif cost - proof.lower > tolerance:
-        proof.sweep(sweeps)
-    return proof.certificate()
-
-
 @dataclass(frozen=True)
 class Known:
     """What the best choice costs, and how close to that the bound should come."""
@@ -63,11 +48,28 @@ class Known:
     tolerance: float
 
 
-class Proof:
-    """Brings a bound up to the cost of the best choice. Where that is not known, it looks for the choice too."""
+def prove(
+    problem: Problem, known: Known, deadline: float, start: Certificate | None = None, sweeps: int | None = None
+) -> Certificate:
+    """A certificate whose bound comes as close to the known cost as it should, or as it gets from that of `start`. With
+    `sweeps`, after about so many it is close enough, if it is not about to close."""
+    bound = clipped(problem, known.cost)
+    proof = Proof(problem, bound if start is None else bound.starting(start), known, deadline)
+    if sweeps is None:
+        proof.run()
+    elif known.cost - proof.lower > known.tolerance:
+        proof.sweep(sweeps)
+    return proof.certificate()
 
-    def __init__(self, problem: Problem, bound: Bound, known: Known | None, deadline: float) -> None:
-        self.problem, self.whole, self.bound, self.deadline = problem, bound, bound, deadline
+
+class Proof:
+    """Brings a bound up to the cost of the best choice. Where that is not known, it looks for the choice too, and is
+    content with one whose cost is proved to be within `enough` times itself of the least."""
+
+    def __init__(
+        self, problem: Problem, bound: Bound, known: Known | None, deadline: float, enough: float = TOLERANCE
+    ) -> None:
+        self.problem, self.whole, self.bound, self.deadline, self.enough = problem, bound, bound, deadline, enough
         self.cost, self.tolerance = (known.cost, known.tolerance) if known else (math.inf, 0.0)
         self.searching = known is None
         self.choice: list[int] | None = None
@@ -97,9 +99,9 @@ class Proof:
                 break
         return closed
 
-    def know(self, choice: list[int], cost: float, tolerance: float) -> None:
+    def know(self, choice: list[int], known: Known) -> None:
         """The best choice was found elsewhere."""
-        self.choice, self.cost, self.tolerance, self.searching = choice, cost, tolerance, False
+        self.choice, self.cost, self.tolerance, self.searching = choice, known.cost, known.tolerance, False
 
     def certificate(self) -> Certificate:
         messages = dict(self.messages)
@@ -165,7 +167,7 @@ class Proof:
         """Look for a better choice: by what the messages say, and, as the gap closes, exactly among the best values."""
         counts = [len(values) for values in self.values]
         choice = self.bound.decode(counts)
-        self._take(self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
+        self.take(self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
         self.dived = self.dived or gap
         if self.choice is None or gap > _DIVE * self.dived:
@@ -176,12 +178,14 @@ class Proof:
             return
         found = dive(self.bound, gap, incumbent, counts)
         if found is not None:
-            self._take([int(values[x]) for values, x in zip(self.values, found, strict=True)])
+            self.take([int(values[x]) for values, x in zip(self.values, found, strict=True)])
 
-    def _take(self, found: list[int]) -> None:
+    def take(self, found: list[int]) -> None:
+        """Take a choice if it is better than what is known."""
         cost = evaluate(self.problem, found)
         if cost < self.cost:
-            self.cost, self.choice, self.tolerance = cost, found, TOLERANCE * magnitude(self.problem, found)
+            self.cost, self.choice = cost, found
+            self.tolerance = max(TOLERANCE * magnitude(self.problem, found), self.enough * abs(cost))
 
 
 def _add(

@@ -31,8 +31,8 @@ _TURNS = 8  # stretches that one window consists of, at most
 class Schedule:
     """The order of operators: `position` of each, `border` the last of forward. `readers` has, per base value, the
     positions of what reads it in forward and in backward; outputs are read at the end of forward. `repeatable` are the
-    operators that may run again, and `again` tells, per value that these read, when the first and the last of them
-    would."""
+    operators that may run again; `rerun` tells when each would, and `again`, per value that they read, when the first
+    and the last of them would."""
 
     def __init__(self, factored: Factored) -> None:
         program = factored.program
@@ -53,6 +53,7 @@ class Schedule:
                 self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
         window = _windows(order[: self.border + 1], self.readers, program)
         self.repeatable = {op.node for op in order[: self.border + 1] if _pure(op) and self._stays(op, window)}
+        self.rerun: dict[fx.Node, int] = {}
         self.again: dict[Key, tuple[int, int]] = {}
         for op in reversed(order[: self.border + 1]):
             if op.node in self.repeatable:
@@ -70,8 +71,11 @@ class Schedule:
         """An operator that runs again does so when one of its results is first read."""
         found: list[int] = []
         for result in op.results:
-            found += self.readers.get(result.key, ([], []))[1] or self.again.get(result.key, ())
-        for operand in op.operands if found else ():
+            found += [*self.readers.get(result.key, ([], []))[1], *self.again.get(result.key, ())]
+        if not found:
+            return
+        self.rerun[op.node] = min(found)
+        for operand in op.operands:
             first, last = self.again.get(operand.value.key, (self.length, 0))
             self.again[operand.value.key] = min(first, *found), max(last, min(found))
 
@@ -96,20 +100,23 @@ def _windows(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int
 
 
 def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
-    """The positions before which a single value crosses, of those that parameters had a part in."""
+    """The positions before which a single value crosses, of inputs that are real numbers and what parameters had a part
+    in."""
     ports = dict(zip(program.placeholders, program.inputs, strict=True))
     learned: set[Key] = set()
     crossing = [0] * (len(forward) + 1)
     for position, op in enumerate(forward):
-        port = ports.get(op.node)
-        if port is None and any(operand.value.key in learned for operand in op.operands):
-            for result in op.results:
-                places = readers.get(result.key, ([], []))[0]
-                if len(places) < _EVERYWHERE:
-                    for place in range(position + 1, max(places, default=position) + 1):
-                        crossing[place] += 1
-        if (port is not None and port.role is Role.PARAMETER) or any(o.value.key in learned for o in op.operands):
-            learned |= {result.key for result in op.results}
+        port, results = ports.get(op.node), [result.key for result in op.results]
+        counts = port is not None and port.role is Role.INPUT and any(t.is_floating_point() for t in _tensors(op.node))
+        if any(operand.value.key in learned for operand in op.operands):
+            counts = True
+            learned.update(results)
+        elif port is not None and port.role is Role.PARAMETER:
+            learned.update(results)
+        places = [readers.get(key, ([], []))[0] for key in results if counts]
+        for last in (max(each, default=0) for each in places if len(each) < _EVERYWHERE):
+            for place in range(position + 1, last + 1):
+                crossing[place] += 1
     return [place for place in range(1, len(forward)) if crossing[place] == 1]
 
 

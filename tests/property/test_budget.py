@@ -8,8 +8,10 @@ import pytest
 
 from shardc.errors import InfeasibleError
 from shardc.solver.budget import Frontier
+from shardc.solver.certificate import check_within
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.problem import Problem, evaluate
+from shardc.solver.solve import solve
 
 LENGTH = 6
 
@@ -62,7 +64,7 @@ def test_within_a_bound(seed: int) -> None:
         best = min(cost for cost, peak in every if peak <= bound)
         found = frontier.within(bound, 20.0)
         assert evaluate(problem, found.choice) == found.cost
-        assert found.held.max() <= bound
+        assert holdings.timeline(found.choice).max() <= bound
         assert found.lower_bound <= best + 1e-6
         assert best - 1e-9 <= found.cost <= best * (1.0 + 6e-4) + 1e-6
     if peaks[0] > 1.0:
@@ -79,6 +81,25 @@ def test_priced_is_cost_plus_what_is_held(seed: int) -> None:
         held = holdings.timeline(choice)
         expected = evaluate(problem, choice) + sum(price * held[at] for at, price in prices.items())
         assert evaluate(priced, choice) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_prices_and_a_certificate_prove_what_they_say(seed: int) -> None:
+    """Worked out by code that shares nothing with the search, and never more than the best choice within the bound."""
+    problem, holdings = instance(seed)
+    every = brute_force(problem, holdings)
+    if not every:
+        return
+    peaks = sorted({peak for _, peak in every})
+    bound = max(peaks[len(peaks) // 4], 1.0)
+    best = min(cost for cost, peak in every if peak <= bound)
+    prices = {0: 0.01 * (seed % 3), 2: 0.02, LENGTH - 1: 0.005}
+    found = solve(holdings.priced(problem, prices))
+    proved = check_within(problem, holdings.all, prices, bound, found.certificate)
+    assert proved <= best
+    assert proved == pytest.approx(found.lower_bound - bound * sum(prices.values()), abs=1e-6)
+    with pytest.raises(ValueError, match="not negative"):
+        check_within(problem, holdings.all, {0: -0.1}, bound, found.certificate)
 
 
 def test_what_two_plans_differ_in_is_taken_part_by_part() -> None:

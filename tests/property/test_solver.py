@@ -9,9 +9,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from shardc.errors import InfeasibleError
-from shardc.solver import contract, eliminate, triplets
+from shardc.solver import contract, eliminate, search, triplets
 from shardc.solver import milp as milp_module
-from shardc.solver import solve as solving
 from shardc.solver.certificate import Certificate, Lender, check
 from shardc.solver.problem import Array, Edge, Problem, evaluate
 from shardc.solver.solve import solve
@@ -95,7 +94,7 @@ def test_without_contraction(shape: str, forbid: float, tied: bool, monkeypatch:
     """Sweeps, pruning and elimination have to do all of the work."""
     monkeypatch.setattr(contract.Network, "contract", lambda self, variables: set())
     monkeypatch.setattr(contract.Network, "drop_dominated", lambda self, variables: set())
-    monkeypatch.setattr(solving, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(search, "_AT_ONCE", 0.0)
     rng = np.random.default_rng([len(shape), int(100 * forbid), tied, 1])
     for _ in range(5):
         problem = network(rng, shape, int(rng.integers(1, 7)), 4, forbid, tied)

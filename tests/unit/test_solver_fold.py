@@ -137,14 +137,13 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     better in time, nothing is lost."""
     problem = layered(20, 2)
     best = solve(problem)
-    folds = solving._folds(problem)
-    template = solve(folds[-1].template).choice
+    template = solve(solving.Trail.of(problem).folds[-1].template).choice
     monkeypatch.setattr(solving, "_proved", lambda *_: (template, Certificate({})))
     monkeypatch.setattr(solving, "prove", lambda *_: Certificate({}))
     monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
     known: list[list[int]] = []
 
-    def nothing_better(problem: Problem, _: float, choice: list[int]) -> tuple[list[int], float]:
+    def nothing_better(problem: Problem, _: object, choice: list[int]) -> tuple[list[int], float]:
         known.append(choice)
         return [0] * len(problem.unary), 0.5 * best.cost
 
@@ -152,6 +151,42 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     solution = solve(problem, certify=False)
     assert solution.choice == known[0] and solution.cost < evaluate(problem, [0] * len(problem.unary))
     assert solution.lower_bound >= 0.5 * best.cost and not solution.exact
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found at some costs is a start at others, with fewer edges too; a draft finds as good a choice."""
+    problem, rng = layered(40, seed), np.random.default_rng(seed)
+    scale: dict[int, np.ndarray] = {}
+
+    def other(table: np.ndarray) -> np.ndarray:
+        return scale.setdefault(id(table), table * rng.uniform(0.7, 1.3, table.shape))
+
+    edges = {edge: other(table) for edge, table in problem.edges.items() if edge[0]}  # without those of the table
+    changed = Problem([other(cost) for cost in problem.unary], edges, problem.names)
+    trail = solve(problem, certify=False).trail
+    assert trail is not None and trail.folds
+    best = whole(changed, monkeypatch)
+    for draft in (False, True):
+        found = solve(changed, certify=False, trail=trail, draft=draft)
+        assert found.cost == evaluate(changed, found.choice) == pytest.approx(best, rel=1e-9)
+        assert found.lower_bound <= best * (1 + 1e-9)
+    with pytest.raises(ValueError, match="no edge of what was folded"):
+        solve(problem, trail=solving.Trail([folded.over(p) for folded, p in zip(trail.folds, [changed], strict=False)]))
+
+
+def test_a_choice_that_does_not_unfold() -> None:
+    """Where equal layers may not follow each other as the template's ends do, the choice is looked for anew."""
+    problem = Problem()
+    link = np.array([[np.inf, 0.0], [1.0, np.inf]])  # turns
+    for v in range(31):
+        problem.add_variable(f"v{v}", np.array([1.0, 1.0]))
+        if v:
+            problem.add_edge(v - 1, v, link)
+    for draft in (False, True):
+        found = solve(problem, certify=False, draft=draft)
+        assert found.cost == 31.0 + 15.0 and found.lower_bound <= found.cost
+        assert found.exact is not draft
 
 
 @pytest.mark.parametrize("seed", range(3))
