@@ -140,8 +140,7 @@ def test_a_plan_within_a_budget_answers(part: float) -> None:
     free = shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu").plan
     assert free.memory is not None
     plan = shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu", memory=part * free.memory.peak).plan
-    assert plan.check() == pytest.approx(plan.lower_bound, rel=1e-6)
-    assert plan.check() <= plan.cost * (1 + 1e-9)
+    assert plan.lower_bound * (1 - 1e-6) <= plan.check() <= plan.cost * (1 + 1e-9)
     assert plan.check() >= free.cost * (0.999 if part > 1 else 1.01)  # regathering in backward may save a little
     answer = plan.why_not("blocks.1.up.weight", "dp,-")
     assert answer.extra >= plan.lower_bound - plan.cost - 1e-12
