@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from shardc.solver.budget import Frontier
@@ -21,24 +22,31 @@ class Solved:
     def __init__(self, network: Network, solution: Solution) -> None:
         self.solution, self.problem = solution, network.problem()
         self._certificate: Certificate | None = None
+        self._proved = -math.inf
 
     def certified(self) -> tuple[Problem, Certificate]:
         """The problem, and the certificate of its solution: that which came with it if it proves what the search did,
         else one made now."""
         if self._certificate is None:
             known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
-            self._certificate = self.solution.certificate
-            if self.solution.lower_bound - self.checked() > known.tolerance:
-                self._certificate = self._made(known)
+            self._take(self.solution.certificate)
+            if self.solution.lower_bound - self._proved > known.tolerance:
+                self._take(self._made(known))
+        assert self._certificate is not None
         return self.problem, self._certificate
 
     def checked(self) -> float:
         """The lower bound that the certificate proves."""
-        problem, certificate = self.certified()
+        self.certified()
+        return self._proved
+
+    def _take(self, certificate: Certificate) -> None:
         prices = self.solution.prices
+        self._certificate = certificate
         if prices is None:
-            return check(problem, certificate)
-        return check_within(problem, prices.holdings.all, prices.of, prices.bound, certificate)
+            self._proved = check(self.problem, certificate)
+        else:
+            self._proved = check_within(self.problem, prices.holdings.all, prices.of, prices.bound, certificate)
 
     def again(self, problem: Problem) -> Solution:
         """The best choice at costs that were changed, within the same bound on memory. Raises InfeasibleError, and

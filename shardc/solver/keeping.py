@@ -180,7 +180,7 @@ class KeepingNetwork(Network):
             self._edges.append((source, variable, self._derived(("made", gone), (tensor, made), lambda: _with_gone(
                 tensor.seconds[np.ix_(made, every)], gone, 0.0))))  # fmt: skip
         self._hold_kept(key, maker, port, gone)
-        if len(backward) > 1:
+        if backward and len(backward) + (self.recompute and key in self.schedule.again) > 1:
             self._regather(key, variable)
 
     def _runs_again(self, variable: int) -> bool:
@@ -192,7 +192,8 @@ class KeepingNetwork(Network):
         variable = self._variable(f"{key[0].name} shared in backward", tensor.layouts, np.zeros(len(tensor.layouts)))
         every = self._keeping[key][1]
         self._edges.append((kept, variable, tensor.seconds))
-        self._hold(kept, variable, self._copies(tensor, every, every), min(backward), max(backward))
+        first = min(*backward, self.schedule.again.get(key, backward)[0])
+        self._hold(kept, variable, self._copies(tensor, every, every), first, max(backward))
         self._regathered[key] = variable, every
 
     def _hold_kept(self, key: Key, maker: Source, port: Port | None, gone: bool) -> None:
@@ -233,8 +234,8 @@ class KeepingNetwork(Network):
         self._hold(source, variable, self._copies(self.class_of(key), made, demanded), self._reader, self._reader)
 
     def _connect_again(self, op: Op, key: Key, variable: int, demanded: np.ndarray) -> None:
-        """An operator that runs again reads what is kept of its operands."""
-        source, layouts = self._keeping.get(key, self._source[key])
+        """An operator that runs again reads what is kept of its operands, as backward does."""
+        source, layouts = self._regathered.get(key) or self._keeping.get(key, self._source[key])
         tensor, half = self.class_of(key), len(demanded) // 2
         gone = len(self.variables[source].domain) > len(layouts)
 
