@@ -20,14 +20,15 @@ from shardc.solver.budget import Frontier
 from shardc.solver.holdings import Prices
 from shardc.solver.keeping import KeepingNetwork
 from shardc.solver.network import Accepts, Assignment, Network
-from shardc.solver.problem import Problem
+from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
 
 TRIES = 4
 """Times that the bound is moved to where the lowered plan just fits."""
 CLOSE = 0.01
-FAR = 1.5
-"""Times the budget from which on what the network reckons of a plan is more than its lowering could save."""
+FAR, ROUGHLY = 1.5, 1e-2
+"""Times the budget from which on what the network reckons of a plan is more than its lowering could save, and the gap
+to which that plan is solved first."""
 TIME_LIMIT = 20.0
 """CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
 
@@ -69,8 +70,9 @@ def assign_within(
         return _built(made)
 
     simple = network(recompute=False)
-    free = solved(simple.problem(), TIME_LIMIT)
+    free = solved(simple.problem(), TIME_LIMIT, ROUGHLY)
     if simple.holdings().timeline(free.choice).max() <= FAR * budget.bytes:
+        free = solved(simple.problem(), TIME_LIMIT)
         assignment = simple.assignment(free.choice)
         if peak_of(simple, assignment) <= budget.bytes:
             return simple, assignment, replace(free, prices=Prices({}, budget.bytes, simple.holdings()))
@@ -120,10 +122,10 @@ def _built(network: AnyNetwork) -> AnyNetwork:
     return network
 
 
-def solved(problem: Problem, time_limit: float) -> Solution:
-    """The cheapest choice, or the best that was found within `time_limit` CPU-seconds."""
+def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE) -> Solution:
+    """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        return solve(problem, time_limit=time_limit, certify=False)
+        return solve(problem, time_limit=time_limit, certify=False, enough=enough)
     except TimeoutError as error:
         raise ShardcError(
             f"no plan was found within {time_limit:.0f} CPU-seconds; constrain more, or use fewer axes"

@@ -100,8 +100,7 @@ class KeepingNetwork(Network):
 
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         once = super()._domain(op, port, frozen)
-        again = self.recompute and op.node in self.schedule.repeatable
-        if not (again and any(self._crosses(result.key) for result in op.results)):
+        if not (self.recompute and op.node in self.schedule.rerun):
             return once
         return Domain(
             [*once.strategies, *(strategy._replace(again=True) for strategy in once.strategies)],
@@ -202,9 +201,7 @@ class KeepingNetwork(Network):
         tensor, (variable, every), (source, made) = self.class_of(key), self._keeping[key], maker
         forward, backward = self._readers(key)
         last = max(forward, default=self._reader)
-        first, end = self.schedule.again.get(key, (self.schedule.length, 0))
-        if backward:  # what runs again for others is made early, and stays for these
-            first, end = min(first, *backward), max(backward)
+        first, end = self.schedule.rerun.get(key[0], 0), max([*backward, *self.schedule.again.get(key, ())])
         if port is not None:  # the parameter itself is held all the time
             self._hold(source, variable, _with_gone(self._copies(tensor, made, every), gone, 0.0), last + 1, end)
         elif self._runs_again(source):

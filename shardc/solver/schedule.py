@@ -14,7 +14,7 @@ Waists are places that a single value crosses. Stretches between waists that rep
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -22,17 +22,21 @@ from torch import fx
 from shardc.graph import Program, Role, forward_part
 from shardc.rules.factoring import Factored, Key, Op
 
-_EVERYWHERE = 8
-"""Readers from which on a value (a mask, what a decoder reads of its encoder) does not count at waists."""
+_EVERYWHERE, _MASK = 8, 3
+"""Readers from which on a value (what a decoder reads of its encoder), or an input (a mask), does not count at
+waists."""
 _OURS = frozenset({"shardc::attention"})
 _TURNS = 8  # stretches that one window consists of, at most
 
 
 class Schedule:
-    """The order of operators: `position` of each, `border` the last of forward. `readers` has, per base value, the
-    positions of what reads it in forward and in backward; outputs are read at the end of forward. `repeatable` are the
-    operators that may run again; `rerun` tells when each would, and `again`, per value that they read, when the first
-    and the last of them would."""
+    """The order of operators, positions `0 .. length - 1`: forward up to `border`, then backward, with a position of
+    its own (`rerun`) for every operator of forward that may run again, before the first of backward that it would
+    serve.
+
+    `readers` has, per base value, the positions of what reads it in forward and in backward; outputs are read at the
+    end of forward. `again` tells, per value that operators which may run again read, when the first and the last would.
+    """
 
     def __init__(self, factored: Factored) -> None:
         program = factored.program
@@ -40,9 +44,8 @@ class Schedule:
         given = zip(program.placeholders, program.inputs, strict=True)
         self.forward |= {node for node, port in given if port.role is not Role.TANGENT}
         order = sorted(factored.ops, key=lambda op: op.node not in self.forward)
-        self.position = {op.node: place for place, op in enumerate(order)}
-        self.length = len(order)
         self.border = sum(op.node in self.forward for op in order) - 1
+        self.position = {op.node: place for place, op in enumerate(order)}
         self.readers: dict[Key, tuple[list[int], list[int]]] = {}
         for op in order:
             for operand in op.operands:
@@ -51,33 +54,52 @@ class Schedule:
             if node is not None:
                 key = factored.values[node].key  # a gradient is laid as its parameter as soon as it is there
                 self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
-        window = _windows(order[: self.border + 1], self.readers, program)
-        self.repeatable = {op.node for op in order[: self.border + 1] if _pure(op) and self._stays(op, window)}
         self.rerun: dict[fx.Node, int] = {}
         self.again: dict[Key, tuple[int, int]] = {}
-        for op in reversed(order[: self.border + 1]):
-            if op.node in self.repeatable:
-                self._wanted_by(op)
+        self.length = len(order)
+        self._insert(order, self._wanted(order[: self.border + 1], program))
 
     def _read(self, key: Key, position: int) -> None:
         self.readers.setdefault(key, ([], []))[position > self.border].append(position)
+
+    def _wanted(self, forward: Sequence[Op], program: Program) -> dict[int, list[Op]]:
+        """Per position of backward the operators that would run again for what stands there, in order: those that read
+        nothing else by then, that forward reads in their own window only, and that give the same again."""
+        window = _windows(forward, self.readers, program)
+        first: dict[Key, int] = {}  # when a value is wanted
+        found: dict[int, list[Op]] = {}
+        for op in reversed(forward):
+            if not (_pure(op) and self._stays(op, window)):
+                continue
+            readers = [place for result in op.results for place in self.readers.get(result.key, ([], []))[1]]
+            wanted = min([*readers, *(first[r.key] for r in op.results if r.key in first)], default=None)
+            if wanted is not None:
+                found.setdefault(wanted, []).insert(0, op)
+                for operand in op.operands:
+                    first[operand.value.key] = min(wanted, first.get(operand.value.key, wanted))
+        return found
 
     def _stays(self, op: Op, window: Sequence[int]) -> bool:
         """Whether forward reads the results of an operator in its own window only."""
         own = window[self.position[op.node]]
         return all(window[place] == own for r in op.results for place in self.readers.get(r.key, ([], []))[0])
 
-    def _wanted_by(self, op: Op) -> None:
-        """An operator that runs again does so when one of its results is first read."""
-        found: list[int] = []
-        for result in op.results:
-            found += [*self.readers.get(result.key, ([], []))[1], *self.again.get(result.key, ())]
-        if not found:
-            return
-        self.rerun[op.node] = min(found)
-        for operand in op.operands:
-            first, last = self.again.get(operand.value.key, (self.length, 0))
-            self.again[operand.value.key] = min(first, *found), max(last, min(found))
+    def _insert(self, order: Sequence[Op], wanted: Mapping[int, Sequence[Op]]) -> None:
+        """Give what may run again positions of its own."""
+        places, position = list(range(self.border + 1)), self.border + 1
+        for place in range(self.border + 1, len(order)):
+            for op in wanted.get(place, ()):
+                self.rerun[op.node] = position
+                for key in {operand.value.key for operand in op.operands}:
+                    self.again[key] = self.again.get(key, (position,))[0], position
+                position += 1
+            places.append(position)
+            position += 1
+        self.length = position
+        self.position = {node: places[place] for node, place in self.position.items()}
+        self.readers = {
+            key: (forward, [places[place] for place in backward]) for key, (forward, backward) in self.readers.items()
+        }
 
 
 def _pure(op: Op) -> bool:
@@ -106,15 +128,16 @@ def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]
     learned: set[Key] = set()
     crossing = [0] * (len(forward) + 1)
     for position, op in enumerate(forward):
-        port, results = ports.get(op.node), [result.key for result in op.results]
-        counts = port is not None and port.role is Role.INPUT and any(t.is_floating_point() for t in _tensors(op.node))
+        port, results, many = ports.get(op.node), [result.key for result in op.results], 0
         if any(operand.value.key in learned for operand in op.operands):
-            counts = True
             learned.update(results)
+            many = _EVERYWHERE
         elif port is not None and port.role is Role.PARAMETER:
             learned.update(results)
-        places = [readers.get(key, ([], []))[0] for key in results if counts]
-        for last in (max(each, default=0) for each in places if len(each) < _EVERYWHERE):
+        elif port is not None and any(tensor.is_floating_point() for tensor in _tensors(op.node)):
+            many = _MASK
+        places = [readers.get(key, ([], []))[0] for key in results]
+        for last in (max(each, default=0) for each in places if len(each) < many):
             for place in range(position + 1, last + 1):
                 crossing[place] += 1
     return [place for place in range(1, len(forward)) if crossing[place] == 1]

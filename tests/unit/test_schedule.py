@@ -62,7 +62,7 @@ def test_blocks_run_again_one_after_the_other(what: str) -> None:
 
 def test_what_crosses_a_waist_is_kept() -> None:
     scheduled = schedule(Tower(32, BLOCKS), torch.randn(16, 32, 32))
-    names = {node.name for node in scheduled.repeatable}
+    names = {node.name for node in scheduled.rerun}
     assert {"gelu", "addmm", "native_layer_norm"} <= names
     assert not any(name.startswith("add_") or name == "add" for name in names)  # the residual stream
     assert not any("dropout" in name or "draw" in name for name in names)  # would draw anew
@@ -70,4 +70,4 @@ def test_what_crosses_a_waist_is_kept() -> None:
 
 def test_without_waists_all_may_run_again() -> None:
     scheduled = schedule(Skipping(), torch.randn(4, 8))
-    assert {"addmm", "addmm_1", "exp", "exp_1"} <= {node.name for node in scheduled.repeatable}
+    assert {"addmm", "addmm_1", "exp", "exp_1"} <= {node.name for node in scheduled.rerun}
