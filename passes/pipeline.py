@@ -139,12 +139,16 @@ def _choose(
     asked = (factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
     if settings.memory is None:
         return assign(*asked)
+    return assign_within(*asked, Budget(settings.memory, settings.states), peak_of(program, settings))
 
-    def peak_of(network: Network, assignment: Assignment) -> float:
+
+def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignment], float]:
+    """What tells how many bytes a device holds at most that runs an assignment."""
+    def peak(network: Network, assignment: Assignment) -> float:
         graph = localize(reshard(network, assignment), settings.mesh)
         return footprint(graph, program, settings.mesh, settings.states).peak
 
-    return assign_within(*asked, Budget(settings.memory, settings.states), peak_of)
+    return peak
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:

@@ -101,12 +101,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> int:
     """Rank the meshes; the last line plans for the best."""
-    if options.memory is not None:
-        raise ShardcError("--memory bounds the plan for one --mesh; the table of --devices tells what is stored")
-    found = search_mesh(
-        model, options.devices, inputs, axes=[axis.strip() for axis in options.axes.split(",")], **_asked(options)
-    )
-    own = [f"--{name}={value}" for name in ("hardware", "mode", "outputs") if (value := getattr(options, name))]
+    axes = [axis.strip() for axis in options.axes.split(",")]
+    found = search_mesh(model, options.devices, inputs, axes=axes, **_asked(options), **_budget(options))
+    names = ("hardware", "mode", "outputs", "memory", "optimizer")
+    own = [f"--{name}={value}" for name in names if (value := getattr(options, name))]
     own += [f"--on-unknown={options.on_unknown}", *(f"--constraint={text}" for text in options.constraint)]
     defaults = {"--mode=auto", "--outputs=full", "--on-unknown=replicate"}
     command = ["shardc", "plan", str(options.file), f"--mesh={found.best}", *(o for o in own if o not in defaults)]

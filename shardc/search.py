@@ -21,16 +21,17 @@ from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
 from shardc.graph import Program, Role
 from shardc.mesh import Mesh
-from shardc.passes.assign import network_of, solved
+from shardc.passes.assign import Budget, assign_within, network_of, solved
 from shardc.passes.normalize import normalize
-from shardc.passes.pipeline import Settings
+from shardc.passes.pipeline import Settings, peak_of
 from shardc.passes.propagate import collect, propagate
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown
 from shardc.printing import columns, in_bytes, in_seconds
-from shardc.rules.factoring import Factored, factor
+from shardc.rules.factoring import Factored, Key, factor
 from shardc.solver.certificate import Certificate, check
-from shardc.solver.network import Assignment, Network
+from shardc.solver.keeping import KeepingNetwork
+from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.strategies import make
 
 CONSTRAIN = torch.ops.shardc.constrain.default
@@ -40,8 +41,8 @@ TIME_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """One mesh: the seconds of its best plan, the bound that none beats, the bytes of parameters and their gradients
-    that a device holds, and the CPU-seconds spent. Without a plan `cost` is infinite and `remark` says why."""
+    """One mesh: the seconds of its best plan, the bound that none beats, the bytes that a device stores, and the
+    CPU-seconds spent. Without a plan `cost` is infinite and `remark` says why."""
 
     mesh: Mesh
     cost: float
@@ -65,6 +66,9 @@ class MeshSearch:
     ranked: tuple[Candidate, ...]
     shared: float
     """CPU-seconds of what all meshes share: capture, normalize, factor."""
+    bounded: bool = False
+    """Whether memory is bounded: then `stored` is all that a device holds at once, as the planner reckons it; else
+    parameters and their gradients."""
 
     @property
     def best(self) -> Mesh:
@@ -72,13 +76,15 @@ class MeshSearch:
         return self.ranked[0].mesh
 
     def __str__(self) -> str:
-        rows = [["mesh", "a step", "gap", "stored", "CPU", ""]]
+        stored = "held" if self.bounded else "stored"
+        rows = [["mesh", "a step", "gap", stored, "CPU", ""]]
         for one in self.ranked:
             gap = "optimal" if one.gap < 1e-6 else f"{one.gap:.1%}"
             known = [in_seconds(one.cost), gap, in_bytes(one.stored)] if math.isfinite(one.cost) else ["-", "-", "-"]
             rows.append([str(one.mesh), *known, f"{one.spent:.1f} s", one.remark])
         head = f"{len(self.ranked)} meshes of {self.devices} devices on {self.hardware}, the cheapest plan first"
-        tail = f"stored: parameters and their gradients on one device; capture, shared by all, {self.shared:.1f} s"
+        means = "the most at any time" if self.bounded else "parameters and their gradients"
+        tail = f"{stored}: {means} on one device; capture, shared by all, {self.shared:.1f} s"
         return "\n".join([head, "", *(f"  {line}" for line in columns(rows, "<>>>><")), "", tail])
 
 
@@ -93,19 +99,22 @@ def search_mesh(
     hardware: str | Path | Hardware | None = None,
     outputs: str = "full",
     on_unknown: str = "replicate",
+    memory: float | str | None = None,
+    optimizer: float | str | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> MeshSearch:
     """Plan for every mesh of `devices` devices over at most these axes, in their order, and rank the plans.
 
     The model is captured once. Meshes that the hardware cannot tell apart are planned once: where no constraint names
     an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved. Of
-    the options, those that `compile` has mean the same; `time_limit` is the solver's, in CPU-seconds a mesh.
+    the options, those that `compile` has mean the same; `time_limit` is the solver's where memory is not bounded, in
+    CPU-seconds a mesh.
     Raises ShardcError, also where no mesh has a plan.
     """
     if devices < 1 or not axes:
         raise MeshError(f"cannot spread {devices} devices over {len(axes)} axes; both must be 1 or more")
     first = Mesh(((axes[0], devices),))
-    request = request_of(first, mode, constraints, hardware, outputs, on_unknown, None)
+    request = request_of(first, mode, constraints, hardware, outputs, on_unknown, None, memory, optimizer)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
@@ -129,7 +138,7 @@ def search_mesh(
     found.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(found[0].cost):
         raise ShardcError(f"no mesh of {devices} devices has a plan; {found[0].mesh}: {found[0].remark}")
-    return MeshSearch(settings.device.name, devices, tuple(found), shared)
+    return MeshSearch(settings.device.name, devices, tuple(found), shared, settings.memory is not None)
 
 
 def meshes(devices: int, axes: Sequence[str], device: Hardware, annotated: bool) -> list[Mesh]:
@@ -178,12 +187,30 @@ def _candidate(factored: Factored, settings: Settings, time_limit: float, best: 
         bound = check(problem, Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
+        if settings.memory is not None:
+            return _within(factored, settings, spread.accepts(), wishes, start)
         solution = solved(problem, time_limit)
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     stored, memory = _stored(network, network.assignment(solution.choice)), settings.device.memory
     remark = f"more than the {in_bytes(memory)} of a device" if stored > memory else ""
     return Candidate(mesh, solution.cost, solution.lower_bound, stored, time.process_time() - start, remark)
+
+
+def _within(
+    factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts], wishes: Mapping[Key, Sequence[Accepts]],
+    start: float,
+) -> Candidate:  # fmt: skip
+    """Plan for one mesh within the bound on memory."""
+    assert settings.memory is not None
+    budget, mesh = Budget(settings.memory, settings.states), settings.mesh
+    network, _, solution = assign_within(
+        factored, mesh, settings.device, accepts, settings.whole_outputs, wishes, budget,
+        peak_of(factored.program, settings),
+    )  # fmt: skip
+    assert isinstance(network, KeepingNetwork)
+    held = float(network.holdings().timeline(solution.choice).max())
+    return Candidate(mesh, solution.cost, solution.lower_bound, held, time.process_time() - start)
 
 
 def _retiled(factored: Factored, settings: Settings) -> Factored:

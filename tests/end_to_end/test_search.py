@@ -104,6 +104,22 @@ def test_what_does_not_fit_is_said() -> None:
     assert "more than the 976.6 KiB of a device" in str(shardc.search_mesh(model, 2, inputs, hardware=small))
 
 
+def test_within_a_bound_on_memory_every_plan_fits() -> None:
+    """The same prices as compiling for each mesh within the bound; the free plan needs more."""
+    model, inputs = mlp(1024, 4096, 8192)
+    free = shardc.search_mesh(model, 4, inputs, hardware="h100", optimizer="adamw", memory="80GB")
+    bound = 0.85 * free.ranked[0].stored
+    found = shardc.search_mesh(model, 4, inputs, hardware="h100", optimizer="adamw", memory=bound)
+    assert found.ranked[0].cost >= free.ranked[0].cost and "held" in str(found)
+    for one in found.ranked:
+        if math.isfinite(one.cost):
+            plan = shardc.compile(model, one.mesh, inputs, hardware="h100", optimizer="adamw", memory=bound).plan
+            assert plan.memory is not None and plan.memory.peak <= bound
+            assert one.cost == pytest.approx(plan.cost) and one.stored == pytest.approx(plan.memory.peak, rel=0.1)
+    with pytest.raises(shardc.ShardcError, match=r"no mesh of 4 devices has a plan; .*smallest peak found"):
+        shardc.search_mesh(model, 4, inputs, hardware="h100", optimizer="adamw", memory="1MB")
+
+
 def test_constraints_keep_the_names_of_axes() -> None:
     model, inputs = mlp(256, 1024, 64)
     wanted = {"up.weight": ("tp", None)}
@@ -133,5 +149,9 @@ def test_the_command_line_ranks_meshes_and_gives_the_command(
     assert "3 meshes of 4 devices on h100, the cheapest plan first" in out
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["shardc", "plan", "examples/mlp.py"] and "--constraint=up.weight=tp,-" in command
+    assert main([*asked, "--devices", "4", "--memory", "80GB", "--optimizer", "adamw"]) == 0
+    out = capsys.readouterr().out
+    assert "held: the most at any time" in out
+    assert out.rstrip().endswith("--memory=80GB --optimizer=adamw --constraint=up.weight=tp,-")
     assert main(command[1:]) == 0
     assert "plan for mesh dp=" in capsys.readouterr().out
