@@ -27,6 +27,7 @@ from shardc.cost.memory import States
 from shardc.graph import Program, Role, where
 from shardc.halves import halves, spent
 from shardc.mesh import Mesh
+from shardc.passes.bucket import BUCKETS, operand_bytes
 from shardc.plan import Memory
 from shardc.runtime import collectives
 from shardc.runtime.parts import Part
@@ -123,10 +124,27 @@ class _Run:
             return
         operands = [one for operand in node.all_input_nodes for one in self.lying[operand][:1] if one is not None]
         storages = list(dict.fromkeys(one.storage for one in operands))
+        if node.target in BUCKETS:
+            self.lying[node] = self._pieces(node, label)
+            return
         form = self._form(node, storages)
         if form not in self.forms:
             self.forms[form] = self._made(node, storages)
         self.lying[node] = [None if made is None else self._settle(made, label, storages) for made in self.forms[form]]
+
+    def _pieces(self, node: fx.Node, label: str) -> list[_Lying | None]:
+        """What a bucket makes: pieces of one storage, one after another."""
+        results = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
+        made = [self._contiguous(user) for user in results]
+        storage, start = len(self.sizes), 0
+        self.sizes.append(sum(one.size for one in made))
+        self.labels.append(label)
+        found: list[_Lying | None] = []
+        for one in made:
+            self._hold(storage, label)
+            found.append(_Lying(storage, one.shape, one.stride, start, one.dtype))
+            start += math.prod(one.shape)
+        return found
 
     def _settle(self, made: _Made, label: str, storages: Sequence[int]) -> _Lying:
         if made.operand is None:
@@ -207,10 +225,12 @@ class _Run:
 
     def _workspace(self, node: fx.Node) -> int:
         """The bytes of what our own functions allocate and free again: the rearranged copy of a collective whose dim is
-        not the first, the numbers of other ranks that a draw goes through."""
+        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through."""
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
+        if node.target in BUCKETS:
+            return sum(operand_bytes(node, self.mesh))
         if node.target not in MOVING or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0
         (operand,), (result,) = self.lying[node.args[0]], self.lying[node]  # type: ignore[index]

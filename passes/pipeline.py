@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TypeVar
 from torch import fx
 
 from shardc.constrain import Dim
+from shardc.cost.buckets import Buckets
 from shardc.cost.conversion import sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
@@ -19,6 +19,7 @@ from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
 from shardc.passes.assign import Budget, assign, assign_within
+from shardc.passes.bucket import BUCKETS, bucket, operand_bytes
 from shardc.passes.codegen import codegen
 from shardc.passes.footprint import footprint
 from shardc.passes.localize import localize
@@ -37,8 +38,8 @@ from shardc.solver.solve import Solution
 from shardc.solver.strategies import make, sends
 
 Result = TypeVar("Result")
-PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "codegen")
-COLLECTIVES: dict[object, str] = {
+PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "bucket", "codegen")
+COLLECTIVES: dict[object, str] = BUCKETS | {
     getattr(collectives, kind): kind
     for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
 }
@@ -111,12 +112,19 @@ def lower(
     keep("reshard", graph)
     titles = titles_of(program, graph)
     conversions = _conversions(network, graph, mesh, settings.device, titles)
-    compute = _compute(network, assignment)
-    explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
     unknown = tried(network, assignment, graph, conversions)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
+    if timed("bucket", lambda: bucket(graph, program, Buckets(mesh, settings.device))):
+        conversions = _conversions(network, graph, mesh, settings.device, titles)
     memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
+    if settings.memory is not None and memory.peak > settings.memory:  # the plan fits without the memory of buckets
+        graph = timed("reshard", lambda: localize(reshard(network, assignment), mesh))
+        conversions = _conversions(network, graph, mesh, settings.device, titles)
+        memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
+    keep("bucket", graph)
+    compute = _compute(network, assignment)
+    explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
     memory = replace(memory, budget=settings.memory)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = lambda: code
@@ -187,15 +195,15 @@ def _conversions(
         kind = COLLECTIVES.get(node.target)
         if node.op != "call_function" or kind is None:
             continue
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
         axis = str(node.kwargs["axis"])
-        shape, ways = list(source.meta["layout"].local_shape(mesh)), mesh.sizes[axis]
-        if "chunk" in node.kwargs:  # the operand is padded to whole chunks
-            shape[node.kwargs.get("split_dim", node.kwargs.get("dim"))] = node.kwargs["chunk"] * ways
-        moved = math.prod(shape) * source.meta["dtype"].itemsize
+        ways, moved = mesh.sizes[axis], float(sum(operand_bytes(node, mesh)))
+        if node.target in BUCKETS:
+            seconds = Buckets(mesh, device).seconds(kind, axis, moved)
+            value = f"{titles[node.meta['base']]} and {len(node.meta['members']) - 1} more"
+        else:
+            seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
+            value = titles[node.meta["base"]]
         sent = sent_fraction(kind, ways) * moved
-        seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
-        value = titles[node.meta["base"]]
         found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node), value))
     return tuple(found)
 
@@ -222,8 +230,9 @@ def _explainer(
     """What the plan asks when it is asked."""
 
     def price(other: Assignment) -> Priced:
-        emitted = _conversions(network, reshard(network, other), settings.mesh, settings.device, titles)
-        return emitted, _compute(network, other)
+        graph = localize(reshard(network, other), settings.mesh)
+        bucket(graph, network.factored.program, Buckets(settings.mesh, settings.device))
+        return _conversions(network, graph, settings.mesh, settings.device, titles), _compute(network, other)
 
     return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)
 

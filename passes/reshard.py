@@ -174,14 +174,15 @@ class _Rewrite:
         node.meta["base"] = key
         node.meta["layout"] = layout_of(self.factored, value, held, splits.partial)
 
-    def _value(self, old: fx.Node, splits: Splits, held: Held) -> fx.Node:
-        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own leaves as `held`."""
+    def _value(self, old: fx.Node, splits: Splits, held: Held, gradient: bool = False) -> fx.Node:
+        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own leaves as `held`; as
+        the `gradient` of a parameter, or for any other reader."""
         value = self.factored.values[old]
         if old is value.key[0] or old.target is operator.getitem:
-            return self._converted(value.key, splits)
+            return self._converted(value.key, splits, gradient)
         identity = (old, splits, frozenset((r, a) for r, a in held.items() if a))
         if identity not in self.here.views:
-            source = self._value(old.args[0], splits, held)  # type: ignore[arg-type]
+            source = self._value(old.args[0], splits, held, gradient)  # type: ignore[arg-type]
             node = self._call(old.target, (source, *old.args[1:]))  # type: ignore[arg-type]
             self._provenance(node, old)
             own = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
@@ -190,16 +191,17 @@ class _Rewrite:
             self.here.views[identity] = node
         return self.here.views[identity]
 
-    def _converted(self, key: Key, splits: Splits) -> fx.Node:
+    def _converted(self, key: Key, splits: Splits, gradient: bool) -> fx.Node:
         """A base value in the given layout; steps go by way of the layout in which its users share it."""
         if key not in self.here.held:
             self._recall(key)
         here, start = self.here.held[key], self.here.origin[key]
         if splits in here:
             return here[splits]
-        for stop in (*self._stops(key), splits):
+        for stop in self._stops(key):
             self._walk(key, start, stop)
             start = stop
+        self._walk(key, start, splits, gradient)
         self._keep(key)
         return here[splits]
 
@@ -237,11 +239,11 @@ class _Rewrite:
             self._operator(self.by_node[producer])
         self.now = before
 
-    def _walk(self, key: Key, start: Splits, end: Splits) -> None:
+    def _walk(self, key: Key, start: Splits, end: Splits, gradient: bool = False) -> None:
         here = self.here.held[key]
         if end in here:
             return
-        tensor = self.network.class_of(key)
+        tensor = self.network.gradient_class(key) if gradient else self.network.class_of(key)
         for step in tensor.path(start, end):
             after = apply(start, step, self.mesh)
             if after not in here:
@@ -320,11 +322,12 @@ class _Rewrite:
             self.now = old
             value = self.factored.values[old]
             leaves = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
-            if port.role is Role.GRADIENT and port.name in parameters:
+            gradient = port.role is Role.GRADIENT and port.name in parameters
+            if gradient:
                 stored = self.assignment.strategies[parameters[port.name]].split
                 splits = base_demand(self.factored, value, stored)
                 held = dict(zip(leaves, stored, strict=True))
             else:
                 splits = self.assignment.outputs[index]
                 held = {ref: axes for ref, axes in self._base_held(value.key, splits).items() if ref in leaves}
-            self.made[index] = self._value(old, splits, held)
+            self.made[index] = self._value(old, splits, held, gradient)

@@ -7,6 +7,7 @@ if __name__ != "shardc.runtime":
     raise ImportError("import shardc.runtime")
 
 from shardc.runtime.attention import attention, attention_backward
+from shardc.runtime.buckets import all_reduce_bucket, reduce_scatter_bucket
 from shardc.runtime.checks import checked
 from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
 from shardc.runtime.columns import cholesky_inverse, householder_product
@@ -85,6 +86,7 @@ __all__ = [
     "VirtualMesh",
     "all_gather",
     "all_reduce",
+    "all_reduce_bucket",
     "all_to_all",
     "arange",
     "argmax",
@@ -147,6 +149,7 @@ __all__ = [
     "randperm",
     "rebase",
     "reduce_scatter",
+    "reduce_scatter_bucket",
     "rms_norm",
     "roll",
     "rrelu",

@@ -31,16 +31,16 @@ def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: in
     """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times, or to `chunk`."""
     context = current()
     n = context.size(axis)
-    _check_op(op)
+    check_op(op)
     if n == 1:
         return x.contiguous()
-    return context.collective("reduce_scatter", axis, _chunks(x, dim, n, chunk), op)
+    return context.collective("reduce_scatter", axis, chunks(x, dim, n, chunk), op)
 
 
 def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
     """The reduction over the ranks, whole on every rank."""
     context = current()
-    _check_op(op)
+    check_op(op)
     if context.size(axis) == 1:
         return x.contiguous()
     return context.collective("all_reduce", axis, x, op)
@@ -56,7 +56,7 @@ def all_to_all(
     if n == 1:
         return x.contiguous()
     _check_dim(x, concat_dim)
-    parts = context.collective("all_to_all", axis, _chunks(x, split_dim, n, chunk))
+    parts = context.collective("all_to_all", axis, chunks(x, split_dim, n, chunk))
     return _cropped(torch.cat(parts.unbind(0), concat_dim), concat_dim, size)
 
 
@@ -79,7 +79,7 @@ def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Tensor
     if n == 1 and chunk is None:
         return x.contiguous()
     # a copy even of what is contiguous: a view would keep the whole of x in memory
-    return _chunks(x, dim, n, chunk)[context.coordinates[axis]].clone(memory_format=torch.contiguous_format)
+    return chunks(x, dim, n, chunk)[context.coordinates[axis]].clone(memory_format=torch.contiguous_format)
 
 
 def to_partial(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
@@ -89,14 +89,15 @@ def to_partial(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
     """
     context = current()
     context.size(axis)
-    _check_op(op)
+    check_op(op)
     if op in ("max", "min") or context.coordinates[axis] == 0:
         return x.contiguous()
     fill = torch.zeros_like if op == "sum" else torch.ones_like
     return fill(x, memory_format=torch.contiguous_format)
 
 
-def _check_op(op: str) -> None:
+def check_op(op: str) -> None:
+    """RankError for a reduction that there is none of."""
     if op not in _OPS:
         raise RankError(f"no reduction {op!r}: one of {', '.join(_OPS)}")
 
@@ -106,7 +107,7 @@ def _check_dim(x: Tensor, dim: int) -> None:
         raise RankError(f"dim {dim} is not a dim of a tensor of shape {tuple(x.shape)}")
 
 
-def _chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
+def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
     """`(n, *chunk)`: the n chunks of dim, stacked."""
     _check_dim(x, dim)
     if chunk is not None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shardc.cost.buckets import KINDS, Sharing
 from shardc.cost.hardware import Hardware
 from shardc.mesh import Mesh
 
@@ -106,7 +107,7 @@ def steps(splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ..
 class TensorClass:
     """All layouts of tensors with the same atoms and bytes an element, and the cheapest conversion between any two.
 
-    `seconds[i, j]` converts layout i to layout j.
+    `seconds[i, j]` converts layout i to layout j. For gradients, `sharing` prices the steps that run in buckets.
     """
 
     sizes: tuple[int, ...]
@@ -114,6 +115,7 @@ class TensorClass:
     ops: tuple[str, ...]
     mesh: Mesh
     device: Hardware
+    sharing: Sharing | None = None
 
     @cached_property
     def layouts(self) -> list[Splits]:
@@ -140,10 +142,16 @@ class TensorClass:
             found: dict[int, tuple[float, Step]] = {}
             for step in steps(splits, self.sizes, self.mesh, self.ops):
                 after = apply(splits, step, self.mesh)
-                moved = self.operand_bytes(splits, after, step)
-                found[self.index[after]] = step_seconds(step.kind, step.axis, moved, self.mesh, self.device), step
+                found[self.index[after]] = self.step_seconds(step, self.operand_bytes(splits, after, step)), step
             moves[i] = found
         return moves
+
+    def step_seconds(self, step: Step, moved: float) -> float:
+        """Seconds of a step whose local operand has `moved` bytes."""
+        if self.sharing is not None and step.kind in KINDS and moved:
+            whole = self.itemsize * math.prod(self.sizes)
+            return self.sharing.seconds(step.kind, step.axis, moved, moved / whole)
+        return step_seconds(step.kind, step.axis, moved, self.mesh, self.device)
 
     def operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
         """Bytes of a step's local operand, padded to chunks of the atom that it splits."""

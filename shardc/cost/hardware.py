@@ -97,10 +97,15 @@ class Hardware:
 
     def collective_seconds(self, kind: str, size: float, mesh: Mesh, axis: str) -> float:
         """Seconds of one collective over `axis` whose local operand has `size` bytes, by the fastest algorithm."""
+        return min(line.at(size) for line in self.collective_lines(kind, mesh, axis))
+
+    def collective_lines(self, kind: str, mesh: Mesh, axis: str) -> list[Line]:
+        """What the backend chooses among for one kind of collective over `axis`, launch and start included."""
         key = kind, axis, mesh.axes
         if key not in self._lines:
-            self._lines[key] = lines(kind, self.algorithms[kind], self.wires(mesh, axis, kind))
-        return self.launch + self.start + min(line.at(size) for line in self._lines[key])
+            found = lines(kind, self.algorithms[kind], self.wires(mesh, axis, kind))
+            self._lines[key] = [line + Line(self.launch + self.start, 0.0) for line in found]
+        return self._lines[key]
 
     @cached_property
     def _lines(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Line]]:

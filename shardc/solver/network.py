@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import torch
 from torch import fx
 
+from shardc.cost.buckets import Buckets, Sharing
 from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.errors import LayoutError
@@ -81,6 +84,7 @@ class Network:
 
     def __post_init__(self) -> None:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
         self._options: dict[fx.Node, Options] = {}
         self._distinct: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
@@ -91,6 +95,7 @@ class Network:
         self._source: dict[Key, tuple[int, np.ndarray]] = {}
         self._edges: list[tuple[int, int, np.ndarray]] = []
         self._op_variable: dict[fx.Node, int] = {}
+        self._parameters: set[int] = set()
         self._share_variable: dict[Key, int] = {}
         self._output_variable: dict[int, int] = {}
 
@@ -132,9 +137,27 @@ class Network:
 
     def class_of(self, key: Key) -> TensorClass:
         """The tensor class of a base value."""
-        producer = value_of(key[0])
-        value = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
-        return self.tensor_class(self.factored.sizes(key), value.element_size())
+        return self.tensor_class(self.factored.sizes(key), _tensor_of(key).element_size())
+
+    def gradient_class(self, key: Key) -> TensorClass:
+        """The tensor class of a base value on its way to the layout of the parameter whose gradient it is, where
+        collectives run in buckets."""
+        sizes, dtype = self.factored.sizes(key), _tensor_of(key).dtype
+        if (sizes, dtype) not in self._gradient_classes:
+            made = TensorClass(sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype])
+            self._gradient_classes[sizes, dtype] = made
+        return self._gradient_classes[sizes, dtype]
+
+    @cached_property
+    def _sharing(self) -> dict[torch.dtype, Sharing]:
+        """By dtype, all gradients among which the collectives of each are shared."""
+        sizes: dict[torch.dtype, list[float]] = {}
+        for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
+            if node is not None and port.role is Role.GRADIENT:
+                tensor = _tensor_of(self.factored.values[node].key)
+                sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
+        buckets = Buckets(self.mesh, self.device)
+        return {dtype: Sharing(buckets, tuple(found)) for dtype, found in sizes.items()}
 
     def build(self) -> None:
         """Make the variables and edges."""
@@ -184,6 +207,8 @@ class Network:
     def _add_op(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         domain = self._domain(op, port, frozen)
         variable = self._op_variable[op.node] = self._variable(op.node.name, domain.strategies, domain.seconds)
+        if port is not None and port.role is Role.PARAMETER:
+            self._parameters.add(variable)
         for operand, demanded in zip(op.operands, domain.operands, strict=True):
             self._connect(operand.value.key, variable, demanded)
         for result, made in zip(op.results, domain.results, strict=True):
@@ -260,9 +285,10 @@ class Network:
         return self._arrays.setdefault(array.tobytes(), array)
 
     def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
-        """Charge `variable` for turning a base value into the layouts it demands."""
+        """Charge `variable` for turning a base value into the layouts it demands. All that a parameter demands of a
+        value is that it lies as its gradient."""
         source, made = self._source_of(key)
-        tensor = self.class_of(key)
+        tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
         identity = (id(tensor), id(made), id(demanded))
         if identity not in self._tables:
             self._tables[identity] = tensor.seconds[np.ix_(made, demanded)]
@@ -313,6 +339,12 @@ class Network:
     def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
         """The layout of the gradient's base value when the parameter is stored as `stored`."""
         return base_demand(self.factored, value, stored.axes)
+
+
+def _tensor_of(key: Key) -> torch.Tensor:
+    """The fake tensor of a base value."""
+    producer = value_of(key[0])
+    return producer[key[1]] if isinstance(producer, (tuple, list)) else producer
 
 
 def base_demand(factored: Factored, value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:

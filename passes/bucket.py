@@ -1,0 +1,163 @@
+"""Bucket: small collectives of gradients become one over a flat buffer, so that its latency is paid once.
+
+    %g = mm(%t, %x)                              f32[512, 256] +sum@dp
+    %r = all_reduce(%g, axis=dp)                 f32[512, 256]
+    %h = sum(%t, [0])                            f32[512] +sum@dp
+    %s = all_reduce(%h, axis=dp)                 f32[512]
+becomes
+    %g = mm(%t, %x)                              f32[512, 256] +sum@dp
+    %h = sum(%t, [0])                            f32[512] +sum@dp
+    %b = all_reduce_bucket([%g, %h], axis=dp)
+    %r = %b[0]                                   f32[512, 256]
+    %s = %b[1]                                   f32[512]
+
+A collective may wait for others where its result only becomes gradients, by way of views, casts and more conversions,
+which wait with it. Those of a chain (over dp, then over tp) are joined step by step. How much a bucket holds, and which
+gradients are better off alone, is reckoned from the link (`shardc/cost/buckets.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.cost.buckets import Buckets
+from shardc.graph import Program
+from shardc.halves import halves
+from shardc.mesh import Mesh
+from shardc.runtime import buckets as runtime
+from shardc.runtime import collectives
+
+BUCKETS: dict[object, str] = {
+    runtime.all_reduce_bucket: "all_reduce",
+    runtime.reduce_scatter_bucket: "reduce_scatter",
+}
+"""The functions that run a bucket, and the collective that each runs."""
+_JOINED: dict[object, Any] = {getattr(collectives, kind): target for target, kind in BUCKETS.items()}
+_CASTS = (torch.ops.aten._to_copy.default,)
+
+Kind = tuple[Any, str, str, torch.dtype]
+"""What collectives of one bucket have in common: function, axis, reduction, dtype."""
+
+
+def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> bool:
+    """Join the collectives of gradients of a localized graph, in place; whether there were any to join."""
+    found = False
+    for level in _levels(graph, program):
+        groups: dict[Kind, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node in level:
+                axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
+                groups.setdefault((node.target, axis, op, node.meta["dtype"]), []).append(node)
+        for kind, nodes in groups.items():
+            for members in _divided(kind, nodes, buckets):
+                _join(graph, members)
+                found = True
+    graph.lint()
+    return found
+
+
+def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
+    """Bytes of a collective's local operand, padded to whole chunks; of a bucket's operands."""
+    told, ways = node.kwargs, mesh.sizes[str(node.kwargs["axis"])]
+    sources: Any = [node.args[0]]
+    dims: Any = [told.get("split_dim", told.get("dim"))]
+    chunks: Any = [told.get("chunk")]
+    if node.target in BUCKETS:
+        sources = node.args[0]
+        dims, chunks = (told.get(name, [None] * len(sources)) for name in ("dims", "sizes"))
+    found: list[int] = []
+    for source, dim, chunk in zip(sources, dims, chunks, strict=True):
+        shape = list(source.meta["layout"].local_shape(mesh))
+        if chunk is not None:
+            shape[dim] = chunk * ways
+        found.append(math.prod(shape) * source.meta["dtype"].itemsize)
+    return found
+
+
+def _levels(graph: fx.Graph, program: Program) -> list[set[fx.Node]]:
+    """The collectives that may wait: first those before which there is none, then those behind one, and so on."""
+    run = halves(graph, program)
+    waiting: set[fx.Node] = set()
+    output, gradients = graph.output_node(), set(run.gradients)
+    for node in reversed(run.backward):
+        if all(user in waiting or (user is output and node in gradients) for user in node.users) and _simple(node):
+            waiting.add(node)
+    depth: dict[fx.Node, int] = {}
+    found: list[set[fx.Node]] = []
+    for node in run.backward:
+        if node not in waiting:
+            continue
+        depth[node] = depth.get(node.all_input_nodes[0], 0)
+        if node.target in _JOINED:
+            if depth[node] == len(found):
+                found.append(set())
+            found[depth[node]].add(node)
+            depth[node] += 1
+    return found
+
+
+def _simple(node: fx.Node) -> bool:
+    """Whether a node only passes a value on: views, conversions, casts."""
+    return len(node.all_input_nodes) == 1 and ("op" not in node.meta or node.target in _CASTS)
+
+
+def _divided(kind: Kind, nodes: Sequence[fx.Node], buckets: Buckets) -> list[list[fx.Node]]:
+    """The buckets that collectives of one kind fill, in the order in which their operands are made."""
+    name, axis = kind[0].__name__, kind[1]
+    sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in nodes}
+    fill = buckets.fill(name, axis, list(sizes.values()))
+    found: list[list[fx.Node]] = [[]]
+    for node in nodes:
+        if buckets.joins(name, axis, sizes[node], fill):
+            if sum(map(sizes.__getitem__, found[-1])) >= fill:
+                found.append([])
+            found[-1].append(node)
+
+    def worth(members: Sequence[fx.Node]) -> bool:
+        alone = sum(buckets.alone(name, axis, sizes[node]) for node in members)
+        return buckets.seconds(name, axis, sum(map(sizes.__getitem__, members))) < alone
+
+    return [members for members in found if len(members) > 1 and worth(members)]
+
+
+def _join(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
+    """One bucket at the place of the last of its members, which become its pieces; what waits for them follows."""
+    first, last = members[0], members[-1]
+    told: dict[str, Any] = {"axis": first.kwargs["axis"]}
+    if "op" in first.kwargs:
+        told["op"] = first.kwargs["op"]
+    if "dim" in first.kwargs:
+        told = {"dims": [node.kwargs["dim"] for node in members], **told}
+    if any("chunk" in node.kwargs for node in members):
+        told["sizes"] = [node.kwargs.get("chunk") for node in members]
+    target = _JOINED[first.target]
+    with graph.inserting_before(last):
+        joined = graph.create_node(
+            "call_function", target, ([node.args[0] for node in members],), told, name=target.__name__
+        )
+    joined.meta = {key: first.meta[key] for key in ("module", "source", "phase", "base") if key in first.meta}
+    joined.meta |= {"dtype": None, "members": [node.meta["base"] for node in members]}
+    waiting = _behind(members)
+    place = joined
+    for node in [*members, *(node for node in graph.nodes if node in waiting)]:
+        place.append(node)
+        place = node
+    for index, node in enumerate(members):
+        node.target, node.args, node.kwargs = operator.getitem, (joined, index), {}
+
+
+def _behind(members: Sequence[fx.Node]) -> set[fx.Node]:
+    """All that is computed from the members."""
+    found: set[fx.Node] = set()
+    stack = list(members)
+    while stack:
+        users = {user for user in stack.pop().users if user.op != "output"} - found
+        found |= users
+        stack += users
+    return found

@@ -1,0 +1,77 @@
+"""Buckets: small collectives of one kind over one axis run as one, over a flat buffer, and pay its latency once.
+
+    alone       launch + start + latency + B · per_byte                     for each operand of B bytes
+    in buckets  the same, once a bucket, + launch + 2 B / memory_bandwidth  to copy its operands into the buffer
+
+A bucket is full where its collective is within `SLACK` of what its bytes take alone. Operands fill as few buckets as
+hold them, equally; one that takes no longer by itself stays by itself. The solver charges an operand its share of a
+bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardc.cost.hardware import Hardware
+from shardc.mesh import Mesh
+
+KINDS = ("all_reduce", "reduce_scatter")
+"""The collectives that bring gradients into the layouts of their parameters."""
+SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """What buckets cost on one mesh. Sizes are bytes of local operands."""
+
+    mesh: Mesh
+    device: Hardware
+
+    def alone(self, kind: str, axis: str, size: float) -> float:
+        """Seconds of one collective by itself."""
+        return self.device.collective_seconds(kind, size, self.mesh, axis)
+
+    def seconds(self, kind: str, axis: str, size: float) -> float:
+        """Seconds of a bucket of `size` bytes in all: its collective and the copy that fills it."""
+        return self.alone(kind, axis, size) + self.device.launch + 2.0 * size / self.device.memory_bandwidth
+
+    def full(self, kind: str, axis: str) -> float:
+        """The bytes from which on latency is at most `SLACK` of a collective's transfer, at the rate of the backend's
+        best algorithm for long operands."""
+        lines = self.device.collective_lines(kind, self.mesh, axis)
+        allowed = (1.0 + SLACK) * min(line.per_byte for line in lines)
+        near = (line.latency / (allowed - line.per_byte) for line in lines if line.per_byte < allowed)
+        return min(near, default=math.inf)
+
+    def fill(self, kind: str, axis: str, sizes: Sequence[float]) -> float:
+        """The bytes of every bucket where operands of `sizes` fill buckets equally; 0 where none is worth one."""
+        most = min(self.full(kind, axis), sum(sizes))
+        total = sum(size for size in sizes if self.joins(kind, axis, size, most))
+        return total / math.ceil(total / most) if total else 0.0
+
+    def joins(self, kind: str, axis: str, size: float, fill: float) -> bool:
+        """Whether an operand takes less time in a bucket of `fill` bytes than alone."""
+        return bool(fill) and self._share(kind, axis, size, fill) < self.alone(kind, axis, size)
+
+    def _share(self, kind: str, axis: str, size: float, fill: float) -> float:
+        return self.seconds(kind, axis, fill) * size / fill
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a gradient costs among others: `gradients` are the bytes of all of its dtype, each whole."""
+
+    buckets: Buckets
+    gradients: tuple[float, ...]
+    _fills: dict[tuple[str, str, float], float] = field(default_factory=dict[tuple[str, str, float], float])
+
+    def seconds(self, kind: str, axis: str, size: float, part: float) -> float:
+        """Seconds that a collective adds whose operand of `size` bytes is `part` of a whole gradient: alone, or its
+        share of a bucket. Every other gradient is taken to be split as this one is."""
+        key = kind, axis, part
+        if key not in self._fills:
+            self._fills[key] = self.buckets.fill(kind, axis, [part * whole for whole in self.gradients])
+        fill, alone = self._fills[key], self.buckets.alone(kind, axis, size)
+        return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
