@@ -12,7 +12,7 @@ becomes
     %s = %b[1]                                   f32[512]
 
 A collective may wait for others where its result only becomes gradients, by way of views, casts and more conversions,
-which wait with it. Those of a chain (over dp, then over tp) are joined step by step. How much a bucket holds, and which
+which wait with it. Chains (over dp, then over tp) are joined step by step. How much a bucket holds, and which
 gradients are better off alone, is reckoned from the link (`shardc/cost/buckets.py`).
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,16 +48,15 @@ Kind = tuple[Any, str, str, torch.dtype]
 def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> bool:
     """Join the collectives of gradients of a localized graph, in place; whether there were any to join."""
     found = False
-    for level in _levels(graph, program):
-        groups: dict[Kind, list[fx.Node]] = {}
-        for node in graph.nodes:
-            if node in level:
-                axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
-                groups.setdefault((node.target, axis, op, node.meta["dtype"]), []).append(node)
-        for kind, nodes in groups.items():
-            for members in _divided(kind, nodes, buckets):
-                _join(graph, members)
-                found = True
+    before = _waiting(graph, program)
+    while before:
+        kind, nodes = _next(before)
+        place = {node: number for number, node in enumerate(graph.nodes)}  # what waited stands later than it did
+        for members in _divided(kind, sorted(nodes, key=place.__getitem__), buckets):
+            _join(graph, members)
+            found = True
+        for node in nodes:
+            del before[node]
     graph.lint()
     return found
 
@@ -80,26 +79,36 @@ def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
     return found
 
 
-def _levels(graph: fx.Graph, program: Program) -> list[set[fx.Node]]:
-    """The collectives that may wait: first those before which there is none, then those behind one, and so on."""
+def _waiting(graph: fx.Graph, program: Program) -> dict[fx.Node, fx.Node | None]:
+    """The collectives that may wait, in order, each with the one before it in its chain."""
     run = halves(graph, program)
     waiting: set[fx.Node] = set()
     output, gradients = graph.output_node(), set(run.gradients)
     for node in reversed(run.backward):
         if all(user in waiting or (user is output and node in gradients) for user in node.users) and _simple(node):
             waiting.add(node)
-    depth: dict[fx.Node, int] = {}
-    found: list[set[fx.Node]] = []
+    last: dict[fx.Node, fx.Node | None] = {}
+    found: dict[fx.Node, fx.Node | None] = {}
     for node in run.backward:
-        if node not in waiting:
-            continue
-        depth[node] = depth.get(node.all_input_nodes[0], 0)
-        if node.target in _JOINED:
-            if depth[node] == len(found):
-                found.append(set())
-            found[depth[node]].add(node)
-            depth[node] += 1
+        if node in waiting:
+            last[node] = last.get(node.all_input_nodes[0])
+            if node.target in _JOINED:
+                found[node] = last[node]
+                last[node] = node
     return found
+
+
+def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]]:
+    """Of the collectives that are left the first kind of which none waits for another kind; where all do, the first
+    kind of which some need not wait."""
+    kinds: dict[Kind, list[fx.Node]] = {}
+    for node in before:
+        axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
+        kinds.setdefault((node.target, axis, op, node.meta["dtype"]), []).append(node)
+    ready = {kind: [node for node in nodes if before[node] not in before] for kind, nodes in kinds.items()}
+    whole = (kind for kind, nodes in kinds.items() if len(ready[kind]) == len(nodes))
+    chosen = next(whole, None) or next(kind for kind, nodes in ready.items() if nodes)
+    return chosen, ready[chosen]
 
 
 def _simple(node: fx.Node) -> bool:

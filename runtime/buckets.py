@@ -57,7 +57,7 @@ def reduce_scatter_bucket(
 def _check(parts: Sequence[Tensor]) -> None:
     dtypes = {part.dtype for part in parts}
     if len(dtypes) != 1:
-        names = ", ".join(sorted(map(str, dtypes))) or "no tensor at all"
+        names = ", ".join(sorted(map(str, dtypes))) or "none at all"
         raise RankError(f"a bucket holds tensors of one dtype, not {names}")
 
 

@@ -17,6 +17,7 @@ from shardc.runtime import (
     VirtualMesh,
     all_gather,
     all_reduce,
+    all_reduce_bucket,
     all_to_all,
     distribute,
     draw,
@@ -24,6 +25,7 @@ from shardc.runtime import (
     permute,
     placements,
     reduce_scatter,
+    reduce_scatter_bucket,
     swap_in,
 )
 
@@ -78,6 +80,8 @@ def same_as_virtual():
     def program(x, axis):
         moved = [all_gather(x, dim=d, axis=axis) for d in (0, 1)]
         moved += [all_to_all(x, split_dim=0, concat_dim=1, axis=axis)]
+        moved += [*all_reduce_bucket([x, x.t()[1:]], axis=axis)]
+        moved += [*reduce_scatter_bucket([x, x[:1]], dims=[0, 1], axis=axis)]
         moved += [permute(x, axis=axis, sources=[1, 0])]
         moved += [all_reduce(x.t(), axis=axis, op=op) for op in ("sum", "max", "min", "prod")]
         return moved + [reduce_scatter(x, dim=d, axis=axis, op=op) for d in (0, 1) for op in ("sum", "max")]

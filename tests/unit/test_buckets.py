@@ -1,0 +1,123 @@
+"""Buckets by themselves: what they cost, and that they move what collectives of single tensors would."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardc.cost.buckets import SLACK, Buckets, Sharing
+from shardc.cost.hardware import hardware
+from shardc.mesh import Mesh as Axes
+from shardc.runtime import (
+    RankError,
+    VirtualMesh,
+    all_reduce,
+    all_reduce_bucket,
+    reduce_scatter,
+    reduce_scatter_bucket,
+)
+
+KINDS = ("all_reduce", "reduce_scatter")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("device", "mesh"), [("h100", "dp=8"), ("h100", "dp=64"), ("cpu", "dp=4"), ("tpu_v5p", "dp=16")]
+)
+def test_a_full_bucket_pays_little_for_latency(device: str, mesh: str, kind: str) -> None:
+    buckets = Buckets(Axes.parse(mesh), hardware(device))
+    full = buckets.full(kind, "dp")
+    rate = min(line.per_byte for line in buckets.device.collective_lines(kind, buckets.mesh, "dp"))
+    assert buckets.alone(kind, "dp", full) == pytest.approx((1 + SLACK) * rate * full)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_fill_buckets_equally(kind: str) -> None:
+    buckets = Buckets(Axes.parse("dp=8"), hardware("h100"))
+    full, small = buckets.full(kind, "dp"), buckets.full(kind, "dp") / 40
+    assert buckets.fill(kind, "dp", [small] * 10) == pytest.approx(10 * small)
+    assert buckets.fill(kind, "dp", [small] * 100) == pytest.approx(100 * small / 3)
+    assert buckets.fill(kind, "dp", [small, small, 10 * full]) == pytest.approx(2 * small)  # the large one stays alone
+    assert buckets.fill(kind, "dp", [10 * full]) == buckets.fill(kind, "dp", []) == 0
+    assert not buckets.joins(kind, "dp", 10 * full, full) and buckets.joins(kind, "dp", small, full)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_add_up_to_buckets(kind: str) -> None:
+    """Of equal gradients; one that no other joins costs what it costs alone."""
+    buckets = Buckets(Axes.parse("dp=4,tp=2"), hardware("h100"))
+    sharing = Sharing(buckets, (1e5,) * 20)
+    for part in (1.0, 0.5):
+        shares = 20 * sharing.seconds(kind, "dp", part * 1e5, part)
+        assert shares == pytest.approx(buckets.seconds(kind, "dp", 20 * part * 1e5))
+        assert shares < 20 * buckets.alone(kind, "dp", part * 1e5)
+    assert Sharing(buckets, (1e5,)).seconds(kind, "dp", 1e5, 1.0) == buckets.alone(kind, "dp", 1e5)
+
+
+def parts(rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    made = [torch.arange(24.0).reshape(4, 6), torch.ones(()), torch.arange(7.0), torch.zeros(0, 4), torch.eye(5).t()]
+    return [(part + rank).to(dtype) for part in made]
+
+
+@pytest.mark.parametrize("op", ["sum", "max"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_all_reduce_bucket(ranks: int, op: str) -> None:
+    mesh = VirtualMesh({"a": ranks})
+    joined = mesh.run(lambda given: all_reduce_bucket(given, axis="a", op=op), lambda rank: (parts(rank),))
+    traffic = dict(mesh.traffic)
+    mesh.reset()
+    single = mesh.run(lambda given: [all_reduce(x, axis="a", op=op) for x in given], lambda rank: (parts(rank),))
+    for own, expected in zip(joined, single, strict=True):
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(own, expected, strict=True))
+    assert mesh.traffic == pytest.approx(traffic)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_reduce_scatter_bucket(ranks: int) -> None:
+    """Each along its own dim, one of them padded."""
+    mesh, dims = VirtualMesh({"a": ranks}), (1, 0, 1)
+    sizes = (None, math.ceil(7 / ranks), math.ceil(5 / ranks))
+
+    def given(rank: int) -> tuple[list[Tensor]]:
+        return ([parts(rank)[index] for index in (0, 2, 4)],)
+
+    joined = mesh.run(lambda own: reduce_scatter_bucket(own, dims=dims, axis="a", sizes=sizes), given)
+    traffic = dict(mesh.traffic)
+    mesh.reset()
+    told = list(zip(dims, sizes, strict=True))
+    single = mesh.run(
+        lambda own: [
+            reduce_scatter(x, dim=dim, axis="a", chunk=size) for x, (dim, size) in zip(own, told, strict=True)
+        ],
+        given,
+    )
+    for own, expected in zip(joined, single, strict=True):
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(own, expected, strict=True))
+    assert mesh.traffic == pytest.approx(traffic)
+
+
+def test_pieces_may_be_written_to() -> None:
+    def run() -> list[float]:
+        one, other = all_reduce_bucket([torch.ones(2), torch.ones(3)], axis="a")
+        one.mul_(5.0)
+        return [*one.tolist(), *other.tolist()]
+
+    assert VirtualMesh({"a": 2}).run(run, lambda _: ()) == [[10.0, 10.0, 2.0, 2.0, 2.0]] * 2
+
+
+def test_what_is_no_bucket() -> None:
+    mesh = VirtualMesh({"a": 2})
+    one = torch.ones(4)
+    for given, words in (
+        (lambda: all_reduce_bucket([one, one.double()], axis="a"), "one dtype, not torch.float32, torch.float64"),
+        (lambda: all_reduce_bucket([], axis="a"), "one dtype, not none at all"),
+        (lambda: all_reduce_bucket([one], axis="a", op="mean"), "no reduction 'mean'"),
+        (lambda: all_reduce_bucket([one], axis="b"), "no axis 'b'"),
+        (lambda: reduce_scatter_bucket([one, one], dims=[0], axis="a"), "2 tensors has 1 dims and 2 sizes"),
+        (lambda: reduce_scatter_bucket([one[:3]], dims=[0], axis="a"), "does not split evenly into 2 chunks"),
+    ):
+        with pytest.raises(RankError, match=words):
+            mesh.run(given, lambda _: ())
