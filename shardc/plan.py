@@ -127,7 +127,8 @@ class Plan:
     def predicted(self) -> float:
         """Seconds of compute and of the conversions that were emitted.
 
-        Conversions of one value can share steps, so this may lie a little below `cost`, which charges each in full.
+        Conversions of one value can share steps, so this may lie a little below `cost`, which charges each in full; or
+        above, by latencies: `cost` charges gradients their share of buckets that it takes to hold all of their kind.
         """
         return self.compute + sum(c.seconds for c in self.conversions)
 
@@ -156,9 +157,12 @@ class Plan:
         parts = f"compute {in_seconds(self.compute)}, conversions {communication}"
         if in_seconds(self.cost) == in_seconds(self.predicted):
             return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
+        why = "it charges in full the steps that conversions share"
+        if self.predicted > self.cost:
+            why = "it takes buckets to hold more gradients than they do"
         return [
             f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
-            f"  objective  {in_seconds(self.cost)}, {proof}; it charges in full the steps that conversions share",
+            f"  objective  {in_seconds(self.cost)}, {proof}; {why}",
         ]
 
     def _memory_lines(self) -> list[str]:

@@ -14,7 +14,10 @@ mesh, *names = sys.argv[1:]
 for name in names:
     torch.manual_seed(0)
     single, inputs = MODELS[name](torch.float64)
-    model = shard(copy.deepcopy(single), mesh=mesh, hardware="cpu")
+    # of models as small as these the solver would keep every weight whole
+    weights = {key: p.dim() for key, p in single.named_parameters() if p.dim() > 1 and p.shape[0] % 4 == 0}
+    split = {key: ("tp", *(dims - 1) * (None,)) for key, dims in weights.items()} if mesh == "tp=4" else {}
+    model = shard(copy.deepcopy(single), mesh=mesh, hardware="cpu", constraints=split)
     ours, theirs = (torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, single))
     for step in range(3):
         losses = []
