@@ -45,20 +45,21 @@ Kind = tuple[Any, str, str, torch.dtype]
 """What collectives of one bucket have in common: function, axis, reduction, dtype."""
 
 
-def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> bool:
-    """Join the collectives of gradients of a localized graph, in place; whether there were any to join."""
-    found = False
+def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> int:
+    """Join the collectives of gradients of a localized graph, in place. The bytes of the largest bucket, 0 where there
+    was nothing to join."""
+    largest = 0
     before = _waiting(graph, program)
     while before:
         kind, nodes = _next(before)
         place = {node: number for number, node in enumerate(graph.nodes)}  # what waited stands later than it did
         for members in _divided(kind, sorted(nodes, key=place.__getitem__), buckets):
+            largest = max(largest, sum(operand_bytes(node, buckets.mesh)[0] for node in members))
             _join(graph, members)
-            found = True
         for node in nodes:
             del before[node]
     graph.lint()
-    return found
+    return largest
 
 
 def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:

@@ -44,6 +44,9 @@ COLLECTIVES: dict[object, str] = BUCKETS | {
     for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
 }
 
+SMALLER = (1 / 2, 1 / 4, 1 / 16, 1 / 64)
+"""What is tried of buckets that do not fit into memory."""
+
 
 @dataclass
 class Lowered:
@@ -115,17 +118,15 @@ def lower(
     unknown = tried(network, assignment, graph, conversions)
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
-    if timed("bucket", lambda: bucket(graph, program, Buckets(mesh, settings.device))):
-        conversions = _conversions(network, graph, mesh, settings.device, titles)
+    largest = timed("bucket", lambda: bucket(graph, program, Buckets(mesh, settings.device)))
     memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
-    if settings.memory is not None and memory.peak > settings.memory:  # the plan fits without the memory of buckets
-        graph = timed("reshard", lambda: localize(reshard(network, assignment), mesh))
-        conversions = _conversions(network, graph, mesh, settings.device, titles)
-        memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
+    if settings.memory is not None and memory.peak > settings.memory:
+        graph, memory = timed("bucket", lambda: _smaller(network, assignment, program, settings, largest))
+    memory = replace(memory, budget=settings.memory)
+    conversions = _conversions(network, graph, mesh, settings.device, titles)
     keep("bucket", graph)
     compute = _compute(network, assignment)
     explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
-    memory = replace(memory, budget=settings.memory)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
     graphs["codegen"] = lambda: code
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
@@ -157,6 +158,23 @@ def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignme
         return footprint(graph, program, settings.mesh, settings.states).peak
 
     return peak
+
+
+def _smaller(
+    network: Network, assignment: Assignment, program: Program, settings: Settings, largest: float
+) -> tuple[fx.Graph, Memory]:
+    """The localized graph, and what it holds, with buckets so much smaller than the `largest` that it keeps to the
+    budget; with none, it does."""
+
+    def lowered(part: float) -> tuple[fx.Graph, Memory]:
+        graph = localize(reshard(network, assignment), settings.mesh)
+        if part:
+            bucket(graph, program, Buckets(settings.mesh, settings.device, part * largest))
+        return graph, footprint(graph, program, settings.mesh, settings.states)
+
+    assert settings.memory is not None
+    found = (lowered(part) for part in SMALLER)
+    return next(((graph, memory) for graph, memory in found if memory.peak <= settings.memory), None) or lowered(0.0)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:

@@ -24,10 +24,11 @@ SLACK = 0.05
 
 @dataclass(frozen=True)
 class Buckets:
-    """What buckets cost on one mesh. Sizes are bytes of local operands."""
+    """What buckets cost on one mesh. Sizes are bytes of local operands; no bucket is meant to hold more than `most`."""
 
     mesh: Mesh
     device: Hardware
+    most: float = math.inf
 
     def alone(self, kind: str, axis: str, size: float) -> float:
         """Seconds of one collective by itself."""
@@ -39,11 +40,11 @@ class Buckets:
 
     def full(self, kind: str, axis: str) -> float:
         """The bytes from which on latency is at most `SLACK` of a collective's transfer, at the rate of the backend's
-        best algorithm for long operands."""
+        best algorithm for long operands; or the most that a bucket may hold."""
         lines = self.device.collective_lines(kind, self.mesh, axis)
         allowed = (1.0 + SLACK) * min(line.per_byte for line in lines)
         near = (line.latency / (allowed - line.per_byte) for line in lines if line.per_byte < allowed)
-        return min(near, default=math.inf)
+        return min(*near, self.most, math.inf)
 
     def fill(self, kind: str, axis: str, sizes: Sequence[float]) -> float:
         """The bytes of every bucket where operands of `sizes` fill buckets equally; 0 where none is worth one."""

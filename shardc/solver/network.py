@@ -101,7 +101,8 @@ class Network:
 
     def share(self, other: Network) -> None:
         """Use the strategies and conversions that another network of the same program on the same mesh worked out."""
-        self._classes, self._options, self._distinct = other._classes, other._options, other._distinct
+        self._classes, self._gradient_classes = other._classes, other._gradient_classes
+        self._options, self._distinct = other._options, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
 
     def problem(self) -> Problem:
