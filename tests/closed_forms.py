@@ -215,7 +215,8 @@ class Recipe:
 
 
 def sent(compiled: Compiled, least: float = 1e6) -> dict[tuple[str, str, str], float]:
-    """Bytes that a rank sends, by phase, kind and axis; the loss and the norms' gradients, below `least`, left out."""
+    """Bytes that a rank sends, by phase, kind and axis; the loss and buckets of norms alone, below `least`, left
+    out."""
     found = Counter[tuple[str, str, str]]()
     for c in compiled.plan.conversions:
         if c.sent >= least:
@@ -234,6 +235,7 @@ def recipes() -> list[Recipe]:
     """Fully sharded, hybrid sharded, and Megatron's weights: on short sequences the residual is whole and reduced, on
     long ones split, scattered and gathered."""
     matrices = BLOCKS * 12 * 2048**2 * ITEM
+    norms = BLOCKS * 2 * 2048 * ITEM
     residual = 8192 * 8192 * ITEM  # of the long sequences
     return [
         Recipe(
@@ -245,7 +247,7 @@ def recipes() -> list[Recipe]:
             {
                 ("forward", "all_gather", "fs"): 7 / 8 * matrices,
                 ("backward", "reduce_scatter", "fs"): 7 / 8 * matrices,
-                ("backward", "all_reduce", "dp"): matrices / 8,
+                ("backward", "all_reduce", "dp"): matrices / 8 + norms,  # in one bucket
             },
         ),
         # the input of the model needs no gradient, so the last all-reduce of backward falls away
