@@ -17,7 +17,7 @@ from torch import fx
 
 from shardc.answers import Assumption, Conflict, Conversion, Reader, Why, WhyNot
 from shardc.constrain import Dim, parse, spec_text
-from shardc.cost.conversion import Splits, apply, sent_fraction, step_seconds
+from shardc.cost.conversion import Splits, apply, sent_fraction
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.graph import Port, Program, Role, value_of, where
 from shardc.layout import Layout, describe
@@ -288,14 +288,15 @@ class Questions:
         for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
             if node is None or self.network.factored.values[node].key != key:
                 continue
-            if port.role is Role.GRADIENT and port.name in parameters:
+            gradient = port.role is Role.GRADIENT and port.name in parameters
+            if gradient:
                 stored = Splits(self.assignment.strategies[parameters[port.name]].split)
                 own = self.network.factored.values[node]
                 needed = self.network.gradient_demand(own, parameters[port.name], stored)
                 title = f"gradient of {port.name}"
             else:
                 needed, title = self.assignment.outputs[index], f"{port.role.value} {port.name or port.index}"
-            yield self._reader(value, shared, needed, title, node)
+            yield self._reader(value, shared, needed, title, node, gradient)
         if (port := self._port(key[0])) is not None and port.role is Role.PARAMETER:
             yield from self._gradients(value, port.name)
 
@@ -309,22 +310,27 @@ class Questions:
                 stored = Splits(self.assignment.strategies[value.key[0]].split)
                 needed = network.gradient_demand(own, value.key[0], stored)
                 shared = self.assignment.shares.get(own.key, self._made(own.key))
-                steps = self._steps(made, shared, needed, where(own.key[0]))
+                steps = self._steps(made, shared, needed, where(own.key[0]), gradient=True)
                 title = f"its gradient, from {self._title(own.key)}"
                 yield Reader(title, self._text(own, needed), steps, "backward", where(own.key[0]))
 
-    def _reader(self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node) -> Reader:
-        steps = tuple(self._steps(value, shared, needed, where(node)))
+    def _reader(
+        self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node, gradient: bool = False
+    ) -> Reader:
+        steps = self._steps(value, shared, needed, where(node), gradient)
         return Reader(title, self._text(value, needed), steps, node.meta.get("phase", ""), where(node))
 
-    def _steps(self, value: Value, start: Splits, end: Splits, place: str) -> tuple[Conversion, ...]:
-        """The conversions between two layouts of the value."""
+    def _steps(
+        self, value: Value, start: Splits, end: Splits, place: str, gradient: bool = False
+    ) -> tuple[Conversion, ...]:
+        """The conversions between two layouts of the value; those of a gradient cost their shares of buckets."""
         found: list[Conversion] = []
-        tensor, mesh = self.network.class_of(value.key), self.network.mesh
+        network, mesh = self.network, self.network.mesh
+        tensor = network.gradient_class(value.key) if gradient else network.class_of(value.key)
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
             moved = tensor.operand_bytes(start, after, step)
-            seconds = step_seconds(step.kind, step.axis, moved, mesh, self.network.device)
+            seconds = tensor.step_seconds(step, moved)
             sent = sent_fraction(step.kind, mesh.sizes[step.axis]) * moved
             found.append(Conversion(step.kind, step.axis, "", sent, seconds, "", place, self._title(value.key)))
             start = after

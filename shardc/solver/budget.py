@@ -96,17 +96,19 @@ class Frontier:
         deadline = time.process_time() + time_limit
         if not self.points:
             self._ask({}, deadline)
-        ceiling = _MODEST
+        ceiling, dearer = _MODEST, 1.0
         for _ in range(_ROUNDS):
             best, lower = self._best(bound), self._proof(bound, drafts=True).bound(bound)
             if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
                 break
-            if best is None and (ceiling > _RICH or lower > _HOPELESS * max(point.cost for point in self.points)):
+            dearest = max(point.cost for point in self.points)
+            if best is None and (min(ceiling, dearer) > _RICH or lower > _HOPELESS * dearest):
                 break
-            prices, value = self._master(bound, _RICH if best else ceiling)
+            prices, value = self._master(bound, _RICH if best else min(ceiling, _RICH))
             if best is None:
                 ceiling *= _RISE
-                self._ask(prices, deadline, draft=True)
+                if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, draft=True):
+                    dearer *= _RISE  # the best prices are known, and what they choose does not fit
                 continue
             ways = (self._between(prices, bound), prices)
             if value - lower <= self.close * best.cost or not any(self._ask(way, deadline, draft=True) for way in ways):

@@ -134,7 +134,7 @@ def test_backward_twice() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("part", [2.0, 0.55])
+@pytest.mark.parametrize("part", [2.0, 0.6, 0.55])
 def test_a_plan_within_a_budget_answers(part: float) -> None:
     """It is proved anew with its prices on memory; alternatives keep to the same bound."""
     torch.manual_seed(0)
