@@ -60,7 +60,8 @@ def assign_within(
 ) -> tuple[Network, Assignment, Solution]:  # fmt: skip
     """As `assign`, among the plans that hold at most `budget.bytes` at once. Operators that run again are offered only
     if something has to give. `peak_of` tells what a plan holds once it is lowered; where that is not what the network
-    reckoned, the bound is moved by the difference. Raises InfeasibleError if nothing fits."""
+    reckoned, the bound is moved by the difference. What is proved is proved for the largest bound that was tried, of
+    the memory that the network reckons. Raises InfeasibleError if nothing fits."""
 
     def network(recompute: bool, like: Network | None = None) -> KeepingNetwork:
         asked = (factored, mesh, device, accepts, whole_outputs, wishes)
@@ -80,27 +81,47 @@ def assign_within(
     frontier = Frontier(full.problem(), full.holdings())
     frontier.know(free, full.widened(simple, free.choice))
     best: tuple[Solution, Assignment] | None = None
-    low, bound = 0.0, budget.bytes
-    for _ in range(TRIES):
-        try:
-            found = frontier.within(bound, TIME_LIMIT)
-        except InfeasibleError:
-            if not low and best is None and bound >= budget.bytes:
-                raise
-            low, bound = bound, 0.5 * (bound + budget.bytes)
-            continue
+    low, bound, largest = 0.0, budget.bytes, budget.bytes
+
+    def lowered(found: Solution) -> float:
+        """Take the choice if its code fits; by how much that holds more than was reckoned."""
+        nonlocal best
         assignment = full.assignment(found.choice)
         peak = peak_of(full, assignment)
         if peak <= budget.bytes and (best is None or found.cost < best[0].cost):
             best = found, assignment
-        over = peak - float(full.holdings().timeline(found.choice).max())
+        return peak - float(full.holdings().timeline(found.choice).max())
+
+    for _ in range(TRIES):
+        largest = max(largest, bound)
+        try:
+            found = _within(frontier, bound)
+        except InfeasibleError:
+            if not low and bound >= budget.bytes:
+                break
+            low, bound = bound, 0.5 * (bound + budget.bytes)
+            continue
+        over = lowered(found)
         if best is not None and budget.bytes - over - bound < CLOSE * bound:
             break
         bound = max(budget.bytes - over, 0.5 * (low + bound))
     if best is None:
-        raise InfeasibleError(f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device")
+        over = lowered(frontier.smallest())
+    if best is None:
+        least = float(full.holdings().timeline(frontier.smallest().choice).max()) + over
+        raise InfeasibleError(
+            f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device; the smallest "
+            f"peak found is {in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"
+        )
     found, assignment = best
-    return full, assignment, found
+    return full, assignment, frontier.proved_for(found, largest)
+
+
+def _within(frontier: Frontier, bound: float) -> Solution:
+    try:
+        return frontier.within(bound, TIME_LIMIT)
+    except TimeoutError as error:
+        raise _too_late(TIME_LIMIT) from error
 
 
 def network_of(
@@ -127,6 +148,8 @@ def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE) -> So
     try:
         return solve(problem, time_limit=time_limit, certify=False, enough=enough)
     except TimeoutError as error:
-        raise ShardcError(
-            f"no plan was found within {time_limit:.0f} CPU-seconds; constrain more, or use fewer axes"
-        ) from error
+        raise _too_late(time_limit) from error
+
+
+def _too_late(time_limit: float) -> ShardcError:
+    return ShardcError(f"no plan was found within {time_limit:.0f} CPU-seconds; constrain more, or use fewer axes")

@@ -122,6 +122,8 @@ def lower(
     memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
     if settings.memory is not None and memory.peak > settings.memory:
         graph, memory = timed("bucket", lambda: _smaller(network, assignment, program, settings, largest))
+    if settings.memory is not None and memory.peak > settings.memory:
+        raise AssertionError(f"the plan was to hold {settings.memory:.0f} bytes, its code holds {memory.peak:.0f}")
     memory = replace(memory, budget=settings.memory)
     conversions = _conversions(network, graph, mesh, settings.device, titles)
     keep("bucket", graph)
@@ -143,7 +145,8 @@ def _choose(
     if known is not None:
         network = Network(factored, settings.mesh, settings.device, accepts, settings.whole_outputs)
         adopted = adopt(network, known)
-        if adopted is not None:
+        fits = settings.memory is None or (adopted and peak_of(program, settings)(network, adopted) <= settings.memory)
+        if adopted is not None and fits:
             return network, adopted, None
     asked = (factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
     if settings.memory is None:

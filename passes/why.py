@@ -21,9 +21,9 @@ from shardc.cost.conversion import Splits, apply, sent_fraction
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.graph import Port, Program, Role, value_of, where
 from shardc.layout import Layout, describe
-from shardc.passes.again import TIME_LIMIT, Solved
 from shardc.passes.assumes import assumptions
 from shardc.passes.propagate import Constraint, demanded_leaves
+from shardc.passes.solved import TIME_LIMIT, Solved
 from shardc.rules.factoring import Key, Op, Value, layout_of
 from shardc.solver.certificate import Certificate
 from shardc.solver.network import Assignment, Network
@@ -276,6 +276,13 @@ class Questions:
     def _made(self, key: Key) -> Splits:
         return make(self.assignment.shapes[key[0]], self.assignment.strategies[key[0]], key[1], self.network.mesh)
 
+    def _found(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
+        """The layout in which a reader finds a value: under a budget, backward finds what was kept."""
+        chosen = self.assignment
+        if chosen.forward is None or reader in chosen.forward or key[0] not in chosen.forward:
+            return shared
+        return chosen.regathered.get(key, chosen.kept.get(key, shared))
+
     def _readers(self, value: Value, shared: Splits) -> Iterator[Reader]:
         key, mesh, program = value.key, self.network.mesh, self.network.factored.program
         for op in self.network.factored.ops:
@@ -283,7 +290,8 @@ class Questions:
                 if operand.value.key == key:
                     strategy = self.assignment.strategies[op.node]
                     needed = demand(self.assignment.shapes[op.node], strategy, index, mesh)
-                    yield self._reader(value, shared, needed, self._title((op.node, 0)), op.node)
+                    start = self._found(key, shared, op.node)
+                    yield self._reader(value, start, needed, self._title((op.node, 0)), op.node)
         parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
         for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
             if node is None or self.network.factored.values[node].key != key:

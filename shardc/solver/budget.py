@@ -43,7 +43,8 @@ _KEPT = 2  # layers on either side of a fold: what the last layer does without, 
 _MODEST, _RISE, _RICH = 0.2, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
 the whole bound."""
-_SMALL, _MILP_UNITS = 20_000, 1e3  # pairs of values that are branched over; the cost in the units given to HiGHS
+_SMALL, _MODERATE, _WIDE = 20_000, 50_000, 2e-2  # pairs of values that are branched over; from which gap on so many
+_MILP_UNITS = 1e3  # the cost in the units given to HiGHS
 _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple of the dearest choice known
 
 
@@ -87,7 +88,7 @@ class Frontier:
 
     def know(self, free: Solution, choice: list[int]) -> None:
         """What is known of the network without prices: what was proved, and a choice for it."""
-        self.proofs.append(Proof({}, free.lower_bound, free.certificate))
+        self.proofs.append(Proof({}, free.lower_bound, Certificate({})))  # theirs speaks of another network
         self.points.append(self._point(choice))
 
     def within(self, bound: float, time_limit: float) -> Solution:
@@ -119,19 +120,34 @@ class Frontier:
             self._ask(self._proof(bound, drafts=True).prices, deadline)
         self._merge(bound)
         best, lower = self._best(bound), self._proof(bound).bound(bound)
-        if self._pairs <= _SMALL and (best is None or best.cost - lower > TOLERANCE * abs(best.cost)):
+        gap = math.inf if best is None else (best.cost - lower) / max(abs(best.cost), 1e-300)
+        if self._pairs <= (_SMALL if gap < _WIDE else _MODERATE) and gap > TOLERANCE:
             self._finish(bound, deadline)
-        best, proof = self._best(bound), self._proof(bound)
+        best = self._best(bound)
         if best is None:
             least = min(point.peak for point in self.points)
             raise InfeasibleError(
                 f"no plan was found that holds at most {in_bytes(bound)} a device; the smallest peak found is "
-                f"{in_bytes(least)}"
+                f"{in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"
             )
-        lower = min(max(proof.bound(bound), self.finished.get(bound, -math.inf)), best.cost)
-        exact = best.cost - lower <= TOLERANCE * magnitude(self.problem, best.choice)
+        return self._solution(best, bound)
+
+    def proved_for(self, found: Solution, bound: float) -> Solution:
+        """The same choice with what is proved for another bound."""
+        return self._solution(self._point(found.choice), bound)
+
+    def smallest(self) -> Solution:
+        """The choice that holds least of those found, with what is proved for its own peak."""
+        point = min(self.points, key=lambda point: point.peak)
+        return self._solution(point, point.peak)
+
+    def _solution(self, point: _Point, bound: float) -> Solution:
+        proof = self._proof(bound)
+        branched = max((lower for at, lower in self.finished.items() if at >= bound), default=-math.inf)
+        lower = min(max(proof.bound(bound), branched), point.cost)
+        exact = point.cost - lower <= TOLERANCE * magnitude(self.problem, point.choice)
         prices = Prices(proof.prices, bound, self.holdings)
-        return Solution(best.choice, best.cost, lower, exact, proof.certificate, proof.bound(bound), None, prices)
+        return Solution(point.choice, point.cost, lower, exact, proof.certificate, -math.inf, None, prices)
 
     def _best(self, bound: float) -> _Point | None:
         return min((p for p in self.points if p.peak <= bound), key=lambda p: p.cost, default=None)

@@ -27,7 +27,7 @@ from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Role
 from shardc.rules.factoring import Key, Op, Value
 from shardc.solver.holdings import Holding, Holdings
-from shardc.solver.network import Assignment, Domain, Network
+from shardc.solver.network import Assignment, Domain, Network, title_of
 from shardc.solver.problem import Array
 from shardc.solver.schedule import Schedule
 from shardc.solver.strategies import Strategy
@@ -111,7 +111,7 @@ class KeepingNetwork(Network):
 
     def _crosses(self, key: Key) -> bool:
         """Whether backward reads a value of forward, or may do so to run an operator again."""
-        return bool(self._readers(key)[1]) or (self.recompute and key in self.schedule.again)
+        return bool(self._readers(key)[1]) or (self.recompute and key in self.schedule.reread)
 
     def _readers(self, key: Key) -> tuple[list[int], list[int]]:
         return self.schedule.readers.get(key, ([], []))
@@ -157,7 +157,7 @@ class KeepingNetwork(Network):
         """What backward finds of a value: its layout, or (the last value) that it is gone."""
         tensor, backward = self.class_of(key), self._readers(key)[1]
         layouts: list[Splits] = [*tensor.layouts] if backward else [*tensor.layouts, GONE]
-        variable = self._variable(f"{key[0].name} kept", layouts, np.zeros(len(layouts)))
+        variable = self._variable(f"{title_of(key)} kept", layouts, np.zeros(len(layouts)))
         every = self._intern(np.arange(len(tensor.layouts)))
         self._keeping[key] = variable, every
         source, made = maker
@@ -172,14 +172,14 @@ class KeepingNetwork(Network):
         if key in self._share_variable:
             shared, held = self._source[key]
             self._edges.append((shared, variable, self._derived(("shared", gone), (tensor, held), lambda: _with_gone(
-                np.where(tensor.slices, 0.0, tensor.seconds)[held], gone, 0.0))))  # fmt: skip
+                tensor.seconds[held], gone, 0.0))))  # fmt: skip
             if again:
                 self._edges.append((source, variable, self._derived(("again", gone), (tensor, made), again_only)))
         else:
             self._edges.append((source, variable, self._derived(("made", gone), (tensor, made), lambda: _with_gone(
                 tensor.seconds[np.ix_(made, every)], gone, 0.0))))  # fmt: skip
         self._hold_kept(key, maker, port, gone)
-        if backward and len(backward) + (self.recompute and key in self.schedule.again) > 1:
+        if backward and len(backward) + (self.recompute and key in self.schedule.reread) > 1:
             self._regather(key, variable)
 
     def _runs_again(self, variable: int) -> bool:
@@ -188,10 +188,10 @@ class KeepingNetwork(Network):
 
     def _regather(self, key: Key, kept: int) -> None:
         tensor, backward = self.class_of(key), self._readers(key)[1]
-        variable = self._variable(f"{key[0].name} shared in backward", tensor.layouts, np.zeros(len(tensor.layouts)))
+        variable = self._variable(f"{title_of(key)} shared in backward", tensor.layouts, np.zeros(len(tensor.layouts)))
         every = self._keeping[key][1]
         self._edges.append((kept, variable, tensor.seconds))
-        first = min(*backward, self.schedule.again.get(key, backward)[0])
+        first = min(*backward, self.schedule.reread.get(key, backward)[0])
         self._hold(kept, variable, self._copies(tensor, every, every), first, max(backward))
         self._regathered[key] = variable, every
 
@@ -201,7 +201,7 @@ class KeepingNetwork(Network):
         tensor, (variable, every), (source, made) = self.class_of(key), self._keeping[key], maker
         forward, backward = self._readers(key)
         last = max(forward, default=self._reader)
-        first, end = self.schedule.rerun.get(key[0], 0), max([*backward, *self.schedule.again.get(key, ())])
+        first, end = self.schedule.rerun.get(key[0], 0), max([*backward, *self.schedule.reread.get(key, ())])
         if port is not None:  # the parameter itself is held all the time
             self._hold(source, variable, _with_gone(self._copies(tensor, made, every), gone, 0.0), last + 1, end)
         elif self._runs_again(source):

@@ -302,7 +302,7 @@ class Network:
     def _add_share(self, key: Key) -> int:
         tensor = self.class_of(key)
         every = self._intern(np.arange(len(tensor.layouts)))
-        variable = self._variable(f"{key[0].name} shared", tensor.layouts, np.zeros(len(tensor.layouts)))
+        variable = self._variable(f"{title_of(key)} shared", tensor.layouts, np.zeros(len(tensor.layouts)))
         self._connect(key, variable, every)
         self._source[key] = variable, every
         return variable
@@ -346,6 +346,11 @@ def _tensor_of(key: Key) -> torch.Tensor:
     """The fake tensor of a base value."""
     producer = value_of(key[0])
     return producer[key[1]] if isinstance(producer, (tuple, list)) else producer
+
+
+def title_of(key: Key) -> str:
+    """A name for a base value, unlike all others."""
+    return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
 
 
 def base_demand(factored: Factored, value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:

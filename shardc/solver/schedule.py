@@ -35,7 +35,8 @@ class Schedule:
     serve.
 
     `readers` has, per base value, the positions of what reads it in forward and in backward; outputs are read at the
-    end of forward. `again` tells, per value that operators which may run again read, when the first and the last would.
+    end of forward. `reread` tells, per value that operators which may run again read, when the first and the last of
+    them would.
     """
 
     def __init__(self, factored: Factored) -> None:
@@ -55,7 +56,7 @@ class Schedule:
                 key = factored.values[node].key  # a gradient is laid as its parameter as soon as it is there
                 self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
         self.rerun: dict[fx.Node, int] = {}
-        self.again: dict[Key, tuple[int, int]] = {}
+        self.reread: dict[Key, tuple[int, int]] = {}
         self.length = len(order)
         self._insert(order, self._wanted(order[: self.border + 1], program))
 
@@ -91,7 +92,7 @@ class Schedule:
             for op in wanted.get(place, ()):
                 self.rerun[op.node] = position
                 for key in {operand.value.key for operand in op.operands}:
-                    self.again[key] = self.again.get(key, (position,))[0], position
+                    self.reread[key] = self.reread.get(key, (position,))[0], position
                 position += 1
             places.append(position)
             position += 1

@@ -76,7 +76,8 @@ class Trail:
 @dataclass(frozen=True)
 class Solution:
     """A choice per variable. `lower_bound` is proved by the search, `certified_bound` by the certificate alone. Under a
-    bound on memory the certificate is for the costs with these prices (`budget.py`)."""
+    bound on memory the certificate is for the costs with these prices (`budget.py`), and `check_within` tells what it
+    proves."""
 
     choice: list[int]
     cost: float

@@ -14,6 +14,7 @@ import models
 import shardc
 from meter import metered
 from paper_gpt import megatron, paper_gpt
+from shardc.errors import InfeasibleError
 from towers import Tower
 
 Case = tuple[nn.Module, tuple[Tensor, ...]]
@@ -103,7 +104,7 @@ def test_a_budget_that_is_not_reached_changes_nothing() -> None:
 
 def test_nothing_fits() -> None:
     model, inputs = tower()
-    with pytest.raises(shardc.ShardcError, match="no plan was found that holds at most"):
+    with pytest.raises(shardc.ShardcError, match="no plan was found"):
         shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu", memory=1024)
 
 
@@ -149,6 +150,60 @@ def test_a_plan_within_a_budget_answers(part: float) -> None:
     assert "next best" in str(plan.why("blocks.1.up.weight"))
 
 
+class Splitting(nn.Module):
+    """Both parts of a split are kept for backward: two values of one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).split([32, 64], dim=-1)
+        return self.down(gate.sigmoid() * value.unflatten(-1, (2, 32)).tanh().sum(-2)).square().mean()
+
+
+def splitting() -> Case:
+    return Splitting().double(), (torch.randn(32, 8, 16, dtype=torch.float64),)
+
+
+@pytest.mark.parametrize("case", [tower, splitting])
+def test_what_is_proved_for_one_budget_holds_for_the_plans_of_all_others(case: Callable[[], Case]) -> None:
+    """No plan that is reckoned to hold no more than what a bound was proved for costs less than that."""
+    torch.manual_seed(0)
+    model, inputs = case()
+    free = shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu").plan
+    assert free.memory is not None
+    found: list[tuple[float, float, float, float]] = []
+    for part in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6):
+        budget = part * free.memory.peak
+        try:
+            plan = shardc.compile(model, "dp=2,tp=2", inputs, hardware="cpu", memory=budget).plan
+        except InfeasibleError:
+            continue
+        assert plan.memory is not None and plan.memory.peak <= budget
+        solution = plan.explainer.solution
+        reckoned = float(solution.prices.holdings.timeline(solution.choice).max())
+        found.append((solution.prices.bound, reckoned, plan.lower_bound, plan.cost))
+    assert len(found) >= 3
+    for bound, _, lower, _ in found:
+        assert all(cost >= lower * (1 - 1e-9) for _, reckoned, _, cost in found if reckoned <= bound)
+
+
+def test_sizes_met_later_keep_to_the_budget() -> None:
+    """What was planned for a small batch is not taken for a large one that would not fit."""
+    torch.manual_seed(0)
+    model = Tower(32)
+    small, large = torch.randn(4, 8, 32), torch.randn(16, 32, 32)
+    free = shardc.compile(model, "dp=2", (large,), hardware="cpu").plan
+    assert free.memory is not None
+    budget = 0.8 * free.memory.peak
+    dynamic = {"x": {0: "batch", 1: "length"}}
+    sharded = shardc.shard(copy.deepcopy(model), mesh="dp=2", hardware="cpu", memory=budget, dynamic=dynamic)
+    for batch in (small, large):
+        sharded(batch)
+        assert sharded.plan.memory is not None and sharded.plan.memory.peak <= budget
+
+
 def test_at_a_tight_budget_attention_runs_again_and_residuals_are_split_along_the_sequence() -> None:
     """Korthikanti et al. 2022: sequence parallelism and selective recomputation keep a fifth of what tensor parallelism
     alone does, and hardly any product of matrices runs twice."""
@@ -163,6 +218,6 @@ def test_at_a_tight_budget_attention_runs_again_and_residuals_are_split_along_th
     assignment = tight.explainer.assignment
     again = Counter(node.name.rstrip("_0123456789") for node, one in assignment.strategies.items() if one.again)
     assert again["_softmax"] >= layers - 1 and again["bmm"] >= layers - 1  # the scores and what becomes of them
-    assert not again["addmm"] and not again["mm"]
+    assert again["addmm"] + again["mm"] <= 1
     residuals = [splits for key, splits in assignment.kept.items() if key[0].name.startswith("add_")]
     assert sum(splits.axes[0] == ("tp",) for splits in residuals) >= 2 * layers - 1

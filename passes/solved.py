@@ -31,7 +31,10 @@ class Solved:
             known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
             self._take(self.solution.certificate)
             if self.solution.lower_bound - self._proved > known.tolerance:
-                self._take(self._made(known))
+                made, before = self._made(known), (self._certificate, self._proved)
+                self._take(made)
+                if self._proved < before[1]:
+                    self._certificate, self._proved = before
         assert self._certificate is not None
         return self.problem, self._certificate
 
