@@ -31,7 +31,7 @@ from peers import AXES, PEERS, check
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-WIDTH, HEADS, BLOCKS, BATCH, SEQUENCE = 256, 4, 2, 8, 128
+WIDTH, HEADS, BLOCKS, BATCH, SEQUENCE = 256, 4, 2, 16, 128
 HOSTS, RANKS = 2, 2
 PREFIX, NETWORK = f"shardc-bench-{os.getpid()}", "10.199.0"  # what a killed run left is in nobody's way
 Where = str | tuple[str, ...] | None
