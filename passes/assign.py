@@ -71,12 +71,13 @@ def assign_within(
         return _built(made)
 
     simple = network(recompute=False)
-    free = solved(simple.problem(), TIME_LIMIT, ROUGHLY)
-    if simple.holdings().timeline(free.choice).max() <= FAR * budget.bytes:
-        free = solved(simple.problem(), TIME_LIMIT)
+    problem, holdings = simple.problem(), simple.holdings()
+    free = solved(problem, TIME_LIMIT, ROUGHLY)
+    if holdings.peak(free.choice) <= FAR * budget.bytes:
+        free = free if free.exact else solved(problem, TIME_LIMIT)
         assignment = simple.assignment(free.choice)
         if peak_of(simple, assignment) <= budget.bytes:
-            return simple, assignment, replace(free, prices=Prices({}, budget.bytes, simple.holdings()))
+            return simple, assignment, replace(free, prices=Prices({}, budget.bytes, holdings))
     full = network(recompute=True, like=simple)
     frontier = Frontier(full.problem(), full.holdings())
     frontier.know(free, full.widened(simple, free.choice))
@@ -84,13 +85,13 @@ def assign_within(
     low, bound, largest = 0.0, budget.bytes, budget.bytes
 
     def lowered(found: Solution) -> float:
-        """Take the choice if its code fits; by how much that holds more than was reckoned."""
+        """What the code of a choice holds; it is taken if that fits."""
         nonlocal best
         assignment = full.assignment(found.choice)
         peak = peak_of(full, assignment)
         if peak <= budget.bytes and (best is None or found.cost < best[0].cost):
             best = found, assignment
-        return peak - float(full.holdings().timeline(found.choice).max())
+        return peak
 
     for _ in range(TRIES):
         largest = max(largest, bound)
@@ -101,14 +102,12 @@ def assign_within(
                 break
             low, bound = bound, 0.5 * (bound + budget.bytes)
             continue
-        over = lowered(found)
+        over = lowered(found) - frontier.holdings.peak(found.choice)
         if best is not None and budget.bytes - over - bound < CLOSE * bound:
             break
         bound = max(budget.bytes - over, 0.5 * (low + bound))
+    least = lowered(frontier.smallest()) if best is None else 0.0
     if best is None:
-        over = lowered(frontier.smallest())
-    if best is None:
-        least = float(full.holdings().timeline(frontier.smallest().choice).max()) + over
         raise InfeasibleError(
             f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device; the smallest "
             f"peak found is {in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"

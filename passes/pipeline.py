@@ -156,11 +156,17 @@ def _choose(
 
 def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignment], float]:
     """What tells how many bytes a device holds at most that runs an assignment."""
-    def peak(network: Network, assignment: Assignment) -> float:
-        graph = localize(reshard(network, assignment), settings.mesh)
-        return footprint(graph, program, settings.mesh, settings.states).peak
+    return lambda network, assignment: _local(network, assignment, program, settings, 0.0)[1].peak
 
-    return peak
+
+def _local(
+    network: Network, assignment: Assignment, program: Program, settings: Settings, most: float
+) -> tuple[fx.Graph, Memory]:
+    """The localized graph with buckets of at most so many bytes, and what it holds."""
+    graph = localize(reshard(network, assignment), settings.mesh)
+    if most:
+        bucket(graph, program, Buckets(settings.mesh, settings.device, most))
+    return graph, footprint(graph, program, settings.mesh, settings.states)
 
 
 def _smaller(
@@ -168,16 +174,12 @@ def _smaller(
 ) -> tuple[fx.Graph, Memory]:
     """The localized graph, and what it holds, with buckets so much smaller than the `largest` that it keeps to the
     budget; with none, it does."""
-
-    def lowered(part: float) -> tuple[fx.Graph, Memory]:
-        graph = localize(reshard(network, assignment), settings.mesh)
-        if part:
-            bucket(graph, program, Buckets(settings.mesh, settings.device, part * largest))
-        return graph, footprint(graph, program, settings.mesh, settings.states)
-
     assert settings.memory is not None
-    found = (lowered(part) for part in SMALLER)
-    return next(((graph, memory) for graph, memory in found if memory.peak <= settings.memory), None) or lowered(0.0)
+    for part in SMALLER:
+        graph, memory = _local(network, assignment, program, settings, part * largest)
+        if memory.peak <= settings.memory:
+            return graph, memory
+    return _local(network, assignment, program, settings, 0.0)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:

@@ -209,7 +209,7 @@ def _within(
         peak_of(factored.program, settings),
     )  # fmt: skip
     assert isinstance(network, KeepingNetwork)
-    held = float(network.holdings().timeline(solution.choice).max())
+    held = network.holdings().peak(solution.choice)
     return Candidate(mesh, solution.cost, solution.lower_bound, held, time.process_time() - start)
 
 

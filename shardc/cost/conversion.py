@@ -175,16 +175,6 @@ class TensorClass:
             np.minimum(table, table[:, k, None] + table[None, k, :], out=table)
         return table
 
-    @cached_property
-    def slices(self) -> np.ndarray:
-        """Which layouts are parts of which: `slices[i, j]` if layout j is cut from layout i without any exchange."""
-        found = np.eye(len(self.layouts), dtype=bool)
-        for i, moves in self._moves.items():
-            found[i, [j for j, (_, step) in moves.items() if step.kind == "shard"]] = True
-        for _ in self.mesh.axes:  # as many cuts as there are axes
-            found = found @ found
-        return found
-
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the cheapest conversion; its price is `seconds[index[start], index[end]]`."""
         first, goal = self.index[start], self.index[end]

@@ -8,7 +8,6 @@ positions turns a bound on memory into costs (`priced`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +43,10 @@ class Holdings:
     def timeline(self, choice: Sequence[int]) -> Array:
         """The bytes held at every position."""
         return self._over_time(np.arange(len(self.all)), choice)
+
+    def peak(self, choice: Sequence[int]) -> float:
+        """The most bytes that are held at any position."""
+        return float(self.timeline(choice).max(initial=0.0))
 
     def around(self, part: Iterable[int], choice: Sequence[int]) -> Array:
         """The bytes at every position of what depends on some of the variables."""
@@ -113,11 +116,6 @@ class Prices:
     of: Mapping[int, float]
     bound: float
     holdings: Holdings
-
-    @property
-    def paid(self) -> float:
-        """The most that a choice within the bound pays, in seconds."""
-        return self.bound * math.fsum(self.of.values())
 
 
 class _Sums:
