@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardc.corrections import RESPELLED, corrected
 from shardc.effects import settle
+from shardc.errors import CaptureError
 from shardc.runtime.attention import attention as fused_attention
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -98,7 +99,10 @@ def output_kinds(graph: fx.Graph) -> list[tuple[str, int]]:
 
 def _argument(what: object) -> int:
     if not isinstance(what, descriptors.PlainAOTInput):
-        raise NotImplementedError(f"the tracer made up an input of kind {type(what).__name__}")
+        raise CaptureError(
+            f"torch {torch.__version__} traced an input of kind {type(what).__name__}, which shardc does not know; "
+            f"install a version of torch that it is tested with (constraints.txt)"
+        )
     return what.idx
 
 
