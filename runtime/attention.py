@@ -2,7 +2,8 @@
 
 Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
 value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
-length]`. Results are contiguous; logsumexp is `[batch, heads, q_length]`, float32 unless q is float64.
+length]`. In memory, the heads of a position lie side by side in all results, as the CPU's kernel writes them: so joining
+heads is a view. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless q is float64.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _rows(x: Tensor) -> Tensor:
     """`x` with the elements of a row side by side: the flash kernel reads past the end of any other."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _by_position(x: Tensor) -> Tensor:
+    """`x` with the heads of a position side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -96,10 +102,11 @@ def attention(
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
-        return out.contiguous(), logsumexp.contiguous()
+        return _by_position(out), logsumexp.contiguous()
     scores = scores_of(q, k, mask, causal, scale)
     logsumexp = seen(torch.logsumexp(scores, -1))
-    return torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype), logsumexp
+    out = torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype)
+    return _by_position(out), logsumexp
 
 
 @torch.library.custom_op("shardc::attention_backward", mutates_args=())
@@ -119,14 +126,19 @@ def attention_backward(
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *map(_rows, (grad, q, k, v, out)), logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
-        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-    return gradients_of(scores_of(q, k, mask, causal, scale), grad, q, k, v, out, logsumexp, scale)
+    else:
+        grads = gradients_of(scores_of(q, k, mask, causal, scale), grad, q, k, v, out, logsumexp, scale)
+    return _by_position(grads[0]), _by_position(grads[1]), _by_position(grads[2])
+
+
+def _empty_by_position(x: Tensor, size: int | None = None) -> Tensor:
+    batch, heads, length, own = x.shape
+    return x.new_empty((batch, length, heads, own if size is None else size)).transpose(1, 2)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    rows = q.shape[:-1]
-    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=compute_dtype(q.dtype))
+    return _empty_by_position(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
 @attention_backward.register_fake
@@ -141,7 +153,7 @@ def _(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty_by_position(q), _empty_by_position(k), _empty_by_position(v)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
