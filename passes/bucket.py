@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import fx
 
 from shardc.cost.buckets import Buckets
 from shardc.graph import Program
-from shardc.halves import halves
+from shardc.halves import Halves, halves
 from shardc.mesh import Mesh
 from shardc.runtime import buckets as runtime
 from shardc.runtime import collectives
@@ -38,6 +38,11 @@ BUCKETS: dict[object, str] = {
     runtime.reduce_scatter_bucket: "reduce_scatter",
 }
 """The functions that run a bucket, and the collective that each runs."""
+COLLECTIVES: dict[object, str] = BUCKETS | {
+    getattr(collectives, kind): kind
+    for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
+}
+"""The functions that run the steps of conversions, and the kind of each."""
 _JOINED: dict[object, Any] = {getattr(collectives, kind): target for target, kind in BUCKETS.items()}
 _CASTS = (torch.ops.aten._to_copy.default,)
 
@@ -49,11 +54,12 @@ def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> int:
     """Join the collectives of gradients of a localized graph, in place. The bytes of the largest bucket, 0 where there
     was nothing to join."""
     largest = 0
-    before = _waiting(graph, program)
+    run = halves(graph, program)
+    waiting = becoming_gradients(run, graph)
+    before, ready = _chained(run, waiting), made_at(graph, waiting)
     while before:
         kind, nodes = _next(before)
-        place = {node: number for number, node in enumerate(graph.nodes)}  # what waited stands later than it did
-        for members in _divided(kind, sorted(nodes, key=place.__getitem__), buckets):
+        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), buckets):
             largest = max(largest, sum(operand_bytes(node, buckets.mesh)[0] for node in members))
             _join(graph, members)
         for node in nodes:
@@ -80,14 +86,32 @@ def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
     return found
 
 
-def _waiting(graph: fx.Graph, program: Program) -> dict[fx.Node, fx.Node | None]:
-    """The collectives that may wait, in order, each with the one before it in its chain."""
-    run = halves(graph, program)
-    waiting: set[fx.Node] = set()
+def becoming_gradients(run: Halves, graph: fx.Graph) -> set[fx.Node]:
+    """The collectives, views and casts of backward whose results only become gradients."""
+    found: set[fx.Node] = set()
     output, gradients = graph.output_node(), set(run.gradients)
     for node in reversed(run.backward):
-        if all(user in waiting or (user is output and node in gradients) for user in node.users) and _simple(node):
-            waiting.add(node)
+        if all(user in found or (user is output and node in gradients) for user in node.users) and passes_on(node):
+            found.add(node)
+    return found
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether a node only passes values on: views, conversions, casts."""
+    alone = len(node.all_input_nodes) == 1
+    return node.target in BUCKETS or (alone and ("op" not in node.meta or node.target in _CASTS))
+
+
+def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """For what waits, the place in the graph of the last operator that it is made from."""
+    place: dict[fx.Node, int] = {}
+    for number, node in enumerate(graph.nodes):
+        place[node] = max(place[operand] for operand in node.all_input_nodes) if node in waiting else number
+    return {node: place[node] for node in waiting}
+
+
+def _chained(run: Halves, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+    """The collectives that may wait, in order, each with the one before it in its chain."""
     last: dict[fx.Node, fx.Node | None] = {}
     found: dict[fx.Node, fx.Node | None] = {}
     for node in run.backward:
@@ -112,11 +136,6 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
     return chosen, ready[chosen]
 
 
-def _simple(node: fx.Node) -> bool:
-    """Whether a node only passes a value on: views, conversions, casts."""
-    return len(node.all_input_nodes) == 1 and ("op" not in node.meta or node.target in _CASTS)
-
-
 def _divided(kind: Kind, nodes: Sequence[fx.Node], buckets: Buckets) -> list[list[fx.Node]]:
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""
     name, axis = kind[0].__name__, kind[1]
@@ -138,7 +157,8 @@ def _divided(kind: Kind, nodes: Sequence[fx.Node], buckets: Buckets) -> list[lis
 
 def _join(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
     """One bucket at the place of the last of its members, which become its pieces; what waits for them follows."""
-    first, last = members[0], members[-1]
+    first, apart = members[0], set(members)
+    last = next(node for node in reversed(graph.nodes) if node in apart)
     told: dict[str, Any] = {"axis": first.kwargs["axis"]}
     if "op" in first.kwargs:
         told["op"] = first.kwargs["op"]

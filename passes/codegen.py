@@ -5,6 +5,8 @@
         y = aten.mm.default(x, w)                  # f32[32@dp, 512] +sum@tp
         z = reduce_scatter(y, dim=1, axis="tp")    # f32[32@dp, 512@tp]
         return (z,), (x,)
+
+A collective that is awaited later reads `s = all_reduce.start(y, axis="tp")`, and then `z = wait(s)`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from shardc.graph import Port, Program, Role, where
 from shardc.halves import halves, spent
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
+from shardc.passes.timeline import is_started
 from shardc.runtime.parts import Part
 from shardc.runtime.random import DRAWS
 
@@ -150,7 +153,8 @@ class _Source:
             keywords["device"] = None
         shown = [self._show(a) for a in node.args]
         shown += [f"{k}={'current().device' if k == 'device' else self._show(v)}" for k, v in keywords.items()]
-        return f"{_callee(node)}({', '.join(shown)})"
+        start = ".start" if is_started(node) else ""
+        return f"{_callee(node)}{start}({', '.join(shown)})"
 
     def _show(self, value: Any) -> str:
         if isinstance(value, fx.Node):

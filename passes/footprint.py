@@ -16,7 +16,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,15 +27,17 @@ from shardc.cost.memory import States
 from shardc.graph import Program, Role, where
 from shardc.halves import halves, spent
 from shardc.mesh import Mesh
-from shardc.passes.bucket import BUCKETS, operand_bytes
+from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
+from shardc.passes.timeline import is_started
 from shardc.plan import Memory
 from shardc.runtime import collectives
 from shardc.runtime.parts import Part
 from shardc.runtime.random import draw
+from shardc.runtime.started import wait
 from shardc.runtime.streams import BLOCK, SERIAL
 
 aten = torch.ops.aten
-MOVING = {getattr(collectives, kind) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
+MOVING: set[object] = {getattr(collectives, kind) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
 
 
 def footprint(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> Memory:
@@ -124,6 +126,12 @@ class _Run:
             return
         operands = [one for operand in node.all_input_nodes for one in self.lying[operand][:1] if one is not None]
         storages = list(dict.fromkeys(one.storage for one in operands))
+        if node.target is wait:
+            self.lying[node] = self._landed(node, label)
+            return
+        if is_started(node):
+            self.lying[node] = self._flying(node)
+            return
         if node.target in BUCKETS:
             self.lying[node] = self._pieces(node, label)
             return
@@ -144,6 +152,35 @@ class _Run:
             self._hold(storage, label)
             found.append(_Lying(storage, one.shape, one.stride, start, one.dtype))
             start += math.prod(one.shape)
+        return found
+
+    def _flying(self, node: fx.Node) -> list[_Lying | None]:
+        """What a collective that was started holds: what it brings, and what it reads until it ends."""
+        (awaited,) = node.users
+        bucket, kind, told = node.target in BUCKETS, COLLECTIVES[node.target], node.kwargs
+        made = self._contiguous(next(iter(awaited.users)) if bucket else node)
+        found: list[_Lying | None] = self._pieces(awaited, "in use") if bucket else [self._settle(made, "in use", [])]
+        if bucket or (kind != "all_gather" and told.get("split_dim", told.get("dim"))):  # a copy is made and sent
+            if kind != "all_reduce":
+                found.append(self._settle(replace(made, size=sum(operand_bytes(node, self.mesh))), "in use", []))
+        elif kind != "all_reduce":
+            read = self.lying[node.all_input_nodes[0]][0]
+            assert read is not None
+            self._hold(read.storage, "in use")
+            found.append(read)
+        return found
+
+    def _landed(self, node: fx.Node, label: str) -> list[_Lying | None]:
+        """What a collective brought: where it arrived, or side by side along another dim than the first."""
+        started = node.all_input_nodes[0]
+        moved = started.kwargs.get("concat_dim", started.kwargs.get("dim"))
+        if COLLECTIVES[started.target] in ("all_gather", "all_to_all") and moved:
+            return [self._settle(self._contiguous(node), label, [])]
+        count = len(node.users) if started.target in BUCKETS else 1
+        found = self.lying[started][:count]
+        for one in found:
+            assert one is not None
+            self._hold(one.storage, label)
         return found
 
     def _settle(self, made: _Made, label: str, storages: Sequence[int]) -> _Lying:
@@ -230,8 +267,9 @@ class _Run:
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
         if node.target in BUCKETS:
-            return sum(operand_bytes(node, self.mesh))
-        if node.target not in MOVING or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
+            copied = not is_started(node) or COLLECTIVES[node.target] == "all_reduce"
+            return sum(operand_bytes(node, self.mesh)) if copied else 0
+        if node.target not in MOVING or is_started(node) or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0
         (operand,), (result,) = self.lying[node.args[0]], self.lying[node]  # type: ignore[index]
         assert operand is not None and result is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import fx
 
 from shardc.constrain import Dim
 from shardc.cost.buckets import Buckets
-from shardc.cost.conversion import sent_fraction, step_seconds
+from shardc.cost.conversion import sent_fraction
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Program, Role, where
@@ -19,33 +20,34 @@ from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
 from shardc.passes.assign import Budget, assign, assign_within
-from shardc.passes.bucket import BUCKETS, bucket, operand_bytes
+from shardc.passes.bucket import bucket
 from shardc.passes.codegen import codegen
 from shardc.passes.footprint import footprint
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
+from shardc.passes.overlap import overlap
 from shardc.passes.propagate import Constraint, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
+from shardc.passes.timeline import Pace
 from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Memory, Placed, Plan, Tried
 from shardc.printing import show
 from shardc.rules.factoring import Factored, Key, factor, layout_of
-from shardc.runtime import collectives
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution
-from shardc.solver.strategies import make, sends
+from shardc.solver.strategies import make
 
 Result = TypeVar("Result")
-PASSES = ("capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "bucket", "codegen")
-COLLECTIVES: dict[object, str] = BUCKETS | {
-    getattr(collectives, kind): kind
-    for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
-}
-
-SMALLER = (1 / 2, 1 / 4, 1 / 16, 1 / 64)
-"""What is tried of buckets that do not fit into memory."""
+PASSES = (
+    "capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "bucket", "overlap", "codegen",
+)  # fmt: skip
+FASTEST = (1.0, "all")
+SMALLEST = (0.0, "nothing")
+MODEST = (FASTEST, (1.0, "gradients"), (1.0, "nothing"), *((1 / k, "nothing") for k in (2, 4, 16, 64)), SMALLEST)
+"""What is tried until the generated code fits into memory: how large buckets are, as part of what the link would have,
+and which collectives overlap."""
 
 
 @dataclass
@@ -113,20 +115,15 @@ def lower(
     keep("assign", program.graph)
     graph = timed("reshard", lambda: reshard(network, assignment))
     keep("reshard", graph)
-    titles = titles_of(program, graph)
-    conversions = _conversions(network, graph, mesh, settings.device, titles)
-    unknown = tried(network, assignment, graph, conversions)
+    titles, pace = titles_of(program, graph), Pace(network, settings.device)
+    unknown = tried(network, assignment, graph, _conversions(graph, pace, titles))
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
-    largest = timed("bucket", lambda: bucket(graph, program, Buckets(mesh, settings.device)))
-    memory = timed("footprint", lambda: footprint(graph, program, mesh, settings.states))
-    if settings.memory is not None and memory.peak > settings.memory:
-        graph, memory = timed("bucket", lambda: _smaller(network, assignment, program, settings, largest))
-    if settings.memory is not None and memory.peak > settings.memory:
-        raise AssertionError(f"the plan was to hold {settings.memory:.0f} bytes, its code holds {memory.peak:.0f}")
+    graph, bucketed, memory = timed("bucket", lambda: _fitted(graph, assignment, pace, program, settings))
+    graphs["bucket"] = bucketed
     memory = replace(memory, budget=settings.memory)
-    conversions = _conversions(network, graph, mesh, settings.device, titles)
-    keep("bucket", graph)
+    conversions = _conversions(graph, pace, titles)
+    keep("overlap", graph)
     compute = _compute(network, assignment)
     explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
     code = timed("codegen", lambda: codegen(graph, program, mesh))
@@ -156,30 +153,42 @@ def _choose(
 
 def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignment], float]:
     """What tells how many bytes a device holds at most that runs an assignment."""
-    return lambda network, assignment: _local(network, assignment, program, settings, 0.0)[1].peak
+
+    def peak(network: Network, assignment: Assignment) -> float:
+        graph, pace = localize(reshard(network, assignment), settings.mesh), Pace(network, settings.device)
+        return _arranged(graph, SMALLEST, math.inf, pace, program, settings)[2].peak
+
+    return peak
 
 
-def _local(
-    network: Network, assignment: Assignment, program: Program, settings: Settings, most: float
-) -> tuple[fx.Graph, Memory]:
-    """The localized graph with buckets of at most so many bytes, and what it holds."""
-    graph = localize(reshard(network, assignment), settings.mesh)
-    if most:
-        bucket(graph, program, Buckets(settings.mesh, settings.device, most))
-    return graph, footprint(graph, program, settings.mesh, settings.states)
+def _fitted(
+    graph: fx.Graph, assignment: Assignment, pace: Pace, program: Program, settings: Settings
+) -> tuple[fx.Graph, Callable[[], str], Memory]:
+    """The localized graph with buckets and overlap, as many of both as memory has room for; how it was before overlap,
+    and what it holds."""
+    largest, bucketed, memory = _arranged(graph, FASTEST, math.inf, pace, program, settings)
+    for how in MODEST[1:]:
+        if settings.memory is None or memory.peak <= settings.memory:
+            return graph, bucketed, memory
+        if largest or how[0] in (1.0, 0.0):
+            graph = localize(reshard(pace.network, assignment), settings.mesh)
+            _, bucketed, memory = _arranged(graph, how, largest, pace, program, settings)
+    if settings.memory is not None and memory.peak > settings.memory:
+        raise AssertionError(f"the plan was to hold {settings.memory:.0f} bytes, its code holds {memory.peak:.0f}")
+    return graph, bucketed, memory
 
 
-def _smaller(
-    network: Network, assignment: Assignment, program: Program, settings: Settings, largest: float
-) -> tuple[fx.Graph, Memory]:
-    """The localized graph, and what it holds, with buckets so much smaller than the `largest` that it keeps to the
-    budget; with none, it does."""
-    assert settings.memory is not None
-    for part in SMALLER:
-        graph, memory = _local(network, assignment, program, settings, part * largest)
-        if memory.peak <= settings.memory:
-            return graph, memory
-    return _local(network, assignment, program, settings, 0.0)
+def _arranged(
+    graph: fx.Graph, how: tuple[float, str], largest: float, pace: Pace, program: Program, settings: Settings
+) -> tuple[int, Callable[[], str], Memory]:
+    """Arrange the collectives of a localized graph in one way of `MODEST`, in place. The bytes of the largest bucket,
+    the graph before overlap, and what it holds."""
+    part, what = how
+    made = bucket(graph, program, Buckets(settings.mesh, settings.device, part * largest)) if part else 0
+    bucketed = show(graph, settings.mesh)
+    if what != "nothing":
+        overlap(graph, program, pace, fetch=what == "all")
+    return made, bucketed, footprint(graph, program, settings.mesh, settings.states)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
@@ -208,42 +217,22 @@ def _describe(
     node.meta["dtype"] = node.meta["val"].dtype
 
 
-def _conversions(
-    network: Network, graph: fx.Graph, mesh: Mesh, device: Hardware, titles: Mapping[Key, str]
-) -> tuple[Conversion, ...]:
+def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tuple[Conversion, ...]:
+    """All that is sent, and the local steps of conversions, in order."""
     found: list[Conversion] = []
-    for node in graph.nodes:
-        if "op" in node.meta:
-            found += _inner(network, node, mesh, device, titles)
-        kind = COLLECTIVES.get(node.target)
-        if node.op != "call_function" or kind is None:
-            continue
-        axis = str(node.kwargs["axis"])
-        ways, moved = mesh.sizes[axis], float(sum(operand_bytes(node, mesh)))
-        if node.target in BUCKETS:
-            seconds = Buckets(mesh, device).seconds(kind, axis, moved)
-            value = f"{titles[node.meta['base']]} and {len(node.meta['members']) - 1} more"
-        else:
-            seconds = step_seconds(kind, axis, moved / ways if kind == "shard" else moved, mesh, device)
-            value = titles[node.meta["base"]]
-        sent = sent_fraction(kind, ways) * moved
+
+    def add(node: fx.Node, kind: str, axis: str, moved: float, seconds: float, value: str) -> None:
+        sent = sent_fraction(kind, pace.mesh.sizes[axis]) * moved
         found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node), value))
+
+    for node in graph.nodes:
+        for kind, axis, moved, seconds in pace.inner(node):
+            add(node, kind, axis, moved, seconds, titles.get((node.meta["op"].node, 0), node.name))
+        step = pace.step(node)
+        if step is not None:
+            more = f" and {len(node.meta['members']) - 1} more" if "members" in node.meta else ""
+            add(node, step[0], str(node.kwargs["axis"]), *step[1:], titles[node.meta["base"]] + more)
     return tuple(found)
-
-
-def _inner(
-    network: Network, node: fx.Node, mesh: Mesh, device: Hardware, titles: Mapping[Key, str]
-) -> list[Conversion]:
-    """The collectives that run inside the body of an operator."""
-    shape = network.options_of(node.meta["op"]).shape
-    return [
-        Conversion(
-            kind, axis, node.name, sent_fraction(kind, mesh.sizes[axis]) * size,
-            step_seconds(kind, axis, size, mesh, device), node.meta.get("phase", ""), where(node),
-            titles.get((node.meta["op"].node, 0), node.name),
-        )
-        for kind, axis, size in sends(shape, node.meta["strategy"], mesh)
-    ]  # fmt: skip
 
 
 def _explainer(
@@ -255,7 +244,7 @@ def _explainer(
     def price(other: Assignment) -> Priced:
         graph = localize(reshard(network, other), settings.mesh)
         bucket(graph, network.factored.program, Buckets(settings.mesh, settings.device))
-        return _conversions(network, graph, settings.mesh, settings.device, titles), _compute(network, other)
+        return _conversions(graph, Pace(network, settings.device), titles), _compute(network, other)
 
     return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)
 

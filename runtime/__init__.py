@@ -60,6 +60,7 @@ from shardc.runtime.random import (
 from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
 from shardc.runtime.shifts import flip, roll
 from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
+from shardc.runtime.started import Started, wait
 from shardc.runtime.virtual import VirtualMesh
 from shardc.runtime.windows import (
     avg_pool2d,
@@ -83,6 +84,7 @@ __all__ = [
     "Part",
     "RankError",
     "Slot",
+    "Started",
     "VirtualMesh",
     "all_gather",
     "all_reduce",
@@ -171,4 +173,5 @@ __all__ = [
     "tril",
     "triu",
     "unbind_along",
+    "wait",
 ]

@@ -2,8 +2,8 @@
 
 Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
 value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
-length]`. In memory, the heads of a position lie side by side in all results, as the CPU's kernel writes them: so joining
-heads is a view. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless q is float64.
+length]`. In memory the heads of a position lie side by side in all results, as the CPU's kernel writes them: so joining
+them is a view. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless q is float64.
 """
 
 from __future__ import annotations

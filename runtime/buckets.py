@@ -15,17 +15,23 @@ from torch import Tensor
 from shardc.runtime.collectives import all_reduce, check_op, chunks, reduce_scatter
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import current
+from shardc.runtime.started import Collective, Started, done
 
 
-def all_reduce_bucket(parts: Sequence[Tensor], *, axis: str, op: str = "sum") -> tuple[Tensor, ...]:
+@Collective
+def all_reduce_bucket(parts: Sequence[Tensor], *, axis: str, op: str = "sum") -> Started[tuple[Tensor, ...]]:
     """`all_reduce` of every tensor, in one."""
     _check(parts)
-    if current().size(axis) == 1:
-        return tuple(all_reduce(part, axis=axis, op=op) for part in parts)
+    check_op(op)
+    context = current()
+    if context.size(axis) == 1:
+        return done(tuple(all_reduce(part, axis=axis, op=op) for part in parts))
+    shapes = [part.shape for part in parts]
     buffer = torch.cat([part.flatten() for part in parts])
-    return _pieces(all_reduce(buffer, axis=axis, op=op), [part.shape for part in parts])
+    return context.start("all_reduce", axis, buffer, lambda reduced: _pieces(reduced, shapes), op)
 
 
+@Collective
 def reduce_scatter_bucket(
     parts: Sequence[Tensor],
     *,
@@ -33,7 +39,7 @@ def reduce_scatter_bucket(
     axis: str,
     op: str = "sum",
     sizes: Sequence[int | None] | None = None,
-) -> tuple[Tensor, ...]:
+) -> Started[tuple[Tensor, ...]]:
     """`reduce_scatter` of every tensor along its own of `dims`, into a chunk of its own of `sizes`, in one."""
     _check(parts)
     check_op(op)
@@ -43,7 +49,9 @@ def reduce_scatter_bucket(
         raise RankError(f"a bucket of {len(parts)} tensors has {len(dims)} dims and {len(wanted)} sizes")
     if n == 1:
         scattered = zip(parts, dims, wanted, strict=True)
-        return tuple(reduce_scatter(part, dim=dim, axis=axis, op=op, chunk=size) for part, dim, size in scattered)
+        return done(
+            tuple(reduce_scatter(part, dim=dim, axis=axis, op=op, chunk=size) for part, dim, size in scattered)
+        )
     own = [chunks(part, dim, n, size) for part, dim, size in zip(parts, dims, wanted, strict=True)]
     shapes = [one.shape[1:] for one in own]
     buffer = parts[0].new_empty(n, sum(map(math.prod, shapes)))
@@ -51,7 +59,7 @@ def reduce_scatter_bucket(
     for one, shape in zip(own, shapes, strict=True):
         buffer[:, start : start + math.prod(shape)].view(one.shape).copy_(one)
         start += math.prod(shape)
-    return _pieces(context.collective("reduce_scatter", axis, buffer, op), shapes)
+    return context.start("reduce_scatter", axis, buffer, lambda reduced: _pieces(reduced, shapes), op)
 
 
 def _check(parts: Sequence[Tensor]) -> None:

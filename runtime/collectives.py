@@ -1,6 +1,7 @@
 """The collectives of generated code. Each finds the running rank by itself, so the code is the same on every rank.
 
-`dim` is a tensor's dim, `axis` a mesh axis with n ranks. All results are contiguous.
+`dim` is a tensor's dim, `axis` a mesh axis with n ranks. All results are contiguous. Each may be called or started
+(`shardc/runtime/started.py`).
 """
 
 from __future__ import annotations
@@ -13,62 +14,69 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh import current
 from shardc.runtime.slots import padded
+from shardc.runtime.started import Collective, Started, done
 
 _OPS = ("sum", "max", "min", "prod")
 
 
-def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> Tensor:
+@Collective
+def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> Started[Tensor]:
     """The chunks of all ranks side by side: dim grows n times, less the padding beyond its `size`."""
     context = current()
     if context.size(axis) == 1:
-        return x.contiguous()
+        return done(x.contiguous())
     _check_dim(x, dim)
-    parts = context.collective("all_gather", axis, x)
-    return _cropped(parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim), dim, size)
+    return context.start("all_gather", axis, x, lambda parts: _joined(parts, dim, size))
 
 
-def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: int | None = None) -> Tensor:
+@Collective
+def reduce_scatter(
+    x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: int | None = None
+) -> Started[Tensor]:
     """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times, or to `chunk`."""
     context = current()
     n = context.size(axis)
     check_op(op)
     if n == 1:
-        return x.contiguous()
-    return context.collective("reduce_scatter", axis, chunks(x, dim, n, chunk), op)
+        return done(x.contiguous())
+    return context.start("reduce_scatter", axis, chunks(x, dim, n, chunk), op=op)
 
 
-def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Tensor:
+@Collective
+def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Started[Tensor]:
     """The reduction over the ranks, whole on every rank."""
     context = current()
     check_op(op)
     if context.size(axis) == 1:
-        return x.contiguous()
-    return context.collective("all_reduce", axis, x, op)
+        return done(x.contiguous())
+    return context.start("all_reduce", axis, x, op=op)
 
 
+@Collective
 def all_to_all(
     x: Tensor, *, split_dim: int, concat_dim: int, axis: str, chunk: int | None = None, size: int | None = None
-) -> Tensor:
+) -> Started[Tensor]:
     """Moves a split from `concat_dim` to `split_dim`: `split_dim` shrinks n times (or to `chunk`), `concat_dim` grows n
     times (less the padding beyond `size`)."""
     context = current()
     n = context.size(axis)
     if n == 1:
-        return x.contiguous()
+        return done(x.contiguous())
     _check_dim(x, concat_dim)
-    parts = context.collective("all_to_all", axis, chunks(x, split_dim, n, chunk))
-    return _cropped(torch.cat(parts.unbind(0), concat_dim), concat_dim, size)
+    parts = chunks(x, split_dim, n, chunk)
+    return context.start("all_to_all", axis, parts, lambda found: _joined(found, concat_dim, size))
 
 
-def permute(x: Tensor, *, axis: str, sources: Sequence[int]) -> Tensor:
+@Collective
+def permute(x: Tensor, *, axis: str, sources: Sequence[int]) -> Started[Tensor]:
     """The operand of the rank whose coordinate is `sources[own coordinate]`; `sources` has every coordinate once."""
     context = current()
     n = context.size(axis)
     if sorted(sources) != list(range(n)):
         raise RankError(f"sources {list(sources)} are not the {n} coordinates of axis {axis!r} in some order")
     if n == 1:
-        return x.contiguous()
-    return context.collective("permute", axis, x, " ".join(map(str, sources)))
+        return done(x.contiguous())
+    return context.start("permute", axis, x, op=" ".join(map(str, sources)))
 
 
 def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Tensor:
@@ -117,5 +125,7 @@ def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
     return x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0)
 
 
-def _cropped(x: Tensor, dim: int, size: int | None) -> Tensor:
-    return x if size is None else x.narrow(dim, 0, size).contiguous()
+def _joined(parts: Tensor, dim: int, size: int | None) -> Tensor:
+    """The chunks of `(n, *chunk)` side by side along `dim`, up to `size`."""
+    whole = parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
+    return whole if size is None else whole.narrow(dim, 0, size).contiguous()

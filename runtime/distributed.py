@@ -98,23 +98,31 @@ class DistributedMesh(Mesh):
             raise RankError(f"rank {self.rank} failed to get the random state of rank 0: {error}") from error
         return state.cpu()
 
-    def exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
-        """See `Mesh.exchange`. Waits at once."""
+    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """See `Mesh.begin`. What is under way is gloo's, or on NCCL's stream."""
         dtype = operand.dtype
         direct = self._device.type != "cpu" or dtype in _GLOO
         if collective in ("all_gather", "all_to_all", "permute"):
             # A 0-d tensor has no bytes view, hence the leading dim.
             rows = operand if collective == "all_to_all" else operand.unsqueeze(0)
-            sources = [int(n) for n in op.split()]
-            if not direct:
-                moved = self._move(collective, axis, rows.unsqueeze(-1).view(torch.uint8), sources)
-                result = moved.view(dtype).squeeze(-1)
-            else:
-                result = self._move(collective, axis, rows, sources)
-            return result.squeeze(0) if collective == "permute" else result
+            rows = rows if direct else rows.unsqueeze(-1).view(torch.uint8)
+            moving = self._move(collective, axis, rows, [int(n) for n in op.split()])
+
+            def moved() -> Tensor:
+                result = _landed(moving)
+                result = result if direct else result.view(dtype).squeeze(-1)
+                return result.squeeze(0) if collective == "permute" else result
+
+            return moved
         if not direct and dtype not in _WIDER:
             raise RankError(f"gloo does not reduce {dtype}")
-        return self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op).to(dtype)
+        reducing = self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op)
+
+        def reduced() -> Tensor:
+            result = _landed(reducing)
+            return (result if collective == "all_reduce" else result.squeeze(0)).to(dtype)
+
+        return reduced
 
     def _move(self, collective: str, axis: str, rows: Tensor, sources: list[int]) -> Tensor:
         ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
@@ -122,17 +130,22 @@ class DistributedMesh(Mesh):
         if collective == "permute":
             own = self.coordinates(self.rank)[axis]
             taken, given = ([int(rank == at) for rank in range(n)] for at in (sources[own], sources.index(own)))
-            return ops.wait_tensor(ops.all_to_all_single(rows, taken, given, group))
+            return ops.all_to_all_single(rows, taken, given, group)
         if collective == "all_gather":
-            return ops.wait_tensor(ops.all_gather_into_tensor(rows, n, group))
-        return ops.wait_tensor(ops.all_to_all_single(rows, [1] * n, [1] * n, group))
+            return ops.all_gather_into_tensor(rows, n, group)
+        return ops.all_to_all_single(rows, [1] * n, [1] * n, group)
 
     def _reduce(self, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
         ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
         n, group = self.axes[axis], self._groups[axis].group_name
         if collective == "all_reduce":
-            return ops.wait_tensor(ops.all_reduce(operand, _REDUCTIONS[op], group))
-        return ops.wait_tensor(ops.reduce_scatter_tensor(operand, _REDUCTIONS[op], n, group)).squeeze(0)
+            return ops.all_reduce(operand, _REDUCTIONS[op], group)
+        return ops.reduce_scatter_tensor(operand, _REDUCTIONS[op], n, group)
+
+
+def _landed(moving: Tensor) -> Tensor:
+    """The result of a functional collective, once it is there."""
+    return torch.ops._c10d_functional.wait_tensor(moving)  # pyright: ignore
 
 
 def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:

@@ -7,12 +7,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError, rank_error
+from shardc.runtime.started import Started
 
 Result = TypeVar("Result")
 
@@ -63,8 +64,9 @@ class Mesh(ABC):
         """
 
     @abstractmethod
-    def exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
-        """Transport of one collective, for `shardc.runtime.collectives`.
+    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """Start the transport of one collective, for `shardc.runtime.collectives`; what is returned waits for its end
+        and gives the result.
 
         With n ranks on the axis: "all_gather" takes any shape and gives `(n, *shape)`, "reduce_scatter" takes
         `(n, *chunk)` and gives `chunk`, "all_to_all" takes and gives `(n, *chunk)`, "all_reduce" keeps the shape, and
@@ -99,14 +101,33 @@ class Context:
             raise RankError(f"the mesh has no axis {axis!r}, only {', '.join(self.mesh.axes)}")
         return self.mesh.axes[axis]
 
-    def collective(self, name: str, axis: str, operand: Tensor, op: str = "") -> Tensor:
-        """Run one collective (see `Mesh.exchange`) and count its bytes."""
+    @overload
+    def start(self, name: str, axis: str, operand: Tensor, *, op: str = "") -> Started[Tensor]: ...
+    @overload
+    def start(
+        self, name: str, axis: str, operand: Tensor, finish: Callable[[Tensor], Result], op: str = ""
+    ) -> Started[Result]: ...
+    def start(
+        self, name: str, axis: str, operand: Tensor, finish: Callable[[Tensor], Any] = lambda moved: moved, op: str = ""
+    ) -> Started[Any]:
+        """Start one collective (see `Mesh.begin`) and count its bytes; it gives what `finish` makes of what arrives."""
         self.operation = (name, axis)
         if self.rank == self.mesh.ranks[0]:
             self.mesh.count(name, axis, operand)
-        result = self.mesh.exchange(self, name, axis, operand.contiguous(), op)
+        operand = operand.contiguous()
+        arrive = self.mesh.begin(self, name, axis, operand, op)
         self.operation = None
-        return result
+        # an all-reduce works on a copy; the others read their operand until they end
+        held = [] if name == "all_reduce" else [operand]
+
+        def land() -> Any:
+            self.operation = (name, axis)
+            moved = arrive()
+            self.operation = None
+            held.clear()
+            return finish(moved)
+
+        return Started(land)
 
     def call(self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]]) -> Result:
         """`function(*arguments(rank))` with this context as the running one; every exception becomes a RankError."""

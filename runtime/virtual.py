@@ -97,8 +97,12 @@ class VirtualMesh(Mesh):
                 torch.set_rng_state(contexts[0].generator.get_state())
             return [future.result() for future in futures]
 
-    def exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
-        """See `Mesh.exchange`."""
+    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """See `Mesh.begin`. The collective runs to its end at once."""
+        result = self._exchange(context, collective, axis, operand, op)
+        return lambda: result
+
+    def _exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
         others = tuple(index for name, index in context.coordinates.items() if name != axis)
         position = context.coordinates[axis]
         label = f"{collective}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"

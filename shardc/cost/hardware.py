@@ -10,6 +10,7 @@
     [inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
     latency = 1.9e-6
     bandwidth = 370e9
+    overlap = 0.9                # what part of a collective's time the device can compute in; 0 if it is not told
     [between]                    # between nodes: bytes a second that one node sends, by all its network cards together
     latency = 4e-6
     bandwidth = 360e9
@@ -48,6 +49,8 @@ class Link:
     latency: float
     bandwidth: float
     measured: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
+    overlap: float = 0.0
+    """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
 
     def of(self, kind: str) -> Link:
         """The link as a kind of collective sees it."""
@@ -112,6 +115,12 @@ class Hardware:
         """The lines of every collective met so far."""
         return {}
 
+    def overlap(self, mesh: Mesh, axis: str) -> float:
+        """What part of a collective's time over `axis` a device can compute in; none over an axis of one rank."""
+        if mesh.sizes[axis] == 1:
+            return 0.0
+        return (self.between if self.wires(mesh, axis, "all_reduce").nodes > 1 else self.inside).overlap
+
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel."""
         rate = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
@@ -171,7 +180,10 @@ class _Reader:
                 f"kinds are {', '.join(ALGORITHMS)}"
             )
         latency = self.number(table, "latency", f"{name}.", least=0.0)
-        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured)
+        overlap = self.number({"overlap": 0.0, **table}, "overlap", f"{name}.", least=0.0)
+        if overlap > 1.0:
+            raise ShardcError(f"hardware file {self.path}: {name}.overlap is {overlap}; it is a part, from 0 to 1")
+        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, overlap)
 
     def algorithms(self, data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         for kind, names in data.items():

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from shardc.runtime import current, load, local_mesh
 
 SOURCE = """
-from shardc.runtime import all_reduce
+from shardc.runtime import all_reduce, wait
 def forward(x, accident):
     h = all_reduce(x, axis="a")  # warm up
     h = accident(h)  # the accident, model.py:7
-    y = all_reduce(h, axis="a")  # f32[4]  # down, model.py:8
+    started = all_reduce.start(h, axis="a")
+    y = wait(started)  # f32[4]  # down, model.py:8
     return all_reduce(y, axis="b")  # model.py:9
 """
 

@@ -1,6 +1,6 @@
 """A generated module, written by hand: loss of an MLP, `down` after `up`, on dp=2, tp=2 (column then row split)."""
 
-from shardc.runtime import Slot, all_gather, all_reduce, reduce_scatter
+from shardc.runtime import Slot, all_gather, all_reduce, reduce_scatter, wait
 
 MESH = {"dp": 2, "tp": 2}
 UP, DOWN, X = ((0, 1, "tp"), (1, 1, "dp")), ((1, 1, "tp"),), ((0, 1, "dp"),)
@@ -23,7 +23,8 @@ GRADIENTS = (
 
 
 def forward(up_weight, down_weight, steps, x):
-    up = all_gather(up_weight, dim=1, axis="dp")  # f64[16@tp, 8]            # up, model.py:1
+    started = all_gather.start(up_weight, dim=1, axis="dp")  # f64[16@tp, 8]  # up, model.py:1
+    up = wait(started)
     h = (x @ up.t()).relu()  # f64[4@dp, 16@tp]                              # model.py:2
     y = all_reduce(h @ down_weight.t(), axis="tp")  # f64[4@dp, 8]           # down, model.py:3
     loss = all_reduce((y * y).sum(), axis="dp")  # f64[]                     # model.py:4
@@ -34,7 +35,7 @@ def backward(given):
     down_weight, x, h, y, tangent = given
     given.clear()
     grad_y = 2 * y * tangent
-    grad_down = all_reduce(grad_y.t() @ h, axis="dp")  # f64[8, 16@tp]
+    started_down = all_reduce.start(grad_y.t() @ h, axis="dp")  # f64[8, 16@tp]
     grad_h = (grad_y @ down_weight) * (h > 0)
-    grad_up = reduce_scatter(grad_h.t() @ x, dim=1, axis="dp")  # f64[16@tp, 8@dp]
-    return grad_up, grad_down
+    started_up = reduce_scatter.start(grad_h.t() @ x, dim=1, axis="dp")  # f64[16@tp, 8@dp]
+    return wait(started_up), wait(started_down)

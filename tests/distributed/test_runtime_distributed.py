@@ -29,7 +29,8 @@ def test_accident_ends_every_rank(spawn, accident, nproc):
         assert code != 0, output
         if rank < last:
             assert f"RankError: rank {rank}" in output, output
-            assert re.search(r"in all_reduce over axis '[ab]' at .*: .*all_reduce\(.*# .*model.py:[89]", output), output
+            place = r"in all_reduce over axis '[ab]' at .*: .*(all_reduce|wait)\(.*# .*model.py:[89]"
+            assert re.search(place, output), output
             assert float(re.findall(r"ended after ([\d.]+) s", output)[0]) < 7
     peer = results[last - nproc // 2][1]  # on the axis of the first collective after the accident
     assert "over axis 'a'" in peer and "model.py:8" in peer

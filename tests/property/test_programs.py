@@ -58,7 +58,8 @@ def machine(random: Random) -> Hardware:
         return 10.0 ** random.randint(2, 9)
 
     latency = random.choice((0.0, 1e-9, 1e-5))
-    inside, between = Link(latency, speed()), Link(latency, speed())
+    overlap = random.choice((0.0, 0.7, 1.0))
+    inside, between = Link(latency, speed(), overlap=overlap), Link(latency, speed(), overlap=overlap)
     launch = random.choice((0.0, 1e-9, 1e-6))
     return Hardware("random", {"float32": speed()}, speed(), launch, random.choice((1, 2, 4, 64)), inside, between)
 

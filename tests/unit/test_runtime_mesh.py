@@ -25,6 +25,7 @@ from shardc.runtime import (
     reduce_scatter,
     shard,
     to_partial,
+    wait,
 )
 
 MESHES = [{"a": 2}, {"a": 3}, {"a": 2, "b": 2}]
@@ -53,6 +54,25 @@ def test_coordinates_are_row_major():
 def each(mesh, function, values, **options):
     """`function` on every rank, with its own of the values."""
     return mesh.run(lambda x: function(x, **options), lambda rank: (values[rank],))
+
+
+def test_a_collective_that_was_started_gives_what_a_call_gives():
+    mesh = VirtualMesh({"a": 2, "b": 2})
+    values = [torch.randn(4, 6) for _ in mesh.ranks]
+    calls = {
+        all_reduce: {"op": "max"}, all_gather: {"dim": 1}, reduce_scatter: {"dim": 1},
+        all_to_all: {"split_dim": 1, "concat_dim": 0}, permute: {"sources": [1, 0]},
+    }  # fmt: skip
+
+    def both(x):
+        started = [call.start(x, axis="b", **told) for call, told in calls.items()]
+        return [wait(one) for one in started], [call(x, axis="b", **told) for call, told in calls.items()]
+
+    for ours, theirs in each(mesh, both, values):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert all_gather.__name__ == "all_gather" and "side by side" in str(all_gather.__doc__)
+    alone = VirtualMesh({"a": 1})
+    assert torch.equal(each(alone, lambda x: wait(all_reduce.start(x, axis="a")), values)[0], values[0])
 
 
 @pytest.mark.parametrize("axis_at", [0, 1])

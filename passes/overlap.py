@@ -1,0 +1,276 @@
+"""Overlap: a collective is started ahead of its reader, and the rank computes while it is under way.
+
+    %r = all_reduce(%g, axis=dp)                 f32[512, 256]
+    %t = mm(%u, %v)                              f32[64, 512]
+    %h = add(%r, %x)                             f32[512, 256]
+becomes
+    %r = all_reduce(%g, axis=dp)                 f32[512, 256]           codegen: r = all_reduce.start(...)
+    %t = mm(%u, %v)                              f32[64, 512]
+    %w = wait(%r)                                f32[512, 256]
+    %h = add(%w, %x)                             f32[512, 256]
+
+Collectives that only make gradients are *posted*: started as soon as their operand is made. Nobody reads them before
+backward ends, and there they are awaited; earlier, once they should have ended, where something follows (a
+reduce-scatter over one axis, then an all-reduce over another) or where they hold their operand in memory.
+
+All others are *fetched*: started as late as hides them, so that what they bring lies in memory as shortly as possible,
+and never so early that more than the largest of them would lie there unread. So the weights of a layer that are
+gathered from all ranks come while the layer before computes.
+
+Where nothing is computed between the two, a collective stays as it was; so do all over links of `overlap` 0. Nothing
+else changes its order, and the collectives of an axis are the same, in the same order, on every rank.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx
+
+from shardc.graph import Program
+from shardc.halves import halves
+from shardc.passes.bucket import COLLECTIVES, becoming_gradients, made_at, passes_on
+from shardc.passes.timeline import Clock, Pace
+from shardc.runtime.started import wait
+
+PATIENCE = 2.0
+"""How many times the seconds that it should take a collective is given, where nothing is gained by waiting for it
+sooner: predictions may be off."""
+
+Order = list[tuple[fx.Node, bool]]
+"""Nodes as they run; with True, where a collective is awaited."""
+
+
+def overlap(graph: fx.Graph, program: Program, pace: Pace, *, fetch: bool = True) -> None:
+    """Start collectives of a localized graph early, in place; without `fetch`, those of gradients only."""
+    run = halves(graph, program)
+    gradients = becoming_gradients(run, graph)
+    ready = made_at(graph, gradients)
+    order: Order = []
+    for half in (run.forward, run.backward):
+        order += _worthwhile(_Half(half, ready, pace, fetch).order(), pace)
+    _rewrite(graph, order)
+
+
+class _Half:
+    """Puts the nodes of forward, or of backward, into a new order."""
+
+    def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], pace: Pace, fetch: bool) -> None:
+        self.nodes, self.mine, self.pace = nodes, set(nodes), pace
+        self.clock = Clock(pace.mesh, pace.device)
+        self.seconds = {node: pace.sent(node) for node in nodes}
+        hidden = [n for n in nodes if self.seconds[n] and self.clock.shares[str(n.kwargs["axis"])]]
+        self.posted = {node for node in hidden if node in ready}
+        self.fetched = [node for node in hidden if node not in ready] if fetch else []
+        self.behind: set[fx.Node] = set()  # what is made of posted ones
+        for node in nodes:
+            if any(operand in self.posted or operand in self.behind for operand in node.all_input_nodes):
+                self.behind.add(node)
+        self.trailing = self.behind - self.posted
+        self.stream = [node for node in nodes if node not in self.posted and node not in self.behind]
+        self.place = {node: place for place, node in enumerate(self.stream)}
+        self.passed = -1
+        self.flying: dict[fx.Node, float] = {}  # what was started, and when it should have ended
+        self.sure: dict[fx.Node, float] = {}  # when it will have ended, with some patience
+        self.done: set[fx.Node] = set()
+        self.made: Order = []
+        self._chains(sorted(self.posted, key=ready.__getitem__))
+
+    def _chains(self, posted: Sequence[fx.Node]) -> None:
+        """Per place of the stream what can be posted after it; what else must have landed before, and what after."""
+        self.due: dict[int, list[fx.Node]] = defaultdict(list)
+        self.missing: Counter[fx.Node] = Counter()
+        self.following: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.after: dict[fx.Node, int] = {}
+        for node in posted:
+            makers = self._makers(node)
+            self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
+            self.due[self.after[node]].append(node)
+            for maker in makers & self.posted:
+                self.missing[node] += 1
+                self.following[maker].append(node)
+
+    def order(self) -> Order:
+        fetches = self._fetches()
+        for place, node in enumerate(self.stream):
+            for one in fetches.get(place, ()):
+                self._start(one)
+            if not self._idle(node):
+                self._emit(node)
+            self.passed = place
+            for one in self.due.get(place, ()):
+                self._post(one)
+            for one in [one for one in self.flying if self._has_ended(one)]:
+                self._land(one)
+        while landing := [one for one in self.flying if one in self.posted]:
+            self._land(min(landing, key=self.flying.__getitem__))
+        for node in self.nodes:
+            self._emit(node)
+            self._await(node)
+        return self.made
+
+    def _idle(self, node: fx.Node) -> bool:
+        """Whether a node only passes on what has not come yet; it can wait for its reader."""
+        return self._light(node) and self._late(node)
+
+    def _late(self, node: fx.Node) -> bool:
+        return any(one in self.flying or (one in self.mine and one not in self.done) for one in node.all_input_nodes)
+
+    def _light(self, node: fx.Node) -> bool:
+        return passes_on(node) and not self.seconds[node]
+
+    def _emit(self, node: fx.Node) -> None:
+        if node in self.done:
+            return
+        self._supply(node)
+        self.clock.now += self.pace.compute(node)
+        for _, axis, _, seconds in self.pace.inner(node):
+            self.clock.wait(self.clock.start(axis, seconds))
+        if self.seconds[node]:
+            self.clock.wait(self.clock.start(str(node.kwargs["axis"]), self.seconds[node]))
+
+    def _start(self, node: fx.Node) -> None:
+        if node in self.done:
+            return
+        self._supply(node)
+        self.clock.now += self.pace.compute(node)
+        self.flying[node] = end = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
+        self.sure[node] = self.clock.now + PATIENCE * (end - self.clock.now)
+
+    def _supply(self, node: fx.Node) -> None:
+        """Put a node behind all that it reads."""
+        for operand in node.all_input_nodes:
+            if operand in self.mine:
+                self._emit(operand)
+                self._await(operand)
+        self.done.add(node)
+        self.made.append((node, False))
+
+    def _await(self, node: fx.Node) -> None:
+        if node in self.flying:
+            self.clock.wait(self.flying.pop(node))
+            self.made.append((node, True))
+
+    def _post(self, node: fx.Node) -> None:
+        if not self.missing[node] and self.after[node] <= self.passed:
+            self._start(node)
+
+    def _has_ended(self, node: fx.Node) -> bool:
+        """Whether a posted collective should have ended, and something comes of noticing it: another one can start,
+        or memory be freed."""
+        if node not in self.posted or (node not in self.following and COLLECTIVES[node.target] == "all_reduce"):
+            return False
+        return (self.flying if node in self.following else self.sure)[node] <= self.clock.now
+
+    def _land(self, node: fx.Node) -> None:
+        """Await a posted collective; then what follows can go on."""
+        self._await(node)
+        stack = [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in self.trailing and not self._late(user):
+                    self._emit(user)
+                    stack.append(user)
+        for one in self.following.get(node, ()):
+            self.missing[one] -= 1
+            self._post(one)
+
+    def _fetches(self) -> dict[int, list[fx.Node]]:
+        """Per place of the stream the collectives that are started before it."""
+        times = [0.0, *itertools.accumulate(self.pace.compute(node) for node in self.stream)]
+        latest, readers = self._latest(times)
+        most = max(map(self._bytes, self.fetched), default=0)
+        unread: list[tuple[int, int]] = []  # where what was fetched is read, and its bytes
+        first: Counter[str] = Counter()  # per axis the place of the last start
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in self.fetched:
+            axis, made = str(node.kwargs["axis"]), [self.place[n] + 1 for n in self._makers(node) if n in self.place]
+            room = _room(unread, self._bytes(node), most)
+            place = min(bisect.bisect_right(times, latest[node]) - 1, self.place[node])
+            place = max(place, first[axis], room, *made)
+            if place <= self.place[node] and times[place] < times[readers[node]]:
+                found[place].append(node)
+                first[axis] = place
+                bisect.insort(unread, (readers[node], self._bytes(node)))
+            else:
+                first[axis] = self.place[node] + 1
+        return found
+
+    def _latest(self, times: Sequence[float]) -> tuple[dict[fx.Node, float], dict[fx.Node, int]]:
+        """For what is fetched, the time at which it is to be started, and the place in the stream of its reader."""
+        latest: dict[fx.Node, float] = {}
+        readers: dict[fx.Node, int] = {}
+        free: dict[str, float] = defaultdict(lambda: math.inf)
+        for node in reversed(self.fetched):
+            axis, found = str(node.kwargs["axis"]), list(self._readers(node))
+            readers[node] = min((self.place[one] for one in found if one in self.place), default=len(self.stream))
+            wanted = [latest.get(one, times[self.place[one]]) for one in found if one in self.place]
+            end = min(free[axis], times[-1], *wanted)
+            seconds = self.clock.shares[axis] * self.seconds[node]
+            latest[node], free[axis] = end - PATIENCE * seconds, end - seconds
+        return latest, readers
+
+    def _makers(self, node: fx.Node) -> set[fx.Node]:
+        """What a node is made from, past what only passes values on."""
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            for operand in stack.pop().all_input_nodes:
+                if operand in self.mine and (self._light(operand) or operand in self.trailing):
+                    stack.append(operand)
+                elif operand in self.mine:
+                    found.add(operand)
+        return found
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What reads a node, past what only passes values on."""
+        stack = [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in self.mine and self._light(user):
+                    stack.append(user)
+                elif user in self.mine:
+                    yield user
+
+    def _bytes(self, node: fx.Node) -> int:
+        return math.prod(node.meta["layout"].local_shape(self.pace.mesh)) * node.meta["dtype"].itemsize
+
+
+def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:
+    """The place from which on so many bytes more, unread, are no more than `most`."""
+    for place, other in reversed(unread):
+        size += other
+        if size > most:
+            return place
+    return 0
+
+
+def _worthwhile(order: Order, pace: Pace) -> Order:
+    """Without the waits before which nothing runs while the collective does."""
+    runs = (not awaited and bool(pace.compute(node) or pace.sent(node)) for node, awaited in order)
+    before = [0, *itertools.accumulate(runs)]
+    started = {node: place for place, (node, awaited) in enumerate(order) if not awaited}
+    return [
+        (node, awaited) for place, (node, awaited) in enumerate(order)
+        if not awaited or before[place] > before[started[node] + 1]
+    ]  # fmt: skip
+
+
+def _rewrite(graph: fx.Graph, order: Order) -> None:
+    """Put the nodes of both halves in order, one after the other, and write the waits."""
+    output, ran = graph.output_node(), {node for node, _ in order}
+    rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
+    for node, awaited in (*order, *((node, False) for node in rest)):
+        if not awaited:
+            output.prepend(node)
+            continue
+        with graph.inserting_before(output):
+            new = graph.create_node("call_function", wait, (node,), name="wait")
+        new.meta = dict(node.meta)
+        node.meta.pop("kept", None)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    graph.lint()
