@@ -64,20 +64,21 @@ class _Half:
         self.clock = Clock(pace.mesh, pace.device)
         self.seconds = {node: pace.sent(node) for node in nodes}
         hidden = [n for n in nodes if self.seconds[n] and self.clock.shares[str(n.kwargs["axis"])]]
-        self.posted = {node for node in hidden if node in ready}
+        self.posted = dict.fromkeys(node for node in hidden if node in ready)
         self.fetched = [node for node in hidden if node not in ready] if fetch else []
-        self.behind: set[fx.Node] = set()  # what is made of posted ones
+        apart = set(self.posted)  # with what is made of them
         for node in nodes:
-            if any(operand in self.posted or operand in self.behind for operand in node.all_input_nodes):
-                self.behind.add(node)
-        self.trailing = self.behind - self.posted
-        self.stream = [node for node in nodes if node not in self.posted and node not in self.behind]
+            if any(operand in apart for operand in node.all_input_nodes):
+                apart.add(node)
+        self.trailing = apart.difference(self.posted)
+        self.stream = [node for node in nodes if node not in apart]
         self.place = {node: place for place, node in enumerate(self.stream)}
         self.passed = -1
         self.flying: dict[fx.Node, float] = {}  # what was started, and when it should have ended
         self.sure: dict[fx.Node, float] = {}  # when it will have ended, with some patience
         self.done: set[fx.Node] = set()
         self.made: Order = []
+        # in an order that is the same on every rank, also of those that are ready at once
         self._chains(sorted(self.posted, key=ready.__getitem__))
 
     def _chains(self, posted: Sequence[fx.Node]) -> None:
@@ -90,7 +91,7 @@ class _Half:
             makers = self._makers(node)
             self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
             self.due[self.after[node]].append(node)
-            for maker in makers & self.posted:
+            for maker in makers.intersection(self.posted):
                 self.missing[node] += 1
                 self.following[maker].append(node)
 

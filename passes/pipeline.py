@@ -16,6 +16,7 @@ from shardc.cost.conversion import sent_fraction
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Program, Role, where
+from shardc.halves import halves
 from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
@@ -29,7 +30,7 @@ from shardc.passes.overlap import overlap
 from shardc.passes.propagate import Constraint, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
-from shardc.passes.timeline import Pace
+from shardc.passes.timeline import Pace, hidden
 from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Memory, Placed, Plan, Tried
@@ -119,7 +120,7 @@ def lower(
     unknown = tried(network, assignment, graph, _conversions(graph, pace, titles))
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
-    graph, bucketed, memory = timed("bucket", lambda: _fitted(graph, assignment, pace, program, settings))
+    graph, bucketed, memory = timed("arrange", lambda: _fitted(graph, assignment, pace, program, settings))
     graphs["bucket"] = bucketed
     memory = replace(memory, budget=settings.memory)
     conversions = _conversions(graph, pace, titles)
@@ -131,7 +132,11 @@ def lower(
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
-    plan = _plan(settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer, memory)
+    run = halves(graph, program)
+    beneath = hidden([*run.forward, *run.backward], pace)
+    plan = _plan(
+        settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer, memory, beneath
+    )
     return Lowered(plan, code, graphs, program, graph, Choice(factored, assignment))
 
 
@@ -260,7 +265,7 @@ def _compute(network: Network, assignment: Assignment) -> float:
 def _plan(
     settings: Settings, program: Program, graph: fx.Graph, conversions: tuple[Conversion, ...], compute: float,
     solution: Solution | None, notes: Sequence[str], phases: dict[str, float], unknown: tuple[Tried, ...],
-    explainer: Questions, memory: Memory,
+    explainer: Questions, memory: Memory, beneath: float,
 ) -> Plan:  # fmt: skip
     mesh = settings.mesh
     local = [node for node in graph.nodes if node.op == "placeholder"]
@@ -270,12 +275,12 @@ def _plan(
         if port.role in (Role.PARAMETER, Role.INPUT)
     ]
     layouts = {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None}
-    cost, bound = compute + sum(c.seconds for c in conversions), 0.0
+    cost, bound = compute + sum(c.seconds for c in conversions) - beneath, 0.0
     if solution is not None:
         cost, bound = solution.cost, solution.lower_bound
     return Plan(
         mesh, settings.device.name, settings.mode, tuple(placed), layouts, conversions, compute, cost, bound,
-        tuple(notes), phases, unknown, explainer, memory,
+        tuple(notes), phases, unknown, explainer, memory, beneath,
     )  # fmt: skip
 
 

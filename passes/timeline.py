@@ -12,13 +12,13 @@ rank computes what comes next, if the collective was only started, and waits if 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cached_property
 
 from torch import fx
 
 from shardc.cost.buckets import Buckets
-from shardc.cost.conversion import step_seconds
+from shardc.cost.conversion import LOCAL, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.mesh import Mesh
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
@@ -27,9 +27,6 @@ from shardc.runtime.started import wait
 from shardc.solver.network import Network
 from shardc.solver.strategies import sends
 
-LOCAL = ("shard", "to_partial")
-"""Steps of conversions that send nothing."""
-
 
 class Pace:
     """How long the nodes of a localized graph take, one by one."""
@@ -37,6 +34,7 @@ class Pace:
     def __init__(self, network: Network, device: Hardware) -> None:
         self.network, self.mesh, self.device = network, network.mesh, device
         self.buckets = Buckets(network.mesh, device)
+        self._operators: dict[fx.Node, float] = {}
 
     def step(self, node: fx.Node) -> tuple[str, float, float] | None:
         """The kind of a conversion's step, the bytes of its local operand and its seconds; None for other nodes."""
@@ -53,7 +51,10 @@ class Pace:
         """Seconds that a rank computes: in an operator, its body's collectives apart, or in a step that sends
         nothing; in a bucket, those that it takes to fill it."""
         if "op" in node.meta:
-            return self.network.options_of(node.meta["op"]).compute_of(node.meta["strategy"])
+            if node not in self._operators:
+                strategy = node.meta["strategy"]
+                self._operators[node] = self.network.options_of(node.meta["op"]).compute_of(strategy)
+            return self._operators[node]
         step = self.step(node)
         if step is None:
             return 0.0
@@ -104,19 +105,20 @@ def is_started(node: fx.Node) -> bool:
     return any(user.target is wait for user in node.users)
 
 
-def step_time(nodes: Iterable[fx.Node], pace: Pace) -> float:
-    """Seconds of all that runs, in its order."""
-    clock, ends = Clock(pace.mesh, pace.device), dict[fx.Node, float]()
+def hidden(nodes: Sequence[fx.Node], pace: Pace) -> float:
+    """The seconds of collectives that nobody waits for when nodes run in this order."""
+    clock, ends, total = Clock(pace.mesh, pace.device), dict[fx.Node, float](), 0.0
     for node in nodes:
         if node.target is wait:
             clock.wait(ends[node.all_input_nodes[0]])
             continue
+        seconds, inner = pace.sent(node), pace.inner(node)
         clock.now += pace.compute(node)
-        for _, axis, _, seconds in pace.inner(node):
-            clock.wait(clock.start(axis, seconds))
-        seconds = pace.sent(node)
+        total += pace.compute(node) + seconds + sum(own for *_, own in inner)
+        for _, axis, _, own in inner:
+            clock.wait(clock.start(axis, own))
         if seconds:
             ends[node] = clock.start(str(node.kwargs["axis"]), seconds)
             if not is_started(node):
                 clock.wait(ends[node])
-    return clock.now
+    return total - clock.now

@@ -78,6 +78,8 @@ class Plan:
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
     """Answers questions about the plan; it holds the whole problem, so it is not saved with the plan."""
     memory: Memory = Memory(0.0, "", "", {})
+    hidden: float = 0.0
+    """Seconds of conversions beneath which something is computed."""
 
     def why(self, value: str) -> Why:
         """Why `value` lies as it does: who makes it, how every reader reads it and what conversions that takes, and the
@@ -125,12 +127,13 @@ class Plan:
 
     @property
     def predicted(self) -> float:
-        """Seconds of compute and of the conversions that were emitted.
+        """Seconds of compute and of the conversions that were emitted, less what is hidden: how long a rank runs.
 
-        Conversions of one value can share steps, so this may lie a little below `cost`, which charges each in full; or
-        above, by latencies: `cost` charges gradients their share of buckets that it takes to hold all of their kind.
+        This may lie below `cost`, which charges in full every conversion of a value, though several can share steps,
+        and every conversion but a gradient's, though more is hidden. Or above: `cost` charges gradients their share of
+        buckets that it takes to hold all of their kind, and takes all of backward to hide them.
         """
-        return self.compute + sum(c.seconds for c in self.conversions)
+        return self.compute + sum(c.seconds for c in self.conversions) - self.hidden
 
     def __str__(self) -> str:
         sections = {
@@ -155,11 +158,14 @@ class Plan:
             proof = "no bound proven"
         communication = in_seconds(sum(c.seconds for c in self.conversions))
         parts = f"compute {in_seconds(self.compute)}, conversions {communication}"
+        if in_seconds(self.hidden) != in_seconds(0.0):
+            parts += f", of which {in_seconds(self.hidden)} hidden"
         if in_seconds(self.cost) == in_seconds(self.predicted):
             return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
-        why = "it charges in full the steps that conversions share"
+        why, more = "it charges in full the steps that conversions share", ", and hides none but gradients"
         if self.predicted > self.cost:
-            why = "it takes buckets to hold more gradients than they do"
+            why, more = "it takes buckets to hold more gradients than they do", ", and all of backward to hide them"
+        why += more if self.hidden else ""
         return [
             f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
             f"  objective  {in_seconds(self.cost)}, {proof}; {why}",

@@ -28,7 +28,7 @@ from shardc.passes.propagate import collect, propagate
 from shardc.rules.factoring import Factored, factor
 from shardc.solver.network import Network
 from shardc.solver.solve import solve
-from textbook import Transformer
+from textbook import Transformer, without_overlap
 
 ITEM = 2
 """Bytes of a bfloat16."""
@@ -211,7 +211,7 @@ class Recipe:
             model = Transformer(self.width, self.width // 128).bfloat16()
             x = torch.empty(self.batch, self.sequence, self.width, dtype=torch.bfloat16)
         constraints = {} if free else dict(self.constraints)
-        return shardc.compile(model, self.mesh, (x,), constraints=constraints, hardware="h100")
+        return shardc.compile(model, self.mesh, (x,), constraints=constraints, hardware=without_overlap("h100"))
 
 
 def sent(compiled: Compiled, least: float = 1e6) -> dict[tuple[str, str, str], float]:

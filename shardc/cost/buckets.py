@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from shardc.cost.hardware import Hardware
 from shardc.mesh import Mesh
 
@@ -62,17 +64,36 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a gradient costs among others: `gradients` are the bytes of all of its dtype, each whole."""
+    """What a gradient costs among others: `gradients` are the bytes of all of its dtype, each whole. Backward computes
+    for `beneath` seconds a byte of all gradients, and so much of what a gradient takes to send is hidden."""
 
     buckets: Buckets
     gradients: tuple[float, ...]
+    beneath: float = 0.0
     _fills: dict[tuple[str, str, float], float] = field(default_factory=dict[tuple[str, str, float], float])
 
     def seconds(self, kind: str, axis: str, size: float, part: float) -> float:
         """Seconds that a collective adds whose operand of `size` bytes is `part` of a whole gradient: alone, or its
         share of a bucket. Every other gradient is taken to be split as this one is."""
+        fill, alone = self._fill(kind, axis, part), self.buckets.alone(kind, axis, size)
+        return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
+
+    def last(self, kind: str, axis: str, size: float, part: float) -> float:
+        """What part of all gradients is sent last, when nothing is left to hide it: a bucket, or one alone."""
+        fill = self._fill(kind, axis, part) if kind in KINDS else 0.0
+        alone = not fill or not self.buckets.joins(kind, axis, size, fill)
+        return min((size if alone else fill) / (part * sum(self.gradients)), 1.0)
+
+    def _fill(self, kind: str, axis: str, part: float) -> float:
         key = kind, axis, part
         if key not in self._fills:
             self._fills[key] = self.buckets.fill(kind, axis, [part * whole for whole in self.gradients])
-        fill, alone = self._fills[key], self.buckets.alone(kind, axis, size)
-        return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
+        return self._fills[key]
+
+    def exposed(self, seconds: np.ndarray, own: np.ndarray, whole: float) -> np.ndarray:
+        """What is left of the `seconds` of conversions of a gradient of `whole` bytes when backward has hidden what it
+        can of them; no fewer than `own`, which nothing can hide.
+
+        Every gradient hides beneath its share of backward, by its bytes: all together, no more than backward computes.
+        """
+        return np.maximum(own, seconds - self.beneath * whole)

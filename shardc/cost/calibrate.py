@@ -3,12 +3,14 @@
 Every process of torchrun measures at the same time, so that what devices share (memory, caches, the uplink of a node)
 counts as shared, and the slowest rank counts. Collectives run as generated code runs them. The formulas of
 `shardc/cost/collectives.py` are linear in the latency and in the seconds a byte of a link, and these are fitted to the
-times by least squares of relative errors, for each kind of collective on its own.
+times by least squares of relative errors, for each kind of collective on its own. What part of one hides beneath other
+work is measured by starting it, computing for longer than it takes, and awaiting it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
@@ -18,14 +20,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from torch import Tensor
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
 from shardc.runtime import collectives
 from shardc.runtime.distributed import DistributedMesh
+from shardc.runtime.started import wait
 
 SIZES = tuple(4**k for k in range(5, 12))
 """Bytes of the local operand: 1 KiB to 4 MiB."""
+
+BENEATH = 2**20
+"""Bytes of the local operand of the all-reduce that is to be hidden."""
 
 LONGEST = 1.0
 """Seconds of one collective after which no larger size is tried."""
@@ -102,13 +109,13 @@ class _Bench:
         inside, between = (self.fits(axis, launch, algorithms) for axis in ("local", "node"))
         near, far = known.inside, known.between
         if inside is not None:
-            near = _link(inside, 1)
+            near = replace(_link(inside, 1), overlap=self.overlap("local"))
         if between is not None:
-            far = _link(between, self.axes["local"])
+            far = replace(_link(between, self.axes["local"]), overlap=self.overlap("node"))
         if inside is not None and between is None:  # all that is known of links
-            far = _link(inside, self.axes["local"])
+            far = replace(_link(inside, self.axes["local"]), overlap=near.overlap)
         if between is not None and inside is None:
-            near = _link(between, 1)
+            near = replace(_link(between, 1), overlap=far.overlap)
         per_node = self.axes["local"] if inside or between else known.devices_per_node
         start = 0.0 if inside or between else known.start
         device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
@@ -142,6 +149,23 @@ class _Bench:
             "permute": lambda: collectives.permute(x, axis=axis, sources=[(i + 1) % ways for i in range(ways)]),
         }
         return x.numel() * 4.0, self.seconds(calls[kind])
+
+    def overlap(self, axis: str) -> float:
+        """What part of an all-reduce's time hides beneath products of matrices that take longer than it does."""
+        x, y = (torch.ones(size, device=self.device) for size in ((BENEATH // 4,), (256, 256)))
+        alone, product = (self.seconds(call) for call in (lambda: collectives.all_reduce(x, axis=axis), lambda: y @ y))
+        products = range(math.ceil(2 * alone / product))
+
+        def compute() -> list[Tensor]:
+            return [y @ y for _ in products]
+
+        def both() -> None:
+            started = collectives.all_reduce.start(x, axis=axis)
+            compute()
+            wait(started)
+
+        added = self.seconds(both) - self.seconds(compute)
+        return min(max(1.0 - added / alone, 0.0), 1.0)
 
     def flops(self, dtype: torch.dtype) -> float:
         """Flops a second of a square product, large enough to take a while."""
@@ -222,6 +246,7 @@ def _level(level: str, link: Link, fits: Sequence[Fit] | None) -> list[str]:
     whose = "device" if level == "inside" else "node"
     remark = "those of all_reduce below" if fits else "not measured: this run had no such link"
     found = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
+    found.append(f"overlap = {link.overlap:.2f} # of an all-reduce of {BENEATH} bytes, beneath products of matrices")
     errors = {one.kind: one for one in fits or ()}
     for kind, own in link.measured.items():
         found += ["", f"[{level}.measured.{kind}]"]
@@ -243,6 +268,9 @@ def table(measured: Measured) -> str:
     rows = [f"launch {device.launch * 1e6:.1f} us, memory {device.memory_bandwidth / 1e9:.1f} GB/s"]
     rows += [f"{dtype:<10} {rate / 1e9:10.1f} Gflop/s" for dtype, rate in device.flops.items()]
     for level, fits in (("inside", measured.inside), ("between", measured.between)):
+        if fits is not None:
+            share = (device.inside if level == "inside" else device.between).overlap
+            rows.append(f"{level:<8} {share:.0%} of a collective's time can hide beneath what is computed")
         for one in fits or ():
             link = (device.inside if level == "inside" else device.between).of(one.kind)
             rows.append(

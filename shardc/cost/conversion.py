@@ -44,6 +44,10 @@ class Step(NamedTuple):
     op: str | None = None
 
 
+LOCAL = ("shard", "to_partial")
+"""Steps that send nothing."""
+
+
 def sent_fraction(kind: str, ways: int) -> float:
     """Bytes that one rank sends, as a multiple of the bytes of its local operand: the least that any algorithm can do
     with an operand too long for its latency to matter, whatever the backend does."""
@@ -58,7 +62,7 @@ def sent_fraction(kind: str, ways: int) -> float:
 
 def step_seconds(kind: str, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
     """Seconds of one step whose local operand has `operand_bytes`."""
-    if kind in ("shard", "to_partial"):
+    if kind in LOCAL:
         return device.launch + operand_bytes / device.memory_bandwidth
     if mesh.sizes[axis] == 1:
         return 0.0
@@ -107,7 +111,8 @@ def steps(splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ..
 class TensorClass:
     """All layouts of tensors with the same atoms and bytes an element, and the cheapest conversion between any two.
 
-    `seconds[i, j]` converts layout i to layout j. For gradients, `sharing` prices the steps that run in buckets.
+    `seconds[i, j]` is what converting layout i to layout j adds to a step. For gradients, `sharing` prices the steps
+    that run in buckets, and tells what of them backward hides.
     """
 
     sizes: tuple[int, ...]
@@ -166,24 +171,48 @@ class TensorClass:
 
     @cached_property
     def seconds(self) -> np.ndarray:
+        if self.sharing is None:
+            return self._cheapest[0]
+        return self.sharing.exposed(*self._cheapest, self.itemsize * math.prod(self.sizes))
+
+    @cached_property
+    def _cheapest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Between any two layouts the seconds of the cheapest conversion; and for how many of them, of a gradient,
+        nothing can hide it."""
         table = np.full((len(self.layouts),) * 2, np.inf)
         np.fill_diagonal(table, 0.0)
+        own = table.copy()
         for i, found in self._moves.items():
-            for j, (cost, _) in found.items():
+            for j, (cost, step) in found.items():
                 table[i, j] = cost
+                own[i, j] = cost * (1.0 - self._hideable(i, j, step))
         for k in range(len(table)):  # Floyd-Warshall
-            np.minimum(table, table[:, k, None] + table[None, k, :], out=table)
-        return table
+            through = table[:, k, None] + table[None, k, :]
+            if self.sharing is not None:
+                own = np.where(through < table, own[:, k, None] + own[None, k, :], own)
+            np.minimum(table, through, out=table)
+        return table, own
+
+    def _hideable(self, before: int, after: int, step: Step) -> float:
+        """What part of a step's time a rank can compute in, of a gradient: but for its own work, and for what is sent
+        when backward has ended."""
+        if self.sharing is None or step.kind in LOCAL:
+            return 0.0
+        share, last = self.device.overlap(self.mesh, step.axis), 0.0
+        moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
+        if share and moved:
+            last = self.sharing.last(step.kind, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
+        return share * (1.0 - last)
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
-        """The steps of the cheapest conversion; its price is `seconds[index[start], index[end]]`."""
+        """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""
         first, goal = self.index[start], self.index[end]
         # breadth first: where moves are free, the cheapest may go in a circle
         ways: dict[int, list[Step]] = {first: []}
-        queue = deque([first])
+        queue, seconds = deque([first]), self._cheapest[0]
         while goal not in ways:
             here = queue.popleft()
-            totals = {j: cost + self.seconds[j, goal] for j, (cost, _) in self._moves[here].items()}
+            totals = {j: cost + seconds[j, goal] for j, (cost, _) in self._moves[here].items()}
             least = min(totals.values())
             for there in sorted(j for j, total in totals.items() if total == least and j not in ways):
                 ways[there] = [*ways[here], self._moves[here][there][1]]

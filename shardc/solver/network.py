@@ -151,14 +151,18 @@ class Network:
 
     @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
-        """By dtype, all gradients among which the collectives of each are shared."""
+        """By dtype, all gradients among which the collectives of each are shared, and what hides them: backward, if
+        every operator is divided as far as it can be."""
         sizes: dict[torch.dtype, list[float]] = {}
         for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT:
                 tensor = _tensor_of(self.factored.values[node].key)
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
-        return {dtype: Sharing(buckets, tuple(found)) for dtype, found in sizes.items()}
+        total = sum(map(sum, sizes.values()))
+        backward = [op for op in self.factored.ops if op.node.meta.get("phase") == "backward"]
+        beneath = sum(float(self.options_of(op).compute.min()) for op in backward) / total if total else 0.0
+        return {dtype: Sharing(buckets, tuple(found), beneath) for dtype, found in sizes.items()}
 
     def build(self) -> None:
         """Make the variables and edges."""

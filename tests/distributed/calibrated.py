@@ -32,6 +32,7 @@ if mesh.rank == 0:
     print(path.read_text())
     loaded = hardware(path)
     assert loaded.name == path.stem and loaded.devices_per_node == 2
+    assert 0 <= loaded.inside.overlap == round(measured.device.inside.overlap, 2) <= 1
     for kind in loaded.algorithms:
         for size in (1e3, 1e6):
             mesh_of_two = Mesh.parse("tp=2")

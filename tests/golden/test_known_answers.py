@@ -14,7 +14,7 @@ from torch import nn
 
 import shardc
 from shardc.api import Compiled
-from textbook import MLP, Logits, Transformer
+from textbook import MLP, Logits, Transformer, without_overlap
 
 Golden = Callable[[str, str], None]
 
@@ -27,7 +27,7 @@ def plan(make: Callable[[], nn.Module], mesh: str, *shape: int, **options: objec
     """Plan a bfloat16 model on the meta device for H100s."""
     with torch.device("meta"):
         model, x = make().bfloat16(), torch.empty(shape, dtype=torch.bfloat16)
-    return shardc.compile(model, mesh, (x,), hardware="h100", **options)  # type: ignore[arg-type]
+    return shardc.compile(model, mesh, (x,), hardware=without_overlap("h100"), **options)  # type: ignore[arg-type]
 
 
 def sent(compiled: Compiled, phase: str, least: float = 1024.0) -> Counter[str]:

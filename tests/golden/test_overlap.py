@@ -59,3 +59,30 @@ def test_overlap(case: str, golden: Callable[[str, str], None]) -> None:
 def test_nothing_is_started_over_a_link_that_hides_nothing() -> None:
     found = compiled("levels", 0.0)
     assert found.graph("overlap") == found.graph("bucket") and ".start(" not in found.code
+
+
+def test_the_same_on_every_rank() -> None:
+    """Ranks that start collectives in another order fail, or compute nonsense: the order of equals is no accident."""
+    device = replace(machine(1.0), inside=replace(machine(1.0).inside, latency=0.0), launch=0.0)
+    found, told = set[str](), {str(layer): ("dp", None) for layer in range(4)}
+    for _ in range(4):
+        with torch.device("meta"):
+            model, x = nn.Sequential(*(nn.LayerNorm(64) for _ in range(4))), torch.empty(4096, 64)
+            made = shardc.compile(model, "dp=2", (x,), hardware=device, constraints=told)
+        found.add(made.code)
+        assert made.code.count("all_reduce.start(") >= 6
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_hidden(case: str) -> None:
+    """A link that hides its time makes the step shorter, by no more than it takes, and never costs a plan more."""
+    slow, half, free = (compiled(case, overlap).plan for overlap in (0.0, 0.5, 1.0))
+    assert slow.hidden == 0.0 and slow.predicted == pytest.approx(slow.compute + sent(slow))
+    assert 0.0 < free.hidden <= sent(free) and "hidden" in str(free) and "hidden" not in str(slow)
+    assert free.predicted < half.predicted < slow.predicted
+    assert free.cost < half.cost < slow.cost and free.check() == pytest.approx(free.cost)
+
+
+def sent(plan: shardc.Plan) -> float:
+    return sum(conversion.seconds for conversion in plan.conversions)

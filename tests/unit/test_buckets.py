@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from shardc.cost.buckets import SLACK, Buckets, Sharing
+from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.hardware import hardware
 from shardc.mesh import Mesh as Axes
 from shardc.runtime import (
@@ -55,6 +57,29 @@ def test_shares_add_up_to_buckets(kind: str) -> None:
         assert shares == pytest.approx(buckets.seconds(kind, "dp", 20 * part * 1e5))
         assert shares < 20 * buckets.alone(kind, "dp", part * 1e5)
     assert Sharing(buckets, (1e5,)).seconds(kind, "dp", 1e5, 1.0) == buckets.alone(kind, "dp", 1e5)
+
+
+def test_backward_hides_gradients_by_their_bytes() -> None:
+    """Of conversions of 1 ms and 5 ms: all but the rank's own work, and no more than its share of backward."""
+    mesh, device = Axes.parse("dp=4"), hardware("h100")
+    sharing = Sharing(Buckets(mesh, device), (1e6, 3e6), 2e-3 / 4e6)
+    seconds, own = np.array([0.0, 1e-3, 5e-3, math.inf]), np.array([0.0, 4e-4, 1e-3, math.inf])
+    assert sharing.exposed(seconds, own, 1e6) == pytest.approx([0.0, 5e-4, 4.5e-3, math.inf])
+    assert sharing.exposed(seconds, own, 3e6) == pytest.approx([0.0, 4e-4, 3.5e-3, math.inf])
+
+
+def test_the_last_gradients_have_nothing_left_to_hide_beneath() -> None:
+    """Of four large ones the last; of small ones that share a bucket all."""
+    mesh, device = Axes.parse("dp=4"), hardware("h100")
+    start, end = Splits(((), ()), (("dp", "sum"),)), Splits(((), ()))
+    for rows, last in ((10**6, 0.25), (10, 1.0)):
+        sharing = Sharing(Buckets(mesh, device), (rows * 1e3,) * 4, 1.0)
+        made = TensorClass((rows, 250), 4, ("sum",), mesh, device, sharing)
+        seconds = sharing.seconds("all_reduce", "dp", rows * 1e3, 1.0)
+        assert sharing.last("all_reduce", "dp", rows * 1e3, 1.0) == last
+        left = 1.0 - device.inside.overlap * (1.0 - last)
+        assert made.seconds[made.index[start], made.index[end]] == pytest.approx(left * seconds)
+        assert [step.kind for step in made.path(start, end)] == ["all_reduce"]
 
 
 def parts(rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
