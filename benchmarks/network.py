@@ -8,7 +8,8 @@ The hosts are network namespaces of this machine, joined by a link whose rate is
 buckets); processes talk over gloo. On that network `shardc calibrate` measures a hardware file, and with it shardc
 plans the same model under different constraints (data, fully sharded, tensor and sequence parallel, mixes of them on
 two axes, and without any). Nothing else is fitted. Before a plan or a peer is timed, its loss and its gradients are
-compared with those of one device. Needs Linux, root and iproute2; no packet leaves the namespaces.
+compared with those of one device; then all of them take turns, a step each. Needs Linux, root and iproute2; no packet
+leaves the namespaces.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peers import AXES, PEERS, check
@@ -141,33 +143,36 @@ def work(wanted: list[str], hardware: str, steps: int, out: Path) -> None:
     if mesh.rank == 0:
         Path(hardware).write_text(calibrate.toml(calibrated))
         print(calibrate.table(calibrated), flush=True)
-    found = Found()
+    running: dict[str, tuple[nn.Module, Tensor]] = {}
     for recipe in (recipe for recipe in RECIPES if recipe.name in wanted):
         model, x = fresh()
         model = shard(model, mesh=recipe.mesh, constraints=recipe.constraints, hardware=calibrated.device)
-        seconds = measured(recipe.name, model, x, steps)
-        found.plans.append(Result(recipe.name, recipe.mesh, model.plan.predicted, model.plan.compute, seconds))
-        if mesh.rank == 0:
-            print(found.plans[-1], flush=True)
+        running[recipe.name] = model, x
     devices = init_device_mesh("cpu", (HOSTS, RANKS), mesh_dim_names=AXES)
     for peer in (peer for peer in PEERS if peer.name in wanted):
         model, x = fresh()
-        found.peers[peer.name] = measured(peer.name, peer.apply(model, devices), peer.share(x, devices), steps)
-        if mesh.rank == 0:
-            print(peer.name, found.peers[peer.name], flush=True)
+        running[peer.name] = peer.apply(model, devices), peer.share(x, devices)
+    seconds = measured(running, steps)
+    found = Found(peers={peer.name: seconds[peer.name] for peer in PEERS if peer.name in running})
+    for recipe in (recipe for recipe in RECIPES if recipe.name in running):
+        plan: Any = running[recipe.name][0].plan
+        found.plans.append(Result(recipe.name, recipe.mesh, plan.predicted, plan.compute, seconds[recipe.name]))
     if mesh.rank == 0:
         out.write_text(json.dumps(asdict(found)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def measured(name: str, model: nn.Module, x: Tensor, steps: int) -> float:
-    """Median seconds of a step on the slowest rank, after a step whose results are checked and another one."""
+def measured(running: Mapping[str, tuple[nn.Module, Tensor]], steps: int) -> dict[str, float]:
+    """Median seconds of a step on the slowest rank, after a step whose results are checked and another one. All take
+    turns, so that what else the machine does meets each of them alike."""
     expected, batch = fresh()
-    check(name, model, step(model, x)[1], expected, step(expected, batch)[1])
-    times = torch.tensor([step(model, x)[0] for _ in range(steps + 1)][1:])
+    expected_loss = step(expected, batch)[1]
+    for name, (model, x) in running.items():
+        check(name, model, step(model, x)[1], expected, expected_loss)
+    times = torch.tensor([[step(model, x)[0] for model, x in running.values()] for _ in range(steps + 1)][1:])
     torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX)
-    return statistics.median(times.tolist())
+    return dict(zip(running, times.median(0).values.tolist(), strict=True))
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:

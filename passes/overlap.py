@@ -75,7 +75,7 @@ class _Half:
         self.place = {node: place for place, node in enumerate(self.stream)}
         self.passed = -1
         self.flying: dict[fx.Node, float] = {}  # what was started, and when it should have ended
-        self.sure: dict[fx.Node, float] = {}  # when it will have ended, with some patience
+        self.watched: dict[fx.Node, float] = {}  # what is posted, and when something comes of waiting for it
         self.done: set[fx.Node] = set()
         self.made: Order = []
         # in an order that is the same on every rank, also of those that are ready at once
@@ -105,7 +105,7 @@ class _Half:
             self.passed = place
             for one in self.due.get(place, ()):
                 self._post(one)
-            for one in [one for one in self.flying if self._has_ended(one)]:
+            for one in [one for one, time in self.watched.items() if time <= self.clock.now]:
                 self._land(one)
         while landing := [one for one in self.flying if one in self.posted]:
             self._land(min(landing, key=self.flying.__getitem__))
@@ -140,7 +140,10 @@ class _Half:
         self._supply(node)
         self.clock.now += self.pace.compute(node)
         self.flying[node] = end = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
-        self.sure[node] = self.clock.now + PATIENCE * (end - self.clock.now)
+        if node in self.following:
+            self.watched[node] = end
+        elif node in self.posted and COLLECTIVES[node.target] != "all_reduce":  # it holds its operand
+            self.watched[node] = self.clock.now + PATIENCE * (end - self.clock.now)
 
     def _supply(self, node: fx.Node) -> None:
         """Put a node behind all that it reads."""
@@ -154,26 +157,22 @@ class _Half:
     def _await(self, node: fx.Node) -> None:
         if node in self.flying:
             self.clock.wait(self.flying.pop(node))
+            self.watched.pop(node, None)
             self.made.append((node, True))
 
     def _post(self, node: fx.Node) -> None:
         if not self.missing[node] and self.after[node] <= self.passed:
             self._start(node)
 
-    def _has_ended(self, node: fx.Node) -> bool:
-        """Whether a posted collective should have ended, and something comes of noticing it: another one can start,
-        or memory be freed."""
-        if node not in self.posted or (node not in self.following and COLLECTIVES[node.target] == "all_reduce"):
-            return False
-        return (self.flying if node in self.following else self.sure)[node] <= self.clock.now
-
     def _land(self, node: fx.Node) -> None:
         """Await a posted collective; then what follows can go on."""
+        if node not in self.flying:
+            return
         self._await(node)
         stack = [node]
         while stack:
             for user in stack.pop().users:
-                if user in self.trailing and not self._late(user):
+                if user in self.trailing and user not in self.done and not self._late(user):
                     self._emit(user)
                     stack.append(user)
         for one in self.following.get(node, ()):
