@@ -22,12 +22,13 @@ Terms over three variables (`triplets.py`) close that: they borrow from the tabl
 what they keep counts as part of the bound.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardc.solver.certificate import Certificate
+from shardc.solver.distinct import Table
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
 from shardc.solver.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
@@ -42,17 +43,19 @@ class Bound:
 
     `chords` are pairs without a table of their own, over which triplets meet."""
 
-    def __init__(self, unary: Sequence[Array], edges: dict[Edge, Array], chords: Sequence[Edge] = ()) -> None:
+    def __init__(
+        self, unary: Sequence[Array], edges: Mapping[Edge, Array | Table], chords: Sequence[Edge] = ()
+    ) -> None:
         self.unary = list(unary)
         self.ends = sorted({*edges, *chords})
         self.number = {edge: e for e, edge in enumerate(self.ends)}
-        turned: dict[int, tuple[Array, Array]] = {}
+        made: dict[int, Table] = {}
         for table in edges.values():
-            if id(table) not in turned:
-                turned[id(table)] = (np.ascontiguousarray(table), np.ascontiguousarray(table.T))
-        # (rows are u, rows are v) of e = (u, v): as given, None for a chord; and less what triplets have borrowed
-        self.given = [turned[id(edges[e])] if e in edges else None for e in self.ends]
-        self.tables = [pair or self._nothing(e) for e, pair in zip(self.ends, self.given, strict=True)]
+            if id(table) not in made:
+                made[id(table)] = table if isinstance(table, Table) else Table(table)
+        # as given, None for a chord; and less what triplets have borrowed
+        self.given = [made[id(edges[e])] if e in edges else None for e in self.ends]
+        self.tables = [table or self._nothing(e) for e, table in zip(self.ends, self.given, strict=True)]
         self.triplets: list[Triplet] = []
         self.behind: list[list[int]] = [[] for _ in unary]
         self.ahead: list[list[int]] = [[] for _ in unary]
@@ -118,7 +121,7 @@ class Bound:
             cost = self.rewritten(u)
             cost *= self.share[u]
             for e in self.ahead[u]:
-                message = (self.tables[e][0] + (cost - self.to_first[e])[:, None]).min(axis=0)
+                message = self.tables[e].to_second(cost - self.to_first[e])
                 message -= message.min()
                 self.to_second[e] = message
 
@@ -134,7 +137,7 @@ class Bound:
                 reduced[v] = cost.copy()
             cost *= self.share[v]
             for e in self.behind[v]:
-                message = (self.tables[e][1] + (cost - self.to_second[e])[:, None]).min(axis=0)
+                message = self.tables[e].to_first(cost - self.to_second[e])
                 least = float(message.min())
                 lower += least
                 message -= least
@@ -155,7 +158,7 @@ class Bound:
 
     def tables_by_edge(self) -> dict[Edge, Array]:
         """The tables as given."""
-        return {edge: pair[0] for edge, pair in zip(self.ends, self.given, strict=True) if pair is not None}
+        return {edge: table.whole for edge, table in zip(self.ends, self.given, strict=True) if table is not None}
 
     def with_triplets(self, triples: Sequence[Triple], groups: Sequence[Groups], upper: float) -> "Bound":
         """The same bound with more triplets, all with these groups. Entries that no solution cheaper than `upper` can
@@ -167,16 +170,16 @@ class Bound:
         for (u, v), (to_u, to_v) in more.messages().items():
             if (u, v) in pairs:
                 e, moved = more.number[(u, v)], to_u[:, None] + to_v[None, :]
-                least = float((more.tables[e][0] - moved).min())
-                table = np.minimum(more.tables[e][0], moved + (least + ceiling))
-                more.tables[e] = (table, np.ascontiguousarray(table.T))
+                least = float((more.tables[e].whole - moved).min())
+                more.tables[e] = Table(np.minimum(more.tables[e].whole, moved + (least + ceiling)), look=False)
         more.triplets += [Triplet.over(triple, more.number, groups) for triple in triples]
         return more
 
     def _with_chords(self, chords: Iterable[Edge]) -> "Bound":
         """The same with more pairs that have no table."""
-        old = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
-        more = Bound(self.unary, self.tables_by_edge(), [*old, *chords])
+        old = [e for e, table in zip(self.ends, self.given, strict=True) if table is None]
+        given = {edge: table for edge, table in zip(self.ends, self.given, strict=True) if table is not None}
+        more = Bound(self.unary, given, [*old, *chords])
         for edge, e in self.number.items():
             n = more.number[edge]
             more.tables[n], more.to_first[n], more.to_second[n] = self.tables[e], self.to_first[e], self.to_second[e]
@@ -184,9 +187,8 @@ class Bound:
         more.lower, more.current = self.lower, -np.inf
         return more
 
-    def _nothing(self, edge: Edge) -> tuple[Array, Array]:
-        shape = (len(self.unary[edge[0]]), len(self.unary[edge[1]]))
-        return np.zeros(shape), np.zeros(shape[::-1])
+    def _nothing(self, edge: Edge) -> Table:
+        return Table(np.zeros((len(self.unary[edge[0]]), len(self.unary[edge[1]]))))
 
     def rewritten_network(self) -> tuple[float, list[Array], dict[Edge, Array]]:
         """The same network in costs rewritten by a fresh sweep: a constant, and terms whose minima are zero."""
@@ -215,7 +217,7 @@ class Bound:
         for e, ((u, v), (to_u, to_v)) in enumerate(self.messages().items()):
             unary[u] += to_u
             unary[v] += to_v
-            table = self.tables[e][0] - to_u[:, None] - to_v[None, :]
+            table = self.tables[e].whole - to_u[:, None] - to_v[None, :]
             edges[(u, v)] = table - table.min()
         return [cost - cost.min() for cost in unary], edges
 
@@ -228,7 +230,7 @@ class Bound:
             if counts is not None:
                 cost[counts[v] :] = np.inf
             for e in self.behind[v]:
-                cost += self.tables[e][0][choice[self.ends[e][0]]]
+                cost += self.tables[e].whole[choice[self.ends[e][0]]]
             for e in self.ahead[v]:
                 cost += self.to_first[e]
             choice.append(first_minimum(cost))
@@ -242,11 +244,11 @@ class Bound:
             for v in range(len(self.unary)):
                 cost = self.unary[v].copy()
                 for e in self.behind[v]:
-                    pair = self.given[e]
-                    cost += pair[0][choice[self.ends[e][0]]] if pair else 0.0
+                    table = self.given[e]
+                    cost += table.whole[choice[self.ends[e][0]]] if table else 0.0
                 for e in self.ahead[v]:
-                    pair = self.given[e]
-                    cost += pair[1][choice[self.ends[e][1]]] if pair else 0.0
+                    table = self.given[e]
+                    cost += table.whole[:, choice[self.ends[e][1]]] if table else 0.0
                 best = first_minimum(cost)
                 if cost[best] < cost[choice[v]]:
                     choice[v], moved = best, True
@@ -269,12 +271,11 @@ class Bound:
             return cut[key]
 
         edges = {(u, v): part(table, u, v) for (u, v), table in self.tables_by_edge().items()}
-        chords = [e for e, pair in zip(self.ends, self.given, strict=True) if pair is None]
+        chords = [e for e, table in zip(self.ends, self.given, strict=True) if table is None]
         small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges, chords)
         for e, (u, v) in enumerate(self.ends):
             if self.tables[e] is not self.given[e]:
-                table = part(self.tables[e][0], u, v)
-                small.tables[e] = (table, np.ascontiguousarray(table.T))
+                small.tables[e] = Table(part(self.tables[e].whole, u, v), look=False)
         small.to_first = [m[keep[u]] for m, (u, _) in zip(self.to_first, self.ends, strict=True)]
         small.to_second = [m[keep[v]] for m, (_, v) in zip(self.to_second, self.ends, strict=True)]
         groups: dict[tuple[int, int], Groups] = {}
@@ -304,7 +305,7 @@ class Bound:
             to_u, to_v = messages[u, v]
             unary[u] += to_u
             unary[v] += to_v
-            moved = self.tables[e][0] - to_u[:, None] - to_v[None, :]
+            moved = self.tables[e].whole - to_u[:, None] - to_v[None, :]
             edges[u, v] = _gathered(_gathered(moved, keep[u]).T, keep[v]).T
         small = Bound([_gathered(cost, mask) for cost, mask in zip(unary, keep, strict=True)], edges)
         small.lower = self.lower
@@ -318,8 +319,7 @@ class Bound:
                 key = (e, id(rows), id(columns))
                 sums[key] = rows, columns, sums[key][2] + loan if key in sums else loan
         for (e, _, _), (rows, columns, loan) in sums.items():
-            table = self.tables[e][0] + spread(loan, rows, columns)
-            self.tables[e] = (table, np.ascontiguousarray(table.T))
+            self.tables[e] = Table(self.tables[e].whole + spread(loan, rows, columns), look=False)
 
 
 def _gathered(cost: Array, keep: Mask) -> Array:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver.distinct import Table
 from shardc.solver.pool import Mask, min_plus
 from shardc.solver.problem import Array, Edge
 
@@ -115,7 +116,7 @@ class Triplet:
 class Lending:
     """A round of lending. What tables hold beyond their messages is looked up once per pair of groups."""
 
-    def __init__(self, tables: list[tuple[Array, Array]], messages: Sequence[tuple[Array, Array]]) -> None:
+    def __init__(self, tables: list[Table], messages: Sequence[tuple[Array, Array]]) -> None:
         self.tables, self.messages = tables, messages
         self._open: dict[int, tuple[tuple[Groups, Groups], Array, Array]] = {}  # groups, at first, by now
 
@@ -144,14 +145,13 @@ class Lending:
             self._enter(e)
         if e not in self._open:
             to_u, to_v = self.messages[e]
-            spare = _least(self.tables[e][0] - to_u[:, None] - to_v[None, :], *grid)
+            spare = _least(self.tables[e].whole - to_u[:, None] - to_v[None, :], *grid)
             self._open[e] = grid, spare, spare.copy()
         return self._open[e][2]
 
     def _enter(self, e: int) -> None:
         grid, first, now = self._open.pop(e)
-        table = self.tables[e][0] + spread(now - first, *grid)
-        self.tables[e] = (table, np.ascontiguousarray(table.T))
+        self.tables[e] = Table(self.tables[e].whole + spread(now - first, *grid), look=False)
 
 
 def frustrated(

@@ -1,0 +1,79 @@
+"""Tables without their repetitions.
+
+Most strategies of an operator make one of few layouts, and what an edge costs depends on the layout alone: whole rows
+of its table are equal, and so are whole columns.
+
+    strategies a b c d       made @x @x @y @y          [3 0]              [3 0]
+    table over (strategy, layout)                      [3 0]   ->   rows  [1 7]
+                                                       [1 7]
+                                                       [1 7]
+
+The least over equal rows is that over their cheapest, so a message takes as many steps as the smaller table has
+entries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardc.solver.problem import Array
+
+Index = NDArray[np.intp]
+_WORTH = 2048  # entries of a table from which on it pays to look for repetitions
+
+
+class Alike:
+    """Rows in groups of equal ones: `first` of each, and per row its group."""
+
+    def __init__(self, first: Index, index: Index) -> None:
+        self.first, self.index = first, index
+        self.order = np.argsort(index, kind="stable")
+        self.starts = np.searchsorted(index[self.order], np.arange(len(first)))
+
+    @staticmethod
+    def of(table: Array) -> Alike | None:
+        """The rows of a table; None if all differ."""
+        weights = np.sin(np.arange(1.0, table.shape[1] + 1.0))
+        marks = np.where(np.isinf(table), -1.0, table) @ weights
+        _, first, index = np.unique(marks, return_index=True, return_inverse=True)
+        if len(first) == len(table) or not np.array_equal(table[first][index], table):
+            return None
+        return Alike(first, index)
+
+    def least(self, cost: Array) -> Array:
+        """The least of every group."""
+        return np.minimum.reduceat(cost[self.order], self.starts)
+
+
+class Table:
+    """A table over pairs of values, as messages in either direction need it. One that changes all the time is taken as
+    it is (`look`)."""
+
+    def __init__(self, whole: Array, look: bool = True) -> None:
+        look = look and whole.size >= _WORTH
+        small = self.whole = np.ascontiguousarray(whole)
+        self.rows = Alike.of(small) if look else None
+        if self.rows is not None:
+            small = small[self.rows.first]
+        turned = np.ascontiguousarray(small.T)
+        self.columns = Alike.of(turned) if look else None
+        if self.columns is not None:
+            turned = turned[self.columns.first]
+            small = np.ascontiguousarray(turned.T)
+        self.small, self.turned = small, turned
+
+    def to_second(self, cost: Array) -> Array:
+        """`min_x table[x, .] + cost[x]`."""
+        return _message(self.small, self.rows, self.columns, cost)
+
+    def to_first(self, cost: Array) -> Array:
+        """`min_y table[., y] + cost[y]`."""
+        return _message(self.turned, self.columns, self.rows, cost)
+
+
+def _message(table: Array, rows: Alike | None, columns: Alike | None, cost: Array) -> Array:
+    if rows is not None:
+        cost = rows.least(cost)
+    message = (table + cost[:, None]).min(axis=0)
+    return message if columns is None else message[columns.index]
