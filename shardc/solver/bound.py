@@ -23,6 +23,7 @@ what they keep counts as part of the bound.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,25 +237,15 @@ class Bound:
             choice.append(first_minimum(cost))
         return choice
 
-    def improve(self, choice: list[int], rounds: int = 5) -> list[int]:
-        """Coordinate descent from a choice."""
-        choice = list(choice)
-        for _ in range(rounds):
-            moved = False
-            for v in range(len(self.unary)):
-                cost = self.unary[v].copy()
-                for e in self.behind[v]:
-                    table = self.given[e]
-                    cost += table.whole[choice[self.ends[e][0]]] if table else 0.0
-                for e in self.ahead[v]:
-                    table = self.given[e]
-                    cost += table.whole[:, choice[self.ends[e][1]]] if table else 0.0
-                best = first_minimum(cost)
-                if cost[best] < cost[choice[v]]:
-                    choice[v], moved = best, True
-            if not moved:
-                break
-        return choice
+    @cached_property
+    def around(self) -> list[list[tuple[int, int]]]:
+        """Per variable its neighbours, by a table of their own, with the number of the edge."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.unary]
+        for e, (u, v) in enumerate(self.ends):
+            if self.given[e] is not None:
+                found[u].append((v, e))
+                found[v].append((u, e))
+        return found
 
     def cost(self, choice: Sequence[int]) -> float:
         total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))

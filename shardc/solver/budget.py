@@ -90,6 +90,7 @@ class Frontier:
         """What is known of the network without prices: what was proved, and a choice for it."""
         self.proofs.append(Proof({}, free.lower_bound, Certificate({})))  # theirs speaks of another network
         self.points.append(self._point(choice))
+        self.trail = self.trail.at(choice)
 
     def within(self, bound: float, time_limit: float) -> Solution:
         """The cheapest choice that holds at most `bound` bytes at every position, or the best found in `time_limit`

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from shardc.solver.bound import Bound
-from shardc.solver.eliminate import eliminate, find_order, surviving
+from shardc.solver.eliminate import eliminate, find_order, forbidding, surviving
 
 _HALVINGS = 40
+_WIDE = 32  # values of a variable, on average, of which elimination never takes so many
 
 
 def dive(
@@ -19,10 +20,13 @@ def dive(
     elimination can take, and those of the incumbent. None if even those are too many. With `counts`, of every
     variable's so many first values."""
     reduced, edges = bound.reduced_costs(), bound.tables_by_edge()
+    forbidden = forbidding(edges)
     for cost, count in zip(reduced, counts or map(len, reduced), strict=True):
         cost[count:] = np.inf
     for halvings in range(1, _HALVINGS):
-        keep = surviving(reduced, edges, gap * 0.5**halvings, incumbent)
+        keep = surviving(reduced, forbidden, gap * 0.5**halvings, incumbent)
+        if sum(map(np.count_nonzero, keep)) > _WIDE * len(keep):
+            continue
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
         order = find_order([len(cost) for cost in part], list(edges))
         if order.narrow:

@@ -11,7 +11,7 @@ factor (weight), on sizes alone, and the cheaper is carried out if its factors f
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,16 @@ class Factor:
     table: Array
 
 
-def surviving(reduced: Sequence[Array], edges: dict[Edge, Array], gap: float, incumbent: Sequence[int]) -> list[Mask]:
+def forbidding(edges: Mapping[Edge, Array]) -> dict[Edge, Mask]:
+    """What the tables that forbid pairs of values allow."""
+    known = {id(table): np.isfinite(table) for table in edges.values()}
+    some = {mark for mark, allowed in known.items() if not allowed.all()}
+    return {edge: known[id(table)] for edge, table in edges.items() if id(table) in some}
+
+
+def surviving(
+    reduced: Sequence[Array], forbidding: Mapping[Edge, Mask], gap: float, incumbent: Sequence[int]
+) -> list[Mask]:
     """Which values may belong to a solution cheaper than the incumbent; the incumbent's own values stay.
 
     Values left without a finite partner go too, as the bound needs one in every row.
@@ -53,7 +62,6 @@ def surviving(reduced: Sequence[Array], edges: dict[Edge, Array], gap: float, in
     keep = [cost < gap for cost in reduced]
     for mask, value in zip(keep, incumbent, strict=True):
         mask[value] = True
-    forbidding = {edge: np.isfinite(table) for edge, table in edges.items() if not np.isfinite(table).all()}
     changed = True
     while changed:
         changed = False

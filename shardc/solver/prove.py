@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shardc.solver.bound import Bound, Place
 from shardc.solver.certificate import Certificate, Lender
 from shardc.solver.dive import dive
+from shardc.solver.forest import descend
 from shardc.solver.leap import Leaps
 from shardc.solver.problem import TOLERANCE, Array, Edge, Problem, evaluate, magnitude
 from shardc.solver.triplets import Groups, frustrated
@@ -33,11 +34,12 @@ _WORTH = 1e-4  # part of the gap that a triplet must promise to close
 _HELPS = 0.1  # part of the gap that a round must close to be followed by another
 _MARGIN = 1.0  # of the gap: reduced costs of values that are told apart
 _CLOSER = 0.7  # of the gap when values were last gathered: they are gathered again
-_DIVE = 0.1  # of the gap when a choice was last looked for exactly: it is done again
+_DIVE = 0.5  # of the gap when a choice was last looked for exactly: it is done again
 _NEAR = 2e-2  # of the cost: gaps in which it pays to gather values
 _WIDE = 4096  # entries of a table
+_FEWER = 0.5  # of the entries of all tables, after gathering
 _CLOSING = 0.5  # of the gap that a round leaves where it is about to close
-_FINER = 0.1  # part of the tolerance that is aimed at
+_FINER, _ALMOST = 0.1, 0.7  # part of the tolerance that is aimed at: of what counts as none, and of any other
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,15 @@ class Proof:
         return time.process_time() > self.deadline
 
     def _gather(self, gap: float) -> list[Array]:
-        """Values that cannot be part of a choice as cheap as `cost` become one a variable; the reduced costs."""
+        """Values that cannot be part of a choice as cheap as `cost` become one a variable, if they are most; the
+        reduced costs."""
         reduced = self.bound.reduced_costs()
         keep = [cost <= _MARGIN * gap for cost in reduced]
         for mask, values in zip(keep, self.values, strict=True):
             mask[len(values) :] = False
+        left = [np.count_nonzero(mask) + 1 for mask in keep]
+        if sum(left[u] * left[v] for u, v in self.bound.ends) > _FEWER * self._entries():
+            return reduced
         self.bound, places, messages = self.bound.gathered(keep)
         _add(self.messages, messages, self.places)
         self.places = [place[old] for place, old in zip(places, self.places, strict=True)]
@@ -144,7 +150,7 @@ class Proof:
             if look and self.searching:
                 self._offer()
             gap = self.cost - self.lower
-            if gap <= _FINER * self.tolerance:
+            if gap <= (_FINER if self.enough <= TOLERANCE else _ALMOST) * self.tolerance:
                 return True
             if self._late() or (turn * Leaps.SWEEPS >= enough and gap > _CLOSING * (self.cost - last)):
                 return False
@@ -160,14 +166,17 @@ class Proof:
 
     def _wide(self) -> bool:
         """Whether sweeps spend their time on the entries of tables, of which fewer would do."""
-        sizes = [len(self.bound.unary[u]) * len(self.bound.unary[v]) for u, v in self.bound.ends]
-        return sum(sizes) > _WIDE * len(sizes)
+        return self._entries() > _WIDE * len(self.bound.ends)
+
+    def _entries(self) -> int:
+        """Entries of tables that a sweep reads."""
+        return sum(table.small.size for table in self.bound.tables)
 
     def _offer(self) -> None:
         """Look for a better choice: by what the messages say, and, as the gap closes, exactly among the best values."""
         counts = [len(values) for values in self.values]
         choice = self.bound.decode(counts)
-        self.take(self.whole.improve([int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
+        self.take(descend(self.whole, [int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
         self.dived = self.dived or gap
         if self.choice is None or gap > _DIVE * self.dived:

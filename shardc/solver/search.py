@@ -12,7 +12,8 @@ import numpy as np
 from shardc.errors import InfeasibleError
 from shardc.solver.bound import Bound
 from shardc.solver.dive import dive
-from shardc.solver.eliminate import eliminate, find_order, surviving
+from shardc.solver.eliminate import eliminate, find_order, forbidding, surviving
+from shardc.solver.forest import descend
 from shardc.solver.leap import Leaps
 from shardc.solver.problem import TOLERANCE
 from shardc.solver.triplets import Groups, frustrated
@@ -43,7 +44,7 @@ class Search:
     def start(self, choice: list[int]) -> None:
         """Take a choice that is known, or what is near it."""
         self._offer(choice)
-        self._offer(self.bound.improve(choice))
+        self._offer(descend(self.bound, choice))
 
     def close(self) -> list[int]:
         """As `run`, from a choice and a bound that are close already: it goes only as far as that pays."""
@@ -75,7 +76,7 @@ class Search:
             leaps.round(self.bound)
             if turn % _LOOK_EVERY:
                 continue
-            self._offer(self.bound.improve(self.bound.decode()))
+            self._offer(descend(self.bound, self.bound.decode()))
             self.lower = self.bound.lower
             gap = self.upper - self.lower
             if self._closed() or (self._late() and self.choice is not None):
@@ -160,7 +161,7 @@ class Search:
             return
         gap = self.upper - self.bound.current
         reduced = self.bound.reduced_costs()
-        keep = surviving(reduced, self.bound.tables_by_edge(), gap, self._incumbent(self.choice))
+        keep = surviving(reduced, forbidding(self.bound.tables_by_edge()), gap, self._incumbent(self.choice))
         self.bound = self.bound.restricted(keep)
         self.values = [values[mask] for values, mask in zip(self.values, keep, strict=True)]
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -62,6 +63,12 @@ class Trail:
             if folded is not None and _FOLDED * len(folded.template.unary) <= len(network.unary):
                 found.append(folded)
         return Trail(found)
+
+    def at(self, choice: Sequence[int]) -> Trail:
+        """The trail from a choice for the whole network."""
+        for folded in self.folds:
+            choice = [choice[v] for v in folded.kept]
+        return replace(self, choice=list(choice))
 
     def over(self, problem: Problem) -> Trail:
         """The trail for other costs, and some of the edges."""
@@ -215,7 +222,7 @@ def _proved(problem: Problem, goal: _Goal, start: Trail) -> tuple[list[int], Cer
         proof = Proof(problem, Bound(problem.unary, problem.edges), None, goal.deadline, goal.enough)
     else:
         proof = None
-    if proof and proof.run() and proof.choice is not None:
+    if proof and (proof.run() or goal.enough > TOLERANCE) and proof.choice is not None:
         return proof.choice, proof.certificate()
     choice, _ = _searched(problem, goal, proof.choice if proof else None)
     known = goal.known(problem, choice)
