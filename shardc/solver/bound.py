@@ -42,18 +42,20 @@ class Bound:
     """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far, `current` that of the
     messages as they are: it may be less after pairs were added, and reduced costs count from there.
 
-    `chords` are pairs without a table of their own, over which triplets meet."""
+    `chords` are pairs without a table of their own, over which triplets meet. Messages that are made `roughly`, in half
+    the digits, prove what a certificate of them does, no more: `lower` may be off by the rounding."""
 
     def __init__(
-        self, unary: Sequence[Array], edges: Mapping[Edge, Array | Table], chords: Sequence[Edge] = ()
-    ) -> None:
+        self, unary: Sequence[Array], edges: Mapping[Edge, Array | Table], chords: Sequence[Edge] = (),
+        roughly: bool = False,
+    ) -> None:  # fmt: skip
         self.unary = list(unary)
         self.ends = sorted({*edges, *chords})
         self.number = {edge: e for e, edge in enumerate(self.ends)}
         made: dict[int, Table] = {}
         for table in edges.values():
             if id(table) not in made:
-                made[id(table)] = table if isinstance(table, Table) else Table(table)
+                made[id(table)] = table if isinstance(table, Table) else Table(table, roughly=roughly)
         # as given, None for a chord; and less what triplets have borrowed
         self.given = [made[id(edges[e])] if e in edges else None for e in self.ends]
         self.tables = [table or self._nothing(e) for e, table in zip(self.ends, self.given, strict=True)]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH = 3e-4  # the same at any one price
+_ENOUGH, _ROUGH = 3e-4, 2e-3  # the same at any one price, and for a draft
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _ROUNDS = 40
 _KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
@@ -160,8 +160,8 @@ class Frontier:
     def _ask(self, prices: Mapping[int, float], deadline: float, draft: bool = False) -> bool:
         """Solve at these prices; whether a choice was found that was not known."""
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
-        left = max(deadline - time.process_time(), 1.0)
-        found = solve(priced, time_limit=left, certify=False, enough=_ENOUGH, trail=self.trail, draft=draft)
+        left, enough = max(deadline - time.process_time(), 1.0), _ROUGH if draft else _ENOUGH
+        found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
             self.trail = replace(self.trail, choice=found.trail.choice, certificate=found.trail.certificate)
         drafted = found.lower_bound == -math.inf

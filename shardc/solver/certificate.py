@@ -164,7 +164,8 @@ class _Audit:
         left = np.zeros(sizes) if table is None else table
         if messages:
             self._check_messages(edge)
-            left = left - messages[0][:, None] - messages[1][None, :]
+            left = left - messages[0][:, None]
+            left -= messages[1]
         for rows, columns, loan in loans:
             left = left + loan[np.ix_(rows, columns)]
         least = float(left.min())

@@ -39,7 +39,7 @@ _NEAR = 2e-2  # of the cost: gaps in which it pays to gather values
 _WIDE = 4096  # entries of a table
 _FEWER = 0.5  # of the entries of all tables, after gathering
 _CLOSING = 0.5  # of the gap that a round leaves where it is about to close
-_FINER, _ALMOST = 0.1, 0.7  # part of the tolerance that is aimed at: of what counts as none, and of any other
+_FINER, _ALMOST = 0.1, 0.9  # part of the tolerance that is aimed at: of what counts as none, and of any other
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,11 @@ def _add(
         total[u, v] = to_u, to_v
 
 
-def clipped(problem: Problem, cost: float) -> Bound:
-    """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them."""
+def clipped(problem: Problem, cost: float, roughly: bool = False) -> Bound:
+    """A bound for the problem (see `Bound` for `roughly`), whose entries are cut off where no solution as cheap as `cost` can have them."""
     tables = [*problem.unary, *problem.edges.values()]
     minima = [float(table.min()) for table in tables]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))
     cut: dict[int, Array] = {id(table): np.minimum(table, ceiling) for table in tables}
-    return Bound([cut[id(c)] for c in problem.unary], {edge: cut[id(table)] for edge, table in problem.edges.items()})
+    edges = {edge: cut[id(table)] for edge, table in problem.edges.items()}
+    return Bound([cut[id(c)] for c in problem.unary], edges, roughly=roughly)

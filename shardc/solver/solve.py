@@ -37,6 +37,7 @@ from shardc.solver.search import Search
 _BETWEEN = 6  # layers kept on either side when a network is folded the first time
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
+_LOSES = 1.2  # times its gap that a proof may lose by being unfolded, before it is mended
 _PASSED_ON = 12  # sweeps between two folds, where no certificate is asked for
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
@@ -185,6 +186,7 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     folds = trail.folds
     choice, certificate = _proved(folds[-1].template, goal.part(), trail)
     trail = Trail(folds, choice, certificate)
+    gap = 0.0 if draft else _gap(folds[-1].template, choice, certificate)
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice = folded.unfolded_choice(choice)
         if not math.isfinite(evaluate(network, choice)):
@@ -192,7 +194,7 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
         if draft:
             continue
         certificate = folded.unfolded_certificate(certificate)
-        if network is not problem:
+        if network is not problem and _gap(network, choice, certificate) > max(goal.enough, _LOSES * gap):
             sweeps = None if goal.certify else _PASSED_ON
             known = goal.known(network, choice)
             certificate = prove(network, known, goal.part().deadline, certificate, sweeps)
@@ -212,17 +214,25 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     return _solution(problem, choice, search.lower, certificate, trail)
 
 
+def _gap(problem: Problem, choice: list[int], certificate: Certificate) -> float:
+    """What is not proved of a choice's cost, as a part of it."""
+    cost = evaluate(problem, choice)
+    return (cost - check(problem, certificate)) / max(abs(cost), 1e-300)
+
+
 def _proved(problem: Problem, goal: _Goal, start: Trail) -> tuple[list[int], Certificate]:
     """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
+    roughly = goal.enough > TOLERANCE
     if start.choice and math.isfinite(evaluate(problem, start.choice)):
-        bound = clipped(problem, evaluate(problem, start.choice)).starting(start.certificate)
+        bound = clipped(problem, evaluate(problem, start.choice), roughly).starting(start.certificate)
         proof = Proof(problem, bound, None, goal.deadline, goal.enough)
         proof.take(start.choice)
     elif all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
-        proof = Proof(problem, Bound(problem.unary, problem.edges), None, goal.deadline, goal.enough)
+        bound = Bound(problem.unary, problem.edges, roughly=roughly)
+        proof = Proof(problem, bound, None, goal.deadline, goal.enough)
     else:
         proof = None
-    if proof and (proof.run() or goal.enough > TOLERANCE) and proof.choice is not None:
+    if proof and (proof.run() or roughly) and proof.choice is not None:
         return proof.choice, proof.certificate()
     choice, _ = _searched(problem, goal, proof.choice if proof else None)
     known = goal.known(problem, choice)
