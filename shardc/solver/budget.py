@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH, _ROUGH = 3e-4, 2e-3  # the same at any one price, and for a draft
+_ENOUGH = 3e-4  # the same at any one price
+_ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
-_ROUNDS = 40
+_PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
 _KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
 _MODEST, _RISE, _RICH = 0.2, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
@@ -98,27 +99,13 @@ class Frontier:
         deadline = time.process_time() + time_limit
         if not self.points:
             self._ask({}, deadline)
-        ceiling, dearer = _MODEST, 1.0
-        for _ in range(_ROUNDS):
-            best, lower = self._best(bound), self._proof(bound, drafts=True).bound(bound)
-            if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
+        for _ in range(_PROOFS):
+            self._drafted(bound, deadline)
+            best, proof = self._best(bound), self._proof(bound, drafts=True)
+            if not proof.draft:
                 break
-            dearest = max(point.cost for point in self.points)
-            if best is None and (min(ceiling, dearer) > _RICH or lower > _HOPELESS * dearest):
-                break
-            prices, value = self._master(bound, _RICH if best else min(ceiling, _RICH))
-            if best is None:
-                ceiling *= _RISE
-                if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, draft=True):
-                    dearer *= _RISE  # the best prices are known, and what they choose does not fit
-                continue
-            ways = (self._between(prices, bound), prices)
-            if value - lower <= self.close * best.cost or not any(self._ask(way, deadline, draft=True) for way in ways):
-                break
-            if value - lower <= _NEAR * abs(value):
-                self._merge(bound)
-        if self._proof(bound, drafts=True).draft:
-            self._ask(self._proof(bound, drafts=True).prices, deadline)
+            self._ask(proof.prices, deadline)
+            self.proofs = [proof for proof in self.proofs if not proof.draft]
         self._merge(bound)
         best, lower = self._best(bound), self._proof(bound).bound(bound)
         gap = math.inf if best is None else (best.cost - lower) / max(abs(best.cost), 1e-300)
@@ -132,6 +119,28 @@ class Frontier:
                 f"{in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"
             )
         return self._solution(best, bound)
+
+    def _drafted(self, bound: float, deadline: float) -> None:
+        """Ask at one price after the other, until what seems to be proved meets the best choice."""
+        ceiling, dearer = _MODEST, 1.0
+        for _ in range(_ROUNDS):
+            best, lower = self._best(bound), self._proof(bound, drafts=True).bound(bound)
+            if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
+                break
+            dearest = max(point.cost for point in self.points)
+            if best is None and (min(ceiling, dearer) > _RICH or lower > _HOPELESS * dearest):
+                break
+            prices, value = self._master(bound, _RICH if best else min(ceiling, _RICH))
+            if best is None:
+                ceiling *= _RISE
+                if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, _ROUGHEST):
+                    dearer *= _RISE  # the best prices are known, and what they choose does not fit
+                continue
+            ways = (self._between(prices, bound), prices)
+            if value - lower <= self.close * best.cost or not any(self._ask(way, deadline, _ROUGH) for way in ways):
+                break
+            if value - lower <= _NEAR * abs(value):
+                self._merge(bound)
 
     def proved_for(self, found: Solution, bound: float) -> Solution:
         """The same choice with what is proved for another bound."""
@@ -157,13 +166,17 @@ class Frontier:
         """The one that proves, or seems to prove, most for a bound."""
         return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
-    def _ask(self, prices: Mapping[int, float], deadline: float, draft: bool = False) -> bool:
-        """Solve at these prices; whether a choice was found that was not known."""
+    def _ask(self, prices: Mapping[int, float], deadline: float, enough: float = _ENOUGH) -> bool:
+        """Solve at these prices; whether a choice was found that was not known. To more than the usual gap, of equal
+        layers only a draft is made."""
+        draft = enough > _ENOUGH
+        if not self.trail.folds:
+            enough = _ENOUGH
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
-        left, enough = max(deadline - time.process_time(), 1.0), _ROUGH if draft else _ENOUGH
+        left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
-            self.trail = replace(self.trail, choice=found.trail.choice, certificate=found.trail.certificate)
+            self.trail = replace(found.trail, folds=self.trail.folds)
         drafted = found.lower_bound == -math.inf
         self.proofs.append(Proof(prices, found.cost if drafted else found.lower_bound, found.certificate, drafted))
         if any(point.choice == found.choice for point in self.points):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver.active import Active
 from shardc.solver.bound import Bound, Place
 from shardc.solver.certificate import Certificate, Lender
 from shardc.solver.dive import dive
@@ -51,11 +52,12 @@ class Known:
 
 
 def prove(
-    problem: Problem, known: Known, deadline: float, start: Certificate | None = None, sweeps: int | None = None
-) -> Certificate:
+    problem: Problem, known: Known, deadline: float, start: Certificate | None = None, sweeps: int | None = None,
+    roughly: bool = False,
+) -> Certificate:  # fmt: skip
     """A certificate whose bound comes as close to the known cost as it should, or as it gets from that of `start`. With
-    `sweeps`, after about so many it is close enough, if it is not about to close."""
-    bound = clipped(problem, known.cost)
+    `sweeps`, after about so many it is close enough, if it is not about to close. (For `roughly` see `Bound`.)"""
+    bound = clipped(problem, known.cost, roughly)
     proof = Proof(problem, bound if start is None else bound.starting(start), known, deadline)
     if sweeps is None:
         proof.run()
@@ -117,6 +119,13 @@ class Proof:
             )
             lenders.append(Lender(t.variables, (a, b, c), (t.loans[0], t.loans[1], t.loans[2])))
         return Certificate(messages, tuple(lenders))
+
+    def active(self) -> Active:
+        """The values that matter at these costs."""
+        assert self.choice is not None
+        reduced = self.bound.reduced_costs()
+        reduced = [cost[place] for cost, place in zip(reduced, self.places, strict=True)]
+        return Active.of(reduced, self.choice, self.certificate())
 
     def _late(self) -> bool:
         return time.process_time() > self.deadline
@@ -209,7 +218,8 @@ def _add(
 
 
 def clipped(problem: Problem, cost: float, roughly: bool = False) -> Bound:
-    """A bound for the problem (see `Bound` for `roughly`), whose entries are cut off where no solution as cheap as `cost` can have them."""
+    """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them. For
+    `roughly` see `Bound`."""
     tables = [*problem.unary, *problem.edges.values()]
     minima = [float(table.min()) for table in tables]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))

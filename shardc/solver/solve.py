@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from shardc.solver.active import Active
 from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.contract import Network
@@ -37,7 +38,7 @@ from shardc.solver.search import Search
 _BETWEEN = 6  # layers kept on either side when a network is folded the first time
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
-_LOSES = 1.2  # times its gap that a proof may lose by being unfolded, before it is mended
+_LOSES = 2.0  # times its gap that a proof may lose by being unfolded, before it is mended
 _PASSED_ON = 12  # sweeps between two folds, where no certificate is asked for
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
@@ -45,11 +46,13 @@ _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
 @dataclass(frozen=True)
 class Trail:
-    """How a network folds, the widest fold first, and what was found and proved for the last template."""
+    """How a network folds, the widest fold first, and what was found and proved for the last template, and which of its
+    values mattered."""
 
     folds: list[Fold]
     choice: list[int] = field(default_factory=list[int])
     certificate: Certificate = field(default_factory=lambda: Certificate({}))
+    active: Active | None = None
 
     @staticmethod
     def of(problem: Problem, kept: int = 1) -> Trail:
@@ -78,7 +81,7 @@ class Trail:
             folds.append(folded.over(folds[-1].template if folds else problem))
         known = self.certificate.messages
         left = {edge: known[edge] for edge in known if not folds or edge in folds[-1].template.edges}
-        return Trail(folds, self.choice, replace(self.certificate, messages=left))
+        return replace(self, folds=folds, certificate=replace(self.certificate, messages=left))
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def solve(
     with the `trail` of a network that differs in its costs starts from there. A `draft` of a network with many equal
     layers is a choice without a bound.
     """
-    problem.check()
+    if trail is None:
+        problem.check()
     goal = _Goal(math.inf if time_limit is None else time.process_time() + time_limit, certify, enough)
     trail = trail.over(problem) if trail else Trail.of(problem)
     known: Solution | None = None
@@ -137,6 +141,11 @@ class _Goal:
     deadline: float
     certify: bool
     enough: float
+
+    @property
+    def rough(self) -> bool:
+        """Whether a gap is allowed that is more than rounding."""
+        return self.enough > TOLERANCE
 
     def known(self, problem: Problem, choice: list[int]) -> Known:
         cost = evaluate(problem, choice)
@@ -183,9 +192,8 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
 
     Where that leaves a gap, it is small: hardly a value is left that could be in a better choice, and elimination
     closes it at once, most often. A certificate takes longer."""
-    folds = trail.folds
-    choice, certificate = _proved(folds[-1].template, goal.part(), trail)
-    trail = Trail(folds, choice, certificate)
+    folds, trail = trail.folds, _followed(trail, goal.part(), draft)
+    choice, certificate = trail.choice, trail.certificate
     gap = 0.0 if draft else _gap(folds[-1].template, choice, certificate)
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice = folded.unfolded_choice(choice)
@@ -194,10 +202,11 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
         if draft:
             continue
         certificate = folded.unfolded_certificate(certificate)
-        if network is not problem and _gap(network, choice, certificate) > max(goal.enough, _LOSES * gap):
+        close = _LOSES * max(goal.enough, gap)
+        if network is not problem and _gap(network, choice, certificate) > close:
             sweeps = None if goal.certify else _PASSED_ON
-            known = goal.known(network, choice)
-            certificate = prove(network, known, goal.part().deadline, certificate, sweeps)
+            known = replace(goal, enough=close).known(network, choice)
+            certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough)
     if draft:
         return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), -math.inf, trail)
     solution = _solution(problem, choice, -math.inf, certificate, trail)
@@ -220,26 +229,40 @@ def _gap(problem: Problem, choice: list[int], certificate: Certificate) -> float
     return (cost - check(problem, certificate)) / max(abs(cost), 1e-300)
 
 
-def _proved(problem: Problem, goal: _Goal, start: Trail) -> tuple[list[int], Certificate]:
-    """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
-    roughly = goal.enough > TOLERANCE
+def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
+    """The trail with what is found and proved for its template; of a draft, among the values that mattered last."""
+    template, active = trail.folds[-1].template, trail.active
+    if draft and active is not None:
+        small = active.problem(template)
+        start = replace(trail, choice=active.inside(trail.choice), certificate=active.start(small))
+        choice, certificate, _ = _proved(small, goal, start)
+        return replace(trail, choice=active.outside(choice), active=replace(active, certificate=certificate))
+    choice, certificate, active = _proved(template, goal, trail, narrow=draft or active is not None)
+    return replace(trail, choice=choice, certificate=certificate, active=active)
+
+
+def _proved(
+    problem: Problem, goal: _Goal, start: Trail, narrow: bool = False
+) -> tuple[list[int], Certificate, Active | None]:
+    """The best choice found, and a certificate; if it shall be narrowed, the values that matter. Most often the proof
+    comes upon the best choice by itself."""
     if start.choice and math.isfinite(evaluate(problem, start.choice)):
-        bound = clipped(problem, evaluate(problem, start.choice), roughly).starting(start.certificate)
+        bound = clipped(problem, evaluate(problem, start.choice), goal.rough).starting(start.certificate)
         proof = Proof(problem, bound, None, goal.deadline, goal.enough)
         proof.take(start.choice)
     elif all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
-        bound = Bound(problem.unary, problem.edges, roughly=roughly)
+        bound = Bound(problem.unary, problem.edges, roughly=goal.rough)
         proof = Proof(problem, bound, None, goal.deadline, goal.enough)
     else:
         proof = None
-    if proof and (proof.run() or roughly) and proof.choice is not None:
-        return proof.choice, proof.certificate()
+    if proof and (proof.run() or goal.rough) and proof.choice is not None:
+        return proof.choice, proof.certificate(), proof.active() if narrow else None
     choice, _ = _searched(problem, goal, proof.choice if proof else None)
     known = goal.known(problem, choice)
     if proof is None:
-        return choice, prove(problem, known, goal.deadline)
+        return choice, prove(problem, known, goal.deadline), None
     if known.cost < proof.cost:
         proof.know(choice, known)
     proof.run()
     assert proof.choice is not None
-    return proof.choice, proof.certificate()
+    return proof.choice, proof.certificate(), None
