@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from shardc.collector import uncollected
 from shardc.solver.budget import Frontier
 from shardc.solver.certificate import Certificate, check, check_within
 from shardc.solver.network import Network
@@ -28,15 +29,19 @@ class Solved:
         """The problem, and the certificate of its solution: that which came with it if it proves what the search did,
         else one made now."""
         if self._certificate is None:
-            known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
-            self._take(self.solution.certificate)
-            if self.solution.lower_bound - self._proved > known.tolerance:
-                made, before = self._made(known), (self._certificate, self._proved)
-                self._take(made)
-                if self._proved < before[1]:
-                    self._certificate, self._proved = before
+            with uncollected():
+                self._certify()
         assert self._certificate is not None
         return self.problem, self._certificate
+
+    def _certify(self) -> None:
+        known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
+        self._take(self.solution.certificate)
+        if self.solution.lower_bound - self._proved > known.tolerance:
+            made, before = self._made(known), (self._certificate, self._proved)
+            self._take(made)
+            if self._proved < before[1]:
+                self._certificate, self._proved = before
 
     def checked(self) -> float:
         """The lower bound that the certificate proves."""
@@ -55,9 +60,10 @@ class Solved:
         """The best choice at costs that were changed, within the same bound on memory. Raises InfeasibleError, and
         TimeoutError if none was found in time."""
         prices = self.solution.prices
-        if prices is None:
-            return solve(problem, time_limit=TIME_LIMIT, certify=False)
-        return Frontier(problem, prices.holdings).within(prices.bound, TIME_LIMIT)
+        with uncollected():
+            if prices is None:
+                return solve(problem, time_limit=TIME_LIMIT, certify=False)
+            return Frontier(problem, prices.holdings).within(prices.bound, TIME_LIMIT)
 
     def _made(self, known: Known) -> Certificate:
         prices = self.solution.prices

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from shardc.capture import capture
+from shardc.collector import uncollected
 from shardc.constrain import Dim, Spec, parse, serialise
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.cost.memory import NO_STATES, States
@@ -158,26 +157,10 @@ def compiled(call: Call, request: Request) -> Compiled:
     """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
     _check_world(request.mesh)
     dims = call.dims(request)
-    with TRACING, _uncollected():
+    with TRACING, uncollected():
         if dims:
             return Family(request, dims).at(call)
         return Compiled(call.model, lower(*captured(call, request, {})))
-
-
-@contextmanager
-def _uncollected() -> Generator[None]:
-    """Python's cyclic collector pauses: graphs grow and stay, so it would walk over them again and again for nothing,
-    which is half the time of a deep model. What was made goes to the oldest generation, without one last walk."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled and not gc.get_freeze_count():
-            gc.freeze()
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:

@@ -102,12 +102,14 @@ class KeepingNetwork(Network):
         once = super()._domain(op, port, frozen)
         if not (self.recompute and op.node in self.schedule.rerun):
             return once
-        return Domain(
-            [*once.strategies, *(strategy._replace(again=True) for strategy in once.strategies)],
-            self._derived("twice", (once.seconds,), lambda: np.concatenate([once.seconds, 2.0 * once.seconds])),
-            [self._intern(np.tile(layouts, 2)) for layouts in once.operands],
-            [self._intern(np.tile(layouts, 2)) for layouts in once.results],
-        )
+        if id(once) not in self._domains:
+            self._domains[id(once)] = Domain(
+                [*once.strategies, *(strategy._replace(again=True) for strategy in once.strategies)],
+                np.concatenate([once.seconds, 2.0 * once.seconds]),
+                [self._intern(np.tile(layouts, 2)) for layouts in once.operands],
+                [self._intern(np.tile(layouts, 2)) for layouts in once.results],
+            )
+        return self._domains[id(once)]
 
     def _crosses(self, key: Key) -> bool:
         """Whether backward reads a value of forward, or may do so to run an operator again."""

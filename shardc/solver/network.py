@@ -23,6 +23,7 @@ from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.errors import LayoutError
 from shardc.graph import Port, Role, value_of
+from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factoring import Factored, Key, Op, Value, layout_of
 from shardc.solver.problem import Problem
@@ -89,6 +90,9 @@ class Network:
         self._distinct: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
+        self._domains: dict[object, Domain] = {}
+        self._answers: dict[object, bool] = {}
+        self._demands: dict[object, np.ndarray] = {}
         reductions = {r for op in self.factored.ops for r in op.rule.reductions.values()}
         self._reductions = ("sum", *sorted(reductions - {"sum"}))
         # per base value: its variable and, for each value of that variable, the layout it stands for
@@ -104,6 +108,7 @@ class Network:
         self._classes, self._gradient_classes = other._classes, other._gradient_classes
         self._options, self._distinct = other._options, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
+        self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
 
     def problem(self) -> Problem:
         problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
@@ -223,14 +228,20 @@ class Network:
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         options = self.options_of(op)
         keep = self._kept(op, options, port, frozen)
+        identity = id(options), None if keep is None else tuple(keep)
+        if identity in self._domains:
+            return self._domains[identity]
         if keep is None:
-            return Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
-        return Domain(
-            [options.strategies[i] for i in keep],
-            options.seconds[keep],
-            [self._intern(layouts[keep]) for layouts in options.operand_layouts],
-            [self._intern(layouts[keep]) for layouts in options.result_layouts],
-        )
+            found = Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
+        else:
+            found = Domain(
+                [options.strategies[i] for i in keep],
+                options.seconds[keep],
+                [self._intern(layouts[keep]) for layouts in options.operand_layouts],
+                [self._intern(layouts[keep]) for layouts in options.result_layouts],
+            )
+        self._domains[identity] = found
+        return found
 
     def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
@@ -259,10 +270,7 @@ class Network:
 
     def _storable(self, value: Value) -> Accepts:
         """What a DTensor holds: one chunk of every dim, axes in an order that DTensor has, nothing partial."""
-        leaves = self.factored.leaves(value.key)
-
-        def test(splits: Splits) -> bool:
-            layout = layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True)))
+        def stored(splits: Splits, layout: Layout) -> bool:
             if splits.partial or any(len(dim) > 1 for dim in layout.simplify(self.mesh).dims):
                 return False
             try:
@@ -271,20 +279,39 @@ class Network:
                 return False
             return True
 
-        return test
+        return self._remembered("stored", value, stored)
 
     def _sliceable(self, value: Value) -> Accepts:
         """What local slices of the global tensor give: what enters a generated module."""
-        leaves = self.factored.leaves(value.key)
-
-        def test(splits: Splits) -> bool:
+        def sliced(_: Splits, layout: Layout) -> bool:
             try:
-                layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True))).cuts(self.mesh)
+                layout.cuts(self.mesh)
             except LayoutError:
                 return False
             return True
 
+        return self._remembered("sliced", value, sliced)
+
+    def _remembered(self, question: str, value: Value, answer: Callable[[Splits, Layout], bool]) -> Accepts:
+        """The answer for values of one form is asked for once."""
+        leaves, form = self.factored.leaves(value.key), self._form(value)
+
+        def test(splits: Splits) -> bool:
+            key = question, form, splits
+            if key not in self._answers:
+                layout = layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True)))
+                self._answers[key] = answer(splits, layout)
+            return self._answers[key]
+
         return test
+
+    def _form(self, value: Value) -> object:
+        """Of which leaves of its base value, and of what sizes, every dim of a value consists."""
+        position = {ref: i for i, ref in enumerate(self.factored.leaves(value.key))}
+        return tuple(
+            tuple((position.get(leaf), size) for ref in dim for leaf, size in self.factored.pieces(ref))
+            for dim in value.dims
+        )
 
     def _intern(self, array: np.ndarray) -> np.ndarray:
         return self._arrays.setdefault(array.tobytes(), array)
@@ -334,12 +361,13 @@ class Network:
         self._connect(value.key, self._op_variable[parameter], self._gradient_layouts(value, parameter))
 
     def _gradient_layouts(self, value: Value, parameter: fx.Node) -> np.ndarray:
-        tensor, made = self.class_of(value.key), self._op_layouts(parameter)
-        demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
-        return self._intern(np.array(demanded))
-
-    def _op_layouts(self, parameter: fx.Node) -> list[Splits]:
-        return [Splits(s.split) for s in self.variables[self._op_variable[parameter]].domain]  # type: ignore[union-attr]
+        tensor, stored = self.class_of(value.key), self.variables[self._op_variable[parameter]].domain
+        key = id(tensor), id(stored), self._form(value)
+        if key not in self._demands:
+            made = [Splits(s.split) for s in stored]  # type: ignore[union-attr]
+            demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
+            self._demands[key] = self._intern(np.array(demanded))
+        return self._demands[key]
 
     def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
         """The layout of the gradient's base value when the parameter is stored as `stored`."""
