@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH = 3e-4  # the same at any one price
+_ENOUGH, _DEEPLY = 3e-4, 7e-4  # the same at any one price; where layers are folded
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
 _KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
-_MODEST, _RISE, _RICH = 0.2, 4.0, 1e4
+_MODEST, _RISE, _RICH = 0.15, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
 the whole bound."""
 _SMALL, _MODERATE, _WIDE = 20_000, 50_000, 2e-2  # pairs of values that are branched over; from which gap on so many
@@ -166,12 +166,11 @@ class Frontier:
         """The one that proves, or seems to prove, most for a bound."""
         return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
-    def _ask(self, prices: Mapping[int, float], deadline: float, enough: float = _ENOUGH) -> bool:
-        """Solve at these prices; whether a choice was found that was not known. To more than the usual gap, of equal
-        layers only a draft is made."""
-        draft = enough > _ENOUGH
-        if not self.trail.folds:
-            enough = _ENOUGH
+    def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
+        """Solve at these prices; whether a choice was found that was not known. Where layers are folded, a draft may be
+        `rough`."""
+        draft = rough is not None
+        enough = (rough or _DEEPLY) if self.trail.folds else _ENOUGH
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)

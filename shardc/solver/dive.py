@@ -10,7 +10,7 @@ from shardc.solver.bound import Bound
 from shardc.solver.eliminate import eliminate, find_order, forbidding, surviving
 
 _HALVINGS = 40
-_WIDE = 32  # values of a variable, on average, of which elimination never takes so many
+_WIDE = 16  # values of a variable, on average, of which elimination never takes so many
 
 
 def dive(
