@@ -27,7 +27,9 @@ import numpy as np
 
 from shardc.errors import InfeasibleError
 from shardc.printing import in_bytes
+from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate
+from shardc.solver.forest import step
 from shardc.solver.holdings import Holdings, Prices
 from shardc.solver.problem import TOLERANCE, Array, Problem, evaluate, magnitude
 from shardc.solver.solve import Solution, Trail, solve
@@ -44,6 +46,8 @@ _KEPT = 2  # layers on either side of a fold: what the last layer does without, 
 _MODEST, _RISE, _RICH = 0.15, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
 the whole bound."""
+_MIXED = 4  # choices on either side of the bound that are merged, where no layers are folded
+_PARTS, _TURNS = (0.0, 0.3, 0.6, 0.9), 8  # of the prices, at which a choice is polished; forests at each
 _SMALL, _MODERATE, _WIDE = 20_000, 50_000, 2e-2  # pairs of values that are branched over; from which gap on so many
 _MILP_UNITS = 1e3  # the cost in the units given to HiGHS
 _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple of the dearest choice known
@@ -111,6 +115,8 @@ class Frontier:
         gap = math.inf if best is None else (best.cost - lower) / max(abs(best.cost), 1e-300)
         if self._pairs <= (_SMALL if gap < _WIDE else _MODERATE) and gap > TOLERANCE:
             self._finish(bound, deadline)
+        if not self.trail.folds and gap > self.close:
+            self._polish(bound, deadline)
         best = self._best(bound)
         if best is None:
             least = min(point.peak for point in self.points)
@@ -252,12 +258,28 @@ class Frontier:
             return point.cost + math.fsum(price * float(point.held[t]) for t, price in prices.items())
 
         solved = [point for point in self.points if not point.merged]
-        large = min((p for p in solved if p.peak > bound), key=priced, default=best)
-        small = min((p for p in solved if p.peak <= bound), key=priced, default=best)
-        found = [self._merged(one, large, bound) for one in (best, small)[: 1 + (small is not best)]]
-        merged = min(found, key=lambda point: point.cost)
+        many = 1 if self.trail.folds else _MIXED
+        large = sorted((p for p in solved if p.peak > bound), key=priced)[:many]
+        small = sorted((p for p in solved if p.peak <= bound and p is not best), key=priced)[:many]
+        found = [self._merged(one, other, bound) for one in (best, *small) for other in large]
+        merged = min(found, key=lambda point: point.cost, default=best)
         if merged.cost < best.cost:
             self.points.append(merged)
+
+    def _polish(self, bound: float, deadline: float) -> None:
+        """Change one forest after the other of the best choice to what is cheapest at lower prices, as far as that
+        fits."""
+        prices = self._proof(bound).prices
+        for part in _PARTS:
+            lower = self.holdings.priced(self.problem, {t: part * price for t, price in prices.items()})
+            network = Bound(lower.unary, lower.edges)
+            for turn in range(_TURNS):
+                best = self._best(bound)
+                if best is None or time.process_time() > deadline:
+                    return
+                other = self._merged(best, self._point(step(network, best.choice, turn)), bound)
+                if other.cost < best.cost:
+                    self.points.append(other)
 
     def _merged(self, small: _Point, fast: _Point, bound: float) -> _Point:
         choice, held = [*small.choice], small.held.copy()

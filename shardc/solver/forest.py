@@ -11,7 +11,7 @@ once take a message an edge (dynamic programming), less than half a sweep. The n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from shardc.solver.bound import Bound
 from shardc.solver.pool import first_minimum
@@ -26,8 +26,8 @@ def descend(bound: Bound, choice: Sequence[int], most: int = 16) -> list[int]:
     """A choice that costs no more, by the tables as given. At most so many forests are tried."""
     best, first = list(choice), bound.cost(choice)
     cost, idle = first, 0
-    for order in _orders(len(best), most):
-        found = _Forest(bound, order).best(best)
+    for turn in range(most):
+        found = step(bound, best, turn)
         now = bound.cost(found)
         idle = 0 if cost - now > _LITTLE * (first - now) else idle + 1
         if now < cost:
@@ -37,15 +37,18 @@ def descend(bound: Bound, choice: Sequence[int], most: int = 16) -> list[int]:
     return best
 
 
-def _orders(count: int, most: int) -> Iterator[list[int]]:
-    """Orders in which variables are picked: in turns a scattered one, and that of the network from some place on."""
-    for turn in range(most):
-        start = ((turn + 1) * _GOLDEN) % 1.0
-        if turn % 2:
-            place = int(start * count)
-            yield [*range(place, count), *range(place)]
-        else:
-            yield sorted(range(count), key=lambda v: (v * _GOLDEN * (turn + 1) + start) % 1.0)
+def step(bound: Bound, choice: Sequence[int], turn: int) -> list[int]:
+    """The cheapest choice that differs from this one in the variables of one forest, another every turn."""
+    return _Forest(bound, _order(len(choice), turn)).best(choice)
+
+
+def _order(count: int, turn: int) -> list[int]:
+    """The order in which variables are picked: in turns a scattered one, and that of the network from some place on."""
+    start = ((turn + 1) * _GOLDEN) % 1.0
+    if turn % 2:
+        place = int(start * count)
+        return [*range(place, count), *range(place)]
+    return sorted(range(count), key=lambda v: (v * _GOLDEN * (turn + 1) + start) % 1.0)
 
 
 class _Forest:
