@@ -1,13 +1,13 @@
-"""A network of few values a variable: those that mattered when it was solved at other costs.
+"""A network of few values a variable: those that matter by what a few sweeps have told.
 
-Of hundreds of layouts, those of the smallest reduced costs are what choices at nearby costs are made of. Among these a
-choice is found in a fraction of the time; what it is worth among all values, a proof over all of them tells.
+Of hundreds of layouts, those of the smallest reduced costs are what cheap choices are made of. Among these a choice is
+found in a fraction of the time; what it is worth among all values, a proof over all of them tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,22 +21,20 @@ ACTIVE = 80
 
 @dataclass(frozen=True)
 class Active:
-    """Per variable which values stay, and the messages over these that were found last."""
+    """Per variable which values stay."""
 
     masks: list[Mask]
-    certificate: Certificate
 
     @staticmethod
-    def of(reduced: Sequence[Array], choice: Sequence[int], certificate: Certificate) -> Active:
-        """The values of the smallest reduced costs, and those of a choice; the messages of a certificate."""
+    def of(reduced: Sequence[Array], choice: Sequence[int]) -> Active:
+        """The values of the smallest reduced costs, and those of a choice."""
         masks: list[Mask] = []
         for cost, x in zip(reduced, choice, strict=True):
             mask = np.zeros(len(cost), dtype=np.bool_)
             mask[np.argsort(cost, kind="stable")[:ACTIVE]] = True
             mask[x] = True
             masks.append(mask)
-        messages = {(u, v): (a[masks[u]], b[masks[v]]) for (u, v), (a, b) in certificate.messages.items()}
-        return Active(masks, Certificate(messages))
+        return Active(masks)
 
     def problem(self, problem: Problem) -> Problem:
         """The network over the values that stay."""
@@ -50,15 +48,14 @@ class Active:
             edges[u, v] = cut[key]
         return Problem([cost[mask] for cost, mask in zip(problem.unary, self.masks, strict=True)], edges, problem.names)
 
-    def start(self, problem: Problem) -> Certificate:
-        """The messages, as far as a network has the edges."""
-        known = self.certificate.messages
-        return replace(self.certificate, messages={edge: known[edge] for edge in known if edge in problem.edges})
+    def messages(self, certificate: Certificate) -> Certificate:
+        """The messages of a certificate, over the values that stay."""
+        known = certificate.messages.items()
+        return Certificate({(u, v): (a[self.masks[u]], b[self.masks[v]]) for (u, v), (a, b) in known})
 
     def inside(self, choice: Sequence[int]) -> list[int]:
-        """A choice as one of the smaller network. For a value that is gone stands the next that is left."""
-        found = (int(np.count_nonzero(mask[:x])) for mask, x in zip(self.masks, choice, strict=True))
-        return [min(x, int(np.count_nonzero(mask)) - 1) for x, mask in zip(found, self.masks, strict=True)]
+        """A choice of values that stay as one of the smaller network."""
+        return [int(np.count_nonzero(mask[:x])) for mask, x in zip(self.masks, choice, strict=True)]
 
     def outside(self, choice: Sequence[int]) -> list[int]:
         """A choice of the smaller network as one of the whole."""

@@ -16,6 +16,7 @@ into parts that share no table, and each part may be taken from either.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ _KEPT = 2  # layers on either side of a fold: what the last layer does without, 
 _MODEST, _RISE, _RICH = 0.15, 4.0, 1e4
 """Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
 the whole bound."""
+_SPLICES = 6  # places at which two choices are spliced
 _MIXED = 4  # choices on either side of the bound that are merged, where no layers are folded
 _PARTS, _TURNS = (0.0, 0.3, 0.6, 0.9), 8  # of the prices, at which a choice is polished; forests at each
 _SMALL, _MODERATE, _WIDE = 20_000, 50_000, 2e-2  # pairs of values that are branched over; from which gap on so many
@@ -196,7 +198,7 @@ class Frontier:
         """The prices, up to a ceiling, at which all that is known of the dual is greatest, and its value there."""
         from scipy.optimize import linprog  # takes a second to import, and few compilations have a budget
 
-        places = sorted({int(point.held.argmax()) for point in self.points})
+        places = sorted({int(p.held.argmax()) for p in self.points if p.peak > bound})
         # maximise z subject to z <= cost_k + sum_t p_t (held_kt - bound); prices in units of cost per bound
         unit = max(abs(self.points[0].cost), 1e-12)
         over = np.array([[point.held[t] / bound - 1.0 for t in places] for point in self.points])
@@ -262,9 +264,31 @@ class Frontier:
         large = sorted((p for p in solved if p.peak > bound), key=priced)[:many]
         small = sorted((p for p in solved if p.peak <= bound and p is not best), key=priced)[:many]
         found = [self._merged(one, other, bound) for one in (best, *small) for other in large]
+        if self.trail.folds:
+            ways = itertools.product((best, *small), large, (False, True))
+            found += [self._spliced(one, other, bound, first) for one, other, first in ways]
         merged = min(found, key=lambda point: point.cost, default=best)
         if merged.cost < best.cost:
             self.points.append(merged)
+
+    def _spliced(self, small: _Point, fast: _Point, bound: float, first: bool) -> _Point:
+        """The first layers of one choice, or the last, the rest of the other: as many of the fast one as fit."""
+        layers = self.trail.folds[0].layers
+        last, fits, over = int(layers.max()) + 1, 0, int(layers.max()) + 2
+        best, held = small, [small.peak, fast.peak]
+        for _ in range(_SPLICES):
+            part = (bound - held[0]) / max(held[1] - held[0], 1.0)
+            count = min(max(fits + int(part * (over - fits)), fits + 1), over - 1)
+            if not fits < count < over:
+                break
+            taken = (layers >= 0) & ((layers < count) if first else (layers >= last - count))
+            point = self._point(np.where(taken, fast.choice, small.choice).tolist())
+            if point.peak > bound:
+                over, held[1] = count, point.peak
+                continue
+            fits, held[0] = count, point.peak
+            best = min(best, point, key=lambda one: one.cost)
+        return replace(best, merged=True)
 
     def _polish(self, bound: float, deadline: float) -> None:
         """Change one forest after the other of the best choice to what is cheapest at lower prices, as far as that

@@ -61,6 +61,8 @@ class Fold:
     """The edges of the network that the template does without: they are as others are."""
     places: Callable[[tuple[int, int, int]], Iterator[tuple[int, int, int]]]
     """Per three variables of the template the variables of the network for which they stand."""
+    layers: Integers
+    """Per variable of the network its layer, -1 for none."""
 
     def over(self, problem: Problem) -> Fold:
         """The same fold of a network with the same variables, other costs, and no other edges. Raises ValueError for
@@ -151,7 +153,7 @@ class _Cut:
             return None
         copies = {(u, v) for u, v in edges if self._is_copy(u, v)}
         template = _template(problem, self.kept, edges, copies)
-        return Fold(template, representative, edges, self.kept, copies, self._places)
+        return Fold(template, representative, edges, self.kept, copies, self._places, self.layer)
 
     def _edge(self, u: int, v: int) -> Edge:
         """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then

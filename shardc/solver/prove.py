@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardc.solver.active import Active
 from shardc.solver.bound import Bound, Place
 from shardc.solver.certificate import Certificate, Lender
 from shardc.solver.dive import dive
@@ -103,6 +102,12 @@ class Proof:
                 break
         return closed
 
+    def sketch(self, sweeps: int) -> None:
+        """Sweep about so often, and look for no choice."""
+        self.searching, before = False, self.searching
+        self.sweep(sweeps)
+        self.searching = before
+
     def know(self, choice: list[int], known: Known) -> None:
         """The best choice was found elsewhere."""
         self.choice, self.cost, self.tolerance, self.searching = choice, known.cost, known.tolerance, False
@@ -120,12 +125,9 @@ class Proof:
             lenders.append(Lender(t.variables, (a, b, c), (t.loans[0], t.loans[1], t.loans[2])))
         return Certificate(messages, tuple(lenders))
 
-    def active(self) -> Active:
-        """The values that matter at these costs."""
-        assert self.choice is not None
-        reduced = self.bound.reduced_costs()
-        reduced = [cost[place] for cost, place in zip(reduced, self.places, strict=True)]
-        return Active.of(reduced, self.choice, self.certificate())
+    def reduced_costs(self) -> list[Array]:
+        """What the values of the problem cost more than the best, at least, by the messages as they are."""
+        return [cost[place] for cost, place in zip(self.bound.reduced_costs(), self.places, strict=True)]
 
     def _late(self) -> bool:
         return time.process_time() > self.deadline

@@ -30,6 +30,7 @@ from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.contract import Network
 from shardc.solver.fold import Fold, fold
+from shardc.solver.forest import descend
 from shardc.solver.holdings import Prices
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
 from shardc.solver.prove import Known, Proof, clipped, prove
@@ -39,6 +40,7 @@ _BETWEEN = 6  # layers kept on either side when a network is folded the first ti
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
 _LOSES = 2.0  # times its gap that a proof may lose by being unfolded, before it is mended
+_SKETCH = 6  # sweeps over all values in a draft that starts from one
 _PASSED_ON = 12  # sweeps between two folds, where no certificate is asked for
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
@@ -46,13 +48,11 @@ _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
 @dataclass(frozen=True)
 class Trail:
-    """How a network folds, the widest fold first, and what was found and proved for the last template, and which of its
-    values mattered."""
+    """How a network folds, the widest fold first, and what was found and proved for the last template."""
 
     folds: list[Fold]
     choice: list[int] = field(default_factory=list[int])
     certificate: Certificate = field(default_factory=lambda: Certificate({}))
-    active: Active | None = None
 
     @staticmethod
     def of(problem: Problem, kept: int = 1) -> Trail:
@@ -198,7 +198,7 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice = folded.unfolded_choice(choice)
         if not math.isfinite(evaluate(network, choice)):
-            choice, _ = _searched(network, goal)
+            choice = _mended(network, choice, goal)
         if draft:
             continue
         certificate = folded.unfolded_certificate(certificate)
@@ -223,6 +223,14 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     return _solution(problem, choice, search.lower, certificate, trail)
 
 
+def _mended(problem: Problem, choice: list[int], goal: _Goal) -> list[int]:
+    """A choice that is allowed, near one that is not."""
+    terms = [float(cost[choice[v]]) for v, cost in enumerate(problem.unary)]
+    terms += [float(table[choice[u], choice[v]]) for (u, v), table in problem.edges.items()]
+    found = descend(clipped(problem, 2.0 * math.fsum(filter(math.isfinite, terms))), choice)
+    return found if math.isfinite(evaluate(problem, found)) else _searched(problem, goal)[0]
+
+
 def _gap(problem: Problem, choice: list[int], certificate: Certificate) -> float:
     """What is not proved of a choice's cost, as a part of it."""
     cost = evaluate(problem, choice)
@@ -230,39 +238,43 @@ def _gap(problem: Problem, choice: list[int], certificate: Certificate) -> float
 
 
 def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
-    """The trail with what is found and proved for its template; of a draft, among the values that mattered last."""
-    template, active = trail.folds[-1].template, trail.active
-    if draft and active is not None:
-        small = active.problem(template)
-        start = replace(trail, choice=active.inside(trail.choice), certificate=active.start(small))
-        choice, certificate, _ = _proved(small, goal, start)
-        return replace(trail, choice=active.outside(choice), active=replace(active, certificate=certificate))
-    choice, certificate, active = _proved(template, goal, trail, narrow=draft or active is not None)
-    return replace(trail, choice=choice, certificate=certificate, active=active)
+    """The trail with what is found and proved for its template. A draft sweeps over all values a few times only, and
+    finds its choice among those that matter by then."""
+    template = trail.folds[-1].template
+    proof = _begun(template, goal, trail)
+    if not draft or proof is None or proof.choice is None:
+        choice, certificate = _proved(template, goal, proof)
+        return replace(trail, choice=choice, certificate=certificate)
+    proof.sketch(_SKETCH if trail.certificate.messages else 2 * _SKETCH)
+    certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
+    small, start = active.problem(template), Trail([], active.inside(proof.choice), active.messages(certificate))
+    choice, _ = _proved(small, goal, _begun(small, goal, start))
+    return replace(trail, choice=active.outside(choice), certificate=certificate)
 
 
-def _proved(
-    problem: Problem, goal: _Goal, start: Trail, narrow: bool = False
-) -> tuple[list[int], Certificate, Active | None]:
-    """The best choice found, and a certificate; if it shall be narrowed, the values that matter. Most often the proof
-    comes upon the best choice by itself."""
+def _begun(problem: Problem, goal: _Goal, start: Trail) -> Proof | None:
+    """A proof from where the trail begins; None where nothing is known and tables forbid something."""
     if start.choice and math.isfinite(evaluate(problem, start.choice)):
         bound = clipped(problem, evaluate(problem, start.choice), goal.rough).starting(start.certificate)
         proof = Proof(problem, bound, None, goal.deadline, goal.enough)
         proof.take(start.choice)
-    elif all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
+        return proof
+    if all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
         bound = Bound(problem.unary, problem.edges, roughly=goal.rough)
-        proof = Proof(problem, bound, None, goal.deadline, goal.enough)
-    else:
-        proof = None
+        return Proof(problem, bound, None, goal.deadline, goal.enough)
+    return None
+
+
+def _proved(problem: Problem, goal: _Goal, proof: Proof | None) -> tuple[list[int], Certificate]:
+    """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
     if proof and (proof.run() or goal.rough) and proof.choice is not None:
-        return proof.choice, proof.certificate(), proof.active() if narrow else None
+        return proof.choice, proof.certificate()
     choice, _ = _searched(problem, goal, proof.choice if proof else None)
     known = goal.known(problem, choice)
     if proof is None:
-        return choice, prove(problem, known, goal.deadline), None
+        return choice, prove(problem, known, goal.deadline)
     if known.cost < proof.cost:
         proof.know(choice, known)
     proof.run()
     assert proof.choice is not None
-    return proof.choice, proof.certificate(), None
+    return proof.choice, proof.certificate()
