@@ -16,10 +16,9 @@ into parts that share no table, and each part may be taken from either.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH, _DEEPLY = 3e-4, 7e-4  # the same at any one price; where layers are folded
+_ENOUGH, _DEEPLY = 3e-4, 1e-3  # the same at any one price; where layers are folded
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
@@ -106,11 +105,11 @@ class Frontier:
         if not self.points:
             self._ask({}, deadline)
         for _ in range(_PROOFS):
-            self._drafted(bound, deadline)
-            best, proof = self._best(bound), self._proof(bound, drafts=True)
-            if not proof.draft:
+            prices = self._drafted(bound, deadline)
+            known = [proof.prices for proof in self.proofs if proof.prices and not proof.draft]
+            if prices in known or (known and time.process_time() > deadline):
                 break
-            self._ask(proof.prices, deadline)
+            self._ask(prices, deadline)
             self.proofs = [proof for proof in self.proofs if not proof.draft]
         self._merge(bound)
         best, lower = self._best(bound), self._proof(bound).bound(bound)
@@ -128,11 +127,13 @@ class Frontier:
             )
         return self._solution(best, bound)
 
-    def _drafted(self, bound: float, deadline: float) -> None:
-        """Ask at one price after the other, until what seems to be proved meets the best choice."""
+    def _drafted(self, bound: float, deadline: float) -> Mapping[int, float]:
+        """Ask at one price after the other, until what seems to be proved meets the best choice. The prices that prove
+        most, or will."""
         ceiling, dearer = _MODEST, 1.0
         for _ in range(_ROUNDS):
-            best, lower = self._best(bound), self._proof(bound, drafts=True).bound(bound)
+            best, proof = self._best(bound), self._proof(bound, drafts=True)
+            lower = proof.bound(bound)
             if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
                 break
             dearest = max(point.cost for point in self.points)
@@ -144,11 +145,16 @@ class Frontier:
                 if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, _ROUGHEST):
                     dearer *= _RISE  # the best prices are known, and what they choose does not fit
                 continue
+            if self.trail.folds and self._splice(bound).cost - value <= self.close * best.cost:
+                return prices
             ways = (self._between(prices, bound), prices)
-            if value - lower <= self.close * best.cost or not any(self._ask(way, deadline, _ROUGH) for way in ways):
+            if value - lower <= self.close * best.cost or time.process_time() > deadline:
+                break
+            if not any(self._ask(way, deadline, _ROUGH) for way in ways):
                 break
             if value - lower <= _NEAR * abs(value):
                 self._merge(bound)
+        return self._proof(bound, drafts=True).prices
 
     def proved_for(self, found: Solution, bound: float) -> Solution:
         """The same choice with what is proved for another bound."""
@@ -263,13 +269,26 @@ class Frontier:
         many = 1 if self.trail.folds else _MIXED
         large = sorted((p for p in solved if p.peak > bound), key=priced)[:many]
         small = sorted((p for p in solved if p.peak <= bound and p is not best), key=priced)[:many]
-        found = [self._merged(one, other, bound) for one in (best, *small) for other in large]
+        self._take([self._merged(one, other, bound) for one in (best, *small) for other in large], bound)
         if self.trail.folds:
-            ways = itertools.product((best, *small), large, (False, True))
-            found += [self._spliced(one, other, bound, first) for one, other, first in ways]
+            self._splice(bound)
+
+    def _take(self, found: Iterable[_Point], bound: float) -> _Point:
+        """The best choice within the bound, with those that were made of others."""
+        best = self._best(bound)
+        assert best is not None
         merged = min(found, key=lambda point: point.cost, default=best)
         if merged.cost < best.cost:
             self.points.append(merged)
+        return min(best, merged, key=lambda point: point.cost)
+
+    def _splice(self, bound: float) -> _Point:
+        """The best choice, where the two on either side of the bound may be joined between layers."""
+        solved = [point for point in self.points if not point.merged]
+        small = max((p for p in solved if p.peak <= bound), key=lambda point: point.peak)
+        large = min((p for p in solved if p.peak > bound), key=lambda point: point.peak, default=small)
+        ways = () if large is small else (False, True)
+        return self._take([self._spliced(small, large, bound, first) for first in ways], bound)
 
     def _spliced(self, small: _Point, fast: _Point, bound: float, first: bool) -> _Point:
         """The first layers of one choice, or the last, the rest of the other: as many of the fast one as fit."""
