@@ -1,0 +1,104 @@
+"""What the search is made of: tables without repetitions, forests, networks of few values, spliced choices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from shardc.solver.active import ACTIVE, Active
+from shardc.solver.bound import Bound
+from shardc.solver.budget import Frontier
+from shardc.solver.certificate import Certificate
+from shardc.solver.distinct import Table
+from shardc.solver.forest import descend, step
+from shardc.solver.holdings import Holding, Holdings
+from shardc.solver.problem import Problem, evaluate
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("roughly", [False, True])
+def test_messages_are_those_of_the_whole_table(seed: int, roughly: bool) -> None:
+    rng = np.random.default_rng(seed)
+    small = rng.random((7, 9))
+    small[rng.random(small.shape) < 0.2] = np.inf
+    small[0], small[:, 0] = 1.0, 2.0  # no row or column without a finite entry
+    whole = small[np.ix_(rng.integers(0, 7, 80) * (seed > 0), rng.integers(0, 9, 70))]  # seed 0: all rows are one
+    table = Table(whole, roughly=roughly)
+    assert table.small.size <= small.size < whole.size
+    rows, columns = rng.random(80), rng.random(70)
+    digits = 1e-6 if roughly else 0.0
+    np.testing.assert_allclose(table.to_second(rows), (whole + rows[:, None]).min(axis=0), rtol=digits)
+    np.testing.assert_allclose(table.to_first(columns), (whole + columns).min(axis=1), rtol=digits)
+    assert table.to_second(rows).dtype == np.float64
+
+
+def test_a_table_without_repetitions_stays_as_it_is() -> None:
+    whole = np.random.default_rng(0).random((60, 50))
+    assert Table(whole).small is whole and Table(np.ones((60, 50)), look=False).small.shape == (60, 50)
+
+
+def random_network(count: int, density: float, seed: int, values: int = 4) -> Problem:
+    """A random tree, and more edges."""
+    rng, problem = np.random.default_rng(seed), Problem()
+    for v in range(count):
+        problem.add_variable(f"v{v}", rng.random(values))
+        near = {int(rng.integers(v))} if v else set[int]()
+        near |= {u for u in range(v) if rng.random() < density}
+        for u in near:
+            problem.add_edge(u, v, rng.random((values, values)))
+    return problem
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_on_a_tree_one_forest_finds_the_optimum(seed: int) -> None:
+    problem = random_network(7, 0.0, seed)
+    best = min(evaluate(problem, choice) for choice in itertools.product(range(4), repeat=7))
+    found = step(Bound(problem.unary, problem.edges), [0] * 7, seed)
+    assert evaluate(problem, found) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forests_never_make_a_choice_worse(seed: int) -> None:
+    problem = random_network(30, 0.1, seed)
+    bound, choice = Bound(problem.unary, problem.edges), [seed % 4] * 30
+    for turn in range(6):
+        better = step(bound, choice, turn)
+        assert evaluate(problem, better) <= evaluate(problem, choice) + 1e-12
+        choice = better
+    assert evaluate(problem, descend(bound, [0] * 30)) < evaluate(problem, [0] * 30)
+
+
+def test_a_network_of_few_values_costs_what_the_whole_does() -> None:
+    problem = random_network(6, 0.5, 0, values=2 * ACTIVE)
+    choice = [2 * ACTIVE - 1 - v for v in range(6)]
+    active = Active.of([np.arange(2.0 * ACTIVE)] * 6, choice)
+    assert all(np.count_nonzero(mask) == ACTIVE + 1 for mask in active.masks)
+    small, inside = active.problem(problem), active.inside(choice)
+    assert active.outside(inside) == choice
+    assert evaluate(small, inside) == evaluate(problem, choice)
+    edge = next(iter(problem.edges))
+    long = np.arange(2.0 * ACTIVE)
+    messages = active.messages(Certificate({edge: (long, long)})).messages[edge]
+    assert messages[0].shape == small.edges[edge].shape[:1] and messages[0][-1] == long[choice[edge[0]]]
+
+
+@pytest.mark.parametrize("turning", [0.0, 0.05])
+def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(turning: float) -> None:
+    """Every layer is fast and large, or slow and small, and it costs more where the two meet: no price asks it of some
+    layers only."""
+    layers, problem, held = 40, Problem(), list[Holding]()
+    link = np.array([[0.0, turning], [turning, 0.0]])
+    for v in range(layers):
+        problem.add_variable(f"layer {v}", np.array([1.0, 2.0]))
+        if v:
+            problem.add_edge(v - 1, v, link)
+        held.append(Holding(v, None, np.array([10.0, 1.0]), 0, 0))
+    frontier = Frontier(problem, Holdings(1, held))
+    assert frontier.trail.folds
+    found = frontier.within(200.0, 20.0)
+    fast = (200 - layers) // 9
+    assert found.cost == pytest.approx(2 * layers - fast + turning)
+    assert math.isfinite(found.lower_bound) and found.gap <= 0.02 * found.cost
