@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from shardc.solver import budget
 from shardc.solver.active import ACTIVE, Active
 from shardc.solver.bound import Bound
 from shardc.solver.budget import Frontier
@@ -86,9 +87,13 @@ def test_a_network_of_few_values_costs_what_the_whole_does() -> None:
 
 
 @pytest.mark.parametrize("turning", [0.0, 0.05])
-def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(turning: float) -> None:
+def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
+    turning: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every layer is fast and large, or slow and small, and it costs more where the two meet: no price asks it of some
-    layers only."""
+    layers only, and no part can change alone."""
+    monkeypatch.setattr(budget, "_SMALL", 0)  # deep networks are too large to branch over
+    monkeypatch.setattr(budget, "_MODERATE", 0)
     layers, problem, held = 40, Problem(), list[Holding]()
     link = np.array([[0.0, turning], [turning, 0.0]])
     for v in range(layers):
