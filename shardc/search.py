@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from shardc.api import request_of
+from shardc.collector import uncollected
 from shardc.compiled import TRACING, Call, captured
 from shardc.constrain import Spec
 from shardc.cost.hardware import Hardware
@@ -133,7 +134,8 @@ def search_mesh(
         bar.reset(len(wanted))
         for mesh in wanted:
             best = min((one.cost for one in found), default=math.inf)
-            found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
+            with uncollected():
+                found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
             bar.update()
     found.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(found[0].cost):

@@ -213,6 +213,9 @@ class Frontier:
         found = linprog(
             [-1.0, *[0.0] * len(places)], A_ub=rows, b_ub=costs, bounds=[(None, None), *[(0.0, ceiling)] * len(places)]
         )
+        if found.x is None:  # HiGHS gave up: what is known best must do
+            best = self._proof(bound, drafts=True)
+            return dict(best.prices), best.bound(bound)
         prices = {t: float(p) * unit / bound for t, p in zip(places, found.x[1:], strict=True) if p > 0.0}
         return prices, float(found.x[0]) * unit
 

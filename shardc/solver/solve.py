@@ -41,7 +41,7 @@ _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
 _LOSES = 2.0  # times its gap that a proof may lose by being unfolded, before it is mended
 _SKETCH = 6  # sweeps over all values in a draft that starts from one
-_PASSED_ON = 12  # sweeps between two folds, where no certificate is asked for
+_PASSED_ON = 60  # sweeps between two folds, where no certificate is asked for
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
