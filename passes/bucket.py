@@ -21,14 +21,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.cost.buckets import Buckets
-from shardc.graph import Program
-from shardc.halves import Halves, halves
+from shardc.halves import Halves
 from shardc.mesh import Mesh
 from shardc.runtime import buckets as runtime
 from shardc.runtime import collectives
@@ -50,22 +50,26 @@ Kind = tuple[Any, str, str, torch.dtype]
 """What collectives of one bucket have in common: function, axis, reduction, dtype."""
 
 
-def bucket(graph: fx.Graph, program: Program, buckets: Buckets) -> int:
+Places = dict[fx.Node, tuple[int, ...]]
+"""Where nodes are in a graph: these sort as the nodes do."""
+
+
+def bucket(graph: fx.Graph, run: Halves, buckets: Buckets) -> tuple[int, Halves]:
     """Join the collectives of gradients of a localized graph, in place. The bytes of the largest bucket, 0 where there
-    was nothing to join."""
+    was nothing to join, and the halves as they are now."""
     largest = 0
-    run = halves(graph, program)
     waiting = becoming_gradients(run, graph)
     before, ready = _chained(run, waiting), made_at(graph, waiting)
+    places: Places = {node: (place,) for place, node in enumerate(graph.nodes)}
+    backward = set(run.backward)
     while before:
         kind, nodes = _next(before)
         for members in _divided(kind, sorted(nodes, key=ready.__getitem__), buckets):
             largest = max(largest, sum(operand_bytes(node, buckets.mesh)[0] for node in members))
-            _join(graph, members)
+            backward.add(_join(graph, members, places))
         for node in nodes:
             del before[node]
-    graph.lint()
-    return largest
+    return largest, replace(run, backward=sorted(backward, key=places.__getitem__)) if largest else run
 
 
 def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
@@ -98,8 +102,9 @@ def becoming_gradients(run: Halves, graph: fx.Graph) -> set[fx.Node]:
 
 def passes_on(node: fx.Node) -> bool:
     """Whether a node only passes values on: views, conversions, casts."""
-    alone = len(node.all_input_nodes) == 1
-    return node.target in BUCKETS or (alone and ("op" not in node.meta or node.target in _CASTS))
+    if "op" in node.meta and node.target not in _CASTS:
+        return False
+    return len(node.all_input_nodes) == 1 or node.target in BUCKETS
 
 
 def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]:
@@ -155,10 +160,9 @@ def _divided(kind: Kind, nodes: Sequence[fx.Node], buckets: Buckets) -> list[lis
     return [members for members in found if len(members) > 1 and worth(members)]
 
 
-def _join(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
+def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Node:
     """One bucket at the place of the last of its members, which become its pieces; what waits for them follows."""
-    first, apart = members[0], set(members)
-    last = next(node for node in reversed(graph.nodes) if node in apart)
+    first, last = members[0], max(members, key=places.__getitem__)
     told: dict[str, Any] = {"axis": first.kwargs["axis"]}
     if "op" in first.kwargs:
         told["op"] = first.kwargs["op"]
@@ -173,13 +177,14 @@ def _join(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
         )
     joined.meta = {key: first.meta[key] for key in ("module", "source", "phase", "base") if key in first.meta}
     joined.meta |= {"dtype": None, "members": [node.meta["base"] for node in members]}
-    waiting = _behind(members)
-    place = joined
-    for node in [*members, *(node for node in graph.nodes if node in waiting)]:
-        place.append(node)
-        place = node
+    places[joined] = start = places[last]
+    previous = joined
+    for index, node in enumerate([*members, *sorted(_behind(members), key=places.__getitem__)]):
+        previous.append(node)
+        previous, places[node] = node, (*start, index)
     for index, node in enumerate(members):
         node.target, node.args, node.kwargs = operator.getitem, (joined, index), {}
+    return joined
 
 
 def _behind(members: Sequence[fx.Node]) -> set[fx.Node]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,35 +25,46 @@ from torch.fx.node import map_arg
 
 from shardc.cost.memory import States
 from shardc.graph import Program, Role, where
-from shardc.halves import halves, spent
+from shardc.halves import Halves
 from shardc.mesh import Mesh
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
-from shardc.passes.timeline import is_started
+from shardc.passes.timeline import Order
 from shardc.plan import Memory
 from shardc.runtime import collectives
 from shardc.runtime.parts import Part
 from shardc.runtime.random import draw
-from shardc.runtime.started import wait
 from shardc.runtime.streams import BLOCK, SERIAL
 
 aten = torch.ops.aten
 MOVING: set[object] = {getattr(collectives, kind) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
 
 
-def footprint(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> Memory:
-    """The peak of a localized graph, with its place and what is held there."""
-    return _Run(graph, program, mesh, states).memory()
+class Footprint:
+    """What a localized graph holds whose halves run in one order or another. What its calls make is found once."""
+
+    def __init__(self, graph: fx.Graph, run: Halves, program: Program, mesh: Mesh, states: States) -> None:
+        self.run, self.mesh, self.states = run, mesh, states
+        self.roles = {node: port.role for node, port in zip(_placeholders(graph), program.inputs, strict=True)}
+        self.operands = {node: node.all_input_nodes for half in (run.forward, run.backward) for node in half}
+        self.by_form: dict[object, list[_Made | None]] = {}
+        self.by_node: dict[fx.Node, list[_Made | None]] = {}
+        self.equal: dict[_Made, _Made] = {}
+        self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], _Made] = {}
+
+    def memory(self, forward: Order, backward: Order) -> Memory:
+        """The peak, with its place and what is held there."""
+        return _Run(self).memory(forward, backward)
+
+    def one(self, made: _Made) -> _Made:
+        """The one object of all that are equal, so that what lies alike can be told by identity."""
+        return self.equal.setdefault(made, made)
 
 
-@dataclass(frozen=True)
-class _Lying:
+class _Lying(NamedTuple):
     """How one tensor lies in memory: the number of its storage, and where in it."""
 
     storage: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
+    made: _Made
 
 
 @dataclass(frozen=True)
@@ -70,75 +81,79 @@ class _Made:
 
 
 class _Run:
-    def __init__(self, graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> None:
-        self.program, self.mesh, self.states = program, mesh, states
-        self.run = halves(graph, program)
-        self.roles = {node: port.role for node, port in zip(_placeholders(graph), program.inputs, strict=True)}
+    def __init__(self, known: Footprint) -> None:
+        self.known, self.mesh = known, known.mesh
+        self.started: set[fx.Node] = set()
+        self.flying: dict[fx.Node, list[_Lying | None]] = {}  # what holds a collective that is under way
         self.lying: dict[fx.Node, list[_Lying | None]] = {}
         self.sizes: list[int] = []  # bytes of every storage
         self.labels: list[str] = []  # what every storage counts as
         self.names: Counter[int] = Counter()  # how many names hold a storage
         self.held: Counter[str] = Counter()  # bytes by label
-        self.forms: dict[object, list[_Made | None]] = {}
         self.peak = Memory(0.0, "", "", {})
 
-    def memory(self) -> Memory:
-        run = self.run
+    def memory(self, forward: Order, backward: Order) -> Memory:
+        run, roles = self.known.run, self.known.roles
+        self.started = {node for half in (forward, backward) for node, awaited in half if awaited}
         for node in run.given:
-            self._place(node, "parameters" if self.roles[node] is Role.PARAMETER else "inputs and buffers")
-            if self.roles[node] is Role.PARAMETER:
+            self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
+            if roles[node] is Role.PARAMETER:
                 size = node.meta["dtype"].itemsize
-                self.held["optimizer state"] += int(self.sizes[-1] / size * self.states(size))
+                self.held["optimizer state"] += int(self.sizes[-1] / size * self.known.states(size))
         outputs = [node for node in run.outputs if node is not None]
         labels = {**dict.fromkeys(run.saved, "kept for backward"), **dict.fromkeys(outputs, "outputs")}
-        self._go("forward", run.forward, [*run.given, *outputs, *run.saved], labels)
+        self._go("forward", forward, [*run.given, *outputs, *run.saved], labels)
         for node in run.tangents:
             self._place(node, "tangents")
         gradients = dict.fromkeys(run.gradients, "gradients")
-        self._go("backward", run.backward, [*run.given, *outputs, *run.gradients], gradients)
+        self._go("backward", backward, [*run.given, *outputs, *run.gradients], gradients)
         return self.peak
 
-    def _go(self, half: str, nodes: list[fx.Node], kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
-        dead = spent(nodes, kept)
-        for node in nodes:
-            if node.op == "call_function":
-                self._call(node, labels.get(node, "in use"))
-            total = sum(self.held.values()) + self._workspace(node)
+    def _go(self, half: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
+        dead = _spent(order, self.known.operands, kept)
+        for place, (node, awaited) in enumerate(order):
+            total = 0
+            if awaited:
+                self.lying[node] = self._landed(node, labels.get(node, "in use"))
+            elif node in self.started:
+                self.flying[node] = self._taking_off(node)
+                total = self._workspace(node)
+            else:
+                self.lying[node] = self._call(node, labels.get(node, "in use"))
+                total = self._workspace(node)
+            total += sum(self.held.values())
             if total > self.peak.peak:
                 parts = {label: float(size) for label, size in self.held.items() if size}
                 self.peak = Memory(float(total), half, where(node), parts)
-            for value in dead.get(node, ()):
-                for one in self.lying[value]:
-                    if one is not None:
-                        self._release(one.storage)
+            for value in dead.get(place, ()):
+                self._release(self.lying[value])
+            if awaited:
+                self._release(self.flying.pop(node))
 
     def _place(self, node: fx.Node, label: str) -> None:
         made = self._contiguous(node)
         self.lying[node] = [self._settle(made, label, [])]
 
-    def _call(self, node: fx.Node, label: str) -> None:
+    def _call(self, node: fx.Node, label: str) -> list[_Lying | None]:
         if node.target is operator.getitem:
             source, index = node.args
             found = self.lying[source][index]  # type: ignore[index]
-            self.lying[node] = [found]
             if found is not None:
                 self._hold(found.storage, label)
-            return
-        operands = [one for operand in node.all_input_nodes for one in self.lying[operand][:1] if one is not None]
-        storages = list(dict.fromkeys(one.storage for one in operands))
-        if node.target is wait:
-            self.lying[node] = self._landed(node, label)
-            return
-        if is_started(node):
-            self.lying[node] = self._flying(node)
-            return
-        if node.target in BUCKETS:
-            self.lying[node] = self._pieces(node, label)
-            return
-        form = self._form(node, storages)
-        if form not in self.forms:
-            self.forms[form] = self._made(node, storages)
-        self.lying[node] = [None if made is None else self._settle(made, label, storages) for made in self.forms[form]]
+            return [found]
+        operands = [self.lying[operand][0] for operand in self.known.operands[node]]
+        storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
+        found = self.known.by_node.get(node)
+        if found is None:
+            if node.target in BUCKETS:
+                return self._pieces(node, label)
+            form = self._form(node, storages)
+            found = self.known.by_form.get(form)
+            if found is None:
+                found = [one and self.known.one(one) for one in self._made(node, storages)]
+                self.known.by_form[form] = found
+            self.known.by_node[node] = found
+        return [None if made is None else self._settle(made, label, storages) for made in found]
 
     def _pieces(self, node: fx.Node, label: str) -> list[_Lying | None]:
         """What a bucket makes: pieces of one storage, one after another."""
@@ -150,16 +165,15 @@ class _Run:
         found: list[_Lying | None] = []
         for one in made:
             self._hold(storage, label)
-            found.append(_Lying(storage, one.shape, one.stride, start, one.dtype))
+            found.append(_Lying(storage, self.known.one(replace(one, offset=start))))
             start += math.prod(one.shape)
         return found
 
-    def _flying(self, node: fx.Node) -> list[_Lying | None]:
+    def _taking_off(self, node: fx.Node) -> list[_Lying | None]:
         """What a collective that was started holds: what it brings, and what it reads until it ends."""
-        (awaited,) = node.users
         bucket, kind, told = node.target in BUCKETS, COLLECTIVES[node.target], node.kwargs
-        made = self._contiguous(next(iter(awaited.users)) if bucket else node)
-        found: list[_Lying | None] = self._pieces(awaited, "in use") if bucket else [self._settle(made, "in use", [])]
+        made = self._contiguous(next(iter(node.users)) if bucket else node)
+        found: list[_Lying | None] = self._pieces(node, "in use") if bucket else [self._settle(made, "in use", [])]
         if bucket or (kind != "all_gather" and told.get("split_dim", told.get("dim"))):  # a copy is made and sent
             if kind != "all_reduce":
                 found.append(self._settle(replace(made, size=sum(operand_bytes(node, self.mesh))), "in use", []))
@@ -172,12 +186,11 @@ class _Run:
 
     def _landed(self, node: fx.Node, label: str) -> list[_Lying | None]:
         """What a collective brought: where it arrived, or side by side along another dim than the first."""
-        started = node.all_input_nodes[0]
-        moved = started.kwargs.get("concat_dim", started.kwargs.get("dim"))
-        if COLLECTIVES[started.target] in ("all_gather", "all_to_all") and moved:
+        moved = node.kwargs.get("concat_dim", node.kwargs.get("dim"))
+        if COLLECTIVES[node.target] in ("all_gather", "all_to_all") and moved:
             return [self._settle(self._contiguous(node), label, [])]
-        count = len(node.users) if started.target in BUCKETS else 1
-        found = self.lying[started][:count]
+        count = len(node.users) if node.target in BUCKETS else 1
+        found = self.flying[node][:count]
         for one in found:
             assert one is not None
             self._hold(one.storage, label)
@@ -191,7 +204,7 @@ class _Run:
         else:
             storage = storages[made.operand]
         self._hold(storage, label)
-        return _Lying(storage, made.shape, made.stride, made.offset, made.dtype)
+        return _Lying(storage, made)
 
     def _hold(self, storage: int, label: str) -> None:
         if self.names[storage] and label != "in use" and self.labels[storage] == "in use":
@@ -202,17 +215,19 @@ class _Run:
             self.held[self.labels[storage]] += self.sizes[storage]
         self.names[storage] += 1
 
-    def _release(self, storage: int) -> None:
-        self.names[storage] -= 1
-        if not self.names[storage]:
-            self.held[self.labels[storage]] -= self.sizes[storage]
+    def _release(self, values: Iterable[_Lying | None]) -> None:
+        for one in values:
+            if one is not None:
+                self.names[one.storage] -= 1
+                if not self.names[one.storage]:
+                    self.held[self.labels[one.storage]] -= self.sizes[one.storage]
 
     def _form(self, node: fx.Node, storages: list[int]) -> object:
         """All that what a call makes depends on."""
         def show(value: object) -> object:
             if isinstance(value, fx.Node):
                 one = self.lying[value][0]
-                return one and (storages.index(one.storage), one.shape, one.stride, one.offset, one.dtype)
+                return one and (storages.index(one.storage), id(one.made))
             if isinstance(value, (list, tuple)):
                 return tuple(map(show, value))  # pyright: ignore
             return repr(value)
@@ -238,8 +253,11 @@ class _Run:
 
     def _contiguous(self, node: fx.Node) -> _Made:
         shape, dtype = self._local(node), node.meta["dtype"]
-        stride = torch.empty(shape, device="meta").stride()
-        return _Made(None, math.prod(shape) * dtype.itemsize, tuple(shape), stride, 0, dtype)
+        if (shape, dtype) not in self.known.contiguous:
+            stride = torch.empty(shape, device="meta").stride()
+            made = _Made(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
+            self.known.contiguous[shape, dtype] = self.known.one(made)
+        return self.known.contiguous[shape, dtype]
 
     def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[_Made | None]:
         memory = [torch.UntypedStorage(self.sizes[storage], device="meta") for storage in storages]
@@ -249,8 +267,9 @@ class _Run:
             one = self.lying[operand][0]
             if one is None:
                 return None
-            empty = torch.empty(0, dtype=one.dtype, device="meta")
-            return empty.set_(memory[storages.index(one.storage)], one.offset, one.shape, one.stride)  # pyright: ignore
+            made, storage = one.made, memory[storages.index(one.storage)]
+            empty = torch.empty(0, dtype=made.dtype, device="meta")
+            return empty.set_(storage, made.offset, made.shape, made.stride)  # pyright: ignore
 
         args, kwargs = map_arg((node.args, dict(node.kwargs)), tensor)
         if "device" in kwargs:
@@ -263,13 +282,15 @@ class _Run:
     def _workspace(self, node: fx.Node) -> int:
         """The bytes of what our own functions allocate and free again: the rearranged copy of a collective whose dim is
         not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through."""
+        if isinstance(node.target, torch._ops.OpOverload):
+            return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
         if node.target in BUCKETS:
-            copied = not is_started(node) or COLLECTIVES[node.target] == "all_reduce"
+            copied = node not in self.started or COLLECTIVES[node.target] == "all_reduce"
             return sum(operand_bytes(node, self.mesh)) if copied else 0
-        if node.target not in MOVING or is_started(node) or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
+        if node.target not in MOVING or node in self.started or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0
         (operand,), (result,) = self.lying[node.args[0]], self.lying[node]  # type: ignore[index]
         assert operand is not None and result is not None
@@ -277,6 +298,25 @@ class _Run:
             return self.sizes[operand.storage] if node.kwargs["dim"] else 0
         moved = node.kwargs.get("dim", node.kwargs.get("concat_dim"))
         return self.sizes[result.storage] if moved or node.target is collectives.all_to_all else 0
+
+
+def _spent(
+    order: Order, operands: Mapping[fx.Node, list[fx.Node]], kept: Iterable[fx.Node | None]
+) -> dict[int, list[fx.Node]]:
+    """Per place the values that are read there for the last time and are not `kept`, as generated code deletes them;
+    what a started collective makes is one from where it is awaited."""
+    last: dict[fx.Node, int] = {}
+    for place, (node, awaited) in enumerate(order):
+        if not awaited:
+            for operand in operands[node]:
+                last[operand] = place
+        last[node] = place
+    found: dict[int, list[fx.Node]] = defaultdict(list)
+    stays = set(kept)
+    for value, place in last.items():
+        if value not in stays:
+            found[place].append(value)
+    return found
 
 
 def _described(one: Any, places: Mapping[int, int]) -> _Made | None:

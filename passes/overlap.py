@@ -31,44 +31,36 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
-from shardc.graph import Program
-from shardc.halves import halves
-from shardc.passes.bucket import COLLECTIVES, becoming_gradients, made_at, passes_on
-from shardc.passes.timeline import Clock, Pace
+from shardc.halves import Halves
+from shardc.passes.bucket import COLLECTIVES, passes_on
+from shardc.passes.timeline import Clock, Order, Times
 from shardc.runtime.started import wait
 
 PATIENCE = 2.0
 """How many times the seconds that it should take a collective is given, where nothing is gained by waiting for it
 sooner: predictions may be off."""
 
-Order = list[tuple[fx.Node, bool]]
-"""Nodes as they run; with True, where a collective is awaited."""
 
-
-def overlap(graph: fx.Graph, program: Program, pace: Pace, *, fetch: bool = True) -> None:
-    """Start collectives of a localized graph early, in place; without `fetch`, those of gradients only."""
-    run = halves(graph, program)
-    gradients = becoming_gradients(run, graph)
-    ready = made_at(graph, gradients)
-    order: Order = []
-    for half in (run.forward, run.backward):
-        order += _worthwhile(_Half(half, ready, pace, fetch).order(), pace)
-    _rewrite(graph, order)
+def overlap(run: Halves, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
+    """In which order forward and backward of a localized graph are to run so that collectives are started early;
+    without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin."""
+    forward, backward = (_Half(half, ready, times, fetch).order() for half in (run.forward, run.backward))
+    return _worthwhile(forward, times), _worthwhile(backward, times)
 
 
 class _Half:
     """Puts the nodes of forward, or of backward, into a new order."""
 
-    def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], pace: Pace, fetch: bool) -> None:
-        self.nodes, self.mine, self.pace = nodes, set(nodes), pace
-        self.clock = Clock(pace.mesh, pace.device)
-        self.seconds = {node: pace.sent(node) for node in nodes}
+    def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool) -> None:
+        self.nodes, self.mine, self.times = nodes, set(nodes), times
+        self.clock = Clock(times.mesh, times.device)
+        self.compute, self.seconds, self.operands = times.compute, times.sent, times.operands
         hidden = [n for n in nodes if self.seconds[n] and self.clock.shares[str(n.kwargs["axis"])]]
         self.posted = dict.fromkeys(node for node in hidden if node in ready)
         self.fetched = [node for node in hidden if node not in ready] if fetch else []
         apart = set(self.posted)  # with what is made of them
         for node in nodes:
-            if any(operand in apart for operand in node.all_input_nodes):
+            if not apart.isdisjoint(self.operands[node]):
                 apart.add(node)
         self.trailing = apart.difference(self.posted)
         self.stream = [node for node in nodes if node not in apart]
@@ -119,7 +111,7 @@ class _Half:
         return self._light(node) and self._late(node)
 
     def _late(self, node: fx.Node) -> bool:
-        return any(one in self.flying or (one in self.mine and one not in self.done) for one in node.all_input_nodes)
+        return any(one in self.flying or (one in self.mine and one not in self.done) for one in self.operands[node])
 
     def _light(self, node: fx.Node) -> bool:
         return passes_on(node) and not self.seconds[node]
@@ -128,8 +120,8 @@ class _Half:
         if node in self.done:
             return
         self._supply(node)
-        self.clock.now += self.pace.compute(node)
-        for _, axis, _, seconds in self.pace.inner(node):
+        self.clock.now += self.compute[node]
+        for _, axis, _, seconds in self.times.inner.get(node, ()):
             self.clock.wait(self.clock.start(axis, seconds))
         if self.seconds[node]:
             self.clock.wait(self.clock.start(str(node.kwargs["axis"]), self.seconds[node]))
@@ -138,7 +130,7 @@ class _Half:
         if node in self.done:
             return
         self._supply(node)
-        self.clock.now += self.pace.compute(node)
+        self.clock.now += self.compute[node]
         self.flying[node] = end = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
         if node in self.following:
             self.watched[node] = end
@@ -147,9 +139,10 @@ class _Half:
 
     def _supply(self, node: fx.Node) -> None:
         """Put a node behind all that it reads."""
-        for operand in node.all_input_nodes:
+        for operand in self.operands[node]:
             if operand in self.mine:
-                self._emit(operand)
+                if operand not in self.done:
+                    self._emit(operand)
                 self._await(operand)
         self.done.add(node)
         self.made.append((node, False))
@@ -181,7 +174,7 @@ class _Half:
 
     def _fetches(self) -> dict[int, list[fx.Node]]:
         """Per place of the stream the collectives that are started before it."""
-        times = [0.0, *itertools.accumulate(self.pace.compute(node) for node in self.stream)]
+        times = [0.0, *itertools.accumulate(self.compute[node] for node in self.stream)]
         latest, readers = self._latest(times)
         most = max(map(self._bytes, self.fetched), default=0)
         unread: list[tuple[int, int]] = []  # where what was fetched is read, and its bytes
@@ -219,7 +212,7 @@ class _Half:
         found: set[fx.Node] = set()
         stack = [node]
         while stack:
-            for operand in stack.pop().all_input_nodes:
+            for operand in self.operands[stack.pop()]:
                 if operand in self.mine and (self._light(operand) or operand in self.trailing):
                     stack.append(operand)
                 elif operand in self.mine:
@@ -237,7 +230,7 @@ class _Half:
                     yield user
 
     def _bytes(self, node: fx.Node) -> int:
-        return math.prod(node.meta["layout"].local_shape(self.pace.mesh)) * node.meta["dtype"].itemsize
+        return math.prod(node.meta["layout"].local_shape(self.times.mesh)) * node.meta["dtype"].itemsize
 
 
 def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:
@@ -249,9 +242,9 @@ def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:
     return 0
 
 
-def _worthwhile(order: Order, pace: Pace) -> Order:
+def _worthwhile(order: Order, times: Times) -> Order:
     """Without the waits before which nothing runs while the collective does."""
-    runs = (not awaited and bool(pace.compute(node) or pace.sent(node)) for node, awaited in order)
+    runs = (not awaited and bool(times.compute[node] or times.sent[node]) for node, awaited in order)
     before = [0, *itertools.accumulate(runs)]
     started = {node: place for place, (node, awaited) in enumerate(order) if not awaited}
     return [
@@ -260,8 +253,8 @@ def _worthwhile(order: Order, pace: Pace) -> Order:
     ]  # fmt: skip
 
 
-def _rewrite(graph: fx.Graph, order: Order) -> None:
-    """Put the nodes of both halves in order, one after the other, and write the waits."""
+def rewrite(graph: fx.Graph, order: Order) -> None:
+    """Put the nodes of both halves in order, one after the other, and write the waits, in place."""
     output, ran = graph.output_node(), {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
     for node, awaited in (*order, *((node, False) for node in rest)):

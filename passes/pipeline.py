@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +19,16 @@ from shardc.halves import halves
 from shardc.layout import SHORT_DTYPES
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
+from shardc.passes.arrange import arrange, smallest
 from shardc.passes.assign import Budget, assign, assign_within
 from shardc.passes.bucket import bucket
 from shardc.passes.codegen import codegen
-from shardc.passes.footprint import footprint
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
-from shardc.passes.overlap import overlap
 from shardc.passes.propagate import Constraint, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
-from shardc.passes.timeline import Pace, hidden
+from shardc.passes.timeline import Pace
 from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Memory, Placed, Plan, Tried
@@ -44,11 +42,6 @@ Result = TypeVar("Result")
 PASSES = (
     "capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "bucket", "overlap", "codegen",
 )  # fmt: skip
-FASTEST = (1.0, "all")
-SMALLEST = (0.0, "nothing")
-MODEST = (FASTEST, (1.0, "gradients"), (1.0, "nothing"), *((1 / k, "nothing") for k in (2, 4, 16, 64)), SMALLEST)
-"""What is tried until the generated code fits into memory: how large buckets are, as part of what the link would have,
-and which collectives overlap."""
 
 
 @dataclass
@@ -120,9 +113,14 @@ def lower(
     unknown = tried(network, assignment, graph, _conversions(graph, pace, titles))
     timed("localize", lambda: localize(graph, mesh))
     keep("localize", graph)
-    graph, bucketed, memory = timed("arrange", lambda: _fitted(graph, assignment, pace, program, settings))
-    graphs["bucket"] = bucketed
-    memory = replace(memory, budget=settings.memory)
+    lowered = graph
+
+    def again() -> fx.Graph:
+        return localize(reshard(network, assignment), mesh)
+
+    arranged = timed("arrange", lambda: arrange(lowered, again, program, pace, settings.states, settings.memory))
+    graph, graphs["bucket"] = arranged.graph, arranged.bucketed
+    memory, beneath = replace(arranged.memory, budget=settings.memory), arranged.hidden
     conversions = _conversions(graph, pace, titles)
     keep("overlap", graph)
     compute = _compute(network, assignment)
@@ -132,8 +130,6 @@ def lower(
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
-    run = halves(graph, program)
-    beneath = hidden([*run.forward, *run.backward], pace)
     plan = _plan(
         settings, program, graph, conversions, compute, solution, notes, phases, unknown, explainer, memory, beneath
     )
@@ -160,40 +156,9 @@ def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignme
     """What tells how many bytes a device holds at most that runs an assignment."""
 
     def peak(network: Network, assignment: Assignment) -> float:
-        graph, pace = localize(reshard(network, assignment), settings.mesh), Pace(network, settings.device)
-        return _arranged(graph, SMALLEST, math.inf, pace, program, settings)[2].peak
+        return smallest(localize(reshard(network, assignment), settings.mesh), program, settings.mesh, settings.states)
 
     return peak
-
-
-def _fitted(
-    graph: fx.Graph, assignment: Assignment, pace: Pace, program: Program, settings: Settings
-) -> tuple[fx.Graph, Callable[[], str], Memory]:
-    """The localized graph with buckets and overlap, as many of both as memory has room for; how it was before overlap,
-    and what it holds."""
-    largest, bucketed, memory = _arranged(graph, FASTEST, math.inf, pace, program, settings)
-    for how in MODEST[1:]:
-        if settings.memory is None or memory.peak <= settings.memory:
-            return graph, bucketed, memory
-        if largest or how[0] in (1.0, 0.0):
-            graph = localize(reshard(pace.network, assignment), settings.mesh)
-            _, bucketed, memory = _arranged(graph, how, largest, pace, program, settings)
-    if settings.memory is not None and memory.peak > settings.memory:
-        raise AssertionError(f"the plan was to hold {settings.memory:.0f} bytes, its code holds {memory.peak:.0f}")
-    return graph, bucketed, memory
-
-
-def _arranged(
-    graph: fx.Graph, how: tuple[float, str], largest: float, pace: Pace, program: Program, settings: Settings
-) -> tuple[int, Callable[[], str], Memory]:
-    """Arrange the collectives of a localized graph in one way of `MODEST`, in place. The bytes of the largest bucket,
-    the graph before overlap, and what it holds."""
-    part, what = how
-    made = bucket(graph, program, Buckets(settings.mesh, settings.device, part * largest)) if part else 0
-    bucketed = show(graph, settings.mesh)
-    if what != "nothing":
-        overlap(graph, program, pace, fetch=what == "all")
-    return made, bucketed, footprint(graph, program, settings.mesh, settings.states)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
@@ -248,7 +213,7 @@ def _explainer(
 
     def price(other: Assignment) -> Priced:
         graph = localize(reshard(network, other), settings.mesh)
-        bucket(graph, network.factored.program, Buckets(settings.mesh, settings.device))
+        bucket(graph, halves(graph, network.factored.program), Buckets(settings.mesh, settings.device))
         return _conversions(graph, Pace(network, settings.device), titles), _compute(network, other)
 
     return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)

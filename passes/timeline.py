@@ -12,7 +12,7 @@ rank computes what comes next, if the collective was only started, and waits if 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 
 from torch import fx
@@ -22,10 +22,14 @@ from shardc.cost.conversion import LOCAL, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.mesh import Mesh
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
-from shardc.rules.factoring import Op
 from shardc.runtime.started import wait
 from shardc.solver.network import Network
-from shardc.solver.strategies import sends
+from shardc.solver.strategies import Options, Strategy, sends
+
+Inner = tuple[str, str, float, float]
+"""A collective inside an operator's body: kind, axis, bytes of the local operand, seconds."""
+Order = list[tuple[fx.Node, bool]]
+"""Nodes as they run; with True, where a collective is awaited that was only started."""
 
 
 class Pace:
@@ -34,7 +38,7 @@ class Pace:
     def __init__(self, network: Network, device: Hardware) -> None:
         self.network, self.mesh, self.device = network, network.mesh, device
         self.buckets = Buckets(network.mesh, device)
-        self._operators: dict[fx.Node, float] = {}
+        self._operators: dict[tuple[Options, Strategy], tuple[float, list[Inner]]] = {}
 
     def step(self, node: fx.Node) -> tuple[str, float, float] | None:
         """The kind of a conversion's step, the bytes of its local operand and its seconds; None for other nodes."""
@@ -47,33 +51,57 @@ class Pace:
         part = moved / self.mesh.sizes[axis] if kind == "shard" else moved
         return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
 
-    def compute(self, node: fx.Node) -> float:
+    def taken(self, node: fx.Node) -> tuple[float, float]:
         """Seconds that a rank computes: in an operator, its body's collectives apart, or in a step that sends
-        nothing; in a bucket, those that it takes to fill it."""
+        nothing; in a bucket, those that it takes to fill it. And those of a collective of the graph; 0 for other
+        nodes."""
         if "op" in node.meta:
-            if node not in self._operators:
-                strategy = node.meta["strategy"]
-                self._operators[node] = self.network.options_of(node.meta["op"]).compute_of(strategy)
-            return self._operators[node]
+            return self.operator(node)[0], 0.0
         step = self.step(node)
         if step is None:
-            return 0.0
-        return step[2] if step[0] in LOCAL else step[2] - self.sent(node)
+            return 0.0, 0.0
+        (kind, moved, seconds), axis = step, str(node.kwargs["axis"])
+        if kind in LOCAL:
+            return seconds, 0.0
+        sent = 0.0 if self.mesh.sizes[axis] == 1 else self.buckets.alone(kind, axis, moved)
+        return seconds - sent, sent
 
-    def sent(self, node: fx.Node) -> float:
-        """Seconds of a collective of the graph; 0 for other nodes."""
-        step = self.step(node)
-        if step is None or step[0] in LOCAL or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
-            return 0.0
-        return self.buckets.alone(step[0], str(node.kwargs["axis"]), step[1])
+    def inner(self, node: fx.Node) -> list[Inner]:
+        """The collectives inside an operator's body."""
+        return self.operator(node)[1] if "op" in node.meta else []
 
-    def inner(self, node: fx.Node) -> list[tuple[str, str, float, float]]:
-        """The collectives inside an operator's body: kind, axis, bytes of the local operand, seconds."""
-        if "op" not in node.meta:
-            return []
-        op: Op = node.meta["op"]
-        found = sends(self.network.options_of(op).shape, node.meta["strategy"], self.mesh)
-        return [(k, axis, size, step_seconds(k, axis, size, self.mesh, self.device)) for k, axis, size in found]
+    def operator(self, node: fx.Node) -> tuple[float, list[Inner]]:
+        """Seconds of compute, and what the body sends; reckoned once per form."""
+        options, strategy = self.network.options_of(node.meta["op"]), node.meta["strategy"]
+        found = self._operators.get((options, strategy))
+        if found is None:
+            inner = [
+                (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
+                for kind, axis, size in sends(options.shape, strategy, self.mesh)
+            ]
+            found = self._operators[options, strategy] = options.compute_of(strategy), inner
+        return found
+
+
+class Times:
+    """What nodes take, each reckoned once: `compute` and `sent` in seconds, where an operator's body sends what is
+    `inner`, and the `operands` of each, of which fx makes a new list whenever it is asked."""
+
+    def __init__(self, nodes: Iterable[fx.Node], pace: Pace) -> None:
+        self.mesh, self.device = pace.mesh, pace.device
+        self.compute: dict[fx.Node, float] = {}
+        self.sent: dict[fx.Node, float] = {}
+        self.inner: dict[fx.Node, list[Inner]] = {}
+        self.operands: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            self.operands[node] = node.all_input_nodes
+            if "op" not in node.meta:
+                self.compute[node], self.sent[node] = pace.taken(node)
+                continue
+            self.compute[node], inner = pace.operator(node)
+            self.sent[node] = 0.0
+            if inner:
+                self.inner[node] = inner
 
 
 class Clock:
@@ -105,20 +133,21 @@ def is_started(node: fx.Node) -> bool:
     return any(user.target is wait for user in node.users)
 
 
-def hidden(nodes: Sequence[fx.Node], pace: Pace) -> float:
+def hidden(order: Order, times: Times) -> float:
     """The seconds of collectives that nobody waits for when nodes run in this order."""
-    clock, ends, total = Clock(pace.mesh, pace.device), dict[fx.Node, float](), 0.0
-    for node in nodes:
-        if node.target is wait:
-            clock.wait(ends[node.all_input_nodes[0]])
+    clock, ends, total = Clock(times.mesh, times.device), dict[fx.Node, float](), 0.0
+    started = {node for node, awaited in order if awaited}
+    for node, awaited in order:
+        if awaited:
+            clock.wait(ends[node])
             continue
-        seconds, inner = pace.sent(node), pace.inner(node)
-        clock.now += pace.compute(node)
-        total += pace.compute(node) + seconds + sum(own for *_, own in inner)
+        compute, seconds, inner = times.compute[node], times.sent[node], times.inner.get(node, ())
+        clock.now += compute
+        total += compute + seconds + sum(own for *_, own in inner)
         for _, axis, _, own in inner:
             clock.wait(clock.start(axis, own))
         if seconds:
             ends[node] = clock.start(str(node.kwargs["axis"]), seconds)
-            if not is_started(node):
+            if node not in started:
                 clock.wait(ends[node])
     return total - clock.now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -80,13 +80,13 @@ def value_of(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes themselves and all that they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], beyond: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from, as far as it is not among or before `beyond`."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and node not in beyond:
             found.add(node)
             stack += node.all_input_nodes
     return found

@@ -38,7 +38,7 @@ def halves(graph: fx.Graph, program: Program) -> Halves:
     gradients = [node for port, node in ports if port.role is Role.GRADIENT and node is not None]
     kept = [node for node in graph.nodes if node.meta.get("kept")]
     forward = forward_part(graph, program.outputs, results, kept)
-    backward = ancestors(gradients)
+    backward = ancestors(gradients, forward)
     # all results of an operator are made where it runs
     forward |= {n for n in backward if n.target is operator.getitem and n.args[0] in forward}
     at_hand = forward.union(given)

@@ -132,7 +132,15 @@ class Layout:
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape that every rank holds, padding included."""
-        return tuple(math.prod(mesh.chunk(atom.size, atom.axes) for atom in dim) for dim in self.dims)
+        found = self._local.get(mesh)
+        if found is None:
+            shape = tuple(math.prod(mesh.chunk(atom.size, atom.axes) for atom in dim) for dim in self.dims)
+            found = self._local[mesh] = shape
+        return found
+
+    @cached_property
+    def _local(self) -> dict[Mesh, tuple[int, ...]]:
+        return {}
 
     def simplify(self, mesh: Mesh) -> Layout:
         """The same layout with as few atoms and axes as express it: equal layouts simplify to equal objects."""
