@@ -26,7 +26,7 @@ from shardc.solver.solve import Solution, solve
 TRIES = 4
 """Times that the bound is moved to where the lowered plan just fits."""
 CLOSE = 0.01
-FAR, ROUGHLY = 1.5, 1e-2
+FAR, ROUGHLY = 1.5, 3e-2
 """Times the budget from which on what the network reckons of a plan is more than its lowering could save, and the gap
 to which that plan is solved first."""
 TIME_LIMIT = 20.0
