@@ -26,7 +26,8 @@ from shardc.cost.hardware import Hardware, Link
 from shardc.graph import Constant, Port, Program, Role, value_of
 from shardc.layout import P, S
 from shardc.mesh import Mesh
-from shardc.passes.pipeline import COLLECTIVES, Settings, lower
+from shardc.passes.bucket import COLLECTIVES
+from shardc.passes.pipeline import Settings, lower
 from shardc.rules.factoring import VIEWS
 from shardc.runtime import Slot, VirtualMesh, load
 from shardc.runtime.slots import cut, paste
