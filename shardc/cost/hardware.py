@@ -211,7 +211,8 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ShardcError(f"hardware file {self.path}: {prefix}{name} is {value!r}, not a number")
         if math.isnan(value) or not (value > 0 if least is None else value >= least):
-            raise ShardcError(f"hardware file {self.path}: {prefix}{name} is {value}; it must be above zero")
+            wanted = "above zero" if least is None else f"at least {least:g}"
+            raise ShardcError(f"hardware file {self.path}: {prefix}{name} is {value}; it must be {wanted}")
         return float(value)
 
 

@@ -6,7 +6,7 @@ found in a fraction of the time; what it is worth among all values, a proof over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +48,9 @@ class Active:
             edges[u, v] = cut[key]
         return Problem([cost[mask] for cost, mask in zip(problem.unary, self.masks, strict=True)], edges, problem.names)
 
-    def messages(self, certificate: Certificate) -> Certificate:
-        """The messages of a certificate, over the values that stay."""
-        known = certificate.messages.items()
+    def messages(self, certificate: Certificate, edges: Container[Edge]) -> Certificate:
+        """The messages of a certificate on some edges, over the values that stay."""
+        known = ((edge, pair) for edge, pair in certificate.messages.items() if edge in edges)
         return Certificate({(u, v): (a[self.masks[u]], b[self.masks[v]]) for (u, v), (a, b) in known})
 
     def inside(self, choice: Sequence[int]) -> list[int]:

@@ -57,12 +57,14 @@ _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple o
 @dataclass(frozen=True)
 class Proof:
     """Prices per position, in seconds a byte; what every choice costs at least at these prices, and the certificate of
-    that as far as there is one. A draft only tells what the best choice found costs."""
+    that as far as there is one. A draft only tells what the best choice found costs. What was not `asked` here is known
+    from elsewhere."""
 
     prices: Mapping[int, float]
     least: float
     certificate: Certificate
     draft: bool = False
+    asked: bool = True
 
     def bound(self, bound: float) -> float:
         """What every choice costs at least that holds at most `bound` bytes."""
@@ -93,8 +95,9 @@ class Frontier:
         self.close = _DEEP if self.trail.folds else _CLOSE
 
     def know(self, free: Solution, choice: list[int]) -> None:
-        """What is known of the network without prices: what was proved, and a choice for it."""
-        self.proofs.append(Proof({}, free.lower_bound, Certificate({})))  # theirs speaks of another network
+        """What is known of the network in which nothing runs again, without prices: what was proved, and a choice for
+        it. It is proved for this one too: what runs again costs no less, in any table, than what runs once."""
+        self.proofs.append(Proof({}, free.lower_bound, Certificate({}), asked=False))  # theirs is of another network
         self.points.append(self._point(choice))
         self.trail = self.trail.at(choice)
 
@@ -106,7 +109,7 @@ class Frontier:
             self._ask({}, deadline)
         for _ in range(_PROOFS):
             prices = self._drafted(bound, deadline)
-            known = [proof.prices for proof in self.proofs if proof.prices and not proof.draft]
+            known = [proof.prices for proof in self.proofs if proof.asked and not proof.draft]
             if prices in known or (known and time.process_time() > deadline):
                 break
             self._ask(prices, deadline)
@@ -137,7 +140,8 @@ class Frontier:
             if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
                 break
             dearest = max(point.cost for point in self.points)
-            if best is None and (min(ceiling, dearer) > _RICH or lower > _HOPELESS * dearest):
+            sure = lower - _ROUGHEST * abs(proof.least) * proof.draft
+            if best is None and (min(ceiling, dearer) > _RICH or sure > _HOPELESS * dearest):
                 break
             prices, value = self._master(bound, _RICH if best else min(ceiling, _RICH))
             if best is None:
@@ -288,7 +292,8 @@ class Frontier:
     def _splice(self, bound: float) -> _Point:
         """The best choice, where the two on either side of the bound may be joined between layers."""
         solved = [point for point in self.points if not point.merged]
-        small = max((p for p in solved if p.peak <= bound), key=lambda point: point.peak)
+        fitting = [p for p in solved if p.peak <= bound] or [p for p in self.points if p.peak <= bound]
+        small = max(fitting, key=lambda point: point.peak)
         large = min((p for p in solved if p.peak > bound), key=lambda point: point.peak, default=small)
         ways = () if large is small else (False, True)
         return self._take([self._spliced(small, large, bound, first) for first in ways], bound)

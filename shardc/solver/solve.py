@@ -247,7 +247,8 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
         return replace(trail, choice=choice, certificate=certificate)
     proof.sketch(_SKETCH if trail.certificate.messages else 2 * _SKETCH)
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
-    small, start = active.problem(template), Trail([], active.inside(proof.choice), active.messages(certificate))
+    small = active.problem(template)
+    start = Trail([], active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
     choice, _ = _proved(small, goal, _begun(small, goal, start))
     return replace(trail, choice=active.outside(choice), certificate=certificate)
 

@@ -175,6 +175,34 @@ def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.Monkey
         solve(problem, trail=solving.Trail([folded.over(p) for folded, p in zip(trail.folds, [changed], strict=False)]))
 
 
+def rings(scale: float, seed: int) -> Problem:
+    """Equal layers, each a ring of five variables: cycles keep messages from the optimum, and triplets have chords."""
+    rng, problem = np.random.default_rng(seed), Problem()
+    tables, link, alone = rng.random((5, 3, 3)), rng.random((3, 3)) * 0.3, scale * rng.random((5, 3)) * 0.2
+    parts = [*tables], [*alone]
+    for layer in range(12):
+        first = len(problem.unary)
+        for place in range(5):
+            problem.add_variable(f"{layer}.{place}", parts[1][place])
+        for place in range(5):
+            problem.add_edge(first + place, first + (place + 1) % 5, parts[0][place])
+        if layer:
+            problem.add_edge(first - 5, first, link)
+    return problem
+
+
+def test_a_draft_after_a_proof_that_needed_triplets() -> None:
+    needed = 0
+    for seed in range(20):
+        trail = solve(rings(1.0, seed), certify=False, enough=1e-3).trail
+        assert trail is not None and trail.folds
+        needed += bool(trail.certificate.triplets)
+        problem = rings(1.05, seed)
+        draft = solve(problem, certify=False, enough=1e-2, trail=trail, draft=True)
+        assert draft.cost == evaluate(problem, draft.choice)
+    assert needed
+
+
 def test_a_choice_that_does_not_unfold() -> None:
     """Where equal layers may not follow each other as the template's ends do, the choice is looked for anew."""
     problem = Problem()
