@@ -82,7 +82,7 @@ def test_a_network_of_few_values_costs_what_the_whole_does() -> None:
     assert evaluate(small, inside) == evaluate(problem, choice)
     edge = next(iter(problem.edges))
     long = np.arange(2.0 * ACTIVE)
-    messages = active.messages(Certificate({edge: (long, long)})).messages[edge]
+    messages = active.messages(Certificate({edge: (long, long)}), small.edges).messages[edge]
     assert messages[0].shape == small.edges[edge].shape[:1] and messages[0][-1] == long[choice[edge[0]]]
 
 
