@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardc.solver.certificate import Certificate
-from shardc.solver.pool import Mask
+from shardc.solver.pool import Mask, Parts
 from shardc.solver.problem import Array, Edge, Problem
 
 ACTIVE = 80
@@ -38,14 +38,8 @@ class Active:
 
     def problem(self, problem: Problem) -> Problem:
         """The network over the values that stay."""
-        cut: dict[tuple[int, bytes, bytes], Array] = {}
-        marks = [mask.tobytes() for mask in self.masks]
-        edges: dict[Edge, Array] = {}
-        for (u, v), table in problem.edges.items():
-            key = id(table), marks[u], marks[v]
-            if key not in cut:
-                cut[key] = table[np.ix_(self.masks[u], self.masks[v])]
-            edges[u, v] = cut[key]
+        part = Parts(self.masks)
+        edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
         return Problem([cost[mask] for cost, mask in zip(problem.unary, self.masks, strict=True)], edges, problem.names)
 
     def messages(self, certificate: Certificate, edges: Container[Edge]) -> Certificate:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from shardc.solver.certificate import Certificate
 from shardc.solver.distinct import Table
-from shardc.solver.pool import Mask, first_minimum
+from shardc.solver.pool import Mask, Parts, first_minimum
 from shardc.solver.problem import Array, Edge
 from shardc.solver.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
 
@@ -255,14 +255,7 @@ class Bound:
 
     def restricted(self, keep: Sequence[Mask]) -> "Bound":
         """The same messages over fewer values; equal tables stay shared."""
-        cut: dict[tuple[int, bytes, bytes], Array] = {}
-
-        def part(table: Array, u: int, v: int) -> Array:
-            key = (id(table), keep[u].tobytes(), keep[v].tobytes())
-            if key not in cut:
-                cut[key] = table[np.ix_(keep[u], keep[v])]
-            return cut[key]
-
+        part = Parts(keep)
         edges = {(u, v): part(table, u, v) for (u, v), table in self.tables_by_edge().items()}
         chords = [e for e, table in zip(self.ends, self.given, strict=True) if table is None]
         small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges, chords)

@@ -7,11 +7,12 @@ choice within the bound costs at least
 
 (Lagrangian relaxation; Everett 1963, "Generalized Lagrange multiplier method"). Every choice found is a line in a
 linear program over the prices, whose optimum is where to ask next (Kelley 1960, "The cutting-plane method"). Only the
-positions at which some choice held the most have a price.
+positions at which some choice that exceeds the bound held the most have a price.
 
 Prices alone leave a gap: where a model has many equal layers, all of them change at the same price, though the bound
 may only ask it of some. So two choices, one within the bound and one cheaper, are merged: what they differ in falls
-into parts that share no table, and each part may be taken from either.
+into parts that share no table, and each part may be taken from either. Where they differ in a way that links all
+layers, they are spliced: one up to some layer, the other from there on.
 """
 
 from __future__ import annotations
@@ -187,15 +188,14 @@ class Frontier:
     def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
         """Solve at these prices; whether a choice was found that was not known. Where layers are folded, a draft may be
         `rough`."""
-        draft = rough is not None
+        draft = rough is not None and bool(self.trail.folds)
         enough = (rough or _DEEPLY) if self.trail.folds else _ENOUGH
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
             self.trail = replace(found.trail, folds=self.trail.folds)
-        drafted = found.lower_bound == -math.inf
-        self.proofs.append(Proof(prices, found.cost if drafted else found.lower_bound, found.certificate, drafted))
+        self.proofs.append(Proof(prices, found.cost if draft else found.lower_bound, found.certificate, draft))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))

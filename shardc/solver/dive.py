@@ -8,6 +8,7 @@ import numpy as np
 
 from shardc.solver.bound import Bound
 from shardc.solver.eliminate import eliminate, find_order, forbidding, surviving
+from shardc.solver.pool import Parts
 
 _HALVINGS = 40
 _WIDE = 16  # values of a variable, on average, of which elimination never takes so many
@@ -30,7 +31,8 @@ def dive(
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
         order = find_order([len(cost) for cost in part], list(edges))
         if order.narrow:
-            tables = {(u, v): table[np.ix_(keep[u], keep[v])] for (u, v), table in edges.items()}
+            cut = Parts(keep)
+            tables = {(u, v): cut(table, u, v) for (u, v), table in edges.items()}
             _, choice = eliminate(part, tables, order)
             return [int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)]
     return None

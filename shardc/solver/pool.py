@@ -4,7 +4,7 @@ An equal table has an equal number, so a computation on tables can be remembered
 That is what makes a hundred equal layers cost little more than one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,20 @@ class Pool:
         if number not in self._finite:
             self._finite[number] = bool(np.isfinite(self.arrays[number]).all())
         return self._finite[number]
+
+
+class Parts:
+    """Tables over fewer values of every variable. The part of one table by equal masks is one array."""
+
+    def __init__(self, keep: Sequence[Mask]) -> None:
+        self._keep, self._marks = keep, [mask.tobytes() for mask in keep]
+        self._made: dict[tuple[int, bytes, bytes], tuple[Array, Array]] = {}
+
+    def __call__(self, table: Array, u: int, v: int) -> Array:
+        key = id(table), self._marks[u], self._marks[v]
+        if key not in self._made:
+            self._made[key] = table[np.ix_(self._keep[u], self._keep[v])], table  # alive, so that its id stays its own
+        return self._made[key][0]
 
 
 def first_minimum(cost: Array) -> int:

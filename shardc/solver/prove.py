@@ -102,12 +102,6 @@ class Proof:
                 break
         return closed
 
-    def sketch(self, sweeps: int) -> None:
-        """Sweep about so often, and look for no choice."""
-        self.searching, before = False, self.searching
-        self.sweep(sweeps)
-        self.searching = before
-
     def know(self, choice: list[int], known: Known) -> None:
         """The best choice was found elsewhere."""
         self.choice, self.cost, self.tolerance, self.searching = choice, known.cost, known.tolerance, False
@@ -151,14 +145,16 @@ class Proof:
             np.minimum.at(cost, place, old)
         return gathered
 
-    def sweep(self, enough: int = MAX_SWEEPS) -> bool:
-        """Sweep until closed (True), or that does not help any more; after `enough` it must help a lot."""
+    def sweep(self, enough: int = MAX_SWEEPS, searching: bool | None = None) -> bool:
+        """Sweep until closed (True), or that does not help any more; after `enough` it must help a lot. Where no choice
+        is to be looked for, `searching` says so."""
+        searching = self.searching if searching is None else searching
         before, gathered, leaps = -math.inf, math.inf, Leaps()
         for turn in range(1, MAX_SWEEPS // Leaps.SWEEPS + 1):
             last = self.lower
             self.lower = leaps.round(self.bound)
             look = turn % _LOOK_EVERY == 0
-            if look and self.searching:
+            if look and searching:
                 self._offer()
             gap = self.cost - self.lower
             if gap <= (_FINER if self.enough <= TOLERANCE else _ALMOST) * self.tolerance:
@@ -166,7 +162,7 @@ class Proof:
             if self._late() or (turn * Leaps.SWEEPS >= enough and gap > _CLOSING * (self.cost - last)):
                 return False
             if look:
-                stalled = _STALLED if self.bound.triplets or not self.searching else _SLOW
+                stalled = _STALLED if self.bound.triplets or not searching else _SLOW
                 if self.lower - before < stalled * min(gap, abs(self.lower)):
                     return False
                 before = self.lower

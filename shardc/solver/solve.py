@@ -245,7 +245,7 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
     if not draft or proof is None or proof.choice is None:
         choice, certificate = _proved(template, goal, proof)
         return replace(trail, choice=choice, certificate=certificate)
-    proof.sketch(_SKETCH if trail.certificate.messages else 2 * _SKETCH)
+    proof.sweep(_SKETCH if trail.certificate.messages else 2 * _SKETCH, searching=False)
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
     small = active.problem(template)
     start = Trail([], active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
