@@ -114,9 +114,8 @@ class Clock:
 
     def start(self, axis: str, seconds: float) -> float:
         """A collective of so many seconds is started; when it will have ended."""
-        beneath = self.shares[axis] * seconds
-        self.now += seconds - beneath
-        self.busy[axis] = max(self.now, self.busy[axis]) + beneath
+        self.busy[axis] = max(self.now, self.busy[axis]) + seconds
+        self.now += (1 - self.shares[axis]) * seconds
         return self.busy[axis]
 
     def wait(self, end: float) -> None:

@@ -98,6 +98,15 @@ class DistributedMesh(Mesh):
             raise RankError(f"rank {self.rank} failed to get the random state of rank 0: {error}") from error
         return state.cpu()
 
+    def agreed(self, source: str) -> str:
+        """See `Mesh.agreed`. Every rank must come here."""
+        box = [source]
+        try:
+            dist.broadcast_object_list(box, 0)
+        except Exception as error:
+            raise RankError(f"rank {self.rank} failed to get the program of rank 0: {error}") from error
+        return box[0]
+
     def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
         """See `Mesh.begin`. What is under way is gloo's, or on NCCL's stream."""
         dtype = operand.dtype

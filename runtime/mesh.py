@@ -73,6 +73,10 @@ class Mesh(ABC):
         "permute" gives the operand of the rank whose coordinate `op` names at the own one, as in "1 2 0".
         """
 
+    def agreed(self, source: str) -> str:
+        """What all processes take for `source`: that of the first."""
+        return source
+
     def count(self, collective: str, axis: str, operand: Tensor) -> None:
         """Add to `traffic` what one rank sends in this collective."""
         n, size = self.axes[axis], operand.numel() * operand.element_size()

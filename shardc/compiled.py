@@ -30,7 +30,7 @@ from shardc.passes.adopt import Choice
 from shardc.passes.pipeline import PASSES, Lowered, Settings, lower
 from shardc.passes.propagate import match_parameters
 from shardc.plan import Plan
-from shardc.runtime import DistributedMesh, Executable, distribute, load, swap_in
+from shardc.runtime import DistributedMesh, Executable, distribute, load, local_mesh, swap_in
 from shardc.sizes import Dims, Dynamic, Template, named_dims, sizes_of
 
 TRACING = threading.RLock()
@@ -64,6 +64,7 @@ class Compiled:
         self._module = module
         self._lowered = lowered
         self._family = family
+        self._code = lowered.code
         self._executable: Executable | None = None
 
     @property
@@ -73,7 +74,7 @@ class Compiled:
     @property
     def code(self) -> str:
         """The generated Python, which is what runs."""
-        return self._lowered.code
+        return self._code
 
     def graph(self, name: str) -> str:
         """The graph after a pass: capture, normalize, propagate, assign, reshard, localize or codegen."""
@@ -87,9 +88,12 @@ class Compiled:
 
     @property
     def executable(self) -> Executable:
-        """The code, loaded on this process's mesh. Under torch.distributed the parameters become DTensors here."""
+        """The code, loaded on this process's mesh. Under torch.distributed the parameters become DTensors here, and all
+        ranks take rank 0's code: each plans on its own, and one with less time for it would find another plan."""
         if self._executable is None:
-            executable = Executable(load(self.code))
+            mesh = local_mesh(self._lowered.plan.mesh.sizes)
+            self._code = mesh.agreed(self._code)
+            executable = Executable(load(self._code), mesh)
             if isinstance(executable.mesh, DistributedMesh):
                 _distribute(self._module, executable)
             self._executable = executable

@@ -3,8 +3,10 @@
 Every process of torchrun measures at the same time, so that what devices share (memory, caches, the uplink of a node)
 counts as shared, and the slowest rank counts. Collectives run as generated code runs them. The formulas of
 `shardc/cost/collectives.py` are linear in the latency and in the seconds a byte of a link, and these are fitted to the
-times by least squares of relative errors, for each kind of collective on its own. What part of one hides beneath other
-work is measured by starting it, computing for longer than it takes, and awaiting it.
+times for each kind of collective on its own, by least squares of errors over the roots of the times: between absolute
+errors, by which latencies would not count, and relative ones, by which large sizes, where the time goes, count little.
+What part of a collective hides beneath other work is measured by starting it, computing for longer than it takes, and
+awaiting it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
 from shardc.runtime import collectives
-from shardc.runtime.distributed import DistributedMesh
+from shardc.runtime.distributed import DistributedMesh, local_mesh
 from shardc.runtime.started import wait
 
 SIZES = tuple(4**k for k in range(5, 12))
@@ -37,8 +39,8 @@ BENEATH = 2**20
 LONGEST = 1.0
 """Seconds of one collective after which no larger size is tried."""
 
-BLOCKS, BLOCK, REPEAT = 5, 0.02, 50
-"""A time is the median of this many blocks of calls, each of about so many seconds and at most so many calls."""
+BLOCKS, BLOCK = 7, 0.05
+"""A time is the median of this many blocks of calls, each of about so many seconds."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",)}
@@ -69,9 +71,10 @@ def fit(kind: str, algorithm: str, ways: int, floor: float, points: Sequence[tup
     of each apart. At least two sizes are needed to tell latency from bandwidth."""
     unit = lines(kind, (algorithm,), Wires(ways, 1, Line(1.0, 1.0), Line(0.0, 0.0)))[0]
     sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
-    hops, moved = unit.latency / seconds, unit.per_byte * sizes / seconds
+    roots = np.sqrt(seconds)
+    hops, moved = unit.latency / roots, unit.per_byte * sizes / roots
     scale = moved.max()  # seconds a hop and seconds a byte lie far apart
-    found, _ = nnls(np.stack([hops, moved / scale], 1), np.maximum(seconds - floor, 0.0) / seconds)
+    found, _ = nnls(np.stack([hops, moved / scale], 1), np.maximum(seconds - floor, 0.0) / roots)
     latency, per_byte = float(found[0]), float(found[1] / scale)
     if not per_byte:  # latency is all there was to see: moving the bytes was no more than a tenth of the largest size's
         per_byte = float(0.1 * seconds[-1] / (unit.per_byte * sizes[-1]))
@@ -82,7 +85,12 @@ def fit(kind: str, algorithm: str, ways: int, floor: float, points: Sequence[tup
 
 def calibrate(mesh: DistributedMesh, name: str) -> Measured:
     """Measure on all ranks of `mesh`, whose axes are called `node` and `local`. The same on every rank."""
-    measured: list[Measured] = mesh.run(lambda: _Bench(mesh).measure(name), lambda _: ())
+    crossing = 0.0
+    if mesh.axes["node"] > 1:  # least hides where all are on one axis: each also passes on what crosses between nodes
+        whole = local_mesh({"all": mesh.size})
+        assert isinstance(whole, DistributedMesh)
+        crossing = whole.run(lambda: _Bench(whole).overlap("all"), lambda _: ())[0]
+    measured: list[Measured] = mesh.run(lambda: _Bench(mesh).measure(name, crossing), lambda _: ())
     return measured[0]
 
 
@@ -99,7 +107,8 @@ class _Bench:
         self.axes = mesh.axes
         self.device = mesh.device(mesh.rank)
 
-    def measure(self, name: str) -> Measured:
+    def measure(self, name: str, crossing: float) -> Measured:
+        """All of it, given the overlap of collectives that cross between nodes."""
         launch = self.seconds(self._adding(4))
         elements = 2**26 if self.device.type == "cuda" else 2**23
         bandwidth = 2 * 4 * elements / self.seconds(self._adding(elements))
@@ -111,7 +120,7 @@ class _Bench:
         if inside is not None:
             near = replace(_link(inside, 1), overlap=self.overlap("local"))
         if between is not None:
-            far = replace(_link(between, self.axes["local"]), overlap=self.overlap("node"))
+            far = replace(_link(between, self.axes["local"]), overlap=crossing)
         if inside is not None and between is None:  # all that is known of links
             far = replace(_link(inside, self.axes["local"]), overlap=near.overlap)
         if between is not None and inside is None:
@@ -153,8 +162,12 @@ class _Bench:
     def overlap(self, axis: str) -> float:
         """What part of an all-reduce's time hides beneath products of matrices that take longer than it does."""
         x, y = (torch.ones(size, device=self.device) for size in ((BENEATH // 4,), (256, 256)))
-        alone, product = (self.seconds(call) for call in (lambda: collectives.all_reduce(x, axis=axis), lambda: y @ y))
-        products = range(math.ceil(2 * alone / product))
+
+        def alone() -> Tensor:
+            return collectives.all_reduce(x, axis=axis)
+
+        sent = self.seconds(alone)
+        products = range(math.ceil(2 * sent / self.seconds(lambda: y @ y)))
 
         def compute() -> list[Tensor]:
             return [y @ y for _ in products]
@@ -164,8 +177,10 @@ class _Bench:
             compute()
             wait(started)
 
-        added = self.seconds(both) - self.seconds(compute)
-        return min(max(1.0 - added / alone, 0.0), 1.0)
+        repeat = max(1, int(BLOCK / sent))
+        rounds = [[self.slowest(self._block(call, repeat)) for call in (alone, compute, both)] for _ in range(BLOCKS)]
+        hidden = statistics.median((a + c - b) / a for a, c, b in rounds)
+        return min(max(hidden, 0.0), 1.0)
 
     def flops(self, dtype: torch.dtype) -> float:
         """Flops a second of a square product, large enough to take a while."""
@@ -187,7 +202,7 @@ class _Bench:
         """Seconds of a call among calls back to back, on the slowest rank."""
         call()
         once = self.slowest(self._block(call, 1))
-        repeat = max(1, min(REPEAT, int(BLOCK / once)))
+        repeat = max(1, int(BLOCK / once))
         return statistics.median(self.slowest(self._block(call, repeat)) for _ in range(BLOCKS)) / repeat
 
     def slowest(self, seconds: float) -> float:

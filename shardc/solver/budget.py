@@ -176,7 +176,7 @@ class Frontier:
         lower = min(max(proof.bound(bound), branched), point.cost)
         exact = point.cost - lower <= TOLERANCE * magnitude(self.problem, point.choice)
         prices = Prices(proof.prices, bound, self.holdings)
-        return Solution(point.choice, point.cost, lower, exact, proof.certificate, -math.inf, None, prices)
+        return Solution(point.choice, point.cost, lower, exact, proof.certificate, None, prices)
 
     def _best(self, bound: float) -> _Point | None:
         return min((p for p in self.points if p.peak <= bound), key=lambda p: p.cost, default=None)

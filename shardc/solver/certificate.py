@@ -15,6 +15,8 @@ lent:
 
 Again no total changes. Loans are the same for all values of a group, and the minimum over groups is one over values. A
 pair without a table of its own counts as one of zeros.
+
+Where what is left open is little, it may be searched whole instead (`remainder.py`).
 """
 
 import math
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 
 from shardc.solver.holdings import Holding
 from shardc.solver.problem import Array, Edge, Problem
+from shardc.solver.remainder import Mask, Remainder, least_left
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _MARGIN = 4.0  # times the roundings that are counted
@@ -44,10 +47,12 @@ class Lender:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Messages `(m_eu, m_ev)` per edge, and triplets; an edge that is left out has zero messages."""
+    """Messages `(m_eu, m_ev)` per edge, and triplets; an edge that is left out has zero messages. And what they leave to
+    be searched, if they do not prove it all."""
 
     messages: dict[Edge, tuple[Array, Array]]
     triplets: tuple[Lender, ...] = ()
+    remainder: Remainder | None = None
 
 
 Loan = tuple[NDArray[np.intp], NDArray[np.intp], Array]  # groups of rows, groups of columns, table over groups
@@ -62,7 +67,18 @@ def check(problem: Problem, certificate: Certificate) -> float:
     Raises ValueError for a certificate that does not fit the problem. Equal layers cost little: what is worked out for
     arrays is remembered by their identity.
     """
-    return _Audit(problem, certificate).bound()
+    audit, remainder = _Audit(problem, certificate), certificate.remainder
+    proved = audit.bound()
+    if remainder is None or not proved < remainder.below:
+        return proved
+    return max(proved, min(remainder.below, least_left(problem, audit.open(remainder.below), remainder.order)))
+
+
+def left(problem: Problem, certificate: Certificate, below: float) -> list[Mask]:
+    """Which values may be in a choice that costs less than `below`, by the messages and triplets of a certificate."""
+    audit = _Audit(problem, certificate)
+    audit.bound()
+    return audit.open(below)
 
 
 def check_within(
@@ -100,7 +116,10 @@ class _Audit:
         self.problem, self.certificate = problem, certificate
         self.loans: dict[Edge, list[Loan]] = defaultdict(list)
         self.moved: list[list[Array]] = [[] for _ in problem.unary]
+        self.costs: list[Array] = []
+        self.proved, self.error = math.inf, 0.0
         self._known: dict[tuple[object, ...], Term] = {}
+        self._costs: dict[tuple[object, ...], Array] = {}
         self._sound: set[tuple[int, ...]] = set()
 
     def bound(self) -> float:
@@ -113,8 +132,25 @@ class _Audit:
         terms += [self._variable(v) for v in range(len(self.problem.unary))]
         if not all(math.isfinite(least) for least, _ in terms):
             return math.inf  # a variable or an edge without any finite entry: nothing is feasible
-        error = math.fsum(abs(least) + rounding for least, rounding in terms)
-        return math.fsum(least for least, _ in terms) - _MARGIN * _EPSILON * error
+        self.error = _MARGIN * _EPSILON * math.fsum(abs(least) + rounding for least, rounding in terms)
+        self.proved = math.fsum(least for least, _ in terms) - self.error
+        return self.proved
+
+    def open(self, below: float) -> list[Mask]:
+        """The values whose star costs less than `below` (`remainder.py`), by the bound just worked out."""
+        room = below - self.proved + self.error
+        more = [cost.copy() for cost in self.costs]
+        known: dict[tuple[int, ...], tuple[Array, Array]] = {}
+        for edge in self.problem.edges:
+            u, v = edge
+            key = *map(id, self._of(edge)), id(self.costs[u]), id(self.costs[v])
+            if key not in known:
+                table = self._rewritten(edge)
+                table = table - table.min()
+                known[key] = (table + self.costs[v]).min(axis=1), (table + self.costs[u][:, None]).min(axis=0)
+            more[u] += known[key][0]
+            more[v] += known[key][1]
+        return [cost <= room for cost in more]
 
     def _triplet(self, lender: Lender) -> Term:
         """What a triplet keeps; its loans are entered with their pairs."""
@@ -151,28 +187,38 @@ class _Audit:
 
     def _pair(self, edge: Edge) -> Term:
         """What a pair keeps; its messages are noted with its variables."""
-        u, v = edge
-        table, loans = self.problem.edges.get(edge), self.loans.get(edge, [])
-        messages = self.certificate.messages.get(edge, ())
-        if messages:
-            self.moved[u].append(messages[0])
-            self.moved[v].append(messages[1])
-        sizes = len(self.problem.unary[u]), len(self.problem.unary[v])
-        key = ("pair", sizes, id(table), *map(id, messages), *(id(array) for loan in loans for array in loan))
+        messages, loans = self.certificate.messages.get(edge, ()), self.loans.get(edge, [])
+        for v, message in zip(edge, messages, strict=False):
+            self.moved[v].append(message)
+        key = ("pair", *(len(self.problem.unary[v]) for v in edge), *map(id, self._of(edge)))
         if key in self._known:
             return self._known[key]
-        left = np.zeros(sizes) if table is None else table
         if messages:
             self._check_messages(edge)
-            left = left - messages[0][:, None]
-            left -= messages[1]
-        for rows, columns, loan in loans:
-            left = left + loan[np.ix_(rows, columns)]
-        least = float(left.min())
+        least = float(self._rewritten(edge).min())
         moved = _largest(messages) + _largest([loan for _, _, loan in loans])
         steps = len(messages) + len(loans)
         self._known[key] = least, steps * (abs(least) + moved) if math.isfinite(least) else 0.0
         return self._known[key]
+
+    def _of(self, edge: Edge) -> tuple[object, ...]:
+        """The arrays of a pair."""
+        loans = (array for loan in self.loans.get(edge, ()) for array in loan)
+        return self.problem.edges.get(edge), *self.certificate.messages.get(edge, ()), *loans
+
+    def _rewritten(self, edge: Edge) -> Array:
+        """The table of a pair, less its messages, and with what it was lent."""
+        u, v = edge
+        table = self.problem.edges.get(edge)
+        if table is None:
+            table = np.zeros((len(self.problem.unary[u]), len(self.problem.unary[v])))
+        if edge in self.certificate.messages:
+            to_u, to_v = self.certificate.messages[edge]
+            table = table - to_u[:, None]
+            table -= to_v
+        for rows, columns, loan in self.loans.get(edge, []):
+            table = table + loan[np.ix_(rows, columns)]
+        return table
 
     def _check_messages(self, edge: Edge) -> None:
         for v, message in zip(edge, self.certificate.messages[edge], strict=True):
@@ -193,7 +239,9 @@ class _Audit:
                 error += np.abs(message)
             with np.errstate(invalid="ignore"):  # where the cost is infinite, so is the error
                 total = np.where(np.isfinite(total), total - _MARGIN * _EPSILON * len(moved) * error, total)
-            self._known[key] = float(total.min()), 0.0
+                low = float(total.min())
+                self._known[key], self._costs[key] = (low, 0.0), total - low
+        self.costs.append(self._costs[key])
         return self._known[key]
 
 

@@ -27,13 +27,16 @@ import numpy as np
 
 from shardc.solver.active import Active
 from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate, check
+from shardc.solver.certificate import Certificate, check, left
 from shardc.solver.contract import Network
+from shardc.solver.eliminate import eliminate, find_order
 from shardc.solver.fold import Fold, fold
 from shardc.solver.forest import descend
 from shardc.solver.holdings import Prices
+from shardc.solver.pool import Parts
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
 from shardc.solver.prove import Known, Proof, clipped, prove
+from shardc.solver.remainder import Remainder
 from shardc.solver.search import Search
 
 _BETWEEN = 6  # layers kept on either side when a network is folded the first time
@@ -86,16 +89,14 @@ class Trail:
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice per variable. `lower_bound` is proved by the search, `certified_bound` by the certificate alone. Under a
-    bound on memory the certificate is for the costs with these prices (`budget.py`), and `check_within` tells what it
-    proves."""
+    """A choice per variable. `lower_bound` is proved by the search; `check` tells what the certificate proves alone.
+    Under a bound on memory it is for the costs with these prices (`budget.py`), and `check_within` tells."""
 
     choice: list[int]
     cost: float
     lower_bound: float
     exact: bool
     certificate: Certificate
-    certified_bound: float
     trail: Trail | None = None
     prices: Prices | None = None
 
@@ -164,7 +165,7 @@ def _solution(
     cost, proved = evaluate(problem, choice), check(problem, certificate)
     lower = min(max(lower, proved), cost)
     exact = cost - lower <= TOLERANCE * magnitude(problem, choice)
-    return Solution(choice, cost, cost if exact else lower, exact, certificate, proved, trail)
+    return Solution(choice, cost, cost if exact else lower, exact, certificate, trail)
 
 
 def _searched(problem: Problem, goal: _Goal, known: list[int] | None = None) -> tuple[list[int], float]:
@@ -208,11 +209,18 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
             known = replace(goal, enough=close).known(network, choice)
             certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough)
     if draft:
-        return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), -math.inf, trail)
+        return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
     solution = _solution(problem, choice, -math.inf, certificate, trail)
     closed = solution.exact or solution.gap <= goal.enough * abs(solution.cost)
     if closed or (sum(table.size for table in problem.edges.values()) > _ENTRIES and not goal.certify):
         return solution
+    finished = _finished(problem, solution)
+    if finished is None:  # one sweep lets what holds in the middle of the template reach all layers
+        bound = clipped(problem, solution.cost).starting(certificate)
+        certificate = Proof(problem, bound, goal.known(problem, choice), goal.deadline).certificate()
+        finished = _finished(problem, replace(solution, certificate=certificate))
+    if finished is not None:
+        return finished
     if len(problem.unary) <= _LARGE:
         goal = goal.part()
     search = Search(clipped(problem, solution.cost).starting(certificate), goal.deadline, goal.enough)
@@ -221,6 +229,23 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     if goal.certify:
         certificate = prove(problem, goal.known(problem, choice), goal.deadline, certificate)
     return _solution(problem, choice, search.lower, certificate, trail)
+
+
+def _finished(problem: Problem, known: Solution) -> Solution | None:
+    """The solution with the best choice among the values that its certificate leaves open; None where they are many."""
+    keep = left(problem, known.certificate, known.cost)
+    for mask, value in zip(keep, known.choice, strict=True):
+        mask[value] = True
+    part, values = Parts(keep), [np.flatnonzero(mask) for mask in keep]
+    order = find_order([len(own) for own in values], list(problem.edges))
+    if not order.narrow:
+        return None
+    edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
+    _, found = eliminate([cost[mask] for cost, mask in zip(problem.unary, keep, strict=True)], edges, order)
+    choice = [int(own[x]) for own, x in zip(values, found, strict=True)]
+    cost, open_ = evaluate(problem, choice), tuple(v for v in order.variables if len(values[v]) > 1)
+    certificate = replace(known.certificate, remainder=Remainder(known.cost, open_))
+    return replace(known, choice=choice, cost=cost, lower_bound=cost, exact=True, certificate=certificate)
 
 
 def _mended(problem: Problem, choice: list[int], goal: _Goal) -> list[int]:

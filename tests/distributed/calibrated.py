@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from shardc.cost import calibrate as calibration
 from shardc.cost.calibrate import _Bench, calibrate, layout_of_processes, toml
 from shardc.cost.hardware import hardware
 from shardc.mesh import Mesh
@@ -39,3 +40,8 @@ if mesh.rank == 0:
             one, other = (d.collective_seconds(kind, size, mesh_of_two, "tp") for d in (loaded, measured.device))
             assert abs(one / other - 1) < 1e-2
     print("ratios", *sorted(ratios))
+
+calibration.SIZES = calibration.SIZES[:2]
+apart = calibrate(local_mesh({"node": 2, "local": 1}), "apart")
+assert apart.inside is None and apart.between is not None
+assert 0 <= apart.device.inside.overlap == apart.device.between.overlap <= 1

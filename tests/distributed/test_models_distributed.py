@@ -28,6 +28,12 @@ def test_dims_that_the_mesh_does_not_divide(spawn: Spawn, mesh: str) -> None:
         assert "odd sizes equal single device" in output
 
 
+def test_ranks_that_plan_differently_run_one_plan(spawn: Spawn) -> None:
+    for code, output in spawn("disagree.py", nproc=2):
+        assert code == 0, output
+        assert "rank 0's plan runs" in output
+
+
 @pytest.mark.parametrize(("mesh", "part"), [("dp=2,tp=2", 0.6)])
 def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
     """What torch's allocator gives a rank is what the plan predicts, within 5 %."""
