@@ -47,8 +47,8 @@ class Lender:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Messages `(m_eu, m_ev)` per edge, and triplets; an edge that is left out has zero messages. And what they leave to
-    be searched, if they do not prove it all."""
+    """Messages `(m_eu, m_ev)` per edge, and triplets; an edge that is left out has zero messages. And what they leave
+    to be searched, if they do not prove it all."""
 
     messages: dict[Edge, tuple[Array, Array]]
     triplets: tuple[Lender, ...] = ()
