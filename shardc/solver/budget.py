@@ -108,12 +108,17 @@ class Frontier:
         deadline = time.process_time() + time_limit
         if not self.points:
             self._ask({}, deadline)
+        took = 0.0
         for _ in range(_PROOFS):
+            if time.process_time() + took > deadline and self._best(bound) is not None:
+                break
             prices = self._drafted(bound, deadline)
             known = [proof.prices for proof in self.proofs if proof.asked and not proof.draft]
-            if prices in known or (known and time.process_time() > deadline):
+            start = time.process_time()
+            if prices in known or (known and start > deadline):
                 break
             self._ask(prices, deadline)
+            took = time.process_time() - start
             self.proofs = [proof for proof in self.proofs if not proof.draft]
         self._merge(bound)
         best, lower = self._best(bound), self._proof(bound).bound(bound)
