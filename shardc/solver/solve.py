@@ -44,7 +44,7 @@ _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
 _LOSES = 2.0  # times its gap that a proof may lose by being unfolded, before it is mended
 _SKETCH = 6  # sweeps over all values in a draft that starts from one
-_PASSED_ON = 60  # sweeps between two folds, where no certificate is asked for
+_FEW, _MANY = 8, 60  # sweeps between two folds; where what they leave open will not be closed in the end
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
@@ -189,13 +189,11 @@ def _searched(problem: Problem, goal: _Goal, known: list[int] | None = None) -> 
 
 
 def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solution:
-    """What was found and proved for the template, carried over; what it costs and proves here is worked out here.
-
-    Where that leaves a gap, it is small: hardly a value is left that could be in a better choice, and elimination
-    closes it at once, most often. A certificate takes longer."""
+    """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
     folds, trail = trail.folds, _followed(trail, goal.part(), draft)
     choice, certificate = trail.choice, trail.certificate
     gap = 0.0 if draft else _gap(folds[-1].template, choice, certificate)
+    closes = goal.certify or sum(table.size for table in problem.edges.values()) <= _ENTRIES
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice = folded.unfolded_choice(choice)
         if not math.isfinite(evaluate(network, choice)):
@@ -205,30 +203,36 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
         certificate = folded.unfolded_certificate(certificate)
         close = _LOSES * max(goal.enough, gap)
         if network is not problem and _gap(network, choice, certificate) > close:
-            sweeps = None if goal.certify else _PASSED_ON
-            known = replace(goal, enough=close).known(network, choice)
+            known, sweeps = replace(goal, enough=close).known(network, choice), _FEW if closes else _MANY
             certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough)
     if draft:
         return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
     solution = _solution(problem, choice, -math.inf, certificate, trail)
-    closed = solution.exact or solution.gap <= goal.enough * abs(solution.cost)
-    if closed or (sum(table.size for table in problem.edges.values()) > _ENTRIES and not goal.certify):
+    if solution.exact or solution.gap <= goal.enough * abs(solution.cost) or not closes:
         return solution
-    finished = _finished(problem, solution)
-    if finished is None:  # one sweep lets what holds in the middle of the template reach all layers
-        bound = clipped(problem, solution.cost).starting(certificate)
-        certificate = Proof(problem, bound, goal.known(problem, choice), goal.deadline).certificate()
-        finished = _finished(problem, replace(solution, certificate=certificate))
+    return _closed(problem, solution, goal)
+
+
+def _closed(problem: Problem, known: Solution, goal: _Goal) -> Solution:
+    """The solution without the gap that unfolding left. That is small: few of the values could be in a better choice,
+    and most often elimination searches them all at once. Where they are too many, one sweep lets what holds in the
+    middle of the template reach all layers."""
+    finished = _finished(problem, known)
+    if finished is None:
+        bound = clipped(problem, known.cost).starting(known.certificate)
+        proof = Proof(problem, bound, goal.known(problem, known.choice), goal.deadline)
+        known = _solution(problem, known.choice, known.lower_bound, proof.certificate(), known.trail)
+        finished = _finished(problem, known)
     if finished is not None:
         return finished
     if len(problem.unary) <= _LARGE:
         goal = goal.part()
-    search = Search(clipped(problem, solution.cost).starting(certificate), goal.deadline, goal.enough)
-    search.start(choice)
-    choice = search.close()
+    search = Search(clipped(problem, known.cost).starting(known.certificate), goal.deadline, goal.enough)
+    search.start(known.choice)
+    choice, certificate = search.close(), known.certificate
     if goal.certify:
         certificate = prove(problem, goal.known(problem, choice), goal.deadline, certificate)
-    return _solution(problem, choice, search.lower, certificate, trail)
+    return _solution(problem, choice, search.lower, certificate, known.trail)
 
 
 def _finished(problem: Problem, known: Solution) -> Solution | None:
