@@ -203,8 +203,8 @@ class _Audit:
 
     def _of(self, edge: Edge) -> tuple[object, ...]:
         """The arrays of a pair."""
-        loans = (array for loan in self.loans.get(edge, ()) for array in loan)
-        return self.problem.edges.get(edge), *self.certificate.messages.get(edge, ()), *loans
+        own = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
+        return own if edge not in self.loans else (*own, *(array for loan in self.loans[edge] for array in loan))
 
     def _rewritten(self, edge: Edge) -> Array:
         """The table of a pair, less its messages, and with what it was lent."""
