@@ -113,7 +113,8 @@ class Clock:
         self.busy: dict[str, float] = defaultdict(float)
 
     def start(self, axis: str, seconds: float) -> float:
-        """A collective of so many seconds is started; when it will have ended."""
+        """A collective of so many seconds is started; when it will have ended. What it takes of the rank's own cores
+        counts from now, even where its axis is not free yet."""
         self.busy[axis] = max(self.now, self.busy[axis]) + seconds
         self.now += (1 - self.shares[axis]) * seconds
         return self.busy[axis]

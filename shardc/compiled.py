@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from shardc.passes.adopt import Choice
 from shardc.passes.pipeline import PASSES, Lowered, Settings, lower
 from shardc.passes.propagate import match_parameters
 from shardc.plan import Plan
-from shardc.runtime import DistributedMesh, Executable, distribute, load, local_mesh, swap_in
+from shardc.runtime import DistributedMesh, Executable, RankError, distribute, load, local_mesh, swap_in
 from shardc.sizes import Dims, Dynamic, Template, named_dims, sizes_of
 
 TRACING = threading.RLock()
@@ -73,7 +74,7 @@ class Compiled:
 
     @property
     def code(self) -> str:
-        """The generated Python, which is what runs."""
+        """The generated Python, which is what runs; on ranks other than 0, once it has run (see `executable`)."""
         return self._code
 
     def graph(self, name: str) -> str:
@@ -92,8 +93,10 @@ class Compiled:
         ranks take rank 0's code: each plans on its own, and one with less time for it would find another plan."""
         if self._executable is None:
             mesh = local_mesh(self._lowered.plan.mesh.sizes)
-            self._code = mesh.agreed(self._code)
+            own, self._code = self._code, mesh.agreed(self._code)
             executable = Executable(load(self._code), mesh)
+            if own != self._code:
+                _check_same_program(executable, load(own))
             if isinstance(executable.mesh, DistributedMesh):
                 _distribute(self._module, executable)
             self._executable = executable
@@ -125,6 +128,20 @@ class Compiled:
     def leaves_of(self, outputs: frozenset[int]) -> frozenset[int]:
         """The flat positions in the user's output of the graph outputs numbered `outputs`."""
         return frozenset(i for i, leaf in enumerate(self._lowered.program.out_leaves) if leaf in outputs)
+
+
+def _check_same_program(executable: Executable, own: ModuleType) -> None:
+    """The ranks may have planned differently, but for one program."""
+    ours, theirs = (
+        {(slot.role, slot.name, slot.index, slot.shape, slot.dtype) for slot in slots}
+        for slots in (own.INPUTS, executable.inputs)
+    )
+    if ours != theirs:
+        named = ", ".join(f"{role} {name} {list(shape)}" for role, name, _, shape, _ in sorted(ours ^ theirs))
+        raise RankError(
+            f"rank 0 runs another program here than this rank; they differ in {named}. "
+            "every rank must build the same model and call it with the same global shapes, in the same order"
+        )
 
 
 def _distribute(module: nn.Module, executable: Executable) -> None:

@@ -39,8 +39,8 @@ BENEATH = 2**20
 LONGEST = 1.0
 """Seconds of one collective after which no larger size is tried."""
 
-BLOCKS, BLOCK = 7, 0.05
-"""A time is the median of this many blocks of calls, each of about so many seconds."""
+BLOCKS, BLOCK, REPEAT = 7, 0.05, 5000
+"""A time is the median of this many blocks of calls, each of about so many seconds and at most so many calls."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",)}
@@ -202,7 +202,7 @@ class _Bench:
         """Seconds of a call among calls back to back, on the slowest rank."""
         call()
         once = self.slowest(self._block(call, 1))
-        repeat = max(1, int(BLOCK / once))
+        repeat = max(1, min(REPEAT, int(BLOCK / once)))
         return statistics.median(self.slowest(self._block(call, repeat)) for _ in range(BLOCKS)) / repeat
 
     def slowest(self, seconds: float) -> float:

@@ -110,7 +110,7 @@ class Frontier:
             self._ask({}, deadline)
         took = 0.0
         for _ in range(_PROOFS):
-            if time.process_time() + took > deadline and self._best(bound) is not None:
+            if took and time.process_time() + took > deadline and self._best(bound) is not None:
                 break
             prices = self._drafted(bound, deadline)
             known = [proof.prices for proof in self.proofs if proof.asked and not proof.draft]

@@ -33,6 +33,7 @@ from shardc.solver.remainder import Mask, Remainder, least_left
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _MARGIN = 4.0  # times the roundings that are counted
+_LARGEST = 1e300  # of a message or a loan: no sum of them overflows
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class _Audit:
 
     def open(self, below: float) -> list[Mask]:
         """The values whose star costs less than `below` (`remainder.py`), by the bound just worked out."""
-        room = below - self.proved + self.error
-        more = [cost.copy() for cost in self.costs]
+        room = below - self.proved + self.error + _MARGIN * _EPSILON * (abs(below) + abs(self.proved))
+        more, terms = [cost.copy() for cost in self.costs], [1] * len(self.costs)
         known: dict[tuple[int, ...], tuple[Array, Array]] = {}
         for edge in self.problem.edges:
             u, v = edge
@@ -148,9 +149,10 @@ class _Audit:
                 table = self._rewritten(edge)
                 table = table - table.min()
                 known[key] = (table + self.costs[v]).min(axis=1), (table + self.costs[u][:, None]).min(axis=0)
-            more[u] += known[key][0]
-            more[v] += known[key][1]
-        return [cost <= room for cost in more]
+            for w, cost in zip(edge, known[key], strict=True):
+                more[w] += cost
+                terms[w] += 1
+        return [cost * (1.0 - _MARGIN * _EPSILON * count) <= room for cost, count in zip(more, terms, strict=True)]
 
     def _triplet(self, lender: Lender) -> Term:
         """What a triplet keeps; its loans are entered with their pairs."""
@@ -177,7 +179,7 @@ class _Audit:
         if key in self._sound:
             return
         table = loan[2]
-        if table.ndim != 2 or table.dtype != np.float64 or not np.isfinite(table).all():
+        if table.ndim != 2 or not _sound(table):
             raise ValueError(f"a loan to {edge} is no table of finite floats")
         for size, groups, count in zip(sizes, loan[:2], table.shape, strict=True):
             whole = groups.shape == (size,) and np.issubdtype(groups.dtype, np.integer)
@@ -224,7 +226,7 @@ class _Audit:
         for v, message in zip(edge, self.certificate.messages[edge], strict=True):
             if message.shape != self.problem.unary[v].shape:
                 raise ValueError(f"messages of {edge} do not fit the domains")
-            if message.dtype != np.float64 or not np.isfinite(message).all():
+            if not _sound(message):
                 raise ValueError(f"messages of {edge} are not finite floats")
 
     def _variable(self, v: int) -> Term:
@@ -243,6 +245,11 @@ class _Audit:
                 self._known[key], self._costs[key] = (low, 0.0), total - low
         self.costs.append(self._costs[key])
         return self._known[key]
+
+
+def _sound(array: Array) -> bool:
+    """Whether all are finite floats, and small enough to be added up."""
+    return array.dtype == np.float64 and bool((np.abs(array) <= _LARGEST).all())
 
 
 def _largest(arrays: "list[Array] | tuple[Array, ...]") -> float:

@@ -11,7 +11,7 @@ variable: the factors that mention `v` are added up, and their least over `x_v` 
     L = 9.99, to be undercut: 10.0      x: {a, b, c, d} -> {a, c}    y: {a, ..., z} -> {b}    ...
     least of what is left: 10.0         so nothing costs less than 10.0
 
-This belongs to the check of certificates, and shares no code with the solver.
+This belongs to the check of certificates, which the solver asks too; it uses nothing of the solver's.
 """
 
 import math
@@ -34,7 +34,7 @@ _EPSILON = 4.0 * float(np.finfo(np.float64).eps)
 @dataclass(frozen=True)
 class Remainder:
     """What a certificate leaves to a search: every choice cheaper than `below` is among what is left. The `order` in
-    which the variables that have more than one value left are eliminated."""
+    which variables are eliminated: those that have more than one value left, and maybe others."""
 
     below: float
     order: tuple[int, ...]
@@ -105,17 +105,12 @@ class _Elimination:
 
 def _sum(factors: Sequence[Factor], variables: tuple[int, ...]) -> Array | None:
     """The factors as one over these variables, if that does not grow too large."""
-    shape = [1] * len(variables)
-    placed: list[Array] = []
-    for own, table in factors:
-        dims = [variables.index(v) for v in own]
-        spread = [1] * len(variables)
-        for dim, size in zip(dims, table.shape, strict=True):
-            spread[dim] = shape[dim] = size
-        placed.append(table.transpose(np.argsort(dims)).reshape(spread))
+    sizes = {v: size for own, table in factors for v, size in zip(own, table.shape, strict=True)}
+    shape = [sizes[v] for v in variables]
     if math.prod(shape) > _LARGEST:
         return None
     total = np.zeros(shape)
-    for table in placed:
-        total += table
+    for own, table in factors:
+        dims = [variables.index(v) for v in own]
+        total += table.transpose(np.argsort(dims)).reshape([sizes[v] if v in own else 1 for v in variables])
     return total

@@ -217,19 +217,23 @@ def _closed(problem: Problem, known: Solution, goal: _Goal) -> Solution:
     """The solution without the gap that unfolding left. That is small: few of the values could be in a better choice,
     and most often elimination searches them all at once. Where they are too many, one sweep lets what holds in the
     middle of the template reach all layers."""
+    if time.process_time() > goal.deadline:
+        return known
     finished = _finished(problem, known)
-    if finished is None:
-        bound = clipped(problem, known.cost).starting(known.certificate)
-        proof = Proof(problem, bound, goal.known(problem, known.choice), goal.deadline)
-        known = _solution(problem, known.choice, known.lower_bound, proof.certificate(), known.trail)
-        finished = _finished(problem, known)
     if finished is not None:
         return finished
+    bound = clipped(problem, known.cost).starting(known.certificate)
+    certificate = Proof(problem, bound, goal.known(problem, known.choice), goal.deadline).certificate()
+    swept = _solution(problem, known.choice, -math.inf, certificate, known.trail)
+    if swept.lower_bound > known.lower_bound:
+        finished = _finished(problem, swept)
+        if finished is not None:
+            return finished
     if len(problem.unary) <= _LARGE:
         goal = goal.part()
-    search = Search(clipped(problem, known.cost).starting(known.certificate), goal.deadline, goal.enough)
+    search = Search(bound, goal.deadline, goal.enough)
     search.start(known.choice)
-    choice, certificate = search.close(), known.certificate
+    choice = search.close()
     if goal.certify:
         certificate = prove(problem, goal.known(problem, choice), goal.deadline, certificate)
     return _solution(problem, choice, search.lower, certificate, known.trail)
@@ -247,8 +251,8 @@ def _finished(problem: Problem, known: Solution) -> Solution | None:
     edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
     _, found = eliminate([cost[mask] for cost, mask in zip(problem.unary, keep, strict=True)], edges, order)
     choice = [int(own[x]) for own, x in zip(values, found, strict=True)]
-    cost, open_ = evaluate(problem, choice), tuple(v for v in order.variables if len(values[v]) > 1)
-    certificate = replace(known.certificate, remainder=Remainder(known.cost, open_))
+    cost, remainder = evaluate(problem, choice), Remainder(known.cost, tuple(order.variables))
+    certificate = replace(known.certificate, remainder=remainder)
     return replace(known, choice=choice, cost=cost, lower_bound=cost, exact=True, certificate=certificate)
 
 

@@ -292,3 +292,33 @@ def test_an_order_that_does_not_fit_proves_nothing(monkeypatch: pytest.MonkeyPat
         assert check(problem, spoilt) == check(problem, Certificate({})) < 0.9 * optimum
     monkeypatch.setattr(remainder, "_LARGEST", 2)
     assert check(problem, whole) == check(problem, Certificate({}))
+
+
+def star(leaves: int) -> Problem:
+    """A hub between whose values lie as many steps as it has leaves."""
+    problem, table = Problem(), np.array([[0.1, 0.1], [0.0, 0.0]])
+    problem.add_variable("hub", np.array([0.0, 1e9]))
+    for leaf in range(leaves):
+        problem.add_variable(f"leaf {leaf}", np.zeros(2))
+        problem.add_edge(0, 1 + leaf, table)
+    return problem
+
+
+def test_roundings_of_long_sums_leave_no_value_out() -> None:
+    problem = star(10_000)
+    optimum, order = 1_000.0, (*range(1, 10_001), 0)
+    for above in (0.0, 1e-15, 1e-14, 1e-13, 1e-12):
+        assert check(problem, Certificate({}, remainder=Remainder(optimum * (1.0 + above), order))) <= optimum
+
+
+def test_an_order_with_more_dims_than_arrays_have_proves_nothing() -> None:
+    problem = star(70)
+    hub_first = Remainder(2e9, tuple(range(71)))
+    assert check(problem, Certificate({}, remainder=hub_first)) == check(problem, Certificate({}))
+
+
+def test_messages_whose_sums_would_overflow_are_refused() -> None:
+    problem = star(2)
+    for sign in (1.0, -1.0):
+        with pytest.raises(ValueError, match="not finite floats"):
+            check(problem, Certificate({(0, 1): (np.array([0.0, sign * 1e308]), np.zeros(2))}))
