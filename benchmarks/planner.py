@@ -60,6 +60,7 @@ DEEPER = (  # three axes, or a bound on memory
     Case("Llama-3-405B", DEEP, "dp=8,cp=4,tp=8", 256),
     Case("Llama-3-405B", SHALLOW, "node=16,gpu=8", 128, "25GB"),
     Case("Llama-3-405B", DEEP, "node=16,gpu=8", 128, "80GB"),
+    Case("Llama-3-405B", DEEP, "dp=8,cp=4,tp=8", 128, "80GB"),
 )
 SOLVED = (Case("Llama-3-8B", 8, "dp=4,tp=8", 32), Case("Llama-3-8B", 2, "dp=4,cp=4,tp=8", 32))
 
