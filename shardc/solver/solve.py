@@ -282,7 +282,13 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
     small = active.problem(template)
     start = Trail([], active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
-    choice, _ = _proved(small, goal, _begun(small, goal, start))
+    sketch = _begun(small, goal, start)
+    if sketch is not None:
+        sketch.sweep()  # a choice is wanted: triplets would prove more, and seldom find a better one
+    if sketch is None or sketch.choice is None:
+        choice, _ = _proved(small, goal, sketch)
+    else:
+        choice = sketch.choice
     return replace(trail, choice=active.outside(choice), certificate=certificate)
 
 
