@@ -1,10 +1,10 @@
 """Timeline: when the nodes of a localized graph run, as the cost model has it.
 
 A rank computes one thing after another, and every mesh axis carries one collective after another. A collective of s
-seconds keeps the rank's own cores busy for `(1 - overlap) s`; for the rest of its time, from when its axis is free, the
-rank computes what comes next, if the collective was only started, and waits if it was called:
+seconds keeps its axis busy for all of them, from when that is free, and the rank's own cores for `(1 - overlap) s`. For
+the rest of the time the rank computes what comes next, if the collective was only started, and waits if it was called:
 
-    s = all_reduce.start(g, axis="dp")    the rank: (1 - overlap) s;  dp: busy for overlap * s
+    s = all_reduce.start(g, axis="dp")    the rank: (1 - overlap) s;  dp: busy for s
     y = mm(a, b)                          the rank: the seconds of the product
     r = wait(s)                           the rank: until dp is done with it
 """

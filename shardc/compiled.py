@@ -140,7 +140,7 @@ def _check_same_program(executable: Executable, own: ModuleType) -> None:
         named = ", ".join(f"{role} {name} {list(shape)}" for role, name, _, shape, _ in sorted(ours ^ theirs))
         raise RankError(
             f"rank 0 runs another program here than this rank; they differ in {named}. "
-            "every rank must build the same model and call it with the same global shapes, in the same order"
+            "Every rank must build the same model and call it with the same global shapes, in the same order"
         )
 
 

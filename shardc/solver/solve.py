@@ -33,7 +33,6 @@ from shardc.solver.eliminate import eliminate, find_order
 from shardc.solver.fold import Fold, fold
 from shardc.solver.forest import descend
 from shardc.solver.holdings import Prices
-from shardc.solver.pool import Parts
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
 from shardc.solver.prove import Known, Proof, clipped, prove
 from shardc.solver.remainder import Remainder
@@ -244,13 +243,12 @@ def _finished(problem: Problem, known: Solution) -> Solution | None:
     keep = left(problem, known.certificate, known.cost)
     for mask, value in zip(keep, known.choice, strict=True):
         mask[value] = True
-    part, values = Parts(keep), [np.flatnonzero(mask) for mask in keep]
-    order = find_order([len(own) for own in values], list(problem.edges))
+    order = find_order([int(np.count_nonzero(mask)) for mask in keep], list(problem.edges))
     if not order.narrow:
         return None
-    edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
-    _, found = eliminate([cost[mask] for cost, mask in zip(problem.unary, keep, strict=True)], edges, order)
-    choice = [int(own[x]) for own, x in zip(values, found, strict=True)]
+    active = Active(keep)
+    small = active.problem(problem)
+    choice = active.outside(eliminate(small.unary, small.edges, order)[1])
     cost, remainder = evaluate(problem, choice), Remainder(known.cost, tuple(order.variables))
     certificate = replace(known.certificate, remainder=remainder)
     return replace(known, choice=choice, cost=cost, lower_bound=cost, exact=True, certificate=certificate)
