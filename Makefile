@@ -55,5 +55,5 @@ $(TOOLS):
 	@touch $@
 
 $(READY): $(TOOLS) pyproject.toml constraints.txt
-	$(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/uv pip install -q -p $(VENV) --compile-bytecode -c constraints.txt -e '.[dev]'
 	@touch $@

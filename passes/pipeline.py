@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import fx
 
@@ -102,18 +102,15 @@ def lower(
     _annotate(factored, spread.axes)
     keep("propagate", program.graph)
     wishes = spread.wishes() if settings.mode == "propagate" else {}
+    localized = Localized(program, settings)
     network, assignment, solution = timed(
-        "assign", lambda: _choose(program, factored, settings, spread.accepts(), wishes, known)
+        "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known, localized)
     )
     _annotate_choice(network, assignment)
     keep("assign", program.graph)
-    graph = timed("reshard", lambda: reshard(network, assignment))
-    keep("reshard", graph)
-    titles, pace = titles_of(program, graph), Pace(network, settings.device)
-    unknown = tried(network, assignment, graph, _conversions(graph, pace, titles))
-    timed("localize", lambda: localize(graph, mesh))
-    keep("localize", graph)
-    lowered = graph
+    lowered, graphs["reshard"], titles, unknown = timed("reshard", lambda: localized(network, assignment))
+    keep("localize", lowered)
+    pace = Pace(network, settings.device)
 
     def again() -> fx.Graph:
         return localize(reshard(network, assignment), mesh)
@@ -136,29 +133,56 @@ def lower(
     return Lowered(plan, code, graphs, program, graph, Choice(factored, assignment))
 
 
+class _Local(NamedTuple):
+    """A localized graph, how it read before that, and what is said of its values and unknown operators."""
+
+    graph: fx.Graph
+    resharded: Callable[[], str]
+    titles: Mapping[Key, str]
+    unknown: tuple[Tried, ...]
+
+
+class Localized:
+    """Reshard and localize, of an assignment. The last is remembered: the plan that was measured is most often the plan
+    that is taken. Its graph may be changed by whoever takes it then."""
+
+    def __init__(self, program: Program, settings: Settings) -> None:
+        self.program, self.settings = program, settings
+        self._last: tuple[Assignment, _Local] | None = None
+
+    def peak(self, network: Network, assignment: Assignment) -> float:
+        """The bytes that a device holds at most that runs an assignment, without buckets and overlap."""
+        graph = self(network, assignment).graph
+        return smallest(graph, self.program, self.settings.mesh, self.settings.states)
+
+    def __call__(self, network: Network, assignment: Assignment) -> _Local:
+        if self._last is None or self._last[0] is not assignment:
+            self._last = assignment, self._made(network, assignment)
+        return self._last[1]
+
+    def _made(self, network: Network, assignment: Assignment) -> _Local:
+        graph, unknown = reshard(network, assignment), tuple[Tried, ...]()
+        resharded, titles = show(graph, self.settings.mesh), titles_of(self.program, graph)
+        if any(op.learned is not None for op in network.factored.ops):
+            conversions = _conversions(graph, Pace(network, self.settings.device), titles)
+            unknown = tried(network, assignment, graph, conversions)
+        return _Local(localize(graph, self.settings.mesh), resharded, titles, unknown)
+
+
 def _choose(
-    program: Program, factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts],
-    wishes: Mapping[Key, Sequence[Accepts]], known: Choice | None,
+    factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts], wishes: Mapping[Key, Sequence[Accepts]],
+    known: Choice | None, localized: Localized,
 ) -> tuple[Network, Assignment, Solution | None]:  # fmt: skip
     if known is not None:
         network = Network(factored, settings.mesh, settings.device, accepts, settings.whole_outputs)
         adopted = adopt(network, known)
-        fits = settings.memory is None or (adopted and peak_of(program, settings)(network, adopted) <= settings.memory)
+        fits = settings.memory is None or (adopted and localized.peak(network, adopted) <= settings.memory)
         if adopted is not None and fits:
             return network, adopted, None
     asked = (factored, settings.mesh, settings.device, accepts, settings.whole_outputs, wishes)
     if settings.memory is None:
         return assign(*asked)
-    return assign_within(*asked, Budget(settings.memory, settings.states), peak_of(program, settings))
-
-
-def peak_of(program: Program, settings: Settings) -> Callable[[Network, Assignment], float]:
-    """What tells how many bytes a device holds at most that runs an assignment."""
-
-    def peak(network: Network, assignment: Assignment) -> float:
-        return smallest(localize(reshard(network, assignment), settings.mesh), program, settings.mesh, settings.states)
-
-    return peak
+    return assign_within(*asked, Budget(settings.memory, settings.states), localized.peak)
 
 
 def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:

@@ -2,8 +2,9 @@
 
 Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
 value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
-length]`. In memory the heads of a position lie side by side in all results, as the CPU's kernel writes them: so joining
-them is a view. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless q is float64.
+length]`. In memory the result lies as in eager mode: most often as q, whose heads of a position lie side by side, so
+that joining them is a view. Gradients always lie so. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless
+q is float64.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def _rows(x: Tensor) -> Tensor:
 def _by_position(x: Tensor) -> Tensor:
     """`x` with the heads of a position side by side in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _laid(out: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+    return _by_position(out) if _heads_inside(q, out.shape[-1], mask) else out.contiguous()
+
+
+def _heads_inside(q: Tensor, width: int, mask: Tensor | None) -> bool:
+    """Whether eager mode's result has the heads of a position side by side in memory: as q has them, in what its flash
+    kernels take."""
+    return q.stride(1) < q.stride(2) and width == q.shape[-1] and (mask is None or mask.dim() in (2, 4))
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -102,11 +113,11 @@ def attention(
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
-        return _by_position(out), logsumexp.contiguous()
+        return _laid(out, q, mask), logsumexp.contiguous()
     scores = scores_of(q, k, mask, causal, scale)
     logsumexp = seen(torch.logsumexp(scores, -1))
     out = torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype)
-    return _by_position(out), logsumexp
+    return _laid(out, q, mask), logsumexp
 
 
 @torch.library.custom_op("shardc::attention_backward", mutates_args=())
@@ -138,7 +149,9 @@ def _empty_by_position(x: Tensor, size: int | None = None) -> Tensor:
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_by_position(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
+    shape = *q.shape[:-1], v.shape[-1]
+    out = _empty_by_position(q, v.shape[-1]) if _heads_inside(q, v.shape[-1], mask) else q.new_empty(shape)
+    return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
 @attention_backward.register_fake

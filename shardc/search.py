@@ -24,7 +24,7 @@ from shardc.graph import Program, Role
 from shardc.mesh import Mesh
 from shardc.passes.assign import Budget, assign_within, network_of, solved
 from shardc.passes.normalize import normalize
-from shardc.passes.pipeline import Settings, peak_of
+from shardc.passes.pipeline import Localized, Settings
 from shardc.passes.propagate import collect, propagate
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown
@@ -208,7 +208,7 @@ def _within(
     budget, mesh = Budget(settings.memory, settings.states), settings.mesh
     network, _, solution = assign_within(
         factored, mesh, settings.device, accepts, settings.whole_outputs, wishes, budget,
-        peak_of(factored.program, settings),
+        Localized(factored.program, settings).peak,
     )  # fmt: skip
     assert isinstance(network, KeepingNetwork)
     held = network.holdings().peak(solution.choice)

@@ -24,6 +24,7 @@ what they keep counts as part of the bound.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,11 @@ from shardc.solver.pool import Mask, Parts, first_minimum
 from shardc.solver.problem import Array, Edge
 from shardc.solver.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
 
+if TYPE_CHECKING:
+    from shardc.solver.flat import Flat
+
 Place = NDArray[np.intp]
+_LONG, _AN_EDGE = 1000, 20_000  # edges from which on code is compiled for a network; entries that count as one
 _ROOM = 2.0  # times the gap above the least of a table, where its entries are cut off
 
 
@@ -42,20 +47,19 @@ class Bound:
     """Messages over a network, improved sweep by sweep. `lower` is the best bound proved so far, `current` that of the
     messages as they are: it may be less after pairs were added, and reduced costs count from there.
 
-    `chords` are pairs without a table of their own, over which triplets meet. Messages that are made `roughly`, in half
-    the digits, prove what a certificate of them does, no more: `lower` may be off by the rounding."""
+    `chords` are pairs without a table of their own, over which triplets meet. Messages that tables give `roughly`, in
+    half the digits, prove what a certificate of them does, no more: `lower` may be off by the rounding."""
 
     def __init__(
-        self, unary: Sequence[Array], edges: Mapping[Edge, Array | Table], chords: Sequence[Edge] = (),
-        roughly: bool = False,
-    ) -> None:  # fmt: skip
+        self, unary: Sequence[Array], edges: Mapping[Edge, Array | Table], chords: Sequence[Edge] = ()
+    ) -> None:
         self.unary = list(unary)
         self.ends = sorted({*edges, *chords})
         self.number = {edge: e for e, edge in enumerate(self.ends)}
         made: dict[int, Table] = {}
         for table in edges.values():
             if id(table) not in made:
-                made[id(table)] = table if isinstance(table, Table) else Table(table, roughly=roughly)
+                made[id(table)] = table if isinstance(table, Table) else Table(table)
         # as given, None for a chord; and less what triplets have borrowed
         self.given = [made[id(edges[e])] if e in edges else None for e in self.ends]
         self.tables = [table or self._nothing(e) for e, table in zip(self.ends, self.given, strict=True)]
@@ -69,6 +73,7 @@ class Bound:
         self.to_second = [np.zeros(len(unary[v])) for _, v in self.ends]
         self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
         self.lower = self.current = -np.inf
+        self._flattened: tuple[list[Table], Flat] | None = None  # of which tables, and as what
 
     def starting(self, start: Certificate) -> "Bound":
         """The same network with the messages and triplets of a certificate, and one pass each way."""
@@ -117,7 +122,22 @@ class Bound:
             cost += self.to_first[e]
         return cost
 
+    def flat(self) -> "Flat | None":
+        """The network for passes in compiled code; None for small ones."""
+        if len(self.ends) + sum(table.small.size for table in self.tables) / _AN_EDGE < _LONG:
+            return None
+        if self._flattened is None or any(a is not b for a, b in zip(self._flattened[0], self.tables, strict=True)):
+            from shardc.solver.flat import Flat  # numba takes half a second to load, and small networks do without
+
+            flat = Flat.of(self.unary, self.ends, self.tables, self.share, self.ahead, self.behind)
+            self._flattened = [*self.tables], flat
+        return self._flattened[1]
+
     def _forward(self) -> None:
+        flat = self.flat()
+        if flat is not None:
+            self.to_second = flat.forward(self.to_first, self.to_second)
+            return
         for u in range(len(self.unary)):
             if not self.ahead[u]:
                 continue
@@ -130,6 +150,19 @@ class Bound:
 
     def _backward(self, reduced: list[Array] | None) -> float:
         """Every constant taken out is kept in the bound; what stays behind is nonnegative with minimum zero."""
+        flat = self.flat()
+        if flat is not None:
+            lower, self.to_first, found = flat.backward(self.to_first, self.to_second)
+            if reduced is not None:
+                reduced[:] = found
+        else:
+            lower = self._backward_by_edges(reduced)
+        lower += sum(triplet.kept for triplet in self.triplets)
+        self.current = lower
+        self.lower = max(self.lower, lower)
+        return lower
+
+    def _backward_by_edges(self, reduced: list[Array] | None) -> float:
         lower = 0.0
         for v in range(len(self.unary) - 1, -1, -1):
             cost = self.rewritten(v)
@@ -145,9 +178,6 @@ class Bound:
                 lower += least
                 message -= least
                 self.to_first[e] = message
-        lower += sum(triplet.kept for triplet in self.triplets)
-        self.current = lower
-        self.lower = max(self.lower, lower)
         return lower
 
     def messages(self) -> dict[Edge, tuple[Array, Array]]:
@@ -238,6 +268,12 @@ class Bound:
                 cost += self.to_first[e]
             choice.append(first_minimum(cost))
         return choice
+
+    @cached_property
+    def plain(self) -> "Bound":
+        """The network as given, without chords and loans."""
+        given = {edge: table for edge, table in zip(self.ends, self.given, strict=True) if table is not None}
+        return Bound(self.unary, given) if self.triplets or len(given) < len(self.ends) else self
 
     @cached_property
     def around(self) -> list[list[tuple[int, int]]]:

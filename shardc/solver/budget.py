@@ -155,9 +155,7 @@ class Frontier:
                 if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, _ROUGHEST):
                     dearer *= _RISE  # the best prices are known, and what they choose does not fit
                 continue
-            if self.trail.folds and self._splice(bound).cost - value <= self.close * best.cost:
-                return prices
-            ways = (self._between(prices, bound), prices)
+            ways = (self._between(prices, bound), prices) if len(prices) > 1 else (prices,)
             if value - lower <= self.close * best.cost or time.process_time() > deadline:
                 break
             if not any(self._ask(way, deadline, _ROUGH) for way in ways):

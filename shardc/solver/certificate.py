@@ -197,11 +197,18 @@ class _Audit:
             return self._known[key]
         if messages:
             self._check_messages(edge)
-        least = float(self._rewritten(edge).min())
+        least = self._least(edge)
         moved = _largest(messages) + _largest([loan for _, _, loan in loans])
         steps = len(messages) + len(loans)
         self._known[key] = least, steps * (abs(least) + moved) if math.isfinite(least) else 0.0
         return self._known[key]
+
+    def _least(self, edge: Edge) -> float:
+        """The least of a pair's table, rewritten."""
+        if edge not in self.problem.edges or edge in self.loans or edge not in self.certificate.messages:
+            return float(self._rewritten(edge).min())
+        to_u, to_v = self.certificate.messages[edge]
+        return float(((self.problem.edges[edge] - to_v).min(axis=1) - to_u).min())
 
     def _of(self, edge: Edge) -> tuple[object, ...]:
         """The arrays of a pair."""

@@ -74,6 +74,30 @@ class Table:
         return _message(self.turned, self.columns, self.rows, cost)
 
 
+class Tables:
+    """Tables that were looked at: from one network to the next, most are the same arrays."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, bool, float], Table] = {}
+        self._known: dict[int, tuple[Array, float, float]] = {}  # each with its least and its greatest entry
+
+    def least(self, array: Array) -> float:
+        return self._look(array)[0]
+
+    def under(self, ceiling: float, array: Array, roughly: bool) -> Table:
+        """The table, its entries cut off at a ceiling."""
+        cut = self._look(array)[1] > ceiling
+        key = id(array), roughly, ceiling if cut else np.inf
+        if key not in self._made:
+            self._made[key] = Table(np.minimum(array, ceiling) if cut else array, roughly=roughly)
+        return self._made[key]
+
+    def _look(self, array: Array) -> tuple[float, float]:
+        if id(array) not in self._known:
+            self._known[id(array)] = array, float(array.min()), float(array.max())
+        return self._known[id(array)][1:]
+
+
 def _message(table: Small, rows: Alike | None, columns: Alike | None, cost: Array) -> Array:
     if rows is not None:
         cost = rows.least(cost)

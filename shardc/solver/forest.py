@@ -39,7 +39,7 @@ def descend(bound: Bound, choice: Sequence[int], most: int = 16) -> list[int]:
 
 def step(bound: Bound, choice: Sequence[int], turn: int) -> list[int]:
     """The cheapest choice that differs from this one in the variables of one forest, another every turn."""
-    return _Forest(bound, _order(len(choice), turn)).best(choice)
+    return _Forest(bound.plain, _order(len(choice), turn)).best(choice)
 
 
 def _order(count: int, turn: int) -> list[int]:
@@ -92,6 +92,10 @@ class _Forest:
 
     def best(self, choice: Sequence[int]) -> list[int]:
         """The cheapest choice that differs in picked variables only."""
+        flat = self.bound.flat()
+        if flat is not None:
+            parents = [self.parent[v] or (-1, -1) for v in self.rows]
+            return flat.best_of_forest(self.rows, parents, self.picked, choice)
         found, costs = list(choice), {v: self._beside(v, choice) for v in self.rows}
         for v in reversed(self.rows):
             if (up := self.parent[v]) is not None:

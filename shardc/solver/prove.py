@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shardc.solver.bound import Bound, Place
 from shardc.solver.certificate import Certificate, Lender
+from shardc.solver.distinct import Tables
 from shardc.solver.dive import dive
 from shardc.solver.forest import descend
 from shardc.solver.leap import Leaps
@@ -52,11 +53,11 @@ class Known:
 
 def prove(
     problem: Problem, known: Known, deadline: float, start: Certificate | None = None, sweeps: int | None = None,
-    roughly: bool = False,
+    roughly: bool = False, tables: Tables | None = None,
 ) -> Certificate:  # fmt: skip
     """A certificate whose bound comes as close to the known cost as it should, or as it gets from that of `start`. With
-    `sweeps`, after about so many it is close enough, if it is not about to close. (For `roughly` see `Bound`.)"""
-    bound = clipped(problem, known.cost, roughly)
+    `sweeps`, after about so many it is close enough, if it is not about to close. (For the rest see `clipped`.)"""
+    bound = clipped(problem, known.cost, roughly, tables)
     proof = Proof(problem, bound if start is None else bound.starting(start), known, deadline)
     if sweeps is None:
         proof.run()
@@ -105,6 +106,12 @@ class Proof:
     def know(self, choice: list[int], known: Known) -> None:
         """The best choice was found elsewhere."""
         self.choice, self.cost, self.tolerance, self.searching = choice, known.cost, known.tolerance, False
+
+    @property
+    def chosen(self) -> list[int]:
+        """The best choice, where one is known."""
+        assert self.choice is not None
+        return self.choice
 
     def certificate(self) -> Certificate:
         messages = dict(self.messages)
@@ -215,12 +222,13 @@ def _add(
         total[u, v] = to_u, to_v
 
 
-def clipped(problem: Problem, cost: float, roughly: bool = False) -> Bound:
+def clipped(problem: Problem, cost: float, roughly: bool = False, tables: Tables | None = None) -> Bound:
     """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them. For
-    `roughly` see `Bound`."""
-    tables = [*problem.unary, *problem.edges.values()]
-    minima = [float(table.min()) for table in tables]
+    `roughly` see `Bound`; `tables` has those that were looked at before."""
+    tables = tables or Tables()
+    minima = [tables.least(table) for table in (*problem.unary, *problem.edges.values())]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))
-    cut: dict[int, Array] = {id(table): np.minimum(table, ceiling) for table in tables}
-    edges = {edge: cut[id(table)] for edge, table in problem.edges.items()}
-    return Bound([cut[id(c)] for c in problem.unary], edges, roughly=roughly)
+    if roughly and math.isfinite(ceiling):
+        ceiling = math.ldexp(1.0, math.frexp(ceiling)[1])  # the next power of two: seldom another from price to price
+    edges = {edge: tables.under(ceiling, table, roughly) for edge, table in problem.edges.items()}
+    return Bound([np.minimum(cost, ceiling) for cost in problem.unary], edges)

@@ -29,6 +29,7 @@ from shardc.solver.active import Active
 from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check, left
 from shardc.solver.contract import Network
+from shardc.solver.distinct import Tables
 from shardc.solver.eliminate import eliminate, find_order
 from shardc.solver.fold import Fold, fold
 from shardc.solver.forest import descend
@@ -55,6 +56,8 @@ class Trail:
     folds: list[Fold]
     choice: list[int] = field(default_factory=list[int])
     certificate: Certificate = field(default_factory=lambda: Certificate({}))
+    lower: float = -math.inf
+    tables: Tables = field(default_factory=Tables)
 
     @staticmethod
     def of(problem: Problem, kept: int = 1) -> Trail:
@@ -191,7 +194,7 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
     """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
     folds, trail = trail.folds, _followed(trail, goal.part(), draft)
     choice, certificate = trail.choice, trail.certificate
-    gap = 0.0 if draft else _gap(folds[-1].template, choice, certificate)
+    gap = _gap(folds[-1].template, choice, trail.lower)
     closes = goal.certify or sum(table.size for table in problem.edges.values()) <= _ENTRIES
     for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
         choice = folded.unfolded_choice(choice)
@@ -201,9 +204,10 @@ def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solut
             continue
         certificate = folded.unfolded_certificate(certificate)
         close = _LOSES * max(goal.enough, gap)
-        if network is not problem and _gap(network, choice, certificate) > close:
-            known, sweeps = replace(goal, enough=close).known(network, choice), _FEW if closes else _MANY
-            certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough)
+        if network is problem or not (goal.rough or _gap(network, choice, check(network, certificate)) > close):
+            continue  # any pass would move messages, and what is exact by now unfold less well
+        known, sweeps = replace(goal, enough=close).known(network, choice), _FEW if closes else _MANY
+        certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough, trail.tables)
     if draft:
         return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
     solution = _solution(problem, choice, -math.inf, certificate, trail)
@@ -262,10 +266,10 @@ def _mended(problem: Problem, choice: list[int], goal: _Goal) -> list[int]:
     return found if math.isfinite(evaluate(problem, found)) else _searched(problem, goal)[0]
 
 
-def _gap(problem: Problem, choice: list[int], certificate: Certificate) -> float:
+def _gap(problem: Problem, choice: list[int], lower: float) -> float:
     """What is not proved of a choice's cost, as a part of it."""
     cost = evaluate(problem, choice)
-    return (cost - check(problem, certificate)) / max(abs(cost), 1e-300)
+    return (cost - lower) / max(abs(cost), 1e-300)
 
 
 def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
@@ -274,8 +278,8 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
     template = trail.folds[-1].template
     proof = _begun(template, goal, trail)
     if not draft or proof is None or proof.choice is None:
-        choice, certificate = _proved(template, goal, proof)
-        return replace(trail, choice=choice, certificate=certificate)
+        proof = _proved(template, goal, proof)
+        return replace(trail, choice=proof.chosen, certificate=proof.certificate(), lower=proof.lower)
     proof.sweep(_SKETCH if trail.certificate.messages else 2 * _SKETCH, searching=False)
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
     small = active.problem(template)
@@ -284,35 +288,32 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
     if sketch is not None:
         sketch.sweep()  # a choice is wanted: triplets would prove more, and seldom find a better one
     if sketch is None or sketch.choice is None:
-        choice, _ = _proved(small, goal, sketch)
-    else:
-        choice = sketch.choice
-    return replace(trail, choice=active.outside(choice), certificate=certificate)
+        sketch = _proved(small, goal, sketch)
+    return replace(trail, choice=active.outside(sketch.chosen), certificate=certificate, lower=proof.lower)
 
 
 def _begun(problem: Problem, goal: _Goal, start: Trail) -> Proof | None:
     """A proof from where the trail begins; None where nothing is known and tables forbid something."""
     if start.choice and math.isfinite(evaluate(problem, start.choice)):
-        bound = clipped(problem, evaluate(problem, start.choice), goal.rough).starting(start.certificate)
+        cost = evaluate(problem, start.choice)
+        bound = clipped(problem, cost, goal.rough, start.tables).starting(start.certificate)
         proof = Proof(problem, bound, None, goal.deadline, goal.enough)
         proof.take(start.choice)
         return proof
     if all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
-        bound = Bound(problem.unary, problem.edges, roughly=goal.rough)
+        bound = clipped(problem, math.inf, goal.rough, start.tables)
         return Proof(problem, bound, None, goal.deadline, goal.enough)
     return None
 
 
-def _proved(problem: Problem, goal: _Goal, proof: Proof | None) -> tuple[list[int], Certificate]:
-    """The best choice found, and a certificate. Most often the proof comes upon the best choice by itself."""
+def _proved(problem: Problem, goal: _Goal, proof: Proof | None) -> Proof:
+    """A proof with the best choice found. Most often it comes upon that by itself."""
     if proof and (proof.run() or goal.rough) and proof.choice is not None:
-        return proof.choice, proof.certificate()
+        return proof
     choice, _ = _searched(problem, goal, proof.choice if proof else None)
     known = goal.known(problem, choice)
-    if proof is None:
-        return choice, prove(problem, known, goal.deadline)
+    proof = proof or Proof(problem, clipped(problem, known.cost), None, goal.deadline)
     if known.cost < proof.cost:
         proof.know(choice, known)
     proof.run()
-    assert proof.choice is not None
-    return proof.choice, proof.certificate()
+    return proof

@@ -71,6 +71,10 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "rrelu evaluated": lambda w: F.rrelu(w, 0.1, 0.4),
     "gumbel_softmax": lambda w: F.gumbel_softmax(w) + F.gumbel_softmax(w, hard=True),
     "attention": lambda w: F.scaled_dot_product_attention(*(w.view(2, 2, 4, 2),) * 3, dropout_p=0.3),
+    "dropout of attention": lambda w: F.dropout(F.scaled_dot_product_attention(*(w.view(1, 2, 4, 4),) * 3), 0.4),
+    "dropout of attention, heads inside": lambda w: F.dropout(
+        F.scaled_dot_product_attention(*(w.view(1, 4, 2, 4).transpose(1, 2),) * 3), 0.4
+    ),
     "normal and gumbel": lambda w: (
         torch.distributions.Normal(w, 1.0, False).rsample() + torch.distributions.Gumbel(w, 1.0, False).rsample()
     ),

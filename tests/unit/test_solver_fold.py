@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 
 from shardc.solver import fold as folding
 from shardc.solver import solve as solving
+from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.fold import fold
 from shardc.solver.problem import Problem, evaluate
+from shardc.solver.prove import Proof
 from shardc.solver.solve import solve
 
 VALUES = 5
@@ -138,8 +141,10 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     better in time, nothing is lost."""
     problem = layered(20, 2)
     best = solve(problem)
-    template = solve(solving.Trail.of(problem).folds[-1].template).choice
-    monkeypatch.setattr(solving, "_proved", lambda *_: (template, Certificate({})))
+    template = solving.Trail.of(problem).folds[-1].template
+    unproved = Proof(template, Bound(template.unary, template.edges), None, math.inf)
+    unproved.take(solve(template).choice)
+    monkeypatch.setattr(solving, "_proved", lambda *_: unproved)
     monkeypatch.setattr(solving, "prove", lambda *_: Certificate({}))
     monkeypatch.setattr(solving, "_finished", lambda *_: None)
     monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
