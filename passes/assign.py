@@ -28,7 +28,7 @@ TRIES = 4
 CLOSE = 0.01
 FAR, ROUGHLY = 1.5, 3e-2
 """Times the budget from which on what the network reckons of a plan is more than its lowering could save, and the gap
-to which that plan is solved first."""
+to which that plan is drafted first."""
 TIME_LIMIT = 20.0
 """CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
 
@@ -72,7 +72,7 @@ def assign_within(
 
     simple = network(recompute=False)
     problem, holdings = simple.problem(), simple.holdings()
-    free = solved(problem, TIME_LIMIT, ROUGHLY)
+    free = solved(problem, TIME_LIMIT, ROUGHLY, draft=True)
     if holdings.peak(free.choice) <= FAR * budget.bytes:
         free = free if free.exact else solved(problem, TIME_LIMIT)
         assignment = simple.assignment(free.choice)
@@ -142,10 +142,10 @@ def _built(network: AnyNetwork) -> AnyNetwork:
     return network
 
 
-def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE) -> Solution:
+def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE, draft: bool = False) -> Solution:
     """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        return solve(problem, time_limit=time_limit, certify=False, enough=enough)
+        return solve(problem, time_limit=time_limit, certify=False, enough=enough, draft=draft)
     except TimeoutError as error:
         raise _too_late(time_limit) from error
 

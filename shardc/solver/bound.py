@@ -73,6 +73,7 @@ class Bound:
         self.to_second = [np.zeros(len(unary[v])) for _, v in self.ends]
         self.share = [1.0 / max(len(a), len(b), 1) for a, b in zip(self.ahead, self.behind, strict=True)]
         self.lower = self.current = -np.inf
+        self._short: bool | None = None
         self._flattened: tuple[list[Table], Flat] | None = None  # of which tables, and as what
 
     def starting(self, start: Certificate) -> "Bound":
@@ -124,7 +125,9 @@ class Bound:
 
     def flat(self) -> "Flat | None":
         """The network for passes in compiled code; None for small ones."""
-        if len(self.ends) + sum(table.small.size for table in self.tables) / _AN_EDGE < _LONG:
+        if self._short is None:
+            self._short = len(self.ends) + sum(table.small.size for table in self.tables) / _AN_EDGE < _LONG
+        if self._short:
             return None
         if self._flattened is None or any(a is not b for a, b in zip(self._flattened[0], self.tables, strict=True)):
             from shardc.solver.flat import Flat  # numba takes half a second to load, and small networks do without
@@ -287,7 +290,8 @@ class Bound:
 
     def cost(self, choice: Sequence[int]) -> float:
         total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))
-        return total + sum(float(table[choice[u], choice[v]]) for (u, v), table in self.tables_by_edge().items())
+        given = zip(self.ends, self.given, strict=True)
+        return total + sum(float(table.whole[choice[u], choice[v]]) for (u, v), table in given if table is not None)
 
     def restricted(self, keep: Sequence[Mask]) -> "Bound":
         """The same messages over fewer values; equal tables stay shared."""

@@ -96,9 +96,12 @@ class Frontier:
         self.close = _DEEP if self.trail.folds else _CLOSE
 
     def know(self, free: Solution, choice: list[int]) -> None:
-        """What is known of the network in which nothing runs again, without prices: what was proved, and a choice for
-        it. It is proved for this one too: what runs again costs no less, in any table, than what runs once."""
-        self.proofs.append(Proof({}, free.lower_bound, Certificate({}), asked=False))  # theirs is of another network
+        """What is known of the network in which nothing runs again, without prices: what was proved, if anything was,
+        and a choice for it. It holds for this one too: what runs again costs no less, in any table, than what runs
+        once."""
+        draft = not math.isfinite(free.lower_bound)
+        least = free.cost if draft else free.lower_bound
+        self.proofs.append(Proof({}, least, Certificate({}), draft, asked=False))  # theirs is of another network
         self.points.append(self._point(choice))
         self.trail = self.trail.at(choice)
 

@@ -92,9 +92,9 @@ def test_tables_that_triplets_changed_are_read_anew(monkeypatch: pytest.MonkeyPa
 
 
 def test_only_large_networks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = network(0, roughly=False)
-    assert bound.flat() is None
+    assert network(0, roughly=False).flat() is None
     compiled(monkeypatch)
+    bound = network(0, roughly=False)
     flat = bound.flat()
     assert isinstance(flat, Flat)
     assert bound.flat() is flat
