@@ -186,8 +186,9 @@ class TensorClass:
             for j, (cost, step) in found.items():
                 table[i, j] = cost
                 own[i, j] = cost * (1.0 - self._hideable(i, j, step))
+        through = np.empty_like(table)
         for k in range(len(table)):  # Floyd-Warshall
-            through = table[:, k, None] + table[None, k, :]
+            np.add(table[:, k, None], table[None, k, :], out=through)
             if self.sharing is not None:
                 own = np.where(through < table, own[:, k, None] + own[None, k, :], own)
             np.minimum(table, through, out=table)

@@ -32,7 +32,7 @@ from shardc.solver.bound import Bound
 from shardc.solver.certificate import Certificate
 from shardc.solver.forest import step
 from shardc.solver.holdings import Holdings, Prices
-from shardc.solver.problem import TOLERANCE, Array, Problem, evaluate, magnitude
+from shardc.solver.problem import TOLERANCE, Array, Problem, Terms, magnitude
 from shardc.solver.solve import Solution, Trail, solve
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Frontier:
         return True
 
     def _point(self, choice: list[int]) -> _Point:
-        return _Point(choice, evaluate(self.problem, choice), self.holdings.timeline(choice))
+        return _Point(choice, math.fsum(self._terms.at(choice).tolist()), self.holdings.timeline(choice))
 
     def _master(self, bound: float, ceiling: float) -> tuple[dict[int, float], float]:
         """The prices, up to a ceiling, at which all that is known of the dual is greatest, and its value there."""
@@ -234,6 +234,10 @@ class Frontier:
         (Ben-Ameur and Neto 2007, "Acceleration of cutting-plane and column generation algorithms")."""
         best = self._proof(bound, drafts=True).prices
         return {t: 0.5 * (prices.get(t, 0.0) + best.get(t, 0.0)) for t in sorted({*prices, *best})}
+
+    @cached_property
+    def _terms(self) -> Terms:
+        return Terms.of(self.problem)
 
     @cached_property
     def _pairs(self) -> int:

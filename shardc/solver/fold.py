@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,10 +138,11 @@ class _Cut:
     """Layers up to `low` and from `high` on stay; `shift` is the distance to a variable's place in the next layer."""
 
     def __init__(self, problem: Problem, layer: Integers, shift: Integers, low: int, high: int) -> None:
-        self.problem, self.layer, self.shift, self.low, self.high = problem, layer, shift, low, high
-        self.gone = (layer > low) & (layer < high)
-        self.kept = np.flatnonzero(~self.gone).tolist()
-        self.number = np.cumsum(~self.gone) - 1
+        gone = (layer > low) & (layer < high)
+        self.problem, self.layers, self.low, self.high, self.last = problem, layer, low, high, int(layer.max())
+        self.kept: list[int] = np.flatnonzero(~gone).tolist()
+        # lists: what follows reads them one by one, edge after edge
+        self.layer, self.shift, self.gone, self.number = map(_listed, (layer, shift, gone, np.cumsum(~gone) - 1))
 
     def fold(self) -> Fold | None:
         problem = self.problem
@@ -153,28 +155,28 @@ class _Cut:
             return None
         copies = {(u, v) for u, v in edges if self._is_copy(u, v)}
         template = _template(problem, self.kept, edges, copies)
-        return Fold(template, representative, edges, self.kept, copies, self._places, self.layer)
+        return Fold(template, representative, edges, self.kept, copies, self._places, self.layers)
 
     def _edge(self, u: int, v: int) -> Edge:
         """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then
         lies beyond that layer is met again behind the cut."""
-        layers = [int(self.layer[x]) for x in (u, v) if self.layer[x] != _NONE]
+        layers = [self.layer[x] for x in (u, v) if self.layer[x] != _NONE]
         if not layers or min(layers) >= self.high or max(layers) <= self.low:
-            return int(self.number[u]), int(self.number[v])
-        down, last = max(min(layers) - self.low, 0), int(self.layer.max())
+            return self.number[u], self.number[v]
+        down = max(min(layers) - self.low, 0)
 
         def place(x: int) -> int:
             if self.layer[x] == _NONE:
                 return x
-            layer = int(self.layer[x]) - down
-            return self._at(x, layer if layer <= self.low else min(layer - self.low - 1 + self.high, last))
+            layer = self.layer[x] - down
+            return self._at(x, layer if layer <= self.low else min(layer - self.low - 1 + self.high, self.last))
 
-        return int(self.number[place(u)]), int(self.number[place(v)])
+        return self.number[place(u)], self.number[place(v)]
 
     def _places(self, variables: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         """Behind the cut a template goes on as the network does right after its last layer before the cut."""
         own = [self.kept[v] for v in variables]
-        layers = [int(self.layer[x]) for x in own if self.layer[x] != _NONE]
+        layers = [self.layer[x] for x in own if self.layer[x] != _NONE]
         if not layers or min(layers) >= self.high or max(layers) < self.low:
             yield own[0], own[1], own[2]
             return
@@ -185,23 +187,27 @@ class _Cut:
 
     def _moved(self, x: int, up: int) -> int:
         """A variable of the template so many layers further on; -1 beyond the last layer."""
-        layer = int(self.layer[x])
+        layer = self.layer[x]
         if layer == _NONE:
             return x
         layer = up + (layer if layer <= self.low else layer - self.high + self.low + 1)
-        return self._at(x, layer) if layer <= self.layer.max() else _NONE
+        return self._at(x, layer) if layer <= self.last else _NONE
 
     def _is_copy(self, u: int, v: int) -> bool:
         """Whether the edge is a copy of one that the template has: its lower layer was cut out."""
-        layers = [int(self.layer[x]) for x in (u, v) if self.layer[x] != _NONE]
+        layers = [self.layer[x] for x in (u, v) if self.layer[x] != _NONE]
         return bool(layers) and self.low < min(layers) < self.high
 
     def _stand_in(self, v: int) -> int:
-        return int(self.number[self._at(v, self.low)]) if self.gone[v] else int(self.number[v])
+        return self.number[self._at(v, self.low) if self.gone[v] else v]
 
     def _at(self, v: int, layer: int) -> int:
         """The variable that stands where `v` does, in another layer."""
-        return int(v + (layer - self.layer[v]) * self.shift[v])
+        return v + (layer - self.layer[v]) * self.shift[v]
+
+
+def _listed(array: NDArray[Any]) -> list[int]:
+    return array.tolist()
 
 
 def _template(problem: Problem, kept: Sequence[int], edges: Mapping[Edge, Edge], copies: Set[Edge]) -> Problem:

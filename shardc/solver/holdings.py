@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from shardc.solver.problem import Array, Edge, Problem
+from shardc.solver.problem import Array, Edge, Problem, Terms
 
 Index = NDArray[np.intp]
 
@@ -42,7 +42,7 @@ class Holdings:
 
     def timeline(self, choice: Sequence[int]) -> Array:
         """The bytes held at every position."""
-        return self._over_time(np.arange(len(self.all)), choice)
+        return self._summed(self._terms.at(choice), self._starts, self._ends)
 
     def peak(self, choice: Sequence[int]) -> float:
         """The most bytes that are held at any position."""
@@ -66,6 +66,10 @@ class Holdings:
         return Problem(problem.unary, edges | problem.edges, problem.names)
 
     @cached_property
+    def _terms(self) -> Terms:
+        return Terms((h.one, h.other, h.table) for h in self.all)
+
+    @cached_property
     def _by_variable(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
         for place, holding in enumerate(self.all):
@@ -79,9 +83,12 @@ class Holdings:
         held = np.array([
             h.table[choice[h.one]] if h.other is None else h.table[choice[h.one], choice[h.other]] for h in some
         ], dtype=np.float64)  # fmt: skip
+        return self._summed(held, self._starts[places], self._ends[places])
+
+    def _summed(self, held: Array, starts: Index, ends: Index) -> Array:
         change = np.zeros(self.length + 1)
-        np.add.at(change, self._starts[places], held)
-        np.subtract.at(change, self._ends[places] + 1, held)
+        np.add.at(change, starts, held)
+        np.subtract.at(change, ends + 1, held)
         return np.cumsum(change[:-1])
 
     def at(self, position: int) -> list[Holding]:

@@ -28,7 +28,7 @@ from shardc.graph import Port, Role
 from shardc.rules.factoring import Key, Op, Value
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.network import Assignment, Domain, Network, title_of
-from shardc.solver.problem import Array
+from shardc.solver.problem import Array, zeros
 from shardc.solver.schedule import Schedule
 from shardc.solver.strategies import Strategy
 
@@ -159,7 +159,7 @@ class KeepingNetwork(Network):
         """What backward finds of a value: its layout, or (the last value) that it is gone."""
         tensor, backward = self.class_of(key), self._readers(key)[1]
         layouts: list[Splits] = [*tensor.layouts] if backward else [*tensor.layouts, GONE]
-        variable = self._variable(f"{title_of(key)} kept", layouts, np.zeros(len(layouts)))
+        variable = self._variable(f"{title_of(key)} kept", layouts, zeros(len(layouts)))
         every = self._intern(np.arange(len(tensor.layouts)))
         self._keeping[key] = variable, every
         source, made = maker
@@ -190,7 +190,7 @@ class KeepingNetwork(Network):
 
     def _regather(self, key: Key, kept: int) -> None:
         tensor, backward = self.class_of(key), self._readers(key)[1]
-        variable = self._variable(f"{title_of(key)} shared in backward", tensor.layouts, np.zeros(len(tensor.layouts)))
+        variable = self._variable(f"{title_of(key)} shared in backward", tensor.layouts, zeros(len(tensor.layouts)))
         every = self._keeping[key][1]
         self._edges.append((kept, variable, tensor.seconds))
         first = min(*backward, self.schedule.reread.get(key, backward)[0])

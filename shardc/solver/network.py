@@ -26,7 +26,7 @@ from shardc.graph import Port, Role, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factoring import Factored, Key, Op, Value, layout_of
-from shardc.solver.problem import Problem
+from shardc.solver.problem import Problem, zeros
 from shardc.solver.strategies import Options, Shape, Side, Strategy, shape_of
 
 Accepts = Callable[[Splits], bool]
@@ -85,6 +85,7 @@ class Network:
 
     def __post_init__(self) -> None:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._class_of: dict[Key, TensorClass] = {}
         self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
         self._options: dict[fx.Node, Options] = {}
         self._distinct: dict[Shape, Options] = {}
@@ -105,7 +106,7 @@ class Network:
 
     def share(self, other: Network) -> None:
         """Use the strategies and conversions that another network of the same program on the same mesh worked out."""
-        self._classes, self._gradient_classes = other._classes, other._gradient_classes
+        self._classes, self._class_of, self._gradient_classes = other._classes, other._class_of, other._gradient_classes
         self._options, self._distinct = other._options, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
         self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
@@ -143,7 +144,9 @@ class Network:
 
     def class_of(self, key: Key) -> TensorClass:
         """The tensor class of a base value."""
-        return self.tensor_class(self.factored.sizes(key), _tensor_of(key).element_size())
+        if key not in self._class_of:
+            self._class_of[key] = self.tensor_class(self.factored.sizes(key), _tensor_of(key).element_size())
+        return self._class_of[key]
 
     def gradient_class(self, key: Key) -> TensorClass:
         """The tensor class of a base value on its way to the layout of the parameter whose gradient it is, where
@@ -333,7 +336,7 @@ class Network:
     def _add_share(self, key: Key) -> int:
         tensor = self.class_of(key)
         every = self._intern(np.arange(len(tensor.layouts)))
-        variable = self._variable(f"{title_of(key)} shared", tensor.layouts, np.zeros(len(tensor.layouts)))
+        variable = self._variable(f"{title_of(key)} shared", tensor.layouts, zeros(len(tensor.layouts)))
         self._connect(key, variable, every)
         self._source[key] = variable, every
         return variable
@@ -352,7 +355,7 @@ class Network:
             whole = self.whole_outputs or port.role is not Role.OUTPUT
             storable = self._storable(value)
             domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
-            variable = self._variable(f"output {index}", domain, np.zeros(len(domain)))
+            variable = self._variable(f"output {index}", domain, zeros(len(domain)))
             self._connect(value.key, variable, self._intern(np.array([tensor.index[s] for s in domain])))
             self._output_variable[index] = variable
 

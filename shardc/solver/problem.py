@@ -10,9 +10,12 @@ array object: the solver interns tables by identity first and by content second,
 little more than one.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,14 @@ Edge = tuple[int, int]
 
 TOLERANCE = 1e-9
 """Differences of cost that do not count, as a part of the `magnitude` of a choice."""
+
+
+@cache
+def zeros(count: int) -> Array:
+    """So many zeros, the same array every time."""
+    made = np.zeros(count)
+    made.setflags(write=False)
+    return made
 
 
 @dataclass
@@ -82,6 +93,35 @@ class Problem:
         if key not in self._summed:
             self._summed[key] = (a + b, a, b)
         return self._summed[key][0]
+
+
+class Terms:
+    """Entries of many tables at a choice; equal tables are read at once. A term is a variable or two, and a table."""
+
+    def __init__(self, terms: Iterable[tuple[int, int | None, Array]]) -> None:
+        found: dict[tuple[int, bool], tuple[Array, list[int], list[int], list[int]]] = {}
+        self.count = 0
+        for one, other, table in terms:
+            _, places, ones, others = found.setdefault((id(table), other is None), (table, [], [], []))
+            places.append(self.count)
+            ones.append(one)
+            if other is not None:
+                others.append(other)
+            self.count += 1
+        self._groups = [(table, *map(np.array, lists)) for table, *lists in found.values()]
+
+    @staticmethod
+    def of(problem: Problem) -> Terms:
+        """The terms of a problem's cost."""
+        alone = ((v, None, cost) for v, cost in enumerate(problem.unary))
+        return Terms([*alone, *((u, v, table) for (u, v), table in problem.edges.items())])
+
+    def at(self, choice: Sequence[int]) -> Array:
+        """Every term's entry, in order."""
+        values, found = np.array(choice), np.empty(self.count)
+        for table, places, ones, others in self._groups:
+            found[places] = table[values[ones], values[others]] if len(others) else table[values[ones]]
+        return found
 
 
 def evaluate(problem: Problem, choice: Sequence[int]) -> float:
