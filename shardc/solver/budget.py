@@ -343,20 +343,24 @@ class Frontier:
                     self.points.append(other)
 
     def _merged(self, small: _Point, fast: _Point, bound: float) -> _Point:
-        choice, held = [*small.choice], small.held.copy()
-        ways: list[tuple[float, Array, list[int]]] = []
-        for part in self._parts(small.choice, fast.choice):
-            other = [*small.choice]
-            for v in part:
-                other[v] = fast.choice[v]
-            gain = self._cost_around(part, other) - self._cost_around(part, small.choice)
-            if gain < 0.0:
-                change = self.holdings.around(part, other) - self.holdings.around(part, small.choice)
-                ways.append((gain / max(float(change.max()), 1.0), change, part))
-        for _, change, part in sorted(ways, key=lambda way: way[0]):
+        choice, held, parts = [*small.choice], small.held.copy(), self._parts(small.choice, fast.choice)
+        part = np.full(len(choice), -1)
+        for number, variables in enumerate(parts):
+            part[variables] = number
+        owner = self._terms.parts(part)
+        cheaper = (self._terms.at(fast.choice) - self._terms.at(small.choice))[owner >= 0]
+        gains: list[float] = np.bincount(owner[owner >= 0], cheaper, len(parts)).tolist()
+        ways = [
+            (gain / max(float(change.max()), 1.0), change, variables)
+            for gain, change, variables in zip(
+                gains, self.holdings.changes(small.choice, fast.choice, part), parts, strict=True
+            )
+            if gain < 0.0
+        ]
+        for _, change, variables in sorted(ways, key=lambda way: way[0]):
             if float((held + change).max()) <= bound:
                 held += change
-                for v in part:
+                for v in variables:
                     choice[v] = fast.choice[v]
         return replace(self._point(choice), merged=True)
 
@@ -382,10 +386,3 @@ class Frontier:
             around[u].add(v)
             around[v].add(u)
         return around
-
-    def _cost_around(self, part: Sequence[int], choice: Sequence[int]) -> float:
-        """What a part and its tables cost."""
-        terms = [float(self.problem.unary[v][choice[v]]) for v in part]
-        edges = {(min(u, v), max(u, v)) for u in part for v in self._neighbours[u]}
-        tables = ((u, v, self.problem.edges.get((u, v))) for u, v in edges)
-        return math.fsum([*terms, *(float(t[choice[u], choice[v]]) for u, v, t in tables if t is not None)])

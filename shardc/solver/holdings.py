@@ -8,7 +8,7 @@ positions turns a bound on memory into costs (`priced`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,10 +48,13 @@ class Holdings:
         """The most bytes that are held at any position."""
         return float(self.timeline(choice).max(initial=0.0))
 
-    def around(self, part: Iterable[int], choice: Sequence[int]) -> Array:
-        """The bytes at every position of what depends on some of the variables."""
-        places = sorted({place for v in part for place in self._by_variable.get(v, ())})
-        return self._over_time(np.array(places, dtype=np.intp), choice)
+    def changes(self, before: Sequence[int], after: Sequence[int], part: Index) -> Iterator[Array]:
+        """The bytes at every position that are added where a part of the variables takes another choice, part by part
+        (see `Terms.parts`)."""
+        change, owner = self._terms.at(after) - self._terms.at(before), self._terms.parts(part)
+        order = np.argsort(owner, kind="stable")
+        for places in np.split(order, np.searchsorted(owner[order], np.arange(part.max(initial=-1) + 1)))[1:]:
+            yield self._summed(change[places], self._starts[places], self._ends[places])
 
     def pairs(self) -> set[Edge]:
         """The variables of which bytes depend on both."""
@@ -68,22 +71,6 @@ class Holdings:
     @cached_property
     def _terms(self) -> Terms:
         return Terms((h.one, h.other, h.table) for h in self.all)
-
-    @cached_property
-    def _by_variable(self) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
-        for place, holding in enumerate(self.all):
-            for v in (holding.one, holding.other):
-                if v is not None:
-                    found.setdefault(v, []).append(place)
-        return found
-
-    def _over_time(self, places: Index, choice: Sequence[int]) -> Array:
-        some = [self.all[place] for place in places]
-        held = np.array([
-            h.table[choice[h.one]] if h.other is None else h.table[choice[h.one], choice[h.other]] for h in some
-        ], dtype=np.float64)  # fmt: skip
-        return self._summed(held, self._starts[places], self._ends[places])
 
     def _summed(self, held: Array, starts: Index, ends: Index) -> Array:
         change = np.zeros(self.length + 1)

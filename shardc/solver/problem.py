@@ -99,16 +99,13 @@ class Terms:
     """Entries of many tables at a choice; equal tables are read at once. A term is a variable or two, and a table."""
 
     def __init__(self, terms: Iterable[tuple[int, int | None, Array]]) -> None:
-        found: dict[tuple[int, bool], tuple[Array, list[int], list[int], list[int]]] = {}
-        self.count = 0
+        found: dict[int, tuple[Array, list[int]]] = {}
+        ends: list[tuple[int, int]] = []
         for one, other, table in terms:
-            _, places, ones, others = found.setdefault((id(table), other is None), (table, [], [], []))
-            places.append(self.count)
-            ones.append(one)
-            if other is not None:
-                others.append(other)
-            self.count += 1
-        self._groups = [(table, *map(np.array, lists)) for table, *lists in found.values()]
+            found.setdefault(id(table), (table, []))[1].append(len(ends))
+            ends.append((one, one if other is None else other))
+        self._ends = np.array(ends, dtype=np.intp).reshape(-1, 2)
+        self._groups = [(table, np.array(places)) for table, places in found.values()]
 
     @staticmethod
     def of(problem: Problem) -> Terms:
@@ -118,10 +115,15 @@ class Terms:
 
     def at(self, choice: Sequence[int]) -> Array:
         """Every term's entry, in order."""
-        values, found = np.array(choice), np.empty(self.count)
-        for table, places, ones, others in self._groups:
-            found[places] = table[values[ones], values[others]] if len(others) else table[values[ones]]
+        values, found = np.array(choice, dtype=np.intp)[self._ends], np.empty(len(self._ends))
+        for table, places in self._groups:
+            one, other = values[places].T
+            found[places] = table[one] if table.ndim == 1 else table[one, other]
         return found
+
+    def parts(self, part: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Per term the part that it belongs to, given that of every variable, -1 for none; parts share no term."""
+        return part[self._ends].max(axis=1, initial=-1)
 
 
 def evaluate(problem: Problem, choice: Sequence[int]) -> float:

@@ -16,7 +16,7 @@ from shardc.solver.certificate import Certificate
 from shardc.solver.distinct import Table
 from shardc.solver.forest import descend, step
 from shardc.solver.holdings import Holding, Holdings
-from shardc.solver.problem import Problem, evaluate
+from shardc.solver.problem import Problem, Terms, evaluate
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -107,3 +107,22 @@ def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
     fast = (200 - layers) // 9
     assert found.cost == pytest.approx(2 * layers - fast + turning)
     assert math.isfinite(found.lower_bound) and found.gap <= 0.02 * found.cost
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_terms_are_those_that_are_evaluated(seed: int) -> None:
+    """And what changes part by part is what changes in all."""
+    problem, rng = random_network(12, 0.1, seed), np.random.default_rng(seed)
+    before, after = rng.integers(0, 4, 12).tolist(), rng.integers(0, 4, 12).tolist()
+    terms = Terms.of(problem)
+    assert math.fsum(terms.at(after).tolist()) == evaluate(problem, after)
+    alone = [Holding(v, None, cost, v % 5, v % 5 + 3) for v, cost in enumerate(problem.unary)]
+    both = [Holding(u, v, table, v % 3, u % 4 + 3) for (u, v), table in problem.edges.items()]
+    holdings = Holdings(9, [*alone, *both])
+    part = np.where(np.array(before) == after, -1, 0)  # one part: its terms are all that change
+    assert part.max() == 0
+    assert np.array_equal(terms.parts(part) == 0, [part[v] == 0 for v in range(12)] + [
+        max(part[u], part[v]) == 0 for u, v in problem.edges])  # fmt: skip
+    changes = list(holdings.changes(before, after, part))
+    np.testing.assert_allclose(changes, [holdings.timeline(after) - holdings.timeline(before)], atol=1e-12)
+    assert list(holdings.changes(before, before, np.full(12, -1))) == []
