@@ -145,9 +145,10 @@ def _built(network: AnyNetwork) -> AnyNetwork:
 def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE, draft: bool = False) -> Solution:
     """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        return solve(problem, time_limit=time_limit, certify=False, enough=enough, draft=draft)
+        found = solve(problem, time_limit=time_limit, certify=False, enough=enough, draft=draft)
     except TimeoutError as error:
         raise _too_late(time_limit) from error
+    return replace(found, trail=None)  # nobody solves on from it, and it is large
 
 
 def _too_late(time_limit: float) -> ShardcError:
