@@ -2,9 +2,9 @@
 
 Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
 value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
-length]`. In memory the result lies as in eager mode: most often as q, whose heads of a position lie side by side, so
-that joining them is a view. Gradients always lie so. logsumexp is contiguous `[batch, heads, q_length]`, float32 unless
-q is float64.
+length]`. In memory the result lies as in eager mode: as q in what flash kernels take. Most often q has the heads of
+a position side by side, and joining them is a view. Gradients always lie so. logsumexp is contiguous `[batch, heads,
+q_length]`, float32 unless q is float64.
 """
 
 from __future__ import annotations

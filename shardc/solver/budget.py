@@ -290,23 +290,22 @@ class Frontier:
         if self.trail.folds:
             self._splice(bound)
 
-    def _take(self, found: Iterable[_Point], bound: float) -> _Point:
-        """The best choice within the bound, with those that were made of others."""
+    def _take(self, found: Iterable[_Point], bound: float) -> None:
+        """Note the best of choices that were made of others, if it is better than all within the bound."""
         best = self._best(bound)
         assert best is not None
         merged = min(found, key=lambda point: point.cost, default=best)
         if merged.cost < best.cost:
             self.points.append(merged)
-        return min(best, merged, key=lambda point: point.cost)
 
-    def _splice(self, bound: float) -> _Point:
-        """The best choice, where the two on either side of the bound may be joined between layers."""
+    def _splice(self, bound: float) -> None:
+        """Join the two choices on either side of the bound between layers."""
         solved = [point for point in self.points if not point.merged]
         fitting = [p for p in solved if p.peak <= bound] or [p for p in self.points if p.peak <= bound]
         small = max(fitting, key=lambda point: point.peak)
         large = min((p for p in solved if p.peak > bound), key=lambda point: point.peak, default=small)
         ways = () if large is small else (False, True)
-        return self._take([self._spliced(small, large, bound, first) for first in ways], bound)
+        self._take([self._spliced(small, large, bound, first) for first in ways], bound)
 
     def _spliced(self, small: _Point, fast: _Point, bound: float, first: bool) -> _Point:
         """The first layers of one choice, or the last, the rest of the other: as many of the fast one as fit."""

@@ -80,6 +80,13 @@ class Tables:
     def __init__(self) -> None:
         self._made: dict[tuple[int, bool, float], Table] = {}
         self._known: dict[int, tuple[Array, float, float]] = {}  # each with its least and its greatest entry
+        self._used: set[int] = set()
+
+    def next(self) -> None:
+        """Another network comes: what the last one did not use is forgotten."""
+        self._made = {key: table for key, table in self._made.items() if key[0] in self._used}
+        self._known = {key: known for key, known in self._known.items() if key in self._used}
+        self._used = set()
 
     def least(self, array: Array) -> float:
         return self._look(array)[0]
@@ -93,6 +100,7 @@ class Tables:
         return self._made[key]
 
     def _look(self, array: Array) -> tuple[float, float]:
+        self._used.add(id(array))
         if id(array) not in self._known:
             self._known[id(array)] = array, float(array.min()), float(array.max())
         return self._known[id(array)][1:]

@@ -4,7 +4,8 @@
     tables     t0 t1 ...                 each distinct table once, as it is and turned; table[e] tells which
     groups     rows of t0, columns ...   per value its place in the smaller table (`distinct.py`), where there is one
 
-What `bound.py` does in numpy an edge at a time is done here without a temporary array, to the last bit the same. Numba
+What `bound.py` does in numpy an edge at a time is done here without a temporary array, sweeps to the last bit the same
+(where tables are all in full digits, or all in half). Numba
 compiles it on first use and keeps the machine code beside this file or in the user's cache. Loading even that takes
 half a second, so only what takes longer comes here.
 """
@@ -37,7 +38,7 @@ def _compiled(function: Function) -> Function:
     return cast(Function, found)
 
 
-first_minimum = _compiled(pool.first_minimum)
+first_minimum = _compiled(pool.first_minimum)  # numba looks for changes in the caller's file: touch this one too
 
 
 class Flat(NamedTuple):

@@ -224,7 +224,7 @@ def _add(
 
 def clipped(problem: Problem, cost: float, roughly: bool = False, tables: Tables | None = None) -> Bound:
     """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them. For
-    `roughly` see `Bound`; `tables` has those that were looked at before."""
+    `roughly` see `Table`; `tables` has those that were looked at before."""
     tables = tables or Tables()
     minima = [tables.least(table) for table in (*problem.unary, *problem.edges.values())]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))

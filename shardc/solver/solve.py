@@ -81,6 +81,7 @@ class Trail:
 
     def over(self, problem: Problem) -> Trail:
         """The trail for other costs, and some of the edges."""
+        self.tables.next()
         folds: list[Fold] = []
         for folded in self.folds:
             folds.append(folded.over(folds[-1].template if folds else problem))
