@@ -5,9 +5,8 @@
     groups     rows of t0, columns ...   per value its place in the smaller table (`distinct.py`), where there is one
 
 What `bound.py` does in numpy an edge at a time is done here without a temporary array, sweeps to the last bit the same
-(where tables are all in full digits, or all in half). Numba
-compiles it on first use and keeps the machine code beside this file or in the user's cache. Loading even that takes
-half a second, so only what takes longer comes here.
+(where tables are all in full digits, or all in half). Numba compiles it on first use and keeps the machine code beside
+this file or in the user's cache. Loading even that takes half a second, so only what takes longer comes here.
 """
 
 from __future__ import annotations
