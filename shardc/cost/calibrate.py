@@ -5,6 +5,8 @@ counts as shared, and the slowest rank counts. Collectives run as generated code
 `shardc/cost/collectives.py` are linear in the latency and in the seconds a byte of a link, and these are fitted to the
 times for each kind of collective on its own, by least squares of errors over the roots of the times: between absolute
 errors, by which latencies would not count, and relative ones, by which large sizes, where the time goes, count little.
+Links between nodes are measured twice: with a ring for every device of a node, side by side, and along an axis of all
+ranks, whose one ring they share, which may take more or less than formulas make of the other.
 What part of a collective hides beneath other work is measured by starting it, computing for longer than it takes, and
 awaiting it.
 """
@@ -16,8 +18,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -59,17 +61,38 @@ class Fit:
 
 @dataclass(frozen=True)
 class Measured:
-    """A calibrated device and the fits behind its links, by level; None for a level that this run does not have."""
+    """A calibrated device and the fits behind its links: those `inside` nodes, `between` them, and along axes that are
+    `spanning` both; levels that this run does not have are missing."""
 
     device: Hardware
-    inside: tuple[Fit, ...] | None
-    between: tuple[Fit, ...] | None
+    fits: Mapping[str, tuple[Fit, ...]]
 
 
-def fit(kind: str, algorithm: str, ways: int, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
-    """The link over which `algorithm` among `ways` ranks takes the times of `points` (bytes, seconds), `floor` seconds
-    of each apart. At least two sizes are needed to tell latency from bandwidth."""
-    unit = lines(kind, (algorithm,), Wires(ways, 1, Line(1.0, 1.0), Line(0.0, 0.0)))[0]
+@dataclass(frozen=True)
+class Ranks:
+    """How the ranks of a measured axis are linked: over one link each, or, with `near` of them in every one of `nodes`
+    nodes, over those between nodes where a hop `inside` takes so many seconds."""
+
+    near: int
+    nodes: int = 1
+    inside: float = 0.0
+
+    def unit(self, kind: str, algorithm: str) -> tuple[Line, float]:
+        """The algorithm over a link of one second a hop and one second a byte, and the seconds of its other hops."""
+        if self.nodes == 1:
+            return lines(kind, (algorithm,), Wires(self.near, 1, Line(1.0, 1.0), Line(0.0, 0.0)))[0], 0.0
+        slow, quick = (
+            lines(kind, (algorithm,), Wires(self.near, self.nodes, Line(hop, 0.0), Line(1.0, 1.0)))[0]
+            for hop in (self.inside, 0.0)
+        )
+        return quick, slow.latency - quick.latency
+
+
+def fit(kind: str, algorithm: str, ranks: Ranks, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
+    """The link over which `algorithm` among `ranks` takes the times of `points` (bytes, seconds), `floor` seconds of
+    each apart. At least two sizes are needed to tell latency from bandwidth."""
+    unit, rest = ranks.unit(kind, algorithm)
+    floor += rest
     sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
     roots = np.sqrt(seconds)
     hops, moved = unit.latency / roots, unit.per_byte * sizes / roots
@@ -85,11 +108,11 @@ def fit(kind: str, algorithm: str, ways: int, floor: float, points: Sequence[tup
 
 def calibrate(mesh: DistributedMesh, name: str) -> Measured:
     """Measure on all ranks of `mesh`, whose axes are called `node` and `local`. The same on every rank."""
-    crossing = 0.0
-    if mesh.axes["node"] > 1:  # least hides where all are on one axis: each also passes on what crosses between nodes
+    crossing = _Crossing()
+    if mesh.axes["node"] > 1:
         whole = local_mesh({"all": mesh.size})
         assert isinstance(whole, DistributedMesh)
-        crossing = whole.run(lambda: _Bench(whole).overlap("all"), lambda _: ())[0]
+        crossing = whole.run(lambda: _Bench(whole).crossing("all", mesh.axes["local"]), lambda _: ())[0]
     measured: list[Measured] = mesh.run(lambda: _Bench(mesh).measure(name, crossing), lambda _: ())
     return measured[0]
 
@@ -100,6 +123,15 @@ def layout_of_processes() -> dict[str, int]:
     return {"node": world // local, "local": local}
 
 
+@dataclass(frozen=True)
+class _Crossing:
+    """What collectives of all ranks take: least of them hides, since each also passes on what crosses between nodes;
+    bytes and seconds by kind, where they differ from those of an axis between nodes."""
+
+    overlap: float = 0.0
+    times: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict[str, list[tuple[float, float]]])
+
+
 class _Bench:
     """Runs on every rank, in step: what decides about repetitions is agreed upon."""
 
@@ -107,47 +139,65 @@ class _Bench:
         self.axes = mesh.axes
         self.device = mesh.device(mesh.rank)
 
-    def measure(self, name: str, crossing: float) -> Measured:
-        """All of it, given the overlap of collectives that cross between nodes."""
+    def measure(self, name: str, crossing: _Crossing) -> Measured:
+        """All of it, given the collectives that cross between nodes."""
         launch = self.seconds(self._adding(4))
         elements = 2**26 if self.device.type == "cuda" else 2**23
         bandwidth = 2 * 4 * elements / self.seconds(self._adding(elements))
         flops = {str(dtype).removeprefix("torch."): self.flops(dtype) for dtype in DTYPES}
         known = hardware(this_hardware())
         algorithms = GLOO if self.device.type == "cpu" else TEXTBOOK
-        inside, between = (self.fits(axis, launch, algorithms) for axis in ("local", "node"))
+        fits = self.fits(launch, algorithms, crossing)
         near, far = known.inside, known.between
-        if inside is not None:
-            near = replace(_link(inside, 1), overlap=self.overlap("local"))
-        if between is not None:
-            far = replace(_link(between, self.axes["local"]), overlap=crossing)
-        if inside is not None and between is None:  # all that is known of links
-            far = replace(_link(inside, self.axes["local"]), overlap=near.overlap)
-        if between is not None and inside is None:
-            near = replace(_link(between, 1), overlap=far.overlap)
-        per_node = self.axes["local"] if inside or between else known.devices_per_node
-        start = 0.0 if inside or between else known.start
+        if "inside" in fits:
+            near = replace(_link(fits["inside"], 1), overlap=self.overlap("local"))
+            far = replace(_link(fits["inside"], self.axes["local"]), overlap=near.overlap)  # all that is known so far
+        if "between" in fits:
+            far = _link(fits["between"], self.axes["local"], fits.get("spanning", ()))
+            far = replace(far, overlap=crossing.overlap)
+        if "inside" not in fits and "between" in fits:
+            near = replace(_link(fits["between"], 1), overlap=far.overlap)
+        per_node = self.axes["local"] if fits else known.devices_per_node
+        start = 0.0 if fits else known.start
         device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
-        return Measured(device, inside, between)
+        return Measured(device, fits)
 
-    def fits(self, axis: str, launch: float, algorithms: dict[str, tuple[str, ...]]) -> tuple[Fit, ...] | None:
-        """What each kind of collective makes of the links along an axis."""
-        ways = self.axes[axis]
-        if ways == 1:
-            return None
-        return tuple(fit(kind, algorithms[kind][0], ways, launch, self.times(kind, axis)) for kind in ALGORITHMS)
+    def fits(
+        self, launch: float, algorithms: Mapping[str, tuple[str, ...]], crossing: _Crossing
+    ) -> dict[str, tuple[Fit, ...]]:
+        """What each kind of collective makes of the links, by level."""
+        found: dict[str, tuple[Fit, ...]] = {}
+        for level, axis in (("inside", "local"), ("between", "node")):
+            ranks = Ranks(self.axes[axis])
+            if ranks.near > 1:
+                times = {kind: self.times(kind, axis) for kind in ALGORITHMS}
+                found[level] = tuple(fit(k, algorithms[k][0], ranks, launch, points) for k, points in times.items())
+        if crossing.times:
+            hops = {one.kind: one.link.latency for one in found["inside"]}
+            near, nodes = self.axes["local"], self.axes["node"]
+            found["spanning"] = tuple(
+                fit(kind, algorithms[kind][0], Ranks(near, nodes, hops[kind]), launch, points)
+                for kind, points in crossing.times.items()
+            )
+        return found
 
-    def times(self, kind: str, axis: str) -> list[tuple[float, float]]:
-        """Bytes and seconds of one kind of collective."""
+    def crossing(self, axis: str, near: int) -> _Crossing:
+        """What is measured along an axis of all ranks, `near` of them in a node."""
+        times = {kind: self.times(kind, axis, near) for kind in ALGORITHMS} if near > 1 else {}
+        return _Crossing(self.overlap(axis), times)
+
+    def times(self, kind: str, axis: str, near: int = 1) -> list[tuple[float, float]]:
+        """Bytes and seconds of one kind of collective; `near` as of `collective`."""
         points: list[tuple[float, float]] = []
         for size in SIZES:
-            points.append(self.collective(kind, axis, size))
+            points.append(self.collective(kind, axis, size, near))
             if points[-1][1] > LONGEST and len(points) > 1:
                 break
         return points
 
-    def collective(self, kind: str, axis: str, size: float) -> tuple[float, float]:
-        """Bytes of the local operand, rounded to what the ranks can share, and seconds."""
+    def collective(self, kind: str, axis: str, size: float, near: int = 1) -> tuple[float, float]:
+        """Bytes of the local operand, rounded to what the ranks can share, and seconds. Permutations move everything
+        `near` ranks on: with so many of the axis in a node, all of it crosses."""
         ways = self.axes[axis]
         x = torch.ones(max(1, round(size / 4 / ways)) * ways, device=self.device)
         calls: dict[str, Callable[[], object]] = {
@@ -155,7 +205,7 @@ class _Bench:
             "reduce_scatter": lambda: collectives.reduce_scatter(x, dim=0, axis=axis),
             "all_reduce": lambda: collectives.all_reduce(x, axis=axis),
             "all_to_all": lambda: collectives.all_to_all(x, split_dim=0, concat_dim=0, axis=axis),
-            "permute": lambda: collectives.permute(x, axis=axis, sources=[(i + 1) % ways for i in range(ways)]),
+            "permute": lambda: collectives.permute(x, axis=axis, sources=[(i + near) % ways for i in range(ways)]),
         }
         return x.numel() * 4.0, self.seconds(calls[kind])
 
@@ -225,11 +275,11 @@ class _Bench:
         return lambda: x + 1
 
 
-def _link(fits: Sequence[Fit], rings: int) -> Link:
+def _link(fits: Sequence[Fit], rings: int, spanning: Sequence[Fit] = ()) -> Link:
     """The link of one level. `rings` devices ran rings side by side and shared it; its own figures, for kinds that were
     not measured, are those of an all-reduce."""
     measured = {one.kind: replace(one.link, bandwidth=one.link.bandwidth * rings) for one in fits}
-    return replace(measured["all_reduce"], measured=measured)
+    return replace(measured["all_reduce"], measured=measured, spanning={one.kind: one.link for one in spanning})
 
 
 def toml(measured: Measured) -> str:
@@ -240,8 +290,8 @@ def toml(measured: Measured) -> str:
     text = [f"# Measured by `shardc calibrate`: {ranks}.", *_numbers(device)]
     text += ["", "[flops] # per second, of a square product of matrices"]
     text += [f"{dtype} = {rate:.4g}" for dtype, rate in device.flops.items()]
-    text += ["", *_level("inside", device.inside, measured.inside)]
-    text += ["", *_level("between", device.between, measured.between)]
+    text += ["", *_level("inside", device.inside, measured.fits)]
+    text += ["", *_level("between", device.between, measured.fits)]
     text += ["", "[algorithms]"]
     text += [f"{name} = {json.dumps(choice)}" for name, choice in device.algorithms.items()]
     return "\n".join(text) + "\n"
@@ -257,19 +307,20 @@ def _numbers(device: Hardware) -> list[str]:
     ]
 
 
-def _level(level: str, link: Link, fits: Sequence[Fit] | None) -> list[str]:
+def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[str]:
     whose = "device" if level == "inside" else "node"
-    remark = "those of all_reduce below" if fits else "not measured: this run had no such link"
+    remark = "those of all_reduce below" if level in fits else "not measured: this run had no such link"
     found = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
     found.append(f"overlap = {link.overlap:.2f} # of an all-reduce of {BENEATH} bytes, beneath products of matrices")
-    errors = {one.kind: one for one in fits or ()}
-    for kind, own in link.measured.items():
-        found += ["", f"[{level}.measured.{kind}]"]
-        if kind in errors:
-            sizes = errors[kind].points
-            reach = f"{sizes[0][0]:.0f} to {sizes[-1][0]:.0f} bytes"
-            found[-1] += f" # fitted to {len(sizes)} sizes, {reach}, none off by more than {errors[kind].error:.0%}"
-        found += _pair(own)
+    for part, links, source in (("measured", link.measured, level), ("spanning", link.spanning, "spanning")):
+        errors = {one.kind: one for one in fits.get(source, ())}
+        for kind, one in links.items():
+            found += ["", f"[{level}.{part}.{kind}]"]
+            if kind in errors:
+                sizes = errors[kind].points
+                reach = f"{sizes[0][0]:.0f} to {sizes[-1][0]:.0f} bytes"
+                found[-1] += f" # fitted to {len(sizes)} sizes, {reach}, none off by more than {errors[kind].error:.0%}"
+            found += _pair(one)
     return found
 
 
@@ -282,14 +333,14 @@ def table(measured: Measured) -> str:
     device = measured.device
     rows = [f"launch {device.launch * 1e6:.1f} us, memory {device.memory_bandwidth / 1e9:.1f} GB/s"]
     rows += [f"{dtype:<10} {rate / 1e9:10.1f} Gflop/s" for dtype, rate in device.flops.items()]
-    for level, fits in (("inside", measured.inside), ("between", measured.between)):
-        if fits is not None:
-            share = (device.inside if level == "inside" else device.between).overlap
-            rows.append(f"{level:<8} {share:.0%} of a collective's time can hide beneath what is computed")
-        for one in fits or ():
-            link = (device.inside if level == "inside" else device.between).of(one.kind)
+    for level, fits in measured.fits.items():
+        link = device.inside if level == "inside" else device.between
+        if level != "spanning":
+            rows.append(f"{level:<8} {link.overlap:.0%} of a collective's time can hide beneath what is computed")
+        for one in fits:
+            own = (link.spanning if level == "spanning" else link.measured)[one.kind]
             rows.append(
-                f"{level:<8} {one.kind:<15} {link.latency * 1e6:9.1f} us a hop  {link.bandwidth / 1e9:8.3f} GB/s  "
+                f"{level:<8} {one.kind:<15} {own.latency * 1e6:9.1f} us a hop  {own.bandwidth / 1e9:8.3f} GB/s  "
                 f"largest error of the fit {one.error:.0%}"
             )
     return "\n".join(rows)

@@ -19,6 +19,9 @@
     [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
     latency = 2e-6
     bandwidth = 300e9
+    [between.spanning.all_gather] # optional: the same along axes that have several ranks in every node
+    latency = 4e-6
+    bandwidth = 380e9
 """
 
 from __future__ import annotations
@@ -44,17 +47,20 @@ _FOLDER = Path(__file__).parent / "hardware"
 @dataclass(frozen=True)
 class Link:
     """α–β model of one network level: `latency` in seconds a hop, `bandwidth` in bytes a second, of one device inside a
-    node, of a whole node between nodes. `measured` has other values for the kinds of collectives that it names."""
+    node, of a whole node between nodes. `measured` has other values for the kinds of collectives that it names, and
+    `spanning` for those along axes that have several ranks in every node, whose rings cross alone."""
 
     latency: float
     bandwidth: float
     measured: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
+    spanning: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
     overlap: float = 0.0
     """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
 
-    def of(self, kind: str) -> Link:
-        """The link as a kind of collective sees it."""
-        return self.measured.get(kind, self)
+    def of(self, kind: str, near: int = 1) -> Link:
+        """The link as a kind of collective sees it, along an axis with so many ranks in every node."""
+        own = self.measured.get(kind, self)
+        return self.spanning.get(kind, own) if near > 1 else own
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Hardware:
         near = math.gcd(ways, node // stride) if node % stride == 0 else 1
         if mesh.size <= self.devices_per_node:
             near = ways
-        inside, between, far = self.inside.of(kind), self.between.of(kind), 1 + DISTANCE * math.log2(stride)
+        inside, between, far = self.inside.of(kind), self.between.of(kind, near), 1 + DISTANCE * math.log2(stride)
         share = between.bandwidth / min(node, stride)
         return Wires(
             near,
@@ -172,18 +178,22 @@ class _Reader:
 
     def link(self, data: Mapping[str, Any], name: str) -> Link:
         table = self.table(data, name)
-        measured = {kind: self.link(table["measured"], kind) for kind in table.get("measured", {})}
-        unknown = sorted(set(measured) - set(ALGORITHMS))
-        if unknown:
-            raise ShardcError(
-                f"hardware file {self.path}: {name}.measured names {', '.join(unknown)}; "
-                f"kinds are {', '.join(ALGORITHMS)}"
-            )
+        measured, spanning = self.by_kind(table, name, "measured"), self.by_kind(table, name, "spanning")
         latency = self.number(table, "latency", f"{name}.", least=0.0)
         overlap = self.number({"overlap": 0.0, **table}, "overlap", f"{name}.", least=0.0)
         if overlap > 1.0:
             raise ShardcError(f"hardware file {self.path}: {name}.overlap is {overlap}; it is a part, from 0 to 1")
-        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, overlap)
+        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, spanning, overlap)
+
+    def by_kind(self, table: Mapping[str, Any], name: str, part: str) -> Mapping[str, Link]:
+        found = {kind: self.link(table[part], kind) for kind in table.get(part, {})}
+        unknown = sorted(set(found) - set(ALGORITHMS))
+        if unknown:
+            raise ShardcError(
+                f"hardware file {self.path}: {name}.{part} names {', '.join(unknown)}; "
+                f"kinds are {', '.join(ALGORITHMS)}"
+            )
+        return found
 
     def algorithms(self, data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         for kind, names in data.items():
