@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
 _ENOUGH, _DEEPLY = 3e-4, 1e-3  # the same at any one price; where layers are folded
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
+_NEARLY = 2.0  # times the gap that ends the search: a proof finds what another draft would, where layers are folded
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
 _KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
@@ -161,6 +162,8 @@ class Frontier:
             ways = (self._between(prices, bound), prices) if len(prices) > 1 else (prices,)
             if value - lower <= self.close * best.cost or time.process_time() > deadline:
                 break
+            if self.trail.folds and value - lower <= _NEARLY * self.close * best.cost:
+                return ways[0]
             if not any(self._ask(way, deadline, _ROUGH) for way in ways):
                 break
             if value - lower <= _NEAR * abs(value):

@@ -21,6 +21,7 @@ from shardc.solver.problem import Array, Edge
 
 MAX_FACTOR = 2.0**22  # entries of one factor
 MAX_WORK = 2.0**26  # entries of all factors
+_MANY = 10_000  # variables from which on a second order takes longer to find than it saves
 _OUT_OF_REACH = 1e6  # score above all others
 
 
@@ -73,11 +74,11 @@ def surviving(
 
 
 def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
-    """The first of two greedy orders if it is narrow, else the better one."""
-    first = _greedy_order(sizes, edges, fill=False)
-    if first.narrow:
-        return first
-    return min(first, _greedy_order(sizes, edges, fill=True), key=lambda order: order.total)
+    """The better of two greedy orders."""
+    quick = _greedy_order(sizes, edges, fill=False)
+    if quick.narrow and len(sizes) > _MANY:
+        return quick
+    return min(_greedy_order(sizes, edges, fill=True), quick, key=lambda order: order.total)
 
 
 def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> Order:
