@@ -74,7 +74,7 @@ def surviving(
 
 
 def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
-    """The better of two greedy orders."""
+    """The better of two greedy orders; of a large network, the one that is found sooner, if it is narrow."""
     quick = _greedy_order(sizes, edges, fill=False)
     if quick.narrow and len(sizes) > _MANY:
         return quick
