@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
 _ENOUGH, _DEEPLY = 3e-4, 1e-3  # the same at any one price; where layers are folded
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
+_PART, _MOST = 0.1, 5e-3  # of what prices leave open, and of the cost at most: to gain that, no further one is asked
 _NEARLY = 2.0  # times the gap that ends the search: a proof finds what another draft would, where layers are folded
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
@@ -160,7 +161,7 @@ class Frontier:
                     dearer *= _RISE  # the best prices are known, and what they choose does not fit
                 continue
             ways = (self._between(prices, bound), prices) if len(prices) > 1 else (prices,)
-            if value - lower <= self.close * best.cost or time.process_time() > deadline:
+            if value - lower <= self._little(best.cost, lower) or time.process_time() > deadline:
                 break
             if self.trail.folds and value - lower <= _NEARLY * self.close * best.cost:
                 return ways[0]
@@ -170,13 +171,19 @@ class Frontier:
                 self._merge(bound)
         return self._proof(bound, drafts=True).prices
 
+    def _little(self, cost: float, lower: float) -> float:
+        """What better prices must promise, where a choice costs so much and so much is proved. Where no layers are
+        folded, which are yet to be mixed, that is a part of what they will leave open anyway."""
+        open_anyway = 0.0 if self.trail.folds else min(_PART * (cost - lower), _MOST * cost)
+        return max(self.close * cost, open_anyway)
+
     def proved_for(self, found: Solution, bound: float) -> Solution:
         """The same choice with what is proved for another bound."""
         return self._solution(self._point(found.choice), bound)
 
     def smallest(self) -> Solution:
-        """The choice that holds least of those found, with what is proved for its own peak."""
-        point = min(self.points, key=lambda point: point.peak)
+        """The cheapest choice that holds least of those found, with what is proved for its own peak."""
+        point = min(self.points, key=lambda point: (point.peak, point.cost))
         return self._solution(point, point.peak)
 
     def _solution(self, point: _Point, bound: float) -> Solution:
@@ -195,16 +202,16 @@ class Frontier:
         return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
     def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
-        """Solve at these prices; whether a choice was found that was not known. Where layers are folded, a draft may be
-        `rough`."""
-        draft = rough is not None and bool(self.trail.folds)
-        enough = (rough or _DEEPLY) if self.trail.folds else _ENOUGH
+        """Solve at these prices; whether a choice was found that was not known. A `rough` one is a draft."""
+        draft, folded = rough is not None, bool(self.trail.folds)
+        enough = rough or (_DEEPLY if folded else _ENOUGH)
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
             self.trail = replace(found.trail, folds=self.trail.folds)
-        self.proofs.append(Proof(prices, found.cost if draft else found.lower_bound, found.certificate, draft))
+        unproved = draft and folded
+        self.proofs.append(Proof(prices, found.cost if unproved else found.lower_bound, found.certificate, unproved))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))

@@ -116,8 +116,8 @@ def solve(
     InfeasibleError if every choice is forbidden, TimeoutError if none was found in time.
 
     `certify=False` skips the sweeps over the unreduced problem; the certificate is then as good as it comes. A search
-    with the `trail` of a network that differs in its costs starts from there. A `draft` of a network with many equal
-    layers is a choice without a bound.
+    with the `trail` of a network that differs in its costs starts from there. A `draft` is a choice as sweeps find it:
+    for a network with many equal layers without a bound, for others with that of the sweeps.
     """
     if trail is None:
         problem.check()
@@ -128,7 +128,7 @@ def solve(
         known = _unfolded(problem, trail, goal, draft)
         if draft or known.gap <= enough * abs(known.cost) or len(problem.unary) > _LARGE:
             return known
-    choice, lower = _searched(problem, goal, known.choice if known else None)
+    choice, lower = _searched(problem, goal, known.choice if known else None, draft)
     if known is not None:
         choice = min(known.choice, choice, key=lambda one: evaluate(problem, one))
         lower = max(known.lower_bound, lower)
@@ -171,12 +171,14 @@ def _solution(
     return Solution(choice, cost, cost if exact else lower, exact, certificate, trail)
 
 
-def _searched(problem: Problem, goal: _Goal, known: list[int] | None = None) -> tuple[list[int], float]:
+def _searched(
+    problem: Problem, goal: _Goal, known: list[int] | None = None, quick: bool = False
+) -> tuple[list[int], float]:
     """The best choice found, and what every choice costs at least. The search starts from the known choice."""
     network = Network(problem)
     network.shrink()
     core = network.core()
-    search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant)
+    search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant, quick)
     if known is not None:
         search.start(core.nearest(known))
     try:

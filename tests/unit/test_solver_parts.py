@@ -17,6 +17,7 @@ from shardc.solver.distinct import Table
 from shardc.solver.forest import descend, step
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.problem import Problem, Terms, evaluate
+from shardc.solver.solve import solve
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -126,3 +127,12 @@ def test_terms_are_those_that_are_evaluated(seed: int) -> None:
     changes = list(holdings.changes(before, after, part))
     np.testing.assert_allclose(changes, [holdings.timeline(after) - holdings.timeline(before)], atol=1e-12)
     assert list(holdings.changes(before, before, np.full(12, -1))) == []
+
+
+def test_the_smallest_plan_is_the_cheapest_of_its_size() -> None:
+    problem = Problem()
+    problem.add_variable("v", np.array([3.0, 2.0, 1.0]))
+    frontier = Frontier(problem, Holdings(1, [Holding(0, None, np.array([1.0, 1.0, 5.0]), 0, 0)]))
+    for value in range(3):
+        frontier.know(solve(problem), [value])
+    assert frontier.smallest().choice == [1]
