@@ -90,7 +90,7 @@ class Ranks:
 
 def fit(kind: str, algorithm: str, ranks: Ranks, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
     """The link over which `algorithm` among `ranks` takes the times of `points` (bytes, seconds), `floor` seconds of
-    each apart. At least two sizes are needed to tell latency from bandwidth."""
+    each apart, and the hops inside nodes. At least two sizes are needed to tell latency from bandwidth."""
     unit, rest = ranks.unit(kind, algorithm)
     floor += rest
     sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
@@ -155,8 +155,8 @@ class _Bench:
         if "between" in fits:
             far = _link(fits["between"], self.axes["local"], fits.get("spanning", ()))
             far = replace(far, overlap=crossing.overlap)
-        if "inside" not in fits and "between" in fits:
-            near = replace(_link(fits["between"], 1), overlap=far.overlap)
+            if "inside" not in fits:
+                near = replace(_link(fits["between"], 1), overlap=far.overlap)
         per_node = self.axes["local"] if fits else known.devices_per_node
         start = 0.0 if fits else known.start
         device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
@@ -276,8 +276,8 @@ class _Bench:
 
 
 def _link(fits: Sequence[Fit], rings: int, spanning: Sequence[Fit] = ()) -> Link:
-    """The link of one level. `rings` devices ran rings side by side and shared it; its own figures, for kinds that were
-    not measured, are those of an all-reduce."""
+    """The link of one level. `rings` devices ran rings side by side and shared it, but for those that were `spanning`,
+    which had it alone; its own figures, for kinds that were not measured, are those of an all-reduce."""
     measured = {one.kind: replace(one.link, bandwidth=one.link.bandwidth * rings) for one in fits}
     return replace(measured["all_reduce"], measured=measured, spanning={one.kind: one.link for one in spanning})
 

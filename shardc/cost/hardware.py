@@ -19,7 +19,7 @@
     [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
     latency = 2e-6
     bandwidth = 300e9
-    [between.spanning.all_gather] # optional: the same along axes that have several ranks in every node
+    [between.spanning.all_gather] # optional: the same along axes that all ranks of a node are on
     latency = 4e-6
     bandwidth = 380e9
 """
@@ -48,7 +48,7 @@ _FOLDER = Path(__file__).parent / "hardware"
 class Link:
     """α–β model of one network level: `latency` in seconds a hop, `bandwidth` in bytes a second, of one device inside a
     node, of a whole node between nodes. `measured` has other values for the kinds of collectives that it names, and
-    `spanning` for those along axes that have several ranks in every node, whose rings cross alone."""
+    `spanning`, between nodes, for those along axes whose ring crosses alone: all ranks of a node are on it."""
 
     latency: float
     bandwidth: float
@@ -57,10 +57,10 @@ class Link:
     overlap: float = 0.0
     """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
 
-    def of(self, kind: str, near: int = 1) -> Link:
-        """The link as a kind of collective sees it, along an axis with so many ranks in every node."""
+    def of(self, kind: str, alone: bool = False) -> Link:
+        """The link as a kind of collective sees it, side by side with those of a node's other devices, or alone."""
         own = self.measured.get(kind, self)
-        return self.spanning.get(kind, own) if near > 1 else own
+        return self.spanning.get(kind, own) if alone else own
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Hardware:
         near = math.gcd(ways, node // stride) if node % stride == 0 else 1
         if mesh.size <= self.devices_per_node:
             near = ways
-        inside, between, far = self.inside.of(kind), self.between.of(kind, near), 1 + DISTANCE * math.log2(stride)
+        inside, between = self.inside.of(kind), self.between.of(kind, alone=near > 1 and stride == 1)
+        far = 1 + DISTANCE * math.log2(stride)
         share = between.bandwidth / min(node, stride)
         return Wires(
             near,
@@ -179,6 +180,8 @@ class _Reader:
     def link(self, data: Mapping[str, Any], name: str) -> Link:
         table = self.table(data, name)
         measured, spanning = self.by_kind(table, name, "measured"), self.by_kind(table, name, "spanning")
+        if spanning and name != "between":
+            raise ShardcError(f"hardware file {self.path}: {name}.spanning is not read; it is a part of [between]")
         latency = self.number(table, "latency", f"{name}.", least=0.0)
         overlap = self.number({"overlap": 0.0, **table}, "overlap", f"{name}.", least=0.0)
         if overlap > 1.0:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
 _ENOUGH, _DEEPLY = 3e-4, 1e-3  # the same at any one price; where layers are folded
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
-_PART, _MOST = 0.1, 5e-3  # of what prices leave open, and of the cost at most: to gain that, no further one is asked
+_PART, _MOST = 0.1, 5e-3  # of the gap that is open, and of the cost at most: to gain that, no further price is asked
 _NEARLY = 2.0  # times the gap that ends the search: a proof finds what another draft would, where layers are folded
 _NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
 _PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
@@ -61,13 +61,14 @@ _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple o
 class Proof:
     """Prices per position, in seconds a byte; what every choice costs at least at these prices, and the certificate of
     that as far as there is one. A draft only tells what the best choice found costs. What was not `asked` here is known
-    from elsewhere."""
+    from elsewhere; what was asked in a `rough` way proves less than could be."""
 
     prices: Mapping[int, float]
     least: float
     certificate: Certificate
     draft: bool = False
     asked: bool = True
+    rough: bool = False
 
     def bound(self, bound: float) -> float:
         """What every choice costs at least that holds at most `bound` bytes."""
@@ -118,7 +119,7 @@ class Frontier:
             if took and time.process_time() + took > deadline and self._best(bound) is not None:
                 break
             prices = self._drafted(bound, deadline)
-            known = [proof.prices for proof in self.proofs if proof.asked and not proof.draft]
+            known = [proof.prices for proof in self.proofs if proof.asked and not proof.rough]
             start = time.process_time()
             if prices in known or (known and start > deadline):
                 break
@@ -172,10 +173,10 @@ class Frontier:
         return self._proof(bound, drafts=True).prices
 
     def _little(self, cost: float, lower: float) -> float:
-        """What better prices must promise, where a choice costs so much and so much is proved. Where no layers are
-        folded, which are yet to be mixed, that is a part of what they will leave open anyway."""
-        open_anyway = 0.0 if self.trail.folds else min(_PART * (cost - lower), _MOST * cost)
-        return max(self.close * cost, open_anyway)
+        """What better prices must promise, where a choice costs so much and so much seems to be proved: the gap that
+        ends the search, or, but for folded layers, which are yet to be mixed, a part of the gap that is open."""
+        part = 0.0 if self.trail.folds else min(_PART * (cost - lower), _MOST * cost)
+        return max(self.close * cost, part)
 
     def proved_for(self, found: Solution, bound: float) -> Solution:
         """The same choice with what is proved for another bound."""
@@ -202,7 +203,8 @@ class Frontier:
         return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
     def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
-        """Solve at these prices; whether a choice was found that was not known. A `rough` one is a draft."""
+        """Solve at these prices; whether a choice was found that was not known. What is `rough` is a draft; but for
+        folded layers, that proves something too."""
         draft, folded = rough is not None, bool(self.trail.folds)
         enough = rough or (_DEEPLY if folded else _ENOUGH)
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
@@ -210,8 +212,8 @@ class Frontier:
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
             self.trail = replace(found.trail, folds=self.trail.folds)
-        unproved = draft and folded
-        self.proofs.append(Proof(prices, found.cost if unproved else found.lower_bound, found.certificate, unproved))
+        least = found.cost if draft and folded else found.lower_bound
+        self.proofs.append(Proof(prices, least, found.certificate, draft and folded, rough=draft))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))

@@ -6,7 +6,8 @@
 *Elimination.* To eliminate `v`, add up all factors (unary costs and tables) that mention it, `f(x_v, x_A)` over its
 neighbours `A`, and put `g(x_A) = min_xv f` in their place. The order matters: a factor has one dimension per
 neighbour. Two greedy orders are tried, the one with the smallest factor (weight) and the one that adds the least table
-mass (fill), on sizes alone, and the cheaper is carried out if its factors fit the limits.
+mass (fill), on sizes alone, and the cheaper is carried out if its factors fit the limits; of a large network the first,
+if it fits.
 """
 
 import heapq

@@ -31,7 +31,7 @@ _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
 class Search:
     """The search over the network of a bound, to a gap of `enough` times the cost, of which `constant` is a part that
-    the network lacks. A `quick` one adds no triplets and does not branch."""
+    the network lacks. A `quick` one adds no triplets, and branches only where it has no choice yet."""
 
     def __init__(
         self, bound: Bound, deadline: float, enough: float = TOLERANCE, constant: float = 0.0, quick: bool = False

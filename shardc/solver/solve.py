@@ -116,8 +116,8 @@ def solve(
     InfeasibleError if every choice is forbidden, TimeoutError if none was found in time.
 
     `certify=False` skips the sweeps over the unreduced problem; the certificate is then as good as it comes. A search
-    with the `trail` of a network that differs in its costs starts from there. A `draft` is a choice as sweeps find it:
-    for a network with many equal layers without a bound, for others with that of the sweeps.
+    with the `trail` of a network that differs in its costs starts from there. A `draft` goes without
+    triplets, and for a network with many equal layers without a bound.
     """
     if trail is None:
         problem.check()

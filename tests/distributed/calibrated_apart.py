@@ -22,6 +22,6 @@ if mesh.rank == 0:
     print(path.read_text(), table(measured), sep="\n")
     loaded = hardware(path)
     for kind in ALGORITHMS:
-        own, apart = loaded.between.of(kind, near=2), loaded.between.of(kind)
+        own, apart = loaded.between.of(kind, alone=True), loaded.between.of(kind)
         assert own == loaded.between.spanning[kind] != apart == loaded.between.measured[kind]
         assert loaded.collective_seconds(kind, 1e6, Mesh.parse("all=4"), "all") > loaded.launch

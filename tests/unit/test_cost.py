@@ -128,6 +128,7 @@ GOOD = (Path(__file__).parents[2] / "shardc/cost/hardware/h100.toml").read_text(
         ('"tree"', '"shrub"', "algorithms.all_reduce is .*'shrub'.*some of ring, tree, star, direct, hierarchical"),
         ("all_reduce = [", "allreduce = [", "no collective is called 'allreduce'; they are all_gather,"),
         ("[between]", "[inside.measured.gather]\nlatency = 1\nbandwidth = 1\n[between]", "measured names gather"),
+        ("[between]", "[inside.spanning.permute]\nlatency = 1\nbandwidth = 1\n[between]", "spanning is not read"),
         ("[flops]", "[flops", "h100.toml is no TOML"),
     ],
 )
@@ -172,11 +173,16 @@ def test_a_fit_along_an_axis_that_spans_nodes_finds_the_link_between_them(kind: 
 def test_links_along_axes_that_span_nodes_have_figures_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD + "\n[between.spanning.all_gather]\nlatency = 1e-3\nbandwidth = 1e6\n")
-    device, plain, mesh = hardware(path), hardware("h100"), Mesh.parse("dp=16,tp=4")
-    for kind, axis, same in (("all_gather", "dp", False), ("all_reduce", "dp", True), ("all_gather", "tp", True)):
-        one, other = (each.collective_seconds(kind, 1e6, mesh, axis) for each in (device, plain))
-        assert (one == other) == same, (kind, axis)
-    assert device.collective_seconds("all_gather", 0.0, Mesh.parse("n=8,g=8"), "n") < 1e-3  # one rank a node
+    device, plain = hardware(path), hardware("h100")
+    for kind, mesh, axis, same in (
+        ("all_gather", "pp=2,tp=16", "tp", False),
+        ("all_reduce", "pp=2,tp=16", "tp", True),
+        ("all_gather", "pp=2,tp=16", "pp", True),  # one rank a node
+        ("all_gather", "dp=16,tp=4", "dp", True),  # two, but rings of four devices side by side
+        ("all_gather", "dp=16,tp=4", "tp", True),  # within a node
+    ):
+        one, other = (each.collective_seconds(kind, 1e6, Mesh.parse(mesh), axis) for each in (device, plain))
+        assert (one == other) == same, (kind, mesh, axis)
 
 
 def test_a_fit_to_noise_has_a_bandwidth_all_the_same() -> None:

@@ -17,6 +17,7 @@ from shardc.solver.distinct import Table
 from shardc.solver.forest import descend, step
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.problem import Problem, Terms, evaluate
+from shardc.solver.search import Search
 from shardc.solver.solve import solve
 
 
@@ -136,3 +137,17 @@ def test_the_smallest_plan_is_the_cheapest_of_its_size() -> None:
     for value in range(3):
         frontier.know(solve(problem), [value])
     assert frontier.smallest().choice == [1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_adds_no_triplets_and_proves_what_it_says(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frustrated cycles, which sweeps do not close, and no elimination, which would."""
+    problem = random_network(10, 0.6, seed)
+    best = solve(problem, certify=False)
+    monkeypatch.setattr(Search, "_eliminated", lambda *_: False)
+    whole = solve(problem, certify=False)
+    assert best.exact and whole.exact and whole.cost == pytest.approx(best.cost)
+    monkeypatch.setattr(Search, "_tightened", None)
+    draft = solve(problem, certify=False, draft=True)
+    assert evaluate(problem, draft.choice) == draft.cost
+    assert draft.lower_bound < best.cost * (1.0 - 1e-6) and best.cost <= draft.cost * (1.0 + 1e-9)
