@@ -16,6 +16,7 @@ import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -240,12 +241,11 @@ class _Run:
         return node.meta["layout"].local_shape(self.mesh)
 
     def _made(self, node: fx.Node, storages: list[int]) -> list[_Made | None]:
-        """What torch's meta kernel makes; for functions of the runtime, new tensors of the layouts' sizes."""
+        """What torch's meta kernel makes. For functions of the runtime, and operators that have no such kernel or one
+        that asks for values, new tensors of the layouts' sizes: all views have one."""
         if isinstance(node.target, torch._ops.OpOverload):
-            try:
+            with suppress(RuntimeError, TypeError):  # as kernels say so (NotImplementedError is a RuntimeError)
                 return self._by_meta_kernel(node, storages)
-            except (RuntimeError, NotImplementedError, TypeError):  # no meta kernel, or one that asks for values
-                pass
         if node.meta.get("layout") is not None:
             return [self._contiguous(node)]
         elements = {user.args[1]: self._contiguous(user) for user in node.users if user.target is operator.getitem}

@@ -68,31 +68,20 @@ class Measured:
     fits: Mapping[str, tuple[Fit, ...]]
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How the ranks of a measured axis are linked: over one link each, or, with `near` of them in every one of `nodes`
-    nodes, over those between nodes where a hop `inside` takes so many seconds."""
-
-    near: int
-    nodes: int = 1
-    inside: float = 0.0
-
-    def unit(self, kind: str, algorithm: str) -> tuple[Line, float]:
-        """The algorithm over a link of one second a hop and one second a byte, and the seconds of its other hops."""
-        if self.nodes == 1:
-            return lines(kind, (algorithm,), Wires(self.near, 1, Line(1.0, 1.0), Line(0.0, 0.0)))[0], 0.0
-        slow, quick = (
-            lines(kind, (algorithm,), Wires(self.near, self.nodes, Line(hop, 0.0), Line(1.0, 1.0)))[0]
-            for hop in (self.inside, 0.0)
-        )
-        return quick, slow.latency - quick.latency
+def wiring(nodes: int, near: int = 1, inside: float = 0.0) -> Wires:
+    """An axis with `near` ranks in each of `nodes` nodes, where a hop takes `inside` seconds, and no byte any time that
+    counts. On the link that is to be found, between nodes or, along an axis inside one, between ranks that stand for
+    nodes, a hop and a byte take a second each."""
+    return Wires(near, nodes, Line(inside, 0.0), Line(1.0, 1.0))
 
 
-def fit(kind: str, algorithm: str, ranks: Ranks, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
-    """The link over which `algorithm` among `ranks` takes the times of `points` (bytes, seconds), `floor` seconds of
-    each apart, and the hops inside nodes. At least two sizes are needed to tell latency from bandwidth."""
-    unit, rest = ranks.unit(kind, algorithm)
-    floor += rest
+def fit(kind: str, algorithm: str, wires: Wires, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
+    """The link over which `algorithm` takes the times of `points` (bytes, seconds), `floor` seconds of each apart, and
+    the hops inside nodes (see `wiring`). At least two sizes are needed to tell latency from bandwidth."""
+    unit, whole = (
+        lines(kind, (algorithm,), wired)[0] for wired in (wires._replace(inside=Line(0.0, 0.0)), wires)
+    )
+    floor += whole.latency - unit.latency
     sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
     roots = np.sqrt(seconds)
     hops, moved = unit.latency / roots, unit.per_byte * sizes / roots
@@ -167,18 +156,19 @@ class _Bench:
     ) -> dict[str, tuple[Fit, ...]]:
         """What each kind of collective makes of the links, by level."""
         found: dict[str, tuple[Fit, ...]] = {}
-        for level, axis in (("inside", "local"), ("between", "node")):
-            ranks = Ranks(self.axes[axis])
-            if ranks.near > 1:
-                times = {kind: self.times(kind, axis) for kind in ALGORITHMS}
-                found[level] = tuple(fit(k, algorithms[k][0], ranks, launch, points) for k, points in times.items())
-        if crossing.times:
-            hops = {one.kind: one.link.latency for one in found["inside"]}
-            near, nodes = self.axes["local"], self.axes["node"]
-            found["spanning"] = tuple(
-                fit(kind, algorithms[kind][0], Ranks(near, nodes, hops[kind]), launch, points)
-                for kind, points in crossing.times.items()
+
+        def add(level: str, times: Mapping[str, list[tuple[float, float]]], nodes: int, near: int = 1) -> None:
+            hops = {one.kind: one.link.latency for one in found.get("inside", ())}
+            found[level] = tuple(
+                fit(kind, algorithms[kind][0], wiring(nodes, near, hops.get(kind, 0.0)), launch, points)
+                for kind, points in times.items()
             )
+
+        for level, axis in (("inside", "local"), ("between", "node")):
+            if self.axes[axis] > 1:
+                add(level, {kind: self.times(kind, axis) for kind in ALGORITHMS}, self.axes[axis])
+        if crossing.times:
+            add("spanning", crossing.times, self.axes["node"], self.axes["local"])
         return found
 
     def crossing(self, axis: str, near: int) -> _Crossing:

@@ -175,7 +175,7 @@ class Bench:
             pairs = zip(shapes, self.dtypes, strict=True)
             try:
                 self.call.run([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs], numbers)
-            except NotImplementedError:  # it has no such kernel
+            except NotImplementedError:  # there is no such kernel to object: the real one will be run and compared
                 return True
             except Exception:
                 return False

@@ -60,15 +60,14 @@ _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple o
 @dataclass(frozen=True)
 class Proof:
     """Prices per position, in seconds a byte; what every choice costs at least at these prices, and the certificate of
-    that as far as there is one. A draft only tells what the best choice found costs. What was not `asked` here is known
-    from elsewhere; what was asked in a `rough` way proves less than could be."""
+    that as far as there is one. A draft only tells what the best choice found costs. A `fine` one proves what a
+    search at these prices can; others are rough, or known from elsewhere."""
 
     prices: Mapping[int, float]
     least: float
     certificate: Certificate
     draft: bool = False
-    asked: bool = True
-    rough: bool = False
+    fine: bool = False
 
     def bound(self, bound: float) -> float:
         """What every choice costs at least that holds at most `bound` bytes."""
@@ -104,7 +103,7 @@ class Frontier:
         once."""
         draft = not math.isfinite(free.lower_bound)
         least = free.cost if draft else free.lower_bound
-        self.proofs.append(Proof({}, least, Certificate({}), draft, asked=False))  # theirs is of another network
+        self.proofs.append(Proof({}, least, Certificate({}), draft))  # theirs is of another network
         self.points.append(self._point(choice))
         self.trail = self.trail.at(choice)
 
@@ -119,7 +118,7 @@ class Frontier:
             if took and time.process_time() + took > deadline and self._best(bound) is not None:
                 break
             prices = self._drafted(bound, deadline)
-            known = [proof.prices for proof in self.proofs if proof.asked and not proof.rough]
+            known = [proof.prices for proof in self.proofs if proof.fine]
             start = time.process_time()
             if prices in known or (known and start > deadline):
                 break
@@ -213,7 +212,7 @@ class Frontier:
         if found.trail is not None:
             self.trail = replace(found.trail, folds=self.trail.folds)
         least = found.cost if draft and folded else found.lower_bound
-        self.proofs.append(Proof(prices, least, found.certificate, draft and folded, rough=draft))
+        self.proofs.append(Proof(prices, least, found.certificate, draft and folded, fine=not draft))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))

@@ -31,12 +31,12 @@ _MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
 class Search:
     """The search over the network of a bound, to a gap of `enough` times the cost, of which `constant` is a part that
-    the network lacks. A `quick` one adds no triplets, and branches only where it has no choice yet."""
+    the network lacks. A `draft` adds no triplets, and branches only where it has no choice yet."""
 
     def __init__(
-        self, bound: Bound, deadline: float, enough: float = TOLERANCE, constant: float = 0.0, quick: bool = False
+        self, bound: Bound, deadline: float, enough: float = TOLERANCE, constant: float = 0.0, draft: bool = False
     ) -> None:
-        self.deadline, self.enough, self.constant, self.quick = deadline, enough, constant, quick
+        self.deadline, self.enough, self.constant, self.draft = deadline, enough, constant, draft
         self.bound = bound
         self.values = [np.arange(len(cost)) for cost in bound.unary]  # what the bound's values are in the core
         self.choice: list[int] | None = None
@@ -97,7 +97,7 @@ class Search:
         """A better bound leaves less to search, a better incumbent less to bound: in turns, as long as either helps."""
         while True:
             before = self.upper
-            if (not self.quick and self._tightened()) or self._dived():
+            if (not self.draft and self._tightened()) or self._dived():
                 return True
             if self.choice is None or not self.upper < before:
                 return self._late() and self.choice is not None
@@ -185,7 +185,7 @@ class Search:
         from shardc.solver.milp import solve_milp  # scipy takes a second to import, and few problems come this far
 
         pairs = sum(t.size for t in self.bound.tables_by_edge().values())
-        if self.choice is not None and (self.quick or self._late() or pairs > _PAIRS):
+        if self.choice is not None and (self.draft or self._late() or pairs > _PAIRS):
             return
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant

@@ -116,8 +116,8 @@ def solve(
     InfeasibleError if every choice is forbidden, TimeoutError if none was found in time.
 
     `certify=False` skips the sweeps over the unreduced problem; the certificate is then as good as it comes. A search
-    with the `trail` of a network that differs in its costs starts from there. A `draft` goes without
-    triplets, and for a network with many equal layers without a bound.
+    with the `trail` of a network that differs in its costs starts from there. A `draft` goes without triplets,
+    and for a network with many equal layers without a bound.
     """
     if trail is None:
         problem.check()
@@ -172,13 +172,13 @@ def _solution(
 
 
 def _searched(
-    problem: Problem, goal: _Goal, known: list[int] | None = None, quick: bool = False
+    problem: Problem, goal: _Goal, known: list[int] | None = None, draft: bool = False
 ) -> tuple[list[int], float]:
     """The best choice found, and what every choice costs at least. The search starts from the known choice."""
     network = Network(problem)
     network.shrink()
     core = network.core()
-    search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant, quick)
+    search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant, draft)
     if known is not None:
         search.start(core.nearest(known))
     try:

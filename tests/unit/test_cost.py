@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardc.cost.calibrate import Ranks, fit
+from shardc.cost.calibrate import fit, wiring
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import ShardcError
@@ -156,7 +156,7 @@ def test_a_file_by_its_path(tmp_path: Path) -> None:
 def test_a_fit_finds_the_link_that_made_the_times(kind: str) -> None:
     device, mesh = replace(PLAIN, inside=Link(3e-5, 2e9)), Mesh.parse("tp=4")
     times = [(size, device.collective_seconds(kind, size, mesh, "tp") + 1e-6) for size in (1e3, 1e4, 1e5, 1e6)]
-    found = fit(kind, TEXTBOOK[kind][0], Ranks(4), 1e-6, times)
+    found = fit(kind, TEXTBOOK[kind][0], wiring(4), 1e-6, times)
     assert found.link.latency == pytest.approx(3e-5) and found.link.bandwidth == pytest.approx(2e9)
     assert found.error < 1e-6
 
@@ -166,7 +166,7 @@ def test_a_fit_along_an_axis_that_spans_nodes_finds_the_link_between_them(kind: 
     far = Link(7e-5, 5e7)
     device, mesh = replace(PLAIN, inside=Link(3e-5, 2e9), between=far, devices_per_node=2), Mesh.parse("all=6")
     times = [(size, device.collective_seconds(kind, size, mesh, "all")) for size in (1e3, 1e4, 1e5, 1e6)]
-    found = fit(kind, TEXTBOOK[kind][0], Ranks(2, 3, 3e-5), device.launch + device.start, times)
+    found = fit(kind, TEXTBOOK[kind][0], wiring(3, 2, 3e-5), device.launch + device.start, times)
     assert found.link.latency == pytest.approx(far.latency) and found.link.bandwidth == pytest.approx(far.bandwidth)
 
 
@@ -187,7 +187,7 @@ def test_links_along_axes_that_span_nodes_have_figures_of_their_own(tmp_path: Pa
 
 def test_a_fit_to_noise_has_a_bandwidth_all_the_same() -> None:
     """Small calls of a slow backend show nothing but latency; a bandwidth of zero or of infinity would be no link."""
-    found = fit("all_gather", "ring", Ranks(2), 1e-6, [(1e3, 2e-3), (2e3, 1e-3)])
+    found = fit("all_gather", "ring", wiring(2), 1e-6, [(1e3, 2e-3), (2e3, 1e-3)])
     assert 0 < found.link.bandwidth < float("inf") and found.error < 1
-    floor = fit("all_gather", "ring", Ranks(2), 1.0, [(1e3, 2e-3), (2e3, 1e-3)])
+    floor = fit("all_gather", "ring", wiring(2), 1.0, [(1e3, 2e-3), (2e3, 1e-3)])
     assert floor.link.latency == 0.0  # all is within it

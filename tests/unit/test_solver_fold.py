@@ -150,8 +150,8 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
     known: list[list[int]] = []
 
-    def nothing_better(problem: Problem, _: object, choice: list[int], quick: bool) -> tuple[list[int], float]:
-        assert not quick
+    def nothing_better(problem: Problem, _: object, choice: list[int], draft: bool) -> tuple[list[int], float]:
+        assert not draft
         known.append(choice)
         return [0] * len(problem.unary), 0.5 * best.cost
 
