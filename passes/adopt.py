@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from shardc.cost.conversion import Splits
-from shardc.rules.factoring import Factored, Key, Op
+from shardc.rules.factored import Factored, Key, Op
 from shardc.solver.network import Assignment, Network
-from shardc.solver.strategies import legal, shape_of
+from shardc.solver.strategies import legal
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def adopt(network: Network, choice: Choice) -> Assignment | None:
         return None
     found = Assignment({}, {}, {}, {})
     for before, after in zip(old.ops, new.ops, strict=True):
-        strategy, shape = choice.assignment.strategies[before.node], shape_of(new, after)
+        strategy, shape = choice.assignment.strategies[before.node], network.options_of(after).shape
         if not _alike(before, after) or not legal(shape, strategy, network.mesh):
             return None
         found.strategies[after.node], found.shapes[after.node] = strategy, shape

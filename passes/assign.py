@@ -15,7 +15,7 @@ from shardc.cost.memory import States
 from shardc.errors import InfeasibleError, ShardcError
 from shardc.mesh import Mesh
 from shardc.printing import in_bytes
-from shardc.rules.factoring import Factored, Key
+from shardc.rules.factored import Factored, Key
 from shardc.solver.budget import Frontier
 from shardc.solver.holdings import Prices
 from shardc.solver.keeping import KeepingNetwork

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from shardc.answers import Assumption
 from shardc.graph import Role
-from shardc.rules.factoring import Factored, carried
+from shardc.rules.factored import Factored
 from shardc.solver.network import Assignment, Network
 from shardc.solver.strategies import Shape, Strategy, legal
 
@@ -64,8 +64,8 @@ def _uses(network: Network, assignment: Assignment) -> Iterator[tuple[int, Axes,
     for op in factored.ops:
         strategy, shape = assignment.strategies[op.node], network.options_of(op).shape
         if any(strategy.split):
-            for item in (*op.operands, *op.results):
-                for ref, factor in carried(factored, item, op.factors):
+            for item, carried in zip(op.items, op.kind.carried, strict=True):
+                for ref, factor in zip(item.value.leaves, carried, strict=True):
                     if factor is not None and strategy.split[factor]:
                         yield factored.atoms.piece(ref), strategy.split[factor], (shape, factor)
     program = factored.program

@@ -22,7 +22,7 @@ from torch import fx
 
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-from shardc.rules.factoring import Op
+from shardc.rules.factored import Op
 from shardc.rules.notation import Size
 from shardc.runtime import indexing
 from shardc.runtime.parts import Part

@@ -17,7 +17,7 @@ from torch import fx
 
 from shardc.graph import Program, value_of
 from shardc.rules.borrowed import body_of
-from shardc.rules.builder import Builder
+from shardc.rules.builder import Builder, Values
 from shardc.rules.decompositions import DECOMPOSITIONS
 from shardc.rules.factoring import VIEWS
 from shardc.rules.notation import maker_of
@@ -27,24 +27,25 @@ from shardc.runtime.random import DRAWS
 def normalize(program: Program) -> Program:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     graph = program.graph
-    _rewrite(graph)
+    _rewrite(graph, Values())
     # draws stay, needed or not: they move the random stream
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in DRAWS)
     return program
 
 
-def _rewrite(graph: fx.Graph) -> None:
+def _rewrite(graph: fx.Graph, values: Values) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         decomposition = DECOMPOSITIONS.get(node.target)
-        results = None
+        if decomposition is None and _known(node):
+            continue
         with graph.inserting_before(node):
-            builder = Builder(graph, node)
+            builder = Builder(graph, node, values)
             if decomposition is not None:
                 results = decomposition(builder, *node.args, **node.kwargs)
-            elif not _known(node):
-                results = _borrowed(graph, node)
+            else:
+                results = _borrowed(graph, node, values)
             results = _cast(builder, results, value_of(node)) if results is not None else None
         if results is not None:
             _replace(node, results)
@@ -55,12 +56,12 @@ def _known(node: fx.Node) -> bool:
     return node.target in VIEWS or maker_of(node.target) is not None
 
 
-def _borrowed(graph: fx.Graph, node: fx.Node) -> Any:
+def _borrowed(graph: fx.Graph, node: fx.Node, values: Values) -> Any:
     """torch's own decomposition of a call, if all that it comes down to is known; None if not."""
     body = body_of(node)
     if body is None:
         return None
-    _rewrite(body)
+    _rewrite(body, values)
     calls = [inner for inner in body.nodes if inner.op == "call_function"]
     if not all(inner.target is operator.getitem or _known(inner) for inner in calls):
         return None

@@ -16,7 +16,7 @@ from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Program, Role, where
 from shardc.halves import halves
-from shardc.layout import SHORT_DTYPES
+from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 from shardc.passes.adopt import Choice, adopt
 from shardc.passes.arrange import arrange, smallest
@@ -33,12 +33,14 @@ from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Memory, Placed, Plan, Tried
 from shardc.printing import show
-from shardc.rules.factoring import Factored, Key, factor, layout_of
+from shardc.rules.factored import Factored, Key
+from shardc.rules.factoring import factor
 from shardc.solver.network import Accepts, Assignment, Network
 from shardc.solver.solve import Solution
 from shardc.solver.strategies import make
 
 Result = TypeVar("Result")
+Layouts = dict[fx.Node, Layout]
 PASSES = (
     "capture", "normalize", "retile", "propagate", "assign", "reshard", "localize", "bucket", "overlap", "codegen",
 )  # fmt: skip
@@ -85,29 +87,28 @@ def lower(
         phases[name] = phases.get(name, 0.0) + time.process_time() - start
         return result
 
-    def keep(name: str, graph: fx.Graph) -> None:
-        graphs[name] = show(graph, mesh)
+    def keep(name: str, graph: fx.Graph, layouts: Callable[[], Layouts] = dict) -> None:
+        graphs[name] = show(graph, mesh, layouts)
 
     keep("capture", program.graph)
     timed("normalize", lambda: normalize(program))
     keep("normalize", program.graph)
     factored = timed("factor", lambda: factor(program))
+    graphs["retile"] = graphs["normalize"]
     if timed("retile", lambda: retile(factored, mesh, settings.parameters)):
         factored = timed("factor", lambda: factor(program))
+        keep("retile", program.graph)
     if settings.on_unknown == "error":
         refuse_unknown(factored)
-    keep("retile", program.graph)
     constraints = collect(factored, mesh, settings.parameters)
     spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
-    _annotate(factored, spread.axes)
-    keep("propagate", program.graph)
+    keep("propagate", program.graph, lambda: _spread(factored, spread.axes))
     wishes = spread.wishes() if settings.mode == "propagate" else {}
     localized = Localized(program, settings)
     network, assignment, solution = timed(
         "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known, localized)
     )
-    _annotate_choice(network, assignment)
-    keep("assign", program.graph)
+    keep("assign", program.graph, lambda: _spread(factored, spread.axes) | _chosen(network, assignment))
     lowered, graphs["reshard"], titles, unknown = timed("reshard", lambda: localized(network, assignment))
     keep("localize", lowered)
     pace = Pace(network, settings.device)
@@ -185,30 +186,21 @@ def _choose(
     return assign_within(*asked, Budget(settings.memory, settings.states), localized.peak)
 
 
-def _annotate(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> None:
-    for node, value in factored.values.items():
-        held = dict(zip(factored.leaves(value.key), axes[value.key], strict=True))
-        _describe(factored, node, held)
+def _spread(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> Layouts:
+    """The layouts of values as constraints spread, by node."""
+    return {node: value.form.layout_on(tuple(axes[value.key])) for node, value in factored.values.items()}
 
 
-def _annotate_choice(network: Network, assignment: Assignment) -> None:
-    factored = network.factored
-    for op in factored.ops:
+def _chosen(network: Network, assignment: Assignment) -> Layouts:
+    """The layouts in which operators make their results, by node."""
+    found: Layouts = {}
+    for op in network.factored.ops:
         for index, result in enumerate(op.results):
             splits = make(assignment.shapes[op.node], assignment.strategies[op.node], index, network.mesh)
-            held = dict(zip(factored.leaves(result.key), splits.axes, strict=True))
-            for node in (op.node, *op.node.users):
-                value = factored.values.get(node)
-                if value is not None and value.key == result.key and value is result.value:
-                    _describe(factored, node, held, splits.partial)
-
-
-def _describe(
-    factored: Factored, node: fx.Node, held: Mapping[tuple[int, tuple[int, ...]], tuple[str, ...]],
-    partial: tuple[tuple[str, str], ...] = (),
-) -> None:  # fmt: skip
-    node.meta["layout"] = layout_of(factored, factored.values[node], held, partial)
-    node.meta["dtype"] = node.meta["val"].dtype
+            layout = result.value.form.layout_on(splits.axes, splits.partial)
+            named = (op.node, *op.node.users)  # the results of an operator that has several
+            found |= {node: layout for node in named if network.factored.values.get(node) is result.value}
+    return found
 
 
 def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tuple[Conversion, ...]:

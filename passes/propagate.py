@@ -23,7 +23,7 @@ from shardc.errors import ConstraintError, InfeasibleError, LayoutError
 from shardc.graph import Port, value_of, where
 from shardc.mesh import Mesh
 from shardc.rules.atoms import Ref
-from shardc.rules.factoring import Factored, Key, Op, Operand, Result, Value, carried
+from shardc.rules.factored import Factored, Key, Op, Value
 from shardc.solver.network import Accepts
 
 Axes = tuple[str, ...]
@@ -147,7 +147,7 @@ def propagate(factored: Factored, mesh: Mesh, constraints: list[Constraint]) -> 
         _seed(factored, mesh, constraint, state, origin)
     if not constraints:
         return state
-    places = {op.node: _places(factored, op) for op in factored.ops}
+    places = {op.node: _places(op) for op in factored.ops}
     elementwise = [op for op in factored.ops if len({op.rule.results[0], *op.rule.operands}) == 1]
     for ops in (elementwise, factored.ops):
         while any([_spread(mesh, op, places[op.node], state, origin) for op in (*ops, *reversed(ops))]):
@@ -221,15 +221,13 @@ def _spread(
     return changed
 
 
-def _places(factored: Factored, op: Op) -> list[list[tuple[Key, int]]]:
+def _places(op: Op) -> list[list[tuple[Key, int]]]:
     """Per factor of an operator, the base leaves that carry it."""
     found: list[list[tuple[Key, int]]] = [[] for _ in op.factors]
-    items: list[Operand | Result] = [*op.operands, *op.results]
-    for item in items:
-        position = {ref: i for i, ref in enumerate(factored.leaves(item.value.key))}
-        for ref, factor in carried(factored, item, op.factors):
-            if factor is not None and ref in position:
-                found[factor].append((item.value.key, position[ref]))
+    for item, carried in zip(op.items, op.kind.carried, strict=True):
+        for place, factor in zip(item.value.form.places, carried, strict=True):
+            if factor is not None and place is not None:
+                found[factor].append((item.value.key, place))
     return found
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,14 +29,16 @@ from torch.fx.node import map_arg
 
 from shardc.cost.conversion import Splits, Step, apply
 from shardc.graph import Port, Role, value_of
-from shardc.rules.atoms import Ref
-from shardc.rules.factoring import Factored, Key, Op, Value, carried, layout_of, tensor_arguments
+from shardc.layout import Layout
+from shardc.mesh import Mesh
+from shardc.rules.factored import Factored, Form, Key, Kind, Op
+from shardc.rules.factoring import tensor_arguments
 from shardc.runtime import collectives
 from shardc.solver.network import Assignment, Network, base_demand
-from shardc.solver.strategies import demand, make
+from shardc.solver.strategies import Shape, Strategy, demand, make
 
 aten = torch.ops.aten
-Held = dict[Ref, tuple[str, ...]]
+Axes = tuple[tuple[str, ...], ...]
 
 
 def reshard(network: Network, assignment: Assignment) -> fx.Graph:
@@ -50,7 +53,22 @@ class _Part:
     def __init__(self) -> None:
         self.held: dict[Key, dict[Splits, fx.Node]] = {}  # every layout in which a base value exists so far
         self.origin: dict[Key, Splits] = {}
-        self.views: dict[tuple[fx.Node, Splits, frozenset[tuple[Ref, tuple[str, ...]]]], fx.Node] = {}
+        self.views: dict[tuple[fx.Node, Splits, Axes], fx.Node] = {}
+
+
+class _Layouts:
+    """What a strategy demands and makes, of every operator of a kind: per operand the layout of its base value and the
+    axes of its own atoms, per result the layout."""
+
+    def __init__(self, op: Op, shape: Shape, strategy: Strategy, mesh: Mesh) -> None:
+        self.operands = [
+            (
+                demand(shape, strategy, index, mesh),
+                tuple([() if factor is None else strategy.split[factor] for factor in op.kind.carried[index]]),
+            )
+            for index in range(len(op.operands))
+        ]
+        self.results = [make(shape, strategy, index, mesh) for index in range(len(op.results))]
 
 
 class _Rewrite:
@@ -65,6 +83,7 @@ class _Rewrite:
         self.now: fx.Node | None = None
         self.repeated: set[fx.Node] = set()
         self.made: dict[int, fx.Node | None] = {}
+        self.known: dict[tuple[Kind, Strategy], _Layouts] = {}
         self.by_node = {op.node: op for op in self.factored.ops}
         self.places = {op.node: place for place, op in enumerate(self.factored.ops)}
         program = self.factored.program
@@ -123,70 +142,58 @@ class _Rewrite:
 
     def _operator(self, op: Op) -> None:
         shape, strategy = self.assignment.shapes[op.node], self.assignment.strategies[op.node]
-        if op.node.op == "placeholder":
-            new = self.graph.placeholder(op.node.name)
+        if (op.kind, strategy) not in self.known:
+            self.known[op.kind, strategy] = _Layouts(op, shape, strategy, self.mesh)
+        layouts, old = self.known[op.kind, strategy], op.node
+        if old.op == "placeholder":
+            new = self.graph.placeholder(old.name)
         else:
-            operands: list[fx.Node] = []
-            for index, operand in enumerate(op.operands):
-                held = {
-                    ref: strategy.split[f] for ref, f in carried(self.factored, operand, op.factors) if f is not None
-                }
-                operands.append(self._value(operand.node, demand(shape, strategy, index, self.mesh), held))
-            supply = iter(operands)
-            wanted = set(tensor_arguments(op.node))
-            arguments = (op.node.args, dict(op.node.kwargs))
-            args, kwargs = map_arg(arguments, lambda n: next(supply) if n in wanted else n)
-            new = self._call(op.node.target, args, kwargs)
-        new.meta = {"op": op, "shape": shape, "strategy": strategy}
-        several = isinstance(value_of(op.node), (tuple, list))
-        used = [user.args[1] for user in op.node.users if user.target is operator.getitem] if several else [0]
-        new.meta["dtype"] = None
-        self._provenance(new, op.node)
-        for index, result in enumerate(op.results):
+            operands = zip(op.operands, layouts.operands, strict=True)
+            supply = iter([self._value(operand.node, splits, own) for operand, (splits, own) in operands])
+            wanted = set(tensor_arguments(old))
+            args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
+            new = self._call(old.target, args, kwargs)
+        new.meta = {"op": op, "shape": shape, "strategy": strategy, "dtype": None}
+        several = isinstance(value_of(old), (tuple, list))
+        used = [user.args[1] for user in old.users if user.target is operator.getitem] if several else [0]
+        self._provenance(new, old)
+        for result, splits in zip(op.results, layouts.results, strict=True):
             if result.key[1] not in used:
                 continue
-            splits = make(shape, strategy, index, self.mesh)
             node = self._call(operator.getitem, (new, result.key[1])) if several else new
             if several:
-                self._provenance(node, op.node)
-            self._describe(node, result.key, result.value, splits, self._base_held(result.key, splits))
+                self._provenance(node, old)
+            self._describe(node, result.key, result.value.form.layout_on(splits.axes, splits.partial))
             self.here.held[result.key] = {splits: node}
             self.here.origin[result.key] = splits
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-        return self.graph.create_node("call_function", target, args, kwargs or {}, name=name.strip("_"))
-
-    def _base_held(self, key: Key, splits: Splits) -> Held:
-        return dict(zip(self.factored.leaves(key), splits.axes, strict=True))
+        return self.graph.create_node("call_function", target, args, kwargs or {}, name=_name(target))
 
     def _provenance(self, new: fx.Node, old: fx.Node) -> None:
-        new.meta.update({k: old.meta.get(k, "") for k in ("module", "source", "phase")})
-        if self.forward is not None:
-            new.meta["phase"] = "backward"
+        told = old.meta.get
+        new.meta["module"], new.meta["source"] = told("module", ""), told("source", "")
+        new.meta["phase"] = told("phase", "") if self.forward is None else "backward"
 
-    def _describe(
-        self, node: fx.Node, key: Key, value: Value, splits: Splits, held: Mapping[Ref, tuple[str, ...]]
-    ) -> None:
+    def _describe(self, node: fx.Node, key: Key, layout: Layout) -> None:
         producer = value_of(key[0])
         tensor = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
-        node.meta["dtype"] = tensor.dtype
-        node.meta["base"] = key
-        node.meta["layout"] = layout_of(self.factored, value, held, splits.partial)
+        node.meta["dtype"], node.meta["base"], node.meta["layout"] = tensor.dtype, key, layout
 
-    def _value(self, old: fx.Node, splits: Splits, held: Held, gradient: bool = False) -> fx.Node:
-        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own leaves as `held`; as
+    def _value(self, old: fx.Node, splits: Splits, own: Axes, gradient: bool = False) -> fx.Node:
+        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own atoms as `own`; as
         the `gradient` of a parameter, or for any other reader."""
         value = self.factored.values[old]
         if old is value.key[0] or old.target is operator.getitem:
             return self._converted(value.key, splits, gradient)
-        identity = (old, splits, frozenset((r, a) for r, a in held.items() if a))
+        identity = (old, splits, own)
         if identity not in self.here.views:
-            source = self._value(old.args[0], splits, held, gradient)  # type: ignore[arg-type]
-            node = self._call(old.target, (source, *old.args[1:]))  # type: ignore[arg-type]
+            viewed: fx.Node = old.args[0]  # type: ignore[assignment]
+            held = dict(zip(value.leaves, own, strict=True))
+            below = tuple([held.get(ref, ()) for ref in self.factored.values[viewed].leaves])
+            node = self._call(old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
             self._provenance(node, old)
-            own = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
-            self._describe(node, value.key, value, splits, {ref: held.get(ref, ()) for ref in own})
+            self._describe(node, value.key, value.form.layout(own, splits.partial))
             node.meta["dtype"] = value_of(old).dtype
             self.here.views[identity] = node
         return self.here.views[identity]
@@ -252,37 +259,33 @@ class _Rewrite:
 
     def _step(self, node: fx.Node, key: Key, before: Splits, after: Splits, step: Step) -> fx.Node:
         """Emit one move; a piece inside a compound dim is reached through a view onto the atoms and back."""
-        value = self.factored.base[key]
-        dims = [self.factored.atoms.leaves(dim) for dim in value.dims]
+        form = self.factored.base[key].form
         moved = [atom for atom in (step.source, step.target) if atom is not None]
-        places = [self._direct(dims, before, atom) for atom in moved]
+        places = [self._direct(form, before, atom) for atom in moved]
         if all(place is not None for place in places) and len(set(places)) == len(places):
-            return self._emit(node, key, value, after, step, dict(zip(moved, places, strict=True)))  # type: ignore[arg-type]
-        flat = Value(key, [[ref] for dim in dims for ref in dim])
-        node = self._view(node, key, flat, before)
-        node = self._emit(node, key, flat, after, step, {atom: atom for atom in moved})
-        return self._view(node, key, value, after)
+            return self._emit(node, key, form, after, step, dict(zip(moved, places, strict=True)))  # type: ignore[arg-type]
+        node = self._view(node, key, form.flat, before)
+        node = self._emit(node, key, form.flat, after, step, {atom: atom for atom in moved})
+        return self._view(node, key, form, after)
 
-    def _direct(self, dims: list[list[Ref]], splits: Splits, atom: int) -> int | None:
+    def _direct(self, form: Form, splits: Splits, atom: int) -> int | None:
         """The dim that a move on `atom` acts on directly: all pieces before it in its dim have one element a rank."""
         start = 0
-        for index, dim in enumerate(dims):
+        for index, dim in enumerate(form.dims):
             if atom < start + len(dim):
-                before = range(start, atom)
-                sizes = [self.factored.atoms.size(ref) for ref in dim]
-                alone = all(sizes[i - start] == self.mesh.ways(splits.axes[i]) for i in before)
+                alone = all(form.base[i] == self.mesh.ways(splits.axes[i]) for i in range(start, atom))
                 return index if alone else None
             start += len(dim)
         raise AssertionError(atom)
 
-    def _view(self, node: fx.Node, key: Key, value: Value, splits: Splits) -> fx.Node:
-        layout = layout_of(self.factored, value, self._base_held(key, splits), splits.partial)
+    def _view(self, node: fx.Node, key: Key, form: Form, splits: Splits) -> fx.Node:
+        layout = form.layout_on(splits.axes, splits.partial)
         new = self._call(aten.view.default, (node, list(layout.shape)))
         self._provenance(new, self.now or key[0])
-        self._describe(new, key, value, splits, self._base_held(key, splits))
+        self._describe(new, key, layout)
         return new
 
-    def _emit(self, node: fx.Node, key: Key, value: Value, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
+    def _emit(self, node: fx.Node, key: Key, form: Form, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
         keywords: dict[str, Any] = {}
         if step.kind == "all_to_all":
             assert step.source is not None and step.target is not None
@@ -298,7 +301,7 @@ class _Rewrite:
         self._provenance(new, reader if key[0].op == "placeholder" else key[0])
         if self.forward is None:
             new.meta["phase"] = reader.meta.get("phase", "")
-        self._describe(new, key, value, after, self._base_held(key, after))
+        self._describe(new, key, form.layout_on(after.axes, after.partial))
         new.kwargs = {**keywords, **self._uneven(node, new, step, place)}
         return new
 
@@ -321,13 +324,17 @@ class _Rewrite:
                 continue
             self.now = old
             value = self.factored.values[old]
-            leaves = self.factored.atoms.leaves([ref for dim in value.dims for ref in dim])
             gradient = port.role is Role.GRADIENT and port.name in parameters
             if gradient:
                 stored = self.assignment.strategies[parameters[port.name]].split
-                splits = base_demand(self.factored, value, stored)
-                held = dict(zip(leaves, stored, strict=True))
+                splits, own = base_demand(value, stored), stored
             else:
                 splits = self.assignment.outputs[index]
-                held = {ref: axes for ref, axes in self._base_held(value.key, splits).items() if ref in leaves}
-            self.made[index] = self._value(old, splits, held, gradient)
+                own = tuple([() if place is None else splits.axes[place] for place in value.form.places])
+            self.made[index] = self._value(old, splits, own, gradient)
+
+
+@cache
+def _name(target: Any) -> str:
+    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+    return name.strip("_")

@@ -18,7 +18,7 @@ from torch import fx
 from shardc.constrain import Dim
 from shardc.graph import Port, Program, Role, value_of
 from shardc.mesh import Mesh
-from shardc.rules.factoring import Factored
+from shardc.rules.factored import Factored
 
 
 def retile(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 from shardc.errors import RuleError
 from shardc.graph import where
 from shardc.plan import Conversion, Tried
-from shardc.rules.factoring import Factored
+from shardc.rules.factored import Factored
 from shardc.solver.network import Assignment, Network
 
 

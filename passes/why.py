@@ -24,7 +24,7 @@ from shardc.layout import Layout, describe
 from shardc.passes.assumes import assumptions
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.passes.solved import TIME_LIMIT, Solved
-from shardc.rules.factoring import Key, Op, Value, layout_of
+from shardc.rules.factored import Key, Op, Value
 from shardc.solver.certificate import Certificate
 from shardc.solver.network import Assignment, Network
 from shardc.solver.problem import Problem
@@ -345,8 +345,7 @@ class Questions:
         return tuple(found)
 
     def _layout(self, value: Value, splits: Splits) -> Layout:
-        held = dict(zip(self.network.factored.leaves(value.key), splits.axes, strict=True))
-        return layout_of(self.network.factored, value, held, splits.partial).simplify(self.network.mesh)
+        return value.form.layout_on(splits.axes, splits.partial).simplify(self.network.mesh)
 
     def _text(self, value: Value, splits: Splits) -> str:
         producer = value_of(value.key[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -80,6 +80,20 @@ def value_of(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
+def frozen(argument: Any) -> Any:
+    """The argument of a call as a key; what is equal may have another key if it is not the same object. Fake values
+    count by identity: the nodes of equal layers share theirs."""
+    if isinstance(argument, fx.Node):
+        return id(value_of(argument))
+    if isinstance(argument, (list, tuple)):
+        return tuple([frozen(item) for item in argument])
+    if isinstance(argument, dict):
+        return tuple([(key, frozen(item)) for key, item in argument.items()])
+    if isinstance(argument, slice):
+        return slice, frozen(argument.start), frozen(argument.stop), frozen(argument.step)
+    return type(argument), argument
+
+
 def ancestors(nodes: Iterable[fx.Node], beyond: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
     """The nodes themselves and all that they are computed from, as far as it is not among or before `beyond`."""
     found: set[fx.Node] = set()
@@ -103,4 +117,10 @@ def forward_part(
 
 def where(node: fx.Node) -> str:
     """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
-    return ", ".join(part for part in (node.meta.get("module", ""), node.meta.get("source", "")) if part)
+    return place_of(node.meta)
+
+
+def place_of(meta: Mapping[str, Any]) -> str:
+    """`where`, of the metadata of a node."""
+    module, source = meta.get("module", ""), meta.get("source", "")
+    return f"{module}, {source}" if module and source else module or source

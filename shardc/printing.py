@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from shardc.graph import where
+from shardc.graph import place_of
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 
@@ -21,31 +21,31 @@ class _Line(NamedTuple):
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    layout: Layout | None
-    dtype: torch.dtype | None
-    value: Any
-    place: str
+    meta: Mapping[str, Any]
 
 
-def show(graph: fx.Graph, mesh: Mesh | None = None) -> Callable[[], str]:
+def show(
+    graph: fx.Graph, mesh: Mesh | None = None, layouts: Callable[[], Mapping[fx.Node, Layout]] = dict
+) -> Callable[[], str]:
     """The text of a graph as it is now, made when it is asked for: of a deep model it is long, and seldom read. Values
-    that have a layout show it, others their shape."""
-    lines = [_line(node) for node in graph.nodes]
-    return lambda: "".join(f"{_text(line, mesh)}\n" for line in lines)
+    that have a layout, in their metadata or among `layouts`, show it, others their shape."""
+    lines = [(node, node.target, node.args, node.kwargs, node.meta.copy()) for node in graph.nodes]
+
+    def text() -> str:
+        known = layouts()
+        return "".join(f"{_text(_Line(*line), mesh, known)}\n" for line in lines)
+
+    return text
 
 
-def _line(node: fx.Node) -> _Line:
-    told = node.meta.get
-    return _Line(node, node.target, node.args, node.kwargs, told("layout"), told("dtype"), told("val"), where(node))
-
-
-def _text(line: _Line, mesh: Mesh | None) -> str:
+def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
     if line.node.op == "output":
         return f"return {_argument(line.args[0])}"
     call = "input" if line.node.op == "placeholder" else _call(line)
     assigned = f"%{line.node.name} = {call}"
-    place = f"  # {line.place}" if line.place else ""
-    return f"{assigned:<72}  {_type(line, mesh):<32}{place}".rstrip()
+    told = place_of(line.meta)
+    place = f"  # {told}" if told else ""
+    return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
 
 
 def _call(line: _Line) -> str:
@@ -66,10 +66,12 @@ def _argument(value: Any) -> str:
     return str(value)
 
 
-def _type(line: _Line, mesh: Mesh | None) -> str:
-    if line.layout is not None and line.dtype is not None:
-        return f"{SHORT_DTYPES[line.dtype]}{line.layout.simplify(mesh) if mesh else line.layout}"
-    value = line.value
+def _type(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+    layout: Layout | None = line.meta.get("layout", layouts.get(line.node))
+    value = line.meta.get("val")
+    dtype = line.meta.get("dtype", getattr(value, "dtype", None))
+    if layout is not None and dtype is not None:
+        return f"{SHORT_DTYPES[dtype]}{layout.simplify(mesh) if mesh else layout}"
     if isinstance(value, torch.Tensor):
         return f"{SHORT_DTYPES.get(value.dtype, value.dtype)}[{', '.join(str(int(n)) for n in value.shape)}]"
     return ""

@@ -29,7 +29,8 @@ from shardc.passes.propagate import collect, propagate
 from shardc.passes.retile import retile
 from shardc.passes.unknown import refuse_unknown
 from shardc.printing import columns, in_bytes, in_seconds
-from shardc.rules.factoring import Factored, Key, factor
+from shardc.rules.factored import Factored, Key
+from shardc.rules.factoring import factor
 from shardc.solver.certificate import Certificate, check
 from shardc.solver.keeping import KeepingNetwork
 from shardc.solver.network import Accepts, Assignment, Network

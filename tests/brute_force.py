@@ -24,7 +24,8 @@ from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
-from shardc.rules.factoring import Factored, Op, carried, factor, layout_of, tensor_arguments
+from shardc.rules.factored import Factored, Op
+from shardc.rules.factoring import factor, tensor_arguments
 from shardc.runtime import VirtualMesh, load
 from shardc.solver.strategies import Options, Strategy, demand, make, sends, shape_of
 
@@ -94,7 +95,7 @@ class Call:
             return
         self.factored: Factored = factor(self.program)
         self.op: Op = self.factored.ops[-1]
-        self.shape = shape_of(self.factored, self.op)
+        self.shape = shape_of(self.op)
 
     def _map(self, arguments: Any) -> Any:
         if isinstance(arguments, dict):
@@ -153,19 +154,18 @@ class Call:
             value, splits = factored.values[node], demand(self.shape, strategy, index, mesh)
             if node is value.key[0]:
                 new = graph.placeholder(f"x{len(bases)}")
-                axes = dict(zip(factored.leaves(value.key), splits.axes, strict=True))
-                layout = layout_of(factored, value, axes, splits.partial)
+                layout = value.form.layout(splits.axes, splits.partial)
                 bases.append((self.whole[node], layout))
             else:
                 new = graph.call_function(node.target, (build(node.args[0], index, held), *node.args[1:]))  # type: ignore
-                own = factored.atoms.leaves([ref for dim in value.dims for ref in dim])
-                layout = layout_of(factored, value, {ref: held.get(ref, ()) for ref in own}, splits.partial)
+                layout = value.form.layout([held.get(ref, ()) for ref in value.leaves], splits.partial)
             new.meta = {"layout": layout, "dtype": value_of(node).dtype}
             return new
 
         operands: list[fx.Node] = []
         for index, operand in enumerate(op.operands):
-            held = {ref: strategy.split[f] for ref, f in carried(factored, operand, op.factors) if f is not None}
+            carried = zip(operand.value.leaves, op.kind.carried[index], strict=True)
+            held = {ref: strategy.split[f] for ref, f in carried if f is not None}
             operands.append(build(operand.node, index, held))
         supply, wanted = iter(operands), set(tensor_arguments(op.node))
         args, kwargs = fx.node.map_arg(
@@ -177,8 +177,7 @@ class Call:
         for index, result in enumerate(op.results):
             splits = make(self.shape, strategy, index, mesh)
             node = graph.call_function(operator.getitem, (call, result.key[1])) if several else call
-            axes = dict(zip(factored.leaves(result.key), splits.axes, strict=True))
-            layouts[result.key[1]] = layout_of(factored, result.value, axes, splits.partial)
+            layouts[result.key[1]] = result.value.form.layout(splits.axes, splits.partial)
             node.meta["layout"] = layouts[result.key[1]]
             node.meta["dtype"] = (value_of(op.node)[result.key[1]] if several else value_of(op.node)).dtype
             results.append(node)

@@ -25,7 +25,8 @@ from shardc.graph import Port, Role
 from shardc.mesh import Mesh
 from shardc.passes.normalize import normalize
 from shardc.passes.propagate import collect, propagate
-from shardc.rules.factoring import Factored, factor
+from shardc.rules.factored import Factored
+from shardc.rules.factoring import factor
 from shardc.solver.network import Network
 from shardc.solver.solve import solve
 from textbook import Transformer, without_overlap

@@ -207,6 +207,15 @@ class TensorClass:
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""
+        if (start, end) not in self._paths:
+            self._paths[start, end] = self._path(start, end)
+        return self._paths[start, end]
+
+    @cached_property
+    def _paths(self) -> dict[tuple[Splits, Splits], list[Step]]:
+        return {}
+
+    def _path(self, start: Splits, end: Splits) -> list[Step]:
         first, goal = self.index[start], self.index[end]
         # breadth first: where moves are free, the cheapest may go in a circle
         ways: dict[int, list[Step]] = {first: []}

@@ -55,19 +55,19 @@ class Atoms:
 
     def leaves(self, refs: Sequence[Ref]) -> list[Ref]:
         """The refs, each replaced by the leaves below it."""
-        found: list[Ref] = []
-        for ref in refs:
-            self._gather(ref, self._at(ref), found)
-        return found
+        return [leaf for ref in refs for leaf, _ in self.pieces(ref)]
 
-    def _gather(self, ref: Ref, piece: int, found: list[Ref]) -> None:
+    def pieces(self, ref: Ref) -> list[tuple[Ref, int]]:
+        """The leaves below a ref, major to minor, with their sizes."""
+        return self._gathered(ref, self._at(ref))
+
+    def _gathered(self, ref: Ref, piece: int) -> list[tuple[Ref, int]]:
         halves = self._halves[piece]
         if halves is None:
-            found.append(ref)
-            return
+            return [(ref, self._size[piece])]
         slot, path = ref
-        for half in (0, 1):
-            self._gather((slot, (*path, half)), self._find(halves[half]), found)
+        major, minor = (self._gathered((slot, (*path, half)), self._find(halves[half])) for half in (0, 1))
+        return major + minor
 
     def split(self, ref: Ref, minor: int) -> None:
         """Split a leaf into (size/minor, minor)."""
@@ -76,6 +76,8 @@ class Atoms:
 
     def unify(self, one: Sequence[Ref], other: Sequence[Ref]) -> bool:
         """Make two dims of equal size consist of the same atoms. False when no common refinement exists."""
+        if len(one) == len(other) == 1 and self._joined(self._at(one[0]), self._at(other[0])):
+            return True
         while True:
             a, b = self.leaves(one)[::-1], self.leaves(other)[::-1]
             for x, y in zip(a, b, strict=False):
@@ -93,6 +95,14 @@ class Atoms:
                 break
             else:
                 return len(a) == len(b)
+
+    def _joined(self, one: int, other: int) -> bool:
+        """Make two pieces one, if that is all there is to do."""
+        if one != other:
+            if self._halves[one] or self._halves[other] or self._size[one] != self._size[other]:
+                return False
+            self._parent[other] = one
+        return True
 
     def regroup(self, refs: Sequence[Ref], shape: Sequence[int]) -> list[list[Ref]] | None:
         """Deal the pieces of a value out to the dims of a view of it; None when a dim would cut across a piece."""

@@ -10,23 +10,37 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.graph import value_of, where
+from shardc.graph import frozen, value_of, where
 from shardc.runtime import random
 from shardc.runtime.widening import LOW
 
 aten = torch.ops.aten
 
 
+class Values:
+    """The fake values of calls. Equal layers have the same values, so that theirs are made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = target, frozen(args), frozen(kwargs)
+        if key not in self._made:
+            given = fx.map_arg((args, kwargs), value_of)
+            self._made[key] = target(*given[0], **given[1]), given  # alive, so that identities last
+        return self._made[key][0]
+
+
 class Builder:
     """Adds operators to a graph before `node`, with their fake values and the provenance of `node`."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+    def __init__(self, graph: fx.Graph, node: fx.Node, values: Values) -> None:
         self._graph = graph
         self._node = node
+        self._values = values
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        values = fx.map_arg((args, kwargs), value_of)
-        made = target(*values[0], **values[1])  # a call that is refused leaves no node
+        made = self._values(target, args, kwargs)  # a call that is refused leaves no node
         new = self._graph.call_function(target, args, kwargs)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
         new.meta["val"] = made

@@ -1,15 +1,11 @@
-"""A program seen through its rules: every operator with the atoms that its operands and results share.
-
-Views are no operators here. A value that is a view keeps refs into its base value, so a strategy's demand on a view
-is a demand on the base, and the solver never meets a view."""
+"""Factor a program: one walk that ties the dims of values through the rules of operators, down to common atoms."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +13,12 @@ from torch import fx
 from torch._ops import OpOverload
 
 from shardc.errors import RuleError
-from shardc.graph import Program, Role, value_of, where
-from shardc.layout import Atom, Layout
+from shardc.graph import Program, Role, frozen, value_of, where
 from shardc.rules.atoms import Atoms, Ref
 from shardc.rules.custom import given_rule
+from shardc.rules.factored import Factor, Factored, Form, Key, Kind, Op, Operand, Parting, Result, Value
 from shardc.rules.learned import learned
-from shardc.rules.notation import Rule, Send, maker_of, parse
+from shardc.rules.notation import Rule, maker_of, parse
 from shardc.rules.trial import Learned
 
 aten = torch.ops.aten
@@ -30,101 +26,6 @@ VIEWS = frozenset(
     {aten.view.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default}
     | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default}
 )
-Key = tuple[fx.Node, int]
-
-
-@dataclass
-class Value:
-    """A tensor of the program: `key` is the base value it views (its own if it is no view), `dims` its refs per dim."""
-
-    key: Key
-    dims: list[list[Ref]]
-
-
-@dataclass
-class Operand:
-    """One tensor argument of an operator: the graph node passed, its value, and the factor of each of its dims."""
-
-    node: fx.Node
-    value: Value
-    names: tuple[str | None, ...]
-
-
-@dataclass
-class Result:
-    """One tensor that an operator makes."""
-
-    key: Key
-    value: Value
-    names: tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Parting:
-    """How a parted factor may be split: the `size` of the dim it stands for, the numbers of parts that one axis may
-    make of it (None: any, over any axes), and what the body sends then."""
-
-    size: int
-    parts: frozenset[int] | None
-    sends: tuple[Send, ...]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """An atom of an operator: piece number `index` of the factor called `name` in its rule."""
-
-    name: str
-    index: int
-    size: int
-    whole: bool
-    parting: Parting | None = None
-
-
-@dataclass
-class Op:
-    """An operator (or placeholder) with its rule, and its factors as atoms; `learned` if trial found the rule."""
-
-    node: fx.Node
-    rule: Rule
-    operands: list[Operand]
-    results: list[Result]
-    factors: list[Factor] = field(default_factory=list[Factor])
-    learned: Learned | None = None
-
-
-@dataclass
-class Factored:
-    """`ops` in graph order, placeholders first; `values` for every tensor node; `base` the refs of every base value."""
-
-    program: Program
-    atoms: Atoms
-    ops: list[Op]
-    values: dict[fx.Node, Value]
-    base: dict[Key, Value]
-
-    def __post_init__(self) -> None:
-        # the atoms are final
-        self._leaves: dict[Key, list[Ref]] = {}
-        self._sizes: dict[Key, tuple[int, ...]] = {}
-        self._pieces: dict[Ref, list[tuple[Ref, int]]] = {}
-
-    def leaves(self, key: Key) -> list[Ref]:
-        """The atoms of a base value, in memory order."""
-        if key not in self._leaves:
-            self._leaves[key] = [leaf for dim in self.base[key].dims for ref in dim for leaf, _ in self.pieces(ref)]
-        return self._leaves[key]
-
-    def sizes(self, key: Key) -> tuple[int, ...]:
-        if key not in self._sizes:
-            refs = [ref for dim in self.base[key].dims for ref in dim]
-            self._sizes[key] = tuple([size for ref in refs for _, size in self.pieces(ref)])
-        return self._sizes[key]
-
-    def pieces(self, ref: Ref) -> list[tuple[Ref, int]]:
-        """The atoms that a ref consists of, major to minor, with their sizes."""
-        if ref not in self._pieces:
-            self._pieces[ref] = [(leaf, self.atoms.size(leaf)) for leaf in self.atoms.leaves([ref])]
-        return self._pieces[ref]
 
 
 def factor(program: Program) -> Factored:
@@ -140,17 +41,21 @@ class _Walk:
         self.base: dict[Key, Value] = {}
         self.ops: list[Op] = []
         self.rules: dict[Any, tuple[Rule, Learned | None]] = {}
+        self.calls: dict[Any, tuple[Rule, Learned | None]] = {}  # by identity of values, which equal layers share
+        self.inputs: dict[str, Rule] = {}
+        self.stuck: dict[tuple[int, frozenset[str]], Rule] = {}
 
     def run(self) -> Factored:
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 text = " ".join(f"d{i}" if n != 1 else "1" for i, n in enumerate(value_of(node).shape))
-                self._operator(node, parse(f"-> {text}"))
+                if text not in self.inputs:
+                    self.inputs[text] = parse(f"-> {text}")
+                self._operator(node, self.inputs[text])
             elif node.op == "call_function":
                 self._call(node)
         self._tie_gradients()
-        for op in self.ops:
-            op.factors = self._factors(op)
+        self._settle()
         return Factored(self.program, self.atoms, self.ops, self.values, self.base)
 
     def _call(self, node: fx.Node) -> None:
@@ -162,6 +67,12 @@ class _Walk:
 
     def _rule(self, node: fx.Node) -> tuple[Rule, Learned | None]:
         """The rule of a call, and how it was found if by trial. Calls of the same form have the same."""
+        call = node.target, frozen(node.args), frozen(node.kwargs), id(value_of(node))
+        if call not in self.calls:
+            self.calls[call] = self._rule_of(node)
+        return self.calls[call]
+
+    def _rule_of(self, node: fx.Node) -> tuple[Rule, Learned | None]:
         form = node.target, repr(fx.map_arg((node.args, dict(node.kwargs)), _form)), repr(_form(node))
         if form in self.rules:
             return self.rules[form]
@@ -230,7 +141,8 @@ class _Walk:
                 first.setdefault(name, dim)
         if not stuck:
             return rule
-        return replace(rule, whole=rule.whole | stuck)
+        key = id(rule), frozenset(stuck)
+        return self.stuck.setdefault(key, replace(rule, whole=rule.whole | stuck))
 
     def _unify(self, rule: Rule, name: str, one: list[Ref], other: list[Ref]) -> bool:
         """The dims of a window have different sizes and share no atoms: its body sees to what goes where."""
@@ -248,26 +160,73 @@ class _Walk:
                 for one, other in zip(self.values[sources[port.name]].dims, self.values[node].dims, strict=True):
                     self.atoms.unify(one, other)
 
-    def _factors(self, op: Op) -> list[Factor]:
-        leaves: dict[str, list[list[Ref]]] = {}
-        for item in (*op.operands, *op.results):
-            for name, dim in zip(item.names, item.value.dims, strict=True):
-                if name is not None and dim:
-                    leaves.setdefault(name, []).append(self.atoms.leaves(dim))
-        return [factor for name, dims in leaves.items() for factor in self._pieces(op.rule, name, dims)]
+    def _settle(self) -> None:
+        """Say what values and operators consist of, now that the atoms are final."""
+        forms: dict[object, Form] = {}
+        bases: dict[Key, tuple[dict[Ref, int], tuple[int, ...]]] = {}
+        for value in (*self.base.values(), *self.values.values()):  # base values come first
+            if value.key in bases and self.base[value.key] is value:
+                continue  # once more, under another name
+            dims = [[piece for ref in dim for piece in self.atoms.pieces(ref)] for dim in value.dims]
+            value.leaves = [leaf for dim in dims for leaf, _ in dim]
+            if value.key not in bases:
+                places = {leaf: place for place, leaf in enumerate(value.leaves)}
+                bases[value.key] = places, tuple([size for dim in dims for _, size in dim])
+            places, sizes = bases[value.key]
+            key = tuple([tuple([(places.get(leaf), size) for leaf, size in dim]) for dim in dims]), sizes
+            if key not in forms:
+                forms[key] = Form(*key)
+            value.form = forms[key]
+        kinds: dict[object, Kind] = {}
+        for op in self.ops:
+            key = _alike(op)
+            if key not in kinds:
+                kinds[key] = _kind(op)
+            op.kind = kinds[key]
 
-    def _pieces(self, rule: Rule, name: str, dims: list[list[Ref]]) -> list[Factor]:
-        """The atoms of one factor, from all dims that carry it."""
-        sizes = [self.atoms.size(ref) for ref in dims[0]]
-        parting, window = None, name in rule.parts
-        if name in rule.parted:
-            parting = Parting(math.prod(sizes), rule.parts.get(name), rule.sends.get(name, ()))
-        if window:
-            sizes = [math.gcd(*(self.atoms.size(ref) for dim in dims for ref in dim))]
-        # a rank's part of an indexed or parted dim must be one chunk, so only the major atom may be split
-        chunk = parting is not None or name in rule.indices.values()
-        whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
-        return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
+
+def _alike(op: Op) -> object:
+    """What is equal for operators of one kind."""
+    outputs = value_of(op.node)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return (
+        id(op.rule), op.node.op,
+        *[(id(operand.value.form), value_of(operand.node).dtype) for operand in op.operands], None,
+        *[(id(result.value.form), result.key[1]) for result in op.results], None,
+        *[output.dtype for output in outputs if isinstance(output, torch.Tensor)],
+    )  # fmt: skip
+
+
+def _kind(op: Op) -> Kind:
+    dims: dict[str, list[list[int]]] = {}
+    for item in op.items:
+        for name, dim in zip(item.names, item.value.form.dims, strict=True):
+            if name is not None and dim:
+                dims.setdefault(name, []).append([size for _, size in dim])
+    factors = [factor for name, sizes in dims.items() for factor in _pieces(op.rule, name, sizes)]
+    position = {(factor.name, factor.index): i for i, factor in enumerate(factors)}
+    carried = [
+        [
+            position.get((name, index)) if name is not None else None
+            for name, dim in zip(item.names, item.value.form.dims, strict=True)
+            for index in range(len(dim))
+        ]
+        for item in op.items
+    ]
+    return Kind(factors, carried)
+
+
+def _pieces(rule: Rule, name: str, dims: list[list[int]]) -> list[Factor]:
+    """The atoms of one factor, from the sizes in all dims that carry it."""
+    sizes, parting, window = dims[0], None, name in rule.parts
+    if name in rule.parted:
+        parting = Parting(math.prod(sizes), rule.parts.get(name), rule.sends.get(name, ()))
+    if window:
+        sizes = [math.gcd(*(size for dim in dims for size in dim))]
+    # a rank's part of an indexed or parted dim must be one chunk, so only the major atom may be split
+    chunk = parting is not None or name in rule.indices.values()
+    whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
+    return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
 
 
 def _form(node: fx.Node) -> Any:
@@ -311,34 +270,3 @@ def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
 
     for argument in (*node.args, *node.kwargs.values()):
         yield from walk(argument)
-
-
-def carried(factored: Factored, item: Operand | Result, factors: list[Factor]) -> list[tuple[Ref, int | None]]:
-    """Per leaf of an operand or result, in order: the leaf's ref and the position of its factor in `factors`."""
-    position = {(f.name, f.index): i for i, f in enumerate(factors)}
-    found: list[tuple[Ref, int | None]] = []
-    for name, dim in zip(item.names, item.value.dims, strict=True):
-        for index, leaf in enumerate([leaf for ref in dim for leaf, _ in factored.pieces(ref)]):
-            found.append((leaf, position.get((name, index)) if name is not None else None))
-    return found
-
-
-def layout_of(
-    factored: Factored,
-    value: Value,
-    held: Mapping[Ref, tuple[str, ...]],
-    partial: tuple[tuple[str, str], ...] = (),
-) -> Layout:
-    """The layout of a value whose leaves are split as `held` says."""
-    dims = [
-        tuple([(size, held.get(leaf, ())) for ref in dim for leaf, size in factored.pieces(ref)]) for dim in value.dims
-    ]
-    return _layout(tuple(dims), partial)
-
-
-@lru_cache(maxsize=1 << 16)
-def _layout(
-    dims: tuple[tuple[tuple[int, tuple[str, ...]], ...], ...], partial: tuple[tuple[str, str], ...]
-) -> Layout:  # fmt: skip
-    """Equal layouts are one object: a deep model has few, and what is derived from one is derived once."""
-    return Layout(tuple(tuple(Atom(*atom) for atom in dim) or (Atom(1),) for dim in dims), partial)

@@ -40,7 +40,7 @@ class Active:
         """The network over the values that stay."""
         part = Parts(self.masks)
         edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
-        return Problem([cost[mask] for cost, mask in zip(problem.unary, self.masks, strict=True)], edges, problem.names)
+        return Problem([part.of_cost(cost, v) for v, cost in enumerate(problem.unary)], edges, problem.names)
 
     def messages(self, certificate: Certificate, edges: Container[Edge]) -> Certificate:
         """The messages of a certificate on some edges, over the values that stay."""

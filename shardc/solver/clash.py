@@ -26,7 +26,7 @@ from typing import NamedTuple
 import z3
 
 from shardc.graph import Role
-from shardc.rules.factoring import Key, Op
+from shardc.rules.factored import Key, Op
 from shardc.solver.network import Network, base_demand
 from shardc.solver.strategies import Shape, Strategy, legal
 
@@ -138,7 +138,7 @@ class Clashes:
                 parameter = self._number[ports[port.name]]
                 sides = self._shapes[parameter].results[0].factors
                 marks = tuple((str(i),) for i in range(len(sides)))  # which leaf becomes which
-                back = base_demand(factored, value, marks).axes
+                back = base_demand(value, marks).axes
                 follows = tuple(self._at(parameter, sides[int(mark[0])]) if mark else None for mark in back)
                 text = f"the gradient of {port.name} lies as {port.name} does"
                 self._exits.setdefault(value.key, []).append((text, follows))

@@ -131,17 +131,24 @@ def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: Order) ->
     """The optimum and a choice that attains it (inf where no finite one exists)."""
     position = {v: i for i, v in enumerate(order.variables)}
     buckets: list[list[Factor]] = [[Factor((v,), cost)] for v, cost in enumerate(unary)]
+    rows: dict[int, Array] = {}  # of tables that have a single row or column
     for (u, v), table in edges.items():
-        if len(unary[u]) == 1:
-            buckets[v].append(Factor((v,), table[0]))
-        elif len(unary[v]) == 1:
-            buckets[u].append(Factor((u,), table[:, 0]))
+        if 1 in table.shape:
+            row = rows.setdefault(id(table), table.reshape(-1))
+            w = v if len(unary[u]) == 1 else u
+            buckets[w].append(Factor((w,), row))
         else:
             buckets[u if position[u] < position[v] else v].append(Factor((u, v), table))
     constant = 0.0
+    known: dict[tuple[object, ...], Array] = {}  # equal layers are eliminated once; tables live as long as buckets
     for v in order.variables:
         rest = sorted({u for factor in buckets[v] for u in factor.variables} - {v}, key=position.__getitem__)
-        table = _combine(buckets[v], (*rest, v)).min(axis=-1)
+        place = {u: i for i, u in enumerate((*rest, v))}
+        terms = [(tuple([place[u] for u in factor.variables]), factor.table) for factor in buckets[v]]
+        key = *((dims, id(table)) for dims, table in terms),
+        if key not in known:
+            known[key] = _combine(terms, len(place)).min(axis=-1)
+        table = known[key]
         if rest:
             buckets[rest[0]].append(Factor(tuple(rest), table))
         else:
@@ -155,13 +162,12 @@ def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: Order) ->
     return constant, choice
 
 
-def _combine(factors: Sequence[Factor], variables: tuple[int, ...]) -> Array:
-    """The sum of factors as one table over these variables."""
-    total: Array = np.zeros((1,) * len(variables))
-    for factor in sorted(factors, key=lambda f: f.table.ndim):
-        axes = [variables.index(v) for v in factor.variables]
-        shape = [1] * len(variables)
-        for axis, size in zip(axes, factor.table.shape, strict=True):
-            shape[axis] = size
-        total = total + factor.table.transpose(np.argsort(axes)).reshape(shape)
+def _combine(terms: Sequence[tuple[tuple[int, ...], Array]], rank: int) -> Array:
+    """The sum of tables, each over some of the dims, as one table over all of them."""
+    total: Array = np.zeros((1,) * rank)
+    for dims, table in sorted(terms, key=lambda term: term[1].ndim):
+        shape = [1] * rank
+        for dim, size in zip(dims, table.shape, strict=True):
+            shape[dim] = size
+        total = total + table.transpose(np.argsort(dims)).reshape(shape)
     return total

@@ -25,7 +25,7 @@ from torch import fx
 from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.memory import NO_STATES, States
 from shardc.graph import Port, Role
-from shardc.rules.factoring import Key, Op, Value
+from shardc.rules.factored import Key, Op, Value
 from shardc.solver.holdings import Holding, Holdings
 from shardc.solver.network import Assignment, Domain, Network, title_of
 from shardc.solver.problem import Array, zeros

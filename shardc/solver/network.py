@@ -25,7 +25,7 @@ from shardc.errors import LayoutError
 from shardc.graph import Port, Role, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-from shardc.rules.factoring import Factored, Key, Op, Value, layout_of
+from shardc.rules.factored import Factored, Key, Kind, Op, Value
 from shardc.solver.problem import Problem, zeros
 from shardc.solver.strategies import Options, Shape, Side, Strategy, shape_of
 
@@ -87,7 +87,7 @@ class Network:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
         self._class_of: dict[Key, TensorClass] = {}
         self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
-        self._options: dict[fx.Node, Options] = {}
+        self._options: dict[Kind, Options] = {}
         self._distinct: dict[Shape, Options] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
@@ -200,9 +200,9 @@ class Network:
 
     def options_of(self, op: Op) -> Options:
         """The strategies of an operator; operators of one shape share them."""
-        if op.node not in self._options:
-            self._options[op.node] = self._options_of(shape_of(self.factored, op))
-        return self._options[op.node]
+        if op.kind not in self._options:
+            self._options[op.kind] = self._options_of(shape_of(op))
+        return self._options[op.kind]
 
     def _options_of(self, shape: Shape) -> Options:
         if shape not in self._distinct:
@@ -297,24 +297,13 @@ class Network:
 
     def _remembered(self, question: str, value: Value, answer: Callable[[Splits, Layout], bool]) -> Accepts:
         """The answer for values of one form is asked for once."""
-        leaves, form = self.factored.leaves(value.key), self._form(value)
-
         def test(splits: Splits) -> bool:
-            key = question, form, splits
+            key = question, value.form, splits
             if key not in self._answers:
-                layout = layout_of(self.factored, value, dict(zip(leaves, splits.axes, strict=True)))
-                self._answers[key] = answer(splits, layout)
+                self._answers[key] = answer(splits, value.form.layout_on(splits.axes))
             return self._answers[key]
 
         return test
-
-    def _form(self, value: Value) -> object:
-        """Of which leaves of its base value, and of what sizes, every dim of a value consists."""
-        position = {ref: i for i, ref in enumerate(self.factored.leaves(value.key))}
-        return tuple(
-            tuple((position.get(leaf), size) for ref in dim for leaf, size in self.factored.pieces(ref))
-            for dim in value.dims
-        )
 
     def _intern(self, array: np.ndarray) -> np.ndarray:
         return self._arrays.setdefault(array.tobytes(), array)
@@ -365,7 +354,7 @@ class Network:
 
     def _gradient_layouts(self, value: Value, parameter: fx.Node) -> np.ndarray:
         tensor, stored = self.class_of(value.key), self.variables[self._op_variable[parameter]].domain
-        key = id(tensor), id(stored), self._form(value)
+        key = id(tensor), id(stored), value.form
         if key not in self._demands:
             made = [Splits(s.split) for s in stored]  # type: ignore[union-attr]
             demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
@@ -374,7 +363,7 @@ class Network:
 
     def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
         """The layout of the gradient's base value when the parameter is stored as `stored`."""
-        return base_demand(self.factored, value, stored.axes)
+        return base_demand(value, stored.axes)
 
 
 def _tensor_of(key: Key) -> torch.Tensor:
@@ -388,12 +377,10 @@ def title_of(key: Key) -> str:
     return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
 
 
-def base_demand(factored: Factored, value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
+def base_demand(value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
     """The layout of a base value when the leaves of its view `value` are split by `axes`."""
-    position = {ref: i for i, ref in enumerate(factored.leaves(value.key))}
-    found: list[tuple[str, ...]] = [() for _ in position]
-    leaves = factored.atoms.leaves([ref for dim in value.dims for ref in dim])
-    for ref, held in zip(leaves, axes, strict=True):
-        if ref in position:
-            found[position[ref]] = held
+    found: list[tuple[str, ...]] = [() for _ in value.form.base]
+    for place, held in zip(value.form.places, axes, strict=True):
+        if place is not None:
+            found[place] = held
     return Splits(tuple(found))

@@ -58,7 +58,7 @@ class Pool:
 
 
 class Parts:
-    """Tables over fewer values of every variable. The part of one table by equal masks is one array."""
+    """Costs and tables over fewer values of every variable. The part of one table by equal masks is one array."""
 
     def __init__(self, keep: Sequence[Mask]) -> None:
         self._keep, self._marks = keep, [mask.tobytes() for mask in keep]
@@ -68,6 +68,12 @@ class Parts:
         key = id(table), self._marks[u], self._marks[v]
         if key not in self._made:
             self._made[key] = table[np.ix_(self._keep[u], self._keep[v])], table  # alive, so that its id stays its own
+        return self._made[key][0]
+
+    def of_cost(self, cost: Array, v: int) -> Array:
+        key = id(cost), self._marks[v], b""
+        if key not in self._made:
+            self._made[key] = cost[self._keep[v]], cost
         return self._made[key][0]
 
 

@@ -27,6 +27,8 @@ from shardc.solver.problem import Array, Problem
 Mask = NDArray[np.bool_]
 Factor = tuple[tuple[int, ...], Array]
 """Variables, and a table with a dim for each."""
+Term = tuple[tuple[int, ...], Array]
+"""Dims of a sum, and a table over these."""
 _LARGEST = 2.0**24  # entries of a factor that a check is willing to make
 _EPSILON = 4.0 * float(np.finfo(np.float64).eps)
 
@@ -54,18 +56,28 @@ def least_left(problem: Problem, keep: Sequence[Mask], order: Sequence[int]) -> 
 
 class _Elimination:
     """Factors, each at the first of its variables in the order, less its minimum: sums of what is not negative err by
-    no more than a part of themselves."""
+    no more than a part of themselves. Equal layers cost little more than one: what is made of the same arrays is made
+    once."""
 
     def __init__(self, problem: Problem, values: Sequence[NDArray[np.intp]], position: Mapping[int, int]) -> None:
         self.position, self.count = position, 0
         self.factors: dict[int, list[Factor]] = defaultdict(list)
+        self._above: dict[int, tuple[float, Array, Array]] = {}  # with the array itself, so that identities last
+        self._least: dict[tuple[object, ...], Array | None] = {}
         single = [int(left[0]) if len(left) == 1 else -1 for left in values]
+        marks = [left.tobytes() for left in values]
+        parts: dict[tuple[int, bytes, bytes], Array] = {}
+
+        def part(v: int, cost: Array) -> Array:
+            key = id(cost), marks[v], b""
+            if key not in parts:
+                parts[key] = cost[values[v]]
+            return parts[key]
+
         given = [
-            self._entered((v,), cost[values[v]]) if single[v] < 0 else float(cost[single[v]])
+            self._entered((v,), part(v, cost)) if single[v] < 0 else float(cost[single[v]])
             for v, cost in enumerate(problem.unary)
         ]
-        parts: dict[tuple[int, bytes, bytes], Array] = {}
-        marks = [left.tobytes() for left in values]
         for (u, v), table in problem.edges.items():
             if single[u] >= 0 and single[v] >= 0:
                 given.append(float(table[single[u], single[v]]))
@@ -78,10 +90,13 @@ class _Elimination:
 
     def _entered(self, variables: tuple[int, ...], table: Array) -> float:
         """The minimum of a factor, which is entered without it."""
-        low = float(table.min())
+        if id(table) not in self._above:
+            low = float(table.min())
+            self._above[id(table)] = low, table - low if math.isfinite(low) else table, table
+        low, above, _ = self._above[id(table)]
         if math.isfinite(low):
             self.count += 1
-            self.factors[min(variables, key=self.position.__getitem__)].append((variables, table - low))
+            self.factors[min(variables, key=self.position.__getitem__)].append((variables, above))
         return low
 
     def least(self, order: Sequence[int]) -> float:
@@ -92,25 +107,33 @@ class _Elimination:
             factors = self.factors.pop(v, [])
             rest = sorted({w for variables, _ in factors for w in variables} - {v}, key=self.position.__getitem__)
             if factors:
-                total = _sum(factors, (*rest, v))
-                if total is None:
+                table = self._eliminated(factors, (*rest, v))
+                if table is None:
                     return -math.inf
-                table = total.min(axis=-1)
                 found.append(self._entered(tuple(rest), table) if rest else float(table))
         if not all(map(math.isfinite, found)):
             return math.inf
         error = math.fsum(map(abs, self.given)) + self.count * math.fsum(found)
         return math.fsum([*self.given, *found]) - _EPSILON * error
 
+    def _eliminated(self, factors: Sequence[Factor], variables: tuple[int, ...]) -> Array | None:
+        """The sum of factors, and of that the least over the last variable, if that does not grow too large."""
+        place = {v: i for i, v in enumerate(variables)}
+        terms = [(tuple([place[v] for v in own]), table) for own, table in factors]
+        key = *((dims, id(table)) for dims, table in terms),
+        if key not in self._least:
+            total = _sum(terms, len(variables))
+            self._least[key] = None if total is None else total.min(axis=-1)
+        return self._least[key]
 
-def _sum(factors: Sequence[Factor], variables: tuple[int, ...]) -> Array | None:
-    """The factors as one over these variables, if that does not grow too large."""
-    sizes = {v: size for own, table in factors for v, size in zip(own, table.shape, strict=True)}
-    shape = [sizes[v] for v in variables]
+
+def _sum(terms: Sequence[Term], rank: int) -> Array | None:
+    """Tables, each over some of the dims, as one over all of them, if that does not grow too large."""
+    sizes = {dim: size for dims, table in terms for dim, size in zip(dims, table.shape, strict=True)}
+    shape = [sizes[dim] for dim in range(rank)]
     if math.prod(shape) > _LARGEST:
         return None
     total = np.zeros(shape)
-    for own, table in factors:
-        dims = [variables.index(v) for v in own]
-        total += table.transpose(np.argsort(dims)).reshape([sizes[v] if v in own else 1 for v in variables])
+    for dims, table in terms:
+        total += table.transpose(np.argsort(dims)).reshape([sizes[d] if d in dims else 1 for d in range(rank)])
     return total

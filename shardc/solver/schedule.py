@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from shardc.graph import Program, Role, forward_part
-from shardc.rules.factoring import Factored, Key, Op
+from shardc.rules.factored import Factored, Key, Op
 
 _EVERYWHERE, _MASK = 8, 3
 """Readers from which on a value (what a decoder reads of its encoder), or an input (a mask), does not count at

@@ -20,7 +20,7 @@ from shardc.cost.conversion import Splits, TensorClass, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.graph import value_of
 from shardc.mesh import Mesh
-from shardc.rules.factoring import Factor, Factored, Op, Operand, Result, carried
+from shardc.rules.factored import Factor, Op, Operand, Result
 
 
 class Strategy(NamedTuple):
@@ -129,19 +129,20 @@ class Shape:
         return any(len(passing.union(made.values())) > 1 for made in self.reduced_in)
 
 
-def shape_of(factored: Factored, op: Op) -> Shape:
-    """The shape of an operator in a program."""
+def shape_of(op: Op) -> Shape:
+    """The shape of an operator in a program: the same for all of its kind."""
     outputs = value_of(op.node)
-    first = next(v for v in outputs if v is not None) if isinstance(outputs, (tuple, list)) else outputs
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    carried = iter(op.kind.carried)
     return Shape(
         tuple(op.factors),
-        tuple(_side(factored, op, item) for item in op.operands),
-        tuple(_side(factored, op, item) for item in op.results),
+        tuple(_side(item, value_of(item.node), next(carried)) for item in op.operands),
+        tuple(_side(item, outputs[item.key[1]], next(carried)) for item in op.results),
         tuple(sorted(op.rule.reductions.items())),
         op.rule.linear,
         tuple(op.rule.reads[result.key[1]] for result in op.results) if op.rule.reads else None,
         op.rule.flops,
-        first.dtype,
+        next(v for v in outputs if v is not None).dtype,
         op.rule.parted - set(op.rule.reductions),
         _integers(op),
         op.node.op != "placeholder",
@@ -164,13 +165,10 @@ def _integers(op: Op) -> frozenset[int]:
     )
 
 
-def _side(factored: Factored, op: Op, item: Operand | Result) -> Side:
-    key = item.value.key
-    position = {ref: i for i, ref in enumerate(factored.leaves(key))}
-    producer = value_of(key[0])
-    value = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
-    leaves = tuple((position.get(ref), factor) for ref, factor in carried(factored, item, op.factors))
-    return Side(factored.sizes(key), value.element_size(), leaves, frozenset(n for n in item.names if n))
+def _side(item: Operand | Result, tensor: torch.Tensor, carried: list[int | None]) -> Side:
+    form = item.value.form
+    leaves = tuple(zip(form.places, carried, strict=True))
+    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n))
 
 
 @dataclass(eq=False)

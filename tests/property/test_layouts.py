@@ -26,8 +26,8 @@ from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
 from shardc.passes.reshard import _Rewrite
-from shardc.rules.factoring import Factored, factor
-from shardc.rules.factoring import layout_of as layout_over
+from shardc.rules.factored import Factored
+from shardc.rules.factoring import factor
 from shardc.runtime import Executable, cut, load, paste
 from shardc.solver.network import Assignment, Network
 
@@ -172,7 +172,7 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
     network = SimpleNamespace(factored=factored, mesh=mesh, class_of=lambda _: tensor)
     rewrite = _Rewrite(cast(Network, network), Assignment({}, {}, {}, {}))
     node = rewrite.graph.placeholder("x")
-    rewrite._describe(node, key, factored.base[key], whole, rewrite._base_held(key, whole))
+    rewrite._describe(node, key, factored.base[key].form.layout(whole.axes))
     back = bool(end.partial) or not _sliceable(factored, key, end, mesh)
     for one, other in ((whole, start), (start, end), *([(end, whole)] if back else [])):
         node = _walk(rewrite, key, node, one, other)
@@ -188,7 +188,7 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
 
 
 def _sliceable(factored: Factored, key: tuple[fx.Node, int], splits: Splits, mesh: Mesh) -> bool:
-    layout = layout_over(factored, factored.base[key], dict(zip(factored.leaves(key), splits.axes, strict=True)))
+    layout = factored.base[key].form.layout(splits.axes)
     try:
         layout.cuts(mesh)
     except LayoutError:

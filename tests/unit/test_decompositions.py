@@ -15,7 +15,7 @@ from rule_samples import boolean, positive, real, whole
 from shardc.graph import value_of
 from shardc.passes.normalize import normalize
 from shardc.rules.borrowed import body_of
-from shardc.rules.builder import Builder
+from shardc.rules.builder import Builder, Values
 from shardc.rules.decompositions import DECOMPOSITIONS
 from shardc.rules.factoring import VIEWS
 from shardc.rules.notation import maker_of
@@ -386,7 +386,7 @@ def test_rms_norm_backward() -> None:
 
 def builder_before(graph: fx.Graph, node: fx.Node) -> Builder:
     graph.inserting_before(node)
-    return Builder(graph, node)
+    return Builder(graph, node, Values())
 
 
 def test_every_decomposition_has_a_sample() -> None:
