@@ -95,7 +95,7 @@ class Frontier:
         self.proofs: list[Proof] = []
         self.finished: dict[float, float] = {}  # what branching proved, by bound
         self.trail = Trail.of(holdings.linked(problem), _KEPT)
-        self.close = _DEEP if self.trail.folds else _CLOSE
+        self.close = _DEEP if self.trail.fold else _CLOSE
 
     def know(self, free: Solution, choice: list[int]) -> None:
         """What is known of the network in which nothing runs again, without prices: what was proved, if anything was,
@@ -130,7 +130,7 @@ class Frontier:
         gap = math.inf if best is None else (best.cost - lower) / max(abs(best.cost), 1e-300)
         if self._pairs <= (_SMALL if gap < _WIDE else _MODERATE) and gap > TOLERANCE:
             self._finish(bound, deadline)
-        if not self.trail.folds and gap > self.close:
+        if not self.trail.fold and gap > self.close:
             self._polish(bound, deadline)
         best = self._best(bound)
         if best is None:
@@ -163,7 +163,7 @@ class Frontier:
             ways = (self._between(prices, bound), prices) if len(prices) > 1 else (prices,)
             if value - lower <= self._little(best.cost, lower) or time.process_time() > deadline:
                 break
-            if self.trail.folds and value - lower <= _NEARLY * self.close * best.cost:
+            if self.trail.fold and value - lower <= _NEARLY * self.close * best.cost:
                 return ways[0]
             if not any(self._ask(way, deadline, _ROUGH) for way in ways):
                 break
@@ -174,7 +174,7 @@ class Frontier:
     def _little(self, cost: float, lower: float) -> float:
         """What better prices must promise, where a choice costs so much and so much seems to be proved: the gap that
         ends the search, or, but for folded layers, which are yet to be mixed, a part of the gap that is open."""
-        part = 0.0 if self.trail.folds else min(_PART * (cost - lower), _MOST * cost)
+        part = 0.0 if self.trail.fold else min(_PART * (cost - lower), _MOST * cost)
         return max(self.close * cost, part)
 
     def proved_for(self, found: Solution, bound: float) -> Solution:
@@ -204,13 +204,13 @@ class Frontier:
     def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
         """Solve at these prices; whether a choice was found that was not known. What is `rough` is a draft; but for
         folded layers, that proves something too."""
-        draft, folded = rough is not None, bool(self.trail.folds)
+        draft, folded = rough is not None, self.trail.fold is not None
         enough = rough or (_DEEPLY if folded else _ENOUGH)
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)
         if found.trail is not None:
-            self.trail = replace(found.trail, folds=self.trail.folds)
+            self.trail = replace(found.trail, fold=self.trail.fold)
         least = found.cost if draft and folded else found.lower_bound
         self.proofs.append(Proof(prices, least, found.certificate, draft and folded, fine=not draft))
         if any(point.choice == found.choice for point in self.points):
@@ -294,11 +294,11 @@ class Frontier:
             return point.cost + math.fsum(price * float(point.held[t]) for t, price in prices.items())
 
         solved = [point for point in self.points if not point.merged]
-        many = 1 if self.trail.folds else _MIXED
+        many = 1 if self.trail.fold else _MIXED
         large = sorted((p for p in solved if p.peak > bound), key=priced)[:many]
         small = sorted((p for p in solved if p.peak <= bound and p is not best), key=priced)[:many]
         self._take([self._merged(one, other, bound) for one in (best, *small) for other in large], bound)
-        if self.trail.folds:
+        if self.trail.fold:
             self._splice(bound)
 
     def _take(self, found: Iterable[_Point], bound: float) -> None:
@@ -320,7 +320,8 @@ class Frontier:
 
     def _spliced(self, small: _Point, fast: _Point, bound: float, first: bool) -> _Point:
         """The first layers of one choice, or the last, the rest of the other: as many of the fast one as fit."""
-        layers = self.trail.folds[0].layers
+        assert self.trail.fold is not None
+        layers = self.trail.fold.layers
         last, fits, over = int(layers.max()) + 1, 0, int(layers.max()) + 2
         best, held = small, [small.peak, fast.peak]
         for _ in range(_SPLICES):

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,15 @@ class Fold:
     """Per three variables of the template the variables of the network for which they stand."""
     layers: Integers
     """Per variable of the network its layer, -1 for none."""
+    ahead: dict[int, int]
+    """Per variable of the template in the first layer behind the cut, the one in its place in the last before it."""
+    cut: list[Edge]
+    """The edges of the network that lead to layers that were cut out, or are within them."""
+
+    @property
+    def count(self) -> int:
+        """The number of layers."""
+        return int(self.layers.max()) + 1
 
     def over(self, problem: Problem) -> Fold:
         """The same fold of a network with the same variables, other costs, and no other edges. Raises ValueError for
@@ -71,7 +81,13 @@ class Fold:
         if not problem.edges.keys() <= self.edges.keys():
             raise ValueError(f"{min(problem.edges.keys() - self.edges.keys())} is no edge of what was folded")
         edges = {edge: self.edges[edge] for edge in problem.edges}
-        return replace(self, template=_template(problem, self.kept, edges, self.copies), edges=edges)
+        cut = [edge for edge in self.cut if edge in problem.edges]
+        return replace(self, template=_template(problem, self.kept, edges, self.copies), edges=edges, cut=cut)
+
+    @cached_property
+    def inside(self) -> set[int]:
+        """The variables of the template that are in a layer."""
+        return {i for i, v in enumerate(self.kept) if self.layers[v] != _NONE}
 
     def unfolded_choice(self, choice: Sequence[int]) -> list[int]:
         return [choice[r] for r in self.representative]
@@ -81,20 +97,25 @@ class Fold:
         the last layer before the cut in every layer that was cut out."""
         messages: Messages = {}
         for edge, other in self.edges.items():
-            _enter(messages, edge, other, certificate.messages)
+            enter(messages, edge, other, certificate.messages)
         triplets: list[Lender] = []
         for lender in certificate.triplets:
             for variables in self.places(lender.variables):
                 triplets.append(_placed(lender, variables))
                 for i, j in _PAIRS:
-                    _enter(
+                    enter(
                         messages, (variables[i], variables[j]), (lender.variables[i], lender.variables[j]),
                         certificate.messages,
                     )  # fmt: skip
         return Certificate(messages, tuple(triplets))
 
+    def kept_lender(self, lender: Lender) -> Lender:
+        """A triplet of the template over the variables of the network that it consists of."""
+        a, b, c = (self.kept[v] for v in lender.variables)
+        return _placed(lender, (a, b, c))
 
-def _enter(messages: Messages, edge: Edge, other: Edge, known: Mapping[Edge, tuple[Array, Array]]) -> None:
+
+def enter(messages: Messages, edge: Edge, other: Edge, known: Mapping[Edge, tuple[Array, Array]]) -> None:
     """Enter for `edge` the messages of `other`, if it has any; the first entry stays."""
     (u, v), (a, b) = (edge, other) if edge[0] < edge[1] else ((edge[1], edge[0]), (other[1], other[0]))
     if (u, v) in messages:
@@ -155,7 +176,10 @@ class _Cut:
             return None
         copies = {(u, v) for u, v in edges if self._is_copy(u, v)}
         template = _template(problem, self.kept, edges, copies)
-        return Fold(template, representative, edges, self.kept, copies, self._places, self.layers)
+        behind = [v for v in self.kept if self.layer[v] == self.high]
+        ahead = {self.number[v]: self.number[self._at(v, self.low)] for v in behind}
+        cut = [(u, v) for u, v in edges if self.gone[u] or self.gone[v]]
+        return Fold(template, representative, edges, self.kept, copies, self._places, self.layers, ahead, cut)
 
     def _edge(self, u: int, v: int) -> Edge:
         """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then

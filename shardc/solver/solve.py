@@ -35,25 +35,24 @@ from shardc.solver.fold import Fold, fold
 from shardc.solver.forest import descend
 from shardc.solver.holdings import Prices
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
-from shardc.solver.prove import Known, Proof, clipped, prove
+from shardc.solver.prove import MAX_SWEEPS, Known, Proof, clipped, prove
 from shardc.solver.remainder import Remainder
+from shardc.solver.ring import COPIES, Prove, around
 from shardc.solver.search import Search
 
-_BETWEEN = 6  # layers kept on either side when a network is folded the first time
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
-_LOSES = 2.0  # times its gap that a proof may lose by being unfolded, before it is mended
+_ENDS = 0.5  # part of what a proof may leave open that its first and last layers may
 _SKETCH = 6  # sweeps over all values in a draft that starts from one
-_FEW, _MANY = 8, 60  # sweeps between two folds; where what they leave open will not be closed in the end
 _LARGE = 8000  # variables beyond which what folding leaves open stays open
 _ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
 
 @dataclass(frozen=True)
 class Trail:
-    """How a network folds, the widest fold first, and what was found and proved for the last template."""
+    """How a network folds, if many layers repeat, and what was found and proved for its template."""
 
-    folds: list[Fold]
+    fold: Fold | None
     choice: list[int] = field(default_factory=list[int])
     certificate: Certificate = field(default_factory=lambda: Certificate({}))
     lower: float = -math.inf
@@ -61,33 +60,22 @@ class Trail:
 
     @staticmethod
     def of(problem: Problem, kept: int = 1) -> Trail:
-        """The folds to one of so many layers on either side; none if few layers repeat.
-
-        In between is one that still has layers in its middle whose neighbours are as those of all others: what is tight
-        in the smallest need not be where two layers of the middle meet."""
-        found: list[Fold] = []
-        for layers in (_BETWEEN, kept):
-            network = found[-1].template if found else problem
-            folded = fold(network, layers)
-            if folded is not None and _FOLDED * len(folded.template.unary) <= len(network.unary):
-                found.append(folded)
-        return Trail(found)
+        """The fold to so many layers on either side."""
+        folded = fold(problem, kept)
+        worth = folded is not None and _FOLDED * len(folded.template.unary) <= len(problem.unary)
+        return Trail(folded if worth else None)
 
     def at(self, choice: Sequence[int]) -> Trail:
         """The trail from a choice for the whole network."""
-        for folded in self.folds:
-            choice = [choice[v] for v in folded.kept]
-        return replace(self, choice=list(choice))
+        return replace(self, choice=list(choice) if self.fold is None else [choice[v] for v in self.fold.kept])
 
     def over(self, problem: Problem) -> Trail:
         """The trail for other costs, and some of the edges."""
         self.tables.next()
-        folds: list[Fold] = []
-        for folded in self.folds:
-            folds.append(folded.over(folds[-1].template if folds else problem))
+        folded = self.fold.over(problem) if self.fold else None
         known = self.certificate.messages
-        left = {edge: known[edge] for edge in known if not folds or edge in folds[-1].template.edges}
-        return replace(self, folds=folds, certificate=replace(self.certificate, messages=left))
+        left = {edge: known[edge] for edge in known if folded is None or edge in folded.template.edges}
+        return replace(self, fold=folded, certificate=replace(self.certificate, messages=left))
 
 
 @dataclass(frozen=True)
@@ -124,8 +112,8 @@ def solve(
     goal = _Goal(math.inf if time_limit is None else time.process_time() + time_limit, certify, enough)
     trail = trail.over(problem) if trail else Trail.of(problem)
     known: Solution | None = None
-    if trail.folds:
-        known = _unfolded(problem, trail, goal, draft)
+    if trail.fold:
+        known = _unfolded(problem, trail, trail.fold, goal, draft)
         if draft or known.gap <= enough * abs(known.cost) or len(problem.unary) > _LARGE:
             return known
     choice, lower = _searched(problem, goal, known.choice if known else None, draft)
@@ -193,36 +181,41 @@ def _searched(
     return choice, min(search.lower + network.constant, cost)
 
 
-def _unfolded(problem: Problem, trail: Trail, goal: _Goal, draft: bool) -> Solution:
+def _unfolded(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, draft: bool) -> Solution:
     """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
-    folds, trail = trail.folds, _followed(trail, goal.part(), draft)
-    choice, certificate = trail.choice, trail.certificate
-    gap = _gap(folds[-1].template, choice, trail.lower)
-    closes = goal.certify or sum(table.size for table in problem.edges.values()) <= _ENTRIES
-    for folded, network in zip(reversed(folds), [*(f.template for f in folds[-2::-1]), problem], strict=True):
-        choice = folded.unfolded_choice(choice)
-        if not math.isfinite(evaluate(network, choice)):
-            choice = _mended(network, choice, goal)
-        if draft:
-            continue
-        certificate = folded.unfolded_certificate(certificate)
-        close = _LOSES * max(goal.enough, gap)
-        if network is problem or not (goal.rough or _gap(network, choice, check(network, certificate)) > close):
-            continue  # any pass would move messages, and what is exact by now unfold less well
-        known, sweeps = replace(goal, enough=close).known(network, choice), _FEW if closes else _MANY
-        certificate = prove(network, known, goal.part().deadline, certificate, sweeps, goal.rough, trail.tables)
+    trail = _followed(trail, folded.template, goal.part(), draft)
+    choice = folded.unfolded_choice(trail.choice)
+    if not math.isfinite(evaluate(problem, choice)):
+        choice = _mended(problem, choice, goal)
     if draft:
         return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
-    solution = _solution(problem, choice, -math.inf, certificate, trail)
+    solution = _solution(problem, choice, -math.inf, _carried_over(problem, trail, folded, goal, choice), trail)
+    closes = goal.certify or sum(table.size for table in problem.edges.values()) <= _ENTRIES
     if solution.exact or solution.gap <= goal.enough * abs(solution.cost) or not closes:
         return solution
     return _closed(problem, solution, goal)
 
 
+def _carried_over(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, choice: list[int]) -> Certificate:
+    """A certificate for the whole network."""
+    aim = goal.known(problem, choice).tolerance
+
+    def proof(part: float, sweeps: int | None) -> Prove:
+        def proved(network: Problem, chosen: Sequence[int], start: Certificate | None) -> Certificate:
+            known = Known(evaluate(network, chosen), part * aim)
+            return prove(network, known, goal.part().deadline, start, sweeps, goal.rough, trail.tables)
+
+        return proved
+
+    ring, ends = proof(COPIES / folded.count, MAX_SWEEPS), proof(_ENDS, MAX_SWEEPS if goal.rough else None)
+    found = around(problem, folded, trail.choice, trail.certificate, ring, ends)
+    return found or folded.unfolded_certificate(trail.certificate)
+
+
 def _closed(problem: Problem, known: Solution, goal: _Goal) -> Solution:
-    """The solution without the gap that unfolding left. That is small: few of the values could be in a better choice,
-    and most often elimination searches them all at once. Where they are too many, one sweep lets what holds in the
-    middle of the template reach all layers."""
+    """The solution without the gap that is left where the first and last layers are at odds with the middle. That is
+    small: few of the values could be in a better choice, and most often elimination searches them all at once. Where
+    they are too many, one sweep over all layers comes first."""
     if time.process_time() > goal.deadline:
         return known
     finished = _finished(problem, known)
@@ -269,16 +262,9 @@ def _mended(problem: Problem, choice: list[int], goal: _Goal) -> list[int]:
     return found if math.isfinite(evaluate(problem, found)) else _searched(problem, goal)[0]
 
 
-def _gap(problem: Problem, choice: list[int], lower: float) -> float:
-    """What is not proved of a choice's cost, as a part of it."""
-    cost = evaluate(problem, choice)
-    return (cost - lower) / max(abs(cost), 1e-300)
-
-
-def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
+def _followed(trail: Trail, template: Problem, goal: _Goal, draft: bool) -> Trail:
     """The trail with what is found and proved for its template. A draft sweeps over all values a few times only, and
     finds its choice among those that matter by then."""
-    template = trail.folds[-1].template
     proof = _begun(template, goal, trail)
     if not draft or proof is None or proof.choice is None:
         proof = _proved(template, goal, proof)
@@ -286,7 +272,7 @@ def _followed(trail: Trail, goal: _Goal, draft: bool) -> Trail:
     proof.sweep(_SKETCH if trail.certificate.messages else 2 * _SKETCH, searching=False)
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
     small = active.problem(template)
-    start = Trail([], active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
+    start = Trail(None, active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
     sketch = _begun(small, goal, start)
     if sketch is not None:
         sketch.sweep()  # a choice is wanted: triplets would prove more, and seldom find a better one

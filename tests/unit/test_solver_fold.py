@@ -141,7 +141,9 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     better in time, nothing is lost."""
     problem = layered(20, 2)
     best = solve(problem)
-    template = solving.Trail.of(problem).folds[-1].template
+    folded = solving.Trail.of(problem).fold
+    assert folded is not None
+    template = folded.template
     unproved = Proof(template, Bound(template.unary, template.edges), None, math.inf)
     unproved.take(solve(template).choice)
     monkeypatch.setattr(solving, "_proved", lambda *_: unproved)
@@ -161,6 +163,18 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     assert solution.lower_bound >= 0.5 * best.cost and not solution.exact
 
 
+@pytest.mark.parametrize("seed", (0, 1, 3, 4, 5))
+def test_the_middle_is_proved_as_a_ring(seed: int) -> None:
+    """What the template proves is lost in part in every layer of the middle; what a ring of layers proves is not."""
+    problem = layered(40, seed)
+    solution = solve(problem, certify=False)
+    assert solution.trail is not None and solution.trail.fold is not None
+    template = solution.trail.fold.unfolded_certificate(solution.trail.certificate)
+    assert check(problem, template) < solution.cost * (1 - 1e-3)
+    assert solution.certificate.remainder is None
+    assert check(problem, solution.certificate) == pytest.approx(solution.cost, rel=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found at some costs is a start at others, with fewer edges too; a draft finds as good a choice."""
@@ -173,14 +187,14 @@ def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.Monkey
     edges = {edge: other(table) for edge, table in problem.edges.items() if edge[0]}  # without those of the table
     changed = Problem([other(cost) for cost in problem.unary], edges, problem.names)
     trail = solve(problem, certify=False).trail
-    assert trail is not None and trail.folds
+    assert trail is not None and trail.fold is not None
     best = whole(changed, monkeypatch)
     for draft in (False, True):
         found = solve(changed, certify=False, trail=trail, draft=draft)
         assert found.cost == evaluate(changed, found.choice) == pytest.approx(best, rel=1e-9)
         assert found.lower_bound <= best * (1 + 1e-9)
     with pytest.raises(ValueError, match="no edge of what was folded"):
-        solve(problem, trail=solving.Trail([folded.over(p) for folded, p in zip(trail.folds, [changed], strict=False)]))
+        solve(problem, trail=solving.Trail(trail.fold.over(changed)))
 
 
 def rings(scale: float, seed: int) -> Problem:
@@ -203,7 +217,7 @@ def test_a_draft_after_a_proof_that_needed_triplets() -> None:
     needed = 0
     for seed in range(20):
         trail = solve(rings(1.0, seed), certify=False).trail
-        assert trail is not None and trail.folds
+        assert trail is not None and trail.fold is not None
         needed += bool(trail.certificate.triplets)
         problem = rings(1.05, seed)
         draft = solve(problem, certify=False, enough=1e-2, trail=trail, draft=True)

@@ -104,7 +104,7 @@ def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
             problem.add_edge(v - 1, v, link)
         held.append(Holding(v, None, np.array([10.0, 1.0]), 0, 0))
     frontier = Frontier(problem, Holdings(1, held))
-    assert frontier.trail.folds
+    assert frontier.trail.fold is not None
     found = frontier.within(200.0, 20.0)
     fast = (200 - layers) // 9
     assert found.cost == pytest.approx(2 * layers - fast + turning)
