@@ -37,12 +37,12 @@ class Rewriter:
         self.env: dict[fx.Node, fx.Node] = {}
         self._describe = describe
 
-    def placeholder(self, old: fx.Node, name: str) -> fx.Node:
-        """A placeholder that stands for `old`."""
+    def placeholder(self, old: fx.Node | None, name: str, value: Any) -> None:
+        """A placeholder that stands for `old`, or for something that nothing uses yet."""
         new = placeholder(self.graph, name)
-        new.meta["val"] = old.meta["val"]
-        self.env[old] = new
-        return new
+        new.meta["val"] = value
+        if old is not None:
+            self.env[old] = new
 
     def copy(self, nodes: Iterable[fx.Node]) -> None:
         """Copy `nodes`, which must come in order."""

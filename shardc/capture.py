@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from shardc import canonical, compat, places
@@ -22,7 +23,7 @@ from shardc.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.graph import Constant, Port, Program, Role
 from shardc.inputs import flatten, refuse_foreign, refuse_opaque, refuse_sparse
-from shardc.repeat import Repeat, find
+from shardc.repeat import Repeat, Unlike, find, form
 from shardc.skip import Watch
 from shardc.state import Slot, State, registry
 from shardc.stitch import fill
@@ -110,6 +111,9 @@ class _Trace:
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
+        hidden = watch.hidden() if watch else set[nn.Module]()
+        self.given = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.places)]
+        self.hides = len(self.given) < len(self.slots)
         self._tie(dynamic)
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant] = []
@@ -133,7 +137,7 @@ class _Trace:
 
     def run(self) -> fx.GraphModule:
         """Trace; whatever goes wrong becomes a CaptureError."""
-        fakes = [slot.fake for slot in self.slots]
+        fakes = [slot.fake for slot in self.given]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(compat.tracing_flags(self.state.module))
@@ -150,11 +154,12 @@ class _Trace:
         """The model as a function of its parameters, buffers and inputs, with flat outputs."""
         leaves = list(self.leaves)
         with self.state.unchanged():
-            for slot, tensor in zip(self.slots, tensors, strict=True):
+            own = {slot.port: tensor for slot, tensor in zip(self.given, tensors, strict=True)}
+            for slot in self.slots:
                 if slot.port.role is Role.INPUT:
-                    leaves[slot.port.index] = tensor
+                    leaves[slot.port.index] = own[slot.port]
                 for part, key in slot.places:
-                    registry(part, slot.port.role)[key] = tensor
+                    registry(part, slot.port.role)[key] = own.get(slot.port, slot.fake)
             self._refresh_rnns()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             with self.provenance, self.watch.installed() if self.watch else nullcontext():
@@ -170,7 +175,7 @@ class _Trace:
 
     def _write_back(self, tensors: Sequence[Tensor]) -> None:
         """A buffer that the model replaced by assignment is a mutation, as if it had been written in place."""
-        for slot, tensor in zip(self.slots, tensors, strict=True):
+        for slot, tensor in zip(self.given, tensors, strict=True):
             if slot.port.role is Role.BUFFER:
                 part, key = slot.places[0]
                 now = registry(part, Role.BUFFER).get(key)
@@ -284,35 +289,46 @@ class _Builder:
         """Outputs, then mutations, then gradients, with their ports."""
         roles = (Role.OUTPUT, Role.MUTATION, Role.GRADIENT)
         found: dict[Role, list[tuple[Port, fx.Node | None]]] = {role: [] for role in roles}
-        graph = self.traced.graph
+        graph, gradients = self.traced.graph, dict[Port, fx.Node | None]()
         for (kind, index), value in zip(
             compat.output_kinds(graph), pytree.tree_leaves(graph.output_node().args), strict=True
         ):
             if kind == "output":
                 found[Role.OUTPUT].append((Port(Role.OUTPUT, "", index), _uncloned(value)))
             elif kind:
-                source = self.trace.slots[index].port
-                role = Role(kind)
-                if role is Role.MUTATION or self.trace.slots[index].fake.requires_grad:
-                    found[role].append((Port(role, source.name, source.index), value))
+                source, role = self.trace.given[index], Role(kind)
+                if role is Role.GRADIENT:
+                    gradients[source.port] = value
+                else:
+                    found[role].append((Port(role, source.port.name, source.port.index), value))
+        for slot in self.trace.slots:
+            if slot.fake.requires_grad and gradients:
+                port = Port(Role.GRADIENT, slot.port.name, slot.port.index)
+                found[Role.GRADIENT].append((port, gradients.get(slot.port)))
         pairs = [pair for group in found.values() for pair in group]
         return [port for port, _ in pairs], [value for _, value in pairs]
 
     def _placeholders(self, nodes: list[fx.Node]) -> None:
-        for old in self.traced.graph.nodes:
-            if old.op == "placeholder":
-                port = self._port(old)
-                self.inputs.append(port)
-                self.rewriter.placeholder(old, _identifier(port))
+        left = {self._port(old): old for old in self.traced.graph.nodes if old.op == "placeholder"}
+        like = {form(slot.fake): left[slot.port].meta["val"] for slot in self.trace.given if self.trace.hides}
+        for slot in self.trace.slots:
+            old = left.pop(slot.port, None)
+            self._input(slot.port, old, old.meta["val"] if old else like[form(slot.fake)])
+        for port, old in left.items():
+            self._input(port, old, old.meta["val"])
         needed = {operand for node in nodes for operand in node.all_input_nodes}
         for old in self.traced.graph.nodes:
             if old.op == "get_attr" and old in needed:
                 self._constant(old)
 
+    def _input(self, port: Port, old: fx.Node | None, value: Any) -> None:
+        self.inputs.append(port)
+        self.rewriter.placeholder(old, _identifier(port), value)
+
     def _port(self, old: fx.Node) -> Port:
         index = compat.input_index(old)
         if index is not None:
-            return self.trace.slots[index].port
+            return self.trace.given[index].port
         output = compat.tangent_index(old)
         if output is None:
             raise CaptureError(
@@ -334,13 +350,15 @@ class _Builder:
             raise CaptureError(
                 f"the graph holds {old.target}, a {type(value).__name__}: torch.cond and the like are not supported"
             )
+        if self.trace.hides and isinstance(value, FakeTensor):
+            raise Unlike("a tensor of a layer that is skipped is used elsewhere")
         refuse_foreign(value)
         name = f"constant:{len(self.constants)}"
         self.constants[name] = value
         if "val" not in old.meta:
             old.meta["val"] = compat.fake_like(self.trace.mode, value)
         self.inputs.append(Port(Role.CONSTANT, name))
-        self.rewriter.placeholder(old, name.replace(":", "_"))
+        self.rewriter.placeholder(old, name.replace(":", "_"), old.meta["val"])
 
 
 def _uncloned(value: fx.Node) -> fx.Node:

@@ -90,9 +90,9 @@ def snapshot(value: Any, deep: int = 3) -> Any:
     return _Itself(value), tuple((k, snapshot(v, 0)) for k, v in getattr(value, "__dict__", {}).items())
 
 
-def form(tensor: Tensor | None) -> Any:
+def form(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
-        return None
+        return ()
     return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
@@ -107,7 +107,7 @@ Whole = list[tuple[nn.Module, str]]
 
 def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
     """Everything that makes a layer what it is, but for the values of its tensors and its whole numbers. With `ours`,
-    its forward is our own."""
+    it is being traced: its forward is our own, and its tensors are of whatever type stands for them."""
     parts: list[Any] = []
     whole: Whole = []
     for path, part in layer.named_modules():
@@ -116,7 +116,7 @@ def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
             if name == "_modules":
                 own.append(tuple((key, child is None) for key, child in value.items()))
             elif name in ("_parameters", "_buffers"):
-                own.append(tuple((key, form(tensor)) for key, tensor in value.items()))
+                own.append(tuple([(key, form(tensor)[ours:]) for key, tensor in value.items()]))
             elif name.endswith("_hooks") and isinstance(value, dict):
                 if value:
                     own.append(_Itself(object()))  # who knows what a hook does

@@ -23,7 +23,7 @@ from enum import Enum
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardc import compat
@@ -80,6 +80,10 @@ class Watch:
         self.repeats = repeats
         self.broken = ""
         self._calls: list[list[_Call]] = []
+
+    def hidden(self) -> set[nn.Module]:
+        """The parts of the layers that are skipped."""
+        return {part for repeat in self.repeats for i in repeat.hole for part in repeat.layers[i].modules()}
 
     @contextmanager
     def installed(self) -> Generator[None]:

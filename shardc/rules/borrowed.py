@@ -82,7 +82,7 @@ def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
     rewriter = Rewriter(lambda old, new: None)
     for old in traced.graph.nodes:
         if old.op == "placeholder":
-            rewriter.placeholder(old, old.name)
+            rewriter.placeholder(old, old.name, old.meta["val"])
         elif old.op == "get_attr":
             number = getattr(traced, str(old.target))
             if not isinstance(number, torch.Tensor) or number.numel() != 1:

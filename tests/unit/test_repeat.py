@@ -472,6 +472,27 @@ def losing() -> nn.Module:
     return Summing(lambda _: Losing())
 
 
+class Penalised(Stack):
+    """The loss is also one of what its layers hold."""
+
+    def penalty(self, layer: nn.Module) -> Tensor:
+        return sum((p.square().sum() for p in layer.parameters()), torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + sum(self.penalty(layer) for layer in self.layers)
+
+
+class PenalisedOnce(Penalised):
+    def penalty(self, layer: nn.Module) -> Tensor:
+        return super().penalty(layer) if layer is self.layers[5] else torch.zeros(())
+
+
+class Measured(Penalised):
+    @torch.no_grad()
+    def penalty(self, layer: nn.Module) -> Tensor:
+        return super().penalty(layer)
+
+
 def closed_over() -> nn.Module:
     count = 0
 
@@ -507,6 +528,9 @@ IN_FULL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "twice": (lambda: Twice(), "in turn"),
     "lines": (lambda: Lines(), "switches"),
     "skips": (lambda: Skips(lambda _: Adding()), "another tensor"),
+    "penalty": (lambda: Penalised(), ""),
+    "penalty_on_one": (lambda: PenalisedOnce(), ""),
+    "penalty_without_gradient": (lambda: Measured(), ""),
     "hook": (hooked, ""),
     "hook_during_forward": (hooked_late, "differ"),
     "tied": (tied, ""),
@@ -527,6 +551,15 @@ def test_what_is_no_repetition_is_traced_in_full(name: str, spy: Spy) -> None:
         capture(module, (X,))
     assert not spy.filled
     assert reason in spy.refused[0] if reason else not spy.refused, spy.refused
+
+
+@pytest.mark.parametrize("make", [Penalised, PenalisedOnce, Measured])
+def test_tensors_of_skipped_layers_used_elsewhere(
+    make: Callable[[], nn.Module], spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    check_values(in_full(module, monkeypatch, X), module, x=X)
+    assert not spy.filled
 
 
 def test_constraints_on_a_layer_are_traced_in_full(spy: Spy) -> None:
