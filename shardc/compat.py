@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -51,7 +53,6 @@ TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 _TORCH = str(Path(torch.__file__).parent)
 _SHARDC = str(Path(__file__).parent)
 _RUNTIME = str(Path(__file__).resolve().parent.parent / "runtime")
-_is_user: dict[CodeType, bool] = {}
 
 
 def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -251,12 +252,12 @@ def modes() -> tuple[Any, ...]:
 
 def is_user_code(code: CodeType) -> bool:
     """Whether the code is neither torch's nor shardc's."""
-    known = _is_user.get(code)
-    if known is None:
-        name = code.co_filename
-        known = not name.startswith((_TORCH, _SHARDC, _RUNTIME, "<frozen", "<eval_with_key"))
-        _is_user[code] = known
-    return known
+    return _is_of_user(code.co_filename)
+
+
+@cache
+def _is_of_user(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _SHARDC, _RUNTIME, "<frozen", "<eval_with_key"))
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
@@ -269,7 +270,7 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
 def source_line(frame: FrameType | None) -> str:
     """`model.py:41`, the innermost line of user code."""
     frame = user_frame(frame)
-    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def failing_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:

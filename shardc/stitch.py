@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,8 @@ class _Stitch:
 
     # --- what a unit is made of: arguments of every node, with links in place of nodes
 
-    def _node(self, one: fx.Node, two: fx.Node) -> tuple[Any, Any]:
+    def _node(self, one: fx.Node, two: fx.Node) -> tuple[list[tuple[Any, bool]], dict[str, tuple[Any, bool]]]:
+        """Positional and keyword arguments, each with whether it is the same in every unit."""
         same = (
             one.target is two.target
             and one.meta["phase"] == two.meta["phase"]
@@ -136,7 +138,8 @@ class _Stitch:
         )
         if not same:
             raise Unlike(f"{one} and {two} differ")
-        return self._argument(one.args, two.args), self._argument(one.kwargs, two.kwargs)
+        args, kwargs = self._argument(one.args, two.args), self._argument(one.kwargs, two.kwargs)
+        return [(arg, _fixed(arg)) for arg in args], {key: (arg, _fixed(arg)) for key, arg in kwargs.items()}
 
     def _shifted(self, path: str, units: int = 1) -> str:
         """The same place in a later unit."""
@@ -233,13 +236,16 @@ class _Stitch:
             return made[unit + link.source.value, link.position]
 
         def emit(unit: int, positions: range) -> None:
+            place = cache(lambda path: self._shifted(path, unit - 2))
             for position in positions:
                 old, (args, kwargs) = self.units.two[position], self.template[position]
-                new = canonical.call(
-                    graph, old.target, *_filled((args, kwargs), lambda a: operand(a, unit), env.__getitem__)
-                )
-                new.meta = {**old.meta, "module": self._shifted(old.meta["module"], unit - 2)}
-                made[unit, position] = new
+                args = [arg if fixed else filled(arg, unit) for arg, fixed in args]
+                kwargs = {key: arg if fixed else filled(arg, unit) for key, (arg, fixed) in kwargs.items()}
+                new = made[unit, position] = canonical.call(graph, old.target, tuple(args), kwargs)
+                new.meta = {**old.meta, "module": place(old.meta["module"])}
+
+        def filled(tree: Any, unit: int) -> Any:
+            return _filled(tree, lambda link: operand(link, unit), env.__getitem__)
 
         for old in self.program.graph.nodes:
             if old.op == "placeholder":
@@ -293,6 +299,13 @@ class _Stitch:
             else:
                 found.append(None if position is None else (unit + 1, position))
         return found
+
+
+def _fixed(tree: Any) -> bool:
+    """Whether an argument is the same in every unit."""
+    found: list[object] = []
+    _filled(tree, found.append, found.append)  # type: ignore[arg-type]
+    return not found
 
 
 def _filled(tree: Any, link: Callable[[_Link | _Of], fx.Node], node: Callable[[fx.Node], fx.Node]) -> Any:
