@@ -22,7 +22,7 @@ from shardc.passes.footprint import Footprint
 from shardc.passes.overlap import overlap, rewrite
 from shardc.passes.timeline import Order, Pace, Times, hidden
 from shardc.plan import Memory
-from shardc.printing import show
+from shardc.printing import Shown
 
 MODEST = (
     (1.0, ("all", "gradients", "nothing")), *((1 / k, ("nothing",)) for k in (2, 4, 16, 64)), (0.0, ("nothing",)),
@@ -66,7 +66,7 @@ def arrange(
             memory = footprint.memory(forward, backward)
             least = min(least, memory.peak)
             if budget is None or memory.peak <= budget:
-                bucketed, order = show(graph, mesh), [*forward, *backward]
+                bucketed, order = Shown(graph, mesh), [*forward, *backward]
                 rewrite(graph, order)
                 return Arranged(graph, bucketed, memory, hidden(order, times))
     raise AssertionError(f"the plan was to hold {budget:.0f} bytes, its code holds {least:.0f}")

@@ -148,7 +148,7 @@ class _Run:
         if found is None:
             if node.target in BUCKETS:
                 return self._pieces(node, label)
-            form = self._form(node, storages)
+            form = self._form(node, operands, storages)
             found = self.known.by_form.get(form)
             if found is None:
                 found = [one and self.known.one(one) for one in self._made(node, storages)]
@@ -223,8 +223,12 @@ class _Run:
                 if not self.names[one.storage]:
                     self.held[self.labels[one.storage]] -= self.sizes[one.storage]
 
-    def _form(self, node: fx.Node, storages: list[int]) -> object:
-        """All that what a call makes depends on."""
+    def _form(self, node: fx.Node, operands: Sequence[_Lying | None], storages: list[int]) -> object:
+        """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie."""
+        if "op" in node.meta:
+            lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
+            return node.target, node.meta["op"].kind, node.meta["strategy"], *lying
+
         def show(value: object) -> object:
             if isinstance(value, fx.Node):
                 one = self.lying[value][0]

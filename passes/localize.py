@@ -22,7 +22,7 @@ from torch import fx
 
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-from shardc.rules.factored import Op
+from shardc.rules.factored import Kind, Op
 from shardc.rules.notation import Size
 from shardc.runtime import indexing
 from shardc.runtime.parts import Part
@@ -37,6 +37,7 @@ _FROM_END = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.defaul
 
 def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     """Make every node's arguments local, in place."""
+    as_it_is: dict[tuple[Kind, Strategy], bool] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -44,12 +45,16 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
         elif "op" in node.meta:  # a view too, where it cuts across atoms
-            _operator(graph, node, node.meta["op"], node.meta["strategy"], mesh)
+            op, strategy = node.meta["op"], node.meta["strategy"]
+            key = op.kind, strategy
+            if key not in as_it_is:
+                as_it_is[key] = _is_local(op, strategy, mesh)
+            if not as_it_is[key]:
+                _operator(graph, node, op, strategy, mesh)
         elif node.target in _SIZED:
             node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
             # a squeeze names no sizes, and would also drop a dim of which the rank holds one element
             node.target = aten.expand.default if node.target is aten.expand.default else aten.view.default
-    graph.lint()
     return graph
 
 
@@ -57,14 +62,21 @@ IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.defaul
 """Operators that only speak to the planner; generated code does without them."""
 
 
+def _is_local(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
+    """Whether the arguments of an operator are the same for the global tensors and for a rank's parts."""
+    told = bool(op.rule.sizes or op.rule.indices or _parts(op, strategy))
+    return not told and all(f.size % mesh.ways(axes) == 0 for f, axes in zip(op.factors, strategy.split, strict=True))
+
+
 def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
     if any(f.size % mesh.ways(axes) for f, axes in zip(op.factors, strategy.split, strict=True)):
         _mask(graph, node, op, node.meta["shape"], strategy, mesh)
-    arguments = list(node.args)
-    for position, meaning in op.rule.sizes.items():
-        arguments[position] = _size(node, op, meaning, split, mesh)
-    node.args = tuple(arguments)
+    if op.rule.sizes:
+        arguments = list(node.args)
+        for position, meaning in op.rule.sizes.items():
+            arguments[position] = _size(node, op, meaning, split, mesh)
+        node.args = tuple(arguments)
     parts = _parts(op, strategy)
     if parts:
         node.target, node.kwargs = op.rule.body, {**node.kwargs, **parts}  # type: ignore[assignment]

@@ -255,15 +255,18 @@ def _worthwhile(order: Order, times: Times) -> Order:
 
 def rewrite(graph: fx.Graph, order: Order) -> None:
     """Put the nodes of both halves in order, one after the other, and write the waits, in place."""
-    output, ran = graph.output_node(), {node for node, _ in order}
+    ran = {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
+    here = next(node for node in graph.nodes if node.op != "placeholder")
     for node, awaited in (*order, *((node, False) for node in rest)):
-        if not awaited:
-            output.prepend(node)
+        if node is here and not awaited:  # most stand where they are to stand
+            here = here.next
             continue
-        with graph.inserting_before(output):
+        if not awaited:
+            here.prepend(node)
+            continue
+        with graph.inserting_before(here):
             new = graph.create_node("call_function", wait, (node,), name="wait")
         new.meta = dict(node.meta)
         node.meta.pop("kept", None)
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
-    graph.lint()

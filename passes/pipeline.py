@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 from torch import fx
@@ -32,7 +33,7 @@ from shardc.passes.timeline import Pace
 from shardc.passes.unknown import refuse_unknown, tried
 from shardc.passes.why import Priced, Questions, titles_of
 from shardc.plan import Conversion, Memory, Placed, Plan, Tried
-from shardc.printing import show
+from shardc.printing import Shown
 from shardc.rules.factored import Factored, Key
 from shardc.rules.factoring import factor
 from shardc.solver.network import Accepts, Assignment, Network
@@ -48,12 +49,12 @@ PASSES = (
 
 @dataclass
 class Lowered:
-    """What the pipeline made: the plan, the generated source, the printout after every pass (made when it is asked
-    for), the captured program, and the local graph that the source was written from (node metadata as `reshard` leaves
-    it)."""
+    """What the pipeline made: the plan, the generated source and the printout after every pass (made when they are
+    asked for), the captured program, and the local graph that the source is written from (node metadata as `reshard`
+    leaves it)."""
 
     plan: Plan
-    code: str
+    code: Callable[[], str]
     graphs: Mapping[str, Callable[[], str]]
     program: Program
     graph: fx.Graph
@@ -87,30 +88,27 @@ def lower(
         phases[name] = phases.get(name, 0.0) + time.process_time() - start
         return result
 
-    def keep(name: str, graph: fx.Graph, layouts: Callable[[], Layouts] = dict) -> None:
-        graphs[name] = show(graph, mesh, layouts)
-
-    keep("capture", program.graph)
+    graphs["capture"] = Shown(program.graph, mesh)
     timed("normalize", lambda: normalize(program))
-    keep("normalize", program.graph)
+    planned = graphs["normalize"] = Shown(program.graph, mesh)
     factored = timed("factor", lambda: factor(program))
-    graphs["retile"] = graphs["normalize"]
     if timed("retile", lambda: retile(factored, mesh, settings.parameters)):
         factored = timed("factor", lambda: factor(program))
-        keep("retile", program.graph)
+        planned = Shown(program.graph, mesh)
     if settings.on_unknown == "error":
         refuse_unknown(factored)
+    graphs["retile"] = planned
     constraints = collect(factored, mesh, settings.parameters)
     spread = timed("propagate", lambda: propagate(factored, mesh, constraints))
-    keep("propagate", program.graph, lambda: _spread(factored, spread.axes))
+    graphs["propagate"] = lambda: planned(_spread(factored, spread.axes))
     wishes = spread.wishes() if settings.mode == "propagate" else {}
     localized = Localized(program, settings)
     network, assignment, solution = timed(
         "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known, localized)
     )
-    keep("assign", program.graph, lambda: _spread(factored, spread.axes) | _chosen(network, assignment))
+    graphs["assign"] = lambda: planned(_spread(factored, spread.axes) | _chosen(network, assignment))
     lowered, graphs["reshard"], titles, unknown = timed("reshard", lambda: localized(network, assignment))
-    keep("localize", lowered)
+    graphs["localize"] = Shown(lowered, mesh)
     pace = Pace(network, settings.device)
 
     def again() -> fx.Graph:
@@ -120,11 +118,11 @@ def lower(
     graph, graphs["bucket"] = arranged.graph, arranged.bucketed
     memory, beneath = replace(arranged.memory, budget=settings.memory), arranged.hidden
     conversions = _conversions(graph, pace, titles)
-    keep("overlap", graph)
+    graphs["overlap"] = Shown(graph, mesh)
     compute = _compute(network, assignment)
     explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
-    code = timed("codegen", lambda: codegen(graph, program, mesh))
-    graphs["codegen"] = lambda: code
+    code = cache(lambda: timed("codegen", lambda: codegen(graph, program, mesh)))
+    graphs["codegen"] = code
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")
@@ -163,7 +161,7 @@ class Localized:
 
     def _made(self, network: Network, assignment: Assignment) -> _Local:
         graph, unknown = reshard(network, assignment), tuple[Tried, ...]()
-        resharded, titles = show(graph, self.settings.mesh), titles_of(self.program, graph)
+        resharded, titles = Shown(graph, self.settings.mesh), titles_of(self.program, graph)
         if any(op.learned is not None for op in network.factored.ops):
             conversions = _conversions(graph, Pace(network, self.settings.device), titles)
             unknown = tried(network, assignment, graph, conversions)

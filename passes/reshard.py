@@ -153,7 +153,7 @@ class _Rewrite:
             wanted = set(tensor_arguments(old))
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
             new = self._call(old.target, args, kwargs)
-        new.meta = {"op": op, "shape": shape, "strategy": strategy, "dtype": None}
+        new.meta.update(op=op, shape=shape, strategy=strategy, dtype=None)
         several = isinstance(value_of(old), (tuple, list))
         used = [user.args[1] for user in old.users if user.target is operator.getitem] if several else [0]
         self._provenance(new, old)
@@ -302,7 +302,9 @@ class _Rewrite:
         if self.forward is None:
             new.meta["phase"] = reader.meta.get("phase", "")
         self._describe(new, key, form.layout_on(after.axes, after.partial))
-        new.kwargs = {**keywords, **self._uneven(node, new, step, place)}
+        uneven = self._uneven(node, new, step, place)
+        if uneven:
+            new.kwargs = {**keywords, **uneven}
         return new
 
     def _uneven(self, before: fx.Node, after: fx.Node, step: Step, place: Mapping[int, int]) -> dict[str, int]:

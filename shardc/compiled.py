@@ -65,7 +65,7 @@ class Compiled:
         self._module = module
         self._lowered = lowered
         self._family = family
-        self._code = lowered.code
+        self._agreed: str | None = None
         self._executable: Executable | None = None
 
     @property
@@ -75,7 +75,7 @@ class Compiled:
     @property
     def code(self) -> str:
         """The generated Python, which is what runs; on ranks other than 0, once it has run (see `executable`)."""
-        return self._code
+        return self._lowered.code() if self._agreed is None else self._agreed
 
     def graph(self, name: str) -> str:
         """The graph after a pass: capture, normalize, propagate, assign, reshard, localize or codegen."""
@@ -93,9 +93,10 @@ class Compiled:
         ranks take rank 0's code: each plans on its own, and one with less time for it would find another plan."""
         if self._executable is None:
             mesh = local_mesh(self._lowered.plan.mesh.sizes)
-            own, self._code = self._code, mesh.agreed(self._code)
-            executable = Executable(load(self._code), mesh)
-            if own != self._code:
+            own = self._lowered.code()
+            self._agreed = mesh.agreed(own)
+            executable = Executable(load(self._agreed), mesh)
+            if own != self._agreed:
                 _check_same_program(executable, load(own))
             if isinstance(executable.mesh, DistributedMesh):
                 _distribute(self._module, executable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +24,16 @@ class _Line(NamedTuple):
     meta: Mapping[str, Any]
 
 
-def show(
-    graph: fx.Graph, mesh: Mesh | None = None, layouts: Callable[[], Mapping[fx.Node, Layout]] = dict
-) -> Callable[[], str]:
-    """The text of a graph as it is now, made when it is asked for: of a deep model it is long, and seldom read. Values
-    that have a layout, in their metadata or among `layouts`, show it, others their shape."""
-    lines = [(node, node.target, node.args, node.kwargs, node.meta.copy()) for node in graph.nodes]
+class Shown:
+    """A graph as it is now; the text is made when it is asked for: of a deep model it is long, and seldom read."""
 
-    def text() -> str:
-        known = layouts()
-        return "".join(f"{_text(_Line(*line), mesh, known)}\n" for line in lines)
+    def __init__(self, graph: fx.Graph, mesh: Mesh | None = None) -> None:
+        self._mesh = mesh
+        self._lines = [(node, node.target, node.args, node.kwargs, node.meta.copy()) for node in graph.nodes]
 
-    return text
+    def __call__(self, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
+        """The text. Values that have a layout, in their metadata or among `layouts`, show it, others their shape."""
+        return "".join(f"{_text(_Line(*line), self._mesh, layouts or {})}\n" for line in self._lines)
 
 
 def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:

@@ -242,7 +242,7 @@ class _Stitch:
                 args = [arg if fixed else filled(arg, unit) for arg, fixed in args]
                 kwargs = {key: arg if fixed else filled(arg, unit) for key, (arg, fixed) in kwargs.items()}
                 new = made[unit, position] = canonical.call(graph, old.target, tuple(args), kwargs)
-                new.meta = {**old.meta, "module": place(old.meta["module"])}
+                new.meta.update(old.meta, module=place(old.meta["module"]))
 
         def filled(tree: Any, unit: int) -> Any:
             return _filled(tree, lambda link: operand(link, unit), env.__getitem__)

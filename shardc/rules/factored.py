@@ -65,7 +65,7 @@ class Form:
         return self._layouts[axes, partial]
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """A tensor of the program: `key` is the base value it views (its own if it is no view), `dims` its refs per dim.
     `leaves` are its atoms in order, and `form` tells what they are; both are there when the atoms are final."""
@@ -76,7 +76,7 @@ class Value:
     form: Form = field(init=False, repr=False)
 
 
-@dataclass
+@dataclass(slots=True)
 class Operand:
     """One tensor argument of an operator: the graph node passed, its value, and the factor of each of its dims."""
 
@@ -85,7 +85,7 @@ class Operand:
     names: tuple[str | None, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     """One tensor that an operator makes."""
 
@@ -125,7 +125,7 @@ class Kind:
     carried: list[list[int | None]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Op:
     """An operator (or placeholder) with its rule; `learned` if trial found the rule. It has a kind when the atoms are
     final."""

@@ -43,6 +43,7 @@ class _Walk:
         self.rules: dict[Any, tuple[Rule, Learned | None]] = {}
         self.calls: dict[Any, tuple[Rule, Learned | None]] = {}  # by identity of values, which equal layers share
         self.inputs: dict[str, Rule] = {}
+        self.ties: dict[tuple[int, ...], list[tuple[str, list[tuple[int, int]]]]] = {}
         self.stuck: dict[tuple[int, frozenset[str]], Rule] = {}
 
     def run(self) -> Factored:
@@ -80,7 +81,7 @@ class _Walk:
         maker = maker_of(node.target)
         rule = maker(*args, **kwargs) if maker else given_rule(node.target, args, kwargs, value_of(node))
         if rule is not None:
-            self.rules[form] = rule, None
+            self.rules[form] = replace(rule), None  # of its own: what has this rule has the same literals
         else:
             found = _tried(node, args, kwargs)
             self.rules[form] = found.rule(), found
@@ -130,19 +131,17 @@ class _Walk:
 
     def _tie(self, rule: Rule, operands: list[Operand], results: list[Result]) -> Rule:
         """Unify the dims that share a factor; a factor whose dims admit no common atoms stays whole."""
-        first: dict[str, list[Ref]] = {}
+        items = [*operands, *results]
+        key = id(rule), *[result.key[1] for result in results]
+        if key not in self.ties:
+            self.ties[key] = _ties(items)
         stuck: set[str] = set()
-        for item in (*operands, *results):
-            for name, dim in zip(item.names, item.value.dims, strict=True):
-                if name is None or not dim:
-                    continue
-                if name in first and not self._unify(rule, name, first[name], dim):
-                    stuck.add(name)
-                first.setdefault(name, dim)
+        for name, places in self.ties[key]:
+            dims = [dim for item, place in places if (dim := items[item].value.dims[place])]
+            stuck |= {name for dim in dims[1:] if not self._unify(rule, name, dims[0], dim)}
         if not stuck:
             return rule
-        key = id(rule), frozenset(stuck)
-        return self.stuck.setdefault(key, replace(rule, whole=rule.whole | stuck))
+        return self.stuck.setdefault((id(rule), frozenset(stuck)), replace(rule, whole=rule.whole | stuck))
 
     def _unify(self, rule: Rule, name: str, one: list[Ref], other: list[Ref]) -> bool:
         """The dims of a window have different sizes and share no atoms: its body sees to what goes where."""
@@ -185,16 +184,25 @@ class _Walk:
             op.kind = kinds[key]
 
 
+def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]]]]:
+    """The factors that several dims carry, each with the dims by item and place."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for item, own in enumerate(items):
+        for place, name in enumerate(own.names):
+            if name is not None:
+                found.setdefault(name, []).append((item, place))
+    return [(name, places) for name, places in found.items() if len(places) > 1]
+
+
 def _alike(op: Op) -> object:
     """What is equal for operators of one kind."""
     outputs = value_of(op.node)
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return (
-        id(op.rule), op.node.op,
-        *[(id(operand.value.form), value_of(operand.node).dtype) for operand in op.operands], None,
-        *[(id(result.value.form), result.key[1]) for result in op.results], None,
-        *[output.dtype for output in outputs if isinstance(output, torch.Tensor)],
-    )  # fmt: skip
+    made = tuple([id(result.value.form) for result in op.results])
+    if isinstance(outputs, (tuple, list)):
+        made = *made, *[result.key[1] for result in op.results], *[getattr(one, "dtype", None) for one in outputs]
+    else:
+        made = *made, outputs.dtype
+    return id(op.rule), op.node.op, made, *[(id(o.value.form), o.node.meta["val"].dtype) for o in op.operands]
 
 
 def _kind(op: Op) -> Kind:

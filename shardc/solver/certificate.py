@@ -189,12 +189,15 @@ class _Audit:
 
     def _pair(self, edge: Edge) -> Term:
         """What a pair keeps; its messages are noted with its variables."""
+        (u, v), unary = edge, self.problem.unary
         messages, loans = self.certificate.messages.get(edge, ()), self.loans.get(edge, [])
-        for v, message in zip(edge, messages, strict=False):
-            self.moved[v].append(message)
-        key = ("pair", *(len(self.problem.unary[v]) for v in edge), *map(id, self._of(edge)))
-        if key in self._known:
-            return self._known[key]
+        if messages:
+            self.moved[u].append(messages[0])
+            self.moved[v].append(messages[1])
+        key = ("pair", len(unary[u]), len(unary[v]), *map(id, self._of(edge)))
+        known = self._known.get(key)
+        if known is not None:
+            return known
         if messages:
             self._check_messages(edge)
         least = self._least(edge)
@@ -213,7 +216,9 @@ class _Audit:
     def _of(self, edge: Edge) -> tuple[object, ...]:
         """The arrays of a pair."""
         own = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
-        return own if edge not in self.loans else (*own, *(array for loan in self.loans[edge] for array in loan))
+        if edge not in self.loans:
+            return own
+        return (*own, *(array for loan in self.loans[edge] for array in loan))
 
     def _rewritten(self, edge: Edge) -> Array:
         """The table of a pair, less its messages, and with what it was lent."""

@@ -217,10 +217,17 @@ class Options:
         """Compute seconds of each strategy."""
         return np.array([self.compute_of(s) for s in self.strategies])
 
+    @cached_property
+    def _computes(self) -> dict[Strategy, float]:
+        return {}
+
     def compute_of(self, strategy: Strategy) -> float:
         """Compute seconds of one strategy; what an operator makes from nothing is written all the same."""
-        if not self.shape.computes:
-            return 0.0
+        if strategy not in self._computes:
+            self._computes[strategy] = self._compute_of(strategy) if self.shape.computes else 0.0
+        return self._computes[strategy]
+
+    def _compute_of(self, strategy: Strategy) -> float:
         shape = self.shape
         chunks = [self.mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
         moved = sum(side.itemsize * self._local(side, chunks) for side in shape.results)

@@ -116,7 +116,7 @@ def _run(
     lowered = lower(program, settings, {})
     feeds = [_addends(x) if p == "P" else x.detach() for x, p in zip(tensors, placements, strict=True)]
     outcome = Outcome(steps=list(_trace(lowered.graph, program, sums)))
-    gradients = _execute(load(lowered.code), program, feeds, tangents, outcome)
+    gradients = _execute(load(lowered.code()), program, feeds, tangents, outcome)
     if tangents:
         outcome.gradients = [gradients.get(f"input:{i}") for i, x in enumerate(tensors) if x.requires_grad]
     return outcome
