@@ -83,7 +83,7 @@ class _Half:
             makers = self._makers(node)
             self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
             self.due[self.after[node]].append(node)
-            for maker in makers.intersection(self.posted):
+            for maker in (one for one in makers if one in self.posted):
                 self.missing[node] += 1
                 self.following[maker].append(node)
 

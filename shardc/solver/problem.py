@@ -13,7 +13,7 @@ little more than one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -76,12 +76,15 @@ class Problem:
             raise ValueError(f"{len(self.names)} names for {len(self.unary)} variables")
         seen: set[int] = set()
         for v, cost in enumerate(self.unary):
-            _check_entries(cost, f"variable {self.names[v]!r}", seen)
+            _check_entries(cost, lambda v=v: f"variable {self.names[v]!r}", seen)
         for (u, v), table in self.edges.items():
-            what = f"edge {self.names[u]!r} - {self.names[v]!r}"
             if not u < v or table.shape != (len(self.unary[u]), len(self.unary[v])):
-                raise ValueError(f"{what}: ({u}, {v}) with table {table.shape} does not fit the domains")
-            _check_entries(table, what, seen)
+                what = f"{self._edge(u, v)}: ({u}, {v}) with table {table.shape}"
+                raise ValueError(f"{what} does not fit the domains")
+            _check_entries(table, lambda u=u, v=v: self._edge(u, v), seen)
+
+    def _edge(self, u: int, v: int) -> str:
+        return f"edge {self.names[u]!r} - {self.names[v]!r}"
 
     def _turn(self, table: Array) -> Array:
         if id(table) not in self._turned:
@@ -139,9 +142,9 @@ def magnitude(problem: Problem, choice: Sequence[int]) -> float:
     return total + math.fsum(abs(float(table[choice[u], choice[v]])) for (u, v), table in problem.edges.items())
 
 
-def _check_entries(table: Array, what: str, seen: set[int]) -> None:
+def _check_entries(table: Array, what: Callable[[], str], seen: set[int]) -> None:
     if id(table) in seen:
         return
     seen.add(id(table))
     if np.isnan(table).any() or (table == -np.inf).any():
-        raise ValueError(f"{what}: costs must be finite or +inf")
+        raise ValueError(f"{what()}: costs must be finite or +inf")
