@@ -224,10 +224,12 @@ class _Run:
                     self.held[self.labels[one.storage]] -= self.sizes[one.storage]
 
     def _form(self, node: fx.Node, operands: Sequence[_Lying | None], storages: list[int]) -> object:
-        """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie."""
+        """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie and which
+        of several results are read."""
         if "op" in node.meta:
             lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
-            return node.target, node.meta["op"].kind, node.meta["strategy"], *lying
+            read = [user.args[1] for user in node.users] if node.meta.get("layout") is None else ()
+            return node.target, node.meta["op"].kind, node.meta["strategy"], *lying, *read
 
         def show(value: object) -> object:
             if isinstance(value, fx.Node):

@@ -28,8 +28,10 @@ def normalize(program: Program) -> Program:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     graph = program.graph
     _rewrite(graph, Values())
-    # draws stay, needed or not: they move the random stream
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in DRAWS)
+    for node in reversed(graph.nodes):
+        # draws stay, needed or not: they move the random stream
+        if not node.users and node.op == "call_function" and node.target not in DRAWS:
+            graph.erase_node(node)
     return program
 
 

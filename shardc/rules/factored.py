@@ -118,8 +118,8 @@ class Factor:
 @dataclass(frozen=True, eq=False)
 class Kind:
     """What operators of equal layers have in common: their factors as atoms, and per operand, then per result, which of
-    them each of its atoms is, if any. Operators of one program have the same kind, as an object, if they have the same
-    rule, forms and types."""
+    them each of its atoms is, if any. Operators of one program have the same kind, as an object, if they are the same
+    call but for the values that they are given: of one rule, with the same literals, types and forms."""
 
     factors: list[Factor]
     carried: list[list[int | None]]

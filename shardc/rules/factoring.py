@@ -68,10 +68,11 @@ class _Walk:
 
     def _rule(self, node: fx.Node) -> tuple[Rule, Learned | None]:
         """The rule of a call, and how it was found if by trial. Calls of the same form have the same."""
-        call = node.target, frozen(node.args), frozen(node.kwargs), id(value_of(node))
-        if call not in self.calls:
-            self.calls[call] = self._rule_of(node)
-        return self.calls[call]
+        call = id(node.target), frozen(node.args), frozen(node.kwargs), id(value_of(node))
+        found = self.calls.get(call)
+        if found is None:
+            found = self.calls[call] = self._rule_of(node)
+        return found
 
     def _rule_of(self, node: fx.Node) -> tuple[Rule, Learned | None]:
         form = node.target, repr(fx.map_arg((node.args, dict(node.kwargs)), _form)), repr(_form(node))
@@ -161,21 +162,24 @@ class _Walk:
 
     def _settle(self) -> None:
         """Say what values and operators consist of, now that the atoms are final."""
-        forms: dict[object, Form] = {}
+        forms: dict[Any, Form] = {}
         bases: dict[Key, tuple[dict[Ref, int], tuple[int, ...]]] = {}
+        pieces = self.atoms.pieces
         for value in (*self.base.values(), *self.values.values()):  # base values come first
-            if value.key in bases and self.base[value.key] is value:
+            known = bases.get(value.key)
+            if known is not None and self.base[value.key] is value:
                 continue  # once more, under another name
-            dims = [[piece for ref in dim for piece in self.atoms.pieces(ref)] for dim in value.dims]
+            dims = [pieces(dim[0]) if len(dim) == 1 else [p for ref in dim for p in pieces(ref)] for dim in value.dims]
             value.leaves = [leaf for dim in dims for leaf, _ in dim]
-            if value.key not in bases:
+            if known is None:
                 places = {leaf: place for place, leaf in enumerate(value.leaves)}
-                bases[value.key] = places, tuple([size for dim in dims for _, size in dim])
-            places, sizes = bases[value.key]
-            key = tuple([tuple([(places.get(leaf), size) for leaf, size in dim]) for dim in dims]), sizes
-            if key not in forms:
-                forms[key] = Form(*key)
-            value.form = forms[key]
+                known = bases[value.key] = places, tuple([size for dim in dims for _, size in dim])
+            place = known[0].get
+            key = tuple([tuple([(place(leaf), size) for leaf, size in dim]) for dim in dims]), known[1]
+            form = forms.get(key)
+            if form is None:
+                form = forms[key] = Form(*key)
+            value.form = form
         kinds: dict[object, Kind] = {}
         for op in self.ops:
             key = _alike(op)
@@ -195,14 +199,9 @@ def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]
 
 
 def _alike(op: Op) -> object:
-    """What is equal for operators of one kind."""
-    outputs = value_of(op.node)
-    made = tuple([id(result.value.form) for result in op.results])
-    if isinstance(outputs, (tuple, list)):
-        made = *made, *[result.key[1] for result in op.results], *[getattr(one, "dtype", None) for one in outputs]
-    else:
-        made = *made, outputs.dtype
-    return id(op.rule), op.node.op, made, *[(id(o.value.form), o.node.meta["val"].dtype) for o in op.operands]
+    """What is equal for operators of one kind. A rule is that of one form of a call: it tells the literals and types."""
+    own = value_of(op.node).dtype if op.node.op == "placeholder" else None
+    return id(op.rule), own, *[id(o.value.form) for o in op.operands], *[id(r.value.form) for r in op.results]
 
 
 def _kind(op: Op) -> Kind:

@@ -293,3 +293,14 @@ def test_a_value_whose_dims_share_atoms_is_viewed_in_other_blocks_per_dim() -> N
     single, sharded = pair(Program(lambda _, x: (x[:, None] * x).view(6, 2, 4, 3).sin()))
     x = sample(12)
     torch.testing.assert_close(sharded(x), single(x))
+
+
+def test_equal_calls_of_which_other_results_are_read() -> None:
+    """What a call makes and nobody reads is not held; the next one like it may have other readers."""
+    def program(_: nn.Module, x: Tensor) -> Tensor:
+        one, other = (constrain(y, ("tp", None)).unbind(0) for y in (x.sin(), x.cos()))
+        return one[0].sum() + other[5].sum()
+
+    single, sharded = pair(Program(program), mode="propagate")
+    x = sample(8, 8)
+    torch.testing.assert_close(sharded(x), single(x))
