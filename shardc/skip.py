@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NoReturn
@@ -173,8 +173,12 @@ class Watch:
             came_in = like.passed(leaf) if isinstance(leaf, Tensor) else []
             if came_in and call.given[came_in[0]] is not leaf:
                 self.refuse("a layer returns what the layer before returned")
-            fresh = isinstance(leaf, Tensor) and not came_in
-            result = torch.ops.shardc.skipped(leaf, number, last) if fresh else leaf
+            result = leaf
+            if isinstance(leaf, Tensor) and not came_in:
+                with nullcontext() if last else torch.no_grad():  # nothing but the next layer may take what is not last
+                    result = torch.ops.shardc.skipped.default(leaf, number, last)
+                if not last and leaf.requires_grad:
+                    result.requires_grad_()
             if isinstance(leaf, Tensor) and form(result) != form(leaf):
                 self.refuse("a layer returns a tensor that is not dense")
             call.results.append(result)

@@ -69,11 +69,12 @@ class State:
         """Whatever the model does to its own attributes in here is undone at the end, and noted in `left`."""
         parts = [(path, part, dict(vars(part))) for path, part in self.module.named_modules()]
         values = [value for *_, own in parts for value in own.values()]
-        held = [(value, _copied(value)) for value in values if isinstance(value, _CONTAINERS)]
+        held = [(value, copy.copy(value) if value else None) for value in values if isinstance(value, _CONTAINERS)]
         try:
             yield
         finally:
-            refilled = {id(value) for value, before in held if _differ(value, before)}
+            # most are empty, and stay so
+            refilled = {id(value) for value, before in held if (value if before is None else _differ(value, before))}
             for path, part, before in parts:
                 now = vars(part)
                 for name in (*now, *(name for name in before if name not in now)):
@@ -84,7 +85,7 @@ class State:
                 now.clear()
                 now.update(before)
             for value, before in held:
-                _refill(value, before)
+                _refill(value, before or ())
 
 
 _CONTAINERS = (dict, list, set)
@@ -105,10 +106,6 @@ def _differ(old: Any, new: Any) -> bool:
         return isinstance(old, Tensor) or bool(old != new)
     except Exception:  # what cannot be compared is taken for another
         return True
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if type(value) in _CONTAINERS else copy.copy(value)  # the first is much faster
 
 
 def _refill(value: Any, before: Any) -> None:
