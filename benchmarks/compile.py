@@ -112,11 +112,13 @@ def measure(case: Case) -> Measured:
     model, inputs = build(case)
     start = time.process_time()
     compiled = shardc.compile(model, case.mesh, inputs, hardware=HARDWARE)
-    total = time.process_time() - start
+    planned = time.process_time()
+    assert compiled.code
+    total, codegen = time.process_time() - start, time.process_time() - planned
     plan = compiled.plan
     proved = plan.lower_bound / plan.cost
     proof = "optimal" if proved > 1 - 1e-6 else f"within {1 - proved:.1%}"
-    return Measured(imports, dict(plan.phases), total, proof)
+    return Measured(imports, {**plan.phases, "codegen": codegen}, total, proof)
 
 
 def measured_apart(case: Case) -> Measured:

@@ -121,8 +121,7 @@ def lower(
     graphs["overlap"] = Shown(graph, mesh)
     compute = _compute(network, assignment)
     explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
-    code = cache(lambda: timed("codegen", lambda: codegen(graph, program, mesh)))
-    graphs["codegen"] = code
+    code = graphs["codegen"] = cache(lambda: codegen(graph, program, mesh))
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
         notes.append(f"the layouts were planned at {planned_at}; at the sizes of this call no bound was proved")

@@ -105,13 +105,13 @@ class _Trace:
         self.mode = compat.fake_mode(bool(dynamic))
         self.leaves, self.in_spec = flatten((args, kwargs))
         refuse_opaque(self.leaves)
-        hidden = watch.hidden() if watch else set[nn.Module]()
-        self.slots = state.slots(self._fake, hidden)
+        self.slots = state.slots(self._fake)
         self.slots += [
             Slot(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
+        hidden = watch.hidden() if watch else set[nn.Module]()
         self.given = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.places)]
         self.hides = len(self.given) < len(self.slots)
         self._tie(dynamic)

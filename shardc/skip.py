@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NoReturn
@@ -80,6 +80,7 @@ class Watch:
         self.repeats = repeats
         self.broken = ""
         self._calls: list[list[_Call]] = []
+        self._held: dict[nn.Module, list[Tensor]] = {}  # what the layers hold when the model begins to run
 
     def hidden(self) -> set[nn.Module]:
         """The parts of the layers that are skipped."""
@@ -89,6 +90,7 @@ class Watch:
     def installed(self) -> Generator[None]:
         """Run the model in here, any number of times. Raises Unlike."""
         self._calls = [[] for _ in self.repeats]
+        self._held = {layer: _tensors_of(layer) for r in self.repeats for layer in r.layers[r.start - 1 : r.stop]}
         with ExitStack() as stack:
             for number, repeat in enumerate(self.repeats):
                 for index in range(repeat.start - 1, repeat.stop):
@@ -99,6 +101,11 @@ class Watch:
         for repeat, calls in zip(self.repeats, self._calls, strict=True):
             if len(calls) != repeat.stop - repeat.start + 1:
                 self.refuse("not every layer is called")
+            for index in repeat.hole:
+                own, layer = calls[index - repeat.start + 1].results, repeat.layers[index]
+                self._check_held(layer)
+                if any(leaf._backward_hooks for leaf in (*own, *self._held[layer]) if isinstance(leaf, Tensor)):
+                    self.refuse("the gradient of a layer's result or parameter has a hook")
 
     def refuse(self, reason: str) -> NoReturn:
         self.broken = reason
@@ -117,6 +124,7 @@ class Watch:
         repeat, calls = self.repeats[number], self._calls[number]
         if index != repeat.start - 1 + len(calls):
             self.refuse("the layers are not called in turn")
+        self._check_held(repeat.layers[index])
         given, spec = pytree.tree_flatten((args, kwargs))
         if not all(isinstance(leaf, (Tensor, *PLAIN, Enum)) for leaf in given):
             self.refuse("a layer is given an object that it may change")
@@ -129,6 +137,11 @@ class Watch:
             behind = repeat.period * (1 + (index - repeat.hole.start) // repeat.period)
             return self._skip(number, index == repeat.hole[-1], call, calls[-1 - behind])
         return self._run(repeat, index, call, functools.partial(forward, *args, **kwargs))
+
+    def _check_held(self, layer: nn.Module) -> None:
+        before, now = self._held[layer], _tensors_of(layer)
+        if len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True)):
+            self.refuse("the model gives a layer other tensors than it had")
 
     def _identity(self, repeat: Repeat, index: int) -> Any:
         what, whole = described(repeat.layers[index], ours=True)
@@ -149,7 +162,7 @@ class Watch:
                 self.refuse("a layer is given another value than the one before")
 
     def _run(self, repeat: Repeat, index: int, call: _Call, forward: Callable[[], Any]) -> Any:
-        own = [tensor for part in repeat.layers[index].modules() for tensor in tensors(part)]
+        own = self._held[repeat.layers[index]]
         held = [*own, *(leaf for leaf in call.given if isinstance(leaf, Tensor))]
         versions = [tensor._version for tensor in held]
         with ExitStack() as stack:
@@ -159,7 +172,7 @@ class Watch:
             output = forward()
         if versions != [tensor._version for tensor in held]:
             self.refuse("a layer writes in place to a tensor that it is given, or to a buffer")
-        now = [tensor for part in repeat.layers[index].modules() for tensor in tensors(part)]
+        now = _tensors_of(repeat.layers[index])
         replaced = len(own) != len(now) or any(a is not b for a, b in zip(own, now, strict=True))
         if replaced or call.around[1] != self._identity(repeat, index):
             self.refuse("a layer changes its own attributes")
@@ -173,18 +186,19 @@ class Watch:
             came_in = like.passed(leaf) if isinstance(leaf, Tensor) else []
             if came_in and call.given[came_in[0]] is not leaf:
                 self.refuse("a layer returns what the layer before returned")
-            result = leaf
-            if isinstance(leaf, Tensor) and not came_in:
-                with nullcontext() if last else torch.no_grad():  # nothing but the next layer may take what is not last
-                    result = torch.ops.shardc.skipped.default(leaf, number, last)
-                if not last and leaf.requires_grad:
-                    result.requires_grad_()
+            fresh = isinstance(leaf, Tensor) and not came_in
+            result = torch.ops.shardc.skipped(leaf, number, last) if fresh else leaf
             if isinstance(leaf, Tensor) and form(result) != form(leaf):
                 self.refuse("a layer returns a tensor that is not dense")
             call.results.append(result)
         call.result_spec = like.result_spec
         assert call.result_spec is not None
         return pytree.tree_unflatten(call.results, call.result_spec)
+
+
+def _tensors_of(layer: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a layer."""
+    return [tensor for part in layer.modules() for tensor in tensors(part)]
 
 
 _ABSENT = object()

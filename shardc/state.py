@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardc.graph import Port, Role
-from shardc.repeat import form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +48,11 @@ class State:
         self.tensors[id(tensor)] = tensor
         self.places.setdefault(id(tensor), []).append((part, key))
 
-    def slots(self, fake: Callable[[Tensor], Tensor], hidden: Collection[nn.Module] = ()) -> list[Slot]:
-        """One for every tensor. Tensors of `hidden` modules that are alike have one fake."""
-        found: list[Slot] = []
-        shared: dict[Any, Tensor] = {}
-        for key, (role, name) in self.names.items():
-            tensor, places = self.tensors[key], tuple(self.places[key])
-            if not hidden or not any(part in hidden for part, _ in places):
-                found.append(Slot(Port(role, name), fake(tensor), places))
-                continue
-            like = form(tensor)
-            if like not in shared:
-                shared[like] = fake(tensor)
-            found.append(Slot(Port(role, name), shared[like], places))
-        return found
+    def slots(self, fake: Callable[[Tensor], Tensor]) -> list[Slot]:
+        return [
+            Slot(Port(role, name), fake(self.tensors[key]), tuple(self.places[key]))
+            for key, (role, name) in self.names.items()
+        ]
 
     @contextmanager
     def unchanged(self) -> Generator[None]:

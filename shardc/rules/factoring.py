@@ -199,7 +199,7 @@ def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]
 
 
 def _alike(op: Op) -> object:
-    """What is equal for operators of one kind. A rule is that of one form of a call: it tells the literals and types."""
+    """What is equal for operators of one kind. A rule is that of one form of a call: it tells literals and types."""
     own = value_of(op.node).dtype if op.node.op == "placeholder" else None
     return id(op.rule), own, *[id(o.value.form) for o in op.operands], *[id(r.value.form) for r in op.results]
 

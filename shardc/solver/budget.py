@@ -321,8 +321,8 @@ class Frontier:
     def _spliced(self, small: _Point, fast: _Point, bound: float, first: bool) -> _Point:
         """The first layers of one choice, or the last, the rest of the other: as many of the fast one as fit."""
         assert self.trail.fold is not None
-        layers = self.trail.fold.layers
-        last, fits, over = int(layers.max()) + 1, 0, int(layers.max()) + 2
+        layers, last = self.trail.fold.layers, self.trail.fold.count
+        fits, over = 0, last + 1
         best, held = small, [small.peak, fast.peak]
         for _ in range(_SPLICES):
             part = (bound - held[0]) / max(held[1] - held[0], 1.0)

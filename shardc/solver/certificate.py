@@ -192,8 +192,9 @@ class _Audit:
         (u, v), unary = edge, self.problem.unary
         messages, loans = self.certificate.messages.get(edge, ()), self.loans.get(edge, [])
         if messages:
-            self.moved[u].append(messages[0])
-            self.moved[v].append(messages[1])
+            to_u, to_v = messages
+            self.moved[u].append(to_u)
+            self.moved[v].append(to_v)
         key = ("pair", len(unary[u]), len(unary[v]), *map(id, self._of(edge)))
         known = self._known.get(key)
         if known is not None:

@@ -169,7 +169,7 @@ class Network:
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
         backward = [op for op in self.factored.ops if op.node.meta.get("phase") == "backward"]
-        beneath = sum(float(self.options_of(op).compute.min()) for op in backward) / total if total else 0.0
+        beneath = sum(self.options_of(op).least for op in backward) / total if total else 0.0
         return {dtype: Sharing(buckets, tuple(found), beneath) for dtype, found in sizes.items()}
 
     def build(self) -> None:

@@ -131,15 +131,17 @@ class Terms:
 
 def evaluate(problem: Problem, choice: Sequence[int]) -> float:
     """The cost of a choice, summed exactly and rounded once, so that it does not depend on the order of terms."""
-    terms = [float(cost[choice[v]]) for v, cost in enumerate(problem.unary)]
-    terms += [float(table[choice[u], choice[v]]) for (u, v), table in problem.edges.items()]
-    return math.fsum(terms)
+    return math.fsum(_terms(problem, choice))
 
 
 def magnitude(problem: Problem, choice: Sequence[int]) -> float:
     """The sum of absolute values of the terms of a choice."""
-    total = math.fsum(abs(float(cost[choice[v]])) for v, cost in enumerate(problem.unary))
-    return total + math.fsum(abs(float(table[choice[u], choice[v]])) for (u, v), table in problem.edges.items())
+    return math.fsum(map(abs, _terms(problem, choice)))
+
+
+def _terms(problem: Problem, choice: Sequence[int]) -> list[float]:
+    terms = [cost.item(x) for cost, x in zip(problem.unary, choice, strict=True)]
+    return terms + [table.item(choice[u], choice[v]) for (u, v), table in problem.edges.items()]
 
 
 def _check_entries(table: Array, what: Callable[[], str], seen: set[int]) -> None:

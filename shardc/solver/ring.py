@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, Set
+from itertools import combinations
 
 import numpy as np
 
@@ -33,7 +34,8 @@ def around(
     problem: Problem, folded: Fold, choice: Sequence[int], known: Certificate, ring: Prove, ends: Prove
 ) -> Certificate | None:
     """A certificate for a network from the choice for its template, and what is known to be proved there; `ring` and
-    `ends` prove the parts. None where the choice does not repeat, or layers are linked in ways that no ring is."""
+    `ends` prove the parts. None where layers may not repeat the choice of the last one before the cut, or are linked in
+    ways that no ring is."""
     ahead, before = folded.ahead, {*folded.ahead.values()}
     pairs = sorted({(min(pair), max(pair)) for pair in (folded.edges[edge] for edge in folded.cut)})
     beside = folded.inside - before - ahead.keys()
@@ -48,10 +50,13 @@ def around(
     spans = (before.isdisjoint(one.variables) or ahead.keys().isdisjoint(one.variables) for one in known.triplets)
     lenders = tuple(one for one, whole in zip(known.triplets, spans, strict=True) if whole)
     certificate = ends(parted, choice, Certificate(left, lenders))
-    messages = {(folded.kept[a], folded.kept[b]): pair for (a, b), pair in certificate.messages.items()}
+    lenders = tuple(map(folded.kept_lender, certificate.triplets))
+    met = problem.edges.keys() | {pair for lender in lenders for pair in combinations(lender.variables, 2)}
+    placed = (((folded.kept[a], folded.kept[b]), pair) for (a, b), pair in certificate.messages.items())
+    messages = {edge: pair for edge, pair in placed if edge in met}  # an edge that skips a layer has moved
     for edge in folded.cut:
         enter(messages, edge, folded.edges[edge], middle)
-    return Certificate(messages, tuple(map(folded.kept_lender, certificate.triplets)))
+    return Certificate(messages, lenders)
 
 
 def _middle(folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], prove: Prove) -> Messages | None:
@@ -77,8 +82,6 @@ def _middle(folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], prove: P
     for a, b in pairs:
         meets[a, b] = [(place(a, copy), place(b, copy)) for copy in range(COPIES)]
         for u, v in meets[a, b]:
-            if u == v or (min(u, v), max(u, v)) in problem.edges:
-                return None
             problem.add_edge(u, v, template.edges[a, b])
     if not math.isfinite(evaluate(problem, chosen)):
         return None

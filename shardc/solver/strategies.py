@@ -218,6 +218,11 @@ class Options:
         return np.array([self.compute_of(s) for s in self.strategies])
 
     @cached_property
+    def least(self) -> float:
+        """The compute seconds of the strategy that has least."""
+        return float(self.compute.min())
+
+    @cached_property
     def _computes(self) -> dict[Strategy, float]:
         return {}
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 import shardc.capture
 from shardc.capture import capture
@@ -87,7 +88,7 @@ def in_full(module: nn.Module, patch: pytest.MonkeyPatch, *args: Any, **kwargs: 
         with patch.context() as context:
             if patched:
                 context.setattr(shardc.capture, "find", lambda *_: [])
-            programs.append(capture(module, args, kwargs))
+            programs.append(capture(module, args, kwargs, grad=torch.is_grad_enabled()))
     one, two = programs
     assert (one.inputs, one.outputs, one.out_leaves) == (two.inputs, two.outputs, two.out_leaves)
     assert (one.out_spec, one.tied, one.attached) == (two.out_spec, two.tied, two.attached)
@@ -493,6 +494,65 @@ class Measured(Penalised):
         return super().penalty(layer)
 
 
+class Counted(Stack):
+    """Looks at its parameters, which are as many objects as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = list(self.parameters())
+        return super().forward(x) / sum(p.numel() for p in parameters) * len({id(p) for p in parameters})
+
+
+class Stepping(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+
+class SteppingAll(Stack):
+    def __init__(self) -> None:
+        super().__init__(lambda _: Stepping())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer.steps = layer.steps + 1
+        return super().forward(x)
+
+
+class SteppingOne(SteppingAll):
+    def forward(self, x: Tensor) -> Tensor:
+        y = Stack.forward(self, x)
+        self.layers[5].steps = y.detach()
+        return y
+
+
+class Lending(Stack):
+    """Calls its layers with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = nn.ParameterList(torch.randn_like(self.layers[0].up.weight) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = functional_call(layer, {"up.weight": self.lent[0 if i < 4 else 1]}, (x,))
+        return x.sum()
+
+
+class Hooking(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == 4:
+                x.register_hook(lambda grad: grad * 2)
+        return x.sum()
+
+
+class HookingWeight(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layers[4].up.weight.register_hook(lambda grad: grad * 2)
+        return super().forward(x)
+
+
 def closed_over() -> nn.Module:
     count = 0
 
@@ -528,6 +588,11 @@ IN_FULL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "twice": (lambda: Twice(), "in turn"),
     "lines": (lambda: Lines(), "switches"),
     "skips": (lambda: Skips(lambda _: Adding()), "another tensor"),
+    "buffers_replaced": (lambda: SteppingAll(), "other tensors"),
+    "buffer_replaced_after": (lambda: SteppingOne(), "other tensors"),
+    "weights_lent": (lambda: Lending(), "other tensors"),
+    "hook_on_a_result": (lambda: Hooking(), "hook"),
+    "hook_on_a_weight": (lambda: HookingWeight(), "hook"),
     "penalty": (lambda: Penalised(), ""),
     "penalty_on_one": (lambda: PenalisedOnce(), ""),
     "penalty_without_gradient": (lambda: Measured(), ""),
@@ -551,6 +616,16 @@ def test_what_is_no_repetition_is_traced_in_full(name: str, spy: Spy) -> None:
         capture(module, (X,))
     assert not spy.filled
     assert reason in spy.refused[0] if reason else not spy.refused, spy.refused
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("make", [Counted, SteppingAll, SteppingOne, Lending])
+def test_what_the_model_does_to_tensors_of_its_layers(
+    make: Callable[[], nn.Module], grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    with torch.set_grad_enabled(grad):
+        in_full(module, monkeypatch, X)
 
 
 @pytest.mark.parametrize("make", [Penalised, PenalisedOnce, Measured])

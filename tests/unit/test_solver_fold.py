@@ -175,6 +175,23 @@ def test_the_middle_is_proved_as_a_ring(seed: int) -> None:
     assert check(problem, solution.certificate) == pytest.approx(solution.cost, rel=1e-9)
 
 
+def test_a_layer_that_is_linked_otherwise_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edge of the template need not be one of the network."""
+    rng, count, problem = np.random.default_rng(0), 25, Problem()
+    costs, (down, on, across) = (rng.random(4), rng.random(3)), (rng.random(s) for s in ((4, 3), (3, 4), (4, 4)))
+    layers: list[tuple[int, int]] = []
+    for i in range(count):
+        a, b = problem.add_variable(f"a{i}", costs[0]), problem.add_variable(f"b{i}", costs[1])
+        problem.add_edge(a, b, down)
+        if i:
+            problem.add_edge(layers[i - 1][1], a, on)
+            problem.add_edge(layers[2 if i == count - 2 else i - 1][0], a, across)
+        layers.append((a, b))
+    found = solve(problem, certify=False, trail=solving.Trail.of(problem, 2))
+    assert found.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+    assert check(problem, found.certificate) <= found.cost * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found at some costs is a start at others, with fewer edges too; a draft finds as good a choice."""
