@@ -258,6 +258,7 @@ def rewrite(graph: fx.Graph, order: Order) -> None:
     ran = {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
     here = next(node for node in graph.nodes if node.op != "placeholder")
+    output, landed = graph.output_node(), dict[fx.Node, fx.Node]()
     for node, awaited in (*order, *((node, False) for node in rest)):
         if node is here and not awaited:  # most stand where they are to stand
             here = here.next
@@ -269,4 +270,7 @@ def rewrite(graph: fx.Graph, order: Order) -> None:
             new = graph.create_node("call_function", wait, (node,), name="wait")
         new.meta = dict(node.meta)
         node.meta.pop("kept", None)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        landed[node] = new
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new and user is not output)
+    # once for all: it has as many arguments as there are gradients
+    output.args = fx.map_arg(output.args, lambda node: landed.get(node, node))

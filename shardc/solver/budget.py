@@ -33,13 +33,13 @@ from shardc.solver.certificate import Certificate
 from shardc.solver.forest import step
 from shardc.solver.holdings import Holdings, Prices
 from shardc.solver.problem import TOLERANCE, Array, Problem, Terms, magnitude
-from shardc.solver.solve import Solution, Trail, solve
+from shardc.solver.solve import Solution, Trail, is_small, solve
 
 if TYPE_CHECKING:
     from shardc.solver.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH, _DEEPLY = 3e-4, 1e-3  # the same at any one price; where layers are folded
+_ENOUGH, _DEEPLY, _FINELY = 3e-4, 1e-3, 1e-5  # the same at any one price; where layers are folded; if sweeps are short
 _ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
 _PART, _MOST = 0.1, 5e-3  # of the gap that is open, and of the cost at most: to gain that, no further price is asked
 _NEARLY = 2.0  # times the gap that ends the search: a proof finds what another draft would, where layers are folded
@@ -95,7 +95,9 @@ class Frontier:
         self.proofs: list[Proof] = []
         self.finished: dict[float, float] = {}  # what branching proved, by bound
         self.trail = Trail.of(holdings.linked(problem), _KEPT)
-        self.close = _DEEP if self.trail.fold else _CLOSE
+        self.close, self.enough = (_DEEP, _DEEPLY) if self.trail.fold else (_CLOSE, _ENOUGH)
+        if self.trail.fold and is_small(problem):
+            self.enough = _FINELY
 
     def know(self, free: Solution, choice: list[int]) -> None:
         """What is known of the network in which nothing runs again, without prices: what was proved, if anything was,
@@ -204,8 +206,7 @@ class Frontier:
     def _ask(self, prices: Mapping[int, float], deadline: float, rough: float | None = None) -> bool:
         """Solve at these prices; whether a choice was found that was not known. What is `rough` is a draft; but for
         folded layers, that proves something too."""
-        draft, folded = rough is not None, self.trail.fold is not None
-        enough = rough or (_DEEPLY if folded else _ENOUGH)
+        draft, folded, enough = rough is not None, self.trail.fold is not None, rough or self.enough
         priced = self.holdings.priced(self.problem, prices) if prices else self.problem
         left = max(deadline - time.process_time(), 1.0)
         found = solve(priced, time_limit=left, certify=False, enough=enough, trail=self.trail, draft=draft)

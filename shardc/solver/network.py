@@ -112,12 +112,15 @@ class Network:
         self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
 
     def problem(self) -> Problem:
+        """What the solver is asked; the caller may change it."""
+        whole = self._whole
+        return Problem([*whole.unary], {**whole.edges}, whole.names)
+
+    @cached_property
+    def _whole(self) -> Problem:
         problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
         for one, other, table in self._edges:
-            if one == other:
-                problem.unary[one] = problem.unary[one] + np.diagonal(table)
-            else:
-                problem.add_edge(one, other, table)
+            problem.add_edge(one, other, table)
         return problem
 
     def assignment(self, choice: list[int]) -> Assignment:

@@ -181,6 +181,11 @@ def _searched(
     return choice, min(search.lower + network.constant, cost)
 
 
+def is_small(problem: Problem) -> bool:
+    """Whether a sweep over all values takes less than seconds."""
+    return sum(table.size for table in problem.edges.values()) <= _ENTRIES
+
+
 def _unfolded(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, draft: bool) -> Solution:
     """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
     trail = _followed(trail, folded.template, goal.part(), draft)
@@ -190,7 +195,7 @@ def _unfolded(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, draft: 
     if draft:
         return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
     solution = _solution(problem, choice, -math.inf, _carried_over(problem, trail, folded, goal, choice), trail)
-    closes = goal.certify or sum(table.size for table in problem.edges.values()) <= _ENTRIES
+    closes = goal.certify or is_small(problem)
     if solution.exact or solution.gap <= goal.enough * abs(solution.cost) or not closes:
         return solution
     return _closed(problem, solution, goal)
