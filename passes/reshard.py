@@ -32,7 +32,6 @@ from shardc.graph import Port, Role, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factored import Factored, Form, Key, Kind, Op
-from shardc.rules.factoring import tensor_arguments
 from shardc.runtime import collectives
 from shardc.solver.network import Assignment, Network, base_demand
 from shardc.solver.strategies import Shape, Strategy, demand, make
@@ -88,8 +87,9 @@ class _Rewrite:
         self.places = {op.node: place for place, op in enumerate(self.factored.ops)}
         program = self.factored.program
         self.parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
+        self.ports: list[tuple[Port, fx.Node | None]] = list(zip(program.outputs, program.results, strict=True))
         self.gradients: dict[Key, list[int]] = {}
-        for index, (port, node) in enumerate(self._ports()):
+        for index, (port, node) in enumerate(self.ports):
             if node is not None and port.role is Role.GRADIENT:
                 self.gradients.setdefault(self.factored.values[node].key, []).append(index)
 
@@ -104,12 +104,9 @@ class _Rewrite:
                 if op.node not in forward and op.node.op != "placeholder":
                     self._write([op])
                     self._outputs(index for result in op.results for index in self.gradients.get(result.key, ()))
-        self._outputs(range(len(self._ports())))
+        self._outputs(range(len(self.ports)))
         self.graph.output(tuple(self.made[index] for index in range(len(self.made))))
         return self.graph
-
-    def _ports(self) -> list[tuple[Port, fx.Node | None]]:
-        return list(zip(self.factored.program.outputs, self.factored.program.results, strict=True))
 
     def _write(self, ops: Iterable[Op]) -> None:
         for op in ops:
@@ -134,7 +131,7 @@ class _Rewrite:
         here[kept].meta["kept"] = True
 
     def _leave_forward(self) -> None:
-        self._outputs(index for index, (port, _) in enumerate(self._ports()) if port.role is not Role.GRADIENT)
+        self._outputs(index for index, (port, _) in enumerate(self.ports) if port.role is not Role.GRADIENT)
         for key in self.assignment.kept:
             if key in self.here.held:
                 self._keep(key)
@@ -150,7 +147,7 @@ class _Rewrite:
         else:
             operands = zip(op.operands, layouts.operands, strict=True)
             supply = iter([self._value(operand.node, splits, own) for operand, (splits, own) in operands])
-            wanted = set(tensor_arguments(old))
+            wanted = {operand.node for operand in op.operands}
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
             new = self._call(old.target, args, kwargs)
         new.meta.update(op=op, shape=shape, strategy=strategy, dtype=None)
@@ -318,9 +315,9 @@ class _Rewrite:
         return told
 
     def _outputs(self, indices: Iterable[int]) -> None:
-        program, parameters = self.factored.program, self.parameters
+        parameters = self.parameters
         for index in indices:
-            port, old = program.outputs[index], program.results[index]
+            port, old = self.ports[index]
             if index in self.made or old is None:
                 self.made.setdefault(index, None)
                 continue

@@ -30,13 +30,14 @@ def halves(graph: fx.Graph, program: Program) -> Halves:
     """Divide a graph whose placeholders and outputs are those of `program`. Forward holds what its results need, all
     draws, and what is marked `kept` for backward."""
     results: list[fx.Node | None] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes = list(graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
     tangents = [n for n, port in zip(placeholders, program.inputs, strict=True) if port.role is Role.TANGENT]
     given = [n for n, port in zip(placeholders, program.inputs, strict=True) if port.role is not Role.TANGENT]
     ports = list(zip(program.outputs, results, strict=True))
     outputs = [node for port, node in ports if port.role is not Role.GRADIENT]
     gradients = [node for port, node in ports if port.role is Role.GRADIENT and node is not None]
-    kept = [node for node in graph.nodes if node.meta.get("kept")]
+    kept = [node for node in nodes if node.meta.get("kept")]
     forward = forward_part(graph, program.outputs, results, kept)
     backward = ancestors(gradients, forward)
     # all results of an operator are made where it runs
@@ -46,10 +47,10 @@ def halves(graph: fx.Graph, program: Program) -> Halves:
     backward -= at_hand
     wanted = {*gradients, *(operand for node in backward for operand in node.all_input_nodes)} - backward
     backward.difference_update(tangents)
-    saved = [n for n in graph.nodes if n in wanted and n in at_hand and n.meta.get("layout") is not None]
+    saved = [n for n in nodes if n in wanted and n in at_hand and n.meta.get("layout") is not None]
     return Halves(
-        given, [n for n in graph.nodes if n in forward], outputs, saved if gradients else [],
-        tangents, [n for n in graph.nodes if n in backward], gradients,
+        given, [n for n in nodes if n in forward], outputs, saved if gradients else [],
+        tangents, [n for n in nodes if n in backward], gradients,
     )  # fmt: skip
 
 

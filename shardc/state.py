@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,9 @@ class State:
             refilled = {id(value) for value, before in held if (value if before is None else _differ(value, before))}
             for path, part, before in parts:
                 now = vars(part)
+                same = list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
+                if same and refilled.isdisjoint(map(id, now.values())):
+                    continue
                 for name in (*now, *(name for name in before if name not in now)):
                     old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
                     flag = name.startswith("_") and isinstance(new, bool)  # tells that something was set up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -111,7 +111,7 @@ class _Walk:
         return [self.atoms.new(size)] if size != 1 else []
 
     def _operator(self, node: fx.Node, rule: Rule, found: Learned | None = None) -> None:
-        given = list(tensor_arguments(node))
+        given = tensor_arguments(node)
         expected = [names for names in rule.operands if names is not None]
         if len(given) != len(expected):
             raise RuleError(f"{node.target} has {len(given)} tensor operands, its rule {len(expected)} ({where(node)})")
@@ -264,16 +264,18 @@ def _tried(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lear
     return found
 
 
-def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
+def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a call, in order, lists flattened, absent ones left out."""
+    found: list[fx.Node] = []
 
-    def walk(argument: Any) -> Iterator[fx.Node]:
-        if isinstance(argument, fx.Node):
-            if isinstance(value_of(argument), torch.Tensor):
-                yield argument
-        elif isinstance(argument, (list, tuple)):
-            for item in argument:  # type: ignore[misc]
-                yield from walk(item)
+    def add(arguments: Iterable[Any]) -> None:
+        for argument in arguments:
+            if isinstance(argument, fx.Node):
+                if isinstance(argument.meta["val"], torch.Tensor):
+                    found.append(argument)
+            elif isinstance(argument, (list, tuple)):
+                add(argument)  # type: ignore[arg-type]
 
-    for argument in (*node.args, *node.kwargs.values()):
-        yield from walk(argument)
+    add(node.args)
+    add(node.kwargs.values())
+    return found

@@ -251,6 +251,8 @@ class Network:
 
     def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
+        if port is None and not self.accepts and not self.wishes:
+            return None
         tests: list[tuple[int, Accepts]] = [
             (k, self.accepts[result.key]) for k, result in enumerate(op.results) if result.key in self.accepts
         ]
