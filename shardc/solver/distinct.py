@@ -78,7 +78,7 @@ class Tables:
     """Tables that were looked at: from one network to the next, most are the same arrays."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, bool, float], Table] = {}
+        self._made: dict[tuple[int, bool], tuple[float, Table]] = {}
         self._known: dict[int, tuple[Array, float, float]] = {}  # each with its least and its greatest entry
         self._used: set[int] = set()
 
@@ -92,12 +92,12 @@ class Tables:
         return self._look(array)[0]
 
     def under(self, ceiling: float, array: Array, roughly: bool) -> Table:
-        """The table, its entries cut off at a ceiling."""
-        cut = self._look(array)[1] > ceiling
-        key = id(array), roughly, ceiling if cut else np.inf
-        if key not in self._made:
-            self._made[key] = Table(np.minimum(array, ceiling) if cut else array, roughly=roughly)
-        return self._made[key]
+        """The table, its entries cut off at a ceiling, or at a higher one if that was done before."""
+        known, highest = self._made.get((id(array), roughly)), self._look(array)[1]
+        if known is None or known[0] < min(ceiling, highest):
+            cut = np.minimum(array, ceiling) if highest > ceiling else array
+            known = self._made[id(array), roughly] = ceiling, Table(cut, roughly=roughly)
+        return known[1]
 
     def _look(self, array: Array) -> tuple[float, float]:
         self._used.add(id(array))

@@ -26,8 +26,8 @@ from shardc.solver.problem import Array, Edge, Problem, evaluate, zeros
 COPIES = 3
 """With two, what a layer takes from the one before it and what it gives to the next could be one pair."""
 
-Prove = Callable[[Problem, Sequence[int], "Certificate | None"], Certificate]
-"""A certificate for a problem and its best choice, from where another left off."""
+Prove = Callable[[Problem, Sequence[int], Certificate], Certificate]
+"""A certificate for a problem and its best choice; another is where it may begin."""
 
 
 def around(
@@ -41,7 +41,7 @@ def around(
     beside = folded.inside - before - ahead.keys()
     if any(pair not in folded.template.edges or not beside.isdisjoint(pair) for pair in pairs):
         return None
-    middle = _middle(folded, pairs, choice, ring)
+    middle = _middle(folded, pairs, choice, known, ring)
     if middle is None:
         return None
     across = {(a, b) for a, b in pairs if (a in ahead and b in before) or (b in ahead and a in before)}
@@ -59,7 +59,9 @@ def around(
     return Certificate(messages, lenders)
 
 
-def _middle(folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], prove: Prove) -> Messages | None:
+def _middle(
+    folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], known: Certificate, prove: Prove
+) -> Messages | None:
     """The messages of the layers that were cut out, by pairs of the template."""
     template, ahead, before = folded.template, folded.ahead, {*folded.ahead.values()}
     problem, chosen = Problem(), list[int]()
@@ -86,7 +88,11 @@ def _middle(folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], prove: P
     if not math.isfinite(evaluate(problem, chosen)):
         return None
     nothing = {(u, v): (zeros(len(problem.unary[u])), zeros(len(problem.unary[v]))) for u, v in problem.edges}
-    proved = nothing | prove(problem, chosen, None).messages
+    start: Messages = {}
+    for pair, edges in meets.items():
+        for edge in edges:
+            enter(start, edge, pair, known.messages)
+    proved = nothing | prove(problem, chosen, Certificate(start)).messages
     return {pair: _mean([_of(proved, edge) for edge in edges]) for pair, edges in meets.items()}
 
 

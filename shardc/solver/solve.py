@@ -205,14 +205,16 @@ def _carried_over(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, cho
     """A certificate for the whole network."""
     aim = goal.known(problem, choice).tolerance
 
-    def proof(part: float, sweeps: int | None) -> Prove:
-        def proved(network: Problem, chosen: Sequence[int], start: Certificate | None) -> Certificate:
-            known = Known(evaluate(network, chosen), part * aim)
-            return prove(network, known, goal.part().deadline, start, sweeps, goal.rough, trail.tables)
+    def proof(part: float, sweeps: int | None, afresh: bool = False) -> Prove:
+        def proved(network: Problem, chosen: Sequence[int], start: Certificate) -> Certificate:
+            known, begin = Known(evaluate(network, chosen), part * aim), None if afresh else start
+            return prove(network, known, goal.part().deadline, begin, sweeps, goal.rough, trail.tables)
 
         return proved
 
-    ring, ends = proof(COPIES / folded.count, MAX_SWEEPS), proof(_ENDS, MAX_SWEEPS if goal.rough else None)
+    # what the template's messages leave open, sweeps from there seldom close
+    ring = proof(COPIES / folded.count, MAX_SWEEPS, afresh=not goal.rough)
+    ends = proof(_ENDS, MAX_SWEEPS if goal.rough else None)
     found = around(problem, folded, trail.choice, trail.certificate, ring, ends)
     return found or folded.unfolded_certificate(trail.certificate)
 
