@@ -1,7 +1,8 @@
 """Minimise a cost network, and prove it.
 
-0. Many equal layers are folded to a few (`fold.py`), and the search is over those, by way of a proof (`prove.py`); if
-   that, unfolded, proves the plan for the whole network, that is all.
+0. Many equal layers are folded to a few (`fold.py`), and the search is over those, by way of a proof (`prove.py`). The
+   choice is unfolded, and proved for the whole network by way of a ring of layers (`ring.py`); if that succeeds, that
+   is all.
 1. `contract.py` shrinks the network exactly.
 2. If what is left is narrow, `eliminate.py` finishes it at once.
 3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
