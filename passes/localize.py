@@ -64,13 +64,16 @@ IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.defaul
 
 def _is_local(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
     """Whether the arguments of an operator are the same for the global tensors and for a rank's parts."""
-    told = bool(op.rule.sizes or op.rule.indices or _parts(op, strategy))
-    return not told and all(f.size % mesh.ways(axes) == 0 for f, axes in zip(op.factors, strategy.split, strict=True))
+    return not (op.rule.sizes or op.rule.indices or _parts(op, strategy) or _is_uneven(op, strategy, mesh))
+
+
+def _is_uneven(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
+    return any(f.size % mesh.ways(axes) for f, axes in zip(op.factors, strategy.split, strict=True))
 
 
 def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
-    if any(f.size % mesh.ways(axes) for f, axes in zip(op.factors, strategy.split, strict=True)):
+    if _is_uneven(op, strategy, mesh):
         _mask(graph, node, op, node.meta["shape"], strategy, mesh)
     if op.rule.sizes:
         arguments = list(node.args)

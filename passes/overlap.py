@@ -260,11 +260,11 @@ def rewrite(graph: fx.Graph, order: Order) -> None:
     here = next(node for node in graph.nodes if node.op != "placeholder")
     output, landed = graph.output_node(), dict[fx.Node, fx.Node]()
     for node, awaited in (*order, *((node, False) for node in rest)):
-        if node is here and not awaited:  # most stand where they are to stand
-            here = here.next
-            continue
         if not awaited:
-            here.prepend(node)
+            if node is here:  # most stand where they are to stand
+                here = here.next
+            else:
+                here.prepend(node)
             continue
         with graph.inserting_before(here):
             new = graph.create_node("call_function", wait, (node,), name="wait")

@@ -329,7 +329,7 @@ class _Rewrite:
                 splits, own = base_demand(value, stored), stored
             else:
                 splits = self.assignment.outputs[index]
-                own = tuple([() if place is None else splits.axes[place] for place in value.form.places])
+                own = value.form.split_by(splits.axes)
             self.made[index] = self._value(old, splits, own, gradient)
 
 

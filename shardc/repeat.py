@@ -101,8 +101,8 @@ def tensors(part: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
 
 
-_EVERY = frozenset(vars(nn.Module()))
-"""What every module has; most of it is empty."""
+EVERY = frozenset(vars(nn.Module()))
+"""The attributes that torch keeps in every module; most are empty."""
 Whole = list[tuple[nn.Module, str]]
 """The attributes of a layer that hold whole numbers, one of which may be its position."""
 
@@ -115,7 +115,7 @@ def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
     for path, part in layer.named_modules():
         own: list[Any] = [path, type(part)]
         for name, value in vars(part).items():
-            if name in _EVERY and not value:
+            if name in EVERY and not value:
                 continue
             if name == "_modules":
                 own.append(tuple((key, child is None) for key, child in value.items()))

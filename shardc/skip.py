@@ -138,9 +138,13 @@ class Watch:
             return self._skip(number, index == repeat.hole[-1], call, calls[-1 - behind])
         return self._run(repeat, index, call, functools.partial(forward, *args, **kwargs))
 
-    def _check_held(self, layer: nn.Module) -> None:
+    def _holds(self, layer: nn.Module) -> bool:
+        """Whether a layer still holds what it did."""
         before, now = self._held[layer], _tensors_of(layer)
-        if len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True)):
+        return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+
+    def _check_held(self, layer: nn.Module) -> None:
+        if not self._holds(layer):
             self.refuse("the model gives a layer other tensors than it had")
 
     def _identity(self, repeat: Repeat, index: int) -> Any:
@@ -162,8 +166,8 @@ class Watch:
                 self.refuse("a layer is given another value than the one before")
 
     def _run(self, repeat: Repeat, index: int, call: _Call, forward: Callable[[], Any]) -> Any:
-        own = self._held[repeat.layers[index]]
-        held = [*own, *(leaf for leaf in call.given if isinstance(leaf, Tensor))]
+        layer = repeat.layers[index]
+        held = [*self._held[layer], *(leaf for leaf in call.given if isinstance(leaf, Tensor))]
         versions = [tensor._version for tensor in held]
         with ExitStack() as stack:
             for part, name in repeat.asked[index]:
@@ -172,9 +176,7 @@ class Watch:
             output = forward()
         if versions != [tensor._version for tensor in held]:
             self.refuse("a layer writes in place to a tensor that it is given, or to a buffer")
-        now = _tensors_of(repeat.layers[index])
-        replaced = len(own) != len(now) or any(a is not b for a, b in zip(own, now, strict=True))
-        if replaced or call.around[1] != self._identity(repeat, index):
+        if not self._holds(layer) or call.around[1] != self._identity(repeat, index):
             self.refuse("a layer changes its own attributes")
         call.results, call.result_spec = pytree.tree_flatten(output)
         if not all(isinstance(leaf, (Tensor, *PLAIN, Enum)) for leaf in call.results):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardc.graph import Port, Role
+from shardc.repeat import EVERY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class State:
 
 
 _CONTAINERS = (dict, list, set)
-_OWN = frozenset({*vars(nn.Module()), "_flat_weights", "_flat_weight_refs", "_shardc"})
+_OWN = frozenset({*EVERY, "_flat_weights", "_flat_weight_refs", "_shardc"})
 """Attributes that torch and shardc keep in every module, or in recurrent ones."""
 _ABSENT = object()
 

@@ -59,8 +59,7 @@ class Atoms:
 
     def pieces(self, ref: Ref) -> list[tuple[Ref, int]]:
         """The leaves below a ref, major to minor, with their sizes."""
-        piece = self._at(ref)
-        return self._gathered(ref, piece) if self._halves[piece] else [(ref, self._size[piece])]
+        return self._gathered(ref, self._at(ref))
 
     def _gathered(self, ref: Ref, piece: int) -> list[tuple[Ref, int]]:
         halves = self._halves[piece]

@@ -53,15 +53,19 @@ class Form:
     def _layouts(self) -> dict[object, Layout]:
         return {}
 
+    def split_by(self, axes: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        """The axes of its atoms where those of the base value are split by `axes`, and no others."""
+        return tuple([() if place is None else axes[place] for place in self.places])
+
     def layout(self, axes: Sequence[tuple[str, ...]], partial: tuple[tuple[str, str], ...] = ()) -> Layout:
         """The layout of a value whose atoms are split by `axes`, one entry each."""
         rest = iter(axes)
         return _layout(tuple([tuple([(size, next(rest)) for _, size in dim]) for dim in self.dims]), partial)
 
     def layout_on(self, axes: tuple[tuple[str, ...], ...], partial: tuple[tuple[str, str], ...] = ()) -> Layout:
-        """The same where the atoms of the base value are split by `axes`, and no others."""
+        """The same where `axes` are those of the base value's atoms."""
         if (axes, partial) not in self._layouts:
-            self._layouts[axes, partial] = self.layout([() if p is None else axes[p] for p in self.places], partial)
+            self._layouts[axes, partial] = self.layout(self.split_by(axes), partial)
         return self._layouts[axes, partial]
 
 
