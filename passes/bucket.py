@@ -28,6 +28,7 @@ import torch
 from torch import fx
 
 from shardc.cost.buckets import Buckets
+from shardc.graph import call
 from shardc.halves import Halves
 from shardc.mesh import Mesh
 from shardc.runtime import buckets as runtime
@@ -172,9 +173,7 @@ def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Nod
         told["sizes"] = [node.kwargs.get("chunk") for node in members]
     target = _JOINED[first.target]
     with graph.inserting_before(last):
-        joined = graph.create_node(
-            "call_function", target, ([node.args[0] for node in members],), told, name=target.__name__
-        )
+        joined = call(graph, target, ([node.args[0] for node in members],), told)
     joined.meta = {key: first.meta[key] for key in ("module", "source", "phase", "base") if key in first.meta}
     joined.meta |= {"dtype": None, "members": [node.meta["base"] for node in members]}
     places[joined] = start = places[last]

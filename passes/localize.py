@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.graph import call
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factored import Kind, Op
@@ -163,7 +164,7 @@ def _mask(graph: fx.Graph, node: fx.Node, op: Op, shape: Shape, strategy: Strate
 
 def _added(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any = None) -> fx.Node:
     """A call whose result lies as `like` does."""
-    new = graph.call_function(target, args, kwargs or {})
+    new = call(graph, target, args, kwargs)
     new.meta.update({k: v for k, v in like.meta.items() if k not in ("op", "strategy")})
     return new
 
@@ -179,6 +180,6 @@ def _drop(graph: fx.Graph, node: fx.Node, op: Op, name: str) -> None:
     if name not in result.names:
         return
     with graph.inserting_after(node):
-        cut = graph.call_function(indexing.drop_dummy, (node,), {"dim": result.names.index(name)})
+        cut = call(graph, indexing.drop_dummy, (node,), {"dim": result.names.index(name)})
     cut.meta.update({k: v for k, v in node.meta.items() if k not in ("op", "strategy")})
     node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
+from shardc.graph import call
 from shardc.halves import Halves
 from shardc.passes.bucket import COLLECTIVES, passes_on
 from shardc.passes.timeline import Clock, Order, Times
@@ -267,7 +268,7 @@ def rewrite(graph: fx.Graph, order: Order) -> None:
                 here.prepend(node)
             continue
         with graph.inserting_before(here):
-            new = graph.create_node("call_function", wait, (node,), name="wait")
+            new = call(graph, wait, (node,))
         new.meta = dict(node.meta)
         node.meta.pop("kept", None)
         landed[node] = new

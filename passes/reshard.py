@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from shardc.cost.conversion import Splits, Step, apply
-from shardc.graph import Port, Role, value_of
+from shardc.graph import Port, Role, call, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
 from shardc.rules.factored import Factored, Form, Key, Kind, Op
@@ -165,7 +164,7 @@ class _Rewrite:
             self.here.origin[result.key] = splits
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        return self.graph.create_node("call_function", target, args, kwargs or {}, name=_name(target))
+        return call(self.graph, target, args, kwargs)
 
     def _provenance(self, new: fx.Node, old: fx.Node) -> None:
         told = old.meta.get
@@ -331,9 +330,3 @@ class _Rewrite:
                 splits = self.assignment.outputs[index]
                 own = value.form.split_by(splits.axes)
             self.made[index] = self._value(old, splits, own, gradient)
-
-
-@cache
-def _name(target: Any) -> str:
-    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return name.strip("_")

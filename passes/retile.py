@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from shardc.constrain import Dim
-from shardc.graph import Port, Program, Role, value_of
+from shardc.graph import Port, Program, Role, call, value_of
 from shardc.mesh import Mesh
 from shardc.rules.factored import Factored
 
@@ -56,7 +56,7 @@ def _crosses(factored: Factored, mesh: Mesh, node: fx.Node, dim: int, axes: tupl
 
 
 def _border(graph: fx.Graph, node: fx.Node, dims: list[int]) -> fx.Node:
-    border = graph.call_function(torch.ops.shardc.retile.default, (node, dims))
+    border = call(graph, torch.ops.shardc.retile.default, (node, dims))
     border.meta.update({k: v for k, v in node.meta.items() if k in ("val", "module", "source", "phase")})
     return border
 

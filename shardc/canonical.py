@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardc import compat
+from shardc.graph import call
 
 aten: Any = torch.ops.aten
 
@@ -80,12 +81,6 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     new = graph.placeholder(name)
     new.target = new.name  # what the graph made of the name: unique, and no keyword
     return new
-
-
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """A call, named after its operator."""
-    name = target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
-    return graph.create_node("call_function", target, args, kwargs, name)
 
 
 def _numbered(old: fx.Graph) -> fx.Graph:

@@ -267,8 +267,7 @@ class _Builder:
         self._placeholders(nodes)
         places.locate(nodes, places.by_sequence(graph))
         refuse_sparse(nodes)
-        with compat.symbols_in_graphs():
-            self.rewriter.copy(nodes)
+        self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)
         made: Any = new.output_node().args[0]

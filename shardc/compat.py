@@ -6,7 +6,6 @@ import math
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -244,6 +243,10 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unsqueeze(-3).expand(*batch, own, heads // own, length, size).reshape(*batch, heads, length, size)
 
 
+unobserved = torch._C.DisableTorchFunction
+"""While this is entered no function mode is told of what is done to tensors."""
+
+
 def modes() -> tuple[Any, ...]:
     """What user code may have wrapped around a call: function modes, dispatch modes, hooks on saved tensors."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
@@ -310,14 +313,6 @@ def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int]
 
 def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-@contextmanager
-def symbols_in_graphs() -> Generator[None]:
-    """Allow symbolic sizes as plain arguments of fx nodes; torch warns because it could not print such a graph."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Raw SymInt value")
-        yield
 
 
 class Symbols:

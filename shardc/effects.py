@@ -18,6 +18,7 @@ from torch._functorch._aot_autograd import descriptors
 from torch._higher_order_ops.effects import with_effects
 
 from shardc.errors import CaptureError
+from shardc.graph import call
 from shardc.runtime.checks import checked
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def _settle(graph: fx.Graph, node: fx.Node) -> None:
     readers = list(result.users)
     with graph.inserting_after(max(info, result)):  # type: ignore[type-var]
         matrix = bool(node.kwargs.get("is_matrix"))
-        new = graph.call_function(checked._opoverload, (result, info, name, matrix))
+        new = call(graph, checked._opoverload, (result, info, name, matrix))
     new.meta = dict(result.meta)
     for reader in readers:
         reader.replace_input_with(result, new)

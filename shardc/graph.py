@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,6 +79,25 @@ class Constant:
 def value_of(node: fx.Node) -> Any:
     """The fake value (global shape and dtype) that capture recorded for `node`."""
     return node.meta["val"]
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A call, named after its operator, where `graph` is being written.
+
+    `Graph.create_node` searches all arguments for symbolic sizes, only to warn, and that takes as long as all else that
+    it does: so it is given none, and they are set afterwards.
+    """
+    node = graph.create_node("call_function", target, (), {}, _name(target))
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
+@cache
+def _name(target: Any) -> str:
+    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+    return name.strip("_")
 
 
 def frozen(argument: Any) -> Any:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardc import compat
+
 LONGEST_PERIOD = 8
 FEWEST_SKIPPED = 2
 
@@ -93,7 +95,8 @@ def snapshot(value: Any, deep: int = 3) -> Any:
 def form(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
-    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    with compat.unobserved():
+        return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def tensors(part: nn.Module) -> list[Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from shardc import canonical
-from shardc.graph import Program, Role
+from shardc.graph import Program, Role, call
 from shardc.repeat import Repeat, Unlike
 
 
@@ -241,7 +241,7 @@ class _Stitch:
                 old, (args, kwargs) = self.units.two[position], self.template[position]
                 args = [arg if fixed else filled(arg, unit) for arg, fixed in args]
                 kwargs = {key: arg if fixed else filled(arg, unit) for key, (arg, fixed) in kwargs.items()}
-                new = made[unit, position] = canonical.call(graph, old.target, tuple(args), kwargs)
+                new = made[unit, position] = call(graph, old.target, tuple(args), kwargs)
                 new.meta.update(old.meta, module=place(old.meta["module"]))
 
         def filled(tree: Any, unit: int) -> Any:
@@ -265,7 +265,7 @@ class _Stitch:
                 env[old] = made[2, self.at[1][old]]
             elif old.op == "call_function":
                 args, kwargs = fx.map_arg((old.args, dict(old.kwargs)), env.__getitem__)
-                env[old] = canonical.call(graph, old.target, args, kwargs)
+                env[old] = call(graph, old.target, args, kwargs)
                 env[old].meta = dict(old.meta)
                 if old in self.at[0]:
                     made[1, self.at[0][old]] = env[old]

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from shardc.canonical import Rewriter
-from shardc.graph import value_of
+from shardc.graph import call, value_of
 
 aten = torch.ops.aten
 
@@ -102,6 +102,6 @@ def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
 def _constant(graph: fx.Graph, number: torch.Tensor) -> fx.Node:
     known = number.constant if isinstance(number, FakeTensor) else number  # a fake constant remembers its value
     arguments = list(number.shape), known.item()  # type: ignore[union-attr]
-    node = graph.call_function(aten.full.default, arguments, {"dtype": number.dtype, "device": number.device})
+    node = call(graph, aten.full.default, arguments, {"dtype": number.dtype, "device": number.device})
     node.meta["val"] = aten.full.default(*arguments, dtype=number.dtype, device=number.device)
     return node

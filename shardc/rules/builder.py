@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.graph import frozen, value_of, where
+from shardc.graph import call, frozen, value_of, where
 from shardc.runtime import random
 from shardc.runtime.widening import LOW
 
@@ -41,7 +41,7 @@ class Builder:
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = self._values(target, args, kwargs)  # a call that is refused leaves no node
-        new = self._graph.call_function(target, args, kwargs)
+        new = call(self._graph, target, args, kwargs)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
         new.meta["val"] = made
         return new
@@ -58,7 +58,7 @@ class Builder:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A function of the runtime whose results are like those of the operator that it replaces."""
-        new = self._graph.call_function(function, args, kwargs)
+        new = call(self._graph, function, args, kwargs)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase", "val")})
         return new
 
@@ -85,7 +85,7 @@ class Builder:
         """A constant on the device of `like`, in its type unless another is given."""
         fake = value_of(like)
         keywords = {"dtype": dtype or fake.dtype, "device": fake.device}
-        new = self._graph.call_function(aten.full.default, (list(shape), value), keywords)
+        new = call(self._graph, aten.full.default, (list(shape), value), keywords)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
         new.meta["val"] = fake.new_zeros(list(shape), dtype=dtype or fake.dtype)
         return new
@@ -105,7 +105,7 @@ class Builder:
         """0 to `count` - 1 on the device of `like`."""
         fake = value_of(like)
         keywords = {"dtype": torch.int64, "device": fake.device}
-        new = self._graph.call_function(aten.arange.default, (count,), keywords)
+        new = call(self._graph, aten.arange.default, (count,), keywords)
         new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
         new.meta["val"] = fake.new_zeros([count], dtype=torch.int64)
         return new
