@@ -65,14 +65,14 @@ def _uses(network: Network, assignment: Assignment) -> Iterator[tuple[int, Axes,
         strategy, shape = assignment.strategies[op.node], network.options_of(op).shape
         if any(strategy.split):
             for item, carried in zip(op.items, op.kind.carried, strict=True):
-                for ref, factor in zip(item.value.leaves, carried, strict=True):
+                for ref, factor in zip(factored.leaves(item.value), carried, strict=True):
                     if factor is not None and strategy.split[factor]:
                         yield factored.atoms.piece(ref), strategy.split[factor], (shape, factor)
     program = factored.program
     outputs = {factored.values[node].key: i for i, node in enumerate(program.results) if node is not None}
     kept = {key: assignment.outputs[i] for key, i in outputs.items() if i in assignment.outputs}
     for key, splits in (*assignment.shares.items(), *kept.items()):
-        for ref, axes in zip(factored.leaves(key), splits.axes, strict=True):
+        for ref, axes in zip(factored.leaves(factored.base[key]), splits.axes, strict=True):
             if axes:
                 yield factored.atoms.piece(ref), axes, None
 

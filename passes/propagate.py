@@ -139,8 +139,8 @@ def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
 def propagate(factored: Factored, mesh: Mesh, constraints: list[Constraint]) -> Propagated:
     """Seed the leaves with the constraints, then let factors carry them to a fixed point."""
     state = Propagated(
-        {key: [()] * len(factored.leaves(key)) for key in factored.base},
-        {key: [False] * len(factored.leaves(key)) for key in factored.base},
+        {key: [()] * len(value.form.base) for key, value in factored.base.items()},
+        {key: [False] * len(value.form.base) for key, value in factored.base.items()},
     )
     origin: dict[tuple[Key, int], str] = {}
     for constraint in constraints:
@@ -166,7 +166,7 @@ def _seed(
 
 def demanded_leaves(factored: Factored, mesh: Mesh, constraint: Constraint) -> Iterator[tuple[int, Axes]]:
     """The leaves of its value that a constraint fixes, with their axes. Raises InfeasibleError for one too small."""
-    position = {ref: i for i, ref in enumerate(factored.leaves(constraint.key))}
+    position = {ref: i for i, ref in enumerate(factored.leaves(factored.base[constraint.key]))}
     for dim, axes in zip(constraint.value.dims, constraint.dims, strict=True):
         if axes is not None:
             leaves = factored.atoms.leaves(dim)

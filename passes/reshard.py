@@ -30,7 +30,7 @@ from shardc.cost.conversion import Splits, Step, apply
 from shardc.graph import Port, Role, call, value_of
 from shardc.layout import Layout
 from shardc.mesh import Mesh
-from shardc.rules.factored import Factored, Form, Key, Kind, Op
+from shardc.rules.factored import Factored, Form, Key, Kind, Op, Value
 from shardc.runtime import collectives
 from shardc.solver.network import Assignment, Network, base_demand
 from shardc.solver.strategies import Shape, Strategy, demand, make
@@ -185,14 +185,21 @@ class _Rewrite:
         identity = (old, splits, own)
         if identity not in self.here.views:
             viewed: fx.Node = old.args[0]  # type: ignore[assignment]
-            held = dict(zip(value.leaves, own, strict=True))
-            below = tuple([held.get(ref, ()) for ref in self.factored.values[viewed].leaves])
+            below = self._below(value, self.factored.values[viewed], own)
             node = self._call(old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
             self._provenance(node, old)
             self._describe(node, value.key, value.form.layout(own, splits.partial))
             node.meta["dtype"] = value_of(old).dtype
             self.here.views[identity] = node
         return self.here.views[identity]
+
+    def _below(self, value: Value, viewed: Value, own: Axes) -> Axes:
+        """The axes of the atoms of what a value views, where those of the value are split by `own`."""
+        ours, theirs = value.form.places, viewed.form.places
+        if None in theirs:  # an expanded dim is told by its ref alone
+            ours, theirs = self.factored.leaves(value), self.factored.leaves(viewed)
+        held = dict[object, tuple[str, ...]](zip(ours, own, strict=True))
+        return tuple([held.get(atom, ()) for atom in theirs])
 
     def _converted(self, key: Key, splits: Splits, gradient: bool) -> fx.Node:
         """A base value in the given layout; steps go by way of the layout in which its users share it."""

@@ -111,7 +111,7 @@ class Questions:
 
         factored, demands = self.network.factored, list[Demand]()
         for constraint in self.constraints:
-            leaves: list[tuple[str, ...] | None] = [None] * len(factored.leaves(constraint.key))
+            leaves: list[tuple[str, ...] | None] = [None] * len(factored.sizes(constraint.key))
             for leaf, axes in demanded_leaves(factored, self.network.mesh, constraint):
                 leaves[leaf] = axes
             demands.append(Demand(_words(constraint), constraint.key, tuple(leaves)))

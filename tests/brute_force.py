@@ -158,13 +158,13 @@ class Call:
                 bases.append((self.whole[node], layout))
             else:
                 new = graph.call_function(node.target, (build(node.args[0], index, held), *node.args[1:]))  # type: ignore
-                layout = value.form.layout([held.get(ref, ()) for ref in value.leaves], splits.partial)
+                layout = value.form.layout([held.get(ref, ()) for ref in factored.leaves(value)], splits.partial)
             new.meta = {"layout": layout, "dtype": value_of(node).dtype}
             return new
 
         operands: list[fx.Node] = []
         for index, operand in enumerate(op.operands):
-            carried = zip(operand.value.leaves, op.kind.carried[index], strict=True)
+            carried = zip(factored.leaves(operand.value), op.kind.carried[index], strict=True)
             held = {ref: strategy.split[f] for ref, f in carried if f is not None}
             operands.append(build(operand.node, index, held))
         supply, wanted = iter(operands), set(tensor_arguments(op.node))

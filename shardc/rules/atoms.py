@@ -7,7 +7,6 @@ dims came from is never lost."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 Ref = tuple[int, tuple[int, ...]]
@@ -55,19 +54,25 @@ class Atoms:
 
     def leaves(self, refs: Sequence[Ref]) -> list[Ref]:
         """The refs, each replaced by the leaves below it."""
-        return [leaf for ref in refs for leaf, _ in self.pieces(ref)]
+        return [leaf for ref in refs for leaf in self._gathered(ref, self._at(ref))]
 
-    def pieces(self, ref: Ref) -> list[tuple[Ref, int]]:
-        """The leaves below a ref, major to minor, with their sizes."""
-        return self._gathered(ref, self._at(ref))
-
-    def _gathered(self, ref: Ref, piece: int) -> list[tuple[Ref, int]]:
+    def _gathered(self, ref: Ref, piece: int) -> list[Ref]:
         halves = self._halves[piece]
         if halves is None:
-            return [(ref, self._size[piece])]
+            return [ref]
         slot, path = ref
         major, minor = (self._gathered((slot, (*path, half)), self._find(halves[half])) for half in (0, 1))
         return major + minor
+
+    def sizes(self, ref: Ref) -> tuple[int, ...]:
+        """Those of the leaves below a ref, major to minor."""
+        return self._sizes(self._at(ref))
+
+    def _sizes(self, piece: int) -> tuple[int, ...]:
+        halves = self._halves[piece]
+        if halves is None:
+            return (self._size[piece],)
+        return self._sizes(self._find(halves[0])) + self._sizes(self._find(halves[1]))
 
     def split(self, ref: Ref, minor: int) -> None:
         """Split a leaf into (size/minor, minor)."""
@@ -97,11 +102,18 @@ class Atoms:
                 return len(a) == len(b)
 
     def _joined(self, one: int, other: int) -> bool:
-        """Make two pieces one, if that is all there is to do."""
-        if one != other:
-            if self._halves[one] or self._halves[other] or self._size[one] != self._size[other]:
+        """Make two pieces one, if that is all there is to do: neither has to be split otherwise than it is."""
+        if one == other:
+            return True
+        if self._size[one] != self._size[other]:
+            return False
+        halves, others = self._halves[one], self._halves[other]
+        if halves and others:  # from the minor end, as `unify` goes
+            if not all(self._joined(self._find(halves[k]), self._find(others[k])) for k in (1, 0)):
                 return False
-            self._parent[other] = one
+        elif others:
+            one, other = other, one
+        self._parent[other] = one
         return True
 
     def regroup(self, refs: Sequence[Ref], shape: Sequence[int]) -> list[list[Ref]] | None:
@@ -110,23 +122,22 @@ class Atoms:
         rest = self.leaves(refs)
         for size in reversed([int(s) for s in shape]):
             dim: list[Ref] = []
-            while (have := math.prod(self.size(r) for r in dim)) < size:
-                if not rest:
+            have = 1
+            while have < size:
+                if not rest or size % have:
                     return None
-                # a piece that stands twice may have been split where it stood first
-                *major, piece = self.leaves([rest.pop()])
-                rest += major
-                need = size // have
-                if size % have:
-                    return None
-                if self.size(piece) > need:
-                    if self.size(piece) % need:
+                ref = rest.pop()
+                piece, need = self._at(ref), size // have
+                if self._halves[piece] is None and self._size[piece] > need:
+                    if self._size[piece] % need:
                         return None
-                    self.split(piece, need)
-                    rest += self.leaves([piece])
+                    self.split(ref, need)
+                if self._halves[piece]:  # what stands twice may also have been split where it stood first
+                    rest += self._gathered(ref, piece)
                     continue
-                dim.insert(0, piece)
-            if math.prod(self.size(r) for r in dim) != size:
+                dim.append(ref)
+                have *= self._size[piece]
+            if have != size:
                 return None
-            dims.insert(0, dim)
-        return dims
+            dims.append(dim[::-1])
+        return dims[::-1]

@@ -72,11 +72,10 @@ class Form:
 @dataclass(slots=True)
 class Value:
     """A tensor of the program: `key` is the base value it views (its own if it is no view), `dims` its refs per dim.
-    `leaves` are its atoms in order, and `form` tells what they are; both are there when the atoms are final."""
+    `form` tells what its atoms are, when they are final."""
 
     key: Key
     dims: list[list[Ref]]
-    leaves: list[Ref] = field(init=False, repr=False)
     form: Form = field(init=False, repr=False)
 
 
@@ -160,9 +159,9 @@ class Factored:
     values: dict[fx.Node, Value]
     base: dict[Key, Value]
 
-    def leaves(self, key: Key) -> list[Ref]:
-        """The atoms of a base value, in memory order."""
-        return self.base[key].leaves
+    def leaves(self, value: Value) -> list[Ref]:
+        """The atoms of a value, in order."""
+        return [leaf for dim in value.dims for leaf in self.atoms.leaves(dim)]
 
     def sizes(self, key: Key) -> tuple[int, ...]:
         return self.base[key].form.base

@@ -138,8 +138,10 @@ class _Walk:
             self.ties[key] = _ties(items)
         stuck: set[str] = set()
         for name, places in self.ties[key]:
-            dims = [dim for item, place in places if (dim := items[item].value.dims[place])]
-            stuck |= {name for dim in dims[1:] if not self._unify(rule, name, dims[0], dim)}
+            first, *others = [dim for item, place in places if (dim := items[item].value.dims[place])] or [[]]
+            for dim in others:
+                if not self._unify(rule, name, first, dim):
+                    stuck.add(name)
         if not stuck:
             return rule
         return self.stuck.setdefault((id(rule), frozenset(stuck)), replace(rule, whole=rule.whole | stuck))
@@ -162,30 +164,40 @@ class _Walk:
 
     def _settle(self) -> None:
         """Say what values and operators consist of, now that the atoms are final."""
-        forms: dict[Any, Form] = {}
-        bases: dict[Key, tuple[dict[Ref, int], tuple[int, ...]]] = {}
-        pieces = self.atoms.pieces
-        for value in (*self.base.values(), *self.values.values()):  # base values come first
-            known = bases.get(value.key)
-            if known is not None and self.base[value.key] is value:
-                continue  # once more, under another name
-            dims = [pieces(dim[0]) if len(dim) == 1 else [p for ref in dim for p in pieces(ref)] for dim in value.dims]
-            value.leaves = [leaf for dim in dims for leaf, _ in dim]
-            if known is None:
-                places = {leaf: place for place, leaf in enumerate(value.leaves)}
-                known = bases[value.key] = places, tuple([size for dim in dims for _, size in dim])
-            place = known[0].get
-            key = tuple([tuple([(place(leaf), size) for leaf, size in dim]) for dim in dims]), known[1]
-            form = forms.get(key)
-            if form is None:
-                form = forms[key] = Form(*key)
-            value.form = form
+        sizes, base = self.atoms.sizes, self.base
+        forms: dict[object, Form] = {}
+        plain: dict[object, Form] = {}
+        for value in base.values():  # every dim is one ref, or of size 1
+            dims = tuple([sizes(dim[0]) if dim else () for dim in value.dims])
+            if dims not in plain:
+                plain[dims] = self._form_of(value, value, forms)
+            value.form = plain[dims]
+        views: dict[object, Form] = {}
+        for value in self.values.values():
+            own = base[value.key]
+            if own is not value:
+                first = next((dim[0][0] for dim in own.dims if dim), 0)  # slots of equal values are equal from here
+                refs = [tuple([(slot - first, path, sizes((slot, path))) for slot, path in dim]) for dim in value.dims]
+                key = own.form, *refs
+                if key not in views:
+                    views[key] = self._form_of(value, own, forms)
+                value.form = views[key]
         kinds: dict[object, Kind] = {}
         for op in self.ops:
             key = _alike(op)
             if key not in kinds:
                 kinds[key] = _kind(op)
             op.kind = kinds[key]
+
+    def _form_of(self, value: Value, base: Value, forms: dict[object, Form]) -> Form:
+        """The form of a value, one of `forms`, to which it is added if it is new."""
+        leaves, size = self.atoms.leaves, self.atoms.size
+        places = {leaf: place for place, leaf in enumerate([leaf for dim in base.dims for leaf in leaves(dim)])}
+        dims = tuple([tuple([(places.get(leaf), size(leaf)) for leaf in leaves(dim)]) for dim in value.dims])
+        key = dims, tuple([size(leaf) for leaf in places])
+        if key not in forms:
+            forms[key] = Form(*key)
+        return forms[key]
 
 
 def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]]]]:

@@ -133,7 +133,7 @@ class Clashes:
             if node is None or (port.role is Role.OUTPUT and not self.network.whole_outputs):
                 continue
             value = factored.values[node]
-            size = len(factored.leaves(value.key))
+            size = len(value.form.base)
             if port.role is Role.GRADIENT and port.name in ports:
                 parameter = self._number[ports[port.name]]
                 sides = self._shapes[parameter].results[0].factors
