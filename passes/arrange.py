@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -22,7 +23,6 @@ from shardc.passes.footprint import Footprint
 from shardc.passes.overlap import overlap, rewrite
 from shardc.passes.timeline import Order, Pace, Times, hidden
 from shardc.plan import Memory
-from shardc.printing import Shown
 
 MODEST = (
     (1.0, ("all", "gradients", "nothing")), *((1 / k, ("nothing",)) for k in (2, 4, 16, 64)), (0.0, ("nothing",)),
@@ -33,11 +33,11 @@ and with them which collectives overlap."""
 
 @dataclass(frozen=True)
 class Arranged:
-    """The graph as it will run, how it read before overlap, what it holds, and the seconds of its collectives that
-    nobody waits for."""
+    """The graph as it will run, what makes it anew as it was before overlap, what it holds, and the seconds of its
+    collectives that nobody waits for."""
 
     graph: fx.Graph
-    bucketed: Callable[[], str]
+    bucketed: Callable[[], fx.Graph]
     memory: Memory
     hidden: float
 
@@ -49,26 +49,33 @@ def arrange(
     makes the graph anew, for other buckets. Raises AssertionError where nothing fits."""
     mesh, run = pace.mesh, halves(graph, program)
     largest, least = math.inf, math.inf
+
+    def bucketed(buckets: Buckets | None) -> fx.Graph:
+        graph = again()
+        if buckets is not None:
+            bucket(graph, halves(graph, program), buckets)
+        return graph
+
     for part, ways in MODEST:
         if part < 1.0:
             if not largest:
                 break
             graph = again()
             run = halves(graph, program)
-        made = 0
-        if part:
-            made, run = bucket(graph, run, Buckets(mesh, pace.device, part * largest))
-        largest = min(largest, made) if part == 1.0 else largest
+        buckets = Buckets(mesh, pace.device, part * largest) if part else None
+        if buckets is not None:
+            made, run = bucket(graph, run, buckets)
+            largest = min(largest, made) if part == 1.0 else largest
         ready = made_at(graph, becoming_gradients(run, graph))
-        times, footprint = Times([*run.forward, *run.backward], pace), Footprint(graph, run, program, mesh, states)
+        times, footprint = Times(run, pace), Footprint(graph, run, program, mesh, states)
         for what in ways:
             forward, backward = _in_order(run) if what == "nothing" else overlap(run, ready, times, fetch=what == "all")
             memory = footprint.memory(forward, backward)
             least = min(least, memory.peak)
             if budget is None or memory.peak <= budget:
-                bucketed, order = Shown(graph, mesh), [*forward, *backward]
+                order = [*forward, *backward]
                 rewrite(graph, order)
-                return Arranged(graph, bucketed, memory, hidden(order, times))
+                return Arranged(graph, partial(bucketed, buckets), memory, hidden(order, times))
     raise AssertionError(f"the plan was to hold {budget:.0f} bytes, its code holds {least:.0f}")
 
 

@@ -96,7 +96,7 @@ def becoming_gradients(run: Halves, graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     output, gradients = graph.output_node(), set(run.gradients)
     for node in reversed(run.backward):
-        if all(user in found or (user is output and node in gradients) for user in node.users) and passes_on(node):
+        if passes_on(node) and all(user in found or (user is output and node in gradients) for user in node.users):
             found.add(node)
     return found
 
@@ -105,7 +105,7 @@ def passes_on(node: fx.Node) -> bool:
     """Whether a node only passes values on: views, conversions, casts."""
     if "op" in node.meta and node.target not in _CASTS:
         return False
-    return len(node.all_input_nodes) == 1 or node.target in BUCKETS
+    return node.target in BUCKETS or len(node.all_input_nodes) == 1
 
 
 def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]:

@@ -46,7 +46,6 @@ class Footprint:
     def __init__(self, graph: fx.Graph, run: Halves, program: Program, mesh: Mesh, states: States) -> None:
         self.run, self.mesh, self.states = run, mesh, states
         self.roles = {node: port.role for node, port in zip(_placeholders(graph), program.inputs, strict=True)}
-        self.operands = {node: node.all_input_nodes for half in (run.forward, run.backward) for node in half}
         self.by_form: dict[object, list[_Made | None]] = {}
         self.by_node: dict[fx.Node, list[_Made | None]] = {}
         self.equal: dict[_Made, _Made] = {}
@@ -91,6 +90,7 @@ class _Run:
         self.labels: list[str] = []  # what every storage counts as
         self.names: Counter[int] = Counter()  # how many names hold a storage
         self.held: Counter[str] = Counter()  # bytes by label
+        self.total = 0  # of them all
         self.peak = Memory(0.0, "", "", {})
 
     def memory(self, forward: Order, backward: Order) -> Memory:
@@ -100,7 +100,9 @@ class _Run:
             self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
             if roles[node] is Role.PARAMETER:
                 size = node.meta["dtype"].itemsize
-                self.held["optimizer state"] += int(self.sizes[-1] / size * self.known.states(size))
+                states = int(self.sizes[-1] / size * self.known.states(size))
+                self.held["optimizer state"] += states
+                self.total += states
         outputs = [node for node in run.outputs if node is not None]
         labels = {**dict.fromkeys(run.saved, "kept for backward"), **dict.fromkeys(outputs, "outputs")}
         self._go("forward", forward, [*run.given, *outputs, *run.saved], labels)
@@ -111,7 +113,7 @@ class _Run:
         return self.peak
 
     def _go(self, half: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
-        dead = _spent(order, self.known.operands, kept)
+        dead = _spent(order, self.known.run.operands, kept)
         for place, (node, awaited) in enumerate(order):
             total = 0
             if awaited:
@@ -122,7 +124,7 @@ class _Run:
             else:
                 self.lying[node] = self._call(node, labels.get(node, "in use"))
                 total = self._workspace(node)
-            total += sum(self.held.values())
+            total += self.total
             if total > self.peak.peak:
                 parts = {label: float(size) for label, size in self.held.items() if size}
                 self.peak = Memory(float(total), half, where(node), parts)
@@ -142,7 +144,7 @@ class _Run:
             if found is not None:
                 self._hold(found.storage, label)
             return [found]
-        operands = [self.lying[operand][0] for operand in self.known.operands[node]]
+        operands = [self.lying[operand][0] for operand in self.known.run.operands[node]]
         storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
         found = self.known.by_node.get(node)
         if found is None:
@@ -214,6 +216,7 @@ class _Run:
             self.held[label] += self.sizes[storage]
         elif not self.names[storage]:
             self.held[self.labels[storage]] += self.sizes[storage]
+            self.total += self.sizes[storage]
         self.names[storage] += 1
 
     def _release(self, values: Iterable[_Lying | None]) -> None:
@@ -222,6 +225,7 @@ class _Run:
                 self.names[one.storage] -= 1
                 if not self.names[one.storage]:
                     self.held[self.labels[one.storage]] -= self.sizes[one.storage]
+                    self.total -= self.sizes[one.storage]
 
     def _form(self, node: fx.Node, operands: Sequence[_Lying | None], storages: list[int]) -> object:
         """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie and which
@@ -229,7 +233,7 @@ class _Run:
         if "op" in node.meta:
             lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
             read = [user.args[1] for user in node.users] if node.meta.get("layout") is None else ()
-            return node.target, node.meta["op"].kind, node.meta["strategy"], *lying, *read
+            return node.meta["op"].kind, id(node.meta["strategy"]), *lying, *read
 
         def show(value: object) -> object:
             if isinstance(value, fx.Node):

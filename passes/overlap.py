@@ -54,6 +54,7 @@ class _Half:
 
     def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool) -> None:
         self.nodes, self.mine, self.times = nodes, set(nodes), times
+        self.light = {node for node in nodes if not times.sent[node] and passes_on(node)}
         self.clock = Clock(times.mesh, times.device)
         self.compute, self.seconds, self.operands = times.compute, times.sent, times.operands
         hidden = [n for n in nodes if self.seconds[n] and self.clock.shares[str(n.kwargs["axis"])]]
@@ -109,13 +110,10 @@ class _Half:
 
     def _idle(self, node: fx.Node) -> bool:
         """Whether a node only passes on what has not come yet; it can wait for its reader."""
-        return self._light(node) and self._late(node)
+        return node in self.light and self._late(node)
 
     def _late(self, node: fx.Node) -> bool:
         return any(one in self.flying or (one in self.mine and one not in self.done) for one in self.operands[node])
-
-    def _light(self, node: fx.Node) -> bool:
-        return passes_on(node) and not self.seconds[node]
 
     def _emit(self, node: fx.Node) -> None:
         if node in self.done:
@@ -214,7 +212,7 @@ class _Half:
         stack = [node]
         while stack:
             for operand in self.operands[stack.pop()]:
-                if operand in self.mine and (self._light(operand) or operand in self.trailing):
+                if operand in self.mine and (operand in self.light or operand in self.trailing):
                     stack.append(operand)
                 elif operand in self.mine:
                     found.add(operand)
@@ -225,7 +223,7 @@ class _Half:
         stack = [node]
         while stack:
             for user in stack.pop().users:
-                if user in self.mine and self._light(user):
+                if user in self.light:
                     stack.append(user)
                 elif user in self.mine:
                     yield user

@@ -107,18 +107,20 @@ def lower(
         "assign", lambda: _choose(factored, settings, spread.accepts(), wishes, known, localized)
     )
     graphs["assign"] = lambda: planned(_spread(factored, spread.axes) | _chosen(network, assignment))
-    lowered, graphs["reshard"], titles, unknown = timed("reshard", lambda: localized(network, assignment))
-    graphs["localize"] = Shown(lowered, mesh)
+    lowered, titles, unknown = timed("reshard", lambda: localized(network, assignment))
     pace = Pace(network, settings.device)
 
     def again() -> fx.Graph:
         return localize(reshard(network, assignment), mesh)
 
     arranged = timed("arrange", lambda: arrange(lowered, again, program, pace, settings.states, settings.memory))
-    graph, graphs["bucket"] = arranged.graph, arranged.bucketed
+    graph = arranged.graph
+    graphs["reshard"] = lambda: Shown(reshard(network, assignment), mesh)()
+    graphs["localize"] = lambda: Shown(again(), mesh)()
+    graphs["bucket"] = lambda: Shown(arranged.bucketed(), mesh)()
+    graphs["overlap"] = lambda: Shown(graph, mesh)()
     memory, beneath = replace(arranged.memory, budget=settings.memory), arranged.hidden
     conversions = _conversions(graph, pace, titles)
-    graphs["overlap"] = Shown(graph, mesh)
     compute = _compute(network, assignment)
     explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
     code = graphs["codegen"] = cache(lambda: codegen(graph, program, mesh))
@@ -132,10 +134,9 @@ def lower(
 
 
 class _Local(NamedTuple):
-    """A localized graph, how it read before that, and what is said of its values and unknown operators."""
+    """A localized graph, and what is said of its values and unknown operators."""
 
     graph: fx.Graph
-    resharded: Callable[[], str]
     titles: Mapping[Key, str]
     unknown: tuple[Tried, ...]
 
@@ -160,11 +161,11 @@ class Localized:
 
     def _made(self, network: Network, assignment: Assignment) -> _Local:
         graph, unknown = reshard(network, assignment), tuple[Tried, ...]()
-        resharded, titles = Shown(graph, self.settings.mesh), titles_of(self.program, graph)
+        titles = titles_of(self.program, graph)
         if any(op.learned is not None for op in network.factored.ops):
             conversions = _conversions(graph, Pace(network, self.settings.device), titles)
             unknown = tried(network, assignment, graph, conversions)
-        return _Local(localize(graph, self.settings.mesh), resharded, titles, unknown)
+        return _Local(localize(graph, self.settings.mesh), titles, unknown)
 
 
 def _choose(
@@ -209,8 +210,10 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
         found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node), value))
 
     for node in graph.nodes:
-        for kind, axis, moved, seconds in pace.inner(node):
-            add(node, kind, axis, moved, seconds, titles.get((node.meta["op"].node, 0), node.name))
+        if "op" in node.meta:
+            for kind, axis, moved, seconds in pace.operator(node)[1]:
+                add(node, kind, axis, moved, seconds, titles.get((node.meta["op"].node, 0), node.name))
+            continue
         step = pace.step(node)
         if step is not None:
             more = f" and {len(node.meta['members']) - 1} more" if "members" in node.meta else ""

@@ -12,7 +12,6 @@ the rest of the time the rank computes what comes next, if the collective was on
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import cached_property
 
 from torch import fx
@@ -20,6 +19,7 @@ from torch import fx
 from shardc.cost.buckets import Buckets
 from shardc.cost.conversion import LOCAL, step_seconds
 from shardc.cost.hardware import Hardware
+from shardc.halves import Halves
 from shardc.mesh import Mesh
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
 from shardc.runtime.started import wait
@@ -52,11 +52,8 @@ class Pace:
         return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
 
     def taken(self, node: fx.Node) -> tuple[float, float]:
-        """Seconds that a rank computes: in an operator, its body's collectives apart, or in a step that sends
-        nothing; in a bucket, those that it takes to fill it. And those of a collective of the graph; 0 for other
-        nodes."""
-        if "op" in node.meta:
-            return self.operator(node)[0], 0.0
+        """Seconds of a node that is no operator: those that a rank computes, in a step that sends nothing, or to fill a
+        bucket; and those of a collective."""
         step = self.step(node)
         if step is None:
             return 0.0, 0.0
@@ -66,12 +63,8 @@ class Pace:
         sent = 0.0 if self.mesh.sizes[axis] == 1 else self.buckets.alone(kind, axis, moved)
         return seconds - sent, sent
 
-    def inner(self, node: fx.Node) -> list[Inner]:
-        """The collectives inside an operator's body."""
-        return self.operator(node)[1] if "op" in node.meta else []
-
     def operator(self, node: fx.Node) -> tuple[float, list[Inner]]:
-        """Seconds of compute, and what the body sends; reckoned once per form."""
+        """Seconds of an operator's compute, and what its body sends; reckoned once per form."""
         options, strategy = self.network.options_of(node.meta["op"]), node.meta["strategy"]
         found = self._operators.get((options, strategy))
         if found is None:
@@ -85,16 +78,14 @@ class Pace:
 
 class Times:
     """What nodes take, each reckoned once: `compute` and `sent` in seconds, where an operator's body sends what is
-    `inner`, and the `operands` of each, of which fx makes a new list whenever it is asked."""
+    `inner`; and the `operands` of each."""
 
-    def __init__(self, nodes: Iterable[fx.Node], pace: Pace) -> None:
-        self.mesh, self.device = pace.mesh, pace.device
+    def __init__(self, run: Halves, pace: Pace) -> None:
+        self.mesh, self.device, self.operands = pace.mesh, pace.device, run.operands
         self.compute: dict[fx.Node, float] = {}
         self.sent: dict[fx.Node, float] = {}
         self.inner: dict[fx.Node, list[Inner]] = {}
-        self.operands: dict[fx.Node, list[fx.Node]] = {}
-        for node in nodes:
-            self.operands[node] = node.all_input_nodes
+        for node in self.operands:
             if "op" not in node.meta:
                 self.compute[node], self.sent[node] = pace.taken(node)
                 continue

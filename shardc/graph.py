@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -85,12 +85,11 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A call, named after its operator, where `graph` is being written.
 
     `Graph.create_node` searches all arguments for symbolic sizes, only to warn, and that takes as long as all else that
-    it does: so it is given none, and they are set afterwards.
+    it does: so it is given none. They are set as it would set them; the setter of `args` is for nodes that stand in
+    tables already.
     """
     node = graph.create_node("call_function", target, (), {}, _name(target))
-    node.args = args
-    if kwargs:
-        node.kwargs = kwargs
+    node._update_args_kwargs(args, kwargs or {})
     return node
 
 
@@ -137,10 +136,5 @@ def forward_part(
 
 def where(node: fx.Node) -> str:
     """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
-    return place_of(node.meta)
-
-
-def place_of(meta: Mapping[str, Any]) -> str:
-    """`where`, of the metadata of a node."""
-    module, source = meta.get("module", ""), meta.get("source", "")
+    module, source = node.meta.get("module", ""), node.meta.get("source", "")
     return f"{module}, {source}" if module and source else module or source

@@ -6,6 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -24,6 +25,11 @@ class Halves:
     tangents: list[fx.Node]
     backward: list[fx.Node]
     gradients: list[fx.Node]
+
+    @cached_property
+    def operands(self) -> dict[fx.Node, list[fx.Node]]:
+        """What each node of both halves reads; fx makes a new list whenever it is asked."""
+        return {node: node.all_input_nodes for half in (self.forward, self.backward) for node in half}
 
 
 def halves(graph: fx.Graph, program: Program) -> Halves:

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from shardc.graph import place_of
+from shardc.graph import where
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 
 
 class _Line(NamedTuple):
-    """What the line of one node will show. All of it stays as it is when passes change the node."""
+    """What the line of one node will show, as it is before passes change the node; where it comes from, its type and
+    its layout they leave alone."""
 
     node: fx.Node
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    meta: Mapping[str, Any]
 
 
 class Shown:
@@ -29,7 +29,7 @@ class Shown:
 
     def __init__(self, graph: fx.Graph, mesh: Mesh | None = None) -> None:
         self._mesh = mesh
-        self._lines = [(node, node.target, node.args, node.kwargs, node.meta.copy()) for node in graph.nodes]
+        self._lines = [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
 
     def __call__(self, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
         """The text. Values that have a layout, in their metadata or among `layouts`, show it, others their shape."""
@@ -41,7 +41,7 @@ def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> 
         return f"return {_argument(line.args[0])}"
     call = "input" if line.node.op == "placeholder" else _call(line)
     assigned = f"%{line.node.name} = {call}"
-    told = place_of(line.meta)
+    told = where(line.node)
     place = f"  # {told}" if told else ""
     return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
 
@@ -65,9 +65,9 @@ def _argument(value: Any) -> str:
 
 
 def _type(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
-    layout: Layout | None = line.meta.get("layout", layouts.get(line.node))
-    value = line.meta.get("val")
-    dtype = line.meta.get("dtype", getattr(value, "dtype", None))
+    layout: Layout | None = line.node.meta.get("layout", layouts.get(line.node))
+    value = line.node.meta.get("val")
+    dtype = line.node.meta.get("dtype", getattr(value, "dtype", None))
     if layout is not None and dtype is not None:
         return f"{SHORT_DTYPES[dtype]}{layout.simplify(mesh) if mesh else layout}"
     if isinstance(value, torch.Tensor):

@@ -14,11 +14,11 @@ less alike than they looked, the two do not meet, and the gap says so.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,43 +159,42 @@ class _Cut:
     """Layers up to `low` and from `high` on stay; `shift` is the distance to a variable's place in the next layer."""
 
     def __init__(self, problem: Problem, layer: Integers, shift: Integers, low: int, high: int) -> None:
-        gone = (layer > low) & (layer < high)
-        self.problem, self.layers, self.low, self.high, self.last = problem, layer, low, high, int(layer.max())
-        self.kept: list[int] = np.flatnonzero(~gone).tolist()
-        # lists: what follows reads them one by one, edge after edge
-        self.layer, self.shift, self.gone, self.number = map(_listed, (layer, shift, gone, np.cumsum(~gone) - 1))
+        self.problem, self.layers, self.shifts = problem, layer, shift
+        self.low, self.high, self.last = low, high, int(layer.max())
+        self.gone = (layer > low) & (layer < high)
+        self.kept: list[int] = np.flatnonzero(~self.gone).tolist()
+        self.layer: list[int] = layer.tolist()  # read one by one, as triplets are
+        self.shift: list[int] = shift.tolist()
 
     def fold(self) -> Fold | None:
-        problem = self.problem
-        representative = [self._stand_in(v) for v in range(len(problem.unary))]
-        edges = {(u, v): self._edge(u, v) for u, v in problem.edges}
+        problem, number = self.problem, np.cumsum(~self.gone) - 1
+        every = np.arange(len(problem.unary))
+        stands = np.where(self.gone, every + (self.low - self.layers) * self.shifts, every)
+        representative: list[int] = number[stands].tolist()
+        ends = np.array(list(problem.edges), dtype=np.int64).reshape(-1, 2)
+        lower = np.where(self.layers[ends] == _NONE, self.last + 1, self.layers[ends]).min(axis=1)
+        met: list[tuple[int, int]] = number[self._met(ends, lower)].tolist()
+        edges = {edge: (one, other) for edge, (one, other) in zip(problem.edges, met, strict=True)}
         sizes = [len(problem.unary[v]) for v in self.kept]
         if any(len(problem.unary[v]) != sizes[r] for v, r in enumerate(representative)):
             return None
         if any(problem.edges[edge].shape != (sizes[a], sizes[b]) for edge, (a, b) in edges.items()):
             return None
-        copies = {(u, v) for u, v in edges if self._is_copy(u, v)}
+        copies = set(_where(problem.edges, (self.low < lower) & (lower < self.high)))
         template = _template(problem, self.kept, edges, copies)
         behind = [v for v in self.kept if self.layer[v] == self.high]
-        ahead = {self.number[v]: self.number[self._at(v, self.low)] for v in behind}
-        cut = [(u, v) for u, v in edges if self.gone[u] or self.gone[v]]
+        ahead = {representative[v]: representative[self._at(v, self.low)] for v in behind}
+        cut = _where(problem.edges, self.gone[ends[:, 0]] | self.gone[ends[:, 1]])
         return Fold(template, representative, edges, self.kept, copies, self._places, self.layers, ahead, cut)
 
-    def _edge(self, u: int, v: int) -> Edge:
-        """Where an edge stands in the template: moved down until its lower layer is the last before the cut; what then
-        lies beyond that layer is met again behind the cut."""
-        layers = [self.layer[x] for x in (u, v) if self.layer[x] != _NONE]
-        if not layers or min(layers) >= self.high or max(layers) <= self.low:
-            return self.number[u], self.number[v]
-        down = max(min(layers) - self.low, 0)
-
-        def place(x: int) -> int:
-            if self.layer[x] == _NONE:
-                return x
-            layer = self.layer[x] - down
-            return self._at(x, layer if layer <= self.low else min(layer - self.low - 1 + self.high, self.last))
-
-        return self.number[place(u)], self.number[place(v)]
+    def _met(self, ends: Integers, lower: Integers) -> Integers:
+        """Where edges stand in the template, as variables of the network: moved down until the `lower` layer of each is
+        the last before the cut; what then lies beyond that layer is met again behind the cut."""
+        layers = self.layers[ends]
+        stays = (lower >= self.high) | (layers.max(axis=1) <= self.low)
+        there = layers - np.maximum(lower - self.low, 0)[:, None]
+        there = np.where(there <= self.low, there, np.minimum(there - self.low - 1 + self.high, self.last))
+        return np.where(stays[:, None] | (layers == _NONE), ends, ends + (there - layers) * self.shifts[ends])
 
     def _places(self, variables: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         """Behind the cut a template goes on as the network does right after its last layer before the cut."""
@@ -217,21 +216,13 @@ class _Cut:
         layer = up + (layer if layer <= self.low else layer - self.high + self.low + 1)
         return self._at(x, layer) if layer <= self.last else _NONE
 
-    def _is_copy(self, u: int, v: int) -> bool:
-        """Whether the edge is a copy of one that the template has: its lower layer was cut out."""
-        layers = [self.layer[x] for x in (u, v) if self.layer[x] != _NONE]
-        return bool(layers) and self.low < min(layers) < self.high
-
-    def _stand_in(self, v: int) -> int:
-        return self.number[self._at(v, self.low) if self.gone[v] else v]
-
     def _at(self, v: int, layer: int) -> int:
         """The variable that stands where `v` does, in another layer."""
         return v + (layer - self.layer[v]) * self.shift[v]
 
 
-def _listed(array: NDArray[Any]) -> list[int]:
-    return array.tolist()
+def _where(edges: Iterable[Edge], chosen: NDArray[np.bool_]) -> list[Edge]:
+    return list(compress(edges, chosen.tolist()))
 
 
 def _template(problem: Problem, kept: Sequence[int], edges: Mapping[Edge, Edge], copies: Set[Edge]) -> Problem:
@@ -312,20 +303,23 @@ def _counting(
     problem: Problem, runs: Sequence[_Run], run: Integers, position: Integers
 ) -> dict[int, tuple[int, int]]:
     """Per run that is linked to the first (sign, offset) so that its layers count as those of the first."""
-    votes: dict[tuple[int, int], Counter[tuple[int, int]]] = defaultdict(Counter)
-    for u, v in problem.edges:
-        i, j = int(run[u]), int(run[v])
-        if i != j and min(i, j) != _NONE:
-            for (a, x), (b, y) in (((i, u), (j, v)), ((j, v), (i, u))):  # position of x in terms of that of y
-                votes[a, b][1, int(position[x] - position[y])] += 1
-                votes[a, b][-1, int(position[x] + position[y])] += 1
+    ends = np.array(list(problem.edges), dtype=np.int64).reshape(-1, 2)
+    pairs = ends[(run[ends] != _NONE).all(axis=1) & (run[ends[:, 0]] != run[ends[:, 1]])]
+    ballots = [
+        np.stack([run[x], run[y], np.full(len(x), sign), position[x] - sign * position[y]], axis=1)
+        for x, y in (pairs.T, pairs.T[::-1]) for sign in (1, -1)
+    ]  # fmt: skip
+    votes: dict[tuple[int, int], tuple[int, int]] = {}
+    cast = Counter[tuple[int, ...]](map(tuple, np.stack(ballots, axis=1).reshape(-1, 4).tolist()))
+    for (one, other, sign, distance), _ in cast.most_common():
+        votes.setdefault((one, other), (sign, distance))  # position of `one` in terms of that of `other`
     found, waiting = {0: (1, 0)}, [0]
     while waiting:
         known = waiting.pop()
         sign, offset = found[known]
         for other in range(len(runs)):
-            if other not in found and votes[known, other]:
-                (turn, distance), _ = votes[known, other].most_common(1)[0]
+            if other not in found and (known, other) in votes:
+                turn, distance = votes[known, other]
                 found[other] = sign * turn, offset + sign * distance
                 waiting.append(other)
     return found
