@@ -296,9 +296,8 @@ def fake_mode(dynamic: bool = False) -> FakeTensorMode:
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     """A fake CPU tensor with shape, strides and dtype of `tensor`, which may be on meta; nothing is allocated."""
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return fake  # type: ignore[return-value]
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, empty, torch.device("cpu"))
 
 
 def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int], name: str) -> FakeTensor:

@@ -99,9 +99,14 @@ def _name(target: Any) -> str:
     return name.strip("_")
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
 def frozen(argument: Any) -> Any:
     """The argument of a call as a key; what is equal may have another key if it is not the same object. Fake values
     count by identity: the nodes of equal layers share theirs."""
+    if type(argument) in _PLAIN:
+        return type(argument), argument
     if isinstance(argument, fx.Node):
         return id(value_of(argument))
     if isinstance(argument, (list, tuple)):

@@ -38,11 +38,16 @@ class Atoms:
 
     def _at(self, ref: Ref) -> int:
         slot, path = ref
-        piece = slot if self._parent[slot] == slot else self._find(slot)
+        parent = self._parent
+        piece = parent[slot]
+        if parent[piece] != piece:
+            piece = self._find(slot)
         for half in path:
             halves = self._halves[piece]
             assert halves is not None
-            piece = self._find(halves[half])
+            piece = parent[halves[half]]
+            if parent[piece] != piece:
+                piece = self._find(halves[half])
         return piece
 
     def piece(self, ref: Ref) -> int:

@@ -140,19 +140,17 @@ class _Walk:
         for name, places in self.ties[key]:
             first, *others = [dim for item, place in places if (dim := items[item].value.dims[place])] or [[]]
             for dim in others:
-                if not self._unify(rule, name, first, dim):
+                # dims of a window may have different sizes, and no atoms in common: its body sees to what goes where
+                if name in rule.parts and self._size(first) != self._size(dim):
+                    continue
+                if not self.atoms.unify(first, dim):
                     stuck.add(name)
         if not stuck:
             return rule
         return self.stuck.setdefault((id(rule), frozenset(stuck)), replace(rule, whole=rule.whole | stuck))
 
-    def _unify(self, rule: Rule, name: str, one: list[Ref], other: list[Ref]) -> bool:
-        """The dims of a window have different sizes and share no atoms: its body sees to what goes where."""
-        if name in rule.parts:
-            sizes = [math.prod(self.atoms.size(ref) for ref in dim) for dim in (one, other)]
-            if sizes[0] != sizes[1]:
-                return True
-        return self.atoms.unify(one, other)
+    def _size(self, dim: list[Ref]) -> int:
+        return math.prod(self.atoms.size(ref) for ref in dim)
 
     def _tie_gradients(self) -> None:
         """A gradient has the atoms of its parameter, because it arrives in the parameter's layout."""
