@@ -148,7 +148,7 @@ class _Run:
         storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
         found = self.known.by_node.get(node)
         if found is None:
-            if node.target in BUCKETS:
+            if "members" in node.meta:
                 return self._pieces(node, label)
             form = self._form(node, operands, storages)
             found = self.known.by_form.get(form)
@@ -233,7 +233,7 @@ class _Run:
         if "op" in node.meta:
             lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
             read = [user.args[1] for user in node.users] if node.meta.get("layout") is None else ()
-            return node.meta["op"].kind, id(node.meta["strategy"]), *lying, *read
+            return node.meta["op"].kind, node.meta["strategy"], *lying, *read
 
         def show(value: object) -> object:
             if isinstance(value, fx.Node):
@@ -241,7 +241,7 @@ class _Run:
                 return one and (storages.index(one.storage), id(one.made))
             if isinstance(value, (list, tuple)):
                 return tuple(map(show, value))  # pyright: ignore
-            return repr(value)
+            return value if type(value) is int else repr(value)
 
         own = () if node.meta.get("layout") is None else self._local(node)
         taken = ((user.args[1], self._local(user)) for user in node.users if user.target is operator.getitem)

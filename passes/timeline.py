@@ -22,9 +22,10 @@ from shardc.cost.hardware import Hardware
 from shardc.halves import Halves
 from shardc.mesh import Mesh
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
+from shardc.rules.factored import Kind
 from shardc.runtime.started import wait
 from shardc.solver.network import Network
-from shardc.solver.strategies import Options, Strategy, sends
+from shardc.solver.strategies import Strategy, sends
 
 Inner = tuple[str, str, float, float]
 """A collective inside an operator's body: kind, axis, bytes of the local operand, seconds."""
@@ -38,7 +39,7 @@ class Pace:
     def __init__(self, network: Network, device: Hardware) -> None:
         self.network, self.mesh, self.device = network, network.mesh, device
         self.buckets = Buckets(network.mesh, device)
-        self._operators: dict[tuple[Options, Strategy], tuple[float, list[Inner]]] = {}
+        self._operators: dict[tuple[Kind, Strategy], tuple[float, list[Inner]]] = {}
 
     def step(self, node: fx.Node) -> tuple[str, float, float] | None:
         """The kind of a conversion's step, the bytes of its local operand and its seconds; None for other nodes."""
@@ -65,14 +66,15 @@ class Pace:
 
     def operator(self, node: fx.Node) -> tuple[float, list[Inner]]:
         """Seconds of an operator's compute, and what its body sends; reckoned once per form."""
-        options, strategy = self.network.options_of(node.meta["op"]), node.meta["strategy"]
-        found = self._operators.get((options, strategy))
+        key = node.meta["op"].kind, node.meta["strategy"]
+        found = self._operators.get(key)
         if found is None:
+            options, strategy = self.network.options_of(node.meta["op"]), key[1]
             inner = [
                 (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
                 for kind, axis, size in sends(options.shape, strategy, self.mesh)
             ]
-            found = self._operators[options, strategy] = options.compute_of(strategy), inner
+            found = self._operators[key] = options.compute_of(strategy), inner
         return found
 
 
