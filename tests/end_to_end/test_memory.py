@@ -217,7 +217,7 @@ def test_at_a_tight_budget_attention_runs_again_and_residuals_are_split_along_th
     assert tight.predicted <= 1.06 * keep_all.predicted
     assignment = tight.explainer.assignment
     again = Counter(node.name.rstrip("_0123456789") for node, one in assignment.strategies.items() if one.again)
-    assert again["_softmax"] >= layers - 1 and again["bmm"] >= layers - 1  # the scores and what becomes of them
+    assert again["softmax"] >= layers - 1 and again["bmm"] >= layers - 1  # the scores and what becomes of them
     assert again["addmm"] + again["mm"] <= 1
     residuals = [splits for key, splits in assignment.kept.items() if key[0].name.startswith("add_")]
     assert sum(splits.axes[0] == ("tp",) for splits in residuals) >= 2 * layers - 1
