@@ -34,7 +34,7 @@ from torch import fx
 from shardc.graph import call
 from shardc.halves import Halves
 from shardc.passes.bucket import COLLECTIVES, passes_on
-from shardc.passes.timeline import Clock, Order, Times
+from shardc.passes.timeline import Clock, Flight, Order, Times
 from shardc.runtime.started import wait
 
 PATIENCE = 2.0
@@ -68,8 +68,8 @@ class _Half:
         self.stream = [node for node in nodes if node not in apart]
         self.place = {node: place for place, node in enumerate(self.stream)}
         self.passed = -1
-        self.flying: dict[fx.Node, float] = {}  # what was started, and when it should have ended
-        self.watched: dict[fx.Node, float] = {}  # what is posted, and when something comes of waiting for it
+        self.flying: dict[fx.Node, Flight] = {}
+        self.watched: dict[fx.Node, float] = {}  # what is posted, and from when on something may come of waiting for it
         self.done: set[fx.Node] = set()
         self.made: Order = []
         # in an order that is the same on every rank, also of those that are ready at once
@@ -99,10 +99,10 @@ class _Half:
             self.passed = place
             for one in self.due.get(place, ()):
                 self._post(one)
-            for one in [one for one, time in self.watched.items() if time <= self.clock.now]:
+            for one in [one for one, time in self.watched.items() if time <= self.clock.now and not self._rest(one)]:
                 self._land(one)
         while landing := [one for one in self.flying if one in self.posted]:
-            self._land(min(landing, key=self.flying.__getitem__))
+            self._land(min(landing, key=self._rest))
         for node in self.nodes:
             self._emit(node)
             self._await(node)
@@ -119,7 +119,7 @@ class _Half:
         if node in self.done:
             return
         self._supply(node)
-        self.clock.now += self.compute[node]
+        self.clock.compute(self.compute[node])
         for _, axis, _, seconds in self.times.inner.get(node, ()):
             self.clock.wait(self.clock.start(axis, seconds))
         if self.seconds[node]:
@@ -129,12 +129,15 @@ class _Half:
         if node in self.done:
             return
         self._supply(node)
-        self.clock.now += self.compute[node]
-        self.flying[node] = end = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
+        self.clock.compute(self.compute[node])
+        self.flying[node] = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
         if node in self.following:
-            self.watched[node] = end
+            self.watched[node] = self.clock.now
         elif node in self.posted and COLLECTIVES[node.target] != "all_reduce":  # it holds its operand
-            self.watched[node] = self.clock.now + PATIENCE * (end - self.clock.now)
+            self.watched[node] = self.clock.now + PATIENCE * self._rest(node)
+
+    def _rest(self, node: fx.Node) -> float:
+        return self.clock.rest(self.flying[node])
 
     def _supply(self, node: fx.Node) -> None:
         """Put a node behind all that it reads."""
@@ -202,8 +205,7 @@ class _Half:
             readers[node] = min((self.place[one] for one in found if one in self.place), default=len(self.stream))
             wanted = [latest.get(one, times[self.place[one]]) for one in found if one in self.place]
             end = min(free[axis], times[-1], *wanted)
-            seconds = self.clock.shares[axis] * self.seconds[node]
-            latest[node], free[axis] = end - PATIENCE * seconds, end - seconds
+            latest[node], free[axis] = end - PATIENCE * self.seconds[node], end - self.seconds[node]
         return latest, readers
 
     def _makers(self, node: fx.Node) -> set[fx.Node]:

@@ -1,18 +1,17 @@
 """Timeline: when the nodes of a localized graph run, as the cost model has it.
 
-A rank computes one thing after another, and every mesh axis carries one collective after another. A collective of s
-seconds keeps its axis busy for all of them, from when that is free, and the rank's own cores for `(1 - overlap) s`. For
-the rest of the time the rank computes what comes next, if the collective was only started, and waits if it was called:
+A rank computes one thing after another, and every mesh axis carries one collective after another. What is under way
+takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both go on at
+1 / (2 - overlap) of their pace; while the rank waits, collectives go on at theirs:
 
-    s = all_reduce.start(g, axis="dp")    the rank: (1 - overlap) s;  dp: busy for s
-    y = mm(a, b)                          the rank: the seconds of the product
-    r = wait(s)                           the rank: until dp is done with it
+    s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5
+    y = mm(a, b)                          2 seconds alone: both take 3 seconds for 2
+    r = wait(s)                           1 second
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from functools import cached_property
+from typing import NamedTuple
 
 from torch import fx
 
@@ -97,28 +96,51 @@ class Times:
                 self.inner[node] = inner
 
 
+class Flight(NamedTuple):
+    """A collective that was started: its axis, and the seconds of all that was started there, itself the last."""
+
+    axis: str
+    until: float
+
+
 class Clock:
-    """What time it is for the rank, `now`, and until when every axis is busy. In seconds."""
+    """What time it is for the rank, `now`, in seconds, and how far what was started has come."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
-        self.mesh, self.device = mesh, device
         self.now = 0.0
-        self.busy: dict[str, float] = defaultdict(float)
+        self.shares = {axis: device.overlap(mesh, axis) for axis in mesh.names}
+        self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
+        self._left: dict[str, float] = {}  # of them those that are yet to come, where there are any
 
-    def start(self, axis: str, seconds: float) -> float:
-        """A collective of so many seconds is started; when it will have ended. What it takes of the rank's own cores
-        counts from now, even where its axis is not free yet."""
-        self.busy[axis] = max(self.now, self.busy[axis]) + seconds
-        self.now += (1 - self.shares[axis]) * seconds
-        return self.busy[axis]
+    def start(self, axis: str, seconds: float) -> Flight:
+        """A collective of so many seconds is started."""
+        self._started[axis] += seconds
+        self._left[axis] = self._left.get(axis, 0.0) + seconds
+        return Flight(axis, self._started[axis])
 
-    def wait(self, end: float) -> None:
-        """Nothing is computed before `end`."""
-        self.now = max(self.now, end)
+    def compute(self, seconds: float) -> None:
+        """The rank computes what takes so long alone."""
+        while self._left and seconds > 0.0:
+            pace = 1.0 + sum([1.0 - self.shares[axis] for axis in self._left])
+            step = min(seconds, *self._left.values())
+            self._go_on(step, pace)
+            seconds -= step
+        self.now += seconds
 
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        return {axis: self.device.overlap(self.mesh, axis) for axis in self.mesh.names}
+    def wait(self, flight: Flight) -> None:
+        """Nothing is computed before a collective has ended."""
+        rest = self.rest(flight)
+        if rest > 0.0:
+            self._go_on(rest, 1.0)
+
+    def rest(self, flight: Flight) -> float:
+        """The seconds that a collective still takes if the rank waits; 0 if it has ended."""
+        return max(self._left.get(flight.axis, 0.0) - (self._started[flight.axis] - flight.until), 0.0)
+
+    def _go_on(self, step: float, pace: float) -> None:
+        """All that is under way goes on by so many of its seconds, each of which takes `pace`."""
+        self.now += step * pace
+        self._left = {axis: left - step for axis, left in self._left.items() if left > step}
 
 
 def is_started(node: fx.Node) -> bool:
@@ -128,19 +150,19 @@ def is_started(node: fx.Node) -> bool:
 
 def hidden(order: Order, times: Times) -> float:
     """The seconds of collectives that nobody waits for when nodes run in this order."""
-    clock, ends, total = Clock(times.mesh, times.device), dict[fx.Node, float](), 0.0
+    clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
     started = {node for node, awaited in order if awaited}
     for node, awaited in order:
         if awaited:
-            clock.wait(ends[node])
+            clock.wait(flights[node])
             continue
         compute, seconds, inner = times.compute[node], times.sent[node], times.inner.get(node, ())
-        clock.now += compute
+        clock.compute(compute)
         total += compute + seconds + sum(own for *_, own in inner)
         for _, axis, _, own in inner:
             clock.wait(clock.start(axis, own))
         if seconds:
-            ends[node] = clock.start(str(node.kwargs["axis"]), seconds)
+            flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
             if node not in started:
-                clock.wait(ends[node])
+                clock.wait(flights[node])
     return total - clock.now

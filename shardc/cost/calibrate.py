@@ -51,7 +51,7 @@ GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",
 @dataclass(frozen=True)
 class Fit:
     """A link fitted to times of one kind of collective: the `points` are bytes and seconds, `error` the largest
-    deviation of the fit from any of them, relative."""
+    deviation of α and β from any of them, relative, before the profile."""
 
     kind: str
     link: Link
@@ -92,7 +92,8 @@ def fit(kind: str, algorithm: str, wires: Wires, floor: float, points: Sequence[
         per_byte = float(0.1 * seconds[-1] / (unit.per_byte * sizes[-1]))
     predicted = floor + unit.latency * latency + unit.per_byte * sizes * per_byte
     error = float(np.abs(predicted / seconds - 1).max())
-    return Fit(kind, Link(latency, 1 / per_byte), tuple(points), error)
+    profile = tuple(zip(sizes.tolist(), (seconds / predicted).tolist(), strict=True))
+    return Fit(kind, Link(latency, 1 / per_byte, profile=profile), tuple(points), error)
 
 
 def calibrate(mesh: DistributedMesh, name: str) -> Measured:
@@ -269,7 +270,8 @@ def _link(fits: Sequence[Fit], rings: int, spanning: Sequence[Fit] = ()) -> Link
     """The link of one level. `rings` devices ran rings side by side and shared it, but for those that were `spanning`,
     which had it alone; its own figures, for kinds that were not measured, are those of an all-reduce."""
     measured = {one.kind: replace(one.link, bandwidth=one.link.bandwidth * rings) for one in fits}
-    return replace(measured["all_reduce"], measured=measured, spanning={one.kind: one.link for one in spanning})
+    alone = {one.kind: one.link for one in spanning}
+    return replace(measured["all_reduce"], profile=(), measured=measured, spanning=alone)
 
 
 def toml(measured: Measured) -> str:
@@ -311,6 +313,9 @@ def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[st
                 reach = f"{sizes[0][0]:.0f} to {sizes[-1][0]:.0f} bytes"
                 found[-1] += f" # fitted to {len(sizes)} sizes, {reach}, none off by more than {errors[kind].error:.0%}"
             found += _pair(one)
+            if one.profile:
+                factors = ", ".join(f"[{size:.0f}, {factor:.3f}]" for size, factor in one.profile)
+                found.append(f"profile = [{factors}] # measured over fitted, by bytes of the operand")
     return found
 
 

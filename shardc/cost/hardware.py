@@ -19,6 +19,7 @@
     [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
     latency = 2e-6
     bandwidth = 300e9
+    profile = [[65536, 0.9], [1048576, 1.2]] # optional: of what these two say, what operands of so many bytes take
     [between.spanning.all_gather] # optional: the same along axes that all ranks of a node are on
     latency = 4e-6
     bandwidth = 380e9
@@ -26,6 +27,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import tomllib
 from collections.abc import Mapping
@@ -56,11 +58,24 @@ class Link:
     spanning: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
     overlap: float = 0.0
     """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
+    profile: tuple[tuple[float, float], ...] = ()
+    """Where time is no straight line: by bytes of the operand, ascending, what was measured over what α and β say."""
 
     def of(self, kind: str, alone: bool = False) -> Link:
         """The link as a kind of collective sees it, side by side with those of a node's other devices, or alone."""
         own = self.measured.get(kind, self)
         return self.spanning.get(kind, own) if alone else own
+
+    def strays(self, size: float) -> float:
+        """By what factor an operand of `size` bytes takes longer than α and β say: between two sizes of the profile by
+        the logarithm of the size, beyond them as at the last."""
+        if not self.profile:
+            return 1.0
+        place = bisect.bisect(self.profile, (size,))
+        (below, low), (above, high) = (self.profile[max(place - 1, 0)], self.profile[min(place, len(self.profile) - 1)])
+        if below == above or not size:
+            return low
+        return low + (high - low) * math.log(size / below) / math.log(above / below)
 
 
 @dataclass(frozen=True)
@@ -90,11 +105,8 @@ class Hardware:
         Ranks further apart count as slower by `DISTANCE` per doubling of their distance: so neighbours get the heavy
         traffic, and axes of equal size are not interchangeable, which would leave the solver with nothing but ties.
         """
-        ways, stride = mesh.sizes[axis], mesh.ways(mesh.names[mesh.names.index(axis) + 1 :])
-        node = min(self.devices_per_node, mesh.size)
-        near = math.gcd(ways, node // stride) if node % stride == 0 else 1
-        if mesh.size <= self.devices_per_node:
-            near = ways
+        ways, node = mesh.sizes[axis], min(self.devices_per_node, mesh.size)
+        near, stride = self._near(mesh, axis)
         inside, between = self.inside.of(kind), self.between.of(kind, alone=near > 1 and stride == 1)
         far = 1 + DISTANCE * math.log2(stride)
         share = between.bandwidth / min(node, stride)
@@ -105,9 +117,25 @@ class Hardware:
             Line(between.latency * far, far / share),
         )
 
+    def _near(self, mesh: Mesh, axis: str) -> tuple[int, int]:
+        """How many ranks of an axis are in a node, and how many ranks apart they are."""
+        ways, stride = mesh.sizes[axis], mesh.ways(mesh.names[mesh.names.index(axis) + 1 :])
+        node = min(self.devices_per_node, mesh.size)
+        if mesh.size <= self.devices_per_node:
+            return ways, stride
+        return (math.gcd(ways, node // stride) if node % stride == 0 else 1), stride
+
+    def link(self, mesh: Mesh, axis: str, kind: str) -> Link:
+        """The farthest link of an axis, as a kind of collective sees it."""
+        near, stride = self._near(mesh, axis)
+        if near == mesh.sizes[axis]:
+            return self.inside.of(kind)
+        return self.between.of(kind, alone=near > 1 and stride == 1)
+
     def collective_seconds(self, kind: str, size: float, mesh: Mesh, axis: str) -> float:
         """Seconds of one collective over `axis` whose local operand has `size` bytes, by the fastest algorithm."""
-        return min(line.at(size) for line in self.collective_lines(kind, mesh, axis))
+        least = min(line.at(size) for line in self.collective_lines(kind, mesh, axis))
+        return least * self.link(mesh, axis, kind).strays(size)
 
     def collective_lines(self, kind: str, mesh: Mesh, axis: str) -> list[Line]:
         """What the backend chooses among for one kind of collective over `axis`, launch and start included."""
@@ -186,7 +214,21 @@ class _Reader:
         overlap = self.number({"overlap": 0.0, **table}, "overlap", f"{name}.", least=0.0)
         if overlap > 1.0:
             raise ShardcError(f"hardware file {self.path}: {name}.overlap is {overlap}; it is a part, from 0 to 1")
-        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, spanning, overlap)
+        profile = self.profile(table.get("profile", []), name)
+        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, spanning, overlap, profile)
+
+    def profile(self, given: Any, name: str) -> tuple[tuple[float, float], ...]:
+        try:
+            found = tuple([(float(size), float(factor)) for size, factor in given])
+        except (TypeError, ValueError):
+            found = ((0.0, 0.0),)
+        sizes = [size for size, _ in found]
+        if sizes != sorted(set(sizes)) or not all(0.0 < number < math.inf for pair in found for number in pair):
+            raise ShardcError(
+                f"hardware file {self.path}: {name}.profile is {given!r}; it is a list of [bytes, factor], both above "
+                "zero, by ascending bytes"
+            )
+        return found
 
     def by_kind(self, table: Mapping[str, Any], name: str, part: str) -> Mapping[str, Link]:
         found = {kind: self.link(table[part], kind) for kind in table.get(part, {})}

@@ -128,6 +128,8 @@ GOOD = (Path(__file__).parents[2] / "shardc/cost/hardware/h100.toml").read_text(
         ('"tree"', '"shrub"', "algorithms.all_reduce is .*'shrub'.*some of ring, tree, star, direct, hierarchical"),
         ("all_reduce = [", "allreduce = [", "no collective is called 'allreduce'; they are all_gather,"),
         ("[between]", "[inside.measured.gather]\nlatency = 1\nbandwidth = 1\n[between]", "measured names gather"),
+        ("[between]", "profile = [[2, 1.0], [1, 1.0]]\n[between]", r"inside\.profile is .* by ascending bytes"),
+        ("[between]", "profile = [3]\n[between]", r"inside\.profile is \[3\]"),
         ("[between]", "[inside.spanning.permute]\nlatency = 1\nbandwidth = 1\n[between]", "spanning is not read"),
         ("[flops]", "[flops", "h100.toml is no TOML"),
     ],
@@ -183,6 +185,27 @@ def test_links_along_axes_that_span_nodes_have_figures_of_their_own(tmp_path: Pa
     ):
         one, other = (each.collective_seconds(kind, 1e6, Mesh.parse(mesh), axis) for each in (device, plain))
         assert (one == other) == same, (kind, mesh, axis)
+
+
+def test_a_profile_gives_the_times_that_were_measured_and_what_lies_between_them(tmp_path: Path) -> None:
+    mesh, times = Mesh.parse("tp=4"), [(1e3, 5e-3), (1e5, 1e-2), (1e6, 4e-1)]
+    found = fit("all_gather", "ring", wiring(4), PLAIN.launch, times)
+    assert found.error > 0.1  # no straight line
+
+    def seconds(size: float) -> float:
+        device = replace(PLAIN, inside=replace(PLAIN.inside, measured={"all_gather": found.link}))
+        return device.collective_seconds("all_gather", size, mesh, "tp")
+
+    for size, measured in times:
+        assert seconds(size) == pytest.approx(measured)
+    (_, low), (_, high) = found.link.profile[1:]
+    assert found.link.strays(10**5.5) == pytest.approx((low + high) / 2)
+    assert found.link.strays(0.0) == found.link.profile[0][1] and found.link.strays(1e9) == high
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD.replace("[between]", "profile = [[1000, 2.0]]\n[between]"))
+    mine, plain = hardware(path), hardware("h100")
+    args = "all_reduce", 5e3, mesh, "tp"
+    assert mine.collective_seconds(*args) == pytest.approx(2.0 * plain.collective_seconds(*args))
 
 
 def test_a_fit_to_noise_has_a_bandwidth_all_the_same() -> None:

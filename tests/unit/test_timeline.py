@@ -15,14 +15,30 @@ def clock() -> Clock:
     return Clock(Mesh.parse("dp=2,tp=2"), replace(h100, inside=replace(h100.inside, overlap=0.75)))
 
 
-def test_a_collective_that_was_started_keeps_the_rank_busy_for_what_does_not_overlap(clock: Clock) -> None:
-    assert clock.start("dp", 4.0) == 4.0 and clock.now == 1.0
-    clock.now += 2.0
-    clock.wait(4.0)
-    assert clock.now == 4.0
+def test_a_collective_and_what_is_computed_beside_it_share_the_cores(clock: Clock) -> None:
+    flight = clock.start("dp", 4.0)
+    clock.compute(2.0)
+    assert clock.now == 2.5 and clock.rest(flight) == 2.0  # both took a quarter longer
+    clock.wait(flight)
+    assert clock.now == 4.5
 
 
-def test_an_axis_carries_one_after_another_each_for_all_of_its_time(clock: Clock) -> None:
-    assert [clock.start("dp", 4.0) for _ in range(3)] == [4.0, 8.0, 12.0]
-    assert clock.now == 3.0
-    assert clock.start("tp", 1.0) == 4.0  # axes carry theirs side by side
+def test_once_a_collective_has_ended_the_rank_computes_alone(clock: Clock) -> None:
+    flight = clock.start("dp", 4.0)
+    clock.compute(6.0)
+    assert clock.now == 7.0 and clock.rest(flight) == 0.0  # as `shardc calibrate` measures overlap: 6 + (1 - 0.75) 4
+    clock.wait(flight)
+    assert clock.now == 7.0
+
+
+def test_an_axis_carries_one_after_another_and_axes_theirs_side_by_side(clock: Clock) -> None:
+    first, second, third = clock.start("dp", 4.0), clock.start("dp", 4.0), clock.start("tp", 1.0)
+    assert [clock.rest(one) for one in (first, second, third)] == [4.0, 8.0, 1.0]
+    clock.wait(first)
+    assert clock.now == 4.0 and clock.rest(second) == 4.0 and clock.rest(third) == 0.0
+
+
+def test_collectives_of_several_axes_take_from_the_cores_together(clock: Clock) -> None:
+    one, other = clock.start("dp", 1.0), clock.start("tp", 3.0)
+    clock.compute(2.0)
+    assert clock.now == 1.5 + 1.25 and clock.rest(one) == 0.0 and clock.rest(other) == 1.0
