@@ -295,7 +295,7 @@ def report(rate: float, found: Found) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against measured seconds of a step, over limited links.")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 400.0], help="Mbit/s between the hosts")
-    parser.add_argument("--steps", type=int, default=7, help="measured steps of each, after two that are not")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps of each, after two that are not")
     names = [one.name for one in (*RECIPES, *PEERS)]
     parser.add_argument("--recipe", action="append", choices=names, help="only this plan or peer (may be repeated)")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for one rate")

@@ -43,6 +43,8 @@ LONGEST = 1.0
 
 BLOCKS, BLOCK, REPEAT = 7, 0.05, 5000
 """A time is the median of this many blocks of calls, each of about so many seconds and at most so many calls."""
+COMPUTING = 0.2
+"""Seconds of a block of what ranks compute: where they share cores, all of them have to be seen in it, by turns."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",)}
@@ -133,7 +135,7 @@ class _Bench:
         """All of it, given the collectives that cross between nodes."""
         launch = self.seconds(self._adding(4))
         elements = 2**26 if self.device.type == "cuda" else 2**23
-        bandwidth = 2 * 4 * elements / self.seconds(self._adding(elements))
+        bandwidth = 2 * 4 * elements / self.seconds(self._adding(elements), COMPUTING)
         flops = {str(dtype).removeprefix("torch."): self.flops(dtype) for dtype in DTYPES}
         known = hardware(this_hardware())
         algorithms = GLOO if self.device.type == "cpu" else TEXTBOOK
@@ -208,7 +210,7 @@ class _Bench:
             return collectives.all_reduce(x, axis=axis)
 
         sent = self.seconds(alone)
-        products = range(math.ceil(2 * sent / self.seconds(lambda: y @ y)))
+        products = range(math.ceil(2 * sent / self.seconds(lambda: y @ y, COMPUTING)))
 
         def compute() -> list[Tensor]:
             return [y @ y for _ in products]
@@ -218,7 +220,7 @@ class _Bench:
             compute()
             wait(started)
 
-        repeat = max(1, int(BLOCK / sent))
+        repeat = max(1, int(COMPUTING / sent))
         rounds = [[self.slowest(self._block(call, repeat)) for call in (alone, compute, both)] for _ in range(BLOCKS)]
         hidden = statistics.median((a + c - b) / a for a, c, b in rounds)
         return min(max(hidden, 0.0), 1.0)
@@ -229,9 +231,8 @@ class _Bench:
         while True:
             size *= 2
             x = torch.ones(size, size, dtype=dtype, device=self.device)
-            seconds = self.seconds(lambda x=x: x @ x)
-            if seconds > 5e-3 or size >= 8192:
-                return 2 * size**3 / seconds
+            if self.seconds(lambda x=x: x @ x) > 5e-3 or size >= 8192:
+                return 2 * size**3 / self.seconds(lambda x=x: x @ x, COMPUTING)
 
     def memory(self) -> float:
         """Bytes of the device; of a CPU, a process's share."""
@@ -239,11 +240,11 @@ class _Bench:
             return float(torch.cuda.get_device_properties(self.device).total_memory)
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / self.axes["local"]
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object], block: float = BLOCK) -> float:
         """Seconds of a call among calls back to back, on the slowest rank."""
         call()
         once = self.slowest(self._block(call, 1))
-        repeat = max(1, min(REPEAT, int(BLOCK / once)))
+        repeat = max(1, min(REPEAT, int(block / once)))
         return statistics.median(self.slowest(self._block(call, repeat)) for _ in range(BLOCKS)) / repeat
 
     def slowest(self, seconds: float) -> float:
