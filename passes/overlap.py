@@ -134,7 +134,7 @@ class _Half:
         if node in self.following:
             self.watched[node] = self.clock.now
         elif node in self.posted and COLLECTIVES[node.target] != "all_reduce":  # it holds its operand
-            self.watched[node] = self.clock.now + PATIENCE * self._rest(node)
+            self.watched[node] = self.clock.now + PATIENCE * self.clock.beside(self.flying[node])
 
     def _rest(self, node: fx.Node) -> float:
         return self.clock.rest(self.flying[node])

@@ -148,7 +148,7 @@ class _Rewrite:
             supply = iter([self._value(operand.node, splits, own) for operand, (splits, own) in operands])
             wanted = {operand.node for operand in op.operands}
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
-            new = self._call(old.target, args, kwargs)
+            new = call(self.graph, old.target, args, kwargs)
         new.meta.update(op=op, shape=shape, strategy=strategy, dtype=None)
         several = isinstance(value_of(old), (tuple, list))
         used = [user.args[1] for user in old.users if user.target is operator.getitem] if several else [0]
@@ -156,15 +156,12 @@ class _Rewrite:
         for result, splits in zip(op.results, layouts.results, strict=True):
             if result.key[1] not in used:
                 continue
-            node = self._call(operator.getitem, (new, result.key[1])) if several else new
+            node = call(self.graph, operator.getitem, (new, result.key[1])) if several else new
             if several:
                 self._provenance(node, old)
             self._describe(node, result.key, result.value.form.layout_on(splits.axes, splits.partial))
             self.here.held[result.key] = {splits: node}
             self.here.origin[result.key] = splits
-
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        return call(self.graph, target, args, kwargs)
 
     def _provenance(self, new: fx.Node, old: fx.Node) -> None:
         told = old.meta.get
@@ -186,7 +183,7 @@ class _Rewrite:
         if identity not in self.here.views:
             viewed: fx.Node = old.args[0]  # type: ignore[assignment]
             below = self._below(value, self.factored.values[viewed], own)
-            node = self._call(old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
+            node = call(self.graph, old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
             self._provenance(node, old)
             self._describe(node, value.key, value.form.layout(own, splits.partial))
             node.meta["dtype"] = value_of(old).dtype
@@ -283,7 +280,7 @@ class _Rewrite:
 
     def _view(self, node: fx.Node, key: Key, form: Form, splits: Splits) -> fx.Node:
         layout = form.layout_on(splits.axes, splits.partial)
-        new = self._call(aten.view.default, (node, list(layout.shape)))
+        new = call(self.graph, aten.view.default, (node, list(layout.shape)))
         self._provenance(new, self.now or key[0])
         self._describe(new, key, layout)
         return new
@@ -298,7 +295,7 @@ class _Rewrite:
         keywords["axis"] = step.axis
         if step.op not in (None, "sum"):
             keywords["op"] = step.op
-        new = self._call(getattr(collectives, step.kind), (node,), keywords)
+        new = call(self.graph, getattr(collectives, step.kind), (node,), keywords)
         # an input has no place in the user's code: its conversion belongs to the reader that made it necessary
         reader = self.now or key[0]
         self._provenance(new, reader if key[0].op == "placeholder" else key[0])

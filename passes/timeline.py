@@ -1,8 +1,9 @@
 """Timeline: when the nodes of a localized graph run, as the cost model has it.
 
 A rank computes one thing after another, and every mesh axis carries one collective after another. What is under way
-takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both go on at
-1 / (2 - overlap) of their pace; while the rank waits, collectives go on at theirs:
+takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both take
+2 - overlap times as long (with several axes, 1 and the sum of all `1 - overlap`); while the rank waits, collectives
+take their time, or that sum of it if it is more:
 
     s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5
     y = mm(a, b)                          2 seconds alone: both take 3 seconds for 2
@@ -28,6 +29,8 @@ from shardc.solver.strategies import Strategy, sends
 
 Inner = tuple[str, str, float, float]
 """A collective inside an operator's body: kind, axis, bytes of the local operand, seconds."""
+_RESIDUE = 1e-12
+"""Seconds that are so small a part of what they were subtracted from are roundings."""
 Order = list[tuple[fx.Node, bool]]
 """Nodes as they run; with True, where a collective is awaited that was only started."""
 
@@ -121,25 +124,32 @@ class Clock:
     def compute(self, seconds: float) -> None:
         """The rank computes what takes so long alone."""
         while self._left and seconds > 0.0:
-            pace = 1.0 + sum([1.0 - self.shares[axis] for axis in self._left])
             step = min(seconds, *self._left.values())
-            self._go_on(step, pace)
+            self._go_on(step, 1.0 + self._load())
             seconds -= step
         self.now += seconds
 
     def wait(self, flight: Flight) -> None:
         """Nothing is computed before a collective has ended."""
-        rest = self.rest(flight)
-        if rest > 0.0:
-            self._go_on(rest, 1.0)
+        while rest := self.rest(flight):
+            self._go_on(min(rest, *self._left.values()), max(1.0, self._load()))
 
     def rest(self, flight: Flight) -> float:
-        """The seconds that a collective still takes if the rank waits; 0 if it has ended."""
-        return max(self._left.get(flight.axis, 0.0) - (self._started[flight.axis] - flight.until), 0.0)
+        """The seconds that a collective would still take alone; 0 if it has ended."""
+        rest = self._left.get(flight.axis, 0.0) - (self._started[flight.axis] - flight.until)
+        return rest if rest > _RESIDUE * self._started[flight.axis] else 0.0
 
-    def _go_on(self, step: float, pace: float) -> None:
-        """All that is under way goes on by so many of its seconds, each of which takes `pace`."""
-        self.now += step * pace
+    def beside(self, flight: Flight) -> float:
+        """The seconds that it still takes if the rank goes on computing."""
+        return self.rest(flight) * (1.0 + self._load())
+
+    def _load(self) -> float:
+        """What part of the cores all that is under way would take, if it could."""
+        return sum([1.0 - self.shares[axis] for axis in self._left])
+
+    def _go_on(self, step: float, taking: float) -> None:
+        """All that is under way goes on by so many of its seconds, each of which takes so many."""
+        self.now += step * taking
         self._left = {axis: left - step for axis, left in self._left.items() if left > step}
 
 
@@ -165,4 +175,4 @@ def hidden(order: Order, times: Times) -> float:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
             if node not in started:
                 clock.wait(flights[node])
-    return total - clock.now
+    return total - clock.now if total - clock.now > _RESIDUE * total else 0.0

@@ -19,7 +19,7 @@
     [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
     latency = 2e-6
     bandwidth = 300e9
-    profile = [[65536, 0.9], [1048576, 1.2]] # optional: of what these two say, what operands of so many bytes take
+    profile = [[65536, 0.9], [1048576, 1.2]] # optional: bytes, and how many times as long as by these two it took
     [between.spanning.all_gather] # optional: the same along axes that all ranks of a node are on
     latency = 4e-6
     bandwidth = 380e9
@@ -67,13 +67,13 @@ class Link:
         return self.spanning.get(kind, own) if alone else own
 
     def strays(self, size: float) -> float:
-        """By what factor an operand of `size` bytes takes longer than α and β say: between two sizes of the profile by
+        """How many times as long as α and β say an operand of `size` bytes takes: between two sizes of the profile by
         the logarithm of the size, beyond them as at the last."""
         if not self.profile:
             return 1.0
         place = bisect.bisect(self.profile, (size,))
         (below, low), (above, high) = (self.profile[max(place - 1, 0)], self.profile[min(place, len(self.profile) - 1)])
-        if below == above or not size:
+        if below == above:
             return low
         return low + (high - low) * math.log(size / below) / math.log(above / below)
 
@@ -107,7 +107,7 @@ class Hardware:
         """
         ways, node = mesh.sizes[axis], min(self.devices_per_node, mesh.size)
         near, stride = self._near(mesh, axis)
-        inside, between = self.inside.of(kind), self.between.of(kind, alone=near > 1 and stride == 1)
+        inside, between = self.inside.of(kind), self._between(kind, near, stride)
         far = 1 + DISTANCE * math.log2(stride)
         share = between.bandwidth / min(node, stride)
         return Wires(
@@ -128,14 +128,17 @@ class Hardware:
     def link(self, mesh: Mesh, axis: str, kind: str) -> Link:
         """The farthest link of an axis, as a kind of collective sees it."""
         near, stride = self._near(mesh, axis)
-        if near == mesh.sizes[axis]:
-            return self.inside.of(kind)
+        return self.inside.of(kind) if near == mesh.sizes[axis] else self._between(kind, near, stride)
+
+    def _between(self, kind: str, near: int, stride: int) -> Link:
         return self.between.of(kind, alone=near > 1 and stride == 1)
 
     def collective_seconds(self, kind: str, size: float, mesh: Mesh, axis: str) -> float:
         """Seconds of one collective over `axis` whose local operand has `size` bytes, by the fastest algorithm."""
-        least = min(line.at(size) for line in self.collective_lines(kind, mesh, axis))
-        return least * self.link(mesh, axis, kind).strays(size)
+        key = kind, axis, mesh.axes
+        if key not in self._links:
+            self._links[key] = self.link(mesh, axis, kind)
+        return min(line.at(size) for line in self.collective_lines(kind, mesh, axis)) * self._links[key].strays(size)
 
     def collective_lines(self, kind: str, mesh: Mesh, axis: str) -> list[Line]:
         """What the backend chooses among for one kind of collective over `axis`, launch and start included."""
@@ -148,6 +151,11 @@ class Hardware:
     @cached_property
     def _lines(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Line]]:
         """The lines of every collective met so far."""
+        return {}
+
+    @cached_property
+    def _links(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], Link]:
+        """The links whose profile counts for them."""
         return {}
 
     def overlap(self, mesh: Mesh, axis: str) -> float:
@@ -219,13 +227,13 @@ class _Reader:
 
     def profile(self, given: Any, name: str) -> tuple[tuple[float, float], ...]:
         try:
-            found = tuple([(float(size), float(factor)) for size, factor in given])
+            found = tuple([(float(size), float(ratio)) for size, ratio in given])
         except (TypeError, ValueError):
             found = ((0.0, 0.0),)
         sizes = [size for size, _ in found]
         if sizes != sorted(set(sizes)) or not all(0.0 < number < math.inf for pair in found for number in pair):
             raise ShardcError(
-                f"hardware file {self.path}: {name}.profile is {given!r}; it is a list of [bytes, factor], both above "
+                f"hardware file {self.path}: {name}.profile is {given!r}; it is a list of [bytes, ratio], both above "
                 "zero, by ascending bytes"
             )
         return found

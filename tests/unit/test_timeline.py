@@ -38,6 +38,22 @@ def test_an_axis_carries_one_after_another_and_axes_theirs_side_by_side(clock: C
     assert clock.now == 4.0 and clock.rest(second) == 4.0 and clock.rest(third) == 0.0
 
 
+def test_a_rank_that_waits_leaves_collectives_its_cores_and_no_more() -> None:
+    h100 = hardware("h100")
+    clock = Clock(Mesh.parse("dp=2,tp=2"), replace(h100, inside=replace(h100.inside, overlap=0.01)))
+    one, other = clock.start("dp", 1.0), clock.start("tp", 2.0)
+    clock.wait(one)
+    clock.wait(other)
+    assert clock.now == pytest.approx(2 * 0.99 + 1.0)  # both took the cores, then one alone
+
+
+def test_what_a_computing_rank_leaves_is_told_beforehand(clock: Clock) -> None:
+    flight = clock.start("dp", 4.0)
+    left = clock.beside(flight)
+    clock.compute(8.0)
+    assert left == 5.0 and clock.now == 8.0 + 1.0
+
+
 def test_collectives_of_several_axes_take_from_the_cores_together(clock: Clock) -> None:
     one, other = clock.start("dp", 1.0), clock.start("tp", 3.0)
     clock.compute(2.0)
