@@ -92,11 +92,8 @@ class Sharing:
 
     def exposed(self, seconds: np.ndarray, own: np.ndarray, whole: float) -> np.ndarray:
         """What is left of the `seconds` of conversions of a gradient of `whole` bytes when backward has hidden what it
-        can of them; `own` is left where backward lasts as long as they do.
+        can of them; no fewer than `own`, which nothing can hide.
 
         Every gradient hides beneath its share of backward, by its bytes: all together, no more than backward computes.
-        Beside a second of it the part of a second is hidden that is not their own (`passes/timeline.py`).
         """
-        possible = np.isfinite(seconds) & (seconds > 0.0)
-        kept = np.divide(own, seconds, out=np.ones_like(seconds), where=possible)
-        return seconds - (1.0 - kept) * np.minimum(seconds, self.beneath * whole)
+        return np.maximum(own, seconds - self.beneath * whole)
