@@ -148,7 +148,7 @@ class _Run:
         storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
         found = self.known.by_node.get(node)
         if found is None:
-            if "members" in node.meta:
+            if node.target in BUCKETS:
                 return self._pieces(node, label)
             form = self._form(node, operands, storages)
             found = self.known.by_form.get(form)

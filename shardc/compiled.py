@@ -78,7 +78,8 @@ class Compiled:
         return self._lowered.code() if self._agreed is None else self._agreed
 
     def graph(self, name: str) -> str:
-        """The graph after a pass: capture, normalize, propagate, assign, reshard, localize or codegen."""
+        """The graph after a pass: capture, normalize, retile, propagate, assign, reshard, localize, bucket, overlap or
+        codegen. Raises ShardcError for any other name."""
         if name not in self._lowered.graphs:
             raise ShardcError(f"no pass is called {name!r}; the passes are {', '.join(PASSES)}")
         return self._lowered.graphs[name]()

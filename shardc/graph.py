@@ -88,15 +88,15 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     it does: so it is given none. They are set as it would set them; the setter of `args` is for nodes that stand in
     tables already.
     """
-    node = graph.create_node("call_function", target, (), {}, _name(target))
+    node = graph.create_node("call_function", target, (), {}, name_of(target).strip("_"))
     node._update_args_kwargs(args, kwargs or {})
     return node
 
 
 @cache
-def _name(target: Any) -> str:
-    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return name.strip("_")
+def name_of(target: Any) -> str:
+    """The name of an operator without its namespace and overload, or of a function."""
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
 
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from shardc.graph import where
+from shardc.graph import name_of, where
 from shardc.layout import SHORT_DTYPES, Layout
 from shardc.mesh import Mesh
 
@@ -50,10 +50,9 @@ def _call(line: _Line) -> str:
     target = line.target
     if target is operator.getitem:
         return f"{_argument(line.args[0])}[{line.args[1]}]"
-    name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
     shown = [_argument(a) for a in line.args]
     shown += [f"{k}={_argument(v)}" for k, v in line.kwargs.items() if k not in ("device", "pin_memory", "layout")]
-    return f"{name}({', '.join(shown)})"
+    return f"{name_of(target)}({', '.join(shown)})"
 
 
 def _argument(value: Any) -> str:
