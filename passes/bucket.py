@@ -12,8 +12,9 @@ becomes
     %s = %b[1]                                   f32[512]
 
 A collective may wait for others where its result only becomes gradients, by way of views, casts and more conversions,
-which wait with it. Chains (over dp, then over tp) are joined step by step. How much a bucket holds, and which
-gradients are better off alone, is reckoned from the link (`shardc/cost/buckets.py`).
+which wait with it. Chains (over dp, then over tp) are joined step by step, where that saves more than what waits could
+hide beneath backward. How much a bucket holds, and which gradients are better off alone, is reckoned from the link
+(`shardc/cost/buckets.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.cost.buckets import Buckets
+from shardc.cost.buckets import KINDS, Buckets
+from shardc.cost.conversion import LOCAL
 from shardc.graph import call
 from shardc.halves import Halves
 from shardc.mesh import Mesh
@@ -60,12 +62,12 @@ def bucket(graph: fx.Graph, run: Halves, buckets: Buckets) -> tuple[int, Halves]
     was nothing to join, and the halves as they are now."""
     largest = 0
     waiting = becoming_gradients(run, graph)
-    before, ready = _chained(run, waiting), made_at(graph, waiting)
+    before, ready, later = _chained(run, waiting), made_at(graph, waiting), _later(run, waiting, buckets)
     places: Places = {node: (place,) for place, node in enumerate(graph.nodes)}
     backward = set(run.backward)
     while before:
         kind, nodes = _next(before)
-        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), buckets):
+        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), later, buckets):
             largest = max(largest, sum(operand_bytes(node, buckets.mesh)[0] for node in members))
             backward.add(_join(graph, members, places))
         for node in nodes:
@@ -129,6 +131,26 @@ def _chained(run: Halves, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node
     return found
 
 
+def _later(run: Halves, waiting: Collection[fx.Node], buckets: Buckets) -> dict[fx.Node, float]:
+    """Seconds that backward could hide of the collectives that follow each, if it waited for no others."""
+    sizes: dict[tuple[str, str], dict[fx.Node, float]] = {}
+    for node in waiting:
+        kind = COLLECTIVES.get(node.target)
+        if kind is not None and kind not in LOCAL:
+            sizes.setdefault((kind, str(node.kwargs["axis"])), {})[node] = operand_bytes(node, buckets.mesh)[0]
+    hideable: dict[fx.Node, float] = {}
+    for (kind, axis), found in sizes.items():
+        fill = buckets.fill(kind, axis, list(found.values())) if kind in KINDS else 0.0
+        for node, size in found.items():
+            taken = buckets.alone(kind, axis, size) - max(0.0, buckets.saved(kind, axis, size, fill))
+            hideable[node] = buckets.device.hidden(buckets.mesh, axis, taken)
+    later: dict[fx.Node, float] = {}
+    for node in reversed(run.backward):
+        if node in waiting:
+            later[node] = sum(later[user] + hideable.get(user, 0.0) for user in node.users if user in later)
+    return later
+
+
 def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]]:
     """Of the collectives that are left the first kind of which none waits for another kind; where all do, the first
     kind of which some need not wait."""
@@ -142,14 +164,16 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
     return chosen, ready[chosen]
 
 
-def _divided(kind: Kind, nodes: Sequence[fx.Node], buckets: Buckets) -> list[list[fx.Node]]:
+def _divided(
+    kind: Kind, nodes: Sequence[fx.Node], later: Mapping[fx.Node, float], buckets: Buckets
+) -> list[list[fx.Node]]:
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""
     name, axis = kind[0].__name__, kind[1]
     sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in nodes}
     fill = buckets.fill(name, axis, list(sizes.values()))
     found: list[list[fx.Node]] = [[]]
     for node in nodes:
-        if buckets.joins(name, axis, sizes[node], fill):
+        if buckets.saved(name, axis, sizes[node], fill) > later[node]:
             if sum(map(sizes.__getitem__, found[-1])) >= fill:
                 found.append([])
             found[-1].append(node)

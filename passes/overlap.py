@@ -17,8 +17,10 @@ All others are *fetched*: started as late as hides them, so that what they bring
 and never so early that more than the largest of them would lie there unread. So the weights of a layer that are
 gathered from all ranks come while the layer before computes.
 
-Where nothing is computed between the two, a collective stays as it was; so do all over links of `overlap` 0. Nothing
-else changes its order, and the collectives of an axis are the same, in the same order, on every rank.
+Where nothing is computed between the two, a collective stays as it was. Where nothing hides (over links of `overlap` 0,
+or so short that the link's `stall` takes more) it is not started ahead; one that makes gradients runs where it would be
+started, since what follows over another axis may be hidden.
+Nothing else changes its order, and the collectives of an axis are the same, in the same order, on every rank.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ class _Half:
         self.light = {node for node in nodes if not times.sent[node] and passes_on(node)}
         self.clock = Clock(times.mesh, times.device)
         self.compute, self.seconds, self.operands = times.compute, times.sent, times.operands
-        hidden = [n for n in nodes if self.seconds[n] and self.clock.shares[str(n.kwargs["axis"])]]
-        self.posted = dict.fromkeys(node for node in hidden if node in ready)
-        self.fetched = [node for node in hidden if node not in ready] if fetch else []
+        sent = [node for node in nodes if self.seconds[node]]
+        self.hidden = {node for node in sent if self.clock.hides(str(node.kwargs["axis"]), self.seconds[node])}
+        self.posted = dict.fromkeys(node for node in sent if node in ready)
+        self.fetched = [node for node in sent if node in self.hidden and node not in ready] if fetch else []
         apart = set(self.posted)  # with what is made of them
         for node in nodes:
             if not apart.isdisjoint(self.operands[node]):
@@ -121,9 +124,9 @@ class _Half:
         self._supply(node)
         self.clock.compute(self.compute[node])
         for _, axis, _, seconds in self.times.inner.get(node, ()):
-            self.clock.wait(self.clock.start(axis, seconds))
+            self.clock.run(axis, seconds)
         if self.seconds[node]:
-            self.clock.wait(self.clock.start(str(node.kwargs["axis"]), self.seconds[node]))
+            self.clock.run(str(node.kwargs["axis"]), self.seconds[node])
 
     def _start(self, node: fx.Node) -> None:
         if node in self.done:
@@ -156,14 +159,21 @@ class _Half:
             self.made.append((node, True))
 
     def _post(self, node: fx.Node) -> None:
-        if not self.missing[node] and self.after[node] <= self.passed:
+        if self.missing[node] or self.after[node] > self.passed:
+            return
+        if node in self.hidden:
             self._start(node)
+        else:
+            self._emit(node)
+            self._go_on(node)
 
     def _land(self, node: fx.Node) -> None:
         """Await a posted collective; then what follows can go on."""
-        if node not in self.flying:
-            return
-        self._await(node)
+        if node in self.flying:
+            self._await(node)
+            self._go_on(node)
+
+    def _go_on(self, node: fx.Node) -> None:
         stack = [node]
         while stack:
             for user in stack.pop().users:

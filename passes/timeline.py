@@ -111,12 +111,27 @@ class Clock:
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.now = 0.0
-        self.shares = {axis: device.overlap(mesh, axis) for axis in mesh.names}
+        self._mesh, self._device = mesh, device
+        beside = {axis: device.beside(mesh, axis) for axis in mesh.names}
+        self._loads = {axis: 1.0 - overlap for axis, (overlap, _) in beside.items()}
+        self._stalls = {axis: stall for axis, (_, stall) in beside.items()}
         self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
         self._left: dict[str, float] = {}  # of them those that are yet to come, where there are any
 
+    def hides(self, axis: str, seconds: float) -> bool:
+        """Whether anything is gained by computing beside a collective of so many seconds."""
+        return self._device.hidden(self._mesh, axis, seconds) > 0.0
+
+    def run(self, axis: str, seconds: float) -> None:
+        """A collective runs, and the rank waits for it."""
+        self.wait(self._enqueue(axis, seconds))
+
     def start(self, axis: str, seconds: float) -> Flight:
-        """A collective of so many seconds is started."""
+        """A collective of so many seconds is started, for the rank to compute beside."""
+        self.compute(self._stalls[axis])
+        return self._enqueue(axis, seconds)
+
+    def _enqueue(self, axis: str, seconds: float) -> Flight:
         self._started[axis] += seconds
         self._left[axis] = self._left.get(axis, 0.0) + seconds
         return Flight(axis, self._started[axis])
@@ -145,7 +160,7 @@ class Clock:
 
     def _load(self) -> float:
         """What part of the cores all that is under way would take, if it could."""
-        return sum([1.0 - self.shares[axis] for axis in self._left])
+        return sum([self._loads[axis] for axis in self._left])
 
     def _go_on(self, step: float, taking: float) -> None:
         """All that is under way goes on by so many of its seconds, each of which takes so many."""
@@ -170,9 +185,9 @@ def hidden(order: Order, times: Times) -> float:
         clock.compute(compute)
         total += compute + seconds + sum(own for *_, own in inner)
         for _, axis, _, own in inner:
-            clock.wait(clock.start(axis, own))
-        if seconds:
+            clock.run(axis, own)
+        if seconds and node in started:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
-            if node not in started:
-                clock.wait(flights[node])
+        elif seconds:
+            clock.run(str(node.kwargs["axis"]), seconds)
     return total - clock.now if total - clock.now > _RESIDUE * total else 0.0

@@ -56,10 +56,11 @@ class Buckets:
 
     def joins(self, kind: str, axis: str, size: float, fill: float) -> bool:
         """Whether an operand takes less time in a bucket of `fill` bytes than alone."""
-        return bool(fill) and self._share(kind, axis, size, fill) < self.alone(kind, axis, size)
+        return self.saved(kind, axis, size, fill) > 0.0
 
-    def _share(self, kind: str, axis: str, size: float, fill: float) -> float:
-        return self.seconds(kind, axis, fill) * size / fill
+    def saved(self, kind: str, axis: str, size: float, fill: float) -> float:
+        """Seconds that an operand takes less in a bucket of `fill` bytes than alone."""
+        return self.alone(kind, axis, size) - self.seconds(kind, axis, fill) * size / fill if fill else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class Sharing:
         fill, alone = self._fill(kind, axis, part), self.buckets.alone(kind, axis, size)
         return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
 
-    def last(self, kind: str, axis: str, size: float, part: float) -> float:
-        """What part of all gradients is sent last, when nothing is left to hide it: a bucket, or one alone."""
+    def hidden(self, kind: str, axis: str, size: float, part: float) -> float:
+        """What part of such a collective's time, or of its bucket's, a rank can compute in: but for the rank's own
+        work, and for what is sent last, when backward has ended."""
         fill = self._fill(kind, axis, part) if kind in KINDS else 0.0
-        alone = not fill or not self.buckets.joins(kind, axis, size, fill)
-        return min((size if alone else fill) / (part * sum(self.gradients)), 1.0)
+        sent = fill if self.buckets.joins(kind, axis, size, fill) else size
+        seconds, last = self.buckets.alone(kind, axis, sent), min(sent / (part * sum(self.gradients)), 1.0)
+        return self.buckets.device.hidden(self.buckets.mesh, axis, seconds) / seconds * (1.0 - last)
 
     def _fill(self, kind: str, axis: str, part: float) -> float:
         key = kind, axis, part

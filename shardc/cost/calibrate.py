@@ -35,8 +35,8 @@ from shardc.runtime.started import wait
 SIZES = tuple(4**k for k in range(5, 12))
 """Bytes of the local operand: 1 KiB to 4 MiB."""
 
-BENEATH = 2**20
-"""Bytes of the local operand of the all-reduce that is to be hidden."""
+BENEATH = (2**16, 2**20)
+"""Bytes of the local operands of the all-reduces that are to be hidden."""
 
 LONGEST = 1.0
 """Seconds of one collective after which no larger size is tried."""
@@ -120,7 +120,7 @@ class _Crossing:
     """What collectives of all ranks take: least of them hides, since each also passes on what crosses between nodes;
     bytes and seconds by kind, where they differ from those of an axis between nodes."""
 
-    overlap: float = 0.0
+    beside: tuple[float, float] = 0.0, 0.0
     times: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict[str, list[tuple[float, float]]])
 
 
@@ -142,13 +142,14 @@ class _Bench:
         fits = self.fits(launch, algorithms, crossing)
         near, far = known.inside, known.between
         if "inside" in fits:
-            near = replace(_link(fits["inside"], 1), overlap=self.overlap("local"))
-            far = replace(_link(fits["inside"], self.axes["local"]), overlap=near.overlap)  # all that is known so far
+            overlap, stall = self.beside("local")
+            near = replace(_link(fits["inside"], 1), overlap=overlap, stall=stall)
+            far = replace(_link(fits["inside"], self.axes["local"]), overlap=overlap, stall=stall)  # all that is known
         if "between" in fits:
             far = _link(fits["between"], self.axes["local"], fits.get("spanning", ()))
-            far = replace(far, overlap=crossing.overlap)
+            far = replace(far, overlap=crossing.beside[0], stall=crossing.beside[1])
             if "inside" not in fits:
-                near = replace(_link(fits["between"], 1), overlap=far.overlap)
+                near = replace(_link(fits["between"], 1), overlap=far.overlap, stall=far.stall)
         per_node = self.axes["local"] if fits else known.devices_per_node
         start = 0.0 if fits else known.start
         device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
@@ -177,7 +178,7 @@ class _Bench:
     def crossing(self, axis: str, near: int) -> _Crossing:
         """What is measured along an axis of all ranks, `near` of them in a node."""
         times = {kind: self.times(kind, axis, near) for kind in ALGORITHMS} if near > 1 else {}
-        return _Crossing(self.overlap(axis), times)
+        return _Crossing(self.beside(axis), times)
 
     def times(self, kind: str, axis: str, near: int = 1) -> list[tuple[float, float]]:
         """Bytes and seconds of one kind of collective; `near` as of `collective`."""
@@ -205,9 +206,17 @@ class _Bench:
         }
         return x.numel() * 4.0, self.seconds(calls[kind])
 
-    def overlap(self, axis: str) -> float:
-        """What part of an all-reduce's time hides beneath products of matrices that take longer than it does."""
-        x, y = (torch.ones(size, device=self.device) for size in ((BENEATH // 4,), (256, 256)))
+    def beside(self, axis: str) -> tuple[float, float]:
+        """The `overlap` and `stall` of a link, fitted to what is left of all-reduces beside products of matrices."""
+        found = [self.left(axis, size) for size in BENEATH]
+        weights = [1 / math.sqrt(alone) for alone, _ in found]
+        rows = [(weight, weight * alone) for weight, (alone, _) in zip(weights, found, strict=True)]
+        stall, part = nnls(rows, [weight * left for weight, (_, left) in zip(weights, found, strict=True)])[0]
+        return (1.0 - part, stall) if part < 1.0 else (0.0, 0.0)
+
+    def left(self, axis: str, size: int) -> tuple[float, float]:
+        """Seconds of an all-reduce alone, and how many it adds to products of matrices that take longer than it."""
+        x, y = (torch.ones(size, device=self.device) for size in ((size // 4,), (256, 256)))
 
         def alone() -> Tensor:
             return collectives.all_reduce(x, axis=axis)
@@ -225,8 +234,8 @@ class _Bench:
 
         repeat = max(1, int(COMPUTING / sent))
         rounds = [[self.slowest(self._block(call, repeat)) for call in (alone, compute, both)] for _ in range(BLOCKS)]
-        hidden = statistics.median((a + c - b) / a for a, c, b in rounds)
-        return min(max(hidden, 0.0), 1.0)
+        added = statistics.median((b - c) / a for a, c, b in rounds)
+        return sent, max(added, 0.0) * sent
 
     def flops(self, dtype: torch.dtype) -> float:
         """Flops a second of a square product, large enough to take a while."""
@@ -307,7 +316,9 @@ def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[st
     whose = "device" if level == "inside" else "node"
     remark = "those of all_reduce below" if level in fits else "not measured: this run had no such link"
     found = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
-    found.append(f"overlap = {link.overlap:.2f} # of an all-reduce of {BENEATH} bytes, beneath products of matrices")
+    sizes = " and ".join(map(str, BENEATH))
+    found.append(f"overlap = {link.overlap:.2f} # of all-reduces of {sizes} bytes, beneath products of matrices")
+    found.append(f"stall = {link.stall:.4g} # s, each of them besides")
     for part, links, source in (("measured", link.measured, level), ("spanning", link.spanning, "spanning")):
         errors = {one.kind: one for one in fits.get(source, ())}
         for kind, one in links.items():

@@ -195,15 +195,12 @@ class TensorClass:
         return table, own
 
     def _hideable(self, before: int, after: int, step: Step) -> float:
-        """What part of a step's time a rank can compute in, of a gradient: but for its own work, and for what is sent
-        when backward has ended."""
+        """What part of a step's time backward can hide, of a gradient."""
         if self.sharing is None or step.kind in LOCAL:
             return 0.0
-        share, last = self.device.overlap(self.mesh, step.axis), 0.0
         moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
-        if share and moved:
-            last = self.sharing.last(step.kind, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
-        return share * (1.0 - last)
+        part = moved / (self.itemsize * math.prod(self.sizes))
+        return self.sharing.hidden(step.kind, step.axis, moved, part) if moved else 0.0
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""

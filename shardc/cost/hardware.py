@@ -11,6 +11,7 @@
     latency = 1.9e-6
     bandwidth = 370e9
     overlap = 0.9                # what part of a collective's time the device can compute in; 0 if it is not told
+    stall = 0                    # optional: seconds that the device loses with each that runs beside what it computes
     [between]                    # between nodes: bytes a second that one node sends, by all its network cards together
     latency = 4e-6
     bandwidth = 360e9
@@ -58,6 +59,8 @@ class Link:
     spanning: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
     overlap: float = 0.0
     """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
+    stall: float = 0.0
+    """Seconds of computing that a collective costs that runs beside it, however short, besides its part."""
     profile: tuple[tuple[float, float], ...] = ()
     """Where time is no straight line: by bytes of the operand, ascending, what was measured over what α and β say."""
 
@@ -158,11 +161,18 @@ class Hardware:
         """The links whose profile counts for them."""
         return {}
 
-    def overlap(self, mesh: Mesh, axis: str) -> float:
-        """What part of a collective's time over `axis` a device can compute in; none over an axis of one rank."""
+    def beside(self, mesh: Mesh, axis: str) -> tuple[float, float]:
+        """What part of a collective's time over `axis` a device can compute in, none over an axis of one rank; and the
+        seconds that it loses with each."""
         if mesh.sizes[axis] == 1:
-            return 0.0
-        return (self.between if self.wires(mesh, axis, "all_reduce").nodes > 1 else self.inside).overlap
+            return 0.0, 0.0
+        link = self.inside if self._near(mesh, axis)[0] == mesh.sizes[axis] else self.between
+        return link.overlap, link.stall
+
+    def hidden(self, mesh: Mesh, axis: str, seconds: float) -> float:
+        """Seconds that a collective of so many gives back where a device has as much to compute beside it."""
+        overlap, stall = self.beside(mesh, axis)
+        return max(0.0, overlap * seconds - stall)
 
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel."""
@@ -223,7 +233,8 @@ class _Reader:
         if overlap > 1.0:
             raise ShardcError(f"hardware file {self.path}: {name}.overlap is {overlap}; it is a part, from 0 to 1")
         profile = self.profile(table.get("profile", []), name)
-        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, spanning, overlap, profile)
+        stall = self.number({"stall": 0.0, **table}, "stall", f"{name}.", least=0.0)
+        return Link(latency, self.number(table, "bandwidth", f"{name}."), measured, spanning, overlap, stall, profile)
 
     def profile(self, given: Any, name: str) -> tuple[tuple[float, float], ...]:
         try:

@@ -35,6 +35,7 @@ if mesh.rank == 0:
     loaded = hardware(path)
     assert loaded.name == path.stem and loaded.devices_per_node == 2
     assert 0 <= loaded.inside.overlap == round(measured.device.inside.overlap, 2) <= 1
+    assert 0 <= loaded.inside.stall == float(f"{measured.device.inside.stall:.4g}")
     for kind in loaded.algorithms:
         for size in (1e3, 1e6):
             mesh_of_two = Mesh.parse("tp=2")

@@ -42,10 +42,14 @@ CASES = {
 
 
 def compiled(case: str, overlap: float) -> shardc.Compiled:
+    return made_for(machine(overlap), case)
+
+
+def made_for(device: Hardware, case: str) -> shardc.Compiled:
     mesh, constraints = CASES[case]
     with torch.device("meta"):
         model, x = Layers(), torch.empty(4096, 256)
-        return shardc.compile(model, mesh, (x,), hardware=machine(overlap), constraints=constraints)  # type: ignore[arg-type]
+        return shardc.compile(model, mesh, (x,), hardware=device, constraints=constraints)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,8 +61,34 @@ def test_overlap(case: str, golden: Callable[[str, str], None]) -> None:
 
 
 def test_nothing_is_started_over_a_link_that_hides_nothing() -> None:
+    """What makes gradients runs as soon as it can all the same."""
     found = compiled("levels", 0.0)
-    assert found.graph("overlap") == found.graph("bucket") and ".start(" not in found.code
+    lines = found.graph("overlap").splitlines()
+    assert sorted(lines) == sorted(found.graph("bucket").splitlines()) and ".start(" not in found.code
+    names = [line.split()[0] for line in lines if " reduce_scatter(" in line or " mm(" in line]
+    assert names[4].startswith("%reduce_scatter") and names[-2].startswith("%mm")
+
+
+def near_and_far(stall: float = 0.0) -> Hardware:
+    """Nothing hides inside nodes of two, whose links start slowly; between them all that takes longer than `stall`."""
+    inside = replace(machine(0.0).inside, bandwidth=1e12, latency=1e-3)
+    return replace(machine(0.0), inside=inside, between=replace(machine(1.0).inside, stall=stall), devices_per_node=2)
+
+
+def test_what_follows_what_nothing_hides_is_started_beneath_backward() -> None:
+    """Gradients are reduced in nodes, then between nodes. A bucket would save latency in nodes; all the same gradients
+    do not wait there for one another: between nodes it would cost more than that."""
+    made = made_for(near_and_far(), "levels")
+    order = [line.split()[0] for line in made.graph("overlap").splitlines() if line.strip()]
+    starts = [place for place, name in enumerate(order) if name.startswith("%all_reduce")]
+    products = [place for place, name in enumerate(order) if name.startswith("%mm")]
+    assert "bucket" not in made.graph("bucket") and made.code.count("all_reduce.start(") >= 2
+    assert sum(start < products[-1] for start in starts) >= 2
+
+
+def test_what_is_shorter_than_its_stall_is_not_started() -> None:
+    made = made_for(near_and_far(stall=1.0), "levels")
+    assert ".start(" not in made.code and made.plan.hidden == 0.0
 
 
 def test_the_same_on_every_rank() -> None:

@@ -47,6 +47,18 @@ def test_a_rank_that_waits_leaves_collectives_its_cores_and_no_more() -> None:
     assert clock.now == pytest.approx(2 * 0.99 + 1.0)  # both took the cores, then one alone
 
 
+def test_each_that_runs_beside_costs_its_stall() -> None:
+    h100 = hardware("h100")
+    device = replace(h100, inside=replace(h100.inside, overlap=0.75, stall=1.0))
+    clock = Clock(Mesh.parse("dp=2,tp=2"), device)
+    clock.start("dp", 4.0)
+    clock.compute(6.0)
+    assert clock.now == 8.0 and clock.hides("dp", 4.0) and not clock.hides("dp", 1.25)
+    clock.run("tp", 4.0)
+    assert clock.now == 12.0  # nothing is computed beside it
+    assert device.hidden(Mesh.parse("dp=2,tp=2"), "dp", 4.0) == 2.0
+
+
 def test_what_a_computing_rank_leaves_is_told_beforehand(clock: Clock) -> None:
     flight = clock.start("dp", 4.0)
     left = clock.beside(flight)
