@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,13 +63,15 @@ def bucket(graph: fx.Graph, run: Halves, buckets: Buckets) -> tuple[int, Halves]
     was nothing to join, and the halves as they are now."""
     largest = 0
     waiting = becoming_gradients(run, graph)
-    before, ready, later = _chained(run, waiting), made_at(graph, waiting), _later(run, waiting, buckets)
+    before, ready = _chained(run, waiting), made_at(graph, waiting)
+    sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in waiting if node.target in COLLECTIVES}
+    later = _later(run, waiting, sizes, buckets)
     places: Places = {node: (place,) for place, node in enumerate(graph.nodes)}
     backward = set(run.backward)
     while before:
         kind, nodes = _next(before)
-        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), later, buckets):
-            largest = max(largest, sum(operand_bytes(node, buckets.mesh)[0] for node in members))
+        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), sizes, later, buckets):
+            largest = max(largest, sum(sizes[node] for node in members))
             backward.add(_join(graph, members, places))
         for node in nodes:
             del before[node]
@@ -131,23 +134,27 @@ def _chained(run: Halves, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node
     return found
 
 
-def _later(run: Halves, waiting: Collection[fx.Node], buckets: Buckets) -> dict[fx.Node, float]:
+def _later(
+    run: Halves, waiting: Collection[fx.Node], sizes: Mapping[fx.Node, float], buckets: Buckets
+) -> dict[fx.Node, float]:
     """Seconds that backward could hide of the collectives that follow each, if it waited for no others."""
-    sizes: dict[tuple[str, str], dict[fx.Node, float]] = {}
-    for node in waiting:
-        kind = COLLECTIVES.get(node.target)
-        if kind is not None and kind not in LOCAL:
-            sizes.setdefault((kind, str(node.kwargs["axis"])), {})[node] = operand_bytes(node, buckets.mesh)[0]
-    hideable: dict[fx.Node, float] = {}
-    for (kind, axis), found in sizes.items():
-        fill = buckets.fill(kind, axis, list(found.values())) if kind in KINDS else 0.0
-        for node, size in found.items():
-            taken = buckets.alone(kind, axis, size) - max(0.0, buckets.saved(kind, axis, size, fill))
-            hideable[node] = buckets.device.hidden(buckets.mesh, axis, taken)
+    alike: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for node, size in sizes.items():
+        alike[COLLECTIVES[node.target], str(node.kwargs.get("axis"))].append(size)
+    hidden: dict[tuple[str, str, float], float] = {}
+    for (kind, axis), found in alike.items():
+        if kind not in LOCAL:
+            fill = buckets.fill(kind, axis, found) if kind in KINDS else 0.0
+            for size in set(found):
+                taken = buckets.alone(kind, axis, size) - max(0.0, buckets.saved(kind, axis, size, fill))
+                hidden[kind, axis, size] = buckets.device.hidden(buckets.mesh, axis, taken)
     later: dict[fx.Node, float] = {}
+    own: dict[fx.Node, float] = {}
     for node in reversed(run.backward):
         if node in waiting:
-            later[node] = sum(later[user] + hideable.get(user, 0.0) for user in node.users if user in later)
+            later[node] = sum([own[user] for user in node.users if user in own])
+            kind = COLLECTIVES.get(node.target, ""), str(node.kwargs.get("axis")), sizes.get(node, 0.0)
+            own[node] = later[node] + hidden.get(kind, 0.0)
     return later
 
 
@@ -165,12 +172,12 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
 
 
 def _divided(
-    kind: Kind, nodes: Sequence[fx.Node], later: Mapping[fx.Node, float], buckets: Buckets
-) -> list[list[fx.Node]]:
+    kind: Kind, nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], later: Mapping[fx.Node, float],
+    buckets: Buckets,
+) -> list[list[fx.Node]]:  # fmt: skip
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""
     name, axis = kind[0].__name__, kind[1]
-    sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in nodes}
-    fill = buckets.fill(name, axis, list(sizes.values()))
+    fill = buckets.fill(name, axis, [sizes[node] for node in nodes])
     found: list[list[fx.Node]] = [[]]
     for node in nodes:
         if buckets.saved(name, axis, sizes[node], fill) > later[node]:
