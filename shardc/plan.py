@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardc.answers import Assumption, Conflict, Conversion, Explainer, Why, WhyNot
+from shardc.constrain import Spec, serialise
 from shardc.errors import ShardcError
 from shardc.layout import Layout
 from shardc.mesh import Mesh
@@ -87,10 +88,10 @@ class Plan:
         `graph("reshard")`. Raises ShardcError, with near names, for a value that is not there."""
         return self._explained().why(value)
 
-    def why_not(self, value: str, layout: str) -> WhyNot:
+    def why_not(self, value: str, layout: Spec) -> WhyNot:
         """What the best plan would cost in which `value` lies as `layout`, written as plans print it
-        (`f32[256@tp, 64]`) or as constraints are written (`tp,-`); or what stands against it. Solves again."""
-        return self._explained().why_not(value, layout)
+        (`f32[256@tp, 64]`) or as constraints are (`("tp", None)`, `tp,-`); or what stands against it. Solves again."""
+        return self._explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Which demands (constraints, outputs that come back whole) and operators' limits cannot hold together unless a

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import shardc
 from shardc.cli import main
+from shardc.constrain import parse
 from shardc.errors import LayoutError, ShardcError
 from shardc.plan import Plan
 from textbook import MLP
@@ -36,6 +37,7 @@ def plan() -> Plan:
 def test_why_not_agrees_with_a_constraint(plan: Plan, layout: str) -> None:
     """Seconds and conversions are those of a plan that was constrained to the alternative."""
     answer = plan.why_not("up.weight", layout)
+    assert plan.why_not("up.weight", [dim or () for dim in parse(layout)]) == answer
     other = planned(constraints={"up.weight": layout})
     assert plan.cost + answer.extra == pytest.approx(other.cost, rel=1e-9)
     assert plan.compute + answer.compute == pytest.approx(other.compute, rel=1e-9)
