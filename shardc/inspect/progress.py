@@ -1,7 +1,9 @@
-"""A progress line for work of unknown length: it appears after two seconds and, on a terminal, counts the time."""
+"""A progress line for work of unknown length: it appears after two seconds, of many ranks on the first, and, on
+a terminal, counts the time."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Generator
@@ -24,7 +26,7 @@ def working(what: str, patience: float = 2.0) -> Generator[None]:
 
 
 def _tick(what: str, patience: float, done: threading.Event) -> None:
-    if done.wait(patience):
+    if done.wait(patience) or os.environ.get("RANK", "0") != "0":
         return
     if not sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
