@@ -7,7 +7,7 @@ hold and what they hide; the list that fits is written, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +18,10 @@ from shardc.cost.memory import States
 from shardc.graph import Program
 from shardc.halves import Halves, halves
 from shardc.mesh import Mesh
-from shardc.passes.bucket import becoming_gradients, bucket, made_at
+from shardc.passes.bucket import Joined, becoming_gradients, bucket, made_at
 from shardc.passes.footprint import Footprint
 from shardc.passes.overlap import overlap, rewrite
-from shardc.passes.timeline import Order, Pace, Times, hidden
+from shardc.passes.timeline import Order, Pace, Times, timed
 from shardc.plan import Memory
 
 MODEST = (
@@ -31,15 +31,37 @@ MODEST = (
 and with them which collectives overlap."""
 
 
+AT_STAKE = 0.01
+"""What part of backward has to lie in collectives that wait for a bucket before it is tried without such buckets."""
+
+
 @dataclass(frozen=True)
 class Arranged:
-    """The graph as it will run, what makes it anew as it was before overlap, what it holds, and the seconds of its
-    collectives that nobody waits for."""
+    """The graph as it will run, what makes it anew as it was before overlap, whether buckets left those `apart` that
+    would hold back others, what it holds, and the seconds of its collectives that nobody waits for."""
 
     graph: fx.Graph
     bucketed: Callable[[], fx.Graph]
+    apart: bool
     memory: Memory
     hidden: float
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """One way to run a graph: its nodes in order, what they hold, how long they take and what they hide."""
+
+    graph: fx.Graph
+    bucketed: Callable[[], fx.Graph]
+    apart: bool
+    order: Order
+    memory: Memory
+    seconds: float
+    hidden: float
+
+    def written(self) -> Arranged:
+        rewrite(self.graph, self.order)
+        return Arranged(self.graph, self.bucketed, self.apart, self.memory, self.hidden)
 
 
 def arrange(
@@ -47,36 +69,60 @@ def arrange(
 ) -> Arranged:
     """Arrange the collectives of a localized graph, which is changed, so that it holds at most `budget` bytes. `again`
     makes the graph anew, for other buckets. Raises AssertionError where nothing fits."""
-    mesh, run = pace.mesh, halves(graph, program)
-    largest, least = math.inf, math.inf
-
-    def bucketed(buckets: Buckets | None) -> fx.Graph:
-        graph = again()
-        if buckets is not None:
-            bucket(graph, halves(graph, program), buckets)
-        return graph
-
+    arranger = _Arranger(again, program, pace, states, math.inf if budget is None else budget)
+    largest = math.inf
     for part, ways in MODEST:
-        if part < 1.0:
-            if not largest:
-                break
-            graph = again()
-            run = halves(graph, program)
-        buckets = Buckets(mesh, pace.device, part * largest) if part else None
-        if buckets is not None:
-            made, run = bucket(graph, run, buckets)
-            largest = min(largest, made) if part == 1.0 else largest
-        ready = made_at(graph, becoming_gradients(run, graph))
-        times, footprint = Times(run, pace), Footprint(graph, run, program, mesh, states)
+        if part < 1.0 and not largest:
+            break
+        most = part * largest
+        found, joined, beneath = arranger.ordered(graph if part == 1.0 else again(), most, False, ways)
+        largest = min(largest, joined.largest) if part == 1.0 else largest
+        if joined.held > AT_STAKE * beneath:
+            other = arranger.ordered(again(), most, True, ways)[0]
+            found = min((one for one in (found, other) if one), key=lambda one: one.seconds, default=None)
+        if found:
+            return found.written()
+    raise AssertionError(f"the plan was to hold {arranger.budget:.0f} bytes, its code holds {arranger.least:.0f}")
+
+
+@dataclass
+class _Arranger:
+    """Orders the graphs of one plan; `least` is what the smallest so far would hold."""
+
+    again: Callable[[], fx.Graph]
+    program: Program
+    pace: Pace
+    states: States
+    budget: float
+    least: float = math.inf
+
+    def ordered(
+        self, graph: fx.Graph, most: float, apart: bool, ways: Sequence[str]
+    ) -> tuple[_Ordered | None, Joined, float]:
+        """The first of `ways` to overlap that fits; what the buckets are, and the seconds that backward computes."""
+        run, pace = halves(graph, self.program), self.pace
+        bucketed, joined = self.again, Joined(0, run, 0.0)
+        if most:
+            buckets = Buckets(pace.mesh, pace.device, most)
+            bucketed, joined = partial(self.bucketed, buckets, apart), bucket(graph, run, buckets, apart)
+        run = joined.run
+        ready, times = made_at(graph, becoming_gradients(run, graph)), Times(run, pace)
+        footprint = Footprint(graph, run, self.program, pace.mesh, self.states)
+        beneath = sum([times.compute[node] for node in run.backward])
         for what in ways:
-            forward, backward = _in_order(run) if what == "nothing" else overlap(run, ready, times, fetch=what == "all")
-            memory = footprint.memory(forward, backward)
-            least = min(least, memory.peak)
-            if budget is None or memory.peak <= budget:
-                order = [*forward, *backward]
-                rewrite(graph, order)
-                return Arranged(graph, partial(bucketed, buckets), memory, hidden(order, times))
-    raise AssertionError(f"the plan was to hold {budget:.0f} bytes, its code holds {least:.0f}")
+            halved = _in_order(run) if what == "nothing" else overlap(run, ready, times, fetch=what == "all")
+            memory, order = footprint.memory(*halved), [*halved[0], *halved[1]]
+            self.least = min(self.least, memory.peak)
+            if memory.peak <= self.budget:
+                found = _Ordered(graph, bucketed, apart, order, memory, *timed(order, times))
+                if found.hidden >= 0.0:  # what is started may stall more than it hides
+                    return found, joined, beneath
+        return None, joined, beneath
+
+    def bucketed(self, buckets: Buckets, apart: bool) -> fx.Graph:
+        graph = self.again()
+        bucket(graph, halves(graph, self.program), buckets, apart)
+        return graph
 
 
 def smallest(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> float:

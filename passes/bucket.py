@@ -24,7 +24,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -58,10 +58,19 @@ Places = dict[fx.Node, tuple[int, ...]]
 """Where nodes are in a graph: these sort as the nodes do."""
 
 
-def bucket(graph: fx.Graph, run: Halves, buckets: Buckets) -> tuple[int, Halves]:
-    """Join the collectives of gradients of a localized graph, in place. The bytes of the largest bucket, 0 where there
-    was nothing to join, and the halves as they are now."""
-    largest = 0
+class Joined(NamedTuple):
+    """The bytes of the largest bucket, 0 where there was nothing to join; the halves as they are now; and how many
+    seconds backward might hide of what follows the members of buckets, if these did not wait for each other."""
+
+    largest: int
+    run: Halves
+    held: float
+
+
+def bucket(graph: fx.Graph, run: Halves, buckets: Buckets, apart: bool = False) -> Joined:
+    """Join the collectives of gradients of a localized graph, in place; `apart` are left those that would hold back
+    more than a bucket saves."""
+    largest, held = 0, 0.0
     waiting = becoming_gradients(run, graph)
     before, ready = _chained(run, waiting), made_at(graph, waiting)
     sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in waiting if node.target in COLLECTIVES}
@@ -70,12 +79,14 @@ def bucket(graph: fx.Graph, run: Halves, buckets: Buckets) -> tuple[int, Halves]
     backward = set(run.backward)
     while before:
         kind, nodes = _next(before)
-        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), sizes, later, buckets):
+        for members in _divided(kind, sorted(nodes, key=ready.__getitem__), sizes, later if apart else {}, buckets):
             largest = max(largest, sum(sizes[node] for node in members))
+            held += sum(later[node] for node in members)
             backward.add(_join(graph, members, places))
         for node in nodes:
             del before[node]
-    return largest, replace(run, backward=sorted(backward, key=places.__getitem__)) if largest else run
+    made = replace(run, backward=sorted(backward, key=places.__getitem__)) if largest else run
+    return Joined(largest, made, held)
 
 
 def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
@@ -147,7 +158,7 @@ def _later(
             fill = buckets.fill(kind, axis, found) if kind in KINDS else 0.0
             for size in set(found):
                 taken = buckets.alone(kind, axis, size) - max(0.0, buckets.saved(kind, axis, size, fill))
-                hidden[kind, axis, size] = buckets.device.hidden(buckets.mesh, axis, taken)
+                hidden[kind, axis, size] = taken * buckets.hidden(kind, axis, size, fill)
     later: dict[fx.Node, float] = {}
     own: dict[fx.Node, float] = {}
     for node in reversed(run.backward):
@@ -178,15 +189,16 @@ def _divided(
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""
     name, axis = kind[0].__name__, kind[1]
     fill = buckets.fill(name, axis, [sizes[node] for node in nodes])
+    joining = [node for node in nodes if buckets.saved(name, axis, sizes[node], fill) > later.get(node, 0.0)]
+    fill = buckets.fill(name, axis, [sizes[node] for node in joining])
     found: list[list[fx.Node]] = [[]]
-    for node in nodes:
-        if buckets.saved(name, axis, sizes[node], fill) > later[node]:
-            if sum(map(sizes.__getitem__, found[-1])) >= fill:
-                found.append([])
-            found[-1].append(node)
+    for node in joining:
+        if sum(map(sizes.__getitem__, found[-1])) >= fill:
+            found.append([])
+        found[-1].append(node)
 
     def worth(members: Sequence[fx.Node]) -> bool:
-        alone = sum(buckets.alone(name, axis, sizes[node]) for node in members)
+        alone = sum(buckets.alone(name, axis, sizes[node]) - later.get(node, 0.0) for node in members)
         return buckets.seconds(name, axis, sum(map(sizes.__getitem__, members))) < alone
 
     return [members for members in found if len(members) > 1 and worth(members)]

@@ -17,10 +17,10 @@ All others are *fetched*: started as late as hides them, so that what they bring
 and never so early that more than the largest of them would lie there unread. So the weights of a layer that are
 gathered from all ranks come while the layer before computes.
 
-Where nothing is computed between the two, a collective stays as it was. Where nothing hides (over links of `overlap` 0,
-or so short that the link's `stall` takes more) it is not started ahead; one that makes gradients runs where it would be
-started, since what follows over another axis may be hidden.
-Nothing else changes its order, and the collectives of an axis are the same, in the same order, on every rank.
+Where nothing is computed between the two, a collective stays as it was. Where nothing of it hides (over links of
+`overlap` 0, or because it takes no longer than the link's `stall`) it is not started ahead; before a posted one over
+another axis it runs where it would have been. Nothing else changes its order, and the collectives of an axis are the
+same, in the same order, on every rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import bisect
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -60,9 +60,10 @@ class _Half:
         self.clock = Clock(times.mesh, times.device)
         self.compute, self.seconds, self.operands = times.compute, times.sent, times.operands
         sent = [node for node in nodes if self.seconds[node]]
-        self.hidden = {node for node in sent if self.clock.hides(str(node.kwargs["axis"]), self.seconds[node])}
-        self.posted = dict.fromkeys(node for node in sent if node in ready)
-        self.fetched = [node for node in sent if node in self.hidden and node not in ready] if fetch else []
+        hidden = [node for node in sent if self._hides(node)]
+        leading = _leading(nodes, ready, set(hidden))
+        self.posted = dict.fromkeys(node for node in sent if node in leading)
+        self.fetched = [node for node in hidden if node not in ready] if fetch else []
         apart = set(self.posted)  # with what is made of them
         for node in nodes:
             if not apart.isdisjoint(self.operands[node]):
@@ -77,6 +78,9 @@ class _Half:
         self.made: Order = []
         # in an order that is the same on every rank, also of those that are ready at once
         self._chains(sorted(self.posted, key=ready.__getitem__))
+
+    def _hides(self, node: fx.Node) -> bool:
+        return self.clock.hides(str(node.kwargs["axis"]), self.seconds[node])
 
     def _chains(self, posted: Sequence[fx.Node]) -> None:
         """Per place of the stream what can be posted after it; what else must have landed before, and what after."""
@@ -161,7 +165,7 @@ class _Half:
     def _post(self, node: fx.Node) -> None:
         if self.missing[node] or self.after[node] > self.passed:
             return
-        if node in self.hidden:
+        if self._hides(node):
             self._start(node)
         else:
             self._emit(node)
@@ -180,7 +184,7 @@ class _Half:
                 if user in self.trailing and user not in self.done and not self._late(user):
                     self._emit(user)
                     stack.append(user)
-        for one in self.following.get(node, ()):
+        for one in self.following.pop(node, ()):
             self.missing[one] -= 1
             self._post(one)
 
@@ -244,6 +248,15 @@ class _Half:
         return math.prod(node.meta["layout"].local_shape(self.times.mesh)) * node.meta["dtype"].itemsize
 
 
+def _leading(nodes: Sequence[fx.Node], ready: Container[fx.Node], hidden: Container[fx.Node]) -> set[fx.Node]:
+    """What makes only gradients and is hidden, or is followed by what is."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node in ready and (node in hidden or not found.isdisjoint(node.users)):
+            found.add(node)
+    return found
+
+
 def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:
     """The place from which on so many bytes more, unread, are no more than `most`."""
     for place, other in reversed(unread):
@@ -254,14 +267,16 @@ def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:
 
 
 def _worthwhile(order: Order, times: Times) -> Order:
-    """Without the waits before which nothing runs while the collective does."""
-    runs = (not awaited and bool(times.compute[node] or times.sent[node]) for node, awaited in order)
-    before = [0, *itertools.accumulate(runs)]
+    """Without the waits before which nothing runs while the collective does, or less than its stall takes."""
+    runs = (0.0 if awaited else times.compute[node] + times.sent[node] for node, awaited in order)
+    before = [0.0, *itertools.accumulate(runs)]
     started = {node: place for place, (node, awaited) in enumerate(order) if not awaited}
-    return [
-        (node, awaited) for place, (node, awaited) in enumerate(order)
-        if not awaited or before[place] > before[started[node] + 1]
-    ]  # fmt: skip
+
+    def worth(node: fx.Node, place: int) -> bool:
+        beside = before[place] - before[started[node] + 1]
+        return times.device.hidden(times.mesh, str(node.kwargs["axis"]), beside) > 0.0
+
+    return [(node, awaited) for place, (node, awaited) in enumerate(order) if not awaited or worth(node, place)]
 
 
 def rewrite(graph: fx.Graph, order: Order) -> None:

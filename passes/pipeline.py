@@ -122,7 +122,9 @@ def lower(
     memory, beneath = replace(arranged.memory, budget=settings.memory), arranged.hidden
     conversions = _conversions(graph, pace, titles)
     compute = _compute(network, assignment)
-    explainer = _explainer(network, assignment, solution, settings, constraints, titles, conversions, compute)
+    explainer = _explainer(
+        network, assignment, solution, settings, constraints, titles, conversions, compute, arranged.apart
+    )
     code = graphs["codegen"] = cache(lambda: codegen(graph, program, mesh))
     notes = [*_padded(program, graph, mesh), *(f"conflict: {c}" for c in spread.conflicts)]
     if solution is None:
@@ -224,12 +226,13 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
 def _explainer(
     network: Network, assignment: Assignment, solution: Solution | None, settings: Settings,
     constraints: Sequence[Constraint], titles: Mapping[Key, str], conversions: tuple[Conversion, ...], compute: float,
+    apart: bool,
 ) -> Questions:  # fmt: skip
     """What the plan asks when it is asked."""
 
     def price(other: Assignment) -> Priced:
         graph = localize(reshard(network, other), settings.mesh)
-        bucket(graph, halves(graph, network.factored.program), Buckets(settings.mesh, settings.device))
+        bucket(graph, halves(graph, network.factored.program), Buckets(settings.mesh, settings.device), apart)
         return _conversions(graph, Pace(network, settings.device), titles), _compute(network, other)
 
     return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)

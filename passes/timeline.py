@@ -3,9 +3,9 @@
 A rank computes one thing after another, and every mesh axis carries one collective after another. What is under way
 takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both take
 2 - overlap times as long (with several axes, 1 and the sum of all `1 - overlap`); while the rank waits, collectives
-take their time, or that sum of it if it is more:
+take their time, or that sum of it if it is more. Each that is started ahead costs the link's `stall` besides:
 
-    s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5
+    s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5, stall 0
     y = mm(a, b)                          2 seconds alone: both take 3 seconds for 2
     r = wait(s)                           1 second
 """
@@ -112,15 +112,16 @@ class Clock:
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.now = 0.0
         self._mesh, self._device = mesh, device
-        beside = {axis: device.beside(mesh, axis) for axis in mesh.names}
+        beside = {axis: device.overlapping(mesh, axis) for axis in mesh.names}
         self._loads = {axis: 1.0 - overlap for axis, (overlap, _) in beside.items()}
         self._stalls = {axis: stall for axis, (_, stall) in beside.items()}
         self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
         self._left: dict[str, float] = {}  # of them those that are yet to come, where there are any
 
     def hides(self, axis: str, seconds: float) -> bool:
-        """Whether anything is gained by computing beside a collective of so many seconds."""
-        return self._device.hidden(self._mesh, axis, seconds) > 0.0
+        """Whether anything is gained by computing beside a collective of so many seconds, which has to wait for what
+        is under way on its axis."""
+        return self._device.hidden(self._mesh, axis, self._left.get(axis, 0.0) + seconds) > 0.0
 
     def run(self, axis: str, seconds: float) -> None:
         """A collective runs, and the rank waits for it."""
@@ -173,8 +174,8 @@ def is_started(node: fx.Node) -> bool:
     return any(user.target is wait for user in node.users)
 
 
-def hidden(order: Order, times: Times) -> float:
-    """The seconds of collectives that nobody waits for when nodes run in this order."""
+def timed(order: Order, times: Times) -> tuple[float, float]:
+    """The seconds that all takes when nodes run in this order, and those of collectives that nobody waits for."""
     clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
     started = {node for node, awaited in order if awaited}
     for node, awaited in order:
@@ -190,4 +191,5 @@ def hidden(order: Order, times: Times) -> float:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
         elif seconds:
             clock.run(str(node.kwargs["axis"]), seconds)
-    return total - clock.now if total - clock.now > _RESIDUE * total else 0.0
+    gained = total - clock.now
+    return clock.now, gained if abs(gained) > _RESIDUE * total else 0.0

@@ -58,6 +58,11 @@ class Buckets:
         """Whether an operand takes less time in a bucket of `fill` bytes than alone."""
         return self.saved(kind, axis, size, fill) > 0.0
 
+    def hidden(self, kind: str, axis: str, size: float, fill: float) -> float:
+        """What part of the time of an operand's collective, or of its bucket's, a rank can compute in."""
+        seconds = self.alone(kind, axis, fill if self.joins(kind, axis, size, fill) else size)
+        return self.device.hidden(self.mesh, axis, seconds) / seconds if seconds else 0.0
+
     def saved(self, kind: str, axis: str, size: float, fill: float) -> float:
         """Seconds that an operand takes less in a bucket of `fill` bytes than alone."""
         return self.alone(kind, axis, size) - self.seconds(kind, axis, fill) * size / fill if fill else 0.0
@@ -80,12 +85,12 @@ class Sharing:
         return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
 
     def hidden(self, kind: str, axis: str, size: float, part: float) -> float:
-        """What part of such a collective's time, or of its bucket's, a rank can compute in: but for the rank's own
-        work, and for what is sent last, when backward has ended."""
+        """What part of such a collective's time, or of its bucket's, backward can hide: but for the rank's own work,
+        and for what is sent last, when backward has ended."""
         fill = self._fill(kind, axis, part) if kind in KINDS else 0.0
         sent = fill if self.buckets.joins(kind, axis, size, fill) else size
-        seconds, last = self.buckets.alone(kind, axis, sent), min(sent / (part * sum(self.gradients)), 1.0)
-        return self.buckets.device.hidden(self.buckets.mesh, axis, seconds) / seconds * (1.0 - last)
+        last = min(sent / (part * sum(self.gradients)), 1.0)
+        return self.buckets.hidden(kind, axis, size, fill) * (1.0 - last)
 
     def _fill(self, kind: str, axis: str, part: float) -> float:
         key = kind, axis, part

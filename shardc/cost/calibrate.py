@@ -7,8 +7,8 @@ times for each kind of collective on its own, by least squares of errors over th
 errors, by which latencies would not count, and relative ones, by which large sizes, where the time goes, count little.
 Links between nodes are measured twice: with a ring for every device of a node, side by side, and along an axis of all
 ranks, whose one ring they share, which may take more or less than formulas make of the other.
-What part of a collective hides beneath other work is measured by starting it, computing for longer than it takes, and
-awaiting it.
+What part of collectives hides beneath other work, and what each stalls it, is fitted to a short and a long one that are
+started, and awaited after computing for longer than they take.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Crossing:
     """What collectives of all ranks take: least of them hides, since each also passes on what crosses between nodes;
     bytes and seconds by kind, where they differ from those of an axis between nodes."""
 
-    beside: tuple[float, float] = 0.0, 0.0
+    overlapping: tuple[float, float] = 0.0, 0.0
     times: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict[str, list[tuple[float, float]]])
 
 
@@ -142,12 +142,12 @@ class _Bench:
         fits = self.fits(launch, algorithms, crossing)
         near, far = known.inside, known.between
         if "inside" in fits:
-            overlap, stall = self.beside("local")
+            overlap, stall = self.overlapping("local")
             near = replace(_link(fits["inside"], 1), overlap=overlap, stall=stall)
             far = replace(_link(fits["inside"], self.axes["local"]), overlap=overlap, stall=stall)  # all that is known
         if "between" in fits:
             far = _link(fits["between"], self.axes["local"], fits.get("spanning", ()))
-            far = replace(far, overlap=crossing.beside[0], stall=crossing.beside[1])
+            far = replace(far, overlap=crossing.overlapping[0], stall=crossing.overlapping[1])
             if "inside" not in fits:
                 near = replace(_link(fits["between"], 1), overlap=far.overlap, stall=far.stall)
         per_node = self.axes["local"] if fits else known.devices_per_node
@@ -178,7 +178,7 @@ class _Bench:
     def crossing(self, axis: str, near: int) -> _Crossing:
         """What is measured along an axis of all ranks, `near` of them in a node."""
         times = {kind: self.times(kind, axis, near) for kind in ALGORITHMS} if near > 1 else {}
-        return _Crossing(self.beside(axis), times)
+        return _Crossing(self.overlapping(axis), times)
 
     def times(self, kind: str, axis: str, near: int = 1) -> list[tuple[float, float]]:
         """Bytes and seconds of one kind of collective; `near` as of `collective`."""
@@ -206,13 +206,13 @@ class _Bench:
         }
         return x.numel() * 4.0, self.seconds(calls[kind])
 
-    def beside(self, axis: str) -> tuple[float, float]:
+    def overlapping(self, axis: str) -> tuple[float, float]:
         """The `overlap` and `stall` of a link, fitted to what is left of all-reduces beside products of matrices."""
         found = [self.left(axis, size) for size in BENEATH]
         weights = [1 / math.sqrt(alone) for alone, _ in found]
         rows = [(weight, weight * alone) for weight, (alone, _) in zip(weights, found, strict=True)]
         stall, part = nnls(rows, [weight * left for weight, (_, left) in zip(weights, found, strict=True)])[0]
-        return (1.0 - part, stall) if part < 1.0 else (0.0, 0.0)
+        return (1.0 - float(part), float(stall)) if part < 1.0 else (0.0, 0.0)
 
     def left(self, axis: str, size: int) -> tuple[float, float]:
         """Seconds of an all-reduce alone, and how many it adds to products of matrices that take longer than it."""
@@ -316,8 +316,8 @@ def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[st
     whose = "device" if level == "inside" else "node"
     remark = "those of all_reduce below" if level in fits else "not measured: this run had no such link"
     found = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
-    sizes = " and ".join(map(str, BENEATH))
-    found.append(f"overlap = {link.overlap:.2f} # of all-reduces of {sizes} bytes, beneath products of matrices")
+    reach = " and ".join(map(str, BENEATH))
+    found.append(f"overlap = {link.overlap:.2f} # of all-reduces of {reach} bytes, beneath products of matrices")
     found.append(f"stall = {link.stall:.4g} # s, each of them besides")
     for part, links, source in (("measured", link.measured, level), ("spanning", link.spanning, "spanning")):
         errors = {one.kind: one for one in fits.get(source, ())}
@@ -347,6 +347,7 @@ def table(measured: Measured) -> str:
         link = device.inside if level == "inside" else device.between
         if level != "spanning":
             rows.append(f"{level:<8} {link.overlap:.0%} of a collective's time can hide beneath what is computed")
+            rows[-1] += f", but for {link.stall * 1e6:.1f} us of each"
         for one in fits:
             own = (link.spanning if level == "spanning" else link.measured)[one.kind]
             rows.append(

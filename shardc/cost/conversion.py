@@ -199,8 +199,9 @@ class TensorClass:
         if self.sharing is None or step.kind in LOCAL:
             return 0.0
         moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
-        part = moved / (self.itemsize * math.prod(self.sizes))
-        return self.sharing.hidden(step.kind, step.axis, moved, part) if moved else 0.0
+        if not moved:
+            return 0.0
+        return self.sharing.hidden(step.kind, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""

@@ -161,7 +161,7 @@ class Hardware:
         """The links whose profile counts for them."""
         return {}
 
-    def beside(self, mesh: Mesh, axis: str) -> tuple[float, float]:
+    def overlapping(self, mesh: Mesh, axis: str) -> tuple[float, float]:
         """What part of a collective's time over `axis` a device can compute in, none over an axis of one rank; and the
         seconds that it loses with each."""
         if mesh.sizes[axis] == 1:
@@ -171,7 +171,7 @@ class Hardware:
 
     def hidden(self, mesh: Mesh, axis: str, seconds: float) -> float:
         """Seconds that a collective of so many gives back where a device has as much to compute beside it."""
-        overlap, stall = self.beside(mesh, axis)
+        overlap, stall = self.overlapping(mesh, axis)
         return max(0.0, overlap * seconds - stall)
 
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:

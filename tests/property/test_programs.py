@@ -59,7 +59,8 @@ def machine(random: Random) -> Hardware:
 
     latency = random.choice((0.0, 1e-9, 1e-5))
     overlap = random.choice((0.0, 0.7, 1.0))
-    inside, between = Link(latency, speed(), overlap=overlap), Link(latency, speed(), overlap=overlap)
+    stall = random.choice((0.0, 0.0, 1e-6, 1e-3))
+    inside, between = (Link(latency, speed(), overlap=overlap, stall=stall) for _ in range(2))
     launch = random.choice((0.0, 1e-9, 1e-6))
     return Hardware("random", {"float32": speed()}, speed(), launch, random.choice((1, 2, 4, 64)), inside, between)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import shardc
 from shardc.cost.buckets import SLACK, Buckets, Sharing
 from shardc.cost.conversion import Splits, TensorClass
 from shardc.cost.hardware import hardware
@@ -80,6 +82,34 @@ def test_the_last_gradients_have_nothing_left_to_hide_beneath() -> None:
         assert hidden == pytest.approx(device.inside.overlap * (1.0 - last))
         assert made.seconds[made.index[start], made.index[end]] == pytest.approx((1.0 - hidden) * seconds)
         assert [step.kind for step in made.path(start, end)] == ["all_reduce"]
+
+
+def test_of_a_bucket_less_is_lost_to_the_stall_than_of_single_ones() -> None:
+    """A bucket stalls what is computed beside it once. One that takes no longer than its stall hides nothing."""
+    mesh, near = Axes.parse("dp=4"), hardware("h100").inside
+    alone = Buckets(mesh, hardware("h100")).alone("all_reduce", "dp", 1e5)
+    for stall, hides in ((0.0, near.overlap), (0.25 * alone, near.overlap - 0.25), (2 * alone, 0.0)):
+        buckets = Buckets(mesh, replace(hardware("h100"), inside=replace(near, stall=stall)))
+        assert buckets.hidden("all_reduce", "dp", 1e5, 0.0) == pytest.approx(hides)
+        long = buckets.alone("all_reduce", "dp", 1e7)
+        assert buckets.hidden("all_reduce", "dp", 1e5, 1e7) == pytest.approx(near.overlap - stall / long)
+        gathered = buckets.hidden("all_gather", "dp", 1e5, 0.0)
+        assert Sharing(buckets, (1e5,) * 4).hidden("all_gather", "dp", 1e5, 1.0) == pytest.approx(0.75 * gathered)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+def test_a_gradient_without_elements_hides_nothing(mesh: str) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.empty = nn.Linear(8, 8), nn.Parameter(torch.empty(0, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x).sum() + (x @ self.empty.t()).sum()
+
+    model = shardc.shard(Partly(), mesh=mesh)
+    model(torch.randn(4, 8)).backward()
+    assert model.empty.grad is not None and model.empty.grad.shape == (0, 8)
 
 
 def parts(rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

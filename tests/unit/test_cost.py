@@ -123,6 +123,7 @@ GOOD = (Path(__file__).parents[2] / "shardc/cost/hardware/h100.toml").read_text(
         ("latency = 1.9e-6", "latency = 'fast'", "inside.latency is 'fast', not a number"),
         ("bandwidth = 370e9", "bandwidth = -1", "inside.bandwidth is -1; it must be above zero"),
         ("overlap = 0.9 ", "overlap = 9 ", "between.overlap is 9.0; it is a part, from 0 to 1"),
+        ("overlap = 0.9 ", "stall = -1e-6 ", "between.stall is -1e-06"),
         ("devices_per_node = 8", "devices_per_node = 8.5", "devices_per_node is 8.5, not a whole number"),
         ("float32 =", "float31 =", "lacks flops.float32"),
         ('"tree"', '"shrub"', "algorithms.all_reduce is .*'shrub'.*some of ring, tree, star, direct, hierarchical"),

@@ -54,8 +54,12 @@ def test_each_that_runs_beside_costs_its_stall() -> None:
     clock.start("dp", 4.0)
     clock.compute(6.0)
     assert clock.now == 8.0 and clock.hides("dp", 4.0) and not clock.hides("dp", 1.25)
+    clock.start("dp", 1.0)
+    assert clock.hides("dp", 1.25)  # there it would have to be waited for what is under way, too
+    clock.compute(1.0)
+    assert clock.now == 10.25
     clock.run("tp", 4.0)
-    assert clock.now == 12.0  # nothing is computed beside it
+    assert clock.now == 14.25  # nothing is computed beside it
     assert device.hidden(Mesh.parse("dp=2,tp=2"), "dp", 4.0) == 2.0
 
 
