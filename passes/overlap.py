@@ -18,9 +18,9 @@ and never so early that more than the largest of them would lie there unread. So
 gathered from all ranks come while the layer before computes.
 
 Where nothing is computed between the two, a collective stays as it was. Where nothing of it hides (over links of
-`overlap` 0, or because it takes no longer than the link's `stall`) it is not started ahead; before a posted one over
-another axis it runs where it would have been. Nothing else changes its order, and the collectives of an axis are the
-same, in the same order, on every rank.
+`overlap` 0, or because the link's `stall` takes as long and nothing else is under way there) it is not started ahead;
+what makes gradients then runs where it would have been, if anything that may be hidden follows. Nothing else changes
+its order, and the collectives of an axis are the same, in the same order, on every rank.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ class _Half:
         self.clock = Clock(times.mesh, times.device)
         self.compute, self.seconds, self.operands = times.compute, times.sent, times.operands
         sent = [node for node in nodes if self.seconds[node]]
-        hidden = [node for node in sent if self._hides(node)]
-        leading = _leading(nodes, ready, set(hidden))
+        leading = _leading(nodes, ready, {node for node in sent if self.clock.hides(_axis(node), math.inf)})
         self.posted = dict.fromkeys(node for node in sent if node in leading)
-        self.fetched = [node for node in hidden if node not in ready] if fetch else []
+        self.fetched = [node for node in sent if node not in ready and self._hides(node)] if fetch else []
         apart = set(self.posted)  # with what is made of them
         for node in nodes:
             if not apart.isdisjoint(self.operands[node]):
@@ -80,7 +79,7 @@ class _Half:
         self._chains(sorted(self.posted, key=ready.__getitem__))
 
     def _hides(self, node: fx.Node) -> bool:
-        return self.clock.hides(str(node.kwargs["axis"]), self.seconds[node])
+        return self.clock.hides(_axis(node), self.seconds[node])
 
     def _chains(self, posted: Sequence[fx.Node]) -> None:
         """Per place of the stream what can be posted after it; what else must have landed before, and what after."""
@@ -130,14 +129,14 @@ class _Half:
         for _, axis, _, seconds in self.times.inner.get(node, ()):
             self.clock.run(axis, seconds)
         if self.seconds[node]:
-            self.clock.run(str(node.kwargs["axis"]), self.seconds[node])
+            self.clock.run(_axis(node), self.seconds[node])
 
     def _start(self, node: fx.Node) -> None:
         if node in self.done:
             return
         self._supply(node)
         self.clock.compute(self.compute[node])
-        self.flying[node] = self.clock.start(str(node.kwargs["axis"]), self.seconds[node])
+        self.flying[node] = self.clock.start(_axis(node), self.seconds[node])
         if node in self.following:
             self.watched[node] = self.clock.now
         elif node in self.posted and COLLECTIVES[node.target] != "all_reduce":  # it holds its operand
@@ -197,7 +196,7 @@ class _Half:
         first: Counter[str] = Counter()  # per axis the place of the last start
         found: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self.fetched:
-            axis, made = str(node.kwargs["axis"]), [self.place[n] + 1 for n in self._makers(node) if n in self.place]
+            axis, made = _axis(node), [self.place[n] + 1 for n in self._makers(node) if n in self.place]
             room = _room(unread, self._bytes(node), most)
             place = min(bisect.bisect_right(times, latest[node]) - 1, self.place[node])
             place = max(place, first[axis], room, *made)
@@ -215,7 +214,7 @@ class _Half:
         readers: dict[fx.Node, int] = {}
         free: dict[str, float] = defaultdict(lambda: math.inf)
         for node in reversed(self.fetched):
-            axis, found = str(node.kwargs["axis"]), list(self._readers(node))
+            axis, found = _axis(node), list(self._readers(node))
             readers[node] = min((self.place[one] for one in found if one in self.place), default=len(self.stream))
             wanted = [latest.get(one, times[self.place[one]]) for one in found if one in self.place]
             end = min(free[axis], times[-1], *wanted)
@@ -248,8 +247,12 @@ class _Half:
         return math.prod(node.meta["layout"].local_shape(self.times.mesh)) * node.meta["dtype"].itemsize
 
 
+def _axis(node: fx.Node) -> str:
+    return str(node.kwargs["axis"])
+
+
 def _leading(nodes: Sequence[fx.Node], ready: Container[fx.Node], hidden: Container[fx.Node]) -> set[fx.Node]:
-    """What makes only gradients and is hidden, or is followed by what is."""
+    """What makes only gradients and may be hidden, or is followed by what may."""
     found: set[fx.Node] = set()
     for node in reversed(nodes):
         if node in ready and (node in hidden or not found.isdisjoint(node.users)):
@@ -274,7 +277,7 @@ def _worthwhile(order: Order, times: Times) -> Order:
 
     def worth(node: fx.Node, place: int) -> bool:
         beside = before[place] - before[started[node] + 1]
-        return times.device.hidden(times.mesh, str(node.kwargs["axis"]), beside) > 0.0
+        return times.device.hidden(times.mesh, _axis(node), beside) > 0.0
 
     return [(node, awaited) for place, (node, awaited) in enumerate(order) if not awaited or worth(node, place)]
 

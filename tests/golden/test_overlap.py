@@ -100,6 +100,31 @@ def test_what_saves_more_in_a_bucket_than_it_holds_back_stays_there() -> None:
     assert "reduce_scatter_bucket" in made_for(fast, "levels").graph("bucket")
 
 
+class Scaled(nn.Module):
+    """A number of another dtype, whose gradient fits into no bucket of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.float()
+
+
+def test_a_short_one_behind_others_on_its_axis_is_not_waited_for() -> None:
+    """Alone it would not be worth its stall; but the rank would have to wait for all that is under way."""
+    inside, short = replace(machine(1.0).inside, bandwidth=1e7, latency=1e-4), 2.1e-4
+    layers = [nn.Linear(256, 256, bias=False, device="meta") for _ in range(6)]
+    model = nn.Sequential(*layers[:5], Scaled().to("meta"), layers[5])
+    told = {"*.weight": (None, None)} | {str(layer): ("dp", None) for layer in range(7)}
+
+    def predicted(stall: float) -> float:
+        device, x = replace(machine(1.0), inside=replace(inside, stall=stall)), torch.empty(4096, 256, device="meta")
+        return shardc.compile(model, "dp=2", (x,), hardware=device, constraints=told).plan.predicted
+
+    assert predicted(short) < predicted(0.0) + 7 * short  # once for each gradient
+
+
 def test_what_is_shorter_than_its_stall_is_not_started() -> None:
     made = made_for(near_and_far(stall=1.0), "levels")
     assert ".start(" not in made.code and made.plan.hidden == 0.0
