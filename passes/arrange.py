@@ -99,7 +99,8 @@ class _Arranger:
     def ordered(
         self, graph: fx.Graph, most: float, apart: bool, ways: Sequence[str]
     ) -> tuple[_Ordered | None, Joined, float]:
-        """The first of `ways` to overlap that fits; what the buckets are, and the seconds that backward computes."""
+        """The first of `ways` to overlap that fits and hides more than it stalls; what the buckets are, and the seconds
+        that backward computes."""
         run, pace = halves(graph, self.program), self.pace
         bucketed, joined = self.again, Joined(0, run, 0.0)
         if most:
@@ -115,7 +116,7 @@ class _Arranger:
             self.least = min(self.least, memory.peak)
             if memory.peak <= self.budget:
                 found = _Ordered(graph, bucketed, apart, order, memory, *timed(order, times))
-                if found.hidden >= 0.0:  # what is started may stall more than it hides
+                if what == "nothing" or found.hidden >= 0.0:  # what is started may stall more than it hides
                     return found, joined, beneath
         return None, joined, beneath
 

@@ -59,8 +59,8 @@ Places = dict[fx.Node, tuple[int, ...]]
 
 
 class Joined(NamedTuple):
-    """The bytes of the largest bucket, 0 where there was nothing to join; the halves as they are now; and how many
-    seconds backward might hide of what follows the members of buckets, if these did not wait for each other."""
+    """The bytes of the largest bucket, 0 where there was nothing to join; the halves as they are now; and at most how
+    many seconds backward might hide of what follows the members of buckets, if these did not wait for each other."""
 
     largest: int
     run: Halves

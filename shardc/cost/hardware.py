@@ -172,7 +172,7 @@ class Hardware:
     def hidden(self, mesh: Mesh, axis: str, seconds: float) -> float:
         """Seconds that a collective of so many gives back where a device has as much to compute beside it."""
         overlap, stall = self.overlapping(mesh, axis)
-        return max(0.0, overlap * seconds - stall)
+        return max(overlap * seconds - stall, 0.0) if overlap else 0.0
 
     def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel."""
