@@ -37,19 +37,9 @@ AT_STAKE = 0.01
 
 @dataclass(frozen=True)
 class Arranged:
-    """The graph as it will run, what makes it anew as it was before overlap, whether buckets left those `apart` that
-    would hold back others, what it holds, and the seconds of its collectives that nobody waits for."""
-
-    graph: fx.Graph
-    bucketed: Callable[[], fx.Graph]
-    apart: bool
-    memory: Memory
-    hidden: float
-
-
-@dataclass(frozen=True)
-class _Ordered:
-    """One way to run a graph: its nodes in order, what they hold, how long they take and what they hide."""
+    """A graph and the order in which it is to run; what makes it anew as it was before overlap, and whether its buckets
+    left those `apart` that would hold back others; what it holds in that order, the seconds that it takes, and those of
+    its collectives that nobody waits for."""
 
     graph: fx.Graph
     bucketed: Callable[[], fx.Graph]
@@ -58,10 +48,6 @@ class _Ordered:
     memory: Memory
     seconds: float
     hidden: float
-
-    def written(self) -> Arranged:
-        rewrite(self.graph, self.order)
-        return Arranged(self.graph, self.bucketed, self.apart, self.memory, self.hidden)
 
 
 def arrange(
@@ -81,7 +67,8 @@ def arrange(
             other = arranger.ordered(again(), most, True, ways)[0]
             found = min((one for one in (found, other) if one), key=lambda one: one.seconds, default=None)
         if found:
-            return found.written()
+            rewrite(found.graph, found.order)
+            return found
     raise AssertionError(f"the plan was to hold {arranger.budget:.0f} bytes, its code holds {arranger.least:.0f}")
 
 
@@ -98,7 +85,7 @@ class _Arranger:
 
     def ordered(
         self, graph: fx.Graph, most: float, apart: bool, ways: Sequence[str]
-    ) -> tuple[_Ordered | None, Joined, float]:
+    ) -> tuple[Arranged | None, Joined, float]:
         """The first of `ways` to overlap that fits and hides more than it stalls; what the buckets are, and the seconds
         that backward computes."""
         run, pace = halves(graph, self.program), self.pace
@@ -115,7 +102,7 @@ class _Arranger:
             memory, order = footprint.memory(*halved), [*halved[0], *halved[1]]
             self.least = min(self.least, memory.peak)
             if memory.peak <= self.budget:
-                found = _Ordered(graph, bucketed, apart, order, memory, *timed(order, times))
+                found = Arranged(graph, bucketed, apart, order, memory, *timed(order, times))
                 if what == "nothing" or found.hidden >= 0.0:  # what is started may stall more than it hides
                     return found, joined, beneath
         return None, joined, beneath

@@ -12,9 +12,9 @@ becomes
     %s = %b[1]                                   f32[512]
 
 A collective may wait for others where its result only becomes gradients, by way of views, casts and more conversions,
-which wait with it. Chains (over dp, then over tp) are joined step by step, where that saves more than what waits could
-hide beneath backward. How much a bucket holds, and which gradients are better off alone, is reckoned from the link
-(`shardc/cost/buckets.py`).
+which wait with it. Chains (over dp, then over tp) are joined step by step; if wanted, only where that saves more than
+backward could hide of what waits with them. How much a bucket holds, and which gradients are better off alone, is
+reckoned from the link (`shardc/cost/buckets.py`).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _later(
         if kind not in LOCAL:
             fill = buckets.fill(kind, axis, found) if kind in KINDS else 0.0
             for size in set(found):
-                taken = buckets.alone(kind, axis, size) - max(0.0, buckets.saved(kind, axis, size, fill))
+                taken = buckets.least(kind, axis, size, fill)
                 hidden[kind, axis, size] = taken * buckets.hidden(kind, axis, size, fill)
     later: dict[fx.Node, float] = {}
     own: dict[fx.Node, float] = {}

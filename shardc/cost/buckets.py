@@ -63,9 +63,17 @@ class Buckets:
         seconds = self.alone(kind, axis, fill if self.joins(kind, axis, size, fill) else size)
         return self.device.hidden(self.mesh, axis, seconds) / seconds if seconds else 0.0
 
+    def least(self, kind: str, axis: str, size: float, fill: float) -> float:
+        """Seconds that an operand adds: alone, or its share of a bucket of `fill` bytes."""
+        alone = self.alone(kind, axis, size)
+        return min(alone, self._share(kind, axis, size, fill)) if fill else alone
+
     def saved(self, kind: str, axis: str, size: float, fill: float) -> float:
         """Seconds that an operand takes less in a bucket of `fill` bytes than alone."""
-        return self.alone(kind, axis, size) - self.seconds(kind, axis, fill) * size / fill if fill else 0.0
+        return self.alone(kind, axis, size) - self._share(kind, axis, size, fill) if fill else 0.0
+
+    def _share(self, kind: str, axis: str, size: float, fill: float) -> float:
+        return self.seconds(kind, axis, fill) * size / fill
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,7 @@ class Sharing:
     def seconds(self, kind: str, axis: str, size: float, part: float) -> float:
         """Seconds that a collective adds whose operand of `size` bytes is `part` of a whole gradient: alone, or its
         share of a bucket. Every other gradient is taken to be split as this one is."""
-        fill, alone = self._fill(kind, axis, part), self.buckets.alone(kind, axis, size)
-        return min(alone, self.buckets.seconds(kind, axis, fill) * size / fill) if fill else alone
+        return self.buckets.least(kind, axis, size, self._fill(kind, axis, part))
 
     def hidden(self, kind: str, axis: str, size: float, part: float) -> float:
         """What part of such a collective's time, or of its bucket's, backward can hide: but for the rank's own work,
