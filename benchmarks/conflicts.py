@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import shardc
-from shardc.passes.why import Questions
+from shardc.explain.why import Questions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import llama

@@ -97,7 +97,7 @@ def build(case: Case) -> tuple[nn.Module, dict[str, Tensor]]:
 def timed(case: Case) -> dict[str, Any]:
     """Compile one case in this process: CPU-seconds by phase, and what was proved; then prove it anew."""
     import shardc.api
-    from shardc import capture
+    from shardc.capture import trace as capture
 
     stitching, fill = 0.0, capture.fill
 

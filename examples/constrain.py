@@ -1,6 +1,6 @@
 """Saying where things lie: inside the program with `constrain`, from outside by module path.
 
-    python examples/constrain.py
+python examples/constrain.py
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc import constrain
+from shardc.ir import constrain
 
 
 class MLP(nn.Module):

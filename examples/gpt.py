@@ -1,6 +1,6 @@
 """A GPT written by hand, with dropout as an option: the same random stream on a mesh as on one device.
 
-    shardc run examples/gpt.py --mesh dp=2,tp=2
+shardc run examples/gpt.py --mesh dp=2,tp=2
 """
 
 from __future__ import annotations

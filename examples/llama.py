@@ -1,6 +1,6 @@
 """Llama as transformers builds it, by size; the large ones stay on the meta device and are only planned.
 
-    shardc plan examples/llama.py --mesh dp=4,tp=8 --hardware h100
+shardc plan examples/llama.py --mesh dp=4,tp=8 --hardware h100
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Two matrix products and their gradient: the smallest program with an interesting plan.
 
-    python examples/mlp.py
-    shardc plan examples/mlp.py --mesh tp=4
-    shardc run examples/mlp.py --mesh dp=2,tp=2
+python examples/mlp.py
+shardc plan examples/mlp.py --mesh tp=4
+shardc run examples/mlp.py --mesh dp=2,tp=2
 """
 
 from __future__ import annotations

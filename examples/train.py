@@ -1,7 +1,7 @@
 """Trains a GPT on the bytes of a book. One process holds a virtual mesh; under torchrun each process is a device.
 
-    python examples/train.py
-    torchrun --nproc-per-node 4 examples/train.py
+python examples/train.py
+torchrun --nproc-per-node 4 examples/train.py
 """
 
 from __future__ import annotations

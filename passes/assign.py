@@ -1,7 +1,7 @@
 """Assign: choose a strategy for every operator, so that compute and conversions together take the least time.
 
-    %h = mm(%x, %w)      f32[32, 64]       ->   f32[32@dp, 64@tp]        strategy: dp splits m, tp splits n
-    %y = mm(%h, %w2)     f32[32, 16]       ->   f32[32@dp, 16] +sum@tp   strategy: dp splits m, tp splits k
+%h = mm(%x, %w)      f32[32, 64]       ->   f32[32@dp, 64@tp]        strategy: dp splits m, tp splits n
+%y = mm(%h, %w2)     f32[32, 16]       ->   f32[32@dp, 16] +sum@tp   strategy: dp splits m, tp splits k
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TypeVar
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import States
 from shardc.errors import InfeasibleError, ShardcError
-from shardc.mesh import Mesh
-from shardc.printing import in_bytes
-from shardc.rules.factored import Factored, Key
+from shardc.ir.mesh import Mesh
+from shardc.ir.printing import in_bytes
+from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
+from shardc.planning.recompute_network import RecomputeNetwork
+from shardc.rules.factors.factored import Factored, Key
 from shardc.solver.budget import Frontier
-from shardc.solver.holdings import Prices
-from shardc.solver.keeping import KeepingNetwork
-from shardc.solver.network import Accepts, Assignment, Network
+from shardc.solver.memory_terms import Prices
 from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
 
@@ -33,7 +33,7 @@ TIME_LIMIT = 20.0
 """CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
 
 
-AnyNetwork = TypeVar("AnyNetwork", bound=Network)
+AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,13 @@ class Budget:
 
 
 def assign(
-    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
+    factored: Factored,
+    mesh: Mesh,
+    device: Hardware,
+    accepts: Mapping[Key, Accepts],
+    whole_outputs: bool,
     wishes: Mapping[Key, Sequence[Accepts]],
-) -> tuple[Network, Assignment, Solution]:
+) -> tuple[CostNetwork, Assignment, Solution]:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
     network = network_of(factored, mesh, device, accepts, whole_outputs, wishes)
     solution = solved(network.problem(), TIME_LIMIT)
@@ -56,16 +60,16 @@ def assign(
 
 def assign_within(
     factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
-    wishes: Mapping[Key, Sequence[Accepts]], budget: Budget, peak_of: Callable[[Network, Assignment], float],
-) -> tuple[Network, Assignment, Solution]:  # fmt: skip
+    wishes: Mapping[Key, Sequence[Accepts]], budget: Budget, peak_of: Callable[[CostNetwork, Assignment], float],
+) -> tuple[CostNetwork, Assignment, Solution]:  # fmt: skip
     """As `assign`, among the plans that hold at most `budget.bytes` at once. Operators that run again are offered only
     if something has to give. `peak_of` tells what a plan holds once it is lowered; where that is not what the network
     reckoned, the bound is moved by the difference. What is proved is proved for the largest bound that was tried, of
     the memory that the network reckons. Raises InfeasibleError if nothing fits."""
 
-    def network(recompute: bool, like: Network | None = None) -> KeepingNetwork:
+    def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
         asked = (factored, mesh, device, accepts, whole_outputs, wishes)
-        made = KeepingNetwork(*asked, recompute=recompute, states=budget.states)
+        made = RecomputeNetwork(*asked, recompute=recompute, states=budget.states)
         if like is not None:
             made.share(like)
         return _built(made)
@@ -124,11 +128,15 @@ def _within(frontier: Frontier, bound: float) -> Solution:
 
 
 def network_of(
-    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
+    factored: Factored,
+    mesh: Mesh,
+    device: Hardware,
+    accepts: Mapping[Key, Accepts],
+    whole_outputs: bool,
     wishes: Mapping[Key, Sequence[Accepts]],
-) -> Network:
+) -> CostNetwork:
     """The cost network. Raises InfeasibleError where a variable has no value left."""
-    return _built(Network(factored, mesh, device, accepts, whole_outputs, wishes))
+    return _built(CostNetwork(factored, mesh, device, accepts, whole_outputs, wishes))
 
 
 def _built(network: AnyNetwork) -> AnyNetwork:

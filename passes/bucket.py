@@ -30,12 +30,12 @@ import torch
 from torch import fx
 
 from shardc.cost.buckets import KINDS, Buckets
-from shardc.cost.conversion import LOCAL
-from shardc.graph import call
-from shardc.halves import Halves
-from shardc.mesh import Mesh
-from shardc.runtime import buckets as runtime
-from shardc.runtime import collectives
+from shardc.ir.mesh import Mesh
+from shardc.ir.partition import Partition
+from shardc.ir.program import call
+from shardc.ir.splits import LOCAL
+from shardc.runtime.collectives import basic as collectives
+from shardc.runtime.collectives import buckets as runtime
 
 BUCKETS: dict[object, str] = {
     runtime.all_reduce_bucket: "all_reduce",
@@ -63,11 +63,11 @@ class Joined(NamedTuple):
     many seconds backward might hide of what follows the members of buckets, if these did not wait for each other."""
 
     largest: int
-    run: Halves
+    run: Partition
     held: float
 
 
-def bucket(graph: fx.Graph, run: Halves, buckets: Buckets, apart: bool = False) -> Joined:
+def bucket(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False) -> Joined:
     """Join the collectives of gradients of a localized graph, in place; `apart` are left those that would hold back
     more than a bucket saves."""
     largest, held = 0, 0.0
@@ -107,7 +107,7 @@ def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
     return found
 
 
-def becoming_gradients(run: Halves, graph: fx.Graph) -> set[fx.Node]:
+def becoming_gradients(run: Partition, graph: fx.Graph) -> set[fx.Node]:
     """The collectives, views and casts of backward whose results only become gradients."""
     found: set[fx.Node] = set()
     output, gradients = graph.output_node(), set(run.gradients)
@@ -132,7 +132,7 @@ def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]
     return {node: place[node] for node in waiting}
 
 
-def _chained(run: Halves, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+def _chained(run: Partition, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node | None]:
     """The collectives that may wait, in order, each with the one before it in its chain."""
     last: dict[fx.Node, fx.Node | None] = {}
     found: dict[fx.Node, fx.Node | None] = {}
@@ -146,7 +146,7 @@ def _chained(run: Halves, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node
 
 
 def _later(
-    run: Halves, waiting: Collection[fx.Node], sizes: Mapping[fx.Node, float], buckets: Buckets
+    run: Partition, waiting: Collection[fx.Node], sizes: Mapping[fx.Node, float], buckets: Buckets
 ) -> dict[fx.Node, float]:
     """Seconds that backward could hide of the collectives that follow each, if it waited for no others."""
     alike: dict[tuple[str, str], list[float]] = defaultdict(list)

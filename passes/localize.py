@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.graph import call
-from shardc.layout import Layout
-from shardc.mesh import Mesh
-from shardc.rules.factored import Kind, Op
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import call
+from shardc.rules.factors.factored import Kind, Op
+from shardc.rules.factors.strategy import Shape, Strategy, masks
 from shardc.rules.notation import Size
-from shardc.runtime import indexing
-from shardc.runtime.parts import Part
-from shardc.solver.strategies import Shape, Strategy, masks
+from shardc.runtime.kernels import indexing
+from shardc.runtime.kernels.parts import Part
 
 aten = torch.ops.aten
 _SIZED = {aten.view.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.graph import Program, value_of
-from shardc.rules.borrowed import body_of
-from shardc.rules.builder import Builder, Values
-from shardc.rules.decompositions import DECOMPOSITIONS
-from shardc.rules.factoring import VIEWS
+from shardc.ir.program import Program, value_of
+from shardc.rules.factors.factoring import VIEWS
 from shardc.rules.notation import maker_of
-from shardc.runtime.random import DRAWS
+from shardc.rules.rewrites.borrowed import body_of
+from shardc.rules.rewrites.builder import Builder, Values
+from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
+from shardc.runtime.kernels.random import DRAWS
 
 
 def normalize(program: Program) -> Program:

@@ -33,18 +33,18 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 from torch import fx
 
-from shardc.graph import call
-from shardc.halves import Halves
+from shardc.analysis.timeline import Clock, Flight, Order, Times
+from shardc.ir.partition import Partition
+from shardc.ir.program import call
 from shardc.passes.bucket import COLLECTIVES, passes_on
-from shardc.passes.timeline import Clock, Flight, Order, Times
-from shardc.runtime.started import wait
+from shardc.runtime.collectives.started import wait
 
 PATIENCE = 2.0
 """How many times the seconds that it should take a collective is given, where nothing is gained by waiting for it
 sooner: predictions may be off."""
 
 
-def overlap(run: Halves, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
+def overlap(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
     without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin."""
     forward, backward = (_Half(half, ready, times, fetch).order() for half in (run.forward, run.backward))

@@ -10,17 +10,22 @@ from typing import NamedTuple, TypeVar
 
 from torch import fx
 
-from shardc.constrain import Dim
+from shardc.analysis.conversions import Conversion
+from shardc.analysis.memory import Memory
+from shardc.analysis.timeline import Pace
 from shardc.cost.buckets import Buckets
 from shardc.cost.conversion import sent_fraction
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
-from shardc.graph import Port, Program, Role, where
-from shardc.halves import halves
-from shardc.layout import SHORT_DTYPES, Layout
-from shardc.mesh import Mesh
-from shardc.passes.adopt import Choice, adopt
-from shardc.passes.arrange import arrange, smallest
+from shardc.explain.plan import Placed, Plan, Tried
+from shardc.explain.unruled import refuse_unknown, tried
+from shardc.explain.why import Priced, Questions, titles_of
+from shardc.ir.constrain import Dim
+from shardc.ir.layout import SHORT_DTYPES, Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.partition import partition
+from shardc.ir.printing import Shown
+from shardc.ir.program import Port, Program, Role, where
 from shardc.passes.assign import Budget, assign, assign_within
 from shardc.passes.bucket import bucket
 from shardc.passes.codegen import codegen
@@ -29,16 +34,13 @@ from shardc.passes.normalize import normalize
 from shardc.passes.propagate import Constraint, collect, propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
-from shardc.passes.timeline import Pace
-from shardc.passes.unknown import refuse_unknown, tried
-from shardc.passes.why import Priced, Questions, titles_of
-from shardc.plan import Conversion, Memory, Placed, Plan, Tried
-from shardc.printing import Shown
-from shardc.rules.factored import Factored, Key
-from shardc.rules.factoring import factor
-from shardc.solver.network import Accepts, Assignment, Network
+from shardc.passes.schedule import schedule, smallest
+from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
+from shardc.planning.reuse_strategies import Choice, reuse_strategies
+from shardc.rules.factors.factored import Factored, Key
+from shardc.rules.factors.factoring import factor
+from shardc.rules.factors.strategy import make
 from shardc.solver.solve import Solution
-from shardc.solver.strategies import make
 
 Result = TypeVar("Result")
 Layouts = dict[fx.Node, Layout]
@@ -113,7 +115,7 @@ def lower(
     def again() -> fx.Graph:
         return localize(reshard(network, assignment), mesh)
 
-    arranged = timed("arrange", lambda: arrange(lowered, again, program, pace, settings.states, settings.memory))
+    arranged = timed("arrange", lambda: schedule(lowered, again, program, pace, settings.states, settings.memory))
     graph = arranged.graph
     graphs["reshard"] = lambda: Shown(reshard(network, assignment), mesh)()
     graphs["localize"] = lambda: Shown(again(), mesh)()
@@ -151,17 +153,17 @@ class Localized:
         self.program, self.settings = program, settings
         self._last: tuple[Assignment, _Local] | None = None
 
-    def peak(self, network: Network, assignment: Assignment) -> float:
+    def peak(self, network: CostNetwork, assignment: Assignment) -> float:
         """The bytes that a device holds at most that runs an assignment, without buckets and overlap."""
         graph = self(network, assignment).graph
         return smallest(graph, self.program, self.settings.mesh, self.settings.states)
 
-    def __call__(self, network: Network, assignment: Assignment) -> _Local:
+    def __call__(self, network: CostNetwork, assignment: Assignment) -> _Local:
         if self._last is None or self._last[0] is not assignment:
             self._last = assignment, self._made(network, assignment)
         return self._last[1]
 
-    def _made(self, network: Network, assignment: Assignment) -> _Local:
+    def _made(self, network: CostNetwork, assignment: Assignment) -> _Local:
         graph, unknown = reshard(network, assignment), tuple[Tried, ...]()
         titles = titles_of(self.program, graph)
         if any(op.learned is not None for op in network.factored.ops):
@@ -173,10 +175,10 @@ class Localized:
 def _choose(
     factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts], wishes: Mapping[Key, Sequence[Accepts]],
     known: Choice | None, localized: Localized,
-) -> tuple[Network, Assignment, Solution | None]:  # fmt: skip
+) -> tuple[CostNetwork, Assignment, Solution | None]:  # fmt: skip
     if known is not None:
-        network = Network(factored, settings.mesh, settings.device, accepts, settings.whole_outputs)
-        adopted = adopt(network, known)
+        network = CostNetwork(factored, settings.mesh, settings.device, accepts, settings.whole_outputs)
+        adopted = reuse_strategies(network, known)
         fits = settings.memory is None or (adopted and localized.peak(network, adopted) <= settings.memory)
         if adopted is not None and fits:
             return network, adopted, None
@@ -191,7 +193,7 @@ def _spread(factored: Factored, axes: Mapping[Key, list[tuple[str, ...]]]) -> La
     return {node: value.form.layout_on(tuple(axes[value.key])) for node, value in factored.values.items()}
 
 
-def _chosen(network: Network, assignment: Assignment) -> Layouts:
+def _chosen(network: CostNetwork, assignment: Assignment) -> Layouts:
     """The layouts in which operators make their results, by node."""
     found: Layouts = {}
     for op in network.factored.ops:
@@ -224,7 +226,7 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
 
 
 def _explainer(
-    network: Network, assignment: Assignment, solution: Solution | None, settings: Settings,
+    network: CostNetwork, assignment: Assignment, solution: Solution | None, settings: Settings,
     constraints: Sequence[Constraint], titles: Mapping[Key, str], conversions: tuple[Conversion, ...], compute: float,
     apart: bool,
 ) -> Questions:  # fmt: skip
@@ -232,13 +234,13 @@ def _explainer(
 
     def price(other: Assignment) -> Priced:
         graph = localize(reshard(network, other), settings.mesh)
-        bucket(graph, halves(graph, network.factored.program), Buckets(settings.mesh, settings.device), apart)
+        bucket(graph, partition(graph, network.factored.program), Buckets(settings.mesh, settings.device), apart)
         return _conversions(graph, Pace(network, settings.device), titles), _compute(network, other)
 
     return Questions(network, assignment, solution, settings.mode, constraints, conversions, compute, price, titles)
 
 
-def _compute(network: Network, assignment: Assignment) -> float:
+def _compute(network: CostNetwork, assignment: Assignment) -> float:
     total = 0.0
     for op in network.factored.ops:
         strategy = assignment.strategies[op.node]

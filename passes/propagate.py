@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardc.constrain import Dim, parse, spec_text
-from shardc.cost.conversion import Splits
 from shardc.errors import ConstraintError, InfeasibleError, LayoutError
-from shardc.graph import Port, value_of, where
-from shardc.mesh import Mesh
-from shardc.rules.atoms import Ref
-from shardc.rules.factored import Factored, Key, Op, Value
-from shardc.solver.network import Accepts
+from shardc.ir.constrain import Dim, parse, spec_text
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, value_of, where
+from shardc.ir.splits import Splits
+from shardc.planning.cost_network import Accepts
+from shardc.rules.factors.atoms import Ref
+from shardc.rules.factors.factored import Factored, Key, Op, Value
 
 Axes = tuple[str, ...]
 
@@ -125,7 +125,7 @@ def _tensor(key: Key) -> torch.Tensor:
 def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     if len({c.key for c in constraints}) == len(constraints):
         return  # no value has two
-    from shardc.solver.explain import Request, minimal_conflict  # z3 takes a while to import
+    from shardc.solver.minimal_conflict import Request, minimal_conflict  # z3 takes a while to import
 
     names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
     shapes = {names[c.key]: tuple(int(n) for n in _tensor(c.key).shape) for c in constraints}

@@ -26,20 +26,20 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from shardc.cost.conversion import Splits, Step, apply
-from shardc.graph import Port, Role, call, value_of
-from shardc.layout import Layout
-from shardc.mesh import Mesh
-from shardc.rules.factored import Factored, Form, Key, Kind, Op, Value
-from shardc.runtime import collectives
-from shardc.solver.network import Assignment, Network, base_demand
-from shardc.solver.strategies import Shape, Strategy, demand, make
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Role, call, value_of
+from shardc.ir.splits import Splits, Step, apply
+from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
+from shardc.rules.factors.factored import Factored, Form, Key, Kind, Op, Value
+from shardc.rules.factors.strategy import Shape, Strategy, demand, make
+from shardc.runtime.collectives import basic as collectives
 
 aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]
 
 
-def reshard(network: Network, assignment: Assignment) -> fx.Graph:
+def reshard(network: CostNetwork, assignment: Assignment) -> fx.Graph:
     """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `base` (the key of the base
     value), `op` and `strategy` on operators."""
     return _Rewrite(network, assignment).run()
@@ -70,7 +70,7 @@ class _Layouts:
 
 
 class _Rewrite:
-    def __init__(self, network: Network, assignment: Assignment) -> None:
+    def __init__(self, network: CostNetwork, assignment: Assignment) -> None:
         self.network = network
         self.factored: Factored = network.factored
         self.mesh = network.mesh

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from shardc.constrain import Dim
-from shardc.graph import Port, Program, Role, call, value_of
-from shardc.mesh import Mesh
-from shardc.rules.factored import Factored
+from shardc.ir.constrain import Dim
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Program, Role, call, value_of
+from shardc.rules.factors.factored import Factored
 
 
 def retile(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> bool:

@@ -6,16 +6,25 @@ Imports torch and nothing else of shardc, so that a saved module runs without th
 if __name__ != "shardc.runtime":
     raise ImportError("import shardc.runtime")
 
-from shardc.runtime.attention import attention, attention_backward
-from shardc.runtime.buckets import all_reduce_bucket, reduce_scatter_bucket
-from shardc.runtime.checks import checked
-from shardc.runtime.collectives import all_gather, all_reduce, all_to_all, permute, reduce_scatter, shard, to_partial
-from shardc.runtime.columns import cholesky_inverse, householder_product
-from shardc.runtime.context import attention_in_parts, attention_in_parts_backward
-from shardc.runtime.distributed import DistributedMesh, distribute, local_mesh, swap_in
+from shardc.runtime.collectives.basic import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    permute,
+    reduce_scatter,
+    shard,
+    to_partial,
+)
+from shardc.runtime.collectives.buckets import all_reduce_bucket, reduce_scatter_bucket
+from shardc.runtime.collectives.started import Started, wait
 from shardc.runtime.errors import RankError
-from shardc.runtime.executable import Executable, load
-from shardc.runtime.exponentials import (
+from shardc.runtime.execute.executable import Executable, load
+from shardc.runtime.execute.slots import Cuts, Slot, cut, cuts_of, paste, placements
+from shardc.runtime.kernels.attention import attention, attention_backward
+from shardc.runtime.kernels.attention_parts import attention_in_parts, attention_in_parts_backward
+from shardc.runtime.kernels.checks import checked
+from shardc.runtime.kernels.columns import cholesky_inverse, householder_product
+from shardc.runtime.kernels.exponentials import (
     log_softmax,
     log_softmax_backward,
     logsumexp,
@@ -23,11 +32,10 @@ from shardc.runtime.exponentials import (
     softmax,
     softmax_backward,
 )
-from shardc.runtime.extremes import argmax, argmin, max_along, min_along, topk
-from shardc.runtime.indexing import drop_dummy, fill, pad_dummy, rebase
-from shardc.runtime.lists import hash_tensor, nonzero_static, pair_distances
-from shardc.runtime.mesh import Context, Mesh, current
-from shardc.runtime.moves import (
+from shardc.runtime.kernels.extremes import argmax, argmin, max_along, min_along, topk
+from shardc.runtime.kernels.indexing import drop_dummy, fill, pad_dummy, rebase
+from shardc.runtime.kernels.lists import hash_tensor, nonzero_static, pair_distances
+from shardc.runtime.kernels.moves import (
     arange,
     cat_along,
     constant_pad,
@@ -45,9 +53,9 @@ from shardc.runtime.moves import (
     triu,
     unbind_along,
 )
-from shardc.runtime.norms import layer_norm, layer_norm_backward, rms_norm
-from shardc.runtime.parts import Part
-from shardc.runtime.random import (
+from shardc.runtime.kernels.norms import layer_norm, layer_norm_backward, rms_norm
+from shardc.runtime.kernels.parts import Part
+from shardc.runtime.kernels.random import (
     binomial,
     draw,
     multinomial,
@@ -57,12 +65,9 @@ from shardc.runtime.random import (
     sample_dirichlet,
     standard_gamma,
 )
-from shardc.runtime.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
-from shardc.runtime.shifts import flip, roll
-from shardc.runtime.slots import Cuts, Slot, cut, cuts_of, paste, placements
-from shardc.runtime.started import Started, wait
-from shardc.runtime.virtual import VirtualMesh
-from shardc.runtime.windows import (
+from shardc.runtime.kernels.scans import cummax, cummin, cumprod, cumsum, logcumsumexp
+from shardc.runtime.kernels.shifts import flip, roll
+from shardc.runtime.kernels.windows import (
     avg_pool2d,
     avg_pool2d_backward,
     avg_pool3d,
@@ -74,15 +79,18 @@ from shardc.runtime.windows import (
     max_pool3d,
     max_pool3d_backward,
 )
+from shardc.runtime.mesh.distributed import DistributedMesh, distribute, local_mesh, swap_in
+from shardc.runtime.mesh.mesh import Context, RuntimeMesh, current
+from shardc.runtime.mesh.virtual import VirtualMesh
 
 __all__ = [
     "Context",
     "Cuts",
     "DistributedMesh",
     "Executable",
-    "Mesh",
     "Part",
     "RankError",
+    "RuntimeMesh",
     "Slot",
     "Started",
     "VirtualMesh",

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardc.compiled import TRACING, Call, Compiled, Request, compiled
-from shardc.constrain import Spec
+from shardc.capture.dynamic_sizes import Dynamic
+from shardc.capture.inputs import call_key, flatten
+from shardc.compiled import TRACING, Compiled, ModelCall, Request, compiled
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.cost.memory import bytes_of, states_of
 from shardc.errors import MeshError, ShardcError
-from shardc.inputs import call_key, flatten
-from shardc.mesh import Mesh
+from shardc.ir.constrain import Spec
+from shardc.ir.mesh import Mesh
 from shardc.runtime import Executable
-from shardc.sizes import Dynamic
 
 MODES = ("auto", "propagate")
 OUTPUTS = ("full", "sharded")
@@ -93,7 +93,7 @@ def compile(
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic, memory, optimizer)
-    return compiled(Call(model, args, kwargs), request)
+    return compiled(ModelCall(model, args, kwargs), request)
 
 
 class _Engine:
@@ -113,7 +113,7 @@ class _Engine:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
-        call = Call(module, args, kwargs, hooks=False)
+        call = ModelCall(module, args, kwargs, hooks=False)
         with TRACING:
             key = (call_key(module, leaves, call.dims(self.request)), str(spec))
             self.last = found = self._get(key, call)
@@ -125,7 +125,7 @@ class _Engine:
 
         return found.run(leaves, fallback)
 
-    def _get(self, key: Any, call: Call) -> Compiled:
+    def _get(self, key: Any, call: ModelCall) -> Compiled:
         identity = (key, call.differentiable)
         self.capturing = True
         try:

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from shardc.capture import capture
-from shardc.collector import uncollected
-from shardc.constrain import Dim, Spec, parse, serialise
+from shardc.capture.dynamic_sizes import Dims, Dynamic, Template, named_dims, sizes_of
+from shardc.capture.inputs import flatten
+from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.cost.memory import NO_STATES, States
 from shardc.errors import ConstraintError, MeshError, ShardcError
-from shardc.graph import Constant, Port, Program, Role
-from shardc.inputs import flatten
-from shardc.layout import Layout
-from shardc.mesh import Mesh
-from shardc.passes.adopt import Choice
+from shardc.explain.plan import Plan
+from shardc.ir.constrain import Dim, Spec, parse, serialise
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Constant, Port, Program, Role
 from shardc.passes.pipeline import PASSES, Lowered, Settings, lower
 from shardc.passes.propagate import match_parameters
-from shardc.plan import Plan
+from shardc.planning.gc_pause import gc_paused
+from shardc.planning.reuse_strategies import Choice
 from shardc.runtime import DistributedMesh, Executable, RankError, distribute, load, local_mesh, swap_in
-from shardc.sizes import Dims, Dynamic, Template, named_dims, sizes_of
 
 TRACING = threading.RLock()
 """Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
@@ -120,9 +120,9 @@ class Compiled:
         return pytree.tree_unflatten(made, program.out_spec)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.at(Call(self._module, args, kwargs)).run(flatten((args, kwargs))[0])
+        return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0])
 
-    def at(self, call: Call) -> Compiled:
+    def at(self, call: ModelCall) -> Compiled:
         """The program for the sizes of a call: this one, unless sizes are dynamic."""
         with TRACING:
             return self if self._family is None else self._family.at(call)
@@ -160,7 +160,7 @@ def _distribute(module: nn.Module, executable: Executable) -> None:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and whether the
     model's own hooks are part of the program."""
 
@@ -176,17 +176,17 @@ class Call:
         return named_dims(request.dynamic, named, self.args, self.kwargs)
 
 
-def compiled(call: Call, request: Request) -> Compiled:
+def compiled(call: ModelCall, request: Request) -> Compiled:
     """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
     _check_world(request.mesh)
     dims = call.dims(request)
-    with TRACING, uncollected():
+    with TRACING, gc_paused():
         if dims:
             return Family(request, dims).at(call)
         return Compiled(call.model, lower(*captured(call, request, {})))
 
 
-def captured(call: Call, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:
+def captured(call: ModelCall, request: Request, dims: Dims) -> tuple[Program, Settings, dict[str, float]]:
     """The program of a call, what was asked for it, and the CPU-seconds of capture."""
     paths = [path for path, _ in call.model.named_modules() if path]
     specs = {pattern: _spec(pattern, spec) for pattern, spec in request.constraints.items()}
@@ -225,7 +225,7 @@ class Family:
         self._choice: Choice | None = None
         self._planned_at = ""
 
-    def at(self, call: Call) -> Compiled:
+    def at(self, call: ModelCall) -> Compiled:
         """The program for the sizes of a call."""
         sizes = sizes_of(self._dims, flatten((call.args, dict(call.kwargs)))[0])
         key = tuple(sizes.values())
@@ -233,7 +233,7 @@ class Family:
             self._members[key] = Compiled(call.model, self._lowered(call, sizes), self)
         return self._members[key]
 
-    def _lowered(self, call: Call, sizes: Mapping[str, int]) -> Lowered:
+    def _lowered(self, call: ModelCall, sizes: Mapping[str, int]) -> Lowered:
         phases: dict[str, float] = {}
         if self._template is None and min(sizes.values()) > 1:
             program, self._settings, phases = captured(call, self._request, self._dims)

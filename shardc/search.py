@@ -15,26 +15,26 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from shardc.api import request_of
-from shardc.collector import uncollected
-from shardc.compiled import TRACING, Call, captured
-from shardc.constrain import Spec
+from shardc.compiled import TRACING, ModelCall, captured
 from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
-from shardc.graph import Program, Role
-from shardc.mesh import Mesh
+from shardc.explain.unruled import refuse_unknown
+from shardc.ir.constrain import Spec
+from shardc.ir.mesh import Mesh
+from shardc.ir.printing import columns, in_bytes, in_seconds
+from shardc.ir.program import Program, Role
 from shardc.passes.assign import Budget, assign_within, network_of, solved
 from shardc.passes.normalize import normalize
 from shardc.passes.pipeline import Localized, Settings
 from shardc.passes.propagate import collect, propagate
 from shardc.passes.retile import retile
-from shardc.passes.unknown import refuse_unknown
-from shardc.printing import columns, in_bytes, in_seconds
-from shardc.rules.factored import Factored, Key
-from shardc.rules.factoring import factor
-from shardc.solver.certificate import Certificate, check
-from shardc.solver.keeping import KeepingNetwork
-from shardc.solver.network import Accepts, Assignment, Network
-from shardc.solver.strategies import make
+from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
+from shardc.planning.gc_pause import gc_paused
+from shardc.planning.recompute_network import RecomputeNetwork
+from shardc.rules.factors.factored import Factored, Key
+from shardc.rules.factors.factoring import factor
+from shardc.rules.factors.strategy import make
+from shardc.solver.proof.certificate import Certificate, check
 
 CONSTRAIN = torch.ops.shardc.constrain.default
 TIME_LIMIT = 20.0
@@ -124,7 +124,7 @@ def search_mesh(
     with tqdm(desc="capture", disable=None, leave=False) as bar:
         start = time.process_time()
         with TRACING:
-            program, settings, _ = captured(Call(model, args, kwargs), request, {})
+            program, settings, _ = captured(ModelCall(model, args, kwargs), request, {})
         factored = factor(normalize(program))
         if on_unknown == "error":
             refuse_unknown(factored)
@@ -135,7 +135,7 @@ def search_mesh(
         bar.reset(len(wanted))
         for mesh in wanted:
             best = min((one.cost for one in found), default=math.inf)
-            with uncollected():
+            with gc_paused():
                 found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
             bar.update()
     found.sort(key=lambda one: (one.cost, one.lower_bound))
@@ -211,7 +211,7 @@ def _within(
         factored, mesh, settings.device, accepts, settings.whole_outputs, wishes, budget,
         Localized(factored.program, settings).peak,
     )  # fmt: skip
-    assert isinstance(network, KeepingNetwork)
+    assert isinstance(network, RecomputeNetwork)
     held = network.holdings().peak(solution.choice)
     return Candidate(mesh, solution.cost, solution.lower_bound, held, time.process_time() - start)
 
@@ -230,7 +230,7 @@ def _copied(program: Program) -> Program:
     return replace(program, graph=graph)
 
 
-def _stored(network: Network, assignment: Assignment) -> float:
+def _stored(network: CostNetwork, assignment: Assignment) -> float:
     """Bytes of parameters and gradients that a rank holds."""
     program, total = network.factored.program, 0.0
     ports = dict(zip(program.placeholders, program.inputs, strict=True))

@@ -19,15 +19,16 @@ from torch.utils._pytree import tree_structure
 
 import shardc.rules  # noqa: F401  (registers every rule)
 from shardc.cost.conversion import sent_fraction
-from shardc.graph import Port, Program, Role, value_of
-from shardc.layout import Layout
-from shardc.mesh import Mesh
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Program, Role, value_of
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
-from shardc.rules.factored import Factored, Op
-from shardc.rules.factoring import factor, tensor_arguments
+from shardc.planning.strategies import Options
+from shardc.rules.factors.factored import Factored, Op
+from shardc.rules.factors.factoring import factor, tensor_arguments
+from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of
 from shardc.runtime import VirtualMesh, load
-from shardc.solver.strategies import Options, Strategy, demand, make, sends, shape_of
 
 aten = torch.ops.aten
 

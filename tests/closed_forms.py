@@ -17,17 +17,17 @@ from torch import Tensor, fx, nn
 
 import shardc
 from shardc.api import Compiled
-from shardc.capture import capture
-from shardc.constrain import Spec, parse
-from shardc.cost.conversion import Splits
+from shardc.capture.trace import capture
 from shardc.cost.hardware import DISTANCE, Hardware, Link
-from shardc.graph import Port, Role
-from shardc.mesh import Mesh
+from shardc.ir.constrain import Spec, parse
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Role
+from shardc.ir.splits import Splits
 from shardc.passes.normalize import normalize
 from shardc.passes.propagate import collect, propagate
-from shardc.rules.factored import Factored
-from shardc.rules.factoring import factor
-from shardc.solver.network import Network
+from shardc.planning.cost_network import CostNetwork
+from shardc.rules.factors.factored import Factored
+from shardc.rules.factors.factoring import factor
 from shardc.solver.solve import solve
 from textbook import Transformer, without_overlap
 
@@ -126,7 +126,7 @@ def optimum(
         shape = tuple(op.node.meta["val"].shape)
         if is_product(op.node) and shape in products:
             accepts[op.node, 0] = products[shape].__eq__
-    network = Network(factored, mesh, BYTES, accepts, False)
+    network = CostNetwork(factored, mesh, BYTES, accepts, False)
     network.build()
     return solve(network.problem()).cost
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardc.runtime.mesh import current
+from shardc.runtime.mesh.mesh import current
 
 
 class Meter(TorchDispatchMode):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import shardc.rules  # noqa: F401  (the custom operators must exist)
 from brute_force import Sample, View
-from shardc.runtime import random
+from shardc.runtime.kernels import random
 
 aten = torch.ops.aten
 _random = torch.Generator().manual_seed(0)

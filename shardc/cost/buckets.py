@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shardc.cost.hardware import Hardware
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 
 KINDS = ("all_reduce", "reduce_scatter")
 """The collectives that bring gradients into the layouts of their parameters."""

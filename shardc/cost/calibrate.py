@@ -28,9 +28,9 @@ from torch import Tensor
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
-from shardc.runtime import collectives
-from shardc.runtime.distributed import DistributedMesh, local_mesh
-from shardc.runtime.started import wait
+from shardc.runtime.collectives import basic as collectives
+from shardc.runtime.collectives.started import wait
+from shardc.runtime.mesh.distributed import DistributedMesh, local_mesh
 
 SIZES = tuple(4**k for k in range(5, 12))
 """Bytes of the local operand: 1 KiB to 4 MiB."""
@@ -80,9 +80,7 @@ def wiring(nodes: int, near: int = 1, inside: float = 0.0) -> Wires:
 def fit(kind: str, algorithm: str, wires: Wires, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
     """The link over which `algorithm` takes the times of `points` (bytes, seconds), `floor` seconds of each apart, and
     the hops inside nodes (see `wiring`). At least two sizes are needed to tell latency from bandwidth."""
-    unit, whole = (
-        lines(kind, (algorithm,), wired)[0] for wired in (wires._replace(inside=Line(0.0, 0.0)), wires)
-    )
+    unit, whole = (lines(kind, (algorithm,), wired)[0] for wired in (wires._replace(inside=Line(0.0, 0.0)), wires))
     floor += whole.latency - unit.latency
     sizes, seconds = (np.array(column) for column in zip(*points, strict=True))
     roots = np.sqrt(seconds)

@@ -1,29 +1,29 @@
 """Hardware: what a device computes and what its links carry, read from a data file, ours or the user's.
 
-    memory = 80e9                # bytes a device
-    memory_bandwidth = 3.35e12   # bytes a second
-    launch = 3e-6                # seconds: no kernel takes less
-    start = 6.6e-6               # seconds that a collective takes besides its hops
-    devices_per_node = 8
-    [flops]                      # per second, by dtype
-    bfloat16 = 989e12
-    [inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
-    latency = 1.9e-6
-    bandwidth = 370e9
-    overlap = 0.9                # what part of a collective's time the device can compute in; 0 if it is not told
-    stall = 0                    # optional: seconds that the device loses with each that runs beside what it computes
-    [between]                    # between nodes: bytes a second that one node sends, by all its network cards together
-    latency = 4e-6
-    bandwidth = 360e9
-    [algorithms]                 # what the backend chooses among; shardc/cost/collectives.py has them all
-    all_reduce = ["ring", "tree"]
-    [inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
-    latency = 2e-6
-    bandwidth = 300e9
-    profile = [[65536, 0.9], [1048576, 1.2]] # optional: bytes, and how many times as long as by these two it took
-    [between.spanning.all_gather] # optional: the same along axes that all ranks of a node are on
-    latency = 4e-6
-    bandwidth = 380e9
+memory = 80e9                # bytes a device
+memory_bandwidth = 3.35e12   # bytes a second
+launch = 3e-6                # seconds: no kernel takes less
+start = 6.6e-6               # seconds that a collective takes besides its hops
+devices_per_node = 8
+[flops]                      # per second, by dtype
+bfloat16 = 989e12
+[inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
+latency = 1.9e-6
+bandwidth = 370e9
+overlap = 0.9                # what part of a collective's time the device can compute in; 0 if it is not told
+stall = 0                    # optional: seconds that the device loses with each that runs beside what it computes
+[between]                    # between nodes: bytes a second that one node sends, by all its network cards together
+latency = 4e-6
+bandwidth = 360e9
+[algorithms]                 # what the backend chooses among; shardc/cost/collectives.py has them all
+all_reduce = ["ring", "tree"]
+[inside.measured.all_gather] # optional: latency and bandwidth as measured for one kind of collective
+latency = 2e-6
+bandwidth = 300e9
+profile = [[65536, 0.9], [1048576, 1.2]] # optional: bytes, and how many times as long as by these two it took
+[between.spanning.all_gather] # optional: the same along axes that all ranks of a node are on
+latency = 4e-6
+bandwidth = 380e9
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.errors import ShardcError
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 
 DISTANCE = 0.02
 _FOLDER = Path(__file__).parent / "hardware"

@@ -1,31 +1,29 @@
 """Operator rules as data, one family a file. Importing this package registers them all."""
 
 # the custom operators must exist before their rules name them
-import shardc.constrain  # pyright: ignore[reportUnusedImport]
-import shardc.runtime.attention  # pyright: ignore[reportUnusedImport]
-import shardc.runtime.checks  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from shardc.rules import (
+import shardc.ir.constrain  # pyright: ignore[reportUnusedImport]
+import shardc.runtime.kernels.attention  # pyright: ignore[reportUnusedImport]
+import shardc.runtime.kernels.checks  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from shardc.rules.families import (
     attention,
-    bags,
     contraction,
-    factory,
+    factories,
     fourier,
     index,
-    linear,
     lists,
     matrices,
     normalization,
     pointwise,
     pools,
-    randomness,
     reduction,
     sampling,
     scan,
     shape,
     window,
 )
+from shardc.rules.rewrites import bags, factorisations, randomness
 
 FAMILIES = (
-    attention, bags, contraction, factory, fourier, index, linear, lists, matrices, normalization, pointwise,
+    attention, bags, contraction, factories, factorisations, fourier, index, lists, matrices, normalization, pointwise,
     pools, randomness, reduction, sampling, scan, shape, window,
 )  # fmt: skip

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 
 from shardc.errors import RuleError
-from shardc.rules.bench import Bench, Cut, Unfit, Unrunnable, undisturbed
-from shardc.rules.guard import survivors
 from shardc.rules.notation import Dims, Rule, Size, maker_of, parse
-from shardc.rules.recombine import How
-from shardc.rules.specimen import Call, specimens
-from shardc.rules.trial import refusal
+from shardc.rules.trial.checker import Checker, Cut, Unfit, Unrunnable, undisturbed
+from shardc.rules.trial.guard import survivors
+from shardc.rules.trial.recombine import How
+from shardc.rules.trial.sample_call import SampleCall, sample_calls
+from shardc.rules.trial.trial import refusal
 
 _GIVEN: dict[OpOverload, list[Rule]] = {}
 _SIZES = (6, 4, 10, 9, 8, 12, 14, 15, 16, 18)
@@ -66,7 +66,7 @@ def rule(
 def given_rule(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> Rule | None:
     """The user's rule for one call; None if there is none that fits its ranks and sizes."""
     rules = _GIVEN.get(operator, [])
-    call = Call.of(operator, args, kwargs) if rules else None
+    call = SampleCall.of(operator, args, kwargs) if rules else None
     made = results if isinstance(results, (tuple, list)) else [results]
     shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in made]
     return next((rule for rule in rules if call is not None and not _misfit(rule, call.actual, shapes)), None)
@@ -113,8 +113,8 @@ def _check(operator: OpOverload, given: Rule, text: str, example: Sequence[Any] 
     """RuleError if the operator does not do what the rule claims."""
     title = f"rule {text!r} of {operator}"
     args = list(example) if example is not None else _made_up(operator, given, title)
-    call = Call.of(operator, args, {})
-    found = specimens(call)
+    call = SampleCall.of(operator, args, {})
+    found = sample_calls(call)
     if not found:
         raise RuleError(f"{title} cannot be checked: {_complaint(call)}. Pass example=(...), the arguments of a call")
     misfit = _misfit(given, found[-1].actual, found[-1].results)
@@ -127,13 +127,13 @@ def _check(operator: OpOverload, given: Rule, text: str, example: Sequence[Any] 
         raise RuleError(f"{title}{told}")
 
 
-def _verdict(given: Rule, found: Sequence[Call], example: Sequence[Any] | None) -> str:
+def _verdict(given: Rule, found: Sequence[SampleCall], example: Sequence[Any] | None) -> str:
     """What is wrong with the claim; empty if nothing is."""
     with undisturbed():
         try:
             benches = list(_benches(found))
             if not benches and example is not None:
-                benches = [Bench(found[-1], example=list(_tensors(example)))]
+                benches = [Checker(found[-1], example=list(_tensors(example)))]
         except Unfit as error:
             return f": the operator can have no rule: {error}"
         except Unrunnable:
@@ -143,10 +143,10 @@ def _verdict(given: Rule, found: Sequence[Call], example: Sequence[Any] | None) 
         return next(filter(None, (_Claim(bench, given).check() for bench in benches)), "")
 
 
-def _benches(found: Sequence[Call]) -> Iterator[Bench]:
+def _benches(found: Sequence[SampleCall]) -> Iterator[Checker]:
     for call in found:
         with suppress(Unrunnable):
-            yield Bench(call)
+            yield Checker(call)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
@@ -186,7 +186,7 @@ def _made_up(operator: OpOverload, given: Rule, title: str) -> list[Any]:
     return args
 
 
-def _complaint(call: Call) -> str:
+def _complaint(call: SampleCall) -> str:
     """What the operator's fake kernel says about a call that it does not accept."""
     try:
         with FakeTensorMode():
@@ -199,7 +199,7 @@ def _complaint(call: Call) -> str:
 class _Claim:
     """What a rule says about one specimen, factor by factor."""
 
-    def __init__(self, bench: Bench, rule: Rule) -> None:
+    def __init__(self, bench: Checker, rule: Rule) -> None:
         self.bench, self.rule = bench, rule
         self.operands = [names for names in rule.operands if names is not None]
 

@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardc.errors import InfeasibleError
-from shardc.printing import in_bytes
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate
-from shardc.solver.forest import step
-from shardc.solver.holdings import Holdings, Prices
+from shardc.ir.printing import in_bytes
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.exact.forest import step
+from shardc.solver.memory_terms import MemoryTerms, Prices
 from shardc.solver.problem import TOLERANCE, Array, Problem, Terms, magnitude
+from shardc.solver.proof.certificate import Certificate
 from shardc.solver.solve import Solution, Trail, is_small, solve
 
 if TYPE_CHECKING:
-    from shardc.solver.milp import Limit
+    from shardc.solver.exact.milp import Limit
 
 _CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
 _ENOUGH, _DEEPLY, _FINELY = 3e-4, 1e-3, 1e-5  # the same at any one price; where layers are folded; if sweeps are short
@@ -58,7 +58,7 @@ _HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple o
 
 
 @dataclass(frozen=True)
-class Proof:
+class PriceProof:
     """Prices per position, in seconds a byte; what every choice costs at least at these prices, and the certificate of
     that as far as there is one. A draft only tells what the best choice found costs. A `fine` one proves what a
     search at these prices can; others are rough, or known from elsewhere."""
@@ -89,10 +89,10 @@ class _Point:
 class Frontier:
     """The trade of cost against memory, as far as it was looked at: what was found for one bound serves the next."""
 
-    def __init__(self, problem: Problem, holdings: Holdings) -> None:
+    def __init__(self, problem: Problem, holdings: MemoryTerms) -> None:
         self.problem, self.holdings = problem, holdings
         self.points: list[_Point] = []
-        self.proofs: list[Proof] = []
+        self.proofs: list[PriceProof] = []
         self.finished: dict[float, float] = {}  # what branching proved, by bound
         self.trail = Trail.of(holdings.linked(problem), _KEPT)
         self.close, self.enough = (_DEEP, _DEEPLY) if self.trail.fold else (_CLOSE, _ENOUGH)
@@ -105,7 +105,7 @@ class Frontier:
         once."""
         draft = not math.isfinite(free.lower_bound)
         least = free.cost if draft else free.lower_bound
-        self.proofs.append(Proof({}, least, Certificate({}), draft))  # theirs is of another network
+        self.proofs.append(PriceProof({}, least, Certificate({}), draft))  # theirs is of another network
         self.points.append(self._point(choice))
         self.trail = self.trail.at(choice)
 
@@ -199,7 +199,7 @@ class Frontier:
     def _best(self, bound: float) -> _Point | None:
         return min((p for p in self.points if p.peak <= bound), key=lambda p: p.cost, default=None)
 
-    def _proof(self, bound: float, drafts: bool = False) -> Proof:
+    def _proof(self, bound: float, drafts: bool = False) -> PriceProof:
         """The one that proves, or seems to prove, most for a bound."""
         return max((p for p in self.proofs if drafts or not p.draft), key=lambda proof: proof.bound(bound))
 
@@ -213,7 +213,7 @@ class Frontier:
         if found.trail is not None:
             self.trail = replace(found.trail, fold=self.trail.fold)
         least = found.cost if draft and folded else found.lower_bound
-        self.proofs.append(Proof(prices, least, found.certificate, draft and folded, fine=not draft))
+        self.proofs.append(PriceProof(prices, least, found.certificate, draft and folded, fine=not draft))
         if any(point.choice == found.choice for point in self.points):
             return False
         self.points.append(self._point(found.choice))
@@ -258,7 +258,7 @@ class Frontier:
     def _finish(self, bound: float, deadline: float) -> None:
         """Where the network is small: close what prices leave open by branching, with the bound at every position at
         which a choice has exceeded it."""
-        from shardc.solver.milp import solve_milp  # takes a second to import, and few compilations come this far
+        from shardc.solver.exact.milp import solve_milp  # takes a second to import, and few compilations come this far
 
         scale = _MILP_UNITS / max(max(abs(point.cost) for point in self.points), 1e-300)
         edges = {edge: table * scale for edge, table in self.problem.edges.items()}
@@ -278,7 +278,7 @@ class Frontier:
                 return
 
     def _limit(self, position: int, bound: float) -> Limit:
-        from shardc.solver.milp import Limit
+        from shardc.solver.exact.milp import Limit
 
         held = self.holdings.at(position)
         alone = [(h.one, h.table) for h in held if h.other is None]

@@ -26,20 +26,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from shardc.solver.active import Active
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate, check, left
-from shardc.solver.contract import Network
-from shardc.solver.distinct import Tables
-from shardc.solver.eliminate import eliminate, find_order
-from shardc.solver.fold import Fold, fold
-from shardc.solver.forest import descend
-from shardc.solver.holdings import Prices
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.bounds.distinct import Tables
+from shardc.solver.exact.active import Active
+from shardc.solver.exact.eliminate import eliminate, find_order
+from shardc.solver.exact.forest import descend
+from shardc.solver.exact.presolve import ReducedNetwork
+from shardc.solver.exact.search import Search
+from shardc.solver.layers.fold import Fold, fold
+from shardc.solver.layers.ring import COPIES, Prove, around
+from shardc.solver.memory_terms import Prices
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
-from shardc.solver.prove import MAX_SWEEPS, Known, Proof, clipped, prove
-from shardc.solver.remainder import Remainder
-from shardc.solver.ring import COPIES, Prove, around
-from shardc.solver.search import Search
+from shardc.solver.proof.certificate import Certificate, check, left
+from shardc.solver.proof.prove import MAX_SWEEPS, Known, Proof, clipped, prove
+from shardc.solver.proof.remainder import Remainder
 
 _FOLDED = 2  # times that a network must shrink by folding to be worth it
 _SEARCH = 0.6  # part of the time left that one step may take which others follow
@@ -164,7 +164,7 @@ def _searched(
     problem: Problem, goal: _Goal, known: list[int] | None = None, draft: bool = False
 ) -> tuple[list[int], float]:
     """The best choice found, and what every choice costs at least. The search starts from the known choice."""
-    network = Network(problem)
+    network = ReducedNetwork(problem)
     network.shrink()
     core = network.core()
     search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant, draft)

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from shardc.runtime import DistributedMesh, Part, convolution, flip, local_mesh, roll, softmax, topk
-from shardc.runtime.extremes import argmax
-from shardc.runtime.scans import cummax
-from shardc.runtime.windows import convolution_backward
+from shardc.runtime.kernels.extremes import argmax
+from shardc.runtime.kernels.scans import cummax
+from shardc.runtime.kernels.windows import convolution_backward
 
 aten = torch.ops.aten
 mesh = local_mesh({"a": int(os.environ["WORLD_SIZE"])})

@@ -8,7 +8,7 @@ import torch
 from shardc.cost import calibrate as calibration
 from shardc.cost.calibrate import _Bench, calibrate, layout_of_processes, toml
 from shardc.cost.hardware import hardware
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.runtime import DistributedMesh, all_reduce, local_mesh
 
 mesh = local_mesh(layout_of_processes())

@@ -7,7 +7,7 @@ from shardc.cost import calibrate as calibration
 from shardc.cost.calibrate import calibrate, table, toml
 from shardc.cost.collectives import ALGORITHMS
 from shardc.cost.hardware import hardware
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.runtime import DistributedMesh, local_mesh
 
 mesh = local_mesh({"node": 2, "local": 2})

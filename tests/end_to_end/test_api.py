@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc import constrain, shard
+from shardc import shard
+from shardc.ir import constrain
 from shardc.passes.pipeline import PASSES
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc import Mesh, constrain, shard
-from shardc.errors import CaptureError, ConstraintError, InfeasibleError, LayoutError, MeshError, RuleError, ShardcError
+from shardc import Mesh, shard
+from shardc.errors import (
+    CaptureError,
+    ConstraintError,
+    InfeasibleError,
+    LayoutError,
+    MeshError,
+    RuleError,
+    ShardcError,
+)
+from shardc.ir import constrain
 from shardc.runtime import RankError
 
 ROOT = Path(__file__).parents[2]

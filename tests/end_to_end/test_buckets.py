@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import shardc
 from meter import metered
 from shardc.cost.hardware import Hardware, hardware
-from shardc.passes import arrange
+from shardc.passes import schedule
 from shardc.passes.bucket import Joined
 
 Case = tuple[nn.Module, tuple[Tensor, ...]]
@@ -115,7 +115,7 @@ def test_gradients(
     assert "_reduce_bucket" in one.code or "_scatter_bucket" in one.code
     close(found, expected)
     assert one.executable.mesh.traffic == pytest.approx(one.plan.bytes_per_axis)
-    monkeypatch.setattr(arrange, "bucket", lambda graph, run, buckets, apart: Joined(0, run, 0.0))
+    monkeypatch.setattr(schedule, "bucket", lambda graph, run, buckets, apart: Joined(0, run, 0.0))
     other, alone = compiled()
     assert "_reduce_bucket" not in other.code and "_scatter_bucket" not in other.code
     assert all(torch.equal(found[name], alone[name]) for name in alone)

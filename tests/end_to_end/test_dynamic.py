@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import shardc
 from models import MODELS, loss_of
 from odd_sizes import DIVIDES, Decoder
-from shardc import capture as capture_module
+from shardc.capture import trace as capture_module
 from shardc.errors import ShardcError
 
 BATCH_AND_SEQUENCE = {0: "batch", 1: "seq"}
@@ -81,9 +81,7 @@ def test_a_transformer_of_the_zoo(traces: list[object]) -> None:
     compiled = shardc.compile(single, "dp=2,tp=2", inputs, dynamic=names, hardware="cpu")
     for batch, length in ((2, 8), (6, 5), (3, 16)):
         given = {name: torch.randint(0, 64, (batch, length)) for name in inputs}
-        torch.testing.assert_close(
-            loss_of(compiled(**given)), loss_of(single(**given)), rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(loss_of(compiled(**given)), loss_of(single(**given)), rtol=1e-10, atol=1e-10)
     assert len(traces) == 1
 
 

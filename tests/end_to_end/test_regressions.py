@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardc import constrain, shard
+from shardc import shard
 from shardc.errors import CaptureError, InfeasibleError, MeshError
+from shardc.ir import constrain
 from shardc.runtime import RankError
 
 
@@ -297,6 +298,7 @@ def test_a_value_whose_dims_share_atoms_is_viewed_in_other_blocks_per_dim() -> N
 
 def test_equal_calls_of_which_other_results_are_read() -> None:
     """What a call makes and nobody reads is not held; the next one like it may have other readers."""
+
     def program(_: nn.Module, x: Tensor) -> Tensor:
         one, other = (constrain(y, ("tp", None)).unbind(0) for y in (x.sin(), x.cos()))
         return one[0].sum() + other[5].sum()

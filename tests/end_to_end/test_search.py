@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import shardc
 from shardc.cli import main
 from shardc.cost.hardware import hardware
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.search import factorisations, meshes
 from textbook import without_overlap
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import shardc
 from shardc.cli import main
-from shardc.constrain import parse
 from shardc.errors import LayoutError, ShardcError
-from shardc.plan import Plan
+from shardc.explain.plan import Plan
+from shardc.ir.constrain import parse
 from textbook import MLP
 
 X = torch.zeros(64, 256)
@@ -42,7 +42,7 @@ def test_why_not_agrees_with_a_constraint(plan: Plan, layout: str) -> None:
     assert plan.cost + answer.extra == pytest.approx(other.cost, rel=1e-9)
     assert plan.compute + answer.compute == pytest.approx(other.compute, rel=1e-9)
 
-    def sent(conversions: tuple[shardc.plan.Conversion, ...]) -> Counter[tuple[str, str, float]]:
+    def sent(conversions: tuple[shardc.explain.plan.Conversion, ...]) -> Counter[tuple[str, str, float]]:
         return Counter((c.kind, c.axis, c.sent) for c in conversions)
 
     assert sent(plan.conversions) + sent(answer.added) - sent(answer.removed) == sent(other.conversions)

@@ -88,7 +88,7 @@ def test_buckets_are_those_that_take_less_time(monkeypatch: pytest.MonkeyPatch) 
     device, gained = near_and_far(), list[float]()
     devices = [replace(device, between=replace(device.between, bandwidth=10.0**size)) for size in (7, 7.5, 8, 9, 10)]
     free = [made_for(device, "levels").plan for device in devices]
-    monkeypatch.setattr("shardc.passes.arrange.AT_STAKE", math.inf)
+    monkeypatch.setattr("shardc.passes.schedule.AT_STAKE", math.inf)
     for one, device in zip(free, devices, strict=True):
         gained.append(1.0 - one.predicted / made_for(device, "levels").plan.predicted)
     assert gained[0] > 0.0 and gained[-1] == 0.0 and min(gained) >= 0.0

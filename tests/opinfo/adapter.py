@@ -20,17 +20,17 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opinfo.database import RANKS, Sample
-from shardc.capture import capture
-from shardc.constrain import Dim
+from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link
-from shardc.graph import Constant, Port, Program, Role, value_of
-from shardc.layout import P, S
-from shardc.mesh import Mesh
+from shardc.ir.constrain import Dim
+from shardc.ir.layout import P, S
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Constant, Port, Program, Role, value_of
 from shardc.passes.bucket import COLLECTIVES
 from shardc.passes.pipeline import Settings, lower
-from shardc.rules.factoring import VIEWS
+from shardc.rules.factors.factoring import VIEWS
 from shardc.runtime import Slot, VirtualMesh, load
-from shardc.runtime.slots import cut, paste
+from shardc.runtime.execute.slots import cut, paste
 
 aten = torch.ops.aten
 AXIS = "a"

@@ -153,6 +153,7 @@ def _split(tensor: Tensor, dim: int) -> str:
 
 def detached(tree: Any, requires_grad: bool = False) -> Any:
     """A copy of a tree of arguments whose tensors are leaves, requiring gradients as before if `requires_grad`."""
+
     def copy(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad and requires_grad)
 

@@ -1,13 +1,13 @@
 """What is recorded of one operator: per sample and layout, right or wrong, and whether the work was split.
 
-    forward, backward   ok        the value is that of a single device (of a random operator: shape and type)
-                        wrong     value, shape or type differ, or ranks disagree about a whole result
-                        refused   a ShardcError says that this cannot be done
-                        error     any other exception
-                        skip      there is nothing to compare with
-    part                full      every operator computed on a split or partial operand, and nothing was gathered
-                        some      at least one operator did
-                        none      everything was made whole first
+forward, backward   ok        the value is that of a single device (of a random operator: shape and type)
+                    wrong     value, shape or type differ, or ranks disagree about a whole result
+                    refused   a ShardcError says that this cannot be done
+                    error     any other exception
+                    skip      there is nothing to compare with
+part                full      every operator computed on a split or partial operand, and nothing was gathered
+                    some      at least one operator did
+                    none      everything was made whole first
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import check
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.bounds.triplets import Groups
 from shardc.solver.problem import Problem
-from shardc.solver.prove import Known, Proof
+from shardc.solver.proof.certificate import check
+from shardc.solver.proof.prove import Known, Proof
 from shardc.solver.solve import solve
-from shardc.solver.triplets import Groups
 
 SWEEPS = 300
 

@@ -8,15 +8,15 @@ import pytest
 
 from shardc.errors import InfeasibleError
 from shardc.solver.budget import Frontier
-from shardc.solver.certificate import check_within
-from shardc.solver.holdings import Holding, Holdings
+from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
 from shardc.solver.problem import Problem, evaluate
+from shardc.solver.proof.certificate import check_within
 from shardc.solver.solve import solve
 
 LENGTH = 6
 
 
-def instance(seed: int) -> tuple[Problem, Holdings]:
+def instance(seed: int) -> tuple[Problem, MemoryTerms]:
     """A random network of up to 6 variables, some pairs forbidden, and what it holds over a schedule."""
     rng = np.random.default_rng(seed)
     count, sizes = int(rng.integers(2, 7)), rng.integers(2, 4, size=7)
@@ -28,19 +28,21 @@ def instance(seed: int) -> tuple[Problem, Holdings]:
                 table = rng.random((sizes[u], sizes[v]))
                 table[rng.random(table.shape) < 0.1] = np.inf
                 problem.add_edge(u, v, table)
-    held: list[Holding] = []
+    held: list[MemoryTerm] = []
     for _ in range(int(rng.integers(2, 12))):
         start = int(rng.integers(LENGTH))
         end = int(rng.integers(start, LENGTH))
         one, other = sorted(int(v) for v in rng.choice(count, 2, replace=False))
         if rng.random() < 0.5:
-            held.append(Holding(one, None, rng.integers(0, 9, size=sizes[one]).astype(float), start, end))
+            held.append(MemoryTerm(one, None, rng.integers(0, 9, size=sizes[one]).astype(float), start, end))
         else:
-            held.append(Holding(one, other, rng.integers(0, 9, (sizes[one], sizes[other])).astype(float), start, end))
-    return problem, Holdings(LENGTH, held)
+            held.append(
+                MemoryTerm(one, other, rng.integers(0, 9, (sizes[one], sizes[other])).astype(float), start, end)
+            )
+    return problem, MemoryTerms(LENGTH, held)
 
 
-def brute_force(problem: Problem, holdings: Holdings) -> list[tuple[float, float]]:
+def brute_force(problem: Problem, holdings: MemoryTerms) -> list[tuple[float, float]]:
     """The cost and the peak of every choice that is allowed."""
     every = itertools.product(*(range(len(cost)) for cost in problem.unary))
     found = [(evaluate(problem, choice), float(holdings.timeline(choice).max())) for choice in every]
@@ -105,11 +107,11 @@ def test_prices_and_a_certificate_prove_what_they_say(seed: int) -> None:
 def test_what_two_plans_differ_in_is_taken_part_by_part() -> None:
     """Ten equal layers that could all be faster at the same price; there is room for three of them."""
     problem = Problem()
-    held: list[Holding] = []
+    held: list[MemoryTerm] = []
     cost, size = np.array([2.0, 1.0]), np.array([0.0, 1.0])
     for v in range(10):
         problem.add_variable(f"layer {v}", cost)
-        held.append(Holding(v, None, size, 0, 0))
-    found = Frontier(problem, Holdings(1, held)).within(3.0, 20.0)
+        held.append(MemoryTerm(v, None, size, 0, 0))
+    found = Frontier(problem, MemoryTerms(1, held)).within(3.0, 20.0)
     assert found.cost == 17.0 and sum(found.choice) == 3
     assert found.lower_bound == pytest.approx(17.0)

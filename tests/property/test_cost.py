@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fuzz import searched
 from shardc.cost.collectives import ALGORITHMS
 from shardc.cost.hardware import Hardware, Link
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 
 randoms = st.randoms(use_true_random=False)
 KINDS = sorted(ALGORITHMS)

@@ -16,20 +16,21 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fuzz import searched
-from shardc.capture import capture
-from shardc.cost.conversion import Splits, TensorClass, apply, sent_fraction, step_seconds
+from shardc.capture.trace import capture
+from shardc.cost.conversion import TensorClass, sent_fraction, step_seconds
 from shardc.cost.hardware import Hardware, Link
 from shardc.errors import LayoutError
-from shardc.layout import Atom, Layout
-from shardc.mesh import Mesh
+from shardc.ir.layout import Atom, Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.splits import Splits, apply
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.passes.normalize import normalize
 from shardc.passes.reshard import _Rewrite
-from shardc.rules.factored import Factored
-from shardc.rules.factoring import factor
+from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.rules.factors.factored import Factored
+from shardc.rules.factors.factoring import factor
 from shardc.runtime import Executable, cut, load, paste
-from shardc.solver.network import Assignment, Network
 
 randoms = st.randoms(use_true_random=False)
 
@@ -170,7 +171,7 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
 
     _price(tensor, start, end)
     network = SimpleNamespace(factored=factored, mesh=mesh, class_of=lambda _: tensor)
-    rewrite = _Rewrite(cast(Network, network), Assignment({}, {}, {}, {}))
+    rewrite = _Rewrite(cast(CostNetwork, network), Assignment({}, {}, {}, {}))
     node = rewrite.graph.placeholder("x")
     rewrite._describe(node, key, factored.base[key].form.layout(whole.axes))
     back = bool(end.partial) or not _sliceable(factored, key, end, mesh)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fuzz import TIMES, searched
 from programs import AXES, Program, grow, random_spec
-from shardc.capture import capture
+from shardc.capture.trace import capture
 from shardc.compiled import Compiled
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import CaptureError, RuleError, ShardcError
-from shardc.graph import Role
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Role
 from shardc.passes.pipeline import Settings, lower
 from shardc.passes.propagate import match_parameters
 

@@ -10,11 +10,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from shardc.errors import InfeasibleError
-from shardc.solver import contract, eliminate, remainder, search, triplets
-from shardc.solver import milp as milp_module
-from shardc.solver.certificate import Certificate, Lender, check
+from shardc.solver.bounds import triplets
+from shardc.solver.exact import eliminate, presolve, search
+from shardc.solver.exact import milp as milp_module
 from shardc.solver.problem import Array, Edge, Problem, evaluate
-from shardc.solver.remainder import Remainder
+from shardc.solver.proof import remainder
+from shardc.solver.proof.certificate import Certificate, Lender, check
+from shardc.solver.proof.remainder import Remainder
 from shardc.solver.solve import solve
 
 SHAPES = ("tree", "grid", "dense", "cycle", "empty")
@@ -94,8 +96,8 @@ def test_brute_force(shape: str, forbid: float, tied: bool) -> None:
 @pytest.mark.parametrize(("shape", "forbid", "tied"), CASES)
 def test_without_contraction(shape: str, forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps, pruning and elimination have to do all of the work."""
-    monkeypatch.setattr(contract.Network, "contract", lambda self, variables: set())
-    monkeypatch.setattr(contract.Network, "drop_dominated", lambda self, variables: set())
+    monkeypatch.setattr(presolve.ReducedNetwork, "contract", lambda self, variables: set())
+    monkeypatch.setattr(presolve.ReducedNetwork, "drop_dominated", lambda self, variables: set())
     monkeypatch.setattr(search, "_AT_ONCE", 0.0)
     rng = np.random.default_rng([len(shape), int(100 * forbid), tied, 1])
     for _ in range(5):

@@ -15,7 +15,7 @@ from brute_force import Call, Sample
 from fuzz import searched
 from pointwise_samples import POINTWISE
 from rule_samples import GROUPS
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.runtime import VirtualMesh
 
 MESHES = ((2,), (3,), (4,), (5,), (6,), (7,), (2, 2), (2, 3), (3, 2), (4, 2), (2, 5), (2, 2, 2), (3, 2, 2))

@@ -1,6 +1,6 @@
 """Pieces of dims, as views cut them and operators tie them."""
 
-from shardc.rules.atoms import Atoms
+from shardc.rules.factors.atoms import Atoms
 
 
 def test_pieces_that_are_cut_alike_are_tied_piece_by_piece() -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import shardc
 from shardc.cost.buckets import SLACK, Buckets, Sharing
-from shardc.cost.conversion import Splits, TensorClass
+from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import hardware
-from shardc.mesh import Mesh as Axes
+from shardc.ir.mesh import Mesh as Axes
+from shardc.ir.splits import Splits
 from shardc.runtime import (
     RankError,
     VirtualMesh,

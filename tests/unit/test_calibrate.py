@@ -27,8 +27,6 @@ SHORT, LONG = calibrate.BENEATH
         ((1e-3, 1.5e-3), (2e-2, 2.5e-2), 0.0, 0.0),  # beside computing they take longer than alone
     ],
 )
-def test_overlap_and_stall(
-    short: tuple[float, float], long: tuple[float, float], overlap: float, stall: float
-) -> None:
+def test_overlap_and_stall(short: tuple[float, float], long: tuple[float, float], overlap: float, stall: float) -> None:
     found = _Told({SHORT: short, LONG: long}).overlapping("dp")
     assert found == (pytest.approx(overlap), pytest.approx(stall, abs=1e-9))

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import shardc
-from shardc.capture import capture, flatten
-from shardc.constrain import check, parse, serialise
+from shardc.capture.trace import capture, flatten
 from shardc.errors import CaptureError, LayoutError
-from shardc.graph import Constant, Program, Role, value_of
+from shardc.ir.constrain import check, parse, serialise
+from shardc.ir.program import Constant, Program, Role, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TOKENS = torch.arange(2 * 8).reshape(2, 8) * 5 % 32

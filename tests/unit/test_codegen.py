@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from shardc.graph import Port, Program, Role
-from shardc.layout import Layout
-from shardc.mesh import Mesh
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Program, Role
 from shardc.passes.codegen import codegen
 
 MESH = Mesh.parse("dp=2")

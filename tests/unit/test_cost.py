@@ -13,7 +13,7 @@ from shardc.cost.calibrate import fit, wiring
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import ShardcError
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "shardc/cost/hardware").glob("*.toml"))
 # One node of 4: 1 s a hop, 10 bytes a second. Two nodes of 4: between them 5 s a hop, 2 bytes a second for one ring.

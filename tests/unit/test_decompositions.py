@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from brute_force import Call, Sample
 from matrix_samples import decomposed
 from rule_samples import boolean, positive, real, whole
-from shardc.graph import value_of
+from shardc.ir.program import value_of
 from shardc.passes.normalize import normalize
-from shardc.rules.borrowed import body_of
-from shardc.rules.builder import Builder, Values
-from shardc.rules.decompositions import DECOMPOSITIONS
-from shardc.rules.factoring import VIEWS
+from shardc.rules.factors.factoring import VIEWS
 from shardc.rules.notation import maker_of
+from shardc.rules.rewrites.borrowed import body_of
+from shardc.rules.rewrites.builder import Builder, Values
+from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
 from shardc.runtime import VirtualMesh
 
 aten = torch.ops.aten

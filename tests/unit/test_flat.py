@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shardc.solver import bound as bounds
-from shardc.solver.bound import Bound
-from shardc.solver.distinct import Table
-from shardc.solver.flat import Flat
-from shardc.solver.forest import step
-from shardc.solver.triplets import Groups
+from shardc.solver.bounds import bound as bounds
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.bounds.distinct import Table
+from shardc.solver.bounds.flat import Flat
+from shardc.solver.bounds.triplets import Groups
+from shardc.solver.exact.forest import step
 
 
 def network(seed: int, roughly: bool) -> Bound:

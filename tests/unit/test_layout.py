@@ -8,7 +8,7 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from shardc import B, Layout, Mesh, P, S
 from shardc.errors import LayoutError, MeshError
-from shardc.layout import Atom, describe, parse_typed
+from shardc.ir.layout import Atom, describe, parse_typed
 
 MESH = Mesh.parse("dp=2,tp=4")
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import shardc.rules  # noqa: F401  (registers the rules)
 from shardc.api import compile as compile_model
-from shardc.capture import capture
+from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link, hardware
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.passes.normalize import normalize
-from shardc.rules.factoring import factor
-from shardc.solver.certificate import check
-from shardc.solver.network import Network
+from shardc.planning.cost_network import CostNetwork
+from shardc.rules.factors.factoring import factor
 from shardc.solver.problem import Problem
+from shardc.solver.proof.certificate import check
 from shardc.solver.solve import solve
 
 
@@ -86,7 +86,7 @@ def by_milp(problem: Problem) -> float:
 def test_optimum_equals_an_independent_milp(sizes: tuple[int, int, int], mesh: str, device: Hardware) -> None:
     batch, width, hidden = sizes
     program = normalize(capture(Mlp(width, hidden), (torch.zeros(batch, width),)))
-    network = Network(factor(program), Mesh.parse(mesh), device, {}, True)
+    network = CostNetwork(factor(program), Mesh.parse(mesh), device, {}, True)
     network.build()
     problem = network.problem()
     solution = solve(problem)

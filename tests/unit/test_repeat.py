@@ -16,10 +16,10 @@ import transformers as hf
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-import shardc.capture
-from shardc.capture import capture
-from shardc.graph import Program, Role, value_of
-from shardc.skip import Watch
+import shardc.capture.trace
+from shardc.capture.skipped_layers import Watch
+from shardc.capture.trace import capture
+from shardc.ir.program import Program, Role, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4, "intermediate_size": 64}
 CAUSAL = {**SMALL, "num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 16, "use_cache": False}
@@ -57,7 +57,7 @@ class Spy:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.filled: list[range] = []
         self.refused: list[str] = []
-        fill, refuse = shardc.capture.fill, Watch.refuse
+        fill, refuse = shardc.capture.trace.fill, Watch.refuse
 
         def filling(program: Program, number: int, repeat: Any) -> Program:
             try:
@@ -72,7 +72,7 @@ class Spy:
             self.refused.append(reason)
             refuse(watch, reason)
 
-        patch.setattr(shardc.capture, "fill", filling)
+        patch.setattr(shardc.capture.trace, "fill", filling)
         patch.setattr(Watch, "refuse", refusing)
 
 
@@ -87,7 +87,7 @@ def in_full(module: nn.Module, patch: pytest.MonkeyPatch, *args: Any, **kwargs: 
     for patched in (False, True):
         with patch.context() as context:
             if patched:
-                context.setattr(shardc.capture, "find", lambda *_: [])
+                context.setattr(shardc.capture.trace, "find", lambda *_: [])
             programs.append(capture(module, args, kwargs, grad=torch.is_grad_enabled()))
     one, two = programs
     assert (one.inputs, one.outputs, one.out_leaves) == (two.inputs, two.outputs, two.out_leaves)

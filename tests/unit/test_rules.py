@@ -14,7 +14,7 @@ from matrix_samples import MATRICES
 from parted_samples import PARTED
 from pointwise_samples import POINTWISE
 from rule_samples import GROUPS
-from shardc.mesh import Mesh
+from shardc.ir.mesh import Mesh
 from shardc.rules.notation import registered
 from shardc.runtime import VirtualMesh
 

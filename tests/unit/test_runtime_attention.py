@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shardc.runtime import attention
+from shardc.runtime.kernels import attention
 
 
 def masks():

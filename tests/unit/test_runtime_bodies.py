@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardc.runtime import Part, VirtualMesh, exponentials, extremes, norms, scans
+from shardc.runtime import Part, VirtualMesh
+from shardc.runtime.kernels import exponentials, extremes, norms, scans
 
 aten = torch.ops.aten
 MESHES: list[dict[str, int]] = [{"a": 2}, {"a": 4}, {"a": 2, "b": 2}, {"a": 2, "b": 3}]

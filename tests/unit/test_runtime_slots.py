@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardc.runtime import RankError, VirtualMesh, cut, cuts_of, paste, placements
-from shardc.runtime.slots import valid_shape
+from shardc.runtime.execute.slots import valid_shape
 
 MESHES = [{"a": 2}, {"a": 3}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2, "c": 2}]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import models
 import shardc.rules  # noqa: F401  (registers the rules)
-from shardc.capture import capture
+from shardc.capture.trace import capture
 from shardc.passes.normalize import normalize
-from shardc.rules.factoring import factor
-from shardc.solver.schedule import Schedule
+from shardc.planning.run_order import RunOrder
+from shardc.rules.factors.factoring import factor
 from towers import Tower
 
 BLOCKS = 4
@@ -30,13 +30,13 @@ class Skipping(nn.Module):
         return (x * self.layers[2](self.layers[1](self.layers[0](x).exp()).exp())).mean()
 
 
-def schedule(model: nn.Module, *inputs: Tensor) -> Schedule:
+def schedule(model: nn.Module, *inputs: Tensor) -> RunOrder:
     program = capture(model, inputs)
     normalize(program)
-    return Schedule(factor(program))
+    return RunOrder(factor(program))
 
 
-def by_block(scheduled: Schedule, path: str) -> list[list[int]]:
+def by_block(scheduled: RunOrder, path: str) -> list[list[int]]:
     """When the operators of every block would run again."""
     found: list[list[int]] = [[] for _ in range(BLOCKS)]
     for node, position in scheduled.rerun.items():

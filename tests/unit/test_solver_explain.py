@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from shardc.errors import ConstraintError
-from shardc.solver.explain import Request, minimal_conflict
+from shardc.solver.minimal_conflict import Request, minimal_conflict
 
 MESH = {"dp": 2, "tp": 4, "pp": 3}
 SHAPES = {"x": (8, 64), "y": (8, 64), "z": (8, 64), "w": (64, 12), "odd": (7, 6), "v": (4, 64)}

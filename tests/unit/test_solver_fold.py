@@ -9,13 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shardc.solver import fold as folding
 from shardc.solver import solve as solving
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate, check
-from shardc.solver.fold import fold
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.layers import fold as folding
+from shardc.solver.layers.fold import fold
 from shardc.solver.problem import Problem, evaluate
-from shardc.solver.prove import Proof
+from shardc.solver.proof.certificate import Certificate, check
+from shardc.solver.proof.prove import Proof
 from shardc.solver.solve import solve
 
 VALUES = 5

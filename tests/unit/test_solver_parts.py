@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from shardc.solver import budget
-from shardc.solver.active import ACTIVE, Active
-from shardc.solver.bound import Bound
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.bounds.distinct import Table
 from shardc.solver.budget import Frontier
-from shardc.solver.certificate import Certificate
-from shardc.solver.distinct import Table
-from shardc.solver.forest import descend, step
-from shardc.solver.holdings import Holding, Holdings
+from shardc.solver.exact.active import ACTIVE, Active
+from shardc.solver.exact.forest import descend, step
+from shardc.solver.exact.search import Search
+from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
 from shardc.solver.problem import Problem, Terms, evaluate
-from shardc.solver.search import Search
+from shardc.solver.proof.certificate import Certificate
 from shardc.solver.solve import solve
 
 
@@ -96,14 +96,14 @@ def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
     layers only, and no part can change alone."""
     monkeypatch.setattr(budget, "_SMALL", 0)  # deep networks are too large to branch over
     monkeypatch.setattr(budget, "_MODERATE", 0)
-    layers, problem, held = 40, Problem(), list[Holding]()
+    layers, problem, held = 40, Problem(), list[MemoryTerm]()
     link = np.array([[0.0, turning], [turning, 0.0]])
     for v in range(layers):
         problem.add_variable(f"layer {v}", np.array([1.0, 2.0]))
         if v:
             problem.add_edge(v - 1, v, link)
-        held.append(Holding(v, None, np.array([10.0, 1.0]), 0, 0))
-    frontier = Frontier(problem, Holdings(1, held))
+        held.append(MemoryTerm(v, None, np.array([10.0, 1.0]), 0, 0))
+    frontier = Frontier(problem, MemoryTerms(1, held))
     assert frontier.trail.fold is not None
     found = frontier.within(200.0, 20.0)
     fast = (200 - layers) // 9
@@ -118,9 +118,9 @@ def test_terms_are_those_that_are_evaluated(seed: int) -> None:
     before, after = rng.integers(0, 4, 12).tolist(), rng.integers(0, 4, 12).tolist()
     terms = Terms.of(problem)
     assert math.fsum(terms.at(after).tolist()) == evaluate(problem, after)
-    alone = [Holding(v, None, cost, v % 5, v % 5 + 3) for v, cost in enumerate(problem.unary)]
-    both = [Holding(u, v, table, v % 3, u % 4 + 3) for (u, v), table in problem.edges.items()]
-    holdings = Holdings(9, [*alone, *both])
+    alone = [MemoryTerm(v, None, cost, v % 5, v % 5 + 3) for v, cost in enumerate(problem.unary)]
+    both = [MemoryTerm(u, v, table, v % 3, u % 4 + 3) for (u, v), table in problem.edges.items()]
+    holdings = MemoryTerms(9, [*alone, *both])
     part = np.where(np.array(before) == after, -1, 0)  # one part: its terms are all that change
     assert part.max() == 0
     assert np.array_equal(terms.parts(part) == 0, [part[v] == 0 for v in range(12)] + [
@@ -133,7 +133,7 @@ def test_terms_are_those_that_are_evaluated(seed: int) -> None:
 def test_the_smallest_plan_is_the_cheapest_of_its_size() -> None:
     problem = Problem()
     problem.add_variable("v", np.array([3.0, 2.0, 1.0]))
-    frontier = Frontier(problem, Holdings(1, [Holding(0, None, np.array([1.0, 1.0, 5.0]), 0, 0)]))
+    frontier = Frontier(problem, MemoryTerms(1, [MemoryTerm(0, None, np.array([1.0, 1.0, 5.0]), 0, 0)]))
     for value in range(3):
         frontier.know(solve(problem), [value])
     assert frontier.smallest().choice == [1]

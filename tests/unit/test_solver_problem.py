@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from shardc.errors import InfeasibleError
-from shardc.solver.bound import Bound
-from shardc.solver.certificate import Certificate, Lender, check
-from shardc.solver.contract import Network
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.bounds.triplets import Groups
+from shardc.solver.exact.presolve import ReducedNetwork
 from shardc.solver.pool import min_plus, undominated
 from shardc.solver.problem import Problem, evaluate
+from shardc.solver.proof.certificate import Certificate, Lender, check
 from shardc.solver.solve import solve
-from shardc.solver.triplets import Groups
 
 
 def chain(n: int, d: int = 3) -> Problem:
@@ -99,7 +99,7 @@ def test_equal_layers_are_contracted_once() -> None:
             w = problem.add_variable(f"w{i}", cost)
             for a, b in ((u, v), (v, w), (u, w)):
                 problem.add_edge(a, b, table)
-        network = Network(problem)
+        network = ReducedNetwork(problem)
         network.shrink()
         assert not network.core().unary
         return len(network.pool.arrays)

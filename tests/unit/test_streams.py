@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardc.runtime import Part, VirtualMesh, random, streams
+from shardc.runtime import Part, VirtualMesh
+from shardc.runtime.kernels import random, streams
 
 DRAWS: dict[str, tuple[float, ...]] = {
     "uniform": (-1.0, 2.0), "normal": (1.0, 2.0), "cauchy": (0.0, 1.0), "log_normal": (0.5, 1.0), "geometric": (0.3,),

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from shardc.analysis.timeline import Clock
 from shardc.cost.hardware import hardware
-from shardc.mesh import Mesh
-from shardc.passes.timeline import Clock
+from shardc.ir.mesh import Mesh
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import shardc
 from brute_force import Call, Sample
 from odd_operators import FOUND, ints, real
 from shardc.errors import RuleError
-from shardc.mesh import Mesh
-from shardc.rules import learned as memory
-from shardc.rules.guard import survivors
-from shardc.rules.learned import learned
-from shardc.rules.trial import Learned, learn
+from shardc.ir.mesh import Mesh
+from shardc.rules.trial import learned as memory
+from shardc.rules.trial.guard import survivors
+from shardc.rules.trial.learned import learned
+from shardc.rules.trial.trial import Learned, learn
 from shardc.runtime import VirtualMesh
 
 aten = torch.ops.aten
@@ -203,7 +203,7 @@ def test_the_plan_lists_what_was_tried_and_what_runs_whole() -> None:
     assert whole.operator == "odd.nothing_splits.default" and "test_trial.py:" in whole.place
     assert whole.seconds > 0
     text = str(plan)
-    assert 'odd.rolled.default' in text and '"a b! -> a c!"' in text
+    assert "odd.rolled.default" in text and '"a b! -> a c!"' in text
     assert "run whole on every rank, for want of a rule\n  odd.nothing_splits.default  x1" in text
 
 

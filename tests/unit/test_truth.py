@@ -16,7 +16,7 @@ from matrix_samples import MATRICES
 from pointwise_samples import POINTWISE
 from rule_samples import GROUPS
 from shardc.rules.notation import Rule, maker_of
-from shardc.rules.trial import learn
+from shardc.rules.trial.trial import learn
 
 Place = tuple[str, int, int]
 

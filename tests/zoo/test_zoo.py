@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from shardc.graph import Role
-from shardc.layout import Layout
+from shardc.ir.layout import Layout
+from shardc.ir.program import Role
 from zoo.case import Entry
 from zoo.pictures import PICTURES
 from zoo.plain import PLAIN

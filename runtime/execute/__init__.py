@@ -1,0 +1,1 @@
+"""How a generated module runs on a mesh: what goes in, what comes out, autograd."""

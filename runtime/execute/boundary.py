@@ -1,0 +1,121 @@
+"""The two ways over the edge of a generated module: from the user's tensors to a rank's, and back.
+
+| | virtual mesh | torch.distributed |
+| --- | --- | --- |
+| state, inputs | global tensor, cut per rank | DTensor: its local part; global tensor: cut on every rank |
+| output without cuts | the value of rank 0 | the plain local value |
+| output with cuts | pasted to the global tensor | DTensor |
+| gradient | pasted to the global tensor | DTensor for a DTensor; plain only where it is whole on every rank |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.execute.slots import Slot, cut, local_shapes, padded, paste, placements
+from shardc.runtime.mesh.distributed import DistributedMesh, from_local
+from shardc.runtime.mesh.mesh import RuntimeMesh
+
+
+class Boundary(ABC):
+    """How tensors cross into the ranks of one mesh and out again."""
+
+    def __init__(self, mesh: RuntimeMesh) -> None:
+        self.mesh = mesh
+
+    def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
+        """The part of the user's `value` that `rank` works on."""
+        return cut(value.detach(), slot.cuts, self.mesh.coordinates(rank), self.mesh.axes)
+
+    def enter_tangent(self, slot: Slot, tangent: Tensor | None, rank: int) -> Tensor:
+        """The rank's part of a tangent; zeros where there is none."""
+        if tangent is None:
+            tangent = torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype), device=self.mesh.device(rank))
+        return self.enter(slot, tangent, rank)
+
+    @abstractmethod
+    def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+        """The user's tensor from the values of the local ranks."""
+
+    def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
+        """A gradient from `leave` as the user's tensor, whose type is `kind`, takes it."""
+        return gradient
+
+    def store(self, target: Tensor, value: Tensor) -> None:
+        """Copy a new value from `leave` into the user's buffer, in place."""
+        target.copy_(value)
+
+    @abstractmethod
+    def check_gradient(self, slot: Slot, value: Tensor) -> None:
+        """RankError if the gradient of `slot` could not be given to the user's `value`."""
+
+
+class _Virtual(Boundary):
+    def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+        if not slot.cuts:
+            return parts[0].detach()
+        return paste(parts, slot.shape, slot.cuts, self.mesh.axes)
+
+    def check_gradient(self, slot: Slot, value: Tensor) -> None:
+        pass
+
+
+class _Distributed(Boundary):
+    mesh: DistributedMesh
+
+    def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
+        if not isinstance(value, DTensor):
+            return super().enter(slot, value.to(self.mesh.device(rank)), rank)
+        expected = placements(slot.cuts, slot.shape, self.mesh.axes)
+        if value.device_mesh != self.mesh.device_mesh:
+            raise RankError(f"{slot} is a DTensor on the mesh {value.device_mesh}, not on {self.mesh.device_mesh}")
+        if not _same(value.placements, expected, self.mesh):
+            if slot.role == "parameter":
+                raise RankError(f"{slot} is stored as {value.placements}, but the module works on {expected}")
+            value = value.redistribute(self.mesh.device_mesh, expected)
+        local = value.to_local().detach()
+        for dim, size in enumerate(local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1]):
+            local = padded(local, dim, size)
+        return local.contiguous()
+
+    def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+        # A parameter is a DTensor even where it is whole, and its gradient must be what it is.
+        if slot.cuts or slot.role == "gradient":
+            return from_local(parts[0].detach(), slot, self.mesh)
+        return parts[0].detach()
+
+    def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
+        if isinstance(gradient, DTensor) and not issubclass(kind, DTensor):
+            return gradient.to_local()  # whole on every rank: `check_gradient` saw to that
+        return gradient
+
+    def store(self, target: Tensor, value: Tensor) -> None:
+        if isinstance(value, DTensor) and not isinstance(target, DTensor):
+            value = value.full_tensor()
+        elif isinstance(target, DTensor) and not isinstance(value, DTensor):
+            target = target.to_local()  # without cuts: whole on every rank
+        target.copy_(value)
+
+    def check_gradient(self, slot: Slot, value: Tensor) -> None:
+        if slot.cuts and not isinstance(value, DTensor):
+            raise RankError(
+                f"{slot.name} is a plain tensor that wants a gradient, but each rank only has its part of it: "
+                "make it a DTensor with `distribute` and `swap_in`"
+            )
+
+
+def _same(one: Sequence[Placement], other: Sequence[Placement], mesh: RuntimeMesh) -> bool:
+    """Whether two placements store the same: on an axis of one rank they all do."""
+    return all(a == b for a, b, ways in zip(one, other, mesh.axes.values(), strict=True) if ways > 1)
+
+
+def boundary(mesh: RuntimeMesh) -> Boundary:
+    """The boundary that fits the mesh."""
+    return _Distributed(mesh) if isinstance(mesh, DistributedMesh) else _Virtual(mesh)

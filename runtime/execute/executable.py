@@ -1,0 +1,252 @@
+"""Runs a generated module on a mesh: cuts what goes in, pastes what comes out, and ties backward into autograd."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.execute.boundary import Boundary, boundary
+from shardc.runtime.execute.slots import Slot
+from shardc.runtime.mesh.distributed import local_mesh
+from shardc.runtime.mesh.mesh import RuntimeMesh
+
+Fallback = Callable[[frozenset[int]], "Executable"]
+
+
+def load(path_or_source: str | Path) -> ModuleType:
+    """The generated module in a file, or in a source text (any string with a line break).
+
+    Its lines are registered with linecache, so that tracebacks show the code that ran even if the file changed since.
+    """
+    if isinstance(path_or_source, str) and "\n" in path_or_source:
+        source = path_or_source
+        name = f"<shardc-{hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    else:
+        path = Path(path_or_source)
+        source, name = path.read_text(), str(path)
+    module = ModuleType(Path(name).stem if name.endswith(".py") else name.strip("<>").replace("-", "_"))
+    module.__file__ = name
+    setattr(module, GENERATED, True)
+    # Without a modification time linecache never reads the file again.
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module
+
+
+@dataclass
+class _Forward:
+    """What one forward run gave: flat outputs, new buffer values by name, and per local rank the saved values."""
+
+    outputs: list[Tensor]
+    mutations: dict[str, Tensor]
+    saved: list[tuple[Any, ...]]
+
+
+class Executable:
+    """A generated module on a mesh (by default the one that `local_mesh` picks for its MESH)."""
+
+    def __init__(self, module: ModuleType, mesh: RuntimeMesh | None = None) -> None:
+        self.module = module
+        setattr(module, GENERATED, True)  # also where it was imported as any other file
+        axes: dict[str, int] = module.MESH
+        if mesh is not None and mesh.axes != axes:
+            raise RankError(f"the module was generated for the mesh {axes}, not {mesh.axes}")
+        self.mesh: RuntimeMesh = local_mesh(axes) if mesh is None else mesh
+        self.inputs: tuple[Slot, ...] = tuple(module.INPUTS)
+        self.outputs: tuple[Slot, ...] = tuple(slot for slot in module.OUTPUTS if slot.role == "output")
+        self.tangents: tuple[Slot, ...] = tuple(getattr(module, "TANGENTS", ()))
+        self.gradients: tuple[Slot, ...] = tuple(getattr(module, "GRADIENTS", ()))
+        self.random: bool = getattr(module, "RANDOM", False)
+        self._boundary: Boundary = boundary(self.mesh)
+        self._mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
+
+    def run(
+        self, state: Mapping[str, Tensor], inputs: Sequence[Tensor], fallback: Fallback | None = None
+    ) -> list[Tensor]:
+        """The program's flat outputs, tied into autograd if gradients are on and something wants one.
+
+        `state` maps the names of parameters, buffers and constants to tensors: global ones on a virtual mesh; DTensors
+        or global ones under torch.distributed. `inputs` are the flat inputs, by index. Outputs and gradients: see
+        `shardc.runtime.execute.boundary`. Buffers and inputs that the program changes are changed in place.
+
+        `fallback` is asked, with the indices of all outputs that got a gradient, for an executable with a backward from
+        them, where this one's backward does not start from all. Without it that is a RankError.
+        """
+        tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
+        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
+        wanted = torch.is_grad_enabled() and hasattr(self.module, "backward")
+        if not (wanted and any(tensor.requires_grad for tensor in tensors)):
+            result = self._forward(names)
+            self._mutate(result.mutations, names)
+            return result.outputs
+        for slot in self.gradients:
+            if slot.name in names and names[slot.name].requires_grad:
+                self._boundary.check_gradient(slot, names[slot.name])
+        mutations: dict[str, Tensor] = {}
+        outputs = list(_Differentiable.apply(self, fallback, mutations, *tensors))
+        self._mutate(mutations, names)
+        return outputs
+
+    def bind(self, model_or_state: nn.Module | Mapping[str, Tensor]) -> Callable[..., list[Tensor]]:
+        """A callable that takes the flat inputs, in order, and gives the flat outputs, with the parameters and buffers
+        of a model (looked up at every call) or of a state dict."""
+
+        def call(*inputs: Tensor) -> list[Tensor]:
+            state = model_or_state
+            if isinstance(state, nn.Module):
+                named = dict(state.named_parameters(remove_duplicate=False))
+                state = {**named, **dict(state.named_buffers(remove_duplicate=False))}
+            return self.run(state, inputs)
+
+        return call
+
+    def _argument(self, slot: Slot, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        if slot.role == "input":
+            if slot.index >= len(inputs):
+                raise RankError(f"{slot} is missing: {len(inputs)} inputs were given")
+            tensor = inputs[slot.index]
+        elif slot.name in state:
+            tensor = state[slot.name]
+        else:
+            raise RankError(f"{slot} is not in the state")
+        slot.check(tensor)
+        return tensor
+
+    def _mutate(self, mutations: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in mutations.items():
+                self._boundary.store(targets[name], value)
+
+    def _forward(self, values: Mapping[str, Tensor]) -> _Forward:
+        # Values are saved for backward as they were: a buffer that changes after forward goes in as a copy.
+        kept = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
+        values = {**values, **kept}
+
+        def arguments(rank: int) -> tuple[Tensor, ...]:
+            return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
+
+        results = self.mesh.run(self.module.forward, arguments, random=self.random)
+        outputs: list[Tensor] = []
+        mutations: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for position, slot in enumerate(self.module.OUTPUTS):
+                value = self._boundary.leave(slot, [result[0][position] for result in results])
+                if slot.role == "output":
+                    outputs.append(value)
+                else:
+                    mutations[slot.name] = value
+        return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
+
+    def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Gradients by name, from the tangents by output index; tangents that are absent are zeros. The lists of saved
+        values are emptied, so that each value is freed after its last use."""
+
+        def arguments(rank: int) -> tuple[Any, ...]:
+            given = saved[self.mesh.ranks.index(rank)]
+            given += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
+            return (given,)
+
+        results = self.mesh.run(self.module.backward, arguments)
+        gradients: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for position, slot in enumerate(self.gradients):
+                parts = [result[position] for result in results]
+                if parts[0] is not None:
+                    gradients[slot.name] = self._boundary.leave(slot, parts)
+        return gradients
+
+
+class _Differentiable(torch.autograd.Function):
+    """One run as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        executable: Executable,
+        fallback: Fallback | None,
+        mutations: dict[str, Tensor],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        names = [slot.name for slot in executable.inputs]
+        values = dict(zip(names, tensors, strict=True))
+        # The same draws, should the fallback run the forward again.
+        ctx.random_state = torch.get_rng_state() if executable.random and fallback is not None else None
+        ctx.before = {name: values[name].clone() for name in mutations_of(executable)} if fallback is not None else {}
+        result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
+        mutations.update(result.mutations)
+        # Tensors go through save_for_backward, so that they are released with the graph and guarded against changes.
+        flat = [value for saved in result.saved for value in saved if isinstance(value, Tensor)]
+        again = [] if fallback is None else [value for name, value in values.items() if name not in ctx.before]
+        ctx.save_for_backward(*flat, *again)
+        ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
+        ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
+        ctx.kinds = [type(tensor) for tensor in tensors]
+        numbers = (torch.is_floating_point, torch.is_complex)
+        ctx.mark_non_differentiable(*(out for out in result.outputs if not any(test(out) for test in numbers)))
+        ctx.set_materialize_grads(False)
+        return tuple(result.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *tangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        executable: Executable = ctx.executable
+        tensors = deque(ctx.saved_tensors)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
+            ctx.maybe_clear_saved_tensors()
+        saved = [[tensors.popleft() if value is None else value[0] for value in kept] for kept in ctx.kept]
+        given = {
+            slot.index: tangent
+            for slot, tangent in zip(executable.outputs, tangents, strict=True)
+            if tangent is not None
+        }
+        uncovered = given.keys() - {slot.index for slot in executable.tangents}
+        if not uncovered:
+            gradients = executable._backward(saved, given)  # pyright: ignore[reportPrivateUsage]
+        elif ctx.fallback is None:
+            raise RankError(
+                f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
+                f"{sorted(slot.index for slot in executable.tangents)}"
+            )
+        else:
+            rest = [name for name in ctx.names if name not in ctx.before]
+            values = {**ctx.before, **dict(zip(rest, tensors, strict=True))}
+            gradients = _again(ctx.fallback(frozenset(given)), values, given, ctx.random_state)
+        wanted = zip(ctx.names, ctx.needs_input_grad[3:], strict=True)
+        grads = [gradients.get(name) if need else None for name, need in wanted]
+        return (None, None, None, *map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
+
+
+def mutations_of(executable: Executable) -> list[str]:
+    """The names of the buffers that a run changes and also reads."""
+    changed = {slot.name for slot in executable.module.OUTPUTS if slot.role == "mutation"}
+    return [slot.name for slot in executable.inputs if slot.name in changed]
+
+
+def _again(
+    executable: Executable, values: Mapping[str, Tensor], tangents: Mapping[int, Tensor], state: Tensor | None
+) -> dict[str, Tensor]:
+    """Gradients by another executable: its forward from the original values and random state, then its backward."""
+    missing = tangents.keys() - {slot.index for slot in executable.tangents}
+    if missing:
+        raise RankError(f"the fallback's backward does not start from output {min(missing)} either")
+    before = torch.get_rng_state()
+    if state is not None:
+        torch.set_rng_state(state)
+    try:
+        result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
+    finally:
+        torch.set_rng_state(before)
+    return executable._backward([[*saved] for saved in result.saved], tangents)  # pyright: ignore[reportPrivateUsage]

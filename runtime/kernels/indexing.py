@@ -1,0 +1,46 @@
+"""Indices into a dim that is split: rebased to the own chunk, with one dummy row that takes all the others. And masks
+for the padding of dims that do not divide."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.kernels.parts import Part
+
+aten = torch.ops.aten
+
+
+def rebase(indices: Tensor, *, part: Part, wrap: bool = False) -> Tensor:
+    """Indices into a global dim → indices into the rank's part of it; those outside become its length, the dummy row.
+
+    `wrap`: they may count from the end, below zero. An index outside of the global dim is an error, as on a single
+    device: no rank would have the row, and it would read as zeros.
+    """
+    inside = (indices >= (-part.size if wrap else 0)) & (indices < part.size)
+    aten._assert_async.msg(inside.all(), f"index out of range: the dim has {part.size} elements")
+    local = (torch.where(indices < 0, indices + part.size, indices) if wrap else indices) - part.start
+    return torch.where((local >= 0) & (local < part.valid), local, part.length)
+
+
+def fill(x: Tensor, *, dim: int, part: Part, value: float, outer: int = 1) -> Tensor:
+    """`x` with `value` in the padding of the part in `dim`, which is `(outer, part, rest)`."""
+    if outer == 1 and x.shape[dim] == part.length:
+        return part.fill(x, dim, value)
+    blocks = x.unflatten(dim, (outer, part.length, x.shape[dim] // outer // part.length))
+    return part.fill(blocks, dim + 1, value).flatten(dim, dim + 2)
+
+
+def pad_dummy(x: Tensor, *, dim: int) -> Tensor:
+    """`x` with one row of zeros appended to `dim`: the row that `rebase` sends foreign indices to."""
+    shape = list(x.shape)
+    shape[dim] = 1
+    return torch.cat([x, x.new_zeros(shape)], dim)
+
+
+def drop_dummy(x: Tensor, *, dim: int) -> Tensor:
+    """`x` without the last row of `dim`, contiguous. RankError if `dim` is empty."""
+    if x.shape[dim] == 0:
+        raise RankError(f"dim {dim} of shape {tuple(x.shape)} has no dummy row to drop")
+    return x.narrow(dim, 0, x.shape[dim] - 1).contiguous()

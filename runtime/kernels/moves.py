@@ -1,0 +1,234 @@
+"""Operators that move elements along a dim that the mesh splits. Nothing is sent: every rank moves what it holds.
+
+Taking from a split dim gives what the rank holds of the result and zeros elsewhere: the ranks' results add up. Putting
+into one keeps what falls into the rank's part. In the bodies a part `s` is of an operand's dim, a part `o` of the
+result's dim, with the dim's number where there are several.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.kernels.parts import Part, by_dim
+
+
+def slice_along(x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, s: Part) -> Tensor:
+    """`aten.slice` of a dim of which this rank holds part `s`: its addend of the result."""
+    first, last, _ = slice(start, end, step).indices(s.size)
+    if step == 1:
+        result = _zeros(x, dim, max(last - first, 0))
+        _copy(result, x, dim, -first, None, s)
+        return result
+    return _taken(x, dim, torch.arange(first, last, step, device=x.device), s)
+
+
+def slice_backward(
+    grad: Tensor, sizes: Sequence[int], dim: int, start: Any, end: Any, step: int, *, s: Part | None = None,
+    o: Part | None = None,
+) -> Tensor:  # fmt: skip
+    """`aten.slice_backward`: the gradient put back where its slice was taken, zeros elsewhere. `sizes` are local."""
+    first = slice(start, end, step).indices(o.size if o else sizes[dim])[0]
+    if step == 1:
+        result = _zeros(grad, dim, sizes[dim])
+        _copy(result, grad, dim, first, o, s)
+        return result
+    reach = torch.arange(sizes[dim], device=grad.device) + (o.start if o else 0)
+    places = torch.div(reach - first, step, rounding_mode="floor")
+    return _taken(grad, dim, torch.where((reach - first) % step == 0, places, -1), s)
+
+
+def select_along(x: Tensor, dim: int, index: int, *, s: Part) -> Tensor:
+    """`aten.select` from a dim of which this rank holds part `s`: its addend of the result."""
+    return _taken_one(x, dim, index % s.size, s)
+
+
+def select_backward(grad: Tensor, sizes: Sequence[int], dim: int, index: int, *, o: Part) -> Tensor:
+    """`aten.select_backward` into a dim of which this rank holds part `o`. `sizes` are local."""
+    row = grad.unsqueeze(dim % len(sizes))
+    result = _zeros(row, dim % len(sizes), o.length)
+    _copy(result, row, dim % len(sizes), index % o.size, o, None)
+    return result
+
+
+def unbind_along(x: Tensor, dim: int = 0, *, s: Part) -> list[Tensor]:
+    """`aten.unbind` of a dim of which this rank holds part `s`: its addends of the results."""
+    return [_taken_one(x, dim, index, s) for index in range(s.size)]
+
+
+def split_along(x: Tensor, sizes: int | Sequence[int], dim: int = 0, *, s: Part) -> list[Tensor]:
+    """`aten.split` of a dim of which this rank holds part `s`: its addends of the results."""
+    if isinstance(sizes, int):
+        sizes = [min(sizes, s.size - at) for at in range(0, s.size, sizes)]
+    results = [_zeros(x, dim, size) for size in sizes]
+    at = 0
+    for result in results:
+        _copy(result, x, dim, -at, None, s)
+        at += result.shape[dim]
+    return results
+
+
+def cat_along(tensors: Sequence[Tensor], dim: int = 0, *, o: Part | None = None, **parts: Part) -> Tensor:
+    """`aten.cat`, with part `p2` of operand 2's dim: an addend of the result, or of its part `o`."""
+    rank = max(x.dim() for x in tensors)  # an empty tensor of one dim joins any cat
+    joined = [(parts.get(f"p{k}"), x) for k, x in enumerate(tensors) if x.dim() == rank]
+    sizes = [part.size if part else x.shape[dim] for part, x in joined]
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    result = _zeros(joined[0][1], dim, o.length if o else sum(sizes), dtype)
+    for number, (part, x) in enumerate(joined):
+        _copy(result, x, dim, sum(sizes[:number]), o, part)
+    return result
+
+
+def stack_along(tensors: Sequence[Tensor], dim: int = 0, *, o: Part) -> Tensor:
+    """`aten.stack` into a dim of which this rank holds part `o`."""
+    return torch.stack([tensors[min(o.start + at, len(tensors) - 1)] for at in range(o.length)], dim)
+
+
+def constant_pad(x: Tensor, amounts: Sequence[int], value: float = 0, **parts: Part) -> Tensor:
+    """`aten.constant_pad_nd` with parts `s1` of dim 1 of `x` and `o1` of the result's dim 1."""
+    shape = list(x.shape)
+    inside, own, source = ([slice(None)] * x.dim() for _ in range(3))
+    for number in range(len(amounts) // 2):
+        dim, (before, after) = x.dim() - 1 - number, amounts[2 * number : 2 * number + 2]
+        s, o = parts.get(f"s{dim}"), parts.get(f"o{dim}")
+        size = s.size if s else x.shape[dim]
+        shape[dim] = o.length if o else before + size + after
+        target, (low, high) = _reach(o, shape[dim]), _reach(s, size)
+        inside[dim] = _common(target, (before, before + size), target[0])
+        own[dim] = _common(target, (low + before, high + before), target[0])
+        source[dim] = _common((target[0] - before, target[1] - before), (low, high), low)
+    taken = [part for name, part in parts.items() if name.startswith("s")]
+    # of the addends one holds the value, and none where another holds an element
+    result = x.new_full(shape, value if all(part.index == 0 for part in taken) else 0)
+    result[tuple(inside)] = 0
+    result[tuple(own)] = x[tuple(source)]
+    return result
+
+
+def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1, **parts: Part) -> Tensor:
+    """`aten.diagonal` with parts `d0`, ... of the dims of `x`: this rank's addend of it."""
+    dims, held = (dim1 % x.dim(), dim2 % x.dim()), by_dim(parts)
+    rows, columns = (held[d].size if d in held else x.shape[d] for d in dims)
+    length = max(min(rows, rows + offset, columns, columns - offset), 0)
+    own, start = _own_diagonal(x, offset, dims, held)
+    result = x.new_zeros([*own.shape[:-1], length])
+    result.narrow(-1, start, own.shape[-1]).copy_(own)
+    return result
+
+
+def diagonal_backward(grad: Tensor, sizes: Sequence[int], offset: int, dim1: int, dim2: int, **parts: Part) -> Tensor:
+    """`aten.diagonal_backward` with parts `d0`, ... of the dims of the result. `sizes` are local."""
+    dims, held = (dim1 % len(sizes), dim2 % len(sizes)), by_dim(parts)
+    shape = [*grad.shape[:-1]]
+    for dim in sorted(dims):
+        shape.insert(dim, sizes[dim])
+    result = grad.new_zeros(shape)
+    own, start = _own_diagonal(result, offset, dims, held)
+    own.copy_(grad.narrow(-1, start, own.shape[-1]))
+    return result
+
+
+def _own_diagonal(x: Tensor, offset: int, dims: tuple[int, int], held: Mapping[int, Part]) -> tuple[Tensor, int]:
+    """What the local `x` holds of the global diagonal, as a view, and the number of its first element there."""
+    starts: list[int] = []
+    for dim in dims:
+        low, high = _reach(held.get(dim), x.shape[dim])
+        starts.append(low)
+        x = x.narrow(dim, 0, high - low)
+    skew = offset + starts[0] - starts[1]
+    own = x.diagonal(skew, *dims)
+    first = max(-skew, 0) + starts[0] - max(-offset, 0)
+    return own, first if own.shape[-1] else 0
+
+
+def tril(x: Tensor, diagonal: int = 0, **parts: Part) -> Tensor:
+    """`aten.tril` with parts of the last dims of `x`."""
+    return torch.tril(x, diagonal + _skew(x, parts))
+
+
+def triu(x: Tensor, diagonal: int = 0, **parts: Part) -> Tensor:
+    """`aten.triu` with parts of the last dims of `x`."""
+    return torch.triu(x, diagonal + _skew(x, parts))
+
+
+def _skew(x: Tensor, parts: Mapping[str, Part]) -> int:
+    """By how much more the part's rows are down than its columns are to the right."""
+    held = by_dim(parts)
+    rows, columns = held.get(x.dim() - 2), held.get(x.dim() - 1)
+    return (rows.start if rows else 0) - (columns.start if columns else 0)
+
+
+def arange(*given: Any, n: Part, **keywords: Any) -> Tensor:
+    """`aten.arange`, of which this rank makes part `n`."""
+    return _cut(torch.arange(*given, **keywords), n)
+
+
+def linspace(start: float, end: float, steps: int, *, n: Part, **keywords: Any) -> Tensor:
+    """`aten.linspace`, of which this rank makes part `n`."""
+    return _cut(torch.linspace(start, end, steps, **keywords), n)
+
+
+def eye(rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None, device: torch.device | None = None,
+        **parts: Part) -> Tensor:  # fmt: skip
+    """`aten.eye`, of which this rank makes parts `d0` of the rows and `d1` of the columns."""
+    held = by_dim(parts)
+    reach = [
+        torch.arange(held[dim].length, device=device) + held[dim].start if dim in held
+        else torch.arange(size, device=device)
+        for dim, size in enumerate((rows, rows if columns is None else columns))
+    ]  # fmt: skip
+    return (reach[0].unsqueeze(1) == reach[1]).to(dtype or torch.get_default_dtype())
+
+
+def _cut(x: Tensor, n: Part) -> Tensor:
+    result = x.new_zeros(n.length)
+    _copy(result, x, 0, 0, n, None)
+    return result
+
+
+def _reach(part: Part | None, size: int) -> tuple[int, int]:
+    """The global positions, from and to, that the rank holds of a dim of `size` elements."""
+    return (part.start, part.start + part.valid) if part else (0, size)
+
+
+def _common(one: tuple[int, int], other: tuple[int, int], start: int) -> slice:
+    """Where two ranges overlap, counted from `start`."""
+    low, high = max(one[0], other[0]), min(one[1], other[1])
+    return slice(low - start, high - start) if low < high else slice(0, 0)
+
+
+def _zeros(x: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros of the shape of `x` but for `dim`."""
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_zeros(shape, dtype=dtype or x.dtype)
+
+
+def _copy(result: Tensor, x: Tensor, dim: int, shift: int, o: Part | None, s: Part | None) -> None:
+    """Write what this rank holds of `x` to where it holds `result`: element p of `dim` goes to element p + shift."""
+    target, (low, high) = _reach(o, result.shape[dim]), _reach(s, x.shape[dim])
+    put = _common(target, (low + shift, high + shift), target[0])
+    taken = _common((target[0] - shift, target[1] - shift), (low, high), low)
+    result.narrow(dim, put.start, put.stop - put.start).copy_(x.narrow(dim, taken.start, taken.stop - taken.start))
+
+
+def _taken_one(x: Tensor, dim: int, index: int, s: Part) -> Tensor:
+    """Element `index` of `dim`; zeros where another rank holds it."""
+    low, high = _reach(s, 0)
+    row = x.select(dim, min(max(index - low, 0), x.shape[dim] - 1))
+    return row.clone() if low <= index < high else torch.zeros_like(row)
+
+
+def _taken(x: Tensor, dim: int, places: Tensor, s: Part | None) -> Tensor:
+    """`x` at the global `places` along `dim`; zeros where there is no such place, or another rank holds it."""
+    low, high = _reach(s, x.shape[dim])
+    there = (places >= low) & (places < high)
+    rows = x.index_select(dim, torch.where(there, places - low, 0))
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.where(there.view(shape), rows, torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,107 @@
+"""A dim that the mesh splits, as the running rank sees it: where its part starts, and collectives over all parts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.collectives.basic import all_gather, all_reduce, permute
+from shardc.runtime.mesh.mesh import current
+
+
+@dataclass(frozen=True, repr=False)
+class Part:
+    """A dim of global `size` split over mesh `axes`, major to minor; parts are whole multiples of `unit` elements.
+
+    Every axis deals out chunks of equal size, the last of which may be short or empty where the dim does not divide:
+    the rank's part is then padded to the chunk's size at its end.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    unit: int = 1
+
+    def __repr__(self) -> str:
+        return f"Part({self.axes}, {self.size}{f', {self.unit}' if self.unit != 1 else ''})"
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return math.prod(current().size(axis) for axis in self.axes)
+
+    @property
+    def index(self) -> int:
+        """The number of the rank's part."""
+        context, number = current(), 0
+        for axis in self.axes:
+            number = number * context.size(axis) + context.coordinates[axis]
+        return number
+
+    @property
+    def start(self) -> int:
+        """The global position of the part's first element."""
+        return self._extent()[0]
+
+    @property
+    def length(self) -> int:
+        """Elements of the local dim, padding included; the same on every rank."""
+        return self._extent()[1]
+
+    @property
+    def valid(self) -> int:
+        """Elements of the local dim that are no padding; they come first."""
+        return self._extent()[2]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """`(start, valid)` of every part, in order."""
+        places = itertools.product(*(range(current().size(axis)) for axis in self.axes))
+        extents = (self._extent(dict(zip(self.axes, place, strict=True))) for place in places)
+        return [(start, valid) for start, _, valid in extents]
+
+    def _extent(self, coordinates: Mapping[str, int] | None = None) -> tuple[int, int, int]:
+        """Start, length and valid elements of the part at `coordinates`, the rank's own without."""
+        context = current()
+        start, chunk, valid = 0, self.size // self.unit, self.size // self.unit
+        for axis in self.axes:
+            chunk = -(-chunk // context.size(axis))
+            first = (coordinates or context.coordinates)[axis] * chunk
+            start, valid = start + first, min(max(valid - first, 0), chunk)
+        return start * self.unit, chunk * self.unit, valid * self.unit
+
+    def fill(self, x: Tensor, dim: int, value: float) -> Tensor:
+        """`x` with `value` in the padding of its local `dim`; among truth values what is above zero is true."""
+        if self.size == self.length * self.count:
+            return x
+        shape = [1] * x.dim()
+        shape[dim] = self.length
+        padding = torch.arange(self.length, device=x.device) >= self.valid
+        filling = value > 0 if x.dtype is torch.bool else value
+        return torch.where(padding.view(shape), torch.full((), filling, dtype=x.dtype, device=x.device), x)
+
+    def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The reduction of `x` over all parts."""
+        for axis in reversed(self.axes):
+            x = all_reduce(x, axis=axis, op=op)
+        return x
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The `x` of all parts side by side along `dim`, in the order of the parts."""
+        for axis in reversed(self.axes):
+            x = all_gather(x, dim=dim, axis=axis)
+        return x
+
+    def shifted(self, x: Tensor, by: int) -> Tensor:
+        """The `x` of the part that lies `by` parts before this one, round the end. The dim is split by one axis."""
+        (axis,), count = self.axes, self.count
+        return permute(x, axis=axis, sources=[(place - by) % count for place in range(count)]) if by % count else x
+
+
+def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:
+    """The parts that a body got as keywords `d0`, `d1`, ...: those of its first operand's dims of that number."""
+    return {int(name[1:]): part for name, part in parts.items()}

@@ -1,0 +1,104 @@
+"""Random numbers that do not depend on the mesh: every rank draws the global tensor from the same stream.
+
+Each function here draws what its namesake of torch draws on the CPU, from the run's generator, and advances it as that
+does. They take and give global tensors, or, where they are told of parts `d0`, `d1`, ... of the dims of that number,
+the rank's part: every rank goes through the whole stream, block by block, and keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.kernels.parts import Part, by_dim
+from shardc.runtime.kernels.streams import Stream, filled
+from shardc.runtime.mesh.mesh import Context, current
+
+
+def _generator(context: Context) -> torch.Generator:
+    if context.generator is None:
+        raise RankError("this run has no random generator: the generated module must say RANDOM = True")
+    return context.generator
+
+
+def draw(
+    shape: Sequence[int],
+    distribution: str,
+    *parameters: float,
+    dtype: torch.dtype,
+    strides: Sequence[int] | None = None,
+    **parts: Part,
+) -> Tensor:
+    """A tensor filled by torch's in-place method `distribution` ("uniform", "normal", "bernoulli", ...).
+
+    `shape` is global. Eager mode draws in the order in which its result lies in memory: `strides` are those of that
+    result where it is not contiguous. What is returned is contiguous in any case.
+    """
+    context = current()
+    stream = Stream(distribution, parameters, dtype, _generator(context))
+    return filled(stream, shape, strides, by_dim(parts)).to(context.device)
+
+
+def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
+    """A permutation of 0 to `count` - 1."""
+    context = current()
+    return torch.randperm(count, dtype=dtype, generator=_generator(context)).to(context.device)
+
+
+def multinomial(weights: Tensor, count: int, *, strides: Sequence[int], d0: Part | None = None) -> Tensor:
+    """`count` indices a row, by weight, with replacement. `strides`, here and below: those that the operand has in
+    eager mode.
+
+    With `d0` the weights are the rank's part of the rows, and so are the indices.
+    """
+    generator = _generator(current())
+    if d0 is None:
+        return torch.multinomial(_laid(weights, strides), count, True, generator=generator).to(weights.device)
+    rows, result = weights[: d0.valid].cpu(), torch.zeros(d0.length, count, dtype=torch.int64)
+    numbers, before = Stream("uniform", (0.0, 1.0), torch.float64, generator), min(d0.start, d0.size)
+    numbers.skip(before * count)  # one for every index
+    if d0.valid:
+        result[: d0.valid] = torch.multinomial(rows, count, True, generator=generator)
+    numbers.skip((d0.size - before - d0.valid) * count)
+    return result.to(weights.device)
+
+
+def poisson(rates: Tensor, *, strides: Sequence[int]) -> Tensor:
+    return torch.poisson(_laid(rates, strides), _generator(current())).contiguous().to(rates.device)
+
+
+def binomial(counts: Tensor, chances: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Numbers of successes; both operands have the same shape and strides."""
+    generator = _generator(current())
+    made = torch.binomial(_laid(counts, strides), _laid(chances, strides), generator)
+    return made.contiguous().to(counts.device)
+
+
+def standard_gamma(shapes: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Gamma with rate one."""
+    made = torch.ops.aten._standard_gamma.default(_laid(shapes, strides), _generator(current()))
+    return made.contiguous().to(shapes.device)
+
+
+def sample_dirichlet(concentrations: Tensor, *, strides: Sequence[int]) -> Tensor:
+    made = torch.ops.aten._sample_dirichlet.default(_laid(concentrations, strides), _generator(current()))
+    return made.contiguous().to(concentrations.device)
+
+
+def rrelu(x: Tensor, lower: float, upper: float, *, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A leaky relu and its slopes: random where `x` is not positive, else one. Only these slopes are drawn."""
+    laid, noise = _laid(x, strides), torch.empty(x.shape, dtype=x.dtype)
+    made = torch.ops.aten.rrelu_with_noise.default(laid, noise, lower, upper, True, _generator(current()))
+    return made.contiguous().to(x.device), noise.to(x.device)
+
+
+def _laid(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """`x` on the CPU, in memory as eager mode has it."""
+    return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype).copy_(x)
+
+
+DRAWS = frozenset({draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu})
+"""The functions that move the random stream."""

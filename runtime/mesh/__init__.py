@@ -1,0 +1,1 @@
+"""Meshes as generated code meets them: virtual (threads) and distributed (processes)."""

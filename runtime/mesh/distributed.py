@@ -1,0 +1,244 @@
+"""A mesh whose ranks are processes: torch.distributed's device mesh and functional collectives."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import math
+import os
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.execute.slots import Slot, cut, placements, valid_shape
+from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
+from shardc.runtime.mesh.virtual import VirtualMesh
+
+_REDUCTIONS = {"sum": "sum", "max": "max", "min": "min", "prod": "product"}
+# Gloo moves and reduces only these; the rest travels as bytes and is reduced in a wider type.
+_GLOO = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
+    torch.bool,
+)  # fmt: skip
+_WIDER = {torch.int16: torch.int32, torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
+
+
+def _let_workers_end() -> None:
+    """Gloo's threads drop the tensors of a collective only after its result was seen. Where that drop meets the end of
+    the interpreter, the process aborts (pytorch/pytorch#190489), even after destroy_process_group."""
+    time.sleep(0.1)
+
+
+class DistributedMesh(RuntimeMesh):
+    """One rank per process of the default process group, which must be initialised and as large as the mesh.
+
+    `device_type` is "cpu" (gloo) or "cuda" (nccl, the device of LOCAL_RANK). `device_mesh` is torch's. The groups of
+    the axes get the timeout of the default group.
+    """
+
+    def __init__(self, axes: Mapping[str, int], device_type: str) -> None:
+        super().__init__(axes)
+        if not dist.is_initialized():
+            raise RankError("torch.distributed is not initialised: call init_process_group, or start with torchrun")
+        world = dist.get_world_size()
+        if world != self.size:
+            names = ", ".join(f"{name}={size}" for name, size in self.axes.items())
+            raise RankError(f"the mesh {names} has {self.size} ranks, but torch.distributed runs {world} processes")
+        self.rank: int = dist.get_rank()
+        self.ranks = (self.rank,)
+        if device_type == "cuda":
+            self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self._device)
+        else:
+            self._device = torch.device(device_type)
+            atexit.unregister(_let_workers_end)
+            atexit.register(_let_workers_end)
+        self.device_mesh: DeviceMesh = init_device_mesh(
+            device_type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
+        )
+        self._groups: dict[str, dist.ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in self.axes}
+        self._adopt_timeout()
+
+    def _adopt_timeout(self) -> None:
+        """New groups start with torch's default of 10 to 30 minutes, whatever the default group was told."""
+        kind = torch.device(self._device.type)
+        default: Any = dist.group.WORLD
+        timeout = default._get_backend(kind).options._timeout
+        for group in self._groups.values():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # pyright: ignore[reportPrivateUsage]
+
+    def device(self, rank: int) -> torch.device:
+        """The device of this process."""
+        return self._device
+
+    def run(
+        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+    ) -> list[Result]:
+        """See `Mesh.run`: one result, that of this process. A peer that dies ends it within the group's timeout."""
+        state = self._broadcast(torch.get_rng_state()) if random else None
+        context = Context(self, self.rank, state)
+        result = context.call(function, arguments)
+        if context.generator is not None:
+            torch.set_rng_state(context.generator.get_state())
+        return [result]
+
+    def _broadcast(self, state: Tensor) -> Tensor:
+        state = state.to(self._device)
+        try:
+            dist.broadcast(state, 0)
+        except Exception as error:
+            raise RankError(f"rank {self.rank} failed to get the random state of rank 0: {error}") from error
+        return state.cpu()
+
+    def agreed(self, source: str) -> str:
+        """See `Mesh.agreed`. Every rank must come here."""
+        box = [source]
+        try:
+            dist.broadcast_object_list(box, 0)
+        except Exception as error:
+            raise RankError(f"rank {self.rank} failed to get the program of rank 0: {error}") from error
+        return box[0]
+
+    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """See `Mesh.begin`. What is under way is gloo's, or on NCCL's stream."""
+        dtype = operand.dtype
+        direct = self._device.type != "cpu" or dtype in _GLOO
+        if collective in ("all_gather", "all_to_all", "permute"):
+            # A 0-d tensor has no bytes view, hence the leading dim.
+            rows = operand if collective == "all_to_all" else operand.unsqueeze(0)
+            rows = rows if direct else rows.unsqueeze(-1).view(torch.uint8)
+            moving = self._move(collective, axis, rows, [int(n) for n in op.split()])
+
+            def moved() -> Tensor:
+                result = _landed(moving)
+                result = result if direct else result.view(dtype).squeeze(-1)
+                return result.squeeze(0) if collective == "permute" else result
+
+            return moved
+        if not direct and dtype not in _WIDER:
+            raise RankError(f"gloo does not reduce {dtype}")
+        reducing = self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op)
+
+        def reduced() -> Tensor:
+            result = _landed(reducing)
+            return (result if collective == "all_reduce" else result.squeeze(0)).to(dtype)
+
+        return reduced
+
+    def _move(self, collective: str, axis: str, rows: Tensor, sources: list[int]) -> Tensor:
+        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
+        n, group = self.axes[axis], self._groups[axis].group_name
+        if collective == "permute":
+            own = self.coordinates(self.rank)[axis]
+            taken, given = ([int(rank == at) for rank in range(n)] for at in (sources[own], sources.index(own)))
+            return ops.all_to_all_single(rows, taken, given, group)
+        if collective == "all_gather":
+            return ops.all_gather_into_tensor(rows, n, group)
+        return ops.all_to_all_single(rows, [1] * n, [1] * n, group)
+
+    def _reduce(self, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
+        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
+        n, group = self.axes[axis], self._groups[axis].group_name
+        if collective == "all_reduce":
+            return ops.all_reduce(operand, _REDUCTIONS[op], group)
+        return ops.reduce_scatter_tensor(operand, _REDUCTIONS[op], n, group)
+
+
+def _landed(moving: Tensor) -> Tensor:
+    """The result of a functional collective, once it is there."""
+    return torch.ops._c10d_functional.wait_tensor(moving)  # pyright: ignore
+
+
+def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
+    """A DistributedMesh under torchrun (RANK and WORLD_SIZE are set) or where torch.distributed is initialised, else a
+    VirtualMesh. Initialises the process group if need be: nccl and the device of LOCAL_RANK with CUDA, else gloo."""
+    started_by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not dist.is_initialized():
+        if not started_by_torchrun:
+            return VirtualMesh(axes)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
+    # process groups are scarce: every program on the same axes shares one mesh
+    world, identity = dist.group.WORLD, tuple(axes.items())
+    if _MESHES.get(identity, (None, None))[0] is not world:
+        _MESHES[identity] = world, DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
+    return _MESHES[identity][1]
+
+
+_MESHES: dict[tuple[tuple[str, int], ...], tuple[object, DistributedMesh]] = {}
+
+
+def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
+    """The DTensor of the slot's global shape whose part on this rank is `local`, less its padding."""
+    valid = valid_shape(slot.shape, slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
+    if valid != tuple(local.shape):
+        local = local[tuple(slice(size) for size in valid)].contiguous()
+    strides = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
+    return DTensor.from_local(
+        local,
+        mesh.device_mesh,
+        placements(slot.cuts, slot.shape, mesh.axes),
+        run_check=False,
+        shape=torch.Size(slot.shape),
+        stride=strides,
+    )
+
+
+def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Parameter:
+    """The full `parameter` as a DTensor parameter that stores, on this rank, a copy of its own cut only.
+
+    Every rank must hold the same full values. RankError where the shape does not fit, or DTensor cannot store the cuts.
+    """
+    slot.check(parameter)
+    with torch.no_grad():
+        local = cut(parameter.detach(), slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
+        local = local.to(mesh.device(mesh.rank), copy=True)
+        return nn.Parameter(from_local(local, slot, mesh), requires_grad=parameter.requires_grad)
+
+
+def swap_in(replacements: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Put each (parameter, DTensor)'s DTensor wherever a dict, list or set holds the parameter: in modules, and in
+    optimizers created earlier.
+
+    Local variables and tuples still hold the old one. RankError where an optimizer already has state for a parameter
+    (which has the old shape).
+    """
+    # torch.utils.swap_tensors would keep the object, but refuses: a DTensor has slots that a Parameter lacks.
+    new = {id(old): dtensor for old, dtensor in replacements}
+    holders: list[Any] = [h for h in gc.get_referrers(*(old for old, _ in replacements)) if type(h) in _HOLDERS]
+    for holder in holders:
+        if isinstance(holder, defaultdict) and any(id(key) in new and value for key, value in holder.items()):  # type: ignore[misc]
+            raise RankError("an optimizer already has state for the parameters: distribute them before the first step")
+    for holder in holders:
+        _replace(holder, new)
+    for old, dtensor in replacements:
+        vars(dtensor).update(vars(old))
+
+
+_HOLDERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def _replace(holder: Any, new: Mapping[int, nn.Parameter]) -> None:
+    """Put the new parameters in the places of the old ones, which are told apart by identity."""
+    if isinstance(holder, set):
+        for item in [item for item in holder if id(item) in new]:  # type: ignore[misc]
+            holder.remove(item)
+            holder.add(new[id(item)])
+        return
+    places: list[Any] = list(enumerate(holder) if isinstance(holder, list) else holder.items())
+    for key, value in places:
+        if id(value) in new:
+            holder[key] = new[id(value)]
+        if id(key) in new:
+            holder[new[id(key)]] = holder.pop(key)

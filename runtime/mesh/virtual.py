@@ -1,0 +1,152 @@
+"""A mesh whose ranks are threads of this process, so that every plan runs, and fails, the same way on a laptop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
+
+_COMBINE: dict[str, Callable[..., Tensor]] = {
+    "sum": torch.add,
+    "prod": torch.mul,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+class _Aborted(Exception):
+    """Another rank failed; this one only stops."""
+
+
+class _Run:
+    """What the ranks of one run share: one lock, and per group the operands of the collective under way."""
+
+    def __init__(self, size: int) -> None:
+        self.condition = threading.Condition()
+        self.running = size
+        self.waiting: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.failed = False
+        self.groups: dict[tuple[str, tuple[int, ...]], _Group] = {}
+
+    def check_stuck(self) -> None:
+        """With the lock held: abort if nobody is left who could end the waiting of the others."""
+        if self.waiting and len(self.waiting) == self.running:
+            self.failed = True
+            self.condition.notify_all()
+
+
+class _Group:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.posted: dict[int, tuple[str, Tensor]] = {}
+        self.complete: list[tuple[str, Tensor]] = []
+        self.fetched = 0
+        self.round = 0
+
+
+class VirtualMesh(RuntimeMesh):
+    """Every rank is a thread of this process; reductions go in rank order, so results are deterministic."""
+
+    def __init__(self, axes: Mapping[str, int], device_type: str = "cpu") -> None:
+        super().__init__(axes)
+        self._device = torch.device(device_type)
+        # Threads are kept from run to run: a new thread makes torch start a new pool of OpenMP threads.
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="rank")
+        self._one_at_a_time = threading.Lock()
+        self._run = _Run(self.size)
+
+    def device(self, rank: int) -> torch.device:
+        """The same for all ranks."""
+        return self._device
+
+    def run(
+        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+    ) -> list[Result]:
+        """See `Mesh.run`. If several ranks fail, the error is that of the lowest."""
+        with self._one_at_a_time:
+            self._run = run = _Run(self.size)
+            state = torch.get_rng_state() if random else None
+            contexts = [Context(self, rank, state) for rank in self.ranks]
+
+            def work(context: Context) -> Result:
+                try:
+                    return context.call(function, arguments)
+                except BaseException:
+                    with run.condition:
+                        run.failed = True
+                        run.condition.notify_all()
+                    raise
+                finally:
+                    with run.condition:
+                        run.running -= 1
+                        run.check_stuck()
+
+            futures = [self._threads.submit(work, context) for context in contexts]
+            errors = [error for error in (future.exception() for future in futures) if error is not None]
+            if errors:
+                # Those that were merely stopped are no news, unless all of them are: then they waited for each other.
+                raise next((error for error in errors if not isinstance(error.__cause__, _Aborted)), errors[0])
+            if contexts[0].generator is not None:
+                torch.set_rng_state(contexts[0].generator.get_state())
+            return [future.result() for future in futures]
+
+    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """See `Mesh.begin`. The collective runs to its end at once."""
+        result = self._exchange(context, collective, axis, operand, op)
+        return lambda: result
+
+    def _exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
+        others = tuple(index for name, index in context.coordinates.items() if name != axis)
+        position = context.coordinates[axis]
+        label = f"{collective}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"
+        operands = self._meet(context.rank, (axis, others), position, label, operand)
+        if collective == "all_gather":
+            return torch.stack(operands)
+        if collective == "all_to_all":
+            return torch.stack([other[position] for other in operands])
+        if collective == "permute":
+            return operands[int(op.split()[position])].clone()
+        if collective == "reduce_scatter":
+            operands = [other[position] for other in operands]
+        result = operands[0].clone()
+        for other in operands[1:]:
+            _COMBINE[op](result, other, out=result)
+        return result
+
+    def _meet(
+        self, rank: int, key: tuple[str, tuple[int, ...]], position: int, label: str, operand: Tensor
+    ) -> list[Tensor]:
+        """Wait for all ranks of the group; what each of them brought."""
+        run = self._run
+        with run.condition:
+            group = run.groups.setdefault(key, _Group(self.axes[key[0]]))
+            group.posted[position] = (label, operand)
+            if len(group.posted) == group.size:
+                group.complete = [group.posted[index] for index in range(group.size)]
+                group.posted = {}
+                group.round += 1
+                run.waiting = {other: at for other, at in run.waiting.items() if at != key}
+                run.condition.notify_all()
+            else:
+                this_round = group.round
+                run.waiting[rank] = key
+                run.check_stuck()
+                while group.round == this_round and not run.failed:
+                    run.condition.wait()
+                if group.round == this_round:
+                    raise _Aborted(f"a peer on axis {key[0]!r} never came to {label}")
+            complete = group.complete
+            group.fetched += 1
+            if group.fetched == group.size:  # what it holds could be freed now
+                group.complete, group.fetched = [], 0
+        labels = [label for label, _ in complete]
+        if len(set(labels)) > 1:
+            raise RankError(f"the ranks of axis {key[0]!r} disagree on the collective: {', '.join(labels)}")
+        return [operand for _, operand in complete]

@@ -1,0 +1,1 @@
+"""Facts about a lowered program, each computed once: liveness, memory, time."""

@@ -1,0 +1,196 @@
+"""Timeline: when the nodes of a localized graph run, as the cost model has it.
+
+A rank computes one thing after another, and every mesh axis carries one collective after another. What is under way
+takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both take
+2 - overlap times as long (with several axes, 1 and the sum of all `1 - overlap`); while the rank waits, collectives
+take their time, or that sum of it if it is more. Each that is started ahead costs the link's `stall` besides:
+
+    s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5, stall 0
+    y = mm(a, b)                          2 seconds alone: both take 3 seconds for 2
+    r = wait(s)                           1 second
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import fx
+
+from shardc.cost.buckets import Buckets
+from shardc.cost.conversion import step_seconds
+from shardc.cost.hardware import Hardware
+from shardc.ir.mesh import Mesh
+from shardc.ir.partition import Partition
+from shardc.ir.splits import LOCAL
+from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
+from shardc.planning.cost_network import CostNetwork
+from shardc.rules.factors.factored import Kind
+from shardc.rules.factors.strategy import Strategy, sends
+from shardc.runtime.collectives.started import wait
+
+Inner = tuple[str, str, float, float]
+"""A collective inside an operator's body: kind, axis, bytes of the local operand, seconds."""
+_RESIDUE = 1e-12
+"""Seconds that are so small a part of what they were subtracted from are roundings."""
+Order = list[tuple[fx.Node, bool]]
+"""Nodes as they run; with True, where a collective is awaited that was only started."""
+
+
+class Pace:
+    """How long the nodes of a localized graph take, one by one."""
+
+    def __init__(self, network: CostNetwork, device: Hardware) -> None:
+        self.network, self.mesh, self.device = network, network.mesh, device
+        self.buckets = Buckets(network.mesh, device)
+        self._operators: dict[tuple[Kind, Strategy], tuple[float, list[Inner]]] = {}
+
+    def step(self, node: fx.Node) -> tuple[str, float, float] | None:
+        """The kind of a conversion's step, the bytes of its local operand and its seconds; None for other nodes."""
+        kind = COLLECTIVES.get(node.target)
+        if kind is None:
+            return None
+        axis, moved = str(node.kwargs["axis"]), float(sum(operand_bytes(node, self.mesh)))
+        if node.target in BUCKETS:
+            return kind, moved, self.buckets.seconds(kind, axis, moved)
+        part = moved / self.mesh.sizes[axis] if kind == "shard" else moved
+        return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
+
+    def taken(self, node: fx.Node) -> tuple[float, float]:
+        """Seconds of a node that is no operator: those that a rank computes, in a step that sends nothing, or to fill a
+        bucket; and those of a collective."""
+        step = self.step(node)
+        if step is None:
+            return 0.0, 0.0
+        (kind, moved, seconds), axis = step, str(node.kwargs["axis"])
+        if kind in LOCAL:
+            return seconds, 0.0
+        sent = 0.0 if self.mesh.sizes[axis] == 1 else self.buckets.alone(kind, axis, moved)
+        return seconds - sent, sent
+
+    def operator(self, node: fx.Node) -> tuple[float, list[Inner]]:
+        """Seconds of an operator's compute, and what its body sends; reckoned once per form."""
+        key = node.meta["op"].kind, node.meta["strategy"]
+        found = self._operators.get(key)
+        if found is None:
+            options, strategy = self.network.options_of(node.meta["op"]), key[1]
+            inner = [
+                (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
+                for kind, axis, size in sends(options.shape, strategy, self.mesh)
+            ]
+            found = self._operators[key] = options.compute_of(strategy), inner
+        return found
+
+
+class Times:
+    """What nodes take, each reckoned once: `compute` and `sent` in seconds, where an operator's body sends what is
+    `inner`; and the `operands` of each."""
+
+    def __init__(self, run: Partition, pace: Pace) -> None:
+        self.mesh, self.device, self.operands = pace.mesh, pace.device, run.operands
+        self.compute: dict[fx.Node, float] = {}
+        self.sent: dict[fx.Node, float] = {}
+        self.inner: dict[fx.Node, list[Inner]] = {}
+        for node in self.operands:
+            if "op" not in node.meta:
+                self.compute[node], self.sent[node] = pace.taken(node)
+                continue
+            self.compute[node], inner = pace.operator(node)
+            self.sent[node] = 0.0
+            if inner:
+                self.inner[node] = inner
+
+
+class Flight(NamedTuple):
+    """A collective that was started: its axis, and the seconds of all that was started there, itself the last."""
+
+    axis: str
+    until: float
+
+
+class Clock:
+    """What time it is for the rank, `now`, in seconds, and how far what was started has come."""
+
+    def __init__(self, mesh: Mesh, device: Hardware) -> None:
+        self.now = 0.0
+        self._mesh, self._device = mesh, device
+        beside = {axis: device.overlapping(mesh, axis) for axis in mesh.names}
+        self._loads = {axis: 1.0 - overlap for axis, (overlap, _) in beside.items()}
+        self._stalls = {axis: stall for axis, (_, stall) in beside.items()}
+        self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
+        self._left: dict[str, float] = {}  # of them those that are yet to come, where there are any
+
+    def hides(self, axis: str, seconds: float) -> bool:
+        """Whether anything is gained by computing beside a collective of so many seconds, which has to wait for what
+        is under way on its axis."""
+        return self._device.hidden(self._mesh, axis, self._left.get(axis, 0.0) + seconds) > 0.0
+
+    def run(self, axis: str, seconds: float) -> None:
+        """A collective runs, and the rank waits for it."""
+        self.wait(self._enqueue(axis, seconds))
+
+    def start(self, axis: str, seconds: float) -> Flight:
+        """A collective of so many seconds is started, for the rank to compute beside."""
+        self.compute(self._stalls[axis])
+        return self._enqueue(axis, seconds)
+
+    def _enqueue(self, axis: str, seconds: float) -> Flight:
+        self._started[axis] += seconds
+        self._left[axis] = self._left.get(axis, 0.0) + seconds
+        return Flight(axis, self._started[axis])
+
+    def compute(self, seconds: float) -> None:
+        """The rank computes what takes so long alone."""
+        while self._left and seconds > 0.0:
+            step = min(seconds, *self._left.values())
+            self._go_on(step, 1.0 + self._load())
+            seconds -= step
+        self.now += seconds
+
+    def wait(self, flight: Flight) -> None:
+        """Nothing is computed before a collective has ended."""
+        while rest := self.rest(flight):
+            self._go_on(min(rest, *self._left.values()), max(1.0, self._load()))
+
+    def rest(self, flight: Flight) -> float:
+        """The seconds that a collective would still take alone; 0 if it has ended."""
+        rest = self._left.get(flight.axis, 0.0) - (self._started[flight.axis] - flight.until)
+        return rest if rest > _RESIDUE * self._started[flight.axis] else 0.0
+
+    def beside(self, flight: Flight) -> float:
+        """The seconds that it still takes if the rank goes on computing."""
+        return self.rest(flight) * (1.0 + self._load())
+
+    def _load(self) -> float:
+        """What part of the cores all that is under way would take, if it could."""
+        return sum([self._loads[axis] for axis in self._left])
+
+    def _go_on(self, step: float, taking: float) -> None:
+        """All that is under way goes on by so many of its seconds, each of which takes so many."""
+        self.now += step * taking
+        self._left = {axis: left - step for axis, left in self._left.items() if left > step}
+
+
+def is_started(node: fx.Node) -> bool:
+    """Whether a collective is started only, and awaited by another node."""
+    return any(user.target is wait for user in node.users)
+
+
+def timed(order: Order, times: Times) -> tuple[float, float]:
+    """The seconds that all takes when nodes run in this order, and those of collectives that nobody waits for."""
+    clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
+    started = {node for node, awaited in order if awaited}
+    for node, awaited in order:
+        if awaited:
+            clock.wait(flights[node])
+            continue
+        compute, seconds, inner = times.compute[node], times.sent[node], times.inner.get(node, ())
+        clock.compute(compute)
+        total += compute + seconds + sum(own for *_, own in inner)
+        for _, axis, _, own in inner:
+            clock.run(axis, own)
+        if seconds and node in started:
+            flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
+        elif seconds:
+            clock.run(str(node.kwargs["axis"]), seconds)
+    gained = total - clock.now
+    return clock.now, gained if abs(gained) > _RESIDUE * total else 0.0

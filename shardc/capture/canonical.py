@@ -1,0 +1,186 @@
+"""Canonical ATen: a traced graph written again with one spelling for each operation.
+
+Copies that only autograd or functionalization asked for vanish, transposes become `permute`, reshapes become `view`
+with the sizes written out, and arguments stand where the schema has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from shardc.capture.torch_patches import tracing
+from shardc.ir.program import call
+
+aten: Any = torch.ops.aten
+
+_COPIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
+_VIEWS = {
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unsqueeze.default, aten._reshape_alias.default, aten.unflatten.int, aten.flatten.using_ints,
+}  # fmt: skip
+_SAME = {aten._unsafe_index.Tensor: aten.index.Tensor, aten._unsafe_index_put.default: aten.index_put.default}
+_MOVES = {aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor}
+_IRRELEVANT = ("memory_format", "layout", "pin_memory")
+
+Target = Callable[..., Any]
+
+
+class Rewriter:
+    """Copies the live part of a traced graph into `graph`, node by node."""
+
+    def __init__(self, describe: Callable[[fx.Node, fx.Node], None]) -> None:
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self._describe = describe
+
+    def placeholder(self, old: fx.Node | None, name: str, value: Any) -> None:
+        """A placeholder that stands for `old`, or for something that nothing uses yet."""
+        new = placeholder(self.graph, name)
+        new.meta["val"] = value
+        if old is not None:
+            self.env[old] = new
+
+    def copy(self, nodes: Iterable[fx.Node]) -> None:
+        """Copy `nodes`, which must come in order."""
+        for old in nodes:
+            self.env[old] = self._copied(old)
+
+    def finish(self, results: list[fx.Node | None]) -> fx.Graph:
+        """The graph with its output, less what the new spelling left without users."""
+        self.graph.output(tuple(results))
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and not node.users and not _is_random(node):
+                self.graph.erase_node(node)
+        return _numbered(self.graph)
+
+    def _copied(self, old: fx.Node) -> fx.Node:
+        args: Any
+        kwargs: Any
+        args, kwargs = fx.map_arg((old.args, dict(old.kwargs)), self.env.__getitem__)
+        target: Target = old.target  # type: ignore[assignment]
+        val = old.meta.get("val")
+        if target in _COPIES:
+            return args[0]
+        if isinstance(target, torch._ops.OpOverload):
+            target, args, kwargs = canonical(target, args, kwargs, val)
+            args = _through(target, args)
+            if _does_nothing(target, args, val):
+                return args[0]
+        new = call(self.graph, target, args, kwargs)
+        new.meta["val"] = val
+        self._describe(old, new)
+        return new
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    new = graph.placeholder(name)
+    new.target = new.name  # what the graph made of the name: unique, and no keyword
+    return new
+
+
+def _numbered(old: fx.Graph) -> fx.Graph:
+    """The same graph with the names that it has if it is made at once: what was erased on the way left gaps."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in old.nodes:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+        if node.op == "placeholder":
+            env[node] = placeholder(graph, node.name)
+        elif node.op == "call_function":
+            env[node] = call(graph, node.target, args, kwargs)
+        else:
+            graph.output(args[0])
+            continue
+        env[node].meta = node.meta
+    return graph
+
+
+def live(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> list[fx.Node]:
+    """The calls that `roots` need, in order. Random operators stay, needed or not: they move the random stream."""
+    needed = {root for root in roots if root is not None}
+    found: list[fx.Node] = []
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and (node in needed or _is_random(node)):
+            found.append(node)
+            needed.update(node.all_input_nodes)
+    return found[::-1]
+
+
+def canonical(
+    target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any
+) -> tuple[Target, tuple[Any, ...], dict[str, Any]]:
+    """The one spelling of a call whose result is `val`."""
+    args, kwargs = positional(target, args, kwargs)
+    target = _SAME.get(target, target)
+    if target in _VIEWS:
+        return aten.view.default, (args[0], list(val.shape)), {}
+    if target is aten.expand.default:
+        return target, (args[0], list(val.shape)), {}
+    order = _order(target, args)
+    if order is not None:
+        return aten.permute.default, (args[0], order), {}
+    if target is aten._efficientzerotensor.default:  # zeros that autograd does without memory for
+        target = aten.zeros.default
+    if target in (aten.empty_strided.default, aten.empty_permuted.default):  # where in memory is the rank's affair
+        target, args = aten.empty.memory_format, (args[0],)
+    keep = ("memory_format",) if target is aten.clone.default else ()
+    return target, args, {key: value for key, value in kwargs.items() if key in keep or key not in _IRRELEVANT}
+
+
+def positional(
+    target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments at the indices that the schema gives them; keyword-only ones stay keywords."""
+    if not kwargs:
+        return args, kwargs
+    schema = [argument for argument in target._schema.arguments if not argument.kwarg_only]
+    last = max((index for index, argument in enumerate(schema) if argument.name in kwargs), default=-1)
+    filled, rest = list(args), dict(kwargs)
+    for argument in schema[len(args) : last + 1]:
+        filled.append(rest.pop(argument.name) if argument.name in rest else argument.default_value)
+    return tuple(filled), rest
+
+
+def _order(target: Target, args: tuple[Any, ...]) -> list[int] | None:
+    """The order of the dims if the call only permutes them."""
+    if not args or not isinstance(args[0], fx.Node) or not isinstance(args[0].meta.get("val"), torch.Tensor):
+        return None
+    rank = args[0].meta["val"].ndim
+    order = list(range(rank))
+    if target is aten.permute.default:
+        return [dim % rank for dim in args[1]]
+    if target in (aten.t.default, aten.numpy_T.default):
+        return order[::-1]
+    if target is aten.transpose.int and rank:
+        first, second = args[1] % rank, args[2] % rank
+        order[first], order[second] = second, first
+        return order
+    return None
+
+
+def _through(target: Target, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A permute of a permute, or a view of a view, starts from the first one's operand."""
+    if target not in (aten.permute.default, aten.view.default) or args[0].target is not target:
+        return args
+    source, inner = args[0].args
+    return (source, args[1] if target is aten.view.default else [inner[dim] for dim in args[1]])
+
+
+def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
+    """Whether the result is the operand itself."""
+    if not args or not isinstance(args[0], fx.Node) or not isinstance(val, FakeTensor):
+        return False
+    before = args[0].meta["val"]
+    if target is aten._to_copy.default:
+        return before.dtype == val.dtype
+    if target not in _MOVES or not tracing.same_shape(before.shape, val.shape):
+        return False
+    return target is not aten.permute.default or args[1] == sorted(args[1])
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

@@ -1,0 +1,116 @@
+"""Dynamic sizes: dims of inputs that change from call to call, and a program captured once as it is at given sizes.
+
+`dynamic={"input_ids": {0: "batch", 1: "seq"}}` names dims; equal names are equal sizes. Capture traces with symbols in
+their place and records what the model's code assumed of them (guards). The program of a call is the captured one with
+numbers put in: nothing is traced again, and where an assumption does not hold the caller is told to capture anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from shardc.capture.inputs import flatten
+from shardc.capture.torch_patches import tracing
+from shardc.errors import CaptureError, ShardcError
+from shardc.ir.program import Constant, Program, Role, value_of
+
+Dynamic = Mapping[str, Mapping[int, str]]
+Dims = dict[int, dict[int, str]]
+"""Per flat input the names of its dynamic dims."""
+
+
+def named_dims(dynamic: Dynamic, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Dims:
+    """The dims that `dynamic` names by argument, as those of flat inputs. Raises ShardcError."""
+    if not dynamic:
+        return {}
+    given, positions, count = dict[str, Any](), dict[str, int](), 0
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, p in inspect.signature(forward).parameters.items() if p.kind not in several][: len(args)]
+    unnamed = [""] * (len(args) - len(names))
+    for name, value in [*zip([*names, *unnamed], args, strict=True), *kwargs.items()]:
+        if name:
+            given[name], positions[name] = value, count
+        count += len(flatten(value)[0])
+    found: Dims = {}
+    for name, dims in dynamic.items():
+        tensor = given.get(name)
+        if name not in given:
+            raise ShardcError(f"dynamic[{name!r}]: the call has no argument {name!r}; it has {', '.join(given)}")
+        if not isinstance(tensor, Tensor):
+            raise ShardcError(f"dynamic[{name!r}]: the argument is a {type(tensor).__name__}, not a tensor")
+        for dim in dims:
+            if not -tensor.ndim <= dim < tensor.ndim:
+                raise ShardcError(f"dynamic[{name!r}]: dim {dim} is out of range for shape {tuple(tensor.shape)}")
+        found[positions[name]] = {dim % tensor.ndim: called for dim, called in dims.items()}
+    return found
+
+
+def sizes_of(dims: Dims, leaves: Sequence[Any]) -> dict[str, int]:
+    """The size that every name has in a call. Raises ShardcError where inputs disagree."""
+    found: dict[str, tuple[int, int]] = {}
+    for index, named in dims.items():
+        for dim, name in named.items():
+            size = int(leaves[index].shape[dim])
+            known, first = found.setdefault(name, (size, index))
+            if known != size:
+                raise ShardcError(
+                    f"dynamic size {name!r} is {known} in input {first} but {size} in dim {dim} of input {index}; "
+                    "give dims that may differ different names"
+                )
+    return {name: size for name, (size, _) in found.items()}
+
+
+class Template:
+    """A program captured with symbols for its dynamic dims."""
+
+    def __init__(self, program: Program, dims: Dims) -> None:
+        self.program = program
+        nodes = {port.index: node for port, node in zip(program.inputs, program.placeholders, strict=True)
+                 if port.role is Role.INPUT}  # fmt: skip
+        sizes = {name: value_of(nodes[i]).shape[dim] for i, named in dims.items() for dim, name in named.items()}
+        self._symbols = tracing.Symbols(sizes)
+        for name, size in self._symbols.fixed.items():
+            raise CaptureError(
+                f"the size {name!r} is declared dynamic, but the model's code fixes it to {size} (by branching on it, "
+                "or by mixing it with a fixed size); leave it out of dynamic="
+            )
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether all that the model's code assumed of its sizes holds at these."""
+        return self._symbols.hold(sizes)
+
+    def at(self, sizes: Mapping[str, int]) -> Program:
+        """The program that a capture at these sizes would give."""
+        number = self._symbols.evaluator(sizes)
+        mode = tracing.fake_mode()
+
+        def concrete(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                shape, strides = map(number, value.shape), map(number, value.stride())
+                with mode:
+                    return torch.empty_strided(tuple(shape), tuple(strides), dtype=value.dtype, device=value.device)
+            return number(value)
+
+        graph, new = fx.Graph(), dict[fx.Node, Any]()
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                graph.output(fx.map_arg(node.args[0], new.__getitem__))
+            elif tracing.is_symbolic(node.meta["val"]):
+                new[node] = number(node.meta["val"])
+            else:
+                args, kwargs = map_aggregate(
+                    (node.args, node.kwargs), lambda a: new[a] if isinstance(a, fx.Node) else number(a)
+                )  # type: ignore[misc]
+                new[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+                new[node].meta = {**node.meta, "val": pytree.tree_map(concrete, node.meta["val"])}
+        old = self.program.out_leaves
+        leaves = [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
+        return replace(self.program, graph=graph, out_leaves=leaves)

@@ -1,0 +1,136 @@
+"""What a call is given: its leaves, and all else that decides which compiled program fits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from shardc.capture.torch_patches import tracing
+from shardc.errors import CaptureError
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves and structure; dataclasses are opened, also where nobody told torch about the class."""
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    if not unknown and not tracing.register_caches(leaves):
+        return leaves, spec
+    for cls in unknown:
+        pytree.register_dataclass(cls)
+    return flatten(tree)
+
+
+def refuse_opaque(leaves: Iterable[Any]) -> None:
+    """CaptureError for an object that pytree does not open: tensors inside would be burned into the program."""
+    for leaf in leaves:
+        held: list[Any] = []
+        if not isinstance(leaf, Tensor):
+            held = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]  # type: ignore[misc]
+        if isinstance(leaf, np.ndarray) or any(isinstance(item, Tensor) for item in held):
+            raise CaptureError(
+                f"an input of type {type(leaf).__name__} holds values that would be burned into the program: pass "
+                "tensors, in tuples, lists, dicts or dataclasses, or register its class with "
+                "torch.utils._pytree.register_pytree_node"
+            )
+
+
+def refuse_foreign(constant: Tensor) -> None:
+    """CaptureError for a parameter that the program reaches past the model: its gradient would be lost."""
+    if constant.requires_grad:
+        raise CaptureError(
+            f"the program uses a tensor of shape {tuple(constant.shape)} that requires a gradient, and is neither an "
+            "input nor a parameter of the model: make it one, or shard the module that owns it"
+        )
+
+
+def refuse_sparse(nodes: Iterable[fx.Node]) -> None:
+    """CaptureError for a value that is no dense tensor: layouts say nothing about where its elements lie."""
+    for node in nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise CaptureError(
+                    f"{node.target} ({', '.join(part for part in node.meta.get('place', ()) if part)}) makes a tensor "
+                    f"stored as {value.layout}: only dense tensors can be sharded; convert it outside of the model, or "
+                    "compute with dense tensors"
+                )
+
+
+def call_key(
+    module: nn.Module, leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None
+) -> tuple[Any, ...]:
+    """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
+    free = dynamic or {}
+    inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
+    known: dict[int, tuple[Any, bool]] = {}
+    attributes = tuple(_attributes(part, part is module, known) for part in module.modules())
+    state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
+    casts = tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
+    )
+    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), inputs, attributes, state
+
+
+def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
+    if isinstance(leaf, Tensor):
+        shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
+        # results lie in memory as operands do, and eager mode draws random numbers in the order of memory
+        order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
+        return shape, leaf.dtype, leaf.requires_grad, order
+    if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
+
+
+_OWN = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
+_NAMED = (type, FunctionType, BuiltinFunctionType)
+_LONG = 1000
+"""Lists and dicts with more elements are told apart by identity and length: to read them all would take too long."""
+
+
+def _attributes(part: nn.Module, root: bool, known: dict[int, tuple[Any, bool]]) -> tuple[Any, ...]:
+    """What forward may read of a module besides its state: its class, settings, and hooks by number (no number comes
+    twice; those of the root are not part of the program). Tensors that are no state count by identity."""
+    own = vars(part)
+    hooks = () if root else tuple(tuple(own[name]) for name in _HOOKS)
+    return type(part), hooks, tuple((k, _setting(v, known)[0]) for k, v in own.items() if k not in _OWN)
+
+
+def _setting(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
+    """A value that forward may read, as a key, and whether the key tells all of it. Lists, dicts and objects made of
+    plain values (configurations) are told by what they hold; of any other object only the class counts, since a
+    trainer or a logger, say, changes without meaning anything to the program."""
+    if isinstance(value, Tensor):
+        return id(value), True
+    if isinstance(value, _PLAIN):
+        return (type(value), repr(value)), True
+    if isinstance(value, _NAMED):
+        return value, True
+    if id(value) not in known:  # all values are held by the model, so that no id is given twice meanwhile
+        known[id(value)] = type(value), False  # also ends circles
+        known[id(value)] = _compound(value, known)
+    return known[id(value)]
+
+
+def _compound(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        if len(value) > _LONG:
+            return (type(value), id(value), len(value)), True
+        items: Iterable[Any] = (*value, *value.values()) if isinstance(value, Mapping) else value
+        pairs = [_setting(item, known) for item in items]
+        return (type(value), tuple(key for key, _ in pairs)), all(told for _, told in pairs)
+    if isinstance(value, functools.partial):
+        return _compound((value.func, value.args, value.keywords), known)
+    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return type(value), False
+    held, told = _setting(vars(value), known)
+    return (type(value), held) if told else type(value), told

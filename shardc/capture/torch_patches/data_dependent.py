@@ -1,0 +1,119 @@
+"""Functions of torch that branch on values, or make results of unknown size, where the same can be said without."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardc.runtime.kernels.checks import checked, confirmed
+
+
+def _gaussian_nll_loss(
+    x: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """torch's own, with its check made when the program runs."""
+    if not isinstance(var, Tensor):
+        if var < 0:
+            raise ValueError("var has negative entry/entries")
+        var = x.new_full([], var).expand(x.shape)
+    if var.shape == x.shape[:-1]:
+        var = var.unsqueeze(-1)
+    elif var.shape not in (x.shape, (*x.shape[:-1], 1)):
+        raise ValueError("var is of incorrect size")
+    own: Tensor = confirmed(var, ~(var < 0).any(), "var has negative entry/entries").clone()
+    with torch.no_grad():  # the bound is no part of the gradient
+        own.clamp_(min=eps)
+    loss = 0.5 * (own.log() + (x - target) ** 2 / own)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    match reduction:
+        case "none":
+            return loss
+        case "mean":
+            return loss.mean()
+        case "sum":
+            return loss.sum()
+        case _:
+            raise ValueError(f"{reduction} is not valid")
+
+
+def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
+    """Which elements go together depends on their number alone."""
+    choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
+    if x.dim() != 1 or r < 1:
+        return torch.combinations(x, r, with_replacement)
+    places = list(choose(range(x.shape[0]), r))
+    return x[torch.tensor(places, dtype=torch.int64, device=x.device).reshape(-1, r)]
+
+
+def _lstsq(a: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
+    """Of matrices of full rank, by the same QR; the other drivers measure the rank."""
+    rows, columns = a.shape[-2:]
+    vector = b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1])
+    if driver != "gels" or a.numel() == 0 or vector:
+        return torch.linalg.lstsq(a, b, rcond, driver=driver)
+    q, r = torch.linalg.qr(a if rows >= columns else a.mH)
+    deficient = (r.diagonal(dim1=-2, dim2=-1) == 0).sum(-1).to(torch.int32)
+    if rows >= columns:
+        x = torch.linalg.solve_triangular(r, q.mH @ b, upper=True)
+    else:
+        x = q @ torch.linalg.solve_triangular(r.mH, b, upper=False)
+    x = checked(x, deficient, "torch.linalg.lstsq", a.dim() == 2)
+    residuals = (b - a @ x).abs().square().sum(-2) if rows > columns else a.new_empty(0)
+    made: Any = torch.return_types
+    return made.linalg_lstsq((x, residuals, a.new_empty(0, dtype=torch.int64), a.new_empty(0)))
+
+
+def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
+    """torch's own, with its checks of the weights made when the program runs."""
+    x = x.reshape(1, -1) if x.dim() < 2 else x
+    if not (x.is_floating_point() or x.is_complex()) or x.numel() == 0:
+        return torch.cov(x, correction=correction, fweights=fweights, aweights=aweights)
+    weights = _weights(fweights, aweights)
+    if weights is None:
+        total, weighted, norm = x.shape[1], x, max(x.shape[1] - correction, 0)
+    else:
+        total, weighted = weights.sum(), x * weights
+        spread = correction * (weights * aweights).sum() / total if aweights is not None and correction else correction
+        norm = (total - spread).clamp(min=0)
+    mean = weighted.sum(1, keepdim=True) / total
+    offset = x - mean
+    product = offset @ (offset if weights is None else offset * weights).mH
+    return (product / norm).squeeze()
+
+
+def _weights(fweights: Tensor | None, aweights: Tensor | None) -> Tensor | None:
+    """The product of those there are; none may be negative, nor all zero."""
+    product = None
+    for own in (fweights, aweights):
+        if own is not None:
+            own = confirmed(own, (own >= 0).all(), "cov: weights cannot be negative")
+            product = own if product is None else product * own
+    return product if product is None else confirmed(product, product.sum() != 0, "cov: weights sum to zero")
+
+
+def _corrcoef(x: Tensor) -> Tensor:
+    c = _cov(x)
+    if c.dim() == 0:
+        return c / c
+    deviation = c.diagonal().real.sqrt() if c.is_complex() else c.diagonal().sqrt()
+    c = c / deviation[:, None] / deviation
+    return torch.complex(c.real.clamp(-1, 1), c.imag.clamp(-1, 1)) if c.is_complex() else c.clamp(-1, 1)
+
+
+RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.gaussian_nll_loss: _gaussian_nll_loss,
+    torch.combinations: _combinations,
+    torch.linalg.lstsq: _lstsq,
+    torch.cov: _cov,
+    torch.Tensor.cov: _cov,
+    torch.corrcoef: _corrcoef,
+    torch.Tensor.corrcoef: _corrcoef,
+}
+"""Functions of torch, and what is called in their place."""

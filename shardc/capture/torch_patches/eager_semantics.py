@@ -1,0 +1,139 @@
+"""Where a trace by torch computes something else than eager mode does, or stops without need: put right meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._C import DispatchKey
+from torch._decomp import decompositions as rnn
+from torch._ops import OpOverload
+
+from shardc.capture.torch_patches import data_dependent
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def corrected() -> Generator[None]:
+    """Trace in here; everything is set back at the end."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(rnn, "_rnn_helper", _recurrent_layers))
+        # The comparison of a mask with the causal one branches on values; the mask itself says the same.
+        stack.enter_context(patch.object(nn.modules.transformer, "_detect_is_causal_mask", _is_causal))
+        stack.enter_context(_whole(aten.multilabel_margin_loss_forward.default))
+        yield
+
+
+@contextmanager
+def _whole(operator: OpOverload) -> Generator[None]:
+    """Not decomposed: torch's decomposition of this one counts labels that are not there."""
+    kernel = operator.py_kernels.pop(DispatchKey.Autograd)
+    operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        operator.py_kernels[DispatchKey.Autograd] = kernel
+        operator._dispatch_cache.clear()
+
+
+def _is_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+def _recurrent_layers(
+    x: torch.Tensor, hidden: Any, params: Any, has_biases: bool, layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool, layer: Callable[..., Any],
+) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
+    """torch's decomposition of LSTM, GRU and RNN, which forgets the dropout between the layers."""
+    x = x.transpose(0, 1) if batch_first else x
+    final: list[Any] = []
+    for index in range(layers):
+        own, state, back, back_state = rnn.params_hiddens(params, hidden, index, bidirectional)
+        made, last = layer(x, state, own, has_biases)
+        final.append(last)
+        if bidirectional:
+            backwards, last = layer(x, back_state, back, has_biases, reverse=True)
+            final.append(last)
+            made = torch.cat([made, backwards], -1)
+        x = torch.dropout(made, dropout, train) if train and dropout and index < layers - 1 else made
+    return x.transpose(0, 1) if batch_first else x, final
+
+
+def _random(x: torch.Tensor, *bounds: int | None, **kwargs: Any) -> torch.Tensor:
+    """The overload with two bounds is called "from", which no traced code can spell."""
+    if len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
+        return torch.Tensor.random_(x, bounds[1] - bounds[0], **kwargs).add_(bounds[0])
+    return torch.Tensor.random_(x, *bounds, **kwargs)
+
+
+def _bernoulli(x: torch.Tensor, *chance: float, **kwargs: Any) -> torch.Tensor:
+    """With a number as chance this draws in logical order, and the method in place in the order of memory; ATen has
+    one operator for both."""
+    if not chance and "p" not in kwargs:
+        return torch.bernoulli(x, **kwargs)
+    return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(*chance, **kwargs)
+
+
+def _where(x: torch.Tensor, key: Any, value: Any, accumulate: bool = False) -> torch.Tensor | None:
+    """`x` with one value (or one per element of the dims beyond the mask's) where a mask says so. None for other keys.
+
+    Autograd asks which elements were written, and their number is only known when the program runs.
+    """
+    mask = key[0] if isinstance(key, (tuple, list)) and len(key) == 1 else key
+    if not (isinstance(mask, torch.Tensor) and mask.dtype is torch.bool and isinstance(value, torch.Tensor)):
+        return None
+    extra = value.dim() - (x.dim() - mask.dim())
+    if extra > 0:
+        if any(size != 1 for size in value.shape[:extra]):
+            return None
+        value = value.reshape(value.shape[extra:])
+    value = value.to(x.dtype)
+    mask = mask.reshape([*mask.shape, *[1] * (x.dim() - mask.dim())])
+    return torch.where(mask, x + value if accumulate else value, x)
+
+
+def _assign(x: torch.Tensor, key: Any, value: Any) -> None:
+    written = _where(x, key, value)
+    if written is None:
+        torch.Tensor.__setitem__(x, key, value)
+    else:
+        x.copy_(written)
+
+
+def _put(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    written = _where(x, indices, values, accumulate)
+    return torch.index_put(x, indices, values, accumulate) if written is None else written
+
+
+def _put_in_place(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    written = _where(x, indices, values, accumulate)
+    return x.index_put_(indices, values, accumulate) if written is None else x.copy_(written)
+
+
+def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
+    """Autograd's formula for a value that is a tensor asks for the different indices among `index`."""
+    if not isinstance(value, torch.Tensor) or not x.dim():
+        return torch.index_fill(x, dim, index, value)
+    marked = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
+    mask = marked.reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+    return torch.where(mask, value.to(x.dtype), x)
+
+
+RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.Tensor.random_: _random,
+    torch.bernoulli: _bernoulli,
+    torch.Tensor.bernoulli: _bernoulli,
+    torch.Tensor.__setitem__: _assign,
+    torch.index_put: _put,
+    torch.Tensor.index_put: _put,
+    torch.Tensor.index_put_: _put_in_place,
+    torch.index_fill: _fill,
+    torch.Tensor.index_fill: _fill,
+    **data_dependent.RESPELLED,
+}
+"""Functions of torch, and what is called in their place."""

@@ -1,0 +1,1 @@
+"""What a plan says and answers: `plan.py`, why, why not, conflicts, assumptions."""

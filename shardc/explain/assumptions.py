@@ -1,0 +1,86 @@
+"""Assumes: at which other sizes of the inputs the strategies of a plan can be adopted, and where nothing is padded.
+
+    f32[32@(dp,tp), 64]  on dp=2,tp=4    ->    even at multiples of 8, padded otherwise; not below 8
+
+An atom that an input's dim begins with is split by some axes wherever it occurs. `adopt` takes over a strategy whose
+splits are legal at the new size, so what is legal of sizes that do not divide decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from shardc.explain.explanations import Assumption
+from shardc.ir.program import Role
+from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.rules.factors.factored import Factored
+from shardc.rules.factors.strategy import Shape, Strategy, legal
+
+Axes = tuple[str, ...]
+
+
+def assumptions(network: CostNetwork, assignment: Assignment) -> tuple[Assumption, ...]:
+    """One for every atom of the inputs' dims that the plan splits; dims that are tied have one."""
+    mesh, factored = network.mesh, network.factored
+    dims = _input_dims(factored)
+    held: dict[int, set[Axes]] = {piece: set() for piece in dims}
+    strict: dict[int, set[int]] = {piece: set() for piece in dims}
+    for piece, axes, where in _uses(network, assignment):
+        if piece in dims and mesh.ways(axes) > 1:
+            held[piece].add(axes)
+            if where is not None and not _padded(*where, axes, network):
+                strict[piece].add(mesh.ways(axes))
+    found: list[Assumption] = []
+    for piece, places in dims.items():
+        if held[piece]:
+            ways = [mesh.ways(axes) for axes in held[piece]]
+            _, _, size, rest = places[0]
+            names = tuple(f"{name} dim {dim}" for name, dim, _, _ in places)
+            every, least = rest * math.lcm(*ways), rest * max(ways)
+            found.append(Assumption(names, size, every, least, rest * math.lcm(*strict[piece])))
+    return tuple(found)
+
+
+def _input_dims(factored: Factored) -> dict[int, list[tuple[str, int, int, int]]]:
+    """Per atom that a dim of an input begins with: the input, the dim, its size, and that of the atoms after it."""
+    found: dict[int, list[tuple[str, int, int, int]]] = {}
+    program = factored.program
+    for port, node in zip(program.inputs, program.placeholders, strict=True):
+        if port.role is Role.INPUT and node in factored.values:
+            for index, dim in enumerate(factored.values[node].dims):
+                refs = factored.atoms.leaves(dim)
+                if refs:
+                    rest = math.prod(factored.atoms.size(ref) for ref in refs[1:])
+                    size = rest * factored.atoms.size(refs[0])
+                    found.setdefault(factored.atoms.piece(refs[0]), []).append((port.name, index, size, rest))
+    return found
+
+
+def _uses(network: CostNetwork, assignment: Assignment) -> Iterator[tuple[int, Axes, tuple[Shape, int] | None]]:
+    """Every atom that something splits, with the axes; and of operators the factor that it is."""
+    factored = network.factored
+    for op in factored.ops:
+        strategy, shape = assignment.strategies[op.node], network.options_of(op).shape
+        if any(strategy.split):
+            for item, carried in zip(op.items, op.kind.carried, strict=True):
+                for ref, factor in zip(factored.leaves(item.value), carried, strict=True):
+                    if factor is not None and strategy.split[factor]:
+                        yield factored.atoms.piece(ref), strategy.split[factor], (shape, factor)
+    program = factored.program
+    outputs = {factored.values[node].key: i for i, node in enumerate(program.results) if node is not None}
+    kept = {key: assignment.outputs[i] for key, i in outputs.items() if i in assignment.outputs}
+    for key, splits in (*assignment.shares.items(), *kept.items()):
+        for ref, axes in zip(factored.leaves(factored.base[key]), splits.axes, strict=True):
+            if axes:
+                yield factored.atoms.piece(ref), axes, None
+
+
+def _padded(shape: Shape, factor: int, axes: Axes, network: CostNetwork) -> bool:
+    """Whether the operator takes a factor of a size that the axes do not divide."""
+    uneven = 2 * network.mesh.ways(axes) + 1
+    factors = tuple(replace(f, size=uneven) if i == factor else f for i, f in enumerate(shape.factors))
+    split: list[Axes] = [() for _ in factors]
+    split[factor] = axes
+    return legal(replace(shape, factors=factors), Strategy(tuple(split)), network.mesh)

@@ -1,0 +1,61 @@
+"""Operators without a rule, for the plan: the rule that trial found, or what it costs to run them on whole operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from shardc.analysis.conversions import Conversion
+from shardc.errors import RuleError
+from shardc.explain.plan import Tried
+from shardc.ir.program import where
+from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.rules.factors.factored import Factored
+
+
+def refuse_unknown(factored: Factored) -> None:
+    """RuleError for the first operator that runs on whole operands, because it has no rule and trial found no split."""
+    for op in factored.ops:
+        if op.learned is not None and op.learned.replicated:
+            place = f" ({where(op.node)})" if where(op.node) else ""
+            raise RuleError(
+                f"operator {op.node.target}{place} has no rule and would run whole on every rank: "
+                f"{op.learned.replicated}. Give it a rule with shardc.rule, write this part of the model with "
+                "operators that have rules, or accept it with on_unknown='replicate'"
+            )
+
+
+def tried(
+    network: CostNetwork, assignment: Assignment, graph: fx.Graph, conversions: Iterable[Conversion]
+) -> tuple[Tried, ...]:
+    """What the plan says about every operator whose rule was found by trial; `graph` as `reshard` leaves it."""
+    steps = {step.name: step for step in conversions if step.sent}
+    found: list[Tried] = []
+    for node in graph.nodes:
+        op = node.meta.get("op")
+        if op is None or op.learned is None:
+            continue
+        options = network.options_of(op)
+        seconds = float(options.compute[options.strategies.index(assignment.strategies[op.node])])
+        gathers = [steps[step] for step in sorted(_moved_before(node, steps))]
+        found.append(
+            Tried(
+                str(op.node.target), where(op.node), str(op.learned), op.learned.replicated, seconds,
+                sum(step.seconds for step in gathers), sum(step.sent for step in gathers),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _moved_before(node: fx.Node, steps: Iterable[str]) -> set[str]:
+    """The names of the collectives, and of those before them, that bring the operands into place."""
+    found: set[str] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop()
+        if source.op == "call_function" and "op" not in source.meta and source.name not in found:
+            if source.name in steps:
+                found.add(source.name)
+            waiting += source.all_input_nodes
+    return found

@@ -1,0 +1,401 @@
+"""Why: what a plan answers about one value, from the problem that was solved.
+
+plan.why("up.weight")                        who makes it, how it is read, what that takes, and the next best
+plan.why_not("up.weight", "f32[64, 64@tp]")  its variable is restricted, and the problem solved again
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import fx
+
+from shardc.analysis.conversions import Conversion
+from shardc.cost.conversion import sent_fraction
+from shardc.errors import InfeasibleError, LayoutError, ShardcError
+from shardc.explain.assumptions import assumptions
+from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
+from shardc.ir.constrain import Dim, parse, spec_text
+from shardc.ir.layout import Layout, describe
+from shardc.ir.program import Port, Program, Role, value_of, where
+from shardc.ir.splits import Splits, apply
+from shardc.passes.propagate import Constraint, demanded_leaves
+from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.planning.solved import TIME_LIMIT, Solved
+from shardc.rules.factors.factored import Key, Op, Value
+from shardc.rules.factors.strategy import Strategy, demand, make
+from shardc.solver.problem import Problem
+from shardc.solver.proof.certificate import Certificate
+from shardc.solver.solve import Solution
+
+if TYPE_CHECKING:
+    from shardc.explain.conflicts import ConflictFinder
+
+_ADOPTED = "the plan was adopted from other sizes"
+Priced = tuple[tuple[Conversion, ...], float]
+
+
+@dataclass(eq=False)
+class Questions:
+    """Answers questions about one plan. `solution` is None for a plan that was adopted from other sizes; `price` gives
+    the conversions that an assignment emits, and its compute; `titles` are the names of base values."""
+
+    network: CostNetwork
+    assignment: Assignment
+    solution: Solution | None
+    mode: str
+    constraints: Sequence[Constraint]
+    conversions: tuple[Conversion, ...]
+    compute: float
+    price: Callable[[Assignment], Priced]
+    titles: Mapping[Key, str]
+    ops: dict[fx.Node, Op] = field(init=False)
+    _proof: Solved | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.ops = {op.node: op for op in self.network.factored.ops}
+        self._names = {title: key for key, title in self.titles.items()}
+
+    def why(self, name: str) -> Why:
+        value = self._find(name)
+        node = value.key[0]
+        op, strategy = self.ops[node], self.assignment.strategies[node]
+        made = self._made(value.key)
+        tensor = self.network.class_of(value.key)
+        shared = self.assignment.shares.get(value.key, made)
+        demands = tuple(c.label for c in self.constraints if c.key == value.key)
+        runner_up, missing = self._runner_up(name, value)
+        return Why(
+            name, self._text(value, made), self._maker(op), self._splits_factors(op, strategy),
+            float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
+            self._steps(value, made, shared, where(node)) if shared in tensor.index else (),
+            self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
+        )  # fmt: skip
+
+    def why_not(self, name: str, layout: str) -> WhyNot:
+        value = self._find(name)
+        wanted = self._wanted(name, value, layout)
+        chosen = self._made(value.key)
+        if wanted(chosen):
+            text = self._text(value, chosen)
+            return WhyNot(name, text, text)
+        self._solved()
+        keep = np.array([wanted(splits) for splits in self._domain(value.key)], dtype=bool)
+        if not keep.any():
+            return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, wanted))
+        return self._forced(name, value, keep, layout)
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """The minimal sets of what was demanded that cannot hold together without conversions."""
+        found = self.clashes().found()
+        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in found)
+
+    def assumes(self) -> tuple[Assumption, ...]:
+        """What the plan assumes of the sizes of the inputs."""
+        return assumptions(self.network, self.assignment)
+
+    def checked(self) -> float:
+        """The lower bound that the plan's certificate proves."""
+        return self._solved().checked()
+
+    def certified(self) -> tuple[Problem, Certificate]:
+        """The problem that was solved, and the certificate of its solution."""
+        return self._solved().certified()
+
+    def clashes(self) -> ConflictFinder:
+        """The model of what was demanded."""
+        from shardc.explain.conflicts import ConflictFinder, Demand  # z3 takes a while to import
+
+        factored, demands = self.network.factored, list[Demand]()
+        for constraint in self.constraints:
+            leaves: list[tuple[str, ...] | None] = [None] * len(factored.sizes(constraint.key))
+            for leaf, axes in demanded_leaves(factored, self.network.mesh, constraint):
+                leaves[leaf] = axes
+            demands.append(Demand(_words(constraint), constraint.key, tuple(leaves)))
+        return ConflictFinder(self.network, demands)
+
+    def _step(self, op: Op) -> str:
+        place = where(op.node)
+        return f"{self._title((op.node, 0))} ({place})" if place else self._title((op.node, 0))
+
+    def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
+        """The best plan in which the value lies in any other layout."""
+        if self.solution is None:
+            return None, f"not known: {_ADOPTED}"
+        made = self._text(value, self._made(value.key))
+        keep = np.array([self._text(value, splits) != made for splits in self._domain(value.key)], dtype=bool)
+        if keep.any():
+            return self._forced(name, value, keep, ""), ""
+        held = [c.label for c in self.constraints if c.key == value.key]
+        if held:
+            return None, f"no other layout is legal with {' and '.join(held)}"
+        return None, "mode='propagate' decided it: nothing was compared" if self.mode == "propagate" else ""
+
+    def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
+        """Solve again with some values of the variable forbidden, and compare. Layout "": whatever the solver takes."""
+        solution = self._solved().solution
+        chosen = self._text(value, self._made(value.key))
+        problem = self.network.problem()
+        variable = self.network.variable_of(value.key[0])
+        problem.unary[variable] = np.where(keep, problem.unary[variable], np.inf)
+        try:
+            found = self._solved().again(problem)
+        except InfeasibleError as error:
+            return WhyNot(name, layout or "anything else", chosen, conflict=str(error))
+        except TimeoutError as error:
+            raise ShardcError(f"{name} as {layout}: no plan was found within {TIME_LIMIT:.0f} CPU-seconds") from error
+        other = self.network.assignment(found.choice)
+        conversions, compute = self.price(other)
+        op = self.ops[value.key[0]]
+        splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
+        return WhyNot(
+            name, self._text(value, splits), chosen, found.cost - solution.cost, solution.cost,
+            compute - self.compute, *self._difference(conversions), proven=found.exact and solution.exact,
+        )  # fmt: skip
+
+    def _difference(self, other: Sequence[Conversion]) -> tuple[tuple[Conversion, ...], tuple[Conversion, ...]]:
+        """The conversions that only the other plan emits, and those that only this one does."""
+
+        def identity(one: Conversion) -> tuple[object, ...]:
+            return one.value, one.kind, one.axis, one.sent, one.phase, one.place
+
+        def beyond(these: Sequence[Conversion], those: Sequence[Conversion]) -> tuple[Conversion, ...]:
+            left, found = Counter(map(identity, those)), list[Conversion]()
+            for one in these:
+                if left[identity(one)]:
+                    left[identity(one)] -= 1
+                else:
+                    found.append(one)
+            return tuple(found)
+
+        return beyond(other, self.conversions), beyond(self.conversions, other)
+
+    def _solved(self) -> Solved:
+        """What was solved. Raises ShardcError where the plan was adopted from other sizes."""
+        if self.solution is None:
+            raise ShardcError(f"{_ADOPTED}: nothing else was priced; ask one compiled without dynamic=")
+        if self._proof is None:
+            self._proof = Solved(self.network, self.solution)
+        return self._proof
+
+    def _find(self, name: str) -> Value:
+        """The value of that name: a parameter, an input, a module's output, or a printed name."""
+        program, values = self.network.factored.program, self.network.factored.values
+        ports = {port.name: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
+        ports |= {alias: ports[first] for alias, first in program.tied.items() if first in ports}
+        if name in ports:
+            return values[ports[name]]
+        outputs: dict[str, fx.Node] = {}
+        for node in values:
+            path = node.meta.get("module", "")
+            while path and node.op != "placeholder" and node.meta.get("phase") != "backward":
+                outputs[path] = node  # the last one stays
+                path = path.rpartition(".")[0]
+        if name in outputs:
+            return values[outputs[name]]
+        printed = name.removeprefix("%")
+        if printed in self._names:
+            return self.network.factored.base[self._names[printed]]
+        known = list(dict.fromkeys([*ports, *outputs, *self._names]))
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ShardcError(
+            f'no value is named {name!r}{hint}. Values are named by the paths of parameters and modules, as "input:0", '
+            'or as graph("reshard") prints them'
+        )
+
+    def _wanted(self, name: str, value: Value, text: str) -> Callable[[Splits], bool]:
+        """The test for the layout that the user wrote down. Raises LayoutError where it cannot be one of the value."""
+        mesh, shape = self.network.mesh, self._shape(value)
+        if "[" in text:
+            layout = Layout.parse(text)
+            layout.check(mesh)
+            if layout.shape != shape:
+                raise LayoutError(f"{text} has shape {layout.shape}; {name} has {shape}: {self._now(value)}")
+            goal = layout.simplify(mesh)
+            partial = dict(goal.partial)
+            return lambda splits: (
+                (lies := self._layout(value, splits)).dims == goal.dims and dict(lies.partial) == partial
+            )
+        dims = self._checked(name, parse(text), shape, self._now(value))
+
+        def test(splits: Splits) -> bool:
+            held = [tuple(a for atom in dim for a in atom.axes) for dim in self._layout(value, splits).dims]
+            return not splits.partial and all(w is None or w == h for w, h in zip(dims, held, strict=True))
+
+        return test
+
+    def _checked(
+        self, name: str, dims: tuple[Dim, ...], shape: tuple[int, ...], example: str
+    ) -> list[tuple[str, ...] | None]:
+        if len(dims) != len(shape):
+            raise LayoutError(
+                f"{len(dims)} entries for {name} of shape {shape}; give one per dim, or a layout as plans print it, "
+                f"like {example}"
+            )
+        names, sizes = self.network.mesh.names, self.network.mesh.sizes
+        unknown = next((a for dim in dims for a in dim or () if a not in names), None)
+        if unknown is not None:
+            raise LayoutError(f"mesh {self.network.mesh} has no axis {unknown!r}; it has {', '.join(names)}")
+        return [None if dim is None else tuple(a for a in dim if sizes[a] > 1) for dim in dims]
+
+    def _obstacle(self, value: Value, wanted: Callable[[Splits], bool]) -> str:
+        """Why no strategy of the maker gives the layout."""
+        op, index = self.ops[value.key[0]], value.key[1]
+        options = self.network.options_of(op)
+        everything = [make(options.shape, s, index, self.network.mesh) for s in options.strategies]
+        held = [c.label for c in self.constraints if c.key == value.key]
+        if any(map(wanted, everything)):
+            if held:
+                return f"against it stands {' and '.join(held)}; drop it, or change it"
+            if self.mode == "propagate":
+                return "mode='propagate' decides layouts by the constraints alone; ask a plan of mode='auto'"
+            written = (port := self._port(op.node)) is not None and port.role is Role.BUFFER
+            kept = "it is written in place and so kept whole" if written else "no slices of it give that"
+            return f"{self._title(value.key)} cannot be split like that: {kept}"
+        legal = dict.fromkeys(self._text(value, splits) for splits in self._domain(value.key))
+        shown = ", ".join(list(legal)[:6]) + (f" and {len(legal) - 6} more" if len(legal) > 6 else "")
+        whole = [f for f in op.factors if f.whole and f.size > 1]
+        limit = f"; {', '.join(f'{f.name} ({f.size})' for f in whole)} stay whole in its rule" if whole else ""
+        return (
+            f"{self._maker(op)} ({where(op.node) or 'no place in your code'}) makes {shown}{limit}. "
+            "What it makes can be converted: shardc.constrain in the code puts the conversion there"
+        )
+
+    def _domain(self, key: Key) -> Iterator[Splits]:
+        """The layouts that the strategies of a value's maker give it."""
+        op = self.ops[key[0]]
+        shape, mesh = self.network.options_of(op).shape, self.network.mesh
+        for strategy in self.network.variables[self.network.variable_of(key[0])].domain:
+            assert isinstance(strategy, Strategy)
+            yield make(shape, strategy, key[1], mesh)
+
+    def _made(self, key: Key) -> Splits:
+        return make(self.assignment.shapes[key[0]], self.assignment.strategies[key[0]], key[1], self.network.mesh)
+
+    def _found(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
+        """The layout in which a reader finds a value: under a budget, backward finds what was kept."""
+        chosen = self.assignment
+        if chosen.forward is None or reader in chosen.forward or key[0] not in chosen.forward:
+            return shared
+        return chosen.regathered.get(key, chosen.kept.get(key, shared))
+
+    def _readers(self, value: Value, shared: Splits) -> Iterator[Reader]:
+        key, mesh, program = value.key, self.network.mesh, self.network.factored.program
+        for op in self.network.factored.ops:
+            for index, operand in enumerate(op.operands):
+                if operand.value.key == key:
+                    strategy = self.assignment.strategies[op.node]
+                    needed = demand(self.assignment.shapes[op.node], strategy, index, mesh)
+                    start = self._found(key, shared, op.node)
+                    yield self._reader(value, start, needed, self._title((op.node, 0)), op.node)
+        parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
+        for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
+            if node is None or self.network.factored.values[node].key != key:
+                continue
+            gradient = port.role is Role.GRADIENT and port.name in parameters
+            if gradient:
+                stored = Splits(self.assignment.strategies[parameters[port.name]].split)
+                own = self.network.factored.values[node]
+                needed = self.network.gradient_demand(own, parameters[port.name], stored)
+                title = f"gradient of {port.name}"
+            else:
+                needed, title = self.assignment.outputs[index], f"{port.role.value} {port.name or port.index}"
+            yield self._reader(value, shared, needed, title, node, gradient)
+        if (port := self._port(key[0])) is not None and port.role is Role.PARAMETER:
+            yield from self._gradients(value, port.name)
+
+    def _gradients(self, value: Value, parameter: str) -> Iterator[Reader]:
+        """How the gradient of a parameter comes to lie as its parameter does."""
+        program, network = self.network.factored.program, self.network
+        for port, node in zip(program.outputs, program.results, strict=True):
+            if node is not None and port.role is Role.GRADIENT and port.name == parameter:
+                own = network.factored.values[node]
+                made = network.factored.base[own.key]
+                stored = Splits(self.assignment.strategies[value.key[0]].split)
+                needed = network.gradient_demand(own, value.key[0], stored)
+                shared = self.assignment.shares.get(own.key, self._made(own.key))
+                steps = self._steps(made, shared, needed, where(own.key[0]), gradient=True)
+                title = f"its gradient, from {self._title(own.key)}"
+                yield Reader(title, self._text(own, needed), steps, "backward", where(own.key[0]))
+
+    def _reader(
+        self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node, gradient: bool = False
+    ) -> Reader:
+        steps = self._steps(value, shared, needed, where(node), gradient)
+        return Reader(title, self._text(value, needed), steps, node.meta.get("phase", ""), where(node))
+
+    def _steps(
+        self, value: Value, start: Splits, end: Splits, place: str, gradient: bool = False
+    ) -> tuple[Conversion, ...]:
+        """The conversions between two layouts of the value; those of a gradient cost their shares of buckets."""
+        found: list[Conversion] = []
+        network, mesh = self.network, self.network.mesh
+        tensor = network.gradient_class(value.key) if gradient else network.class_of(value.key)
+        for step in tensor.path(start, end):
+            after = apply(start, step, mesh)
+            moved = tensor.operand_bytes(start, after, step)
+            seconds = tensor.step_seconds(step, moved)
+            sent = sent_fraction(step.kind, mesh.sizes[step.axis]) * moved
+            found.append(Conversion(step.kind, step.axis, "", sent, seconds, "", place, self._title(value.key)))
+            start = after
+        return tuple(found)
+
+    def _layout(self, value: Value, splits: Splits) -> Layout:
+        return value.form.layout_on(splits.axes, splits.partial).simplify(self.network.mesh)
+
+    def _text(self, value: Value, splits: Splits) -> str:
+        producer = value_of(value.key[0])
+        tensor = producer[value.key[1]] if isinstance(producer, (tuple, list)) else producer
+        return describe(tensor, self._layout(value, splits))
+
+    def _now(self, value: Value) -> str:
+        return self._text(value, self._made(value.key))
+
+    def _shape(self, value: Value) -> tuple[int, ...]:
+        return self._layout(value, self._made(value.key)).shape
+
+    def _port(self, node: fx.Node) -> Port | None:
+        program = self.network.factored.program
+        return next((p for p, n in zip(program.inputs, program.placeholders, strict=True) if n is node), None)
+
+    def _title(self, key: Key) -> str:
+        return self.titles.get(key, key[0].name)
+
+    def _maker(self, op: Op) -> str:
+        port = self._port(op.node)
+        return f"{port.role.value} {port.name}".strip() if port else str(op.node.target)
+
+    def _splits_factors(self, op: Op, strategy: Strategy) -> str:
+        """`dp splits n, tp splits k`; of placeholders nothing."""
+        if op.node.op == "placeholder":
+            return ""
+        pairs = zip(op.factors, strategy.split, strict=True)
+        found = [f"{','.join(axes)} splits {factor.name}" for factor, axes in pairs if axes]
+        found += [f"sums over {axis} pass through" for axis, _ in strategy.passes]
+        return ", ".join(found) or "every rank makes all of it"
+
+
+def _words(constraint: Constraint) -> str:
+    """A constraint as the user wrote it, which may speak of many values: of every layer of a kind, or a line of code
+    that runs several times."""
+    node, spec = constraint.key[0], spec_text(constraint.dims)
+    if node.op == "placeholder":
+        return f"{constraint.label.partition(' on ')[0]} = {spec}"
+    return f"constrain(..., {spec}) at {node.meta.get('source') or where(node)}"
+
+
+def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
+    """The names of base values: those of parameters, buffers and inputs, else those in the resharded graph."""
+    found: dict[Key, str] = {}
+    for node in graph.nodes:
+        if "base" in node.meta:
+            found.setdefault(node.meta["base"], node.name)
+    for port, node in zip(program.inputs, program.placeholders, strict=True):
+        found[node, 0] = port.name or f"{port.role.value} {port.index}"
+    return found

@@ -1,0 +1,97 @@
+"""Graphs as text: one line a value, in Python-like calls, with the layout of every value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from shardc.ir.layout import SHORT_DTYPES, Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import name_of, where
+
+
+class _Line(NamedTuple):
+    """What the line of one node will show, as it is before passes change the node; where it comes from, its type and
+    its layout they leave alone."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Shown:
+    """A graph as it is now; the text is made when it is asked for: of a deep model it is long, and seldom read."""
+
+    def __init__(self, graph: fx.Graph, mesh: Mesh | None = None) -> None:
+        self._mesh = mesh
+        self._lines = [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
+
+    def __call__(self, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
+        """The text. Values that have a layout, in their metadata or among `layouts`, show it, others their shape."""
+        return "".join(f"{_text(_Line(*line), self._mesh, layouts or {})}\n" for line in self._lines)
+
+
+def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+    if line.node.op == "output":
+        return f"return {_argument(line.args[0])}"
+    call = "input" if line.node.op == "placeholder" else _call(line)
+    assigned = f"%{line.node.name} = {call}"
+    told = where(line.node)
+    place = f"  # {told}" if told else ""
+    return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
+
+
+def _call(line: _Line) -> str:
+    target = line.target
+    if target is operator.getitem:
+        return f"{_argument(line.args[0])}[{line.args[1]}]"
+    shown = [_argument(a) for a in line.args]
+    shown += [f"{k}={_argument(v)}" for k, v in line.kwargs.items() if k not in ("device", "pin_memory", "layout")]
+    return f"{name_of(target)}({', '.join(shown)})"
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(v) for v in value)}]"  # type: ignore[misc]
+    return str(value)
+
+
+def _type(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+    layout: Layout | None = line.node.meta.get("layout", layouts.get(line.node))
+    value = line.node.meta.get("val")
+    dtype = line.node.meta.get("dtype", getattr(value, "dtype", None))
+    if layout is not None and dtype is not None:
+        return f"{SHORT_DTYPES[dtype]}{layout.simplify(mesh) if mesh else layout}"
+    if isinstance(value, torch.Tensor):
+        return f"{SHORT_DTYPES.get(value.dtype, value.dtype)}[{', '.join(str(int(n)) for n in value.shape)}]"
+    return ""
+
+
+def columns(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
+    """Rows as lines of columns, each aligned left or right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shape = list(zip(aligned, widths, strict=True))
+    return ["  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, shape, strict=True)).rstrip() for row in rows]
+
+
+def in_seconds(value: float) -> str:
+    """`12.30 us`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value / 1e-9:.2f} ns" if value else "0 s"
+
+
+def in_bytes(value: float) -> str:
+    """`4.0 KiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,145 @@
+"""The captured program: a flat ATen graph whose every value knows its shape, role, module path and source line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import TreeSpec
+
+from shardc.runtime.kernels.random import DRAWS
+
+
+class Role(StrEnum):
+    """What a graph input or output is to the user."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    INPUT = "input"
+    TANGENT = "tangent"
+    OUTPUT = "output"
+    MUTATION = "mutation"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One graph input or output.
+
+    `name` is the parameter's or buffer's path (for a gradient: of what it is the gradient), `input:<index>` for an
+    input; `index` is the position among the flat inputs (INPUT) or the flat outputs (OUTPUT, TANGENT), else 0.
+    """
+
+    role: Role
+    name: str
+    index: int = 0
+
+
+@dataclass
+class Program:
+    """A captured model: `graph`, one port per placeholder and per element of the output tuple.
+
+    `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
+    itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
+    `attached` are the positions of the outputs that require a gradient on one device.
+    """
+
+    graph: fx.Graph
+    inputs: list[Port]
+    outputs: list[Port]
+    out_spec: TreeSpec
+    out_leaves: list[int | Constant]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    tied: dict[str, str] = field(default_factory=dict[str, str])
+    attached: frozenset[int] = frozenset()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def results(self) -> list[fx.Node | None]:
+        """The values of the output tuple; None where a gradient is not needed."""
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the user's output that is no tensor (or a tensor that does not depend on the inputs)."""
+
+    value: Any
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value (global shape and dtype) that capture recorded for `node`."""
+    return node.meta["val"]
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A call, named after its operator, where `graph` is being written.
+
+    `Graph.create_node` searches all arguments for symbolic sizes, only to warn, and that takes as long as all else that
+    it does: so it is given none. They are set as it would set them; the setter of `args` is for nodes that stand in
+    tables already.
+    """
+    node = graph.create_node("call_function", target, (), {}, name_of(target).strip("_"))
+    node._update_args_kwargs(args, kwargs or {})
+    return node
+
+
+@cache
+def name_of(target: Any) -> str:
+    """The name of an operator without its namespace and overload, or of a function."""
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
+def frozen(argument: Any) -> Any:
+    """The argument of a call as a key; what is equal may have another key if it is not the same object. Fake values
+    count by identity: the nodes of equal layers share theirs."""
+    if type(argument) in _PLAIN:
+        return type(argument), argument
+    if isinstance(argument, fx.Node):
+        return id(value_of(argument))
+    if isinstance(argument, (list, tuple)):
+        return tuple([frozen(item) for item in argument])
+    if isinstance(argument, dict):
+        return tuple([(key, frozen(item)) for key, item in argument.items()])
+    if isinstance(argument, slice):
+        return slice, frozen(argument.start), frozen(argument.stop), frozen(argument.step)
+    return type(argument), argument
+
+
+def ancestors(nodes: Iterable[fx.Node], beyond: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from, as far as it is not among or before `beyond`."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in beyond:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def forward_part(
+    graph: fx.Graph, ports: Sequence[Port], results: Sequence[fx.Node | None], more: Iterable[fx.Node] = ()
+) -> set[fx.Node]:
+    """What runs in forward: all that its results need (those that are no gradients, and `more`), and all draws, which
+    are made in the order of the single device. `results` has a node or None for every port."""
+    wanted = [n for port, n in zip(ports, results, strict=True) if n is not None and port.role is not Role.GRADIENT]
+    return ancestors([*wanted, *more, *(node for node in graph.nodes if node.target in DRAWS)])
+
+
+def where(node: fx.Node) -> str:
+    """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
+    module, source = node.meta.get("module", ""), node.meta.get("source", "")
+    return f"{module}, {source}" if module and source else module or source

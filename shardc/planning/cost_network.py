@@ -1,0 +1,398 @@
+"""From a factored program to the cost network: who the variables are, what they cost, and what the edges charge.
+
+operator, placeholder   a strategy   costs its compute
+share of a value        a layout     costs nothing; the edge from its producer pays what all its users share
+output                  a layout     whole on every rank, or any that is not partial
+
+minimise  sum of compute  +  sum over edges of the cheapest conversion between what is made and what is demanded
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import fx
+
+from shardc.cost.buckets import Buckets, Sharing
+from shardc.cost.conversion import TensorClass
+from shardc.cost.hardware import Hardware
+from shardc.errors import LayoutError
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Role, value_of
+from shardc.ir.splits import Splits
+from shardc.planning.strategies import Options
+from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
+from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
+from shardc.solver.problem import Problem, zeros
+
+Accepts = Callable[[Splits], bool]
+
+
+@dataclass
+class Domain:
+    """The values of an operator's variable: strategies, their seconds, and per operand and result the layouts (by their
+    index in the tensor class) that each demands and makes."""
+
+    strategies: list[Strategy]
+    seconds: np.ndarray
+    operands: list[np.ndarray]
+    results: list[np.ndarray]
+
+
+@dataclass
+class Variable:
+    """One variable: `domain` says what its values mean, a `Strategy` (operators) or `Splits` (shares, outputs)."""
+
+    name: str
+    domain: list[Strategy] | list[Splits]
+    unary: np.ndarray
+
+
+@dataclass
+class Assignment:
+    """What was chosen: a strategy per operator, the layout in which a value is shared, the layout of every output.
+
+    Under a memory budget also, per value of forward that backward reads, the layout in which it is kept until then (or
+    made again), and that in which its readers in backward share it. `forward` holds what runs in forward; None without
+    a budget, when backward takes whatever forward made.
+    """
+
+    strategies: dict[fx.Node, Strategy]
+    shapes: dict[fx.Node, Shape]
+    shares: dict[Key, Splits]
+    outputs: dict[int, Splits]
+    kept: dict[Key, Splits] = field(default_factory=dict[Key, Splits])
+    regathered: dict[Key, Splits] = field(default_factory=dict[Key, Splits])
+    forward: frozenset[fx.Node] | None = None
+
+
+@dataclass(eq=False)
+class CostNetwork:
+    """Builds the problem for one program on one mesh. `accepts` filters the layouts of base values (constraints);
+    of `wishes` the first that leaves a choice is granted."""
+
+    factored: Factored
+    mesh: Mesh
+    device: Hardware
+    accepts: Mapping[Key, Accepts]
+    whole_outputs: bool
+    wishes: Mapping[Key, Sequence[Accepts]] = field(default_factory=dict[Key, Sequence[Accepts]])
+    variables: list[Variable] = field(default_factory=list[Variable])
+
+    def __post_init__(self) -> None:
+        self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._class_of: dict[Key, TensorClass] = {}
+        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
+        self._options: dict[Kind, Options] = {}
+        self._distinct: dict[Shape, Options] = {}
+        self._tables: dict[object, np.ndarray] = {}
+        self._arrays: dict[bytes, np.ndarray] = {}
+        self._domains: dict[object, Domain] = {}
+        self._answers: dict[object, bool] = {}
+        self._demands: dict[object, np.ndarray] = {}
+        reductions = {r for op in self.factored.ops for r in op.rule.reductions.values()}
+        self._reductions = ("sum", *sorted(reductions - {"sum"}))
+        # per base value: its variable and, for each value of that variable, the layout it stands for
+        self._source: dict[Key, tuple[int, np.ndarray]] = {}
+        self._edges: list[tuple[int, int, np.ndarray]] = []
+        self._op_variable: dict[fx.Node, int] = {}
+        self._parameters: set[int] = set()
+        self._share_variable: dict[Key, int] = {}
+        self._output_variable: dict[int, int] = {}
+
+    def share(self, other: CostNetwork) -> None:
+        """Use the strategies and conversions that another network of the same program on the same mesh worked out."""
+        self._classes, self._class_of, self._gradient_classes = other._classes, other._class_of, other._gradient_classes
+        self._options, self._distinct = other._options, other._distinct
+        self._tables, self._arrays = other._tables, other._arrays
+        self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
+
+    def problem(self) -> Problem:
+        """What the solver is asked; the caller may change it."""
+        whole = self._whole
+        return Problem([*whole.unary], {**whole.edges}, whole.names)
+
+    @cached_property
+    def _whole(self) -> Problem:
+        problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
+        for one, other, table in self._edges:
+            problem.add_edge(one, other, table)
+        return problem
+
+    def assignment(self, choice: list[int]) -> Assignment:
+        """Read a solution back."""
+
+        def pick(variable: int) -> Strategy | Splits:
+            return self.variables[variable].domain[choice[variable]]
+
+        return Assignment(
+            {node: pick(v) for node, v in self._op_variable.items()},  # type: ignore[misc]
+            {op.node: self.options_of(op).shape for op in self.factored.ops},
+            {key: pick(v) for key, v in self._share_variable.items()},  # type: ignore[misc]
+            {index: pick(v) for index, v in self._output_variable.items()},  # type: ignore[misc]
+        )
+
+    def variable_of(self, node: fx.Node) -> int:
+        """The variable of an operator or placeholder."""
+        return self._op_variable[node]
+
+    def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
+        key = (sizes, itemsize)
+        if key not in self._classes:
+            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device)
+        return self._classes[key]
+
+    def class_of(self, key: Key) -> TensorClass:
+        """The tensor class of a base value."""
+        if key not in self._class_of:
+            self._class_of[key] = self.tensor_class(self.factored.sizes(key), _tensor_of(key).element_size())
+        return self._class_of[key]
+
+    def gradient_class(self, key: Key) -> TensorClass:
+        """The tensor class of a base value on its way to the layout of the parameter whose gradient it is, where
+        collectives run in buckets."""
+        sizes, dtype = self.factored.sizes(key), _tensor_of(key).dtype
+        if (sizes, dtype) not in self._gradient_classes:
+            made = TensorClass(sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype])
+            self._gradient_classes[sizes, dtype] = made
+        return self._gradient_classes[sizes, dtype]
+
+    @cached_property
+    def _sharing(self) -> dict[torch.dtype, Sharing]:
+        """By dtype, all gradients among which the collectives of each are shared, and what hides them: backward, if
+        every operator is divided as far as it can be."""
+        sizes: dict[torch.dtype, list[float]] = {}
+        for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
+            if node is not None and port.role is Role.GRADIENT:
+                tensor = _tensor_of(self.factored.values[node].key)
+                sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
+        buckets = Buckets(self.mesh, self.device)
+        total = sum(map(sum, sizes.values()))
+        backward = [op for op in self.factored.ops if op.node.meta.get("phase") == "backward"]
+        beneath = sum(self.options_of(op).least for op in backward) / total if total else 0.0
+        return {dtype: Sharing(buckets, tuple(found), beneath) for dtype, found in sizes.items()}
+
+    def build(self) -> None:
+        """Make the variables and edges."""
+        program = self.factored.program
+        ports = dict(zip(program.placeholders, program.inputs, strict=True))
+        mutated = {port.name for port in program.outputs if port.role is Role.MUTATION}
+        users = self._users()
+        for op in self.factored.ops:
+            port = ports.get(op.node)
+            frozen = port is not None and port.role is Role.BUFFER and port.name in mutated
+            self._add_op(op, port, frozen)
+            for result in op.results:
+                self._add_shares(op, result.key, users[result.key], port)
+        self._add_outputs()
+
+    def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
+        """The variables between a value and its readers, if it has any need of them."""
+        if users > 1 and (port is None or port.role is Role.PARAMETER):
+            self._share_variable[key] = self._add_share(key)
+
+    def _users(self) -> Counter[Key]:
+        users = Counter(operand.value.key for op in self.factored.ops for operand in op.operands)
+        for node in self.factored.program.results:
+            if node is not None:
+                users[self.factored.values[node].key] += 1
+        return users
+
+    def options_of(self, op: Op) -> Options:
+        """The strategies of an operator; operators of one shape share them."""
+        if op.kind not in self._options:
+            self._options[op.kind] = self._options_of(shape_of(op))
+        return self._options[op.kind]
+
+    def _options_of(self, shape: Shape) -> Options:
+        if shape not in self._distinct:
+
+            def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
+                return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
+
+            operands, results = classes(shape.operands), classes(shape.results)
+            self._distinct[shape] = Options(shape, self.mesh, self.device, operands, results)
+        return self._distinct[shape]
+
+    def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
+        self.variables.append(Variable(name, domain, unary))
+        return len(self.variables) - 1
+
+    def _add_op(self, op: Op, port: Port | None, frozen: bool) -> Domain:
+        domain = self._domain(op, port, frozen)
+        variable = self._op_variable[op.node] = self._variable(op.node.name, domain.strategies, domain.seconds)
+        if port is not None and port.role is Role.PARAMETER:
+            self._parameters.add(variable)
+        for operand, demanded in zip(op.operands, domain.operands, strict=True):
+            self._connect(operand.value.key, variable, demanded)
+        for result, made in zip(op.results, domain.results, strict=True):
+            self._source[result.key] = variable, made
+        return domain
+
+    def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
+        options = self.options_of(op)
+        keep = self._kept(op, options, port, frozen)
+        identity = id(options), None if keep is None else tuple(keep)
+        if identity in self._domains:
+            return self._domains[identity]
+        if keep is None:
+            found = Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
+        else:
+            found = Domain(
+                [options.strategies[i] for i in keep],
+                options.seconds[keep],
+                [self._intern(layouts[keep]) for layouts in options.operand_layouts],
+                [self._intern(layouts[keep]) for layouts in options.result_layouts],
+            )
+        self._domains[identity] = found
+        return found
+
+    def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
+        """The strategies whose results every constraint accepts; None for all of them."""
+        if port is None and not self.accepts and not self.wishes:
+            return None
+        tests: list[tuple[int, Accepts]] = [
+            (k, self.accepts[result.key]) for k, result in enumerate(op.results) if result.key in self.accepts
+        ]
+        if frozen:
+            tests.append((0, lambda splits: not any(splits.axes)))
+        if port is not None and (port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.whole_outputs)):
+            tests.append((0, self._storable(op.results[0].value)))
+        elif port is not None:
+            tests.append((0, self._sliceable(op.results[0].value)))
+        if not tests and not self.wishes:
+            return None
+
+        def passing(among: Sequence[int], k: int, ok: Accepts) -> list[int]:
+            return [i for i in among if ok(options.result_classes[k].layouts[options.result_layouts[k][i]])]
+
+        keep = list(range(len(options.strategies)))
+        for k, ok in tests:
+            keep = passing(keep, k, ok)
+        for k, result in enumerate(op.results):
+            granted = (passing(keep, k, wish) for wish in self.wishes.get(result.key, ()))
+            keep = next(filter(None, granted), keep)
+        return keep
+
+    def _storable(self, value: Value) -> Accepts:
+        """What a DTensor holds: one chunk of every dim, axes in an order that DTensor has, nothing partial."""
+
+        def stored(splits: Splits, layout: Layout) -> bool:
+            if splits.partial or any(len(dim) > 1 for dim in layout.simplify(self.mesh).dims):
+                return False
+            try:
+                layout.to_dtensor(self.mesh)
+            except LayoutError:
+                return False
+            return True
+
+        return self._remembered("stored", value, stored)
+
+    def _sliceable(self, value: Value) -> Accepts:
+        """What local slices of the global tensor give: what enters a generated module."""
+
+        def sliced(_: Splits, layout: Layout) -> bool:
+            try:
+                layout.cuts(self.mesh)
+            except LayoutError:
+                return False
+            return True
+
+        return self._remembered("sliced", value, sliced)
+
+    def _remembered(self, question: str, value: Value, answer: Callable[[Splits, Layout], bool]) -> Accepts:
+        """The answer for values of one form is asked for once."""
+
+        def test(splits: Splits) -> bool:
+            key = question, value.form, splits
+            if key not in self._answers:
+                self._answers[key] = answer(splits, value.form.layout_on(splits.axes))
+            return self._answers[key]
+
+        return test
+
+    def _intern(self, array: np.ndarray) -> np.ndarray:
+        return self._arrays.setdefault(array.tobytes(), array)
+
+    def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
+        """Charge `variable` for turning a base value into the layouts it demands. All that a parameter demands of a
+        value is that it lies as its gradient."""
+        source, made = self._source_of(key)
+        tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
+        identity = (id(tensor), id(made), id(demanded))
+        if identity not in self._tables:
+            self._tables[identity] = tensor.seconds[np.ix_(made, demanded)]
+        self._edges.append((source, variable, self._tables[identity]))
+
+    def _source_of(self, key: Key) -> tuple[int, np.ndarray]:
+        """The variable that readers of a base value are charged against, and the layouts of its values."""
+        return self._source[key]
+
+    def _add_share(self, key: Key) -> int:
+        tensor = self.class_of(key)
+        every = self._intern(np.arange(len(tensor.layouts)))
+        variable = self._variable(f"{title_of(key)} shared", tensor.layouts, zeros(len(tensor.layouts)))
+        self._connect(key, variable, every)
+        self._source[key] = variable, every
+        return variable
+
+    def _add_outputs(self) -> None:
+        program = self.factored.program
+        parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
+        for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
+            if node is None:
+                continue
+            value = self.factored.values[node]
+            if port.role is Role.GRADIENT and port.name in parameters:
+                self._tie_gradient(value, parameters[port.name])
+                continue
+            tensor = self.class_of(value.key)
+            whole = self.whole_outputs or port.role is not Role.OUTPUT
+            storable = self._storable(value)
+            domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
+            variable = self._variable(f"output {index}", domain, zeros(len(domain)))
+            self._connect(value.key, variable, self._intern(np.array([tensor.index[s] for s in domain])))
+            self._output_variable[index] = variable
+
+    def _tie_gradient(self, value: Value, parameter: fx.Node) -> None:
+        """A gradient is demanded in the layout in which its parameter is stored."""
+        self._connect(value.key, self._op_variable[parameter], self._gradient_layouts(value, parameter))
+
+    def _gradient_layouts(self, value: Value, parameter: fx.Node) -> np.ndarray:
+        tensor, stored = self.class_of(value.key), self.variables[self._op_variable[parameter]].domain
+        key = id(tensor), id(stored), value.form
+        if key not in self._demands:
+            made = [Splits(s.split) for s in stored]  # type: ignore[union-attr]
+            demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
+            self._demands[key] = self._intern(np.array(demanded))
+        return self._demands[key]
+
+    def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
+        """The layout of the gradient's base value when the parameter is stored as `stored`."""
+        return base_demand(value, stored.axes)
+
+
+def _tensor_of(key: Key) -> torch.Tensor:
+    """The fake tensor of a base value."""
+    producer = value_of(key[0])
+    return producer[key[1]] if isinstance(producer, (tuple, list)) else producer
+
+
+def title_of(key: Key) -> str:
+    """A name for a base value, unlike all others."""
+    return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
+
+
+def base_demand(value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
+    """The layout of a base value when the leaves of its view `value` are split by `axes`."""
+    found: list[tuple[str, ...]] = [() for _ in value.form.base]
+    for place, held in zip(value.form.places, axes, strict=True):
+        if place is not None:
+            found[place] = held
+    return Splits(tuple(found))

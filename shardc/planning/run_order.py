@@ -1,0 +1,166 @@
+"""When operators run, when values are read, and what may be run again.
+
+Generated code runs all of forward, then all of backward. An operator of forward may run a second time in backward, just
+before one of its results is first read there. What it reads must be there by then: kept, or made again itself. To know
+how long such values are held without knowing what else runs again, forward is cut into *windows*, and a window is made
+again from what was kept at its waist:
+
+    embedding | norm q k v attention proj add  norm up gelu down add | norm q k v ... add | norm head loss
+              ^ window                                                ^ window             ^ window
+
+Waists are places that a single value crosses. Stretches between waists that repeat in turns (attention, MLP, attention,
+...) are one window together, as Chen et al. 2016 ("Training deep nets with sublinear memory cost") segment by layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from shardc.ir.program import Program, Role, forward_part
+from shardc.rules.factors.factored import Factored, Key, Op
+
+_EVERYWHERE, _MASK = 8, 3
+"""Readers from which on a value (what a decoder reads of its encoder), or an input (a mask), does not count at
+waists."""
+_OURS = frozenset({"shardc::attention"})
+_TURNS = 8  # stretches that one window consists of, at most
+
+
+class RunOrder:
+    """The order of operators, positions `0 .. length - 1`: forward up to `border`, then backward, with a position of
+    its own (`rerun`) for every operator of forward that may run again, before the first of backward that it would
+    serve.
+
+    `readers` has, per base value, the positions of what reads it in forward and in backward; outputs are read at the
+    end of forward. `reread` tells, per value that operators which may run again read, when the first and the last of
+    them would.
+    """
+
+    def __init__(self, factored: Factored) -> None:
+        program = factored.program
+        self.forward = forward_part(program.graph, program.outputs, program.results)
+        given = zip(program.placeholders, program.inputs, strict=True)
+        self.forward |= {node for node, port in given if port.role is not Role.TANGENT}
+        order = sorted(factored.ops, key=lambda op: op.node not in self.forward)
+        self.border = sum(op.node in self.forward for op in order) - 1
+        self.position = {op.node: place for place, op in enumerate(order)}
+        self.readers: dict[Key, tuple[list[int], list[int]]] = {}
+        for op in order:
+            for operand in op.operands:
+                self._read(operand.value.key, self.position[op.node])
+        for port, node in zip(program.outputs, program.results, strict=True):
+            if node is not None:
+                key = factored.values[node].key  # a gradient is laid as its parameter as soon as it is there
+                self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
+        self.rerun: dict[fx.Node, int] = {}
+        self.reread: dict[Key, tuple[int, int]] = {}
+        self.length = len(order)
+        self._insert(order, self._wanted(order[: self.border + 1], program))
+
+    def _read(self, key: Key, position: int) -> None:
+        self.readers.setdefault(key, ([], []))[position > self.border].append(position)
+
+    def _wanted(self, forward: Sequence[Op], program: Program) -> dict[int, list[Op]]:
+        """Per position of backward the operators that would run again for what stands there, in order: those that read
+        nothing else by then, that forward reads in their own window only, and that give the same again."""
+        window = _windows(forward, self.readers, program)
+        first: dict[Key, int] = {}  # when a value is wanted
+        found: dict[int, list[Op]] = {}
+        for op in reversed(forward):
+            if not (_pure(op) and self._stays(op, window)):
+                continue
+            readers = [place for result in op.results for place in self.readers.get(result.key, ([], []))[1]]
+            wanted = min([*readers, *(first[r.key] for r in op.results if r.key in first)], default=None)
+            if wanted is not None:
+                found.setdefault(wanted, []).insert(0, op)
+                for operand in op.operands:
+                    first[operand.value.key] = min(wanted, first.get(operand.value.key, wanted))
+        return found
+
+    def _stays(self, op: Op, window: Sequence[int]) -> bool:
+        """Whether forward reads the results of an operator in its own window only."""
+        own = window[self.position[op.node]]
+        return all(window[place] == own for r in op.results for place in self.readers.get(r.key, ([], []))[0])
+
+    def _insert(self, order: Sequence[Op], wanted: Mapping[int, Sequence[Op]]) -> None:
+        """Give what may run again positions of its own."""
+        places, position = list(range(self.border + 1)), self.border + 1
+        for place in range(self.border + 1, len(order)):
+            for op in wanted.get(place, ()):
+                self.rerun[op.node] = position
+                for key in {operand.value.key for operand in op.operands}:
+                    self.reread[key] = self.reread.get(key, (position,))[0], position
+                position += 1
+            places.append(position)
+            position += 1
+        self.length = position
+        self.position = {node: places[place] for node, place in self.position.items()}
+        self.readers = {
+            key: (forward, [places[place] for place in backward]) for key, (forward, backward) in self.readers.items()
+        }
+
+
+def _pure(op: Op) -> bool:
+    """Whether an operator, of torch's or ours, gives the same again: it draws nothing and changes nothing."""
+    target = op.node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.namespace not in ("aten", "prims") and target.name() not in _OURS:
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+
+
+def _windows(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
+    """The number of the window of every operator of forward."""
+    waists = _waists(forward, readers, program)
+    stretches = [forward[start:stop] for start, stop in zip([0, *waists], [*waists, len(forward)], strict=True)]
+    kinds = [tuple(_kind(op) for op in stretch) for stretch in stretches]
+    first, turns = _turns(kinds)
+    return [(i - first) // turns for i, stretch in enumerate(stretches) for _ in stretch]
+
+
+def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
+    """The positions before which a single value crosses, of inputs that are real numbers and what parameters had a part
+    in."""
+    ports = dict(zip(program.placeholders, program.inputs, strict=True))
+    learned: set[Key] = set()
+    crossing = [0] * (len(forward) + 1)
+    for position, op in enumerate(forward):
+        port, results, many = ports.get(op.node), [result.key for result in op.results], 0
+        if any(operand.value.key in learned for operand in op.operands):
+            learned.update(results)
+            many = _EVERYWHERE
+        elif port is not None and port.role is Role.PARAMETER:
+            learned.update(results)
+        elif port is not None and any(tensor.is_floating_point() for tensor in _tensors(op.node)):
+            many = _MASK
+        places = [readers.get(key, ([], []))[0] for key in results]
+        for last in (max(each, default=0) for each in places if len(each) < many):
+            for place in range(position + 1, last + 1):
+                crossing[place] += 1
+    return [place for place in range(1, len(forward)) if crossing[place] == 1]
+
+
+def _kind(op: Op) -> Hashable:
+    shapes = tuple(tuple(value.shape) for value in _tensors(op.node))
+    return op.node.target if op.node.op == "call_function" else op.node.op, shapes
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [one for one in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(one, torch.Tensor)]
+
+
+def _turns(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """Where the longest run begins in which stretches repeat in turns, and how many take turns."""
+    best, first, turns = 0, 0, 1
+    for count in range(1, _TURNS + 1):
+        length = 0
+        for place, (one, other) in enumerate(zip(kinds, kinds[count:], strict=False)):
+            length = length + 1 if one == other else 0
+            if length > best + (count - turns):
+                best, first, turns = length, place - length + 1, count
+    return first, turns

@@ -1,0 +1,75 @@
+"""What was solved for a plan, to prove it anew or to solve it once more with something forbidden."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from shardc.planning.cost_network import CostNetwork
+from shardc.planning.gc_pause import gc_paused
+from shardc.solver.budget import Frontier
+from shardc.solver.problem import TOLERANCE, Problem, magnitude
+from shardc.solver.proof.certificate import Certificate, check, check_within
+from shardc.solver.proof.prove import Known, prove
+from shardc.solver.solve import Solution, solve
+
+TIME_LIMIT = 20.0
+"""CPU-seconds that a certificate, or the plan of an alternative, may take."""
+
+
+class Solved:
+    """A solution, and the problem that its network poses."""
+
+    def __init__(self, network: CostNetwork, solution: Solution) -> None:
+        self.solution, self.problem = solution, network.problem()
+        self._certificate: Certificate | None = None
+        self._proved = -math.inf
+
+    def certified(self) -> tuple[Problem, Certificate]:
+        """The problem, and the certificate of its solution: that which came with it if it proves what the search did,
+        else one made now."""
+        if self._certificate is None:
+            with gc_paused():
+                self._certify()
+        assert self._certificate is not None
+        return self.problem, self._certificate
+
+    def _certify(self) -> None:
+        known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
+        self._take(self.solution.certificate)
+        if self.solution.lower_bound - self._proved > known.tolerance:
+            made, before = self._made(known), (self._certificate, self._proved)
+            self._take(made)
+            if self._proved < before[1]:
+                self._certificate, self._proved = before
+
+    def checked(self) -> float:
+        """The lower bound that the certificate proves."""
+        self.certified()
+        return self._proved
+
+    def _take(self, certificate: Certificate) -> None:
+        prices = self.solution.prices
+        self._certificate = certificate
+        if prices is None:
+            self._proved = check(self.problem, certificate)
+        else:
+            self._proved = check_within(self.problem, prices.holdings.all, prices.of, prices.bound, certificate)
+
+    def again(self, problem: Problem) -> Solution:
+        """The best choice at costs that were changed, within the same bound on memory. Raises InfeasibleError, and
+        TimeoutError if none was found in time."""
+        prices = self.solution.prices
+        with gc_paused():
+            if prices is None:
+                return solve(problem, time_limit=TIME_LIMIT, certify=False)
+            return Frontier(problem, prices.holdings).within(prices.bound, TIME_LIMIT)
+
+    def _made(self, known: Known) -> Certificate:
+        prices = self.solution.prices
+        if prices is None:
+            return prove(self.problem, known, time.process_time() + TIME_LIMIT, self.solution.certificate)
+        try:
+            return solve(prices.holdings.priced(self.problem, prices.of), time_limit=TIME_LIMIT).certificate
+        except TimeoutError:
+            return self.solution.certificate

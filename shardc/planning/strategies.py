@@ -1,0 +1,106 @@
+"""Every strategy of an operator, with the layouts that each demands and makes, and its seconds.
+
+An operator's options depend only on its `Shape`, so they are derived once per shape and shared by all its repetitions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+
+from shardc.cost.conversion import TensorClass, step_seconds
+from shardc.cost.hardware import Hardware
+from shardc.ir.mesh import Mesh
+from shardc.rules.factors.strategy import Shape, Strategy, demand, make, one_reduction, sends, splittable, work
+
+
+@dataclass(eq=False)
+class Options:
+    """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute."""
+
+    shape: Shape
+    mesh: Mesh
+    device: Hardware
+    operand_classes: list[TensorClass]
+    result_classes: list[TensorClass]
+
+    @cached_property
+    def strategies(self) -> list[Strategy]:
+        return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
+
+    @cached_property
+    def operand_layouts(self) -> list[np.ndarray]:
+        """Per operand, the index of the demanded layout in its class, one entry a strategy."""
+        return [
+            np.array([c.index[demand(self.shape, s, k, self.mesh)] for s in self.strategies])
+            for k, c in enumerate(self.operand_classes)
+        ]
+
+    @cached_property
+    def result_layouts(self) -> list[np.ndarray]:
+        """Per result, the index of the layout made, one entry a strategy."""
+        return [
+            np.array([c.index[make(self.shape, s, k, self.mesh)] for s in self.strategies])
+            for k, c in enumerate(self.result_classes)
+        ]
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Seconds of each strategy: compute, and the collectives inside its body."""
+        if all(factor.parting is None for factor in self.shape.factors):
+            return self.compute
+        inner = [
+            sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, s, self.mesh))
+            for s in self.strategies
+        ]
+        return self.compute + np.array(inner)
+
+    @cached_property
+    def compute(self) -> np.ndarray:
+        """Compute seconds of each strategy."""
+        return np.array([self.compute_of(s) for s in self.strategies])
+
+    @cached_property
+    def least(self) -> float:
+        """The compute seconds of the strategy that has least."""
+        return float(self.compute.min())
+
+    @cached_property
+    def _computes(self) -> dict[Strategy, float]:
+        return {}
+
+    def compute_of(self, strategy: Strategy) -> float:
+        """Compute seconds of one strategy; what an operator makes from nothing is written all the same."""
+        if strategy not in self._computes:
+            self._computes[strategy] = self._compute_of(strategy) if self.shape.computes else 0.0
+        return self._computes[strategy]
+
+    def _compute_of(self, strategy: Strategy) -> float:
+        return self.device.compute_seconds(*work(self.shape, strategy, self.mesh), self.shape.dtype)
+
+
+def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
+    free = [i for i, factor in enumerate(shape.factors) if not factor.whole]
+    options: list[list[int | str | None]] = [
+        [None, *free, *(f"group {g}" for g in range(len(shape.linear)))] if ways > 1 else [None]
+        for _, ways in mesh.axes
+    ]  # None: nothing is split; int: that factor; str: that linear group passes
+
+    @cache
+    def splits(factor: int, axes: tuple[str, ...]) -> bool:
+        return splittable(shape, factor, axes, mesh)
+
+    for choice in itertools.product(*options):
+        passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
+        held: dict[int, tuple[str, ...]] = {}
+        for axis, c in zip(mesh.names, choice, strict=True):
+            if isinstance(c, int):
+                held[c] = (*held.get(c, ()), axis)
+        if all(splits(factor, axes) for factor, axes in held.items()):
+            orders = [itertools.permutations(held[i]) if i in held else ((),) for i in range(len(shape.factors))]
+            for order in itertools.product(*orders):
+                yield Strategy(order, passes)

@@ -1,0 +1,270 @@
+"""A strategy for one operator: what every mesh axis does there. An axis splits one factor, or nothing, or lets partials
+pass.
+
+What a strategy demands of the operands, what it makes, sends and computes depends on the operator's `Shape` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import value_of
+from shardc.ir.splits import Splits
+from shardc.rules.factors.factored import Factor, Op, Operand, Result
+
+
+class Strategy(NamedTuple):
+    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it; and
+    whether backward runs the operator again, instead of keeping what it made."""
+
+    split: tuple[tuple[str, ...], ...]
+    passes: tuple[tuple[str, int], ...] = ()
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Side:
+    """One operand or result: its base value's atoms, and per own leaf (base atom or None, factor or None)."""
+
+    sizes: tuple[int, ...]
+    itemsize: int
+    leaves: tuple[tuple[int | None, int | None], ...]
+    names: frozenset[str]
+
+    @cached_property
+    def factors(self) -> tuple[int | None, ...]:
+        """Per base atom the factor that it is, or None."""
+        own = {base: factor for base, factor in self.leaves if base is not None and factor is not None}
+        return tuple(map(own.get, range(len(self.sizes))))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that an operator's strategies and costs depend on, and what every one of its strategies asks of it."""
+
+    factors: tuple[Factor, ...]
+    operands: tuple[Side, ...]
+    results: tuple[Side, ...]
+    reductions: tuple[tuple[str, str], ...]
+    linear: tuple[frozenset[int], ...]
+    reads: tuple[frozenset[int], ...] | None
+    flops: tuple[str, ...]
+    dtype: torch.dtype
+    complete: frozenset[str]
+    """Parted factors whose body makes complete results."""
+    indices: frozenset[int]
+    """Operands that hold indices, or numbers that count as such: garbage in their padding would be out of range."""
+    computes: bool
+    """Whether it is an operator; a placeholder costs nothing."""
+    even: bool
+    """Whether padding could make the operator fail, so that no factor may be split unevenly."""
+    multiplied: frozenset[int]
+    """Operands that are not additive though they are in every linear group."""
+    repeated: bool
+    """Whether every rank makes all of the results and keeps its part."""
+
+    @cached_property
+    def reduced(self) -> dict[int, str]:
+        """The factors over which some result is reduced, and how."""
+        return {factor: op for made in self.reduced_in for factor, op in made.items()}
+
+    @cached_property
+    def reduced_in(self) -> tuple[dict[int, str], ...]:
+        """Per result the factors over which it is reduced, and how."""
+        return tuple(self._reduced_in(result) for result in range(len(self.results)))
+
+    def _reduced_in(self, result: int) -> dict[int, str]:
+        read = self.reads[result] if self.reads else range(len(self.operands))
+        names = {name for k in read for name in self.operands[k].names} - self.complete - self.results[result].names
+        how = dict(self.reductions)
+        return {i: how.get(f.name, "sum") for i, f in enumerate(self.factors) if f.name in names}
+
+    @cached_property
+    def addends(self) -> tuple[frozenset[int], ...]:
+        """Per operand the factors that make it a sum of parts where they are split."""
+        return tuple(
+            frozenset(i for i in self.reduced if self.factors[i].name not in side.names)
+            if self.linear and k not in self.multiplied and all(k in group for group in self.linear)
+            else frozenset[int]()
+            for k, side in enumerate(self.operands)
+        )
+
+    @cached_property
+    def filled(self) -> tuple[dict[int, float], ...]:
+        """Per operand the factors along whose padding it must be filled, and with what (see `masks`)."""
+        return tuple(self._filled(k, side) for k, side in enumerate(self.operands))
+
+    def _filled(self, operand: int, side: Side) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for position, factor in enumerate(self.factors):
+            if factor.parting or factor.name not in side.names:
+                continue  # a parted factor's body sees to its padding
+            if position in self.reduced:
+                found[position] = IDENTITY[self.reduced[position]]
+            elif operand in self.indices:
+                found[position] = 0.0
+        return found
+
+    @cached_property
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        """Per product of the operator's arithmetic its factors."""
+        return tuple(
+            tuple(i for i, f in enumerate(self.factors) if f.name in product.split()) for product in self.flops
+        )
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether some strategy could make a result partial by two reductions."""
+        passing = {"sum"} if self.linear else set[str]()
+        return any(len(passing.union(made.values())) > 1 for made in self.reduced_in)
+
+
+def shape_of(op: Op) -> Shape:
+    """The shape of an operator in a program: the same for all of its kind."""
+    outputs = value_of(op.node)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    carried = iter(op.kind.carried)
+    return Shape(
+        tuple(op.factors),
+        tuple(_side(item, value_of(item.node), next(carried)) for item in op.operands),
+        tuple(_side(item, outputs[item.key[1]], next(carried)) for item in op.results),
+        tuple(sorted(op.rule.reductions.items())),
+        op.rule.linear,
+        tuple(op.rule.reads[result.key[1]] for result in op.results) if op.rule.reads else None,
+        op.rule.flops,
+        next(v for v in outputs if v is not None).dtype,
+        op.rule.parted - set(op.rule.reductions),
+        _integers(op),
+        op.node.op != "placeholder",
+        op.rule.even,
+        op.rule.multiplied,
+        op.rule.repeated,
+    )
+
+
+def _integers(op: Op) -> frozenset[int]:
+    """The integer operands of an operator that is not elementwise. Truth values have extremes, as floats do."""
+    if len({op.rule.results[0], *op.rule.operands}) == 1 and not op.rule.parted:
+        return frozenset()
+    kinds = [value_of(operand.node).dtype for operand in op.operands]
+    extremes = bool(op.rule.reductions)
+    return frozenset(
+        i
+        for i, dtype in enumerate(kinds)
+        if not (dtype.is_floating_point or dtype.is_complex or (extremes and dtype is torch.bool))
+    )
+
+
+def _side(item: Operand | Result, tensor: torch.Tensor, carried: list[int | None]) -> Side:
+    form = item.value.form
+    leaves = tuple(zip(form.places, carried, strict=True))
+    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n))
+
+
+IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
+
+
+def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[int, float]:
+    """The factors along whose padding an operand must be filled before the operator runs, and with what: those that it
+    carries unevenly and that the operator reduces (the identity), and all in operands of indices (0, a valid index)."""
+    return {
+        position: value
+        for position, value in shape.filled[operand].items()
+        if shape.factors[position].size % mesh.ways(strategy.split[position])
+    }
+
+
+def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
+    """The collectives inside the body of a strategy: kind, axis, bytes of the local operand."""
+    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    for factor, axes in zip(shape.factors, strategy.split, strict=True):
+        for send in factor.parting.sends if factor.parting and axes else ():
+            if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
+                continue
+            pairs = zip(shape.factors, strategy.split, strict=True)
+            size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
+            size *= send.itemsize * send.elements
+            for axis in reversed(axes):
+                yield send.kind, axis, size
+                size *= mesh.sizes[axis] if send.kind == "all_gather" else 1
+
+
+def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
+    """The floating-point operations that a rank does for an operator, and the bytes that it reads and writes."""
+    chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+    moved = sum(side.itemsize * _local(shape, side, chunks) for side in shape.results)
+    if shape.repeated:
+        moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
+    for operand, side in enumerate(shape.operands):
+        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh))
+        moved += side.itemsize * _local(shape, side, chunks) * passes
+    return float(sum(2 * math.prod([chunks[i] for i in product]) for product in shape.products)), moved
+
+
+def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
+    """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
+    found = 1
+    for size, factor in zip(side.sizes, side.factors, strict=True):
+        # the factor's size is a divisor of the dim's, if it is that of a window
+        found *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
+    return found
+
+
+def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
+    """Whether an operator of this shape has the strategy; its factors must be the strategy's."""
+    splits = all(splittable(shape, i, axes, mesh) for i, axes in enumerate(strategy.split))
+    return splits and one_reduction(shape, strategy, mesh)
+
+
+def one_reduction(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
+    """A tensor is partial by one reduction at most."""
+    if not shape.mixes:
+        return True
+    made = [make(shape, strategy, k, mesh) for k in range(len(shape.results))]
+    return all(len({op for _, op in splits.partial}) < 2 for splits in made)
+
+
+def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -> bool:
+    """Whether `axes` may split a factor. With padding where nothing mixes the padding in: the factor is parted, or not
+    reduced, or reduced by an operator that makes zero of zeros."""
+    factor = shape.factors[position]
+    parting = factor.parting
+    if axes and parting is not None and parting.parts is not None:
+        return len(axes) == 1 and mesh.ways(axes) in parting.parts
+    if factor.size % mesh.ways(axes) == 0:
+        return True
+    if shape.even or not mesh.splits(factor.size, axes):
+        return False
+    if parting is not None or position not in shape.reduced:
+        return True
+    if shape.reduced[position] != "sum":
+        return len(shape.operands) == 1 and not shape.indices  # integers have no infinity
+    return any(any(factor.name in shape.operands[k].names for k in group) for group in shape.linear)
+
+
+def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:
+    """The layout in which a strategy needs an operand's base value."""
+    partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
+    for factor in shape.addends[operand]:
+        partial |= dict.fromkeys(strategy.split[factor], "sum")
+    return _splits(shape.operands[operand], strategy, partial, mesh)
+
+
+def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
+    """The layout in which a strategy makes a result."""
+    partial = {axis: "sum" for axis, _ in strategy.passes}
+    for factor, op in shape.reduced_in[result].items():
+        partial |= dict.fromkeys(strategy.split[factor], op)
+    return _splits(shape.results[result], strategy, partial, mesh)
+
+
+def _splits(side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:
+    axes = tuple([() if factor is None else strategy.split[factor] for factor in side.factors])
+    return Splits(axes, tuple([(a, partial[a]) for a in mesh.names if a in partial]) if partial else ())

@@ -1,0 +1,1 @@
+"""Operator rules as data, one family a file."""

@@ -1,0 +1,1 @@
+"""Operators rewritten into others, before layouts are chosen. Start at `decompositions.py`."""

@@ -1,0 +1,129 @@
+"""What decompositions build with: a graph to add operators to, and the sizes of what is there."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.ir.program import call, frozen, value_of, where
+from shardc.runtime.kernels import random
+from shardc.runtime.kernels.widening import LOW
+
+aten = torch.ops.aten
+
+
+class Values:
+    """The fake values of calls. Equal layers have the same values, so that theirs are made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = target, frozen(args), frozen(kwargs)
+        if key not in self._made:
+            given = fx.map_arg((args, kwargs), value_of)
+            self._made[key] = target(*given[0], **given[1]), given  # alive, so that identities last
+        return self._made[key][0]
+
+
+class Builder:
+    """Adds operators to a graph before `node`, with their fake values and the provenance of `node`."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, values: Values) -> None:
+        self._graph = graph
+        self._node = node
+        self._values = values
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        made = self._values(target, args, kwargs)  # a call that is refused leaves no node
+        new = call(self._graph, target, args, kwargs)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
+        new.meta["val"] = made
+        return new
+
+    @property
+    def result(self) -> Any:
+        """The fake value of what is being replaced."""
+        return value_of(self._node)
+
+    @property
+    def place(self) -> str:
+        """Where in the user's code the operator stands that is being replaced."""
+        return where(self._node)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A function of the runtime whose results are like those of the operator that it replaces."""
+        new = call(self._graph, function, args, kwargs)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase", "val")})
+        return new
+
+    def item(self, several: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        return self(operator.getitem, several, index)
+
+    def draw(
+        self, distribution: str, *parameters: float, dtype: torch.dtype | None = None,
+        strides: Sequence[int] | None = None, shape: Sequence[int] | None = None,
+    ) -> fx.Node:  # fmt: skip
+        """Random numbers, of the shape of the result unless another is given; eager draws in the order in which its
+        result lies in memory."""
+        like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
+        shape, dtype = [int(n) for n in like.shape] if shape is None else list(shape), dtype or like.dtype
+        strides = [int(n) for n in like.stride()] if strides is None else list(strides)
+        plain = strides == [int(n) for n in torch.empty(shape, device="meta").stride()]
+        keywords = {"dtype": dtype, **({} if plain else {"strides": strides})}
+        new = self.run(random.draw, shape, distribution, *parameters, **keywords)
+        new.meta["val"] = like.new_empty(shape, dtype=dtype)
+        return new
+
+    def full(self, like: fx.Node, shape: Sequence[int], value: float, dtype: torch.dtype | None = None) -> fx.Node:
+        """A constant on the device of `like`, in its type unless another is given."""
+        fake = value_of(like)
+        keywords = {"dtype": dtype or fake.dtype, "device": fake.device}
+        new = call(self._graph, aten.full.default, (list(shape), value), keywords)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
+        new.meta["val"] = fake.new_zeros(list(shape), dtype=dtype or fake.dtype)
+        return new
+
+    def zeros(self, like: fx.Node, shape: Sequence[int]) -> fx.Node:
+        return self.full(like, shape, 0)
+
+    def view(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """A view; where eager's memory does not allow one, of a copy."""
+        try:
+            return self(aten.view.default, x, list(shape))
+        except (RuntimeError, ValueError):
+            copy = self(aten.clone.default, x, memory_format=torch.contiguous_format)
+            return self(aten.view.default, copy, list(shape))
+
+    def arange(self, like: fx.Node, count: int) -> fx.Node:
+        """0 to `count` - 1 on the device of `like`."""
+        fake = value_of(like)
+        keywords = {"dtype": torch.int64, "device": fake.device}
+        new = call(self._graph, aten.arange.default, (count,), keywords)
+        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
+        new.meta["val"] = fake.new_zeros([count], dtype=torch.int64)
+        return new
+
+    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return x if value_of(x).dtype == dtype else self(aten._to_copy.default, x, dtype=dtype)
+
+    def wide(self, x: fx.Node) -> fx.Node:
+        """`x` in the type in which torch's kernels compute with it."""
+        return self.cast(x, torch.float32) if value_of(x).dtype in LOW else x
+
+
+def dims_of(x: fx.Node, dims: Any) -> list[int]:
+    rank = value_of(x).dim()
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def count_of(x: fx.Node, dims: Sequence[int]) -> int:
+    return math.prod(int(value_of(x).shape[d]) for d in dims)

@@ -1,0 +1,196 @@
+"""Random operators, rewritten so that every mesh draws the single-device stream: the global tensor, of which a rank may
+keep its part. Every rank goes through the whole stream, so that a split saves memory and what follows, not the draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.ir.program import value_of
+from shardc.rules.notation import Rule, letters, mark, parse, rule
+from shardc.rules.rewrites.builder import Builder
+from shardc.runtime.kernels import random
+
+aten = torch.ops.aten
+Decomposition = Callable[..., Any]
+
+
+@rule(random.draw)
+def draw(shape: Any, *_: Any, **__: Any) -> Rule:
+    x = torch.empty(shape, device="meta")
+    return parse(f"-> {mark(letters(x), range(x.dim()), '~')}", body=random.draw, repeated=True)
+
+
+@rule(random.randperm)
+def randperm(count: int, **_: Any) -> Rule:
+    return parse(f"-> {'n!' if count != 1 else '1'}")
+
+
+@rule(random.multinomial)
+def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
+    """Every rank goes through the random numbers of all rows; it looks into the weights of its own."""
+    *rows, last = letters(weights)
+    batch = mark(rows, range(len(rows)), "~")
+    column = f"{last}!" if last != "1" else "1"
+    return parse(f"{batch} {column} -> {batch} {'j!' if count != 1 else '1'}", body=random.multinomial)
+
+
+@rule(random.poisson, random.binomial, random.standard_gamma, random.sample_dirichlet)
+def elementwise(*operands: torch.Tensor, **_: Any) -> Rule:
+    return parse(f"{', '.join(_whole(x) for x in operands)} -> {_whole(operands[0])}")
+
+
+@rule(random.rrelu)
+def rrelu(x: torch.Tensor, *_: Any, **__: Any) -> Rule:
+    return parse(f"{_whole(x)} -> {_whole(x)}, {_whole(x)}")
+
+
+def _whole(x: torch.Tensor) -> str:
+    return mark(letters(x), range(x.dim()))
+
+
+def _filled(distribution: str, *defaults: float) -> Decomposition:
+    """Of a functionalised in-place method: its operand gives the shape, the parameters are numbers."""
+
+    def decomposition(b: Builder, x: fx.Node, *given: float) -> fx.Node:
+        return b.draw(distribution, *given, *defaults[len(given) :], strides=_strides(x))
+
+    return decomposition
+
+
+def _made(distribution: str, *parameters: float) -> Decomposition:
+    """Of a factory or its `_like`: shape and type are those of the result, the parameters are known."""
+
+    def decomposition(b: Builder, *_: Any, **__: Any) -> fx.Node:
+        return b.draw(distribution, *parameters)
+
+    return decomposition
+
+
+def randint(b: Builder, *given: Any, **_: Any) -> fx.Node:
+    """`given`: `[low,] high, size` or `x, [low,] high`."""
+    bounds = [number for number in given if isinstance(number, int)]
+    return b.draw("random", *([0] * (2 - len(bounds))), *bounds)
+
+
+def normal(b: Builder, mean: fx.Node | float, std: fx.Node | float = 1.0, *_: Any, **__: Any) -> fx.Node:
+    """Tensors of means or deviations shift and scale a standard normal one."""
+    if not isinstance(mean, fx.Node) and not isinstance(std, fx.Node):
+        return b.draw("normal", mean, std)
+    return b(aten.add.Tensor, b(aten.mul.Tensor, b.draw("normal", 0.0, 1.0), std), mean)
+
+
+def bernoulli(b: Builder, x: fx.Node, chance: fx.Node | float | None = None) -> fx.Node:
+    """Without a chance `x` holds the chances; a tensor of chances is compared with uniform numbers, as in torch."""
+    if isinstance(chance, (int, float)):
+        return b.draw("bernoulli", chance, strides=_strides(x))
+    chances, strides = (x, None) if chance is None else (chance, _strides(x))
+    dtype = torch.float64 if value_of(chances).dtype == torch.float64 else torch.float32
+    return b(aten.lt.Tensor, b.draw("uniform", 0.0, 1.0, dtype=dtype, strides=strides), chances)
+
+
+def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node]:
+    shape = value_of(x).shape
+    if train is False or probability == 0:
+        return x, b.full(x, shape, True, torch.bool)
+    if probability == 1:
+        return b.zeros(x, shape), b.full(x, shape, False, torch.bool)
+    mask = b.draw("bernoulli", 1 - probability, strides=_strides(x))
+    kept = b(aten.mul.Tensor, b(aten.mul.Tensor, x, mask), 1 / (1 - probability))
+    return kept, b(aten._to_copy.default, mask, dtype=torch.bool)
+
+
+def rrelu_with_noise(
+    b: Builder, x: fx.Node, noise: fx.Node, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+) -> tuple[fx.Node, fx.Node]:  # fmt: skip
+    if not training:
+        return b(aten.leaky_relu.default, x, (lower + upper) / 2), noise
+    made = b.run(random.rrelu, x, lower, upper, strides=_strides(x))
+    return b.item(made, 0), b.item(made, 1)
+
+
+def rrelu_backward(
+    b: Builder, grad: fx.Node, x: fx.Node, noise: fx.Node, lower: float, upper: float, training: bool, is_result: bool
+) -> fx.Node:
+    if training and upper - lower > 1e-6:
+        return b(aten.mul.Tensor, noise, grad)
+    return b(aten.leaky_relu_backward.default, grad, x, (lower + upper) / 2, is_result)
+
+
+def _sampled(function: Callable[..., Any]) -> Decomposition:
+    """Of an operator whose draws depend on the values of its operands."""
+
+    def decomposition(b: Builder, *given: Any) -> fx.Node:
+        return b.run(function, *given, strides=_strides(given[0]))
+
+    return decomposition
+
+
+def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool = False) -> fx.Node:
+    """Without replacement as in ATen: where the weight is largest beside an exponential number of its own."""
+    value = value_of(weights)
+    if replacement and count > 1:
+        return b.run(random.multinomial, weights, count, strides=_strides(weights))
+    lowest, highest = (b(operator, weights, [-1], False) for operator in (aten.amin.default, aten.amax.default))
+    some = b(aten.logical_and.default, b(aten.gt.Scalar, highest, 0), b(aten.lt.Scalar, highest, float("inf")))
+    good = b(aten.all.default, b(aten.logical_and.default, b(aten.ge.Scalar, lowest, 0), some))
+    message = "multinomial: of the weights of a row one must be above 0, and none below it or without bound"
+    sure = b(torch.ops.shardc.confirmed.default, weights, good, message)
+    shape = [int(n) for n in value.shape]
+    chances = b.draw("exponential", 1.0, dtype=value.dtype, strides=_strides(weights), shape=shape)
+    scores = b(aten.div.Tensor, sure, chances)
+    if count == 1:
+        return b(aten.argmax.default, scores, -1, True)
+    return b.item(b(aten.topk.default, scores, count), 1)
+
+
+def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:
+    return b.run(random.randperm, count, dtype=b.result.dtype)
+
+
+def _strides(x: fx.Node) -> list[int]:
+    """Those of the tensor in which eager draws, for the operand `x`: its own unless elements share memory."""
+    value = value_of(x)
+    own = x.meta.get("strides", value.stride())
+    shared = any(stride == 0 and n > 1 for n, stride in zip(value.shape, own, strict=True))
+    return [int(n) for n in (torch.empty_like(value).stride() if shared else own)]
+
+
+DECOMPOSITIONS: Mapping[Any, Decomposition] = {
+    aten.rand.default: _made("uniform", 0.0, 1.0),
+    aten.rand_like.default: _made("uniform", 0.0, 1.0),
+    aten.randn.default: _made("normal", 0.0, 1.0),
+    aten.randn_like.default: _made("normal", 0.0, 1.0),
+    aten.randint.default: randint,
+    aten.randint.low: randint,
+    aten.randint_like.default: randint,
+    aten.randint_like.low_dtype: randint,
+    aten.uniform.default: _filled("uniform", 0.0, 1.0),
+    aten.normal_functional.default: _filled("normal", 0.0, 1.0),
+    aten.exponential.default: _filled("exponential", 1.0),
+    aten.cauchy.default: _filled("cauchy", 0.0, 1.0),
+    aten.log_normal.default: _filled("log_normal", 1.0, 2.0),
+    aten.geometric.default: _filled("geometric"),
+    aten.random.default: _filled("random"),
+    getattr(aten.random, "from"): _filled("random"),
+    aten.random.to: _filled("random"),
+    aten.normal.float_float: normal,
+    aten.normal.Tensor_float: normal,
+    aten.normal.float_Tensor: normal,
+    aten.normal.Tensor_Tensor: normal,
+    aten.bernoulli.default: bernoulli,
+    aten.bernoulli.p: bernoulli,
+    aten.bernoulli.Tensor: bernoulli,
+    aten.native_dropout.default: native_dropout,
+    aten.rrelu_with_noise_functional.default: rrelu_with_noise,
+    aten.rrelu_with_noise_backward.default: rrelu_backward,
+    aten.multinomial.default: multinomial_of,
+    aten.poisson.default: _sampled(random.poisson),
+    aten.binomial.default: _sampled(random.binomial),
+    aten._standard_gamma.default: _sampled(random.standard_gamma),
+    aten._sample_dirichlet.default: _sampled(random.sample_dirichlet),
+    aten.randperm.default: _permuted,
+}

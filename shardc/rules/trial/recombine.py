@@ -1,0 +1,105 @@
+"""Whether parts are the whole: how results of parts combine, and how near is near enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardc.rules.trial.sample_call import KINDS, InputKind
+
+FOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul,
+}  # fmt: skip
+How = int | str
+"""What a cut does to a result: the dim that it cuts, `same` on every part, or how the parts combine."""
+
+Partition = list[list[int]]
+Cell = tuple[int, ...]
+_PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, torch.complex64: 2e-5}
+
+
+def wrong(
+    whole: Tensor | None, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition],
+    kind: InputKind,
+) -> str:  # fmt: skip
+    """Where the parts of a result, put together as `hows` say, are not the whole; empty if they are."""
+    kinds = {str(how) for how in hows if how in FOLDS}
+    if whole is None or len(kinds) > 1:  # no strategy makes a result that is partial in two ways
+        return ""
+    fold = next(iter(kinds), "max")
+    groups: dict[Cell, list[Tensor | None]] = {}
+    for cell, value in values.items():
+        place = tuple(-1 if how in FOLDS else i for how, i in zip(hows, cell, strict=True))
+        groups.setdefault(place, []).append(value)
+    for place, made in groups.items():
+        piece = whole
+        for how, way, i in zip(hows, ways, place, strict=True):
+            if isinstance(how, int):
+                piece = piece.index_select(how, torch.tensor(way[i]))
+        if not combines(fold, made, piece, kind):
+            return _shown(fold, made, piece)
+    return ""
+
+
+def _shown(fold: str, parts: Sequence[Tensor | None], piece: Tensor) -> str:
+    shapes = [None if part is None else tuple(part.shape) for part in parts]
+    if any(part is None or part.shape != piece.shape or part.dtype != piece.dtype for part in parts):
+        return f"has parts of shape {shapes}, which should be {tuple(piece.shape)} of {piece.dtype}"
+    made = [part for part in parts if part is not None]
+    total = made[0]
+    for part in made[1:]:
+        total = FOLDS[fold](total, part)
+    exact = not (piece.is_floating_point() or piece.is_complex())
+    error = (total != piece).double() if exact else (total - piece).abs().nan_to_num(math.inf)
+    off = int(error.reshape(-1).argmax())
+    return f"is {total.reshape(-1)[off].item()} where it should be {piece.reshape(-1)[off].item()}"
+
+
+def precision(x: Tensor) -> float:
+    """The relative error that a result may have; 0 where only equal will do."""
+    return _PRECISION.get(x.dtype, 0.0)
+
+
+def _near(a: Tensor, b: Tensor, scale: Tensor, tolerance: float, kind: InputKind) -> bool:
+    """Elementwise: within `tolerance` of `scale`; what rounding leaves of sums that cancel is forgiven, where no
+    magnitudes are mixed that this would hide."""
+    same = (a == b) | ((a != a) & (b != b))
+    sizes = scale.nan_to_num(0.0, 0.0, 0.0)
+    floor = 0.0
+    if kind.floats not in ("mixed", "special") and sizes.numel():
+        floor = float(sizes.max()) * (1e-4 if tolerance < 1e-6 else 1e-2)
+    return bool((same | ((a - b).abs() <= tolerance * (sizes + floor))).all())
+
+
+def close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: InputKind = KINDS[0]) -> bool:
+    """Whether two results (None: absent) are equal up to a relative error."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not tolerance or not (a.is_floating_point() or a.is_complex()):
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    return _near(a, b, b.abs(), tolerance, kind)
+
+
+def all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
+    return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+
+
+def combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: InputKind) -> bool:
+    """Whether the parts, summed or folded as `how` says, are the whole."""
+    made = [part for part in parts if part is not None]
+    if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
+        return False
+    total, scale = made[0], whole.abs() if whole.dtype.is_signed else whole
+    for part in made[1:]:
+        total = FOLDS[how](total, part)
+    if not (whole.is_floating_point() or whole.is_complex()):
+        return torch.equal(total, whole)
+    if how == "sum":  # sums of large parts cancel: what is lost is relative to the parts
+        total = torch.where((total != total) & whole.isinf(), whole, total)  # and infinite ones leave no number at all
+        scale = torch.stack([scale, *(part.abs() for part in made)]).amax(0)
+    return _near(total, whole, scale, precision(whole), kind)

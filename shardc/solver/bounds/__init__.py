@@ -1,0 +1,1 @@
+"""Lower bounds by message passing. Start at `bound.py`."""

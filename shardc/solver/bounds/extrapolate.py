@@ -1,0 +1,63 @@
+"""Sweeps that look ahead: what moves the same way sweep after sweep is moved many steps at once.
+
+In a deep network a sweep is slow to settle what two far ends hand each other: for tens of sweeps each changes the
+messages by about what the last one did, or by a fixed part of that. Messages prove a bound whatever they are
+(`certificate.py`), so after two sweeps the change that they made is made again, `factor` times over. If the sweep that
+follows is worth more than one without it, the leap stands and the next one is longer; else all is as it was before.
+
+Where there are triplets, loans move as well, and messages alone do not get far: no leaps then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardc.solver.bounds.bound import Bound
+from shardc.solver.problem import Array
+
+_FURTHER, _NEARER = 2.0, 0.25
+_LEAST, _MOST = 1.0, 64.0
+
+
+@dataclass(frozen=True)
+class _State:
+    """The messages of a bound without triplets. Arrays are replaced by sweeps, never changed."""
+
+    to_first: list[Array]
+    to_second: list[Array]
+    lower: float
+
+    @staticmethod
+    def of(bound: Bound) -> _State:
+        return _State(list(bound.to_first), list(bound.to_second), bound.lower)
+
+    def restore(self, bound: Bound) -> None:
+        bound.to_first, bound.to_second, bound.lower = self.to_first, self.to_second, self.lower
+
+
+class Extrapolation:
+    """Rounds of sweeps; it remembers how far the last leaps could go."""
+
+    SWEEPS = 3
+    """Sweeps of a round."""
+
+    def __init__(self) -> None:
+        self.factor = _LEAST
+
+    def round(self, bound: Bound) -> float:
+        """Two sweeps, and one more after a leap; returns the bound, which does not fall."""
+        before = _State.of(bound)
+        first = bound.sweep()
+        lower = bound.sweep()
+        if bound.triplets:
+            return bound.sweep()
+        now = _State.of(bound)
+        pairs = zip(before.to_first, now.to_first, strict=True)
+        bound.to_first = [new + self.factor * (new - old) for old, new in pairs]
+        further = bound.sweep()
+        if further > lower + (lower - first):
+            self.factor = min(self.factor * _FURTHER, _MOST)
+            return further
+        now.restore(bound)
+        self.factor = max(self.factor * _NEARER, _LEAST)
+        return lower

@@ -1,0 +1,1 @@
+"""Networks of many equal layers: folded to a few, proved as a ring."""
