@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import fx
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import call
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factored import Kind, Op
 from shardc.rules.factors.strategy import Shape, Strategy, masks
 from shardc.rules.notation import Size
@@ -36,7 +38,14 @@ _FROM_END = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.defaul
 """Whose indices count from the end below zero."""
 
 
-def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+@compiler_pass
+def localize(c: Compilation) -> Compilation:
+    """Make the program that of one rank."""
+    mesh = c.mesh
+    return replace(c, lowered=c.lowered.derived("localize", lambda graph: localized(graph, mesh)))
+
+
+def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     """Make every node's arguments local, in place."""
     as_it_is: dict[tuple[Kind, Strategy], bool] = {}
     for node in list(graph.nodes):

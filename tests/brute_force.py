@@ -21,6 +21,7 @@ import shardc.rules  # noqa: F401  (registers every rule)
 from shardc.cost.conversion import sent_fraction
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
+from shardc.ir.versions import GraphVersion
 from shardc.ir.program import Port, Program, Role, value_of
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
@@ -238,7 +239,7 @@ def _program(graph: fx.Graph, inputs: int, results: Sequence[fx.Node]) -> Progra
     assert count <= max(inputs, count)
     ports = [Port(Role.INPUT, f"input:{i}", i) for i in range(count)]
     outputs = [Port(Role.OUTPUT, "", i) for i in range(len(results))]
-    return Program(graph, ports, outputs, tree_structure(list(results)), list(range(len(results))))
+    return Program(GraphVersion.of(graph), ports, outputs, tree_structure(list(results)), list(range(len(results))))
 
 
 def _cut(x: Tensor, layout: Layout, mesh: Mesh, where: Mapping[str, int], padding: Any) -> Tensor:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from shardc.analysis.timeline import Order
+from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
-from shardc.ir.partition import Partition
+from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, Role, where
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
 from shardc.runtime.collectives import basic as collectives
@@ -49,6 +49,12 @@ class Memory:
     place: str = ""
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
+
+
+def peak_in_order(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> float:
+    """The bytes that a localized graph holds at most as it is written, with neither buckets nor overlap."""
+    run = partition(graph, program)
+    return MemoryAnalysis(graph, run, program, mesh, states).memory(*in_order(run)).peak
 
 
 class MemoryAnalysis:

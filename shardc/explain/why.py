@@ -22,7 +22,7 @@ from shardc.explain.assumptions import assumptions
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse, spec_text
 from shardc.ir.layout import Layout, describe
-from shardc.ir.program import Port, Program, Role, value_of, where
+from shardc.ir.program import Port, Role, value_of, where
 from shardc.ir.splits import Splits, apply
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.planning.cost_network import Assignment, CostNetwork
@@ -388,14 +388,3 @@ def _words(constraint: Constraint) -> str:
     if node.op == "placeholder":
         return f"{constraint.label.partition(' on ')[0]} = {spec}"
     return f"constrain(..., {spec}) at {node.meta.get('source') or where(node)}"
-
-
-def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
-    """The names of base values: those of parameters, buffers and inputs, else those in the resharded graph."""
-    found: dict[Key, str] = {}
-    for node in graph.nodes:
-        if "base" in node.meta:
-            found.setdefault(node.meta["base"], node.name)
-    for port, node in zip(program.inputs, program.placeholders, strict=True):
-        found[node, 0] = port.name or f"{port.role.value} {port.index}"
-    return found

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
+from shardc.ir.versions import GraphVersion
 from shardc.ir.program import Port, Program, Role
 from shardc.passes.codegen import codegen
 
@@ -31,7 +32,7 @@ def chain(length: int) -> Program:
         node.meta |= {"layout": Layout.whole((4, 4)), "dtype": torch.float32}
     inputs = [Port(Role.INPUT, "input:0"), Port(Role.TANGENT, "")]
     outputs = [Port(Role.OUTPUT, ""), Port(Role.GRADIENT, "input:0")]
-    return Program(graph, inputs, outputs, tree_flatten(0)[1], [0])
+    return Program(GraphVersion.of(graph), inputs, outputs, tree_flatten(0)[1], [0])
 
 
 def test_what_backward_reads_is_saved_and_every_value_dropped_after_its_last_use() -> None:
