@@ -14,7 +14,6 @@ from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
 from shardc.analysis.timeline import Pace
 from shardc.cost.buckets import Buckets
-from shardc.cost.conversion import sent_fraction
 from shardc.cost.hardware import Hardware
 from shardc.cost.memory import NO_STATES, States
 from shardc.explain.plan import Placed, Plan, Tried
@@ -40,6 +39,7 @@ from shardc.planning.reuse_strategies import Choice, reuse_strategies
 from shardc.rules.factors.factored import Factored, Key
 from shardc.rules.factors.factoring import factor
 from shardc.rules.factors.strategy import make
+from shardc.runtime.collectives.collective import AnyCollective
 from shardc.solver.solve import Solution
 
 Result = TypeVar("Result")
@@ -209,9 +209,9 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
     """All that is sent, and the local steps of conversions, in order."""
     found: list[Conversion] = []
 
-    def add(node: fx.Node, kind: str, axis: str, moved: float, seconds: float, value: str) -> None:
-        sent = sent_fraction(kind, pace.mesh.sizes[axis]) * moved
-        found.append(Conversion(kind, axis, node.name, sent, seconds, node.meta.get("phase", ""), where(node), value))
+    def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
+        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), node.meta.get("phase", "")
+        found.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
 
     for node in graph.nodes:
         if "op" in node.meta:
