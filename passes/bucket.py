@@ -19,41 +19,28 @@ reckoned from the link (`shardc/cost/buckets.py`).
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from shardc.cost.buckets import KINDS, Buckets
-from shardc.ir.mesh import Mesh
+from shardc.analysis.operands import collective_of, operand_bytes
+from shardc.cost.buckets import Buckets
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, call
-from shardc.ir.splits import LOCAL
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
-from shardc.runtime.collectives import basic as collectives
-from shardc.runtime.collectives import buckets as runtime
+from shardc.runtime.collectives.bucket import Bucket
+from shardc.runtime.collectives.collective import AnyCollective
 
-BUCKETS: dict[object, str] = {
-    runtime.all_reduce_bucket: "all_reduce",
-    runtime.reduce_scatter_bucket: "reduce_scatter",
-}
-"""The functions that run a bucket, and the collective that each runs."""
-COLLECTIVES: dict[object, str] = BUCKETS | {
-    getattr(collectives, kind): kind
-    for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "to_partial")
-}
-"""The functions that run the steps of conversions, and the kind of each."""
-_JOINED: dict[object, Any] = {getattr(collectives, kind): target for target, kind in BUCKETS.items()}
 _CASTS = (torch.ops.aten._to_copy.default,)
 
-Kind = tuple[Any, str, str, torch.dtype]
-"""What collectives of one bucket have in common: function, axis, reduction, dtype."""
+Kind = tuple[AnyCollective, str, str, torch.dtype]
+"""What collectives of one bucket have in common: which they are, axis, reduction, dtype."""
 
 
 Places = dict[fx.Node, tuple[int, ...]]
@@ -98,7 +85,7 @@ def join(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False)
     largest, held = 0, 0.0
     waiting = becoming_gradients(run, graph)
     before, ready = _chained(run, waiting), made_at(graph, waiting)
-    sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in waiting if node.target in COLLECTIVES}
+    sizes = {node: operand_bytes(node, buckets.mesh)[0] for node in waiting if collective_of(node)}
     later = _later(run, waiting, sizes, buckets)
     places: Places = {node: (place,) for place, node in enumerate(graph.nodes)}
     backward = set(run.backward)
@@ -112,24 +99,6 @@ def join(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False)
             del before[node]
     made = replace(run, backward=sorted(backward, key=places.__getitem__)) if largest else run
     return Joined(largest, made, held)
-
-
-def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
-    """Bytes of a collective's local operand, padded to whole chunks; of a bucket's operands."""
-    told, ways = node.kwargs, mesh.sizes[str(node.kwargs["axis"])]
-    sources: Any = [node.args[0]]
-    dims: Any = [told.get("split_dim", told.get("dim"))]
-    chunks: Any = [told.get("chunk")]
-    if node.target in BUCKETS:
-        sources = node.args[0]
-        dims, chunks = (told.get(name, [None] * len(sources)) for name in ("dims", "sizes"))
-    found: list[int] = []
-    for source, dim, chunk in zip(sources, dims, chunks, strict=True):
-        shape = list(source.meta["layout"].local_shape(mesh))
-        if chunk is not None:
-            shape[dim] = chunk * ways
-        found.append(math.prod(shape) * source.meta["dtype"].itemsize)
-    return found
 
 
 def becoming_gradients(run: Partition, graph: fx.Graph) -> set[fx.Node]:
@@ -146,7 +115,7 @@ def passes_on(node: fx.Node) -> bool:
     """Whether a node only passes values on: views, conversions, casts."""
     if "op" in node.meta and node.target not in _CASTS:
         return False
-    return node.target in BUCKETS or len(node.all_input_nodes) == 1
+    return isinstance(node.target, Bucket) or len(node.all_input_nodes) == 1
 
 
 def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]:
@@ -164,7 +133,8 @@ def _chained(run: Partition, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.N
     for node in run.backward:
         if node in waiting:
             last[node] = last.get(node.all_input_nodes[0])
-            if node.target in _JOINED:
+            collective = collective_of(node)
+            if collective is not None and collective.bucket is not None:
                 found[node] = last[node]
                 last[node] = node
     return found
@@ -174,13 +144,13 @@ def _later(
     run: Partition, waiting: Collection[fx.Node], sizes: Mapping[fx.Node, float], buckets: Buckets
 ) -> dict[fx.Node, float]:
     """Seconds that backward could hide of the collectives that follow each, if it waited for no others."""
-    alike: dict[tuple[str, str], list[float]] = defaultdict(list)
+    alike: dict[tuple[AnyCollective, str], list[float]] = defaultdict(list)
     for node, size in sizes.items():
-        alike[COLLECTIVES[node.target], str(node.kwargs.get("axis"))].append(size)
-    hidden: dict[tuple[str, str, float], float] = {}
+        alike[_single(node), str(node.kwargs.get("axis"))].append(size)
+    hidden: dict[tuple[AnyCollective, str, float], float] = {}
     for (kind, axis), found in alike.items():
-        if kind not in LOCAL:
-            fill = buckets.fill(kind, axis, found) if kind in KINDS else 0.0
+        if not kind.local:
+            fill = buckets.fill(kind, axis, found) if kind.bucket is not None else 0.0
             for size in set(found):
                 taken = buckets.least(kind, axis, size, fill)
                 hidden[kind, axis, size] = taken * buckets.hidden(kind, axis, size, fill)
@@ -189,9 +159,17 @@ def _later(
     for node in reversed(run.backward):
         if node in waiting:
             later[node] = sum([own[user] for user in node.users if user in own])
-            kind = COLLECTIVES.get(node.target, ""), str(node.kwargs.get("axis")), sizes.get(node, 0.0)
-            own[node] = later[node] + hidden.get(kind, 0.0)
+            own[node] = later[node]
+            if node in sizes:
+                own[node] += hidden.get((_single(node), str(node.kwargs.get("axis")), sizes[node]), 0.0)
     return later
+
+
+def _single(node: fx.Node) -> AnyCollective:
+    """The collective that a collective's node runs, alone or over a bucket."""
+    collective = collective_of(node)
+    assert collective is not None, node
+    return collective.single
 
 
 def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]]:
@@ -200,7 +178,7 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
     kinds: dict[Kind, list[fx.Node]] = {}
     for node in before:
         axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
-        kinds.setdefault((node.target, axis, op, node.meta["dtype"]), []).append(node)
+        kinds.setdefault((_single(node), axis, op, node.meta["dtype"]), []).append(node)
     ready = {kind: [node for node in nodes if before[node] not in before] for kind, nodes in kinds.items()}
     whole = (kind for kind, nodes in kinds.items() if len(ready[kind]) == len(nodes))
     chosen = next(whole, None) or next(kind for kind, nodes in ready.items() if nodes)
@@ -212,10 +190,10 @@ def _divided(
     buckets: Buckets,
 ) -> list[list[fx.Node]]:  # fmt: skip
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""
-    name, axis = kind[0].__name__, kind[1]
-    fill = buckets.fill(name, axis, [sizes[node] for node in nodes])
-    joining = [node for node in nodes if buckets.saved(name, axis, sizes[node], fill) > later.get(node, 0.0)]
-    fill = buckets.fill(name, axis, [sizes[node] for node in joining])
+    collective, axis, *_ = kind
+    fill = buckets.fill(collective, axis, [sizes[node] for node in nodes])
+    joining = [node for node in nodes if buckets.saved(collective, axis, sizes[node], fill) > later.get(node, 0.0)]
+    fill = buckets.fill(collective, axis, [sizes[node] for node in joining])
     found: list[list[fx.Node]] = [[]]
     for node in joining:
         if sum(map(sizes.__getitem__, found[-1])) >= fill:
@@ -223,8 +201,8 @@ def _divided(
         found[-1].append(node)
 
     def worth(members: Sequence[fx.Node]) -> bool:
-        alone = sum(buckets.alone(name, axis, sizes[node]) - later.get(node, 0.0) for node in members)
-        return buckets.seconds(name, axis, sum(map(sizes.__getitem__, members))) < alone
+        alone = sum(buckets.alone(collective, axis, sizes[node]) - later.get(node, 0.0) for node in members)
+        return buckets.seconds(collective, axis, sum(map(sizes.__getitem__, members))) < alone
 
     return [members for members in found if len(members) > 1 and worth(members)]
 
@@ -232,16 +210,11 @@ def _divided(
 def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Node:
     """One bucket at the place of the last of its members, which become its pieces; what waits for them follows."""
     first, last = members[0], max(members, key=places.__getitem__)
-    told: dict[str, Any] = {"axis": first.kwargs["axis"]}
-    if "op" in first.kwargs:
-        told["op"] = first.kwargs["op"]
-    if "dim" in first.kwargs:
-        told = {"dims": [node.kwargs["dim"] for node in members], **told}
-    if any("chunk" in node.kwargs for node in members):
-        told["sizes"] = [node.kwargs.get("chunk") for node in members]
-    target = _JOINED[first.target]
+    joining = _single(first).bucket
+    assert joining is not None
+    told = joining.keywords([node.kwargs for node in members])
     with graph.inserting_before(last):
-        joined = call(graph, target, ([node.args[0] for node in members],), told)
+        joined = call(graph, joining, ([node.args[0] for node in members],), told)
     joined.meta = {key: first.meta[key] for key in ("module", "source", "phase", "base") if key in first.meta}
     joined.meta |= {"dtype": None, "members": [node.meta["base"] for node in members]}
     places[joined] = start = places[last]

@@ -34,13 +34,14 @@ from dataclasses import replace
 
 from torch import fx
 
+from shardc.analysis.operands import collective_of
 from shardc.analysis.timeline import Clock, Flight, Order, Times
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
 from shardc.ir.versions import GraphVersion
-from shardc.passes.bucket import COLLECTIVES, passes_on
+from shardc.passes.bucket import passes_on
 from shardc.planning.compilation import Compilation, compiler_pass
-from shardc.runtime.collectives.started import wait
+from shardc.runtime.collectives.collective import Held, wait
 
 PATIENCE = 2.0
 """How many times the seconds that it should take a collective is given, where nothing is gained by waiting for it
@@ -149,7 +150,7 @@ class _Half:
         self.flying[node] = self.clock.start(_axis(node), self.seconds[node])
         if node in self.following:
             self.watched[node] = self.clock.now
-        elif node in self.posted and COLLECTIVES[node.target] != "all_reduce":  # it holds its operand
+        elif node in self.posted and _holds_operand(node):
             self.watched[node] = self.clock.now + PATIENCE * self.clock.beside(self.flying[node])
 
     def _rest(self, node: fx.Node) -> float:
@@ -255,6 +256,12 @@ class _Half:
 
     def _bytes(self, node: fx.Node) -> int:
         return math.prod(node.meta["layout"].local_shape(self.times.mesh)) * node.meta["dtype"].itemsize
+
+
+def _holds_operand(node: fx.Node) -> bool:
+    """Whether a collective holds its operand in memory, or a copy of it, while it is under way."""
+    collective = collective_of(node)
+    return collective is not None and collective.holds(node.kwargs) is not Held.NOTHING
 
 
 def _axis(node: fx.Node) -> str:

@@ -36,7 +36,6 @@ from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
 from shardc.rules.factors.factored import Factored, Form, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Strategy, demand, make
-from shardc.runtime.collectives import basic as collectives
 
 aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]
@@ -311,16 +310,11 @@ class _Rewrite:
         return new
 
     def _emit(self, node: fx.Node, key: Key, form: Form, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
-        keywords: dict[str, Any] = {}
-        if step.kind == "all_to_all":
-            assert step.source is not None and step.target is not None
-            keywords = {"split_dim": place[step.target], "concat_dim": place[step.source]}
-        elif place:
-            keywords = {"dim": next(iter(place.values()))}
-        keywords["axis"] = step.axis
+        source, target = (None if atom is None else place[atom] for atom in (step.source, step.target))
+        keywords: dict[str, Any] = {**step.collective.dims(source, target), "axis": step.axis}
         if step.op not in (None, "sum"):
             keywords["op"] = step.op
-        new = call(self.graph, getattr(collectives, step.kind), (node,), keywords)
+        new = call(self.graph, step.collective, (node,), keywords)
         # an input has no place in the user's code: its conversion belongs to the reader that made it necessary
         reader = self.now or key[0]
         self._provenance(new, reader if key[0].op == "placeholder" else key[0])

@@ -13,7 +13,11 @@ GENERATED = "__shardc_generated__"  # a global by which generated modules are kn
 _HIDDEN = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(torch.__file__)))
 
 
-class RankError(RuntimeError):
+class ShardcError(Exception):
+    """Base of every error that shardc raises on purpose."""
+
+
+class RankError(ShardcError, RuntimeError):
     """A run that failed on a rank, or that was asked for something which it cannot give.
 
     `rank` is the rank that failed first (None where no rank was running), `axis` the mesh axis of the collective that

@@ -26,7 +26,7 @@ from shardc import api
 from shardc.errors import ConstraintError, ShardcError
 from shardc.inspect.progress import working
 from shardc.passes.pipeline import NAMES as PASSES
-from shardc.runtime import DistributedMesh, RankError, local_mesh
+from shardc.runtime import DistributedMesh, local_mesh
 from shardc.search import search_mesh
 
 MEASURE = "Measure this machine, or under torchrun the cluster, and write what --hardware takes."
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ShardcError, RankError) as error:
+    except ShardcError as error:
         print(f"shardc: {error}", file=sys.stderr)
         return 2
 

@@ -1,8 +1,6 @@
 """What a user can get wrong, each with its own type. Every message says what, where, and the way out."""
 
-
-class ShardcError(Exception):
-    """Base of every error that shardc raises on purpose."""
+from shardc.runtime.errors import ShardcError as ShardcError  # its home: the runtime knows nothing of the compiler
 
 
 class MeshError(ShardcError):

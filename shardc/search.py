@@ -28,6 +28,7 @@ from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.rules.factors.strategy import make
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
 
 Keywords = ParamSpec("Keywords")
@@ -158,7 +159,7 @@ def _wiring(mesh: Mesh, device: Hardware) -> tuple[tuple[object, ...], ...]:
     """What tells a mesh from another when axes have no names, distance apart: sizes, and links of every axis."""
     parts: list[tuple[object, ...]] = []
     for place, (axis, ways) in enumerate(mesh.axes):
-        wires = device.wires(mesh, axis, "all_reduce")
+        wires = device.wires(mesh, axis, all_reduce)
         inner = min(device.devices_per_node, math.prod(n for _, n in mesh.axes[place + 1 :]))
         parts.append((ways, wires.near, inner if wires.nodes > 1 else 0))
     return tuple(sorted(parts, key=repr))

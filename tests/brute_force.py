@@ -18,11 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_structure
 
 import shardc.rules  # noqa: F401  (registers every rule)
-from shardc.cost.conversion import sent_fraction
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.versions import GraphVersion
 from shardc.ir.program import Port, Program, Role, value_of
+from shardc.ir.versions import GraphVersion
 from shardc.passes.codegen import codegen
 from shardc.passes.localize import localize
 from shardc.planning.strategies import Options
@@ -204,7 +203,7 @@ class Call:
         expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
         predicted = dict.fromkeys(mesh.names, 0.0)
         for kind, axis, size in sends(self.shape, strategy, mesh):
-            predicted[axis] += sent_fraction(kind, mesh.sizes[axis]) * size
+            predicted[axis] += kind.sent(mesh.sizes[axis], size)
         if any(not math.isclose(predicted[axis], sent) for axis, sent in machine.traffic.items()):
             return f"sends {machine.traffic} bytes, its rule says {predicted}"
         for position, (index, layout) in enumerate(layouts.items()):

@@ -1,1 +1,1 @@
-"""The collectives of generated code."""
+"""The collectives of generated code, one a module; `collective.py` says what each of them tells about itself."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from shardc.runtime.errors import RankError
 
+__all__ = ["attention", "attention_backward"]
+
 _INFINITY = float("inf")
 
 

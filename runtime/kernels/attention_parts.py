@@ -12,6 +12,8 @@ from torch import Tensor
 from shardc.runtime.kernels.attention import gradients_of, scores_of, seen, weights_of
 from shardc.runtime.kernels.parts import Part
 
+__all__ = ["attention_in_parts", "attention_in_parts_backward"]
+
 _NOTHING = float("-inf")
 
 

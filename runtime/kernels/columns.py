@@ -9,6 +9,8 @@ from torch import Tensor
 
 from shardc.runtime.kernels.parts import Part
 
+__all__ = ["cholesky_inverse", "householder_product"]
+
 aten = torch.ops.aten
 
 

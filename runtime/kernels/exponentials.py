@@ -10,6 +10,8 @@ from torch import Tensor
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.widening import widened
 
+__all__ = ["log_softmax", "log_softmax_backward", "logsumexp", "safe_softmax", "softmax", "softmax_backward"]
+
 
 def softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
     """`aten._softmax` over `dim`, of which this rank holds part `s`."""

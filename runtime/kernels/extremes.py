@@ -12,6 +12,8 @@ from torch import Tensor
 
 from shardc.runtime.kernels.parts import Part, by_dim
 
+__all__ = ["argmax", "argmin", "max_along", "min_along", "topk"]
+
 _Find = Callable[..., tuple[Tensor, Tensor]]
 
 

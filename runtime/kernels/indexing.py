@@ -9,6 +9,8 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.kernels.parts import Part
 
+__all__ = ["drop_dummy", "fill", "pad_dummy", "rebase"]
+
 aten = torch.ops.aten
 
 

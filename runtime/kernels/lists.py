@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shardc.runtime.kernels.parts import Part, by_dim
 
+__all__ = ["hash_tensor", "nonzero_static", "pair_distances"]
+
 
 def nonzero_static(x: Tensor, *, size: int, fill_value: int = -1, s: Part) -> Tensor:
     """`aten.nonzero_static` of a tensor of whose first dim this rank holds part `s`: its addend of the result."""

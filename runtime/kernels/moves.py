@@ -16,6 +16,25 @@ from torch import Tensor
 
 from shardc.runtime.kernels.parts import Part, by_dim
 
+__all__ = [
+    "arange",
+    "cat_along",
+    "constant_pad",
+    "diagonal",
+    "diagonal_backward",
+    "eye",
+    "linspace",
+    "select_along",
+    "select_backward",
+    "slice_along",
+    "slice_backward",
+    "split_along",
+    "stack_along",
+    "tril",
+    "triu",
+    "unbind_along",
+]
+
 
 def slice_along(x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, s: Part) -> Tensor:
     """`aten.slice` of a dim of which this rank holds part `s`: its addend of the result."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.widening import widened
 
+__all__ = ["layer_norm", "layer_norm_backward", "rms_norm"]
+
 
 def layer_norm(
     x: Tensor, normalized: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, **parts: Part

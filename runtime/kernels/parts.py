@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.basic import all_gather, all_reduce, permute
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.mesh.mesh import current
+
+__all__ = ["Part"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,6 +17,8 @@ from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.streams import Stream, filled
 from shardc.runtime.mesh.mesh import Context, current
 
+__all__ = ["binomial", "draw", "multinomial", "poisson", "randperm", "rrelu", "sample_dirichlet", "standard_gamma"]
+
 
 def _generator(context: Context) -> torch.Generator:
     if context.generator is None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.widening import LOW, widened
 
+__all__ = ["cummax", "cummin", "cumprod", "cumsum", "logcumsumexp"]
+
 
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, s: Part) -> Tensor:
     """`aten.cumsum` along `dim`, of which this rank holds part `s`."""

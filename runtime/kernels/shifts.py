@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.basic import permute
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels.parts import Part, by_dim
+
+__all__ = ["flip", "roll"]
 
 
 def flip(x: Tensor, dims: Sequence[int], **parts: Part) -> Tensor:

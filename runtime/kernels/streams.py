@@ -15,6 +15,8 @@ from torch import Tensor
 
 from shardc.runtime.kernels.parts import Part
 
+__all__: list[str] = []
+
 BLOCK = 1 << 20
 """Elements that are drawn at a time; a multiple of the group."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__: list[str] = []
+
 LOW = (torch.float16, torch.bfloat16)
 
 

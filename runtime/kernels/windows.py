@@ -16,6 +16,19 @@ from torch import Tensor
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.widening import widened
 
+__all__ = [
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "avg_pool3d",
+    "avg_pool3d_backward",
+    "convolution",
+    "convolution_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "max_pool3d",
+    "max_pool3d_backward",
+]
+
 aten = torch.ops.aten
 Ints = int | Sequence[int]
 

@@ -17,18 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from shardc.runtime.collectives.c10d import Group
+from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import Slot, cut, placements, valid_shape
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 from shardc.runtime.mesh.virtual import VirtualMesh
-
-_REDUCTIONS = {"sum": "sum", "max": "max", "min": "min", "prod": "product"}
-# Gloo moves and reduces only these; the rest travels as bytes and is reduced in a wider type.
-_GLOO = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
-    torch.bool,
-)  # fmt: skip
-_WIDER = {torch.int16: torch.int32, torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
 
 
 def _let_workers_end() -> None:
@@ -65,6 +59,10 @@ class DistributedMesh(RuntimeMesh):
             device_type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
         )
         self._groups: dict[str, dist.ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in self.axes}
+        position, gloo = self.coordinates(self.rank), self._device.type == "cpu"
+        self._ranks_of = {
+            axis: Group(group.group_name, self.axes[axis], position[axis], gloo) for axis, group in self._groups.items()
+        }
         self._adopt_timeout()
 
     def _adopt_timeout(self) -> None:
@@ -107,54 +105,11 @@ class DistributedMesh(RuntimeMesh):
             raise RankError(f"rank {self.rank} failed to get the program of rank 0: {error}") from error
         return box[0]
 
-    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+    def begin(
+        self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
+    ) -> Callable[[], Tensor]:
         """See `Mesh.begin`. What is under way is gloo's, or on NCCL's stream."""
-        dtype = operand.dtype
-        direct = self._device.type != "cpu" or dtype in _GLOO
-        if collective in ("all_gather", "all_to_all", "permute"):
-            # A 0-d tensor has no bytes view, hence the leading dim.
-            rows = operand if collective == "all_to_all" else operand.unsqueeze(0)
-            rows = rows if direct else rows.unsqueeze(-1).view(torch.uint8)
-            moving = self._move(collective, axis, rows, [int(n) for n in op.split()])
-
-            def moved() -> Tensor:
-                result = _landed(moving)
-                result = result if direct else result.view(dtype).squeeze(-1)
-                return result.squeeze(0) if collective == "permute" else result
-
-            return moved
-        if not direct and dtype not in _WIDER:
-            raise RankError(f"gloo does not reduce {dtype}")
-        reducing = self._reduce(collective, axis, operand if direct else operand.to(_WIDER[dtype]), op)
-
-        def reduced() -> Tensor:
-            result = _landed(reducing)
-            return (result if collective == "all_reduce" else result.squeeze(0)).to(dtype)
-
-        return reduced
-
-    def _move(self, collective: str, axis: str, rows: Tensor, sources: list[int]) -> Tensor:
-        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
-        n, group = self.axes[axis], self._groups[axis].group_name
-        if collective == "permute":
-            own = self.coordinates(self.rank)[axis]
-            taken, given = ([int(rank == at) for rank in range(n)] for at in (sources[own], sources.index(own)))
-            return ops.all_to_all_single(rows, taken, given, group)
-        if collective == "all_gather":
-            return ops.all_gather_into_tensor(rows, n, group)
-        return ops.all_to_all_single(rows, [1] * n, [1] * n, group)
-
-    def _reduce(self, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
-        ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
-        n, group = self.axes[axis], self._groups[axis].group_name
-        if collective == "all_reduce":
-            return ops.all_reduce(operand, _REDUCTIONS[op], group)
-        return ops.reduce_scatter_tensor(operand, _REDUCTIONS[op], n, group)
-
-
-def _landed(moving: Tensor) -> Tensor:
-    """The result of a functional collective, once it is there."""
-    return torch.ops._c10d_functional.wait_tensor(moving)  # pyright: ignore
+        return collective.c10d(operand, self._ranks_of[axis], op)
 
 
 def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:

@@ -1,4 +1,4 @@
-"""The mesh as generated code meets it: named axes, the running rank, and the four collectives of an axis."""
+"""The mesh as generated code meets it: named axes, the running rank, and how its collectives start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.started import Started
+from shardc.runtime.collectives.collective import AnyCollective, Started
 from shardc.runtime.errors import RankError, rank_error
 
 Result = TypeVar("Result")
@@ -24,8 +24,7 @@ class RuntimeMesh(ABC):
     """Named axes and the ranks on them, numbered row-major: the first axis is the slowest.
 
     `axes` maps names to sizes; `ranks` are those that run in this process; `traffic` is the bytes that one rank has
-    sent since the last `reset`, per axis. With n ranks on the axis and B bytes in the local operand: all-gather
-    (n-1)*B, reduce-scatter and all-to-all (n-1)/n*B, all-reduce 2*(n-1)/n*B, permute B.
+    sent since the last `reset`, per axis, as collectives tell by `Collective.sent`.
     """
 
     def __init__(self, axes: Mapping[str, int]) -> None:
@@ -64,24 +63,19 @@ class RuntimeMesh(ABC):
         """
 
     @abstractmethod
-    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+    def begin(
+        self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
+    ) -> Callable[[], Tensor]:
         """Start the transport of one collective, for `shardc.runtime.collectives`; what is returned waits for its end
-        and gives the result.
-
-        With n ranks on the axis: "all_gather" takes any shape and gives `(n, *shape)`, "reduce_scatter" takes
-        `(n, *chunk)` and gives `chunk`, "all_to_all" takes and gives `(n, *chunk)`, "all_reduce" keeps the shape, and
-        "permute" gives the operand of the rank whose coordinate `op` names at the own one, as in "1 2 0".
-        """
+        and gives what arrives. Shapes, and what `op` is, are the collective's affair."""
 
     def agreed(self, source: str) -> str:
         """What all processes take for `source`: that of the first."""
         return source
 
-    def count(self, collective: str, axis: str, operand: Tensor) -> None:
+    def count(self, collective: AnyCollective, axis: str, operand: Tensor) -> None:
         """Add to `traffic` what one rank sends in this collective."""
-        n, size = self.axes[axis], operand.numel() * operand.element_size()
-        steps = {"all_gather": (n - 1) * size, "all_reduce": 2 * (n - 1) * size / n, "permute": size}
-        self.traffic[axis] += steps.get(collective, (n - 1) * size / n)
+        self.traffic[axis] += collective.sent(self.axes[axis], operand.numel() * operand.element_size())
 
 
 class Context:
@@ -106,26 +100,30 @@ class Context:
         return self.mesh.axes[axis]
 
     @overload
-    def start(self, name: str, axis: str, operand: Tensor, *, op: str = "") -> Started[Tensor]: ...
+    def start(self, collective: AnyCollective, axis: str, operand: Tensor, *, op: str = "") -> Started[Tensor]: ...
     @overload
     def start(
-        self, name: str, axis: str, operand: Tensor, finish: Callable[[Tensor], Result], op: str = ""
+        self, collective: AnyCollective, axis: str, operand: Tensor, finish: Callable[[Tensor], Result], op: str = ""
     ) -> Started[Result]: ...
     def start(
-        self, name: str, axis: str, operand: Tensor, finish: Callable[[Tensor], Any] = lambda moved: moved, op: str = ""
+        self,
+        collective: AnyCollective,
+        axis: str,
+        operand: Tensor,
+        finish: Callable[[Tensor], Any] = lambda moved: moved,
+        op: str = "",
     ) -> Started[Any]:
         """Start one collective (see `Mesh.begin`) and count its bytes; it gives what `finish` makes of what arrives."""
-        self.operation = (name, axis)
+        self.operation = (collective.name, axis)
         if self.rank == self.mesh.ranks[0]:
-            self.mesh.count(name, axis, operand)
+            self.mesh.count(collective, axis, operand)
         operand = operand.contiguous()
-        arrive = self.mesh.begin(self, name, axis, operand, op)
+        arrive = self.mesh.begin(self, collective, axis, operand, op)
         self.operation = None
-        # an all-reduce works on a copy; the others read their operand until they end
-        held = [] if name == "all_reduce" else [operand]
+        held = [] if collective.works_on_copy else [operand]  # the others read their operand until they end
 
         def land() -> Any:
-            self.operation = (name, axis)
+            self.operation = (collective.name, axis)
             moved = arrive()
             self.operation = None
             held.clear()

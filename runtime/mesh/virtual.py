@@ -10,15 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
-
-_COMBINE: dict[str, Callable[..., Tensor]] = {
-    "sum": torch.add,
-    "prod": torch.mul,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
 
 
 class _Aborted(Exception):
@@ -97,28 +91,16 @@ class VirtualMesh(RuntimeMesh):
                 torch.set_rng_state(contexts[0].generator.get_state())
             return [future.result() for future in futures]
 
-    def begin(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+    def begin(
+        self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
+    ) -> Callable[[], Tensor]:
         """See `Mesh.begin`. The collective runs to its end at once."""
-        result = self._exchange(context, collective, axis, operand, op)
-        return lambda: result
-
-    def _exchange(self, context: Context, collective: str, axis: str, operand: Tensor, op: str) -> Tensor:
         others = tuple(index for name, index in context.coordinates.items() if name != axis)
         position = context.coordinates[axis]
-        label = f"{collective}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"
+        label = f"{collective.name}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"
         operands = self._meet(context.rank, (axis, others), position, label, operand)
-        if collective == "all_gather":
-            return torch.stack(operands)
-        if collective == "all_to_all":
-            return torch.stack([other[position] for other in operands])
-        if collective == "permute":
-            return operands[int(op.split()[position])].clone()
-        if collective == "reduce_scatter":
-            operands = [other[position] for other in operands]
-        result = operands[0].clone()
-        for other in operands[1:]:
-            _COMBINE[op](result, other, out=result)
-        return result
+        result = collective.exchange(operands, position, op)
+        return lambda: result
 
     def _meet(
         self, rank: int, key: tuple[str, tuple[int, ...]], position: int, label: str, operand: Tensor

@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, Role, where
-from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
-from shardc.runtime.collectives import basic as collectives
+from shardc.runtime.collectives.bucket import Bucket
+from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.random import draw
 from shardc.runtime.kernels.streams import BLOCK, SERIAL
 
 aten = torch.ops.aten
-MOVING: set[object] = {getattr(collectives, kind) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Execution:
         storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
         found = self.known.by_node.get(node)
         if found is None:
-            if node.target in BUCKETS:
+            if isinstance(node.target, Bucket):
                 return self._pieces(node, label)
             form = self._form(node, operands, storages)
             found = self.known.by_form.get(form)
@@ -191,13 +191,14 @@ class _Execution:
 
     def _taking_off(self, node: fx.Node) -> list[_Lying | None]:
         """What a collective that was started holds: what it brings, and what it reads until it ends."""
-        bucket, kind, told = node.target in BUCKETS, COLLECTIVES[node.target], node.kwargs
+        collective = collective_of(node)
+        assert collective is not None
+        bucket, holds = isinstance(collective, Bucket), collective.holds(node.kwargs)
         made = self._contiguous(next(iter(node.users)) if bucket else node)
         found: list[_Lying | None] = self._pieces(node, "in use") if bucket else [self._settle(made, "in use", [])]
-        if bucket or (kind != "all_gather" and told.get("split_dim", told.get("dim"))):  # a copy is made and sent
-            if kind != "all_reduce":
-                found.append(self._settle(replace(made, size=sum(operand_bytes(node, self.mesh))), "in use", []))
-        elif kind != "all_reduce":
+        if holds is Held.COPY:
+            found.append(self._settle(replace(made, size=sum(operand_bytes(node, self.mesh))), "in use", []))
+        elif holds is Held.OPERAND:
             read = self.lying[node.all_input_nodes[0]][0]
             assert read is not None
             self._hold(read.storage, "in use")
@@ -206,10 +207,11 @@ class _Execution:
 
     def _landed(self, node: fx.Node, label: str) -> list[_Lying | None]:
         """What a collective brought: where it arrived, or side by side along another dim than the first."""
-        moved = node.kwargs.get("concat_dim", node.kwargs.get("dim"))
-        if COLLECTIVES[node.target] in ("all_gather", "all_to_all") and moved:
+        collective = collective_of(node)
+        assert collective is not None
+        if collective.joins(node.kwargs):
             return [self._settle(self._contiguous(node), label, [])]
-        count = len(node.users) if node.target in BUCKETS else 1
+        count = len(node.users) if isinstance(collective, Bucket) else 1
         found = self.flying[node][:count]
         for one in found:
             assert one is not None
@@ -314,17 +316,19 @@ class _Execution:
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
-        if node.target in BUCKETS:
-            copied = node not in self.started or COLLECTIVES[node.target] == "all_reduce"
-            return sum(operand_bytes(node, self.mesh)) if copied else 0
-        if node.target not in MOVING or node in self.started or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
+        collective = collective_of(node)
+        if collective is None or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0
-        (operand,), (result,) = self.lying[node.args[0]], self.lying[node]  # type: ignore[index]
-        assert operand is not None and result is not None
-        if node.target is collectives.reduce_scatter:
-            return self.sizes[operand.storage] if node.kwargs["dim"] else 0
-        moved = node.kwargs.get("dim", node.kwargs.get("concat_dim"))
-        return self.sizes[result.storage] if moved or node.target is collectives.all_to_all else 0
+        started = node in self.started
+        result = (self.flying if started else self.lying)[node][0]
+        assert result is not None
+        if isinstance(collective, Bucket):
+            operand = sum(operand_bytes(node, self.mesh))
+        else:
+            read = self.lying[node.all_input_nodes[0]][0]
+            assert read is not None
+            operand = self.sizes[read.storage]
+        return collective.workspace(node.kwargs, operand, self.sizes[result.storage], started)
 
 
 def _spent(

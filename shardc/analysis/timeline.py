@@ -16,19 +16,19 @@ from typing import NamedTuple
 
 from torch import fx
 
+from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.cost.buckets import Buckets
 from shardc.cost.conversion import step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition
-from shardc.ir.splits import LOCAL
-from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
 from shardc.rules.factors.factored import Kind
 from shardc.rules.factors.strategy import Shape, Strategy, sends, work
-from shardc.runtime.collectives.started import wait
+from shardc.runtime.collectives.bucket import Bucket
+from shardc.runtime.collectives.collective import AnyCollective, wait
 
-Inner = tuple[str, str, float, float]
-"""A collective inside an operator's body: kind, axis, bytes of the local operand, seconds."""
+Inner = tuple[AnyCollective, str, float, float]
+"""A collective inside an operator's body: which, axis, bytes of the local operand, seconds."""
 _RESIDUE = 1e-12
 """Seconds that are so small a part of what they were subtracted from are roundings."""
 Order = list[tuple[fx.Node, bool]]
@@ -48,15 +48,16 @@ class Pace:
         self.buckets = Buckets(mesh, device)
         self._operators: dict[tuple[Kind, Strategy], tuple[float, list[Inner]]] = {}
 
-    def step(self, node: fx.Node) -> tuple[str, float, float] | None:
-        """The kind of a conversion's step, the bytes of its local operand and its seconds; None for other nodes."""
-        kind = COLLECTIVES.get(node.target)
-        if kind is None:
+    def step(self, node: fx.Node) -> tuple[AnyCollective, float, float] | None:
+        """The collective of a conversion, the bytes of its local operand and its seconds; None for other nodes."""
+        collective = collective_of(node)
+        if collective is None:
             return None
+        kind = collective.single
         axis, moved = str(node.kwargs["axis"]), float(sum(operand_bytes(node, self.mesh)))
-        if node.target in BUCKETS:
+        if isinstance(collective, Bucket):
             return kind, moved, self.buckets.seconds(kind, axis, moved)
-        part = moved / self.mesh.sizes[axis] if kind == "shard" else moved
+        part = moved / self.mesh.sizes[axis] if kind.keeps_part else moved
         return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
 
     def taken(self, node: fx.Node) -> tuple[float, float]:
@@ -66,7 +67,7 @@ class Pace:
         if step is None:
             return 0.0, 0.0
         (kind, moved, seconds), axis = step, str(node.kwargs["axis"])
-        if kind in LOCAL:
+        if kind.local:
             return seconds, 0.0
         sent = 0.0 if self.mesh.sizes[axis] == 1 else self.buckets.alone(kind, axis, moved)
         return seconds - sent, sent

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
-from shardc.runtime.collectives import basic as collectives
-from shardc.runtime.collectives.started import wait
+from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.collective import AnyCollective, wait
+from shardc.runtime.collectives.reduce_scatter import reduce_scatter
 from shardc.runtime.mesh.distributed import DistributedMesh, local_mesh
 
 SIZES = tuple(4**k for k in range(5, 12))
@@ -47,7 +48,7 @@ COMPUTING = 0.2
 """Seconds of a block of what ranks compute: where they share cores, all of them have to be seen in it, by turns."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-GLOO: dict[str, tuple[str, ...]] = {**TEXTBOOK, "reduce_scatter": ("all_reduce",)}
+GLOO: dict[AnyCollective, tuple[str, ...]] = {**TEXTBOOK, reduce_scatter: (all_reduce.name,)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Fit:
     """A link fitted to times of one kind of collective: the `points` are bytes and seconds, `error` the largest
     deviation of α and β from any of them, relative, before the profile."""
 
-    kind: str
+    kind: AnyCollective
     link: Link
     points: tuple[tuple[float, float], ...]
     error: float
@@ -77,7 +78,7 @@ def wiring(nodes: int, near: int = 1, inside: float = 0.0) -> Wires:
     return Wires(near, nodes, Line(inside, 0.0), Line(1.0, 1.0))
 
 
-def fit(kind: str, algorithm: str, wires: Wires, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
+def fit(kind: AnyCollective, algorithm: str, wires: Wires, floor: float, points: Sequence[tuple[float, float]]) -> Fit:
     """The link over which `algorithm` takes the times of `points` (bytes, seconds), `floor` seconds of each apart, and
     the hops inside nodes (see `wiring`). At least two sizes are needed to tell latency from bandwidth."""
     unit, whole = (lines(kind, (algorithm,), wired)[0] for wired in (wires._replace(inside=Line(0.0, 0.0)), wires))
@@ -119,7 +120,9 @@ class _Crossing:
     bytes and seconds by kind, where they differ from those of an axis between nodes."""
 
     overlapping: tuple[float, float] = 0.0, 0.0
-    times: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict[str, list[tuple[float, float]]])
+    times: Mapping[AnyCollective, list[tuple[float, float]]] = field(
+        default_factory=dict[AnyCollective, list[tuple[float, float]]]
+    )
 
 
 class _Bench:
@@ -154,12 +157,14 @@ class _Bench:
         return Measured(device, fits)
 
     def fits(
-        self, launch: float, algorithms: Mapping[str, tuple[str, ...]], crossing: _Crossing
+        self, launch: float, algorithms: Mapping[AnyCollective, tuple[str, ...]], crossing: _Crossing
     ) -> dict[str, tuple[Fit, ...]]:
         """What each kind of collective makes of the links, by level."""
         found: dict[str, tuple[Fit, ...]] = {}
 
-        def add(level: str, times: Mapping[str, list[tuple[float, float]]], nodes: int, near: int = 1) -> None:
+        def add(
+            level: str, times: Mapping[AnyCollective, list[tuple[float, float]]], nodes: int, near: int = 1
+        ) -> None:
             hops = {one.kind: one.link.latency for one in found.get("inside", ())}
             found[level] = tuple(
                 fit(kind, algorithms[kind][0], wiring(nodes, near, hops.get(kind, 0.0)), launch, points)
@@ -178,7 +183,7 @@ class _Bench:
         times = {kind: self.times(kind, axis, near) for kind in ALGORITHMS} if near > 1 else {}
         return _Crossing(self.overlapping(axis), times)
 
-    def times(self, kind: str, axis: str, near: int = 1) -> list[tuple[float, float]]:
+    def times(self, kind: AnyCollective, axis: str, near: int = 1) -> list[tuple[float, float]]:
         """Bytes and seconds of one kind of collective; `near` as of `collective`."""
         points: list[tuple[float, float]] = []
         for size in SIZES:
@@ -190,19 +195,13 @@ class _Bench:
                 break
         return points
 
-    def collective(self, kind: str, axis: str, size: float, near: int = 1) -> tuple[float, float]:
+    def collective(self, kind: AnyCollective, axis: str, size: float, near: int = 1) -> tuple[float, float]:
         """Bytes of the local operand, rounded to what the ranks can share, and seconds. Permutations move everything
         `near` ranks on: with so many of the axis in a node, all of it crosses."""
         ways = self.axes[axis]
         x = torch.ones(max(1, round(size / 4 / ways)) * ways, device=self.device)
-        calls: dict[str, Callable[[], object]] = {
-            "all_gather": lambda: collectives.all_gather(x, dim=0, axis=axis),
-            "reduce_scatter": lambda: collectives.reduce_scatter(x, dim=0, axis=axis),
-            "all_reduce": lambda: collectives.all_reduce(x, axis=axis),
-            "all_to_all": lambda: collectives.all_to_all(x, split_dim=0, concat_dim=0, axis=axis),
-            "permute": lambda: collectives.permute(x, axis=axis, sources=[(i + near) % ways for i in range(ways)]),
-        }
-        return x.numel() * 4.0, self.seconds(calls[kind])
+        told = {**kind.sample(ways, near), "axis": axis}
+        return x.numel() * 4.0, self.seconds(lambda: kind(x, **told))
 
     def overlapping(self, axis: str) -> tuple[float, float]:
         """The `overlap` and `stall` of a link, fitted to what is left of all-reduces beside products of matrices."""
@@ -217,7 +216,7 @@ class _Bench:
         x, y = (torch.ones(size, device=self.device) for size in ((size // 4,), (256, 256)))
 
         def alone() -> Tensor:
-            return collectives.all_reduce(x, axis=axis)
+            return all_reduce(x, axis=axis)
 
         sent = self.seconds(alone)
         products = range(math.ceil(2 * sent / self.seconds(lambda: y @ y, COMPUTING)))
@@ -226,7 +225,7 @@ class _Bench:
             return [y @ y for _ in products]
 
         def both() -> None:
-            started = collectives.all_reduce.start(x, axis=axis)
+            started = all_reduce.start(x, axis=axis)
             compute()
             wait(started)
 
@@ -261,7 +260,7 @@ class _Bench:
         """The largest of all ranks' seconds; no rank goes on before all have come here."""
         found = torch.tensor([seconds], dtype=torch.float64, device=self.device)
         for axis in self.axes:
-            found = collectives.all_reduce(found, axis=axis, op="max")
+            found = all_reduce(found, axis=axis, op="max")
         return max(found.item(), 1e-9)
 
     def _block(self, call: Callable[[], object], repeat: int) -> float:
@@ -282,7 +281,7 @@ def _link(fits: Sequence[Fit], rings: int, spanning: Sequence[Fit] = ()) -> Link
     which had it alone; its own figures, for kinds that were not measured, are those of an all-reduce."""
     measured = {one.kind: replace(one.link, bandwidth=one.link.bandwidth * rings) for one in fits}
     alone = {one.kind: one.link for one in spanning}
-    return replace(measured["all_reduce"], profile=(), measured=measured, spanning=alone)
+    return replace(measured[all_reduce], profile=(), measured=measured, spanning=alone)
 
 
 def toml(measured: Measured) -> str:
@@ -296,7 +295,7 @@ def toml(measured: Measured) -> str:
     text += ["", *_level("inside", device.inside, measured.fits)]
     text += ["", *_level("between", device.between, measured.fits)]
     text += ["", "[algorithms]"]
-    text += [f"{name} = {json.dumps(choice)}" for name, choice in device.algorithms.items()]
+    text += [f"{one.name} = {json.dumps(choice)}" for one, choice in device.algorithms.items()]
     return "\n".join(text) + "\n"
 
 
@@ -320,7 +319,7 @@ def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[st
     for part, links, source in (("measured", link.measured, level), ("spanning", link.spanning, "spanning")):
         errors = {one.kind: one for one in fits.get(source, ())}
         for kind, one in links.items():
-            found += ["", f"[{level}.{part}.{kind}]"]
+            found += ["", f"[{level}.{part}.{kind.name}]"]
             if kind in errors:
                 sizes = errors[kind].points
                 reach = f"{sizes[0][0]:.0f} to {sizes[-1][0]:.0f} bytes"
@@ -349,7 +348,7 @@ def table(measured: Measured) -> str:
         for one in fits:
             own = (link.spanning if level == "spanning" else link.measured)[one.kind]
             rows.append(
-                f"{level:<8} {one.kind:<15} {own.latency * 1e6:9.1f} us a hop  {own.bandwidth / 1e9:8.3f} GB/s  "
+                f"{level:<8} {one.kind.name:<15} {own.latency * 1e6:9.1f} us a hop  {own.bandwidth / 1e9:8.3f} GB/s  "
                 f"largest error of the fit {one.error:.0%}"
             )
     return "\n".join(rows)

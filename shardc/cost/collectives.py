@@ -35,6 +35,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.collectives.permute import permute
+from shardc.runtime.collectives.reduce_scatter import reduce_scatter
+
 
 @dataclass(frozen=True)
 class Line:
@@ -148,34 +155,37 @@ def _permute(wires: Wires) -> Line:
 
 
 Formula = Callable[[Wires], Line | list[Line]]
-ALGORITHMS: dict[str, dict[str, Formula]] = {
-    "all_gather": {
+ALGORITHMS: dict[AnyCollective, dict[str, Formula]] = {
+    all_gather: {
         "ring": _round,
         "direct": _all_gather_direct,
         "hierarchical": _all_gather_hierarchical,
     },
-    "reduce_scatter": {
+    reduce_scatter: {
         "ring": lambda wires: _round(wires).of(1 / wires.ways),
         "hierarchical": _reduce_scatter_hierarchical,
-        "all_reduce": _all_reduce_ring,
+        all_reduce.name: _all_reduce_ring,
     },
-    "all_reduce": {
+    all_reduce: {
         "ring": _all_reduce_ring,
         "tree": _all_reduce_tree,
         "star": _all_reduce_star,
         "direct": _all_gather_direct,
         "hierarchical": _all_reduce_hierarchical,
     },
-    "all_to_all": {"pairwise": _all_to_all_pairwise, "torus": _all_to_all_torus},
-    "permute": {"direct": _permute},
+    all_to_all: {"pairwise": _all_to_all_pairwise, "torus": _all_to_all_torus},
+    permute: {"direct": _permute},
 }
-"""Per kind of collective the algorithms that a hardware file may list, as functions from the wiring to lines."""
+"""Per collective the algorithms that a hardware file may list, as functions from the wiring to lines."""
 
-TEXTBOOK: dict[str, tuple[str, ...]] = {kind: (next(iter(found)),) for kind, found in ALGORITHMS.items()}
+BY_NAME: dict[str, AnyCollective] = {collective.name: collective for collective in ALGORITHMS}
+"""Collectives as hardware files name them."""
+
+TEXTBOOK: dict[AnyCollective, tuple[str, ...]] = {kind: (next(iter(found)),) for kind, found in ALGORITHMS.items()}
 """What a backend of which nothing is known runs: rings, and exchanges by pairs."""
 
 
-def lines(kind: str, algorithms: tuple[str, ...], wires: Wires) -> list[Line]:
+def lines(kind: AnyCollective, algorithms: tuple[str, ...], wires: Wires) -> list[Line]:
     """The lines of the algorithms that a backend chooses among."""
     found: list[Line] = []
     for name in algorithms:

@@ -18,31 +18,20 @@ from functools import cached_property
 
 import numpy as np
 
-from shardc.cost.buckets import KINDS, Sharing
+from shardc.cost.buckets import Sharing
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import LOCAL, Splits, Step, apply, steps
+from shardc.ir.splits import Splits, Step, apply, steps
+from shardc.runtime.collectives.collective import AnyCollective
 
 
-def sent_fraction(kind: str, ways: int) -> float:
-    """Bytes that one rank sends, as a multiple of the bytes of its local operand: the least that any algorithm can do
-    with an operand too long for its latency to matter, whatever the backend does."""
-    if kind == "all_gather":
-        return ways - 1
-    if kind in ("reduce_scatter", "all_to_all"):
-        return (ways - 1) / ways
-    if kind == "permute":
-        return 1
-    return 2 * (ways - 1) / ways if kind == "all_reduce" else 0.0
-
-
-def step_seconds(kind: str, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
+def step_seconds(collective: AnyCollective, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
     """Seconds of one step whose local operand has `operand_bytes`."""
-    if kind in LOCAL:
+    if collective.local:
         return device.launch + operand_bytes / device.memory_bandwidth
     if mesh.sizes[axis] == 1:
         return 0.0
-    return device.collective_seconds(kind, operand_bytes, mesh, axis)
+    return device.collective_seconds(collective, operand_bytes, mesh, axis)
 
 
 @dataclass(eq=False)
@@ -91,14 +80,14 @@ class TensorClass:
 
     def step_seconds(self, step: Step, moved: float) -> float:
         """Seconds of a step whose local operand has `moved` bytes."""
-        if self.sharing is not None and step.kind in KINDS and moved:
+        if self.sharing is not None and step.collective.bucket is not None and moved:
             whole = self.itemsize * math.prod(self.sizes)
-            return self.sharing.seconds(step.kind, step.axis, moved, moved / whole)
-        return step_seconds(step.kind, step.axis, moved, self.mesh, self.device)
+            return self.sharing.seconds(step.collective, step.axis, moved, moved / whole)
+        return step_seconds(step.collective, step.axis, moved, self.mesh, self.device)
 
     def operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
         """Bytes of a step's local operand, padded to chunks of the atom that it splits."""
-        if step.kind == "shard":
+        if step.collective.keeps_part:
             return self.local_bytes(after)  # it writes only what it keeps
         size = self.local_bytes(before)
         if step.target is None or not size:
@@ -134,12 +123,12 @@ class TensorClass:
 
     def _hideable(self, before: int, after: int, step: Step) -> float:
         """What part of a step's time backward can hide, of a gradient."""
-        if self.sharing is None or step.kind in LOCAL:
+        if self.sharing is None or step.collective.local:
             return 0.0
         moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
         if not moved:
             return 0.0
-        return self.sharing.hidden(step.kind, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
+        return self.sharing.hidden(step.collective, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""

@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 
-from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
+from shardc.cost.collectives import ALGORITHMS, BY_NAME, TEXTBOOK, Line, Wires, lines
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
+from shardc.runtime.collectives.collective import AnyCollective
 
 DISTANCE = 0.02
 _FOLDER = Path(__file__).parent / "hardware"
@@ -55,8 +56,8 @@ class Link:
 
     latency: float
     bandwidth: float
-    measured: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
-    spanning: Mapping[str, Link] = field(default_factory=dict[str, "Link"])
+    measured: Mapping[AnyCollective, Link] = field(default_factory=dict[AnyCollective, "Link"])
+    spanning: Mapping[AnyCollective, Link] = field(default_factory=dict[AnyCollective, "Link"])
     overlap: float = 0.0
     """What part of a collective's time a device can compute in, from 0 to 1: the rest its own cores are busy with."""
     stall: float = 0.0
@@ -64,7 +65,7 @@ class Link:
     profile: tuple[tuple[float, float], ...] = ()
     """Where time is no straight line: by bytes of the operand, ascending, what was measured over what α and β say."""
 
-    def of(self, kind: str, alone: bool = False) -> Link:
+    def of(self, kind: AnyCollective, alone: bool = False) -> Link:
         """The link as a kind of collective sees it, side by side with those of a node's other devices, or alone."""
         own = self.measured.get(kind, self)
         return self.spanning.get(kind, own) if alone else own
@@ -97,9 +98,9 @@ class Hardware:
     between: Link
     start: float = 0.0
     memory: float = math.inf
-    algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TEXTBOOK)
+    algorithms: Mapping[AnyCollective, tuple[str, ...]] = field(default_factory=lambda: TEXTBOOK)
 
-    def wires(self, mesh: Mesh, axis: str, kind: str) -> Wires:
+    def wires(self, mesh: Mesh, axis: str, kind: AnyCollective) -> Wires:
         """How `axis` is wired, as a kind of collective sees it. Ranks are row-major: the last axes fill a node.
 
         An axis lies inside nodes, or between them, or does both: `near` of its ranks in every node. The uplink of a
@@ -128,22 +129,22 @@ class Hardware:
             return ways, stride
         return (math.gcd(ways, node // stride) if node % stride == 0 else 1), stride
 
-    def link(self, mesh: Mesh, axis: str, kind: str) -> Link:
+    def link(self, mesh: Mesh, axis: str, kind: AnyCollective) -> Link:
         """The farthest link of an axis, as a kind of collective sees it."""
         near, stride = self._near(mesh, axis)
         return self.inside.of(kind) if near == mesh.sizes[axis] else self._between(kind, near, stride)
 
-    def _between(self, kind: str, near: int, stride: int) -> Link:
+    def _between(self, kind: AnyCollective, near: int, stride: int) -> Link:
         return self.between.of(kind, alone=near > 1 and stride == 1)
 
-    def collective_seconds(self, kind: str, size: float, mesh: Mesh, axis: str) -> float:
+    def collective_seconds(self, kind: AnyCollective, size: float, mesh: Mesh, axis: str) -> float:
         """Seconds of one collective over `axis` whose local operand has `size` bytes, by the fastest algorithm."""
         key = kind, axis, mesh.axes
         if key not in self._links:
             self._links[key] = self.link(mesh, axis, kind)
         return min(line.at(size) for line in self.collective_lines(kind, mesh, axis)) * self._links[key].strays(size)
 
-    def collective_lines(self, kind: str, mesh: Mesh, axis: str) -> list[Line]:
+    def collective_lines(self, kind: AnyCollective, mesh: Mesh, axis: str) -> list[Line]:
         """What the backend chooses among for one kind of collective over `axis`, launch and start included."""
         key = kind, axis, mesh.axes
         if key not in self._lines:
@@ -152,12 +153,12 @@ class Hardware:
         return self._lines[key]
 
     @cached_property
-    def _lines(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Line]]:
+    def _lines(self) -> dict[tuple[AnyCollective, str, tuple[tuple[str, int], ...]], list[Line]]:
         """The lines of every collective met so far."""
         return {}
 
     @cached_property
-    def _links(self) -> dict[tuple[str, str, tuple[tuple[str, int], ...]], Link]:
+    def _links(self) -> dict[tuple[AnyCollective, str, tuple[tuple[str, int], ...]], Link]:
         """The links whose profile counts for them."""
         return {}
 
@@ -249,28 +250,28 @@ class _Reader:
             )
         return found
 
-    def by_kind(self, table: Mapping[str, Any], name: str, part: str) -> Mapping[str, Link]:
-        found = {kind: self.link(table[part], kind) for kind in table.get(part, {})}
-        unknown = sorted(set(found) - set(ALGORITHMS))
+    def by_kind(self, table: Mapping[str, Any], name: str, part: str) -> Mapping[AnyCollective, Link]:
+        links = {kind: self.link(table[part], kind) for kind in table.get(part, {})}
+        unknown = sorted(set(links) - set(BY_NAME))
         if unknown:
             raise ShardcError(
-                f"hardware file {self.path}: {name}.{part} names {', '.join(unknown)}; "
-                f"kinds are {', '.join(ALGORITHMS)}"
+                f"hardware file {self.path}: {name}.{part} names {', '.join(unknown)}; kinds are {', '.join(BY_NAME)}"
             )
-        return found
+        return {BY_NAME[kind]: link for kind, link in links.items()}
 
-    def algorithms(self, data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    def algorithms(self, data: Mapping[str, Any]) -> dict[AnyCollective, tuple[str, ...]]:
         for kind, names in data.items():
-            if kind not in ALGORITHMS:
+            if kind not in BY_NAME:
                 raise ShardcError(
-                    f"hardware file {self.path}: no collective is called {kind!r}; they are {', '.join(ALGORITHMS)}"
+                    f"hardware file {self.path}: no collective is called {kind!r}; they are {', '.join(BY_NAME)}"
                 )
-            if not isinstance(names, list) or not names or not all(one in ALGORITHMS[kind] for one in names):  # type: ignore[misc]
+            known = ALGORITHMS[BY_NAME[kind]]
+            if not isinstance(names, list) or not names or not all(one in known for one in names):  # type: ignore[misc]
                 raise ShardcError(
                     f"hardware file {self.path}: algorithms.{kind} is {names!r}; "
-                    f"it is a list of some of {', '.join(ALGORITHMS[kind])}"
+                    f"it is a list of some of {', '.join(known)}"
                 )
-        return {kind: tuple(names) for kind, names in data.items()}
+        return {BY_NAME[kind]: tuple(names) for kind, names in data.items()}
 
     def table(self, data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if not isinstance(data.get(name), dict):

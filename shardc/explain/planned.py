@@ -9,7 +9,6 @@ from torch import fx
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
-from shardc.cost.conversion import sent_fraction
 from shardc.explain.plan import Placed, Plan, Tried
 from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
@@ -19,6 +18,7 @@ from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
 from shardc.rules.factors.factored import Key
+from shardc.runtime.collectives.collective import AnyCollective
 
 
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
@@ -82,9 +82,9 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
     """All that is sent, and the local steps of conversions, in order."""
     conversions: list[Conversion] = []
 
-    def add(node: fx.Node, kind: str, axis: str, moved: float, seconds: float, value: str) -> None:
-        sent, phase = sent_fraction(kind, pace.mesh.sizes[axis]) * moved, node.meta.get("phase", "")
-        conversions.append(Conversion(kind, axis, node.name, sent, seconds, phase, where(node), value))
+    def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
+        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), node.meta.get("phase", "")
+        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
 
     for node in graph.nodes:
         if "op" in node.meta:

@@ -16,7 +16,6 @@ import numpy as np
 from torch import fx
 
 from shardc.analysis.conversions import Conversion
-from shardc.cost.conversion import sent_fraction
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
@@ -341,8 +340,10 @@ class Questions:
             after = apply(start, step, mesh)
             moved = tensor.operand_bytes(start, after, step)
             seconds = tensor.step_seconds(step, moved)
-            sent = sent_fraction(step.kind, mesh.sizes[step.axis]) * moved
-            found.append(Conversion(step.kind, step.axis, "", sent, seconds, "", place, self._title(value.key)))
+            sent = step.collective.sent(mesh.sizes[step.axis], moved)
+            found.append(
+                Conversion(step.collective.name, step.axis, "", sent, seconds, "", place, self._title(value.key))
+            )
             start = after
         return tuple(found)
 

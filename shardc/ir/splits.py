@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardc.ir.mesh import Mesh
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.collectives.reduce_scatter import reduce_scatter
+from shardc.runtime.collectives.shard import shard
+from shardc.runtime.collectives.to_partial import to_partial
 
 
 class Splits(NamedTuple):
@@ -24,15 +31,11 @@ class Step(NamedTuple):
     `source` and `target` are the atoms that lose and gain the axis, `op` the reduction; None where they play no part.
     """
 
-    kind: str
+    collective: AnyCollective
     axis: str
     source: int | None = None
     target: int | None = None
     op: str | None = None
-
-
-LOCAL = ("shard", "to_partial")
-"""Steps that send nothing."""
 
 
 def apply(splits: Splits, step: Step, mesh: Mesh) -> Splits:
@@ -43,7 +46,7 @@ def apply(splits: Splits, step: Step, mesh: Mesh) -> Splits:
     if step.target is not None:
         axes[step.target] += (step.axis,)
     partial.pop(step.axis, None)
-    if step.kind == "to_partial":
+    if step.collective is to_partial:
         assert step.op is not None
         partial[step.axis] = step.op
     return Splits(tuple(axes), tuple((a, partial[a]) for a in mesh.names if a in partial))
@@ -62,12 +65,12 @@ def steps(splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ..
         if ways == 1:
             continue
         if axis in partial:
-            yield Step("all_reduce", axis, op=partial[axis])
-            yield from (Step("reduce_scatter", axis, target=atom, op=partial[axis]) for atom in free(axis))
+            yield Step(all_reduce, axis, op=partial[axis])
+            yield from (Step(reduce_scatter, axis, target=atom, op=partial[axis]) for atom in free(axis))
         elif axis not in holder:
-            yield from (Step("shard", axis, target=atom) for atom in free(axis))
-            yield from (Step("to_partial", axis, op=op) for op in ops if not partial or op in partial.values())
+            yield from (Step(shard, axis, target=atom) for atom in free(axis))
+            yield from (Step(to_partial, axis, op=op) for op in ops if not partial or op in partial.values())
         elif splits.axes[holder[axis]][-1] == axis:
             atom = holder[axis]
-            yield Step("all_gather", axis, source=atom)
-            yield from (Step("all_to_all", axis, source=atom, target=to) for to in free(axis) if to != atom)
+            yield Step(all_gather, axis, source=atom)
+            yield from (Step(all_to_all, axis, source=atom, target=to) for to in free(axis) if to != atom)

@@ -30,6 +30,7 @@ import torch
 from torch._ops import OpOverload
 
 from shardc.errors import RuleError
+from shardc.runtime.collectives.collective import AnyCollective
 
 Dims = tuple[str | None, ...]
 Size = int | str | tuple[str | int, ...]
@@ -43,7 +44,7 @@ class Send:
     It is sent only where the parted factor is in `parts` parts, if given, and the factors `beside` are split too.
     """
 
-    kind: str
+    collective: AnyCollective
     factors: tuple[str, ...]
     itemsize: int
     elements: int = 1

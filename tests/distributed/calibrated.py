@@ -19,8 +19,8 @@ calibration.BLOCKS, calibration.BLOCK = 3, 0.02  # a factor of two is asked of i
 
 def predicted_over_measured() -> float:
     """Of an all-reduce of a size that was not among those measured; the same on all ranks."""
-    size, seconds = _Bench(mesh).collective("all_reduce", "local", 600_000)
-    ratio = measured.device.collective_seconds("all_reduce", size, Mesh.parse("local=2"), "local") / seconds
+    size, seconds = _Bench(mesh).collective(all_reduce, "local", 600_000)
+    ratio = measured.device.collective_seconds(all_reduce, size, Mesh.parse("local=2"), "local") / seconds
     return float(all_reduce(torch.tensor(ratio), axis="local")) / mesh.size
 
 

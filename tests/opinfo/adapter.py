@@ -20,13 +20,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opinfo.database import RANKS, Sample
+from shardc.analysis.operands import collective_of
 from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link
 from shardc.ir.constrain import Dim
 from shardc.ir.layout import P, S
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Constant, Port, Program, Role, value_of
-from shardc.passes.bucket import COLLECTIVES
 from shardc.passes.pipeline import Settings, lower
 from shardc.rules.factors.factoring import VIEWS
 from shardc.runtime import Slot, VirtualMesh, load
@@ -216,11 +216,11 @@ def _trace(graph: fx.Graph, program: Program, sums: set[fx.Node]) -> Iterator[St
     """What ran, from the local graph, in order. Conversions of outputs are no part of it."""
     entries = {node for node in graph.nodes if "op" in node.meta and node.meta["op"].node in sums}
     for node in graph.nodes:
-        if node.op != "call_function" or node in entries or node.target in COLLECTIVES:
+        if node.op != "call_function" or node in entries or collective_of(node) is not None:
             continue
         if node.target is operator.getitem or ("op" not in node.meta and node.target not in VIEWS):
             continue
-        if "op" not in node.meta and any(user.target in COLLECTIVES for user in node.users):
+        if "op" not in node.meta and any(collective_of(user) is not None for user in node.users):
             continue  # part of a conversion
         operands = [_came(operand, entries) for operand in node.all_input_nodes]
         made = [node] if node.meta.get("layout") is not None else list(node.users)
@@ -255,7 +255,7 @@ def _source(node: fx.Node, entries: set[fx.Node]) -> tuple[fx.Node, bool]:
     """Where a value was made, past views and conversions; whether it was converted."""
     moved = False
     while node.op == "call_function" and "op" not in node.meta and node.target is not operator.getitem:
-        moved |= node.target in COLLECTIVES
+        moved |= collective_of(node) is not None
         node = node.all_input_nodes[0]
     if node in entries and node.all_input_nodes[0].op != "placeholder":
         moved = True  # the addends were brought together before they were summed

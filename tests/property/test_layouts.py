@@ -17,7 +17,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fuzz import searched
 from shardc.capture.trace import capture
-from shardc.cost.conversion import TensorClass, sent_fraction, step_seconds
+from shardc.cost.conversion import TensorClass, step_seconds
 from shardc.cost.hardware import Hardware, Link
 from shardc.errors import LayoutError
 from shardc.ir.layout import Atom, Layout
@@ -209,7 +209,7 @@ def _price(tensor: TensorClass, start: Splits, end: Splits) -> None:
     for step in tensor.path(start, end):
         there = apply(here, step, tensor.mesh)
         moved = tensor.operand_bytes(here, there, step)
-        total += step_seconds(step.kind, step.axis, moved, tensor.mesh, tensor.device)
+        total += step_seconds(step.collective, step.axis, moved, tensor.mesh, tensor.device)
         here = there
     assert here == end
     assert tensor.seconds[tensor.index[start], tensor.index[end]] == pytest.approx(total)
@@ -220,7 +220,7 @@ def _sent(tensor: TensorClass, start: Splits, end: Splits) -> float:
     total, here = 0.0, start
     for step in tensor.path(start, end):
         there = apply(here, step, tensor.mesh)
-        total += sent_fraction(step.kind, tensor.mesh.sizes[step.axis]) * tensor.operand_bytes(here, there, step)
+        total += step.collective.sent(tensor.mesh.sizes[step.axis], tensor.operand_bytes(here, there, step))
         here = there
     return total
 

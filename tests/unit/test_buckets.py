@@ -19,20 +19,22 @@ from shardc.ir.splits import Splits
 from shardc.runtime import (
     RankError,
     VirtualMesh,
+    all_gather,
     all_reduce,
     all_reduce_bucket,
     reduce_scatter,
     reduce_scatter_bucket,
 )
+from shardc.runtime.collectives.collective import AnyCollective
 
-KINDS = ("all_reduce", "reduce_scatter")
+KINDS: tuple[AnyCollective, ...] = (all_reduce, reduce_scatter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("device", "mesh"), [("h100", "dp=8"), ("h100", "dp=64"), ("cpu", "dp=4"), ("tpu_v5p", "dp=16")]
 )
-def test_a_full_bucket_pays_little_for_latency(device: str, mesh: str, kind: str) -> None:
+def test_a_full_bucket_pays_little_for_latency(device: str, mesh: str, kind: AnyCollective) -> None:
     buckets = Buckets(Axes.parse(mesh), hardware(device))
     full = buckets.full(kind, "dp")
     rate = min(line.per_byte for line in buckets.device.collective_lines(kind, buckets.mesh, "dp"))
@@ -40,7 +42,7 @@ def test_a_full_bucket_pays_little_for_latency(device: str, mesh: str, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_fill_buckets_equally(kind: str) -> None:
+def test_gradients_fill_buckets_equally(kind: AnyCollective) -> None:
     buckets = Buckets(Axes.parse("dp=8"), hardware("h100"))
     full, small = buckets.full(kind, "dp"), buckets.full(kind, "dp") / 40
     assert buckets.fill(kind, "dp", [small] * 10) == pytest.approx(10 * small)
@@ -51,7 +53,7 @@ def test_gradients_fill_buckets_equally(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_add_up_to_buckets(kind: str) -> None:
+def test_shares_add_up_to_buckets(kind: AnyCollective) -> None:
     """Of equal gradients; one that no other joins costs what it costs alone."""
     buckets = Buckets(Axes.parse("dp=4,tp=2"), hardware("h100"))
     sharing = Sharing(buckets, (1e5,) * 20)
@@ -78,24 +80,24 @@ def test_the_last_gradients_have_nothing_left_to_hide_beneath() -> None:
     for rows, last in ((10**6, 0.25), (10, 1.0)):
         sharing = Sharing(Buckets(mesh, device), (rows * 1e3,) * 4, 1.0)
         made = TensorClass((rows, 250), 4, ("sum",), mesh, device, sharing)
-        seconds = sharing.seconds("all_reduce", "dp", rows * 1e3, 1.0)
-        hidden = sharing.hidden("all_reduce", "dp", rows * 1e3, 1.0)
+        seconds = sharing.seconds(all_reduce, "dp", rows * 1e3, 1.0)
+        hidden = sharing.hidden(all_reduce, "dp", rows * 1e3, 1.0)
         assert hidden == pytest.approx(device.inside.overlap * (1.0 - last))
         assert made.seconds[made.index[start], made.index[end]] == pytest.approx((1.0 - hidden) * seconds)
-        assert [step.kind for step in made.path(start, end)] == ["all_reduce"]
+        assert [step.collective for step in made.path(start, end)] == [all_reduce]
 
 
 def test_of_a_bucket_less_is_lost_to_the_stall_than_of_single_ones() -> None:
     """A bucket stalls what is computed beside it once. One that takes no longer than its stall hides nothing."""
     mesh, near = Axes.parse("dp=4"), hardware("h100").inside
-    alone = Buckets(mesh, hardware("h100")).alone("all_reduce", "dp", 1e5)
+    alone = Buckets(mesh, hardware("h100")).alone(all_reduce, "dp", 1e5)
     for stall, hides in ((0.0, near.overlap), (0.25 * alone, near.overlap - 0.25), (2 * alone, 0.0)):
         buckets = Buckets(mesh, replace(hardware("h100"), inside=replace(near, stall=stall)))
-        assert buckets.hidden("all_reduce", "dp", 1e5, 0.0) == pytest.approx(hides)
-        long = buckets.alone("all_reduce", "dp", 1e7)
-        assert buckets.hidden("all_reduce", "dp", 1e5, 1e7) == pytest.approx(near.overlap - stall / long)
-        gathered = buckets.hidden("all_gather", "dp", 1e5, 0.0)
-        assert Sharing(buckets, (1e5,) * 4).hidden("all_gather", "dp", 1e5, 1.0) == pytest.approx(0.75 * gathered)
+        assert buckets.hidden(all_reduce, "dp", 1e5, 0.0) == pytest.approx(hides)
+        long = buckets.alone(all_reduce, "dp", 1e7)
+        assert buckets.hidden(all_reduce, "dp", 1e5, 1e7) == pytest.approx(near.overlap - stall / long)
+        gathered = buckets.hidden(all_gather, "dp", 1e5, 0.0)
+        assert Sharing(buckets, (1e5,) * 4).hidden(all_gather, "dp", 1e5, 1.0) == pytest.approx(0.75 * gathered)
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])

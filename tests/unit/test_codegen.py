@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_flatten
 
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.versions import GraphVersion
 from shardc.ir.program import Port, Program, Role
+from shardc.ir.versions import GraphVersion
 from shardc.passes.codegen import codegen
 
 MESH = Mesh.parse("dp=2")

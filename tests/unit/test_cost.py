@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from shardc.cost.calibrate import fit, wiring
-from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires
+from shardc.cost.collectives import ALGORITHMS, BY_NAME, TEXTBOOK, Line, Wires
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
+from shardc.runtime import all_gather, all_reduce, all_to_all, permute, reduce_scatter
+from shardc.runtime.collectives.collective import AnyCollective
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "shardc/cost/hardware").glob("*.toml"))
 # One node of 4: 1 s a hop, 10 bytes a second. Two nodes of 4: between them 5 s a hop, 2 bytes a second for one ring.
@@ -21,7 +23,7 @@ NODE = Wires(4, 1, Line(1.0, 0.1), Line(5.0, 0.5))
 NODES = Wires(4, 2, Line(1.0, 0.1), Line(5.0, 0.5))
 
 
-def seconds(kind: str, algorithm: str, wires: Wires, size: float) -> float:
+def seconds(kind: AnyCollective, algorithm: str, wires: Wires, size: float) -> float:
     made = ALGORITHMS[kind][algorithm](wires)
     return min(line.at(size) for line in (made if isinstance(made, list) else [made]))
 
@@ -30,38 +32,38 @@ def seconds(kind: str, algorithm: str, wires: Wires, size: float) -> float:
     ("kind", "algorithm", "inside", "over_nodes"),
     [
         # an operand of 80 bytes
-        ("all_gather", "ring", 3 + 3 * 8, 6 * 1 + 5 + 7 * 40),
-        ("all_gather", "direct", 1 + 3 * 8, 5 + 4 * 4 * 40),
-        ("all_gather", "hierarchical", 3 + 3 * 8, 5 + 160 + 3 + 3 * 16),
-        ("reduce_scatter", "ring", 3 + 3 * 2, 6 + 5 + 7 * 5),
-        ("reduce_scatter", "hierarchical", 3 + 3 * 2, 3 + 3 * 2 + 5 + 4 * 5),
-        ("reduce_scatter", "all_reduce", 2 * (3 + 3 * 2), 2 * (6 + 5 + 7 * 5)),
-        ("all_reduce", "ring", 2 * (3 + 3 * 2), 2 * (6 + 5 + 7 * 5)),
-        ("all_reduce", "tree", 2 * 3 + 2 * 8, 2 * (3 + 5) + 2 * 40),
-        ("all_reduce", "star", 2 * (1 + 3 * 8), 2 * (5 + 7 * 40)),
-        ("all_reduce", "direct", 1 + 3 * 8, 5 + 4 * 4 * 40),
-        ("all_reduce", "hierarchical", 2 * (3 + 3 * 2), 2 * (3 + 3 * 2) + 2 * (5 + 20)),
-        ("all_to_all", "pairwise", 3 + 3 * 2, 3 + 4 * 5 + 4 * 4 * 5),
-        ("all_to_all", "torus", 2 * 1 + 8, 4 * 5 + 2 * 40),
-        ("permute", "direct", 1 + 8, 5 + 4 * 40),
+        (all_gather, "ring", 3 + 3 * 8, 6 * 1 + 5 + 7 * 40),
+        (all_gather, "direct", 1 + 3 * 8, 5 + 4 * 4 * 40),
+        (all_gather, "hierarchical", 3 + 3 * 8, 5 + 160 + 3 + 3 * 16),
+        (reduce_scatter, "ring", 3 + 3 * 2, 6 + 5 + 7 * 5),
+        (reduce_scatter, "hierarchical", 3 + 3 * 2, 3 + 3 * 2 + 5 + 4 * 5),
+        (reduce_scatter, "all_reduce", 2 * (3 + 3 * 2), 2 * (6 + 5 + 7 * 5)),
+        (all_reduce, "ring", 2 * (3 + 3 * 2), 2 * (6 + 5 + 7 * 5)),
+        (all_reduce, "tree", 2 * 3 + 2 * 8, 2 * (3 + 5) + 2 * 40),
+        (all_reduce, "star", 2 * (1 + 3 * 8), 2 * (5 + 7 * 40)),
+        (all_reduce, "direct", 1 + 3 * 8, 5 + 4 * 4 * 40),
+        (all_reduce, "hierarchical", 2 * (3 + 3 * 2), 2 * (3 + 3 * 2) + 2 * (5 + 20)),
+        (all_to_all, "pairwise", 3 + 3 * 2, 3 + 4 * 5 + 4 * 4 * 5),
+        (all_to_all, "torus", 2 * 1 + 8, 4 * 5 + 2 * 40),
+        (permute, "direct", 1 + 8, 5 + 4 * 40),
     ],
 )
-def test_formulas(kind: str, algorithm: str, inside: float, over_nodes: float) -> None:
+def test_formulas(kind: AnyCollective, algorithm: str, inside: float, over_nodes: float) -> None:
     assert seconds(kind, algorithm, NODE, 80.0) == pytest.approx(inside)
     assert seconds(kind, algorithm, NODES, 80.0) == pytest.approx(over_nodes)
 
 
 def test_a_tree_is_chosen_where_latency_rules_and_a_ring_where_bandwidth_does() -> None:
-    device, mesh = replace(hardware("h100"), algorithms={"all_reduce": ("ring", "tree")}), Mesh((("dp", 64),))
-    ring, tree = (replace(device, algorithms={"all_reduce": (name,)}) for name in ("ring", "tree"))
+    device, mesh = replace(hardware("h100"), algorithms={all_reduce: ("ring", "tree")}), Mesh((("dp", 64),))
+    ring, tree = (replace(device, algorithms={all_reduce: (name,)}) for name in ("ring", "tree"))
 
-    def all_reduce(one: Hardware, size: float) -> float:
-        return one.collective_seconds("all_reduce", size, mesh, "dp")
+    def taken(one: Hardware, size: float) -> float:
+        return one.collective_seconds(all_reduce, size, mesh, "dp")
 
     for size, best in ((1e3, tree), (1e10, ring)):
-        assert all_reduce(device, size) == all_reduce(best, size) == min(all_reduce(ring, size), all_reduce(tree, size))
-    assert all_reduce(tree, 1e3) < all_reduce(ring, 1e3) / 4
-    assert all_reduce(ring, 1e10) < all_reduce(tree, 1e10)
+        assert taken(device, size) == taken(best, size) == min(taken(ring, size), taken(tree, size))
+    assert taken(tree, 1e3) < taken(ring, 1e3) / 4
+    assert taken(ring, 1e10) < taken(tree, 1e10)
 
 
 PLAIN = Hardware("plain", {"float32": 1e12}, 1e12, 0.0, 8, Link(1e-6, 100e9), Link(1e-5, 80e9))
@@ -84,7 +86,7 @@ PLAIN = Hardware("plain", {"float32": 1e12}, 1e12, 0.0, 8, Link(1e-6, 100e9), Li
 )
 def test_axes_are_mapped_to_links_by_position(mesh: str, wiring: dict[str, tuple[int, int, float]]) -> None:
     for axis, (near, nodes, share) in wiring.items():
-        wires = PLAIN.wires(Mesh.parse(mesh), axis, "all_reduce")
+        wires = PLAIN.wires(Mesh.parse(mesh), axis, all_reduce)
         assert (wires.near, wires.nodes) == (near, nodes)
         if nodes > 1:
             assert 1 / wires.between.per_byte == pytest.approx(share * 1e9, rel=0.15)  # distance slows a little
@@ -95,8 +97,8 @@ def test_rings_of_all_devices_of_a_node_share_its_uplink() -> None:
     one, eight = Mesh.parse("dp=8"), Mesh.parse("dp=8,tp=8")
     alone = replace(PLAIN, devices_per_node=1, between=Link(0.0, 80e9))
     shared = replace(PLAIN, between=Link(0.0, 80e9))
-    ratio = shared.collective_seconds("all_reduce", 1e9, eight, "dp") / alone.collective_seconds(
-        "all_reduce", 1e9, one, "dp"
+    ratio = shared.collective_seconds(all_reduce, 1e9, eight, "dp") / alone.collective_seconds(
+        all_reduce, 1e9, one, "dp"
     )
     assert ratio == pytest.approx(8, rel=0.1)
 
@@ -149,14 +151,14 @@ def test_a_file_by_its_path(tmp_path: Path) -> None:
     path.write_text(GOOD + "\n[inside.measured.all_gather]\nlatency = 1e-3\nbandwidth = 1e6\n")
     device, mesh = hardware(str(path)), Mesh.parse("tp=8")
     assert device.name == "mine"
-    gather, reduce = (device.collective_seconds(kind, 0.0, mesh, "tp") for kind in ("all_gather", "reduce_scatter"))
+    gather, reduce = (device.collective_seconds(kind, 0.0, mesh, "tp") for kind in (all_gather, reduce_scatter))
     assert gather == pytest.approx(9.6e-6 + 7e-3) and reduce == pytest.approx(9.6e-6 + 7 * 1.9e-6)
     with pytest.raises(ShardcError, match=r"no hardware file .*nowhere\.toml; `shardc calibrate"):
         hardware(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize("kind", sorted(ALGORITHMS))
-def test_a_fit_finds_the_link_that_made_the_times(kind: str) -> None:
+@pytest.mark.parametrize("kind", ALGORITHMS, ids=list(BY_NAME))
+def test_a_fit_finds_the_link_that_made_the_times(kind: AnyCollective) -> None:
     device, mesh = replace(PLAIN, inside=Link(3e-5, 2e9)), Mesh.parse("tp=4")
     times = [(size, device.collective_seconds(kind, size, mesh, "tp") + 1e-6) for size in (1e3, 1e4, 1e5, 1e6)]
     found = fit(kind, TEXTBOOK[kind][0], wiring(4), 1e-6, times)
@@ -164,8 +166,8 @@ def test_a_fit_finds_the_link_that_made_the_times(kind: str) -> None:
     assert found.error < 1e-6
 
 
-@pytest.mark.parametrize("kind", sorted(ALGORITHMS))
-def test_a_fit_along_an_axis_that_spans_nodes_finds_the_link_between_them(kind: str) -> None:
+@pytest.mark.parametrize("kind", ALGORITHMS, ids=list(BY_NAME))
+def test_a_fit_along_an_axis_that_spans_nodes_finds_the_link_between_them(kind: AnyCollective) -> None:
     far = Link(7e-5, 5e7)
     device, mesh = replace(PLAIN, inside=Link(3e-5, 2e9), between=far, devices_per_node=2), Mesh.parse("all=6")
     times = [(size, device.collective_seconds(kind, size, mesh, "all")) for size in (1e3, 1e4, 1e5, 1e6)]
@@ -178,11 +180,11 @@ def test_links_along_axes_that_span_nodes_have_figures_of_their_own(tmp_path: Pa
     path.write_text(GOOD + "\n[between.spanning.all_gather]\nlatency = 1e-3\nbandwidth = 1e6\n")
     device, plain = hardware(path), hardware("h100")
     for kind, mesh, axis, same in (
-        ("all_gather", "pp=2,tp=16", "tp", False),
-        ("all_reduce", "pp=2,tp=16", "tp", True),
-        ("all_gather", "pp=2,tp=16", "pp", True),  # one rank a node
-        ("all_gather", "dp=16,tp=4", "dp", True),  # two, but rings of four devices side by side
-        ("all_gather", "dp=16,tp=4", "tp", True),  # within a node
+        (all_gather, "pp=2,tp=16", "tp", False),
+        (all_reduce, "pp=2,tp=16", "tp", True),
+        (all_gather, "pp=2,tp=16", "pp", True),  # one rank a node
+        (all_gather, "dp=16,tp=4", "dp", True),  # two, but rings of four devices side by side
+        (all_gather, "dp=16,tp=4", "tp", True),  # within a node
     ):
         one, other = (each.collective_seconds(kind, 1e6, Mesh.parse(mesh), axis) for each in (device, plain))
         assert (one == other) == same, (kind, mesh, axis)
@@ -190,12 +192,12 @@ def test_links_along_axes_that_span_nodes_have_figures_of_their_own(tmp_path: Pa
 
 def test_a_profile_gives_the_times_that_were_measured_and_what_lies_between_them(tmp_path: Path) -> None:
     mesh, times = Mesh.parse("tp=4"), [(1e3, 5e-3), (1e5, 1e-2), (1e6, 4e-1)]
-    found = fit("all_gather", "ring", wiring(4), PLAIN.launch, times)
+    found = fit(all_gather, "ring", wiring(4), PLAIN.launch, times)
     assert found.error > 0.1  # no straight line
 
     def seconds(size: float) -> float:
-        device = replace(PLAIN, inside=replace(PLAIN.inside, measured={"all_gather": found.link}))
-        return device.collective_seconds("all_gather", size, mesh, "tp")
+        device = replace(PLAIN, inside=replace(PLAIN.inside, measured={all_gather: found.link}))
+        return device.collective_seconds(all_gather, size, mesh, "tp")
 
     for size, measured in times:
         assert seconds(size) == pytest.approx(measured)
@@ -205,13 +207,13 @@ def test_a_profile_gives_the_times_that_were_measured_and_what_lies_between_them
     path = tmp_path / "mine.toml"
     path.write_text(GOOD.replace("[between]", "profile = [[1000, 2.0]]\n[between]"))
     mine, plain = hardware(path), hardware("h100")
-    args = "all_reduce", 5e3, mesh, "tp"
+    args = all_reduce, 5e3, mesh, "tp"
     assert mine.collective_seconds(*args) == pytest.approx(2.0 * plain.collective_seconds(*args))
 
 
 def test_a_fit_to_noise_has_a_bandwidth_all_the_same() -> None:
     """Small calls of a slow backend show nothing but latency; a bandwidth of zero or of infinity would be no link."""
-    found = fit("all_gather", "ring", wiring(2), 1e-6, [(1e3, 2e-3), (2e3, 1e-3)])
+    found = fit(all_gather, "ring", wiring(2), 1e-6, [(1e3, 2e-3), (2e3, 1e-3)])
     assert 0 < found.link.bandwidth < float("inf") and found.error < 1
-    floor = fit("all_gather", "ring", wiring(2), 1.0, [(1e3, 2e-3), (2e3, 1e-3)])
+    floor = fit(all_gather, "ring", wiring(2), 1.0, [(1e3, 2e-3), (2e3, 1e-3)])
     assert floor.link.latency == 0.0  # all is within it

@@ -18,6 +18,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
+from shardc.runtime.collectives.collective import AnyCollective
 
 
 class Strategy(NamedTuple):
@@ -181,8 +182,8 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     }
 
 
-def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
-    """The collectives inside the body of a strategy: kind, axis, bytes of the local operand."""
+def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
+    """The collectives inside the body of a strategy, each with its axis and the bytes of the local operand."""
     split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     for factor, axes in zip(shape.factors, strategy.split, strict=True):
         for send in factor.parting.sends if factor.parting and axes else ():
@@ -192,8 +193,8 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[str, s
             size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
             for axis in reversed(axes):
-                yield send.kind, axis, size
-                size *= mesh.sizes[axis] if send.kind == "all_gather" else 1
+                yield send.collective, axis, size
+                size = send.collective.result_bytes(mesh.sizes[axis], size)
 
 
 def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from shardc.rules.notation import Rule, Send, parse, rule
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention import compute_dtype
 
@@ -41,7 +42,7 @@ def attention(
     result = _named(q, f"b h {query} 1").rsplit(" ", 1)[0]
     rows = tuple(name.rstrip("~") for name in result.split() if name != "1")
     size = compute_dtype(q.dtype).itemsize
-    sums = [Send("all_reduce", rows, size), Send("all_reduce", rows, size), Send("all_reduce", (*rows, "e"), size)]
+    sums = [Send(all_reduce, rows, size), Send(all_reduce, rows, size), Send(all_reduce, (*rows, "e"), size)]
     return parse(
         f"{_named(q, f'b h {query} d!')}, {_named(k, 'b h s~ d!')}, {_named(v, 'b h s~ e!')}{_mask(mask, query, 's~')}"
         f" -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",

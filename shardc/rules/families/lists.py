@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from shardc.rules.notation import Rule, Send, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import lists
 
 aten = torch.ops.aten
@@ -21,14 +23,14 @@ def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> Rule:
         names[0] = "s:sum~"
     places = x.new_empty([size, x.dim()])
     text = f"{' '.join(names)} -> {mark(letters(places, 'r'), range(2))}"
-    return parse(text, body=lists.nonzero_static, sends={"s": [Send("all_gather", (), torch.int64.itemsize)]})
+    return parse(text, body=lists.nonzero_static, sends={"s": [Send(all_gather, (), torch.int64.itemsize)]})
 
 
 @rule(aten._pdist_forward.default)
 def pair_distances(x: torch.Tensor, *_: object) -> Rule:
     """The points stay whole: every pair counts."""
     points, coordinates, pairs = _points(x)
-    sent = [Send("all_reduce", ("k",), x.element_size())]
+    sent = [Send(all_reduce, ("k",), x.element_size())]
     text = f"{points} {coordinates.replace('d', 'd~')} -> {pairs}"
     return parse(text, body=lists.pair_distances, sends={"d": sent})
 

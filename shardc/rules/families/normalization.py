@@ -8,6 +8,7 @@ import torch
 
 from shardc.rules.families.reduction import stats_size
 from shardc.rules.notation import Rule, Send, letters, mark, parse, rule
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import norms
 
 aten = torch.ops.aten
@@ -26,7 +27,7 @@ def _sends(x: torch.Tensor, normalized: Sequence[int], count: int, together: int
     names = letters(x)
     cut = len(names) - len(normalized)
     rest = tuple(n for n in names[:cut] if n != "1")
-    return {n: [Send("all_reduce", rest, stats_size(x), together)] * count for n in names[cut:]}
+    return {n: [Send(all_reduce, rest, stats_size(x), together)] * count for n in names[cut:]}
 
 
 @rule(aten.native_layer_norm.default)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import exponentials, extremes, lists
 
 aten = torch.ops.aten
@@ -66,7 +68,7 @@ def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> Rul
     if x.is_complex():
         return parse(f"{mark(letters(x), chosen)} -> {right}")
     left, rest = parted(x, chosen)
-    sent = [Send("all_reduce", rest, stats_size(x))] * 2
+    sent = [Send(all_reduce, rest, stats_size(x))] * 2
     return parse(f"{left} -> {right}", body=exponentials.logsumexp, sends={f"d{i}": sent for i in chosen})
 
 
@@ -74,7 +76,7 @@ def _place(body: Body) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> Rule:
         chosen = _chosen(x, dim)
         left, rest = parted(x, chosen)
-        sent = [Send("all_gather", rest, size) for size in (x.element_size(), torch.int64.itemsize)]
+        sent = [Send(all_gather, rest, size) for size in (x.element_size(), torch.int64.itemsize)]
         right = " ".join(_kept(letters(x), chosen, keepdim))
         return parse(f"{left} -> {right}", body=body, sends={f"d{i}": sent for i in chosen})
 
@@ -96,7 +98,7 @@ def along(x: torch.Tensor, dim: int) -> tuple[list[str], tuple[str, ...]]:
 def _extreme(body: Body) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, keepdim: bool = False) -> Rule:
         names, rest = along(x, dim)
-        sent = [Send("all_gather", rest, size) for size in (x.element_size(), torch.int64.itemsize)]
+        sent = [Send(all_gather, rest, size) for size in (x.element_size(), torch.int64.itemsize)]
         right = " ".join(_kept(names, _chosen(x, dim), keepdim))
         return parse(f"{' '.join(names)} -> {right}, {right}", body=body, sends={"s": sent})
 
@@ -121,7 +123,7 @@ def hash_tensor(x: torch.Tensor, dim: Sequence[int] = (), *, keepdim: bool = Fal
     chosen = _chosen(x, dim)
     left, rest = parted(x, chosen if mode == 0 else set())
     right = " ".join(_kept(letters(x), chosen, keepdim))
-    sent = [Send("all_gather", rest, torch.int64.itemsize)]
+    sent = [Send(all_gather, rest, torch.int64.itemsize)]
     return parse(f"{left} -> {right}", body=lists.hash_tensor, sends={f"d{i}": sent for i in chosen})
 
 
@@ -133,7 +135,7 @@ def topk(x: torch.Tensor, k: int, dim: int = -1, *_: object) -> Rule:
     if names:
         names[dim] = names[dim] if 2 * k <= x.shape[dim] else names[dim].replace("~", "!")
         after[dim] = "k!" if k != 1 else "1"
-    sent = [Send("all_gather", rest, size, k) for size in (x.element_size(), torch.int64.itemsize)]
+    sent = [Send(all_gather, rest, size, k) for size in (x.element_size(), torch.int64.itemsize)]
     right = " ".join(after)
     return parse(f"{' '.join(names)} -> {right}, {right}", body=extremes.topk, sends={"s": sent})
 

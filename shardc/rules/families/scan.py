@@ -8,6 +8,8 @@ import torch
 
 from shardc.rules.families.reduction import along, stats_size
 from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import exponentials, scans
 from shardc.runtime.kernels.widening import LOW
 
@@ -17,7 +19,7 @@ aten = torch.ops.aten
 def _softmax(body: Body) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, *_: object) -> Rule:
         names, rest = along(x, dim)
-        stats, text = Send("all_reduce", rest, stats_size(x)), " ".join(names)
+        stats, text = Send(all_reduce, rest, stats_size(x)), " ".join(names)
         return parse(f"{text} -> {text}", body=body, sends={"s": [stats, stats]})
 
     return maker
@@ -35,7 +37,7 @@ def safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) ->
 def _softmax_backward(body: Body) -> Callable[..., Rule]:
     def maker(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: object) -> Rule:
         names, rest = along(grad, dim)
-        sent, text = Send("all_reduce", rest, stats_size(grad)), " ".join(names)
+        sent, text = Send(all_reduce, rest, stats_size(grad)), " ".join(names)
         return parse(f"{text}, {text} -> {text}", [{0}], body=body, sends={"s": [sent]})
 
     return maker
@@ -49,7 +51,7 @@ def _scan(body: Body, linear: bool = False) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Rule:
         names, rest = along(x, dim)
         made = dtype or (x.dtype if x.is_floating_point() or x.is_complex() else torch.int64)
-        sent, text = Send("all_gather", rest, 4 if made in LOW else made.itemsize), " ".join(names)
+        sent, text = Send(all_gather, rest, 4 if made in LOW else made.itemsize), " ".join(names)
         return parse(f"{text} -> {text}", [{0}] if linear and adds(x) else [], body=body, sends={"s": [sent]})
 
     return maker
@@ -63,7 +65,7 @@ rule(aten.logcumsumexp.default)(_scan(scans.logcumsumexp))
 def _running_extreme(body: Body) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int) -> Rule:
         names, rest = along(x, dim)
-        sent = [Send("all_gather", rest, size) for size in (x.element_size(), torch.int64.itemsize)]
+        sent = [Send(all_gather, rest, size) for size in (x.element_size(), torch.int64.itemsize)]
         text = " ".join(names)
         return parse(f"{text} -> {text}, {text}", body=body, sends={"s": sent})
 

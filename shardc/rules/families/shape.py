@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shardc.rules.notation import Body, Rule, Send, letters, mark, parse, rule
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import moves, shifts
 
 aten = torch.ops.aten
@@ -145,7 +146,7 @@ def flip(x: torch.Tensor, dims: Sequence[int]) -> Rule:
     own = tuple(n for n in letters(x) if n != "1")
     return parse(
         f"{names} -> {names}", [{0}], body=shifts.flip, parts={f"d{i}": divisors(x.shape[i]) for i in chosen},
-        sends={f"d{i}": [Send("permute", own, x.element_size())] for i in chosen},
+        sends={f"d{i}": [Send(permute, own, x.element_size())] for i in chosen},
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def roll(x: torch.Tensor, by: int | Sequence[int], dims: int | Sequence[int] = (
     names, sends = mark(letters(x), chosen, "~"), dict[str, list[Send]]()
     for amount, dim in zip(amounts, chosen, strict=True):
         sends[f"d{dim}"] = [
-            Send("permute", _around(x, dim), x.element_size(), rows, parts=count)
+            Send(permute, _around(x, dim), x.element_size(), rows, parts=count)
             for count in divisors(x.shape[dim])
             for far, rows in shifts.pieces(amount, x.shape[dim], count)
             if far

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from shardc.rules.notation import Rule, Send, Size, letters, parse, rule
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import windows as bodies
 from shardc.runtime.kernels.windows import Ints, Window, each
 
@@ -64,7 +65,7 @@ class Space:
                 for rows in (window.before, window.after):
                     if rows * elements:
                         factors = (*kept, *others)
-                        found[name].append(Send("permute", factors, itemsize, rows * elements, beside=extended))
+                        found[name].append(Send(permute, factors, itemsize, rows * elements, beside=extended))
         return found
 
 

@@ -1,0 +1,38 @@
+"""Tensors in n chunks along one dim, and chunks side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.errors import RankError
+from shardc.runtime.execute.slots import padded
+
+__all__: list[str] = []
+
+
+def check_dim(x: Tensor, dim: int) -> None:
+    """RankError for a dim that `x` lacks."""
+    if not 0 <= dim < x.dim():
+        raise RankError(f"dim {dim} is not a dim of a tensor of shape {tuple(x.shape)}")
+
+
+def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
+    """`(n, *chunk)`: the n chunks of dim, stacked; of `chunk` elements, the last ones padded, or even ones."""
+    check_dim(x, dim)
+    if chunk is not None:
+        x = padded(x, dim, n * chunk)
+    if x.shape[dim] % n:
+        raise RankError(f"dim {dim} of shape {tuple(x.shape)} does not split evenly into {n} chunks")
+    return x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0)
+
+
+def joined(parts: Tensor, dim: int, size: int | None) -> Tensor:
+    """The chunks of `(n, *chunk)` side by side along `dim`, up to `size`."""
+    whole = parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
+    return whole if size is None else whole.narrow(dim, 0, size).contiguous()
+
+
+def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    """The shape with another size of `dim`."""
+    return (*shape[:dim], size, *shape[dim + 1 :])

@@ -1,0 +1,63 @@
+"""Reduce-scatter: the reduction over the ranks, of which every rank keeps its own chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardc.runtime.collectives import c10d
+from shardc.runtime.collectives.chunks import chunks, resized
+from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Sizes, Started, done
+from shardc.runtime.collectives.reductions import check_op, reduced
+from shardc.runtime.mesh.mesh import current
+
+__all__ = ["reduce_scatter"]
+
+
+class _ReduceScatter(Collective[Arguments, Result]):
+    """Transports take `(n, *chunk)` and give `chunk`."""
+
+    def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
+        return reduced([operand[position] for operand in operands], op)
+
+    def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
+        arrived = c10d.reduced(
+            operand, group, op, lambda x, how: c10d.OPS.reduce_scatter_tensor(x, how, group.size, group.name)
+        )
+        return lambda: arrived().squeeze(0)
+
+    def sent(self, ways: int, size: float) -> float:
+        return (ways - 1) / ways * size
+
+    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+        dim, chunk = told["dim"], told.get("chunk")
+        return resized(shape, dim, shape[dim] // ways if chunk is None else chunk)
+
+    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+        chunk = told.get("chunk")
+        return shape if chunk is None else resized(shape, told["dim"], chunk * ways)
+
+    def result_bytes(self, ways: int, size: float) -> float:
+        return size / ways
+
+    def holds(self, told: Mapping[str, Any]) -> Held:
+        return Held.COPY if told["dim"] else Held.OPERAND
+
+    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+        return operand if told["dim"] and not started else 0
+
+    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
+        return {"dim": 0}
+
+
+@_ReduceScatter
+def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: int | None = None) -> Started[Tensor]:
+    """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times, or to `chunk`."""
+    context = current()
+    n = context.size(axis)
+    check_op(op)
+    if n == 1:
+        return done(x.contiguous())
+    return context.start(reduce_scatter, axis, chunks(x, dim, n, chunk), op=op)

@@ -1,0 +1,62 @@
+"""Several reduce-scatters as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardc.runtime.collectives.bucket import Bucket, check_dtype, pieces
+from shardc.runtime.collectives.chunks import chunks
+from shardc.runtime.collectives.collective import Arguments, Result, Started, done
+from shardc.runtime.collectives.reduce_scatter import reduce_scatter
+from shardc.runtime.collectives.reductions import check_op
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.mesh import current
+
+__all__ = ["reduce_scatter_bucket"]
+
+
+class _ReduceScatterBucket(Bucket[Arguments, Result]):
+    of = reduce_scatter
+
+    def members(self, told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+        sizes = told.get("sizes", [None] * count)
+        return [{"dim": dim, "chunk": size} for dim, size in zip(told["dims"], sizes, strict=True)]
+
+    def keywords(self, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        told: dict[str, Any] = {"dims": [member["dim"] for member in members], **super().keywords(members)}
+        if any("chunk" in member for member in members):
+            told["sizes"] = [member.get("chunk") for member in members]
+        return told
+
+
+@_ReduceScatterBucket
+def reduce_scatter_bucket(
+    parts: Sequence[Tensor],
+    *,
+    dims: Sequence[int],
+    axis: str,
+    op: str = "sum",
+    sizes: Sequence[int | None] | None = None,
+) -> Started[tuple[Tensor, ...]]:
+    """`reduce_scatter` of every tensor along its own of `dims`, into a chunk of its own of `sizes`, in one."""
+    check_dtype(parts)
+    check_op(op)
+    context = current()
+    n, wanted = context.size(axis), [None] * len(parts) if sizes is None else sizes
+    if not len(parts) == len(dims) == len(wanted):
+        raise RankError(f"a bucket of {len(parts)} tensors has {len(dims)} dims and {len(wanted)} sizes")
+    if n == 1:
+        scattered = zip(parts, dims, wanted, strict=True)
+        return done(tuple(reduce_scatter(part, dim=dim, axis=axis, op=op, chunk=size) for part, dim, size in scattered))
+    own = [chunks(part, dim, n, size) for part, dim, size in zip(parts, dims, wanted, strict=True)]
+    shapes = [one.shape[1:] for one in own]
+    buffer = parts[0].new_empty(n, sum(map(math.prod, shapes)))
+    start = 0
+    for one, shape in zip(own, shapes, strict=True):
+        buffer[:, start : start + math.prod(shape)].view(one.shape).copy_(one)
+        start += math.prod(shape)
+    return context.start(reduce_scatter, axis, buffer, lambda reduced: pieces(reduced, shapes), op)

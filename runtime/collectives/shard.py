@@ -1,0 +1,42 @@
+"""Shard: a rank's own chunk of what is whole on every rank. Local: nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardc.runtime.collectives.chunks import check_dim, chunks, resized
+from shardc.runtime.collectives.collective import Arguments, Local, Result, Sizes, Started, done
+from shardc.runtime.mesh.mesh import current
+
+__all__ = ["shard"]
+
+
+class _Shard(Local[Arguments, Result]):
+    keeps_part = True
+
+    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+        dim, chunk = told["dim"], told.get("chunk")
+        return resized(shape, dim, shape[dim] // ways if chunk is None else chunk)
+
+    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+        chunk = told.get("chunk")
+        return shape if chunk is None else resized(shape, told["dim"], chunk * ways)
+
+    def result_bytes(self, ways: int, size: float) -> float:
+        return size / ways
+
+
+@_Shard
+def shard(x: Tensor, *, dim: int, axis: str, chunk: int | None = None) -> Started[Tensor]:
+    """This rank's chunk of dim: an even part, or `chunk` elements, the last ones padded. Local: nothing is sent."""
+    context = current()
+    n = context.size(axis)
+    check_dim(x, dim)
+    if n == 1 and chunk is None:
+        return done(x.contiguous())
+    # a copy even of what is contiguous: a view would keep the whole of x in memory
+    return done(chunks(x, dim, n, chunk)[context.coordinates[axis]].clone(memory_format=torch.contiguous_format))
