@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import shardc
+from samples.textbook import MLP, Logits, Transformer, without_overlap
 from shardc.api import Compiled
-from textbook import MLP, Logits, Transformer, without_overlap
 
 Golden = Callable[[str, str], None]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
 import shardc.rules  # noqa: F401  (registers the rules)
+from samples import models
+from samples.towers import Tower
 from shardc.capture.trace import capture
 from shardc.passes.normalize import normalize
 from shardc.planning.run_order import RunOrder
 from shardc.rules.factors.factoring import factor
-from towers import Tower
 
 BLOCKS = 4
 

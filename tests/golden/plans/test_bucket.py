@@ -42,4 +42,4 @@ def test_buckets(name: str, mesh: str, constraints: dict[str, object], golden: C
         start = next(place for place, line in enumerate(lines) if "tangent" in line and " = input" not in line)
         return "".join(f"{line}\n" for line in lines[start:])
 
-    golden(f"bucket_{name}", f"after localize\n\n{backward('localize')}\nafter bucket\n\n{backward('bucket')}")
+    golden(name, f"after localize\n\n{backward('localize')}\nafter bucket\n\n{backward('bucket')}")

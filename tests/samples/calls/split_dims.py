@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from brute_force import Sample, View
-from rule_samples import Group, boolean, positive, real, whole
+from checks.brute_force import Sample, View
+from samples.calls.layers import Group, boolean, positive, real, whole
 
 aten = torch.ops.aten
 INFINITY = float("inf")

@@ -15,7 +15,7 @@ from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 
-FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "shardc/cost/hardware").glob("*.toml"))
+FILES = sorted(path.stem for path in (Path(__file__).parents[3] / "shardc/cost/hardware").glob("*.toml"))
 # One node of 4: 1 s a hop, 10 bytes a second. Two nodes of 4: between them 5 s a hop, 2 bytes a second for one ring.
 NODE = Wires(4, 1, Line(1.0, 0.1), Line(5.0, 0.5))
 NODES = Wires(4, 2, Line(1.0, 0.1), Line(5.0, 0.5))
@@ -106,13 +106,13 @@ def test_our_files_load_and_name_the_source_of_every_number(name: str) -> None:
     device = hardware(name)
     assert device.name == name and device.memory > 1e9 and set(device.algorithms) == set(ALGORITHMS)
     assert device.compute_seconds(1e12, 0.0, torch.bfloat16) < device.compute_seconds(2e12, 0.0, torch.bfloat16)
-    text = (Path(__file__).parents[2] / f"shardc/cost/hardware/{name}.toml").read_text()
+    text = (Path(__file__).parents[3] / f"shardc/cost/hardware/{name}.toml").read_text()
     for line in text.splitlines():
         if re.match(r"(memory|memory_bandwidth|launch|start|latency|bandwidth) *=|\[flops\]", line):
             assert re.search(r"# .*\w", line), f"{name}.toml: a number without unit and source: {line}"
 
 
-GOOD = (Path(__file__).parents[2] / "shardc/cost/hardware/h100.toml").read_text()
+GOOD = (Path(__file__).parents[3] / "shardc/cost/hardware/h100.toml").read_text()
 
 
 @pytest.mark.parametrize(

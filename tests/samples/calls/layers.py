@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import shardc.rules  # noqa: F401  (the custom operators must exist)
-from brute_force import Sample, View
+from checks.brute_force import Sample, View
 from shardc.runtime.kernels import random
 
 aten = torch.ops.aten

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from brute_force import Call, Sample
-from matrix_samples import MATRICES
-from parted_samples import PARTED
-from pointwise_samples import POINTWISE
-from rule_samples import GROUPS
+from checks.brute_force import Call, Sample
+from samples.calls.elementwise import POINTWISE
+from samples.calls.layers import GROUPS
+from samples.calls.matrices import MATRICES
+from samples.calls.split_dims import PARTED
 from shardc.ir.mesh import Mesh
 from shardc.rules.notation import registered
 from shardc.runtime import VirtualMesh
@@ -81,4 +81,4 @@ def test_every_strategy(name: str) -> None:
 
 def test_every_rule_has_a_sample() -> None:
     without = [name for name in registered() if name not in SAMPLES]
-    assert without == [], "add a sample to tests/rule_samples.py"
+    assert without == [], "add a sample in tests/samples/calls"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from samples.textbook import MLP
 from shardc.explain.plan import Plan
 from shardc.ir import constrain
-from textbook import MLP
 
 Golden = Callable[[str, str], None]
 

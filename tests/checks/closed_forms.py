@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import shardc
+from samples.textbook import Transformer, without_overlap
 from shardc.api import Compiled
 from shardc.capture.trace import capture
 from shardc.cost.hardware import DISTANCE, Hardware, Link
@@ -29,7 +30,6 @@ from shardc.planning.cost_network import CostNetwork
 from shardc.rules.factors.factored import Factored
 from shardc.rules.factors.factoring import factor
 from shardc.solver.solve import solve
-from textbook import Transformer, without_overlap
 
 ITEM = 2
 """Bytes of a bfloat16."""

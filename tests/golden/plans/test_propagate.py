@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from samples.textbook import MLP, Transformer
 from shardc.api import Compiled
 from shardc.ir import constrain
-from textbook import MLP, Transformer
 
 Golden = Callable[[str, str], None]
 
@@ -34,7 +34,7 @@ def test_one_annotated_weight_makes_columns_then_rows(golden: Golden) -> None:
     assert placed == {"up.weight": "[32@tp, 8]", "down.weight": "[8, 32@tp]", "input:0": "[4, 8]"}
     assert [c.kind for c in compiled.plan.conversions] == ["all_reduce"]
     assert not compiled.plan.notes
-    golden("propagate_mlp", printed(compiled))
+    golden("mlp", printed(compiled))
 
 
 def test_a_transformer_from_two_annotations(golden: Golden) -> None:
@@ -50,7 +50,7 @@ def test_a_transformer_from_two_annotations(golden: Golden) -> None:
         assert placed[f"blocks.{block}.proj.weight"] == "[16, 16@tp]"
         assert placed[f"blocks.{block}.down.weight"] == "[16, 64@tp]"
     assert placed["input:0"] == "[4@dp, 6, 16]"
-    golden("propagate_transformer", printed(compiled))
+    golden("transformer", printed(compiled))
 
 
 class Conflict(nn.Module):
@@ -72,6 +72,6 @@ def test_a_conflict_names_both_lines(golden: Golden) -> None:
     for note in notes:  # the addition, and where the annotations meet again on their way back to the input
         assert "meets a and b on one factor" in note
         assert all(f"test_propagate.py:{place}" in note for place in places), note
-    golden("propagate_conflict", printed(compiled) + "\nnotes\n\n" + "\n".join(compiled.plan.notes) + "\n")
+    golden("conflict", printed(compiled) + "\nnotes\n\n" + "\n".join(compiled.plan.notes) + "\n")
     assert re.search(r"constrain.*f32\[4@a, 4\]", compiled.graph("reshard"))
     assert re.search(r"constrain.*f32\[4@b, 4\]", compiled.graph("reshard"))

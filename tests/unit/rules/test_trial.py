@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from brute_force import Call, Sample
-from odd_operators import FOUND, ints, real
+from checks.brute_force import Call, Sample
+from samples.odd_operators import FOUND, ints, real
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
 from shardc.rules.trial import learned as memory

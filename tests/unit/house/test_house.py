@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CODE = {ROOT / "shardc": "shardc", ROOT / "passes": "shardc.passes", ROOT / "runtime": "shardc.runtime"}
 LONGEST = 400
 

@@ -9,7 +9,7 @@ import torch
 
 from shardc.runtime import Executable, RankError, load
 
-MLP = Path(__file__).parents[1] / "distributed" / "mlp.py"
+MLP = Path(__file__).parents[2] / "distributed" / "mlp.py"
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_overlap(case: str, golden: Callable[[str, str], None]) -> None:
     """Gradients are reduced beneath backward; weights gathered beneath the layer before; a reduction over a second axis
     follows the one over the first."""
     graph = compiled(case, 1.0).graph
-    golden(f"overlap_{case}", f"after bucket\n\n{graph('bucket')}\nafter overlap\n\n{graph('overlap')}")
+    golden(case, f"after bucket\n\n{graph('bucket')}\nafter overlap\n\n{graph('overlap')}")
 
 
 def test_nothing_is_started_over_a_link_that_hides_nothing() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from brute_force import Sample, View
-from matrix_samples import MATRICES
-from pointwise_samples import POINTWISE
-from rule_samples import GROUPS
+from checks.brute_force import Sample, View
+from samples.calls.elementwise import POINTWISE
+from samples.calls.layers import GROUPS
+from samples.calls.matrices import MATRICES
 from shardc.rules.notation import Rule, maker_of
 from shardc.rules.trial.trial import learn
 

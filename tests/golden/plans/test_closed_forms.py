@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from closed_forms import Axonn, Poseidon, Recipe, axonn_cases, recipes, sent
+from checks.closed_forms import Axonn, Poseidon, Recipe, axonn_cases, recipes, sent
 
 
 @pytest.mark.parametrize(
