@@ -9,7 +9,6 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_structure
 
 import shardc.rules  # noqa: F401  (registers every rule)
+from samples.calls.sample import Sample, View
 from shardc.cost.conversion import sent_fraction
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
@@ -31,41 +31,6 @@ from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_o
 from shardc.runtime import VirtualMesh, load
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class View:
-    """An operand that is a view of a base tensor."""
-
-    base: Tensor
-    target: Any
-    args: tuple[Any, ...]
-
-
-@dataclass
-class Sample:
-    """One call of an operator. `values`: which results are defined (the others are compared in shape only)."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
-    values: Sequence[int] | None = None
-    tolerance: float = 1e-9
-
-    def __str__(self) -> str:
-        return (
-            f"{self.target}({', '.join(_short(a) for a in self.args)}{', ' if self.kwargs else ''}{self.kwargs or ''})"
-        )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, View):
-        return f"{value.target}({_short(value.base)}, {value.args})"
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_short(v) for v in value)}]"
-    return repr(value)
 
 
 class Call:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checks.fuzz import TIMES, searched
-from samples.random_programs import AXES, Program, grow, random_spec
+from samples.grower import AXES, Program, random_spec
+from samples.random_programs import grow
 from shardc.capture.trace import capture
 from shardc.compiled import Compiled
 from shardc.cost.hardware import Hardware, Link, hardware

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import shardc
 from samples.textbook import MLP
+from shardc import constrain
 from shardc.explain.plan import Plan
-from shardc.ir import constrain
 
 Golden = Callable[[str, str], None]
 

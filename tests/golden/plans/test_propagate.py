@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import shardc
 from samples.textbook import MLP, Transformer
+from shardc import constrain
 from shardc.api import Compiled
-from shardc.ir import constrain
 
 Golden = Callable[[str, str], None]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from checks.brute_force import Sample, View
-from samples.calls.layers import Group, boolean, positive, real, whole
+from samples.calls.sample import Group, Sample, View, boolean, positive, real, whole
 
 aten = torch.ops.aten
 

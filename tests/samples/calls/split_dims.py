@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from checks.brute_force import Sample, View
-from samples.calls.layers import Group, boolean, positive, real, whole
+from samples.calls.sample import Group, Sample, View, boolean, positive, real, whole
 
 aten = torch.ops.aten
 INFINITY = float("inf")

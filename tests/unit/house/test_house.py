@@ -121,7 +121,7 @@ def test_public_names_resolve() -> None:
 
 
 def test_the_submodule_constrain_does_not_hide_the_function() -> None:
-    program = "import shardc.constrain; from shardc import constrain; assert callable(constrain), constrain"
+    program = "import shardc.ir.constrain; from shardc import constrain; assert callable(constrain), constrain"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

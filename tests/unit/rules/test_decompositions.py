@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checks.brute_force import Call, Sample
-from samples.calls.layers import boolean, positive, real, whole
+from checks.brute_force import Call
 from samples.calls.matrices import decomposed
+from samples.calls.sample import Sample, boolean, positive, real, whole
 from shardc.ir.program import value_of
 from shardc.passes.normalize import normalize
 from shardc.rules.factors.factoring import VIEWS

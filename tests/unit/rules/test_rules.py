@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from checks.brute_force import Call, Sample
+from checks.brute_force import Call
 from samples.calls.elementwise import POINTWISE
-from samples.calls.layers import GROUPS
+from samples.calls.groups import GROUPS
 from samples.calls.matrices import MATRICES
+from samples.calls.sample import Sample
 from samples.calls.split_dims import PARTED
 from shardc.ir.mesh import Mesh
 from shardc.rules.notation import registered

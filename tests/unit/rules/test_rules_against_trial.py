@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from checks.brute_force import Sample, View
 from samples.calls.elementwise import POINTWISE
-from samples.calls.layers import GROUPS
+from samples.calls.groups import GROUPS
 from samples.calls.matrices import MATRICES
+from samples.calls.sample import Sample, View
 from shardc.rules.notation import Rule, maker_of
 from shardc.rules.trial.trial import learn
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from checks.brute_force import Call, Sample
+from checks.brute_force import Call
+from samples.calls.sample import Sample
 from samples.odd_operators import FOUND, ints, real
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
