@@ -204,9 +204,7 @@ def test_data_dependence_is_explained(branch: Callable[[Tensor], Tensor]) -> Non
     with pytest.raises(CaptureError) as caught:
         capture(module, (X,))
     message = str(caught.value)
-    assert (
-        "'gate'" in message and "test_trace.py:" in message and "lambda y: y" in message and "torch.where" in message
-    )
+    assert "'gate'" in message and "test_trace.py:" in message and "lambda y: y" in message and "torch.where" in message
     assert caught.value.__cause__ is not None
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house: who imports whom, what is packaged, how long a file is, what a name may hold."""
+"""The rules of the house: who imports whom, what is packaged, how long files and folders are, what names stand for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,26 @@ import pytest
 ROOT = Path(__file__).parents[3]
 CODE = {ROOT / "shardc": "shardc", ROOT / "passes": "shardc.passes", ROOT / "runtime": "shardc.runtime"}
 LONGEST = 400
+"""Lines of a file of Python."""
+
+FULLEST = 20
+"""Tracked files that stand in one folder, besides those of its own folders."""
+
+HELPERS = {
+    "checks": "what tests judge by",
+    "samples": "models and programs that tests compile",
+    "samples/calls": "sample calls of operators",
+    "opinfo": "the run over torch's database of operators, which `make opinfo` starts",
+    "zoo": "the models of the zoo",
+    "distributed": "the scripts that its tests start",
+}
+"""Folders of tests/ with Python files that are neither tests nor conftest.py, and what these are."""
+
+TWICE = {
+    "Request": "a call to shard or compile, and a constraint that takes part in a conflict; the solver's is renamed"
+}
+"""Names of classes that are defined twice in the package, and why they still are."""
+
 
 # Room → the rooms that it may import, besides itself and `shardc.errors`, which everybody but the runtime may raise.
 MAY_IMPORT = {
@@ -133,12 +154,6 @@ def test_every_package_is_declared() -> None:
         assert package in MODULES, f"{package} has no __init__.py"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_file_is_too_long(name: str) -> None:
-    lines = len(MODULES[name].read_text().splitlines())
-    assert lines <= LONGEST, f"{MODULES[name]} has {lines} lines; split it by what its parts do"
-
-
 def tracked() -> list[Path]:
     """The files of the repository; without git, of its folder."""
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
@@ -147,6 +162,41 @@ def tracked() -> list[Path]:
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     skipped = {".venv", ".git", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
     return [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.parts)]
+
+
+SOURCES = [path for path in tracked() if path.suffix == ".py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST, f"{path} has {lines} lines; split it by what its parts do"
+
+
+def test_no_folder_is_too_full() -> None:
+    files = Counter(path.parent.relative_to(ROOT) for path in tracked())
+    full = {str(folder): count for folder, count in files.items() if count > FULLEST}
+    assert full == {}, f"group the files of a folder that holds more than {FULLEST}"
+    entries = {path.relative_to(ROOT).parts[1] for path in tracked() if path.is_relative_to(ROOT / "tests")}
+    assert len(entries) <= FULLEST, "group the helpers of the tests"
+
+
+def test_every_folder_of_helpers_is_declared() -> None:
+    """Tests import helpers from declared folders only, so that a test file is where it is looked for."""
+    tests = ROOT / "tests"
+    python = [path for path in SOURCES if path.is_relative_to(tests) and path.name != "conftest.py"]
+    helpers = {str(path.parent.relative_to(tests)) for path in python if not path.name.startswith("test_")}
+    assert helpers == set(HELPERS)
+
+
+def test_no_class_is_defined_twice() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    several = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert several.keys() == TWICE.keys(), f"give each its own name, or the reason why not: {several}"
 
 
 def test_no_machine_paths_in_tracked_files() -> None:
