@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shardc.runtime.kernels import attention
+from shardc.runtime import attention
 
 
 def masks():
