@@ -1,0 +1,213 @@
+"""The rules of the house: who imports whom, what is packaged, how long files and folders are, what names stand for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+CODE = {ROOT / "shardc": "shardc", ROOT / "passes": "shardc.passes", ROOT / "runtime": "shardc.runtime"}
+LONGEST = 400
+"""Lines of a file of Python."""
+
+FULLEST = 20
+"""Tracked files that stand in one folder, besides those of its own folders."""
+
+HELPERS = {
+    "checks": "what tests judge by",
+    "samples": "models and programs that tests compile",
+    "samples/calls": "sample calls of operators",
+    "opinfo": "the run over torch's database of operators, which `make opinfo` starts",
+    "zoo": "the models of the zoo",
+    "distributed": "the scripts that its tests start",
+}
+"""Folders of tests/ with Python files that are neither tests nor conftest.py, and what these are."""
+
+TWICE = {
+    "Request": "a call to shard or compile, and a constraint that takes part in a conflict; the solver's is renamed"
+}
+"""Names of classes that are defined twice in the package, and why they still are."""
+
+
+# Room → the rooms that it may import, besides itself and `shardc.errors`, which everybody but the runtime may raise.
+MAY_IMPORT = {
+    "runtime": set[str](),
+    "errors": {"runtime"},
+    "solver": set[str](),
+    "ir": {"runtime"},
+    "capture": {"runtime", "ir"},
+    "rules": {"runtime", "ir", "capture"},
+    "cost": {"runtime", "ir"},
+    "analysis": {"runtime", "ir", "rules", "cost"},
+    "planning": {"runtime", "ir", "rules", "cost", "solver"},
+    "passes": {"runtime", "ir", "capture", "rules", "cost", "solver", "planning", "analysis"},
+    "explain": {"runtime", "ir", "rules", "cost", "solver", "planning", "analysis", "passes"},
+    "inspect": {"runtime", "ir", "rules", "cost", "solver", "planning", "analysis", "passes", "explain"},
+    "top": {
+        "runtime", "ir", "capture", "rules", "cost", "solver", "planning", "analysis", "passes", "explain", "inspect",
+    },
+}  # fmt: skip
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package by its import name, each once, at its real path."""
+    for folder, prefix in CODE.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if prefix == "shardc" and parts[0] in ("passes", "runtime"):
+                continue  # the links
+            yield ".".join((prefix, *parts)).removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def room(module: str) -> str:
+    """The room of a module: `shardc.rules.families.contraction` → `rules`."""
+    part = module.split(".")[1]
+    return part if part in MAY_IMPORT else "top"
+
+
+def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that a file imports, also inside functions and under TYPE_CHECKING."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield node.lineno, full if base == "shardc" or full in MODULES else base
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "shardc"])
+def test_import_direction(name: str) -> None:
+    allowed = MAY_IMPORT[room(name)] | {room(name)} | ({"errors"} if room(name) != "runtime" else set())
+    for line, imported in imports(name, MODULES[name]):
+        if imported == "shardc" or not imported.startswith("shardc."):
+            assert imported != "shardc", f"{name}:{line} imports the whole package; import the module that it needs"
+            continue
+        assert room(imported) in allowed, f"{name}:{line} is in {room(name)!r} and may not import {imported}"
+
+
+def test_runtime_imports_torch_and_the_standard_library_only() -> None:
+    known = {*sys.stdlib_module_names, "torch"}
+    for name, path in MODULES.items():
+        if room(f"{name}.") == "runtime":
+            for line, imported in imports(name, path):
+                fine = imported.split(".")[0] in known or imported.startswith("shardc.runtime")
+                assert fine, f"{name}:{line} imports {imported}"
+
+
+def test_importing_the_runtime_loads_nothing_of_the_compiler() -> None:
+    program = """
+import sys
+import torch
+before = set(sys.modules)
+import shardc.runtime
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("shardc.runtime")))
+print(*sorted({"z3", "scipy", "transformers"} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded, foreign = ran.stdout.split("\n")[:2]
+    assert [name for name in loaded.split() if name.startswith("shardc.")] == []
+    assert foreign == ""
+
+
+@pytest.mark.parametrize("name", ["passes", "runtime"])
+def test_bare_import_is_refused(name: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode != 0
+    assert f"import shardc.{name}" in ran.stderr
+
+
+def test_public_names_resolve() -> None:
+    import shardc
+
+    for name in shardc.__all__:
+        assert getattr(shardc, name) is not None
+    assert set(shardc.__all__) <= set(dir(shardc))
+    with pytest.raises(AttributeError, match="shardc' has no attribute 'shards'"):
+        _ = shardc.shards  # type: ignore[attr-defined]
+
+
+def test_the_submodule_constrain_does_not_hide_the_function() -> None:
+    program = "import shardc.ir.constrain; from shardc import constrain; assert callable(constrain), constrain"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_package_is_declared() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    homes = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in MODULES.items()}
+    assert sorted(declared) == sorted(homes)
+    for package in homes:
+        assert package in MODULES, f"{package} has no __init__.py"
+
+
+def tracked() -> list[Path]:
+    """The files of the repository; without git, of its folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode == 0:
+        names = listed.stdout.split("\0")
+        return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    skipped = {".venv", ".git", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    return [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.parts)]
+
+
+SOURCES = [path for path in tracked() if path.suffix == ".py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST, f"{path} has {lines} lines; split it by what its parts do"
+
+
+def test_no_folder_is_too_full() -> None:
+    files = Counter(path.parent.relative_to(ROOT) for path in tracked())
+    full = {str(folder): count for folder, count in files.items() if count > FULLEST}
+    assert full == {}, f"group the files of a folder that holds more than {FULLEST}"
+    entries = {path.relative_to(ROOT).parts[1] for path in tracked() if path.is_relative_to(ROOT / "tests")}
+    assert len(entries) <= FULLEST, "group the helpers of the tests"
+
+
+def test_every_folder_of_helpers_is_declared() -> None:
+    """Tests import helpers from declared folders only, so that a test file is where it is looked for."""
+    tests = ROOT / "tests"
+    python = [path for path in SOURCES if path.is_relative_to(tests) and path.name != "conftest.py"]
+    helpers = {str(path.parent.relative_to(tests)) for path in python if not path.name.startswith("test_")}
+    assert helpers == set(HELPERS)
+
+
+def test_no_class_is_defined_twice() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    several = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert several.keys() == TWICE.keys(), f"give each its own name, or the reason why not: {several}"
+
+
+def test_no_machine_paths_in_tracked_files() -> None:
+    place = re.compile(r"(?<![\w.$}])/(?:root|home|work|opt|Users)/[\w.-]|file:/{2}")
+    found: list[str] = []
+    for path in tracked():
+        text = path.read_bytes().decode("utf-8", "ignore")
+        found += [f"{path.relative_to(ROOT)}: {hit[0]}" for hit in place.finditer(text)]
+    assert found == []
+
+
+def test_constraints_hold_versions_only() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+( ; .+)?", line), line
