@@ -27,10 +27,14 @@ from shardc.runtime.kernels.columns import cholesky_inverse, householder_product
 from shardc.runtime.kernels.exponentials import (
     log_softmax,
     log_softmax_backward,
+    log_softmax_gathered,
     logsumexp,
+    logsumexp_gathered,
     safe_softmax,
+    safe_softmax_gathered,
     softmax,
     softmax_backward,
+    softmax_gathered,
 )
 from shardc.runtime.kernels.extremes import argmax, argmin, max_along, min_along, topk
 from shardc.runtime.kernels.indexing import drop_dummy, fill, pad_dummy, rebase
@@ -140,8 +144,10 @@ __all__ = [
     "local_mesh",
     "log_softmax",
     "log_softmax_backward",
+    "log_softmax_gathered",
     "logcumsumexp",
     "logsumexp",
+    "logsumexp_gathered",
     "max_along",
     "max_pool2d",
     "max_pool2d_backward",
@@ -164,6 +170,7 @@ __all__ = [
     "roll",
     "rrelu",
     "safe_softmax",
+    "safe_softmax_gathered",
     "sample_dirichlet",
     "select_along",
     "select_backward",
@@ -172,6 +179,7 @@ __all__ = [
     "slice_backward",
     "softmax",
     "softmax_backward",
+    "softmax_gathered",
     "split_along",
     "stack_along",
     "standard_gamma",

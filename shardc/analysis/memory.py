@@ -30,6 +30,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition
 from shardc.ir.program import Program, Role, where
 from shardc.passes.bucket import BUCKETS, COLLECTIVES, operand_bytes
+from shardc.rules.factors.strategy import workspace
 from shardc.runtime.collectives import basic as collectives
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.random import draw
@@ -302,12 +303,15 @@ class _Execution:
 
     def _workspace(self, node: fx.Node) -> int:
         """The bytes of what our own functions allocate and free again: the rearranged copy of a collective whose dim is
-        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through."""
+        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through,
+        what the variant of an operator declares."""
         if isinstance(node.target, torch._ops.OpOverload):
             return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
+        if "op" in node.meta:
+            return workspace(node.meta["shape"], node.meta["strategy"], self.mesh)
         if node.target in BUCKETS:
             copied = node not in self.started or COLLECTIVES[node.target] == "all_reduce"
             return sum(operand_bytes(node, self.mesh)) if copied else 0
