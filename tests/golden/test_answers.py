@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from shardc import constrain
 from shardc.explain.plan import Plan
-from shardc.ir import constrain
 from textbook import MLP
 
 Golden = Callable[[str, str], None]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from shardc import constrain
 from shardc.api import Compiled
-from shardc.ir import constrain
 from textbook import MLP, Transformer
 
 Golden = Callable[[str, str], None]
