@@ -1,7 +1,7 @@
 """Localize: from global to local.
 
 Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased; an operator
-one of whose parted factors is split gives way to its body.
+one of whose parted factors is split gives way to the body of the variant that was chosen.
 
 %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
 %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, part=Part(('tp',), 128))
@@ -92,7 +92,7 @@ def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: 
         node.args = tuple(arguments)
     parts = _parts(op, strategy)
     if parts:
-        node.target, node.kwargs = op.rule.body, {**node.kwargs, **parts}  # type: ignore[assignment]
+        node.target, node.kwargs = op.rule.variant(strategy.variant).body, {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
         if axes:

@@ -18,6 +18,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
+from shardc.explain.chosen_strategy import splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse, spec_text
 from shardc.ir.layout import Layout, describe
@@ -70,10 +71,11 @@ class Questions:
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
         runner_up, missing = self._runner_up(name, value)
         return Why(
-            name, self._text(value, made), self._maker(op), self._splits_factors(op, strategy),
+            name, self._text(value, made), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
             self._steps(value, made, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
+            ways_to_run(self.network.options_of(op), strategy),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
@@ -371,15 +373,6 @@ class Questions:
     def _maker(self, op: Op) -> str:
         port = self._port(op.node)
         return f"{port.role.value} {port.name}".strip() if port else str(op.node.target)
-
-    def _splits_factors(self, op: Op, strategy: Strategy) -> str:
-        """`dp splits n, tp splits k`; of placeholders nothing."""
-        if op.node.op == "placeholder":
-            return ""
-        pairs = zip(op.factors, strategy.split, strict=True)
-        found = [f"{','.join(axes)} splits {factor.name}" for factor, axes in pairs if axes]
-        found += [f"sums over {axis} pass through" for axis, _ in strategy.passes]
-        return ", ".join(found) or "every rank makes all of it"
 
 
 def _words(constraint: Constraint) -> str:

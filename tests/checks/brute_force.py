@@ -27,7 +27,7 @@ from shardc.passes.localize import localize
 from shardc.planning.strategies import Options
 from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
-from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of
+from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
 
 aten = torch.ops.aten
@@ -131,7 +131,8 @@ class Call:
         operands: list[fx.Node] = []
         for index, operand in enumerate(op.operands):
             carried = zip(factored.leaves(operand.value), op.kind.carried[index], strict=True)
-            held = {ref: strategy.split[f] for ref, f in carried if f is not None}
+            split = split_of(self.shape, strategy, self.shape.operands[index].carried)
+            held = {ref: split[f] for ref, f in carried if f is not None}
             operands.append(build(operand.node, index, held))
         supply, wanted = iter(operands), set(tensor_arguments(op.node))
         args, kwargs = fx.node.map_arg(

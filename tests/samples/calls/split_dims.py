@@ -82,6 +82,9 @@ def norms() -> Iterator[Sample]:
 
 def softmaxes() -> Iterator[Sample]:
     yield Sample(aten._softmax.default, (real(6, 12).bfloat16(), 1, False), tolerance=0.02)
+    for operator in (aten._softmax.default, aten._log_softmax.default):
+        yield Sample(operator, (_rare(real(6, 12)), 1, False))
+        yield Sample(operator, (1000 * real(12, 2, 1), -3, False))
     yield Sample(aten._log_softmax_backward_data.default, (real(12, 2), positive(12, 2), 0, torch.float64))
 
 
