@@ -41,20 +41,19 @@ TWICE = {
 MAY_IMPORT = {
     "runtime": set[str](),
     "errors": {"runtime"},
+    "options": {"runtime", "ir", "cost"},
     "solver": set[str](),
     "ir": {"runtime"},
     "capture": {"runtime", "ir"},
     "rules": {"runtime", "ir", "capture"},
     "cost": {"runtime", "ir"},
     "analysis": {"runtime", "ir", "rules", "cost"},
-    "planning": {"runtime", "ir", "rules", "cost", "solver"},
-    "passes": {"runtime", "ir", "capture", "rules", "cost", "solver", "planning", "analysis"},
-    "explain": {"runtime", "ir", "rules", "cost", "solver", "planning", "analysis", "passes"},
-    "inspect": {"runtime", "ir", "rules", "cost", "solver", "planning", "analysis", "passes", "explain"},
-    "top": {
-        "runtime", "ir", "capture", "rules", "cost", "solver", "planning", "analysis", "passes", "explain", "inspect",
-    },
-}  # fmt: skip
+    "planning": {"runtime", "ir", "options", "rules", "cost", "solver", "analysis"},
+}
+MAY_IMPORT["passes"] = {*MAY_IMPORT["planning"], "planning", "capture"}
+MAY_IMPORT["explain"] = {*MAY_IMPORT["planning"], "planning", "passes"}
+MAY_IMPORT["inspect"] = {*MAY_IMPORT["explain"], "explain"}
+MAY_IMPORT["top"] = {*MAY_IMPORT["inspect"], "inspect", "capture"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
