@@ -30,6 +30,7 @@ from torch import fx
 
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.cost.buckets import Buckets
+from shardc.ir.facts import Lowered, describe, dtype_of, lowered
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, call
 from shardc.ir.versions import GraphVersion
@@ -113,7 +114,7 @@ def becoming_gradients(run: Partition, graph: fx.Graph) -> set[fx.Node]:
 
 def passes_on(node: fx.Node) -> bool:
     """Whether a node only passes values on: views, conversions, casts."""
-    if "op" in node.meta and node.target not in _CASTS:
+    if lowered(node).operator is not None and node.target not in _CASTS:
         return False
     return isinstance(node.target, Bucket) or len(node.all_input_nodes) == 1
 
@@ -178,7 +179,7 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
     kinds: dict[Kind, list[fx.Node]] = {}
     for node in before:
         axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
-        kinds.setdefault((_single(node), axis, op, node.meta["dtype"]), []).append(node)
+        kinds.setdefault((_single(node), axis, op, dtype_of(node)), []).append(node)
     ready = {kind: [node for node in nodes if before[node] not in before] for kind, nodes in kinds.items()}
     whole = (kind for kind, nodes in kinds.items() if len(ready[kind]) == len(nodes))
     chosen = next(whole, None) or next(kind for kind, nodes in ready.items() if nodes)
@@ -215,8 +216,9 @@ def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Nod
     told = joining.keywords([node.kwargs for node in members])
     with graph.inserting_before(last):
         joined = call(graph, joining, ([node.args[0] for node in members],), told)
-    joined.meta = {key: first.meta[key] for key in ("module", "source", "phase", "base") if key in first.meta}
-    joined.meta |= {"dtype": None, "members": [node.meta["base"] for node in members]}
+    facts = [lowered(node) for node in members]
+    bases = tuple([one.base for one in facts if one.base is not None])
+    describe(joined, Lowered(facts[0].origin, base=facts[0].base, members=bases))
     places[joined] = start = places[last]
     previous = joined
     for index, node in enumerate([*members, *sorted(_behind(members), key=places.__getitem__)]):

@@ -25,7 +25,8 @@ import torch
 from torch import fx
 
 from shardc.analysis.timeline import is_started
-from shardc.ir.layout import SHORT_DTYPES, Layout
+from shardc.ir.facts import dtype_of, laid, lowered
+from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import partition, spent
 from shardc.ir.program import Port, Program, Role, where
@@ -113,9 +114,9 @@ class _Source:
         lines = [f"{name} = ("]
         for node, port in slots:
             assert node is not None
-            layout: Layout = node.meta["layout"]
+            layout = laid(node)
             shape = tuple(layout.shape)
-            dtype = str(node.meta["dtype"]).removeprefix("torch.")
+            dtype = str(dtype_of(node)).removeprefix("torch.")
             cuts = layout.simplify(self.mesh).cuts(self.mesh)
             slot = f"Slot({port.role.value!r}, {port.name!r}, {port.index}, {shape}, {dtype!r}, {cuts})"
             lines.append(f"    {slot},  # {self._type(node)}")
@@ -150,10 +151,10 @@ class _Source:
         return f"({', '.join(listed)}{',' if len(listed) == 1 else ''})"
 
     def _type(self, node: fx.Node) -> str:
-        layout = node.meta.get("layout")
+        layout = lowered(node).layout
         if layout is None:
             return "several results"
-        return f"{SHORT_DTYPES[node.meta['dtype']]}{layout.simplify(self.mesh)}"
+        return f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(self.mesh)}"
 
     def _call(self, node: fx.Node) -> str:
         if node.target is operator.getitem:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.ir.layout import Layout
+from shardc.ir.facts import describe, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import call
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factored import Kind, Op
-from shardc.rules.factors.strategy import Shape, Strategy, masks
+from shardc.rules.factors.strategy import Chosen, Strategy, chosen_of, masks
 from shardc.rules.notation import Size
 from shardc.runtime.kernels import indexing
 from shardc.runtime.kernels.parts import Part
@@ -54,15 +54,15 @@ def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
-        elif "op" in node.meta:  # a view too, where it cuts across atoms
-            op, strategy = node.meta["op"], node.meta["strategy"]
+        elif (chosen := chosen_of(node)) is not None:  # a view too, where it cuts across atoms
+            op, strategy = chosen.op, chosen.strategy
             key = op.kind, strategy
             if key not in as_it_is:
                 as_it_is[key] = _is_local(op, strategy, mesh)
             if not as_it_is[key]:
-                _operator(graph, node, op, strategy, mesh)
+                _operator(graph, node, chosen, mesh)
         elif node.target in _SIZED:
-            node.args = (node.args[0], list(node.meta["layout"].local_shape(mesh)))
+            node.args = (node.args[0], list(laid(node).local_shape(mesh)))
             # a squeeze names no sizes, and would also drop a dim of which the rank holds one element
             node.target = aten.expand.default if node.target is aten.expand.default else aten.view.default
     return graph
@@ -81,10 +81,11 @@ def _is_uneven(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
     return any(f.size % mesh.ways(axes) for f, axes in zip(op.factors, strategy.split, strict=True))
 
 
-def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: Mesh) -> None:
+def _operator(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> None:
+    op, strategy = chosen.op, chosen.strategy
     split = {(f.name, f.index): axes for f, axes in zip(op.factors, strategy.split, strict=True)}
     if _is_uneven(op, strategy, mesh):
-        _mask(graph, node, op, node.meta["shape"], strategy, mesh)
+        _mask(graph, node, chosen, mesh)
     if op.rule.sizes:
         arguments = list(node.args)
         for position, meaning in op.rule.sizes.items():
@@ -115,8 +116,8 @@ def _size(
     """A size-like argument: the local shape of result `meaning`, or the local size of the factor called so."""
     if isinstance(meaning, int):
         key = op.results[[r.key[1] for r in op.results].index(meaning)].key
-        layouts = {user.args[1]: user.meta["layout"] for user in node.users if user.target is operator.getitem}
-        layout: Layout = node.meta["layout"] if "layout" in node.meta else layouts[key[1]]
+        layouts = {user.args[1]: laid(user) for user in node.users if user.target is operator.getitem}
+        layout = lowered(node).layout or layouts[key[1]]
         return list(layout.local_shape(mesh))
     if isinstance(meaning, tuple):
         return [n if isinstance(n, int) else _factor_size(op, n, split, mesh) for n in meaning]
@@ -153,12 +154,13 @@ def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, 
     _drop(graph, node, op, name)
 
 
-def _mask(graph: fx.Graph, node: fx.Node, op: Op, shape: Shape, strategy: Strategy, mesh: Mesh) -> None:
+def _mask(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> None:
     """Fill the padding of operands that would otherwise get into the result."""
+    op, strategy = chosen.op, chosen.strategy
     operands = _operand_nodes(node)
     with graph.inserting_before(node):
         for index, operand in enumerate(op.operands):
-            for position, value in masks(shape, strategy, index, mesh).items():
+            for position, value in masks(chosen.shape, strategy, index, mesh).items():
                 factor, axes = op.factors[position], strategy.split[position]
                 pairs = zip(op.factors, strategy.split, strict=True)
                 before = [(f, held) for f, held in pairs if f.name == factor.name and f.index < factor.index]
@@ -174,7 +176,7 @@ def _mask(graph: fx.Graph, node: fx.Node, op: Op, shape: Shape, strategy: Strate
 def _added(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any = None) -> fx.Node:
     """A call whose result lies as `like` does."""
     new = call(graph, target, args, kwargs)
-    new.meta.update({k: v for k, v in like.meta.items() if k not in ("op", "strategy")})
+    describe(new, replace(lowered(like), operator=None))
     return new
 
 
@@ -190,5 +192,5 @@ def _drop(graph: fx.Graph, node: fx.Node, op: Op, name: str) -> None:
         return
     with graph.inserting_after(node):
         cut = call(graph, indexing.drop_dummy, (node,), {"dim": result.names.index(name)})
-    cut.meta.update({k: v for k, v in node.meta.items() if k not in ("op", "strategy")})
+    describe(cut, replace(lowered(node), operator=None))
     node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)

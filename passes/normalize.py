@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.ir.facts import Captured, captured, describe, origin_of
 from shardc.ir.program import Program, value_of
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factoring import VIEWS
@@ -84,8 +85,7 @@ def _borrowed(graph: fx.Graph, node: fx.Node, values: Values) -> Any:
     places = dict(zip((n for n in body.nodes if n.op == "placeholder"), given, strict=True))
     for inner in calls:
         new = places[inner] = graph.node_copy(inner, places.__getitem__)
-        new.meta = {k: v for k, v in node.meta.items() if k in ("module", "source", "phase")}
-        new.meta["val"] = value_of(inner)
+        describe(new, Captured(value_of(inner), origin_of(node)))
     return fx.map_arg(body.output_node().args[0], places.__getitem__)
 
 
@@ -116,4 +116,6 @@ def _replace(node: fx.Node, results: Any) -> None:
 def _remember_strides(node: fx.Node, replacement: fx.Node) -> None:
     """Eager draws random numbers in the order of its own memory, which a decomposition need not keep."""
     if value_of(node).stride() != value_of(replacement).stride():
-        replacement.meta.setdefault("strides", value_of(node).stride())
+        known = captured(replacement)
+        if known.strides is None:
+            describe(replacement, Captured(known.value, known.origin, value_of(node).stride()))

@@ -36,6 +36,7 @@ from torch import fx
 
 from shardc.analysis.operands import collective_of
 from shardc.analysis.timeline import Clock, Flight, Order, Times
+from shardc.ir.facts import describe, dtype_of, laid, lowered
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
 from shardc.ir.versions import GraphVersion
@@ -255,7 +256,7 @@ class _Half:
                     yield user
 
     def _bytes(self, node: fx.Node) -> int:
-        return math.prod(node.meta["layout"].local_shape(self.times.mesh)) * node.meta["dtype"].itemsize
+        return math.prod(laid(node).local_shape(self.times.mesh)) * dtype_of(node).itemsize
 
 
 def _holds_operand(node: fx.Node) -> bool:
@@ -314,8 +315,10 @@ def _rewritten(graph: fx.Graph, order: Order) -> fx.Graph:
             continue
         with graph.inserting_before(here):
             new = call(graph, wait, (node,))
-        new.meta = dict(node.meta)
-        node.meta.pop("kept", None)
+        facts = lowered(node)
+        describe(new, facts)
+        if facts.kept:
+            describe(node, replace(facts, kept=False))
         landed[node] = new
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new and user is not output)
     # once for all: it has as many arguments as there are gradients

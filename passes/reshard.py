@@ -27,15 +27,15 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from shardc.ir.layout import Layout
+from shardc.ir.facts import Key, Lowered, Origin, describe, laid, lowered, origin, origin_of
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, call, value_of
 from shardc.ir.splits import Splits, Step, apply
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
-from shardc.rules.factors.factored import Factored, Form, Key, Kind, Op, Value
-from shardc.rules.factors.strategy import Shape, Strategy, demand, make
+from shardc.rules.factors.factored import Factored, Form, Kind, Op, Value
+from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make
 
 aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]
@@ -56,8 +56,8 @@ def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
     """The names of base values: those of parameters, buffers and inputs, else those in the resharded graph."""
     titles: dict[Key, str] = {}
     for node in graph.nodes:
-        if "base" in node.meta:
-            titles.setdefault(node.meta["base"], node.name)
+        if node.op != "output" and (base := lowered(node).base) is not None:
+            titles.setdefault(base, node.name)
     for port, node in zip(program.inputs, program.placeholders, strict=True):
         titles[node, 0] = port.name or f"{port.role.value} {port.index}"
     return titles
@@ -67,6 +67,12 @@ def resharded(network: CostNetwork, assignment: Assignment) -> fx.Graph:
     """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `base` (the key of the base
     value), `op` and `strategy` on operators."""
     return _Rewrite(network, assignment).run()
+
+
+def _tensor(key: Key) -> torch.Tensor:
+    """The fake tensor of a base value."""
+    value = value_of(key[0])
+    return value[key[1]] if isinstance(value, (tuple, list)) else value
 
 
 class _Part:
@@ -151,7 +157,7 @@ class _Rewrite:
             start = self.here.origin[key] if shared is None else shared
             self._walk(key, self.here.origin[key], start)
             self._walk(key, start, kept)
-        here[kept].meta["kept"] = True
+        describe(here[kept], replace(lowered(here[kept]), kept=True))
 
     def _leave_forward(self) -> None:
         self._outputs(index for index, (port, _) in enumerate(self.ports) if port.role is not Role.GRADIENT)
@@ -173,29 +179,25 @@ class _Rewrite:
             wanted = {operand.node for operand in op.operands}
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
             new = call(self.graph, old.target, args, kwargs)
-        new.meta.update(op=op, shape=shape, strategy=strategy, dtype=None)
+        chosen, place = Chosen(op, shape, strategy), self._origin(old)
         several = isinstance(value_of(old), (tuple, list))
         used = [user.args[1] for user in old.users if user.target is operator.getitem] if several else [0]
-        self._provenance(new, old)
+        if several:
+            describe(new, Lowered(place, operator=chosen))
         for result, splits in zip(op.results, layouts.results, strict=True):
             if result.key[1] not in used:
                 continue
             node = call(self.graph, operator.getitem, (new, result.key[1])) if several else new
-            if several:
-                self._provenance(node, old)
-            self._describe(node, result.key, result.value.form.layout_on(splits.axes, splits.partial))
+            layout = result.value.form.layout_on(splits.axes, splits.partial)
+            dtype = _tensor(result.key).dtype
+            describe(node, Lowered(place, dtype, layout, result.key, None if several else chosen))
             self.here.held[result.key] = {splits: node}
             self.here.origin[result.key] = splits
 
-    def _provenance(self, new: fx.Node, old: fx.Node) -> None:
-        told = old.meta.get
-        new.meta["module"], new.meta["source"] = told("module", ""), told("source", "")
-        new.meta["phase"] = told("phase", "") if self.forward is None else "backward"
-
-    def _describe(self, node: fx.Node, key: Key, layout: Layout) -> None:
-        producer = value_of(key[0])
-        tensor = producer[key[1]] if isinstance(producer, (tuple, list)) else producer
-        node.meta["dtype"], node.meta["base"], node.meta["layout"] = tensor.dtype, key, layout
+    def _origin(self, old: fx.Node) -> Origin:
+        """Where a node comes from that stands for `old`."""
+        place = origin_of(old)
+        return place if self.forward is None else origin(place.module, place.source, "backward")
 
     def _value(self, old: fx.Node, splits: Splits, own: Axes, gradient: bool = False) -> fx.Node:
         """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own atoms as `own`; as
@@ -208,9 +210,8 @@ class _Rewrite:
             viewed: fx.Node = old.args[0]  # type: ignore[assignment]
             below = self._below(value, self.factored.values[viewed], own)
             node = call(self.graph, old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
-            self._provenance(node, old)
-            self._describe(node, value.key, value.form.layout(own, splits.partial))
-            node.meta["dtype"] = value_of(old).dtype
+            layout = value.form.layout(own, splits.partial)
+            describe(node, Lowered(self._origin(old), value_of(old).dtype, layout, value.key))
             self.here.views[identity] = node
         return self.here.views[identity]
 
@@ -305,8 +306,7 @@ class _Rewrite:
     def _view(self, node: fx.Node, key: Key, form: Form, splits: Splits) -> fx.Node:
         layout = form.layout_on(splits.axes, splits.partial)
         new = call(self.graph, aten.view.default, (node, list(layout.shape)))
-        self._provenance(new, self.now or key[0])
-        self._describe(new, key, layout)
+        describe(new, Lowered(self._origin(self.now or key[0]), _tensor(key).dtype, layout, key))
         return new
 
     def _emit(self, node: fx.Node, key: Key, form: Form, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
@@ -317,10 +317,10 @@ class _Rewrite:
         new = call(self.graph, step.collective, (node,), keywords)
         # an input has no place in the user's code: its conversion belongs to the reader that made it necessary
         reader = self.now or key[0]
-        self._provenance(new, reader if key[0].op == "placeholder" else key[0])
+        stands = self._origin(reader if key[0].op == "placeholder" else key[0])
         if self.forward is None:
-            new.meta["phase"] = reader.meta.get("phase", "")
-        self._describe(new, key, form.layout_on(after.axes, after.partial))
+            stands = origin(stands.module, stands.source, origin_of(reader).phase)
+        describe(new, Lowered(stands, _tensor(key).dtype, form.layout_on(after.axes, after.partial), key))
         uneven = self._uneven(node, new, step, place)
         if uneven:
             new.kwargs = {**keywords, **uneven}
@@ -328,7 +328,7 @@ class _Rewrite:
 
     def _uneven(self, before: fx.Node, after: fx.Node, step: Step, place: Mapping[int, int]) -> dict[str, int]:
         """What a step must be told where its dims do not divide: the chunk it leaves, the size it gathers."""
-        had, has = (node.meta["layout"].local_shape(self.mesh) for node in (before, after))
+        had, has = (laid(node).local_shape(self.mesh) for node in (before, after))
         ways, told = self.mesh.sizes[step.axis], dict[str, int]()
         if step.target is not None and has[place[step.target]] * ways != had[place[step.target]]:
             told["chunk"] = has[place[step.target]]

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, call, value_of
 from shardc.ir.versions import GraphVersion, copied
@@ -73,7 +74,7 @@ def _crosses(factored: Factored, mesh: Mesh, node: fx.Node, dim: int, axes: tupl
 
 def _border(graph: fx.Graph, node: fx.Node, dims: list[int]) -> fx.Node:
     border = call(graph, torch.ops.shardc.retile.default, (node, dims))
-    border.meta.update({k: v for k, v in node.meta.items() if k in ("val", "module", "source", "phase")})
+    describe(border, Captured(value_of(node), origin_of(node)))
     return border
 
 

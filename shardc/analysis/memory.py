@@ -27,10 +27,11 @@ from torch.fx.node import map_arg
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
+from shardc.ir.facts import dtype_of, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, Role, where
-from shardc.rules.factors.strategy import workspace
+from shardc.rules.factors.strategy import chosen_of, workspace
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part
@@ -117,7 +118,7 @@ class _Execution:
         for node in run.given:
             self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
             if roles[node] is Role.PARAMETER:
-                size = node.meta["dtype"].itemsize
+                size = dtype_of(node).itemsize
                 states = int(self.sizes[-1] / size * self.known.states(size))
                 self.held["optimizer state"] += states
                 self.total += states
@@ -250,10 +251,11 @@ class _Execution:
     def _form(self, node: fx.Node, operands: Sequence[_Lying | None], storages: list[int]) -> object:
         """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie and which
         of several results are read."""
-        if "op" in node.meta:
+        chosen = chosen_of(node)
+        if chosen is not None:
             lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
-            read = [user.args[1] for user in node.users] if node.meta.get("layout") is None else ()
-            return node.meta["op"].kind, node.meta["strategy"], *lying, *read
+            read = [user.args[1] for user in node.users] if lowered(node).layout is None else ()
+            return chosen.op.kind, chosen.strategy, *lying, *read
 
         def show(value: object) -> object:
             if isinstance(value, fx.Node):
@@ -263,12 +265,12 @@ class _Execution:
                 return tuple(map(show, value))  # pyright: ignore
             return value if type(value) is int else repr(value)
 
-        own = () if node.meta.get("layout") is None else self._local(node)
+        own = () if lowered(node).layout is None else self._local(node)
         taken = ((user.args[1], self._local(user)) for user in node.users if user.target is operator.getitem)
         return node.target, show(node.args), show(tuple(node.kwargs.items())), own, tuple(taken)
 
     def _local(self, node: fx.Node) -> tuple[int, ...]:
-        return node.meta["layout"].local_shape(self.mesh)
+        return laid(node).local_shape(self.mesh)
 
     def _made(self, node: fx.Node, storages: list[int]) -> list[_Made | None]:
         """What torch's meta kernel makes. For functions of the runtime, and operators that have no such kernel or one
@@ -276,13 +278,13 @@ class _Execution:
         if isinstance(node.target, torch._ops.OpOverload):
             with suppress(RuntimeError, TypeError):  # as kernels say so (NotImplementedError is a RuntimeError)
                 return self._by_meta_kernel(node, storages)
-        if node.meta.get("layout") is not None:
+        if lowered(node).layout is not None:
             return [self._contiguous(node)]
         elements = {user.args[1]: self._contiguous(user) for user in node.users if user.target is operator.getitem}
         return [elements.get(index) for index in range(max(elements, default=-1) + 1)]  # type: ignore[type-var]
 
     def _contiguous(self, node: fx.Node) -> _Made:
-        shape, dtype = self._local(node), node.meta["dtype"]
+        shape, dtype = self._local(node), dtype_of(node)
         if (shape, dtype) not in self.known.contiguous:
             stride = torch.empty(shape, device="meta").stride()
             made = _Made(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
@@ -318,8 +320,9 @@ class _Execution:
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
-        if "op" in node.meta:
-            return workspace(node.meta["shape"], node.meta["strategy"], self.mesh)
+        chosen = chosen_of(node)
+        if chosen is not None:
+            return workspace(chosen.shape, chosen.strategy, self.mesh)
         collective = collective_of(node)
         if collective is None or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0

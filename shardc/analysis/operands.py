@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from shardc.ir.facts import dtype_of, laid
 from shardc.ir.mesh import Mesh
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, Collective
@@ -33,8 +34,8 @@ def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
 
 
 def _shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
-    return node.meta["layout"].local_shape(mesh)
+    return laid(node).local_shape(mesh)
 
 
 def _size(node: fx.Node, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * node.meta["dtype"].itemsize
+    return math.prod(shape) * dtype_of(node).itemsize

@@ -23,7 +23,7 @@ from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition
 from shardc.rules.factors.factored import Kind
-from shardc.rules.factors.strategy import Shape, Strategy, sends, work
+from shardc.rules.factors.strategy import Chosen, Shape, Strategy, chosen_of, sends, work
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, wait
 
@@ -72,20 +72,21 @@ class Pace:
         sent = 0.0 if self.mesh.sizes[axis] == 1 else self.buckets.alone(kind, axis, moved)
         return seconds - sent, sent
 
-    def operator(self, node: fx.Node) -> tuple[float, list[Inner]]:
-        """Seconds of an operator's compute, and what its body sends; reckoned once per form."""
-        key = node.meta["op"].kind, node.meta["strategy"]
-        found = self._operators.get(key)
-        if found is None:
-            shape, strategy = node.meta["shape"], key[1]
+    def operator(self, chosen: Chosen) -> tuple[float, list[Inner]]:
+        """Seconds of an operator's compute, and what its body sends; reckoned once per kind and strategy."""
+        key = chosen.op.kind, chosen.strategy
+        taken = self._operators.get(key)
+        if taken is None:
             inner = [
                 (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
-                for kind, axis, size in sends(shape, strategy, self.mesh)
+                for kind, axis, size in sends(chosen.shape, chosen.strategy, self.mesh)
             ]
-            found = self._operators[key] = self._compute(shape, strategy), inner
-        return found
+            taken = self._operators[key] = self._compute(chosen.shape, chosen.strategy), inner
+        return taken
 
     def _compute(self, shape: Shape, strategy: Strategy) -> float:
+        if not shape.computes:
+            return 0.0
         return self.device.compute_seconds(*work(shape, strategy, self.mesh), shape.dtype)
 
 
@@ -99,10 +100,11 @@ class Times:
         self.sent: dict[fx.Node, float] = {}
         self.inner: dict[fx.Node, list[Inner]] = {}
         for node in self.operands:
-            if "op" not in node.meta:
+            chosen = chosen_of(node)
+            if chosen is None:
                 self.compute[node], self.sent[node] = pace.taken(node)
                 continue
-            self.compute[node], inner = pace.operator(node)
+            self.compute[node], inner = pace.operator(chosen)
             self.sent[node] = 0.0
             if inner:
                 self.inner[node] = inner

@@ -6,7 +6,7 @@ with the sizes written out, and arguments stand where the schema has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardc.capture.torch_patches import tracing
-from shardc.ir.program import call
+from shardc.ir.facts import NOWHERE, Captured, Origin, describe
+from shardc.ir.program import call, value_of
 
 aten: Any = torch.ops.aten
 
@@ -33,15 +34,15 @@ Target = Callable[..., Any]
 class Rewriter:
     """Copies the live part of a traced graph into `graph`, node by node."""
 
-    def __init__(self, describe: Callable[[fx.Node, fx.Node], None]) -> None:
+    def __init__(self, origins: Mapping[fx.Node, Origin]) -> None:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self._describe = describe
+        self._origins = origins
 
     def placeholder(self, old: fx.Node | None, name: str, value: Any) -> None:
         """A placeholder that stands for `old`, or for something that nothing uses yet."""
         new = placeholder(self.graph, name)
-        new.meta["val"] = value
+        describe(new, Captured(value))
         if old is not None:
             self.env[old] = new
 
@@ -72,8 +73,7 @@ class Rewriter:
             if _does_nothing(target, args, val):
                 return args[0]
         new = call(self.graph, target, args, kwargs)
-        new.meta["val"] = val
-        self._describe(old, new)
+        describe(new, Captured(val, self._origins.get(old, NOWHERE)))
         return new
 
 
@@ -147,9 +147,9 @@ def positional(
 
 def _order(target: Target, args: tuple[Any, ...]) -> list[int] | None:
     """The order of the dims if the call only permutes them."""
-    if not args or not isinstance(args[0], fx.Node) or not isinstance(args[0].meta.get("val"), torch.Tensor):
+    if not args or not isinstance(args[0], fx.Node) or not isinstance(value_of(args[0]), torch.Tensor):
         return None
-    rank = args[0].meta["val"].ndim
+    rank = value_of(args[0]).ndim
     order = list(range(rank))
     if target is aten.permute.default:
         return [dim % rank for dim in args[1]]
@@ -174,7 +174,7 @@ def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
     """Whether the result is the operand itself."""
     if not args or not isinstance(args[0], fx.Node) or not isinstance(val, FakeTensor):
         return False
-    before = args[0].meta["val"]
+    before = value_of(args[0])
     if target is aten._to_copy.default:
         return before.dtype == val.dtype
     if target not in _MOVES or not tracing.same_shape(before.shape, val.shape):

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import tracing
 from shardc.errors import CaptureError, ShardcError
+from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.model_call import Dims, Dynamic, ModelCall
 from shardc.ir.program import Constant, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
@@ -106,14 +107,14 @@ class Template:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 graph.output(fx.map_arg(node.args[0], new.__getitem__))
-            elif tracing.is_symbolic(node.meta["val"]):
-                new[node] = number(node.meta["val"])
+            elif tracing.is_symbolic(value_of(node)):
+                new[node] = number(value_of(node))
             else:
                 args, kwargs = map_aggregate(
                     (node.args, node.kwargs), lambda a: new[a] if isinstance(a, fx.Node) else number(a)
                 )  # type: ignore[misc]
                 new[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
-                new[node].meta = {**node.meta, "val": pytree.tree_map(concrete, node.meta["val"])}
+                describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
         old = self.program.out_leaves
         leaves = [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
         return replace(self.program, version=GraphVersion.of(graph), out_leaves=leaves)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.torch_patches import tracing
 from shardc.errors import CaptureError
+from shardc.ir.facts import Origin
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -51,15 +52,15 @@ def refuse_foreign(constant: Tensor) -> None:
         )
 
 
-def refuse_sparse(nodes: Iterable[fx.Node]) -> None:
+def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
     """CaptureError for a value that is no dense tensor: layouts say nothing about where its elements lie."""
     for node in nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
+                place = ", ".join(part for part in (origins[node].module, origins[node].source) if part)
                 raise CaptureError(
-                    f"{node.target} ({', '.join(part for part in node.meta.get('place', ()) if part)}) makes a tensor "
-                    f"stored as {value.layout}: only dense tensors can be sharded; convert it outside of the model, or "
-                    "compute with dense tensors"
+                    f"{node.target} ({place}) makes a tensor stored as {value.layout}: only dense tensors can be sharded; "
+                    "convert it outside of the model, or compute with dense tensors"
                 )
 
 

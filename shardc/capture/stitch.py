@@ -25,7 +25,8 @@ from torch import Tensor, fx
 
 from shardc.capture import canonical
 from shardc.capture.repeated_layers import Repeat, Unlike
-from shardc.ir.program import Program, Role, call
+from shardc.ir.facts import Captured, Origin, describe, origin, origin_of
+from shardc.ir.program import Program, Role, call, value_of
 from shardc.ir.versions import GraphVersion
 
 
@@ -103,11 +104,11 @@ class _Stitch:
         hole = [i for i, node in enumerate(calls) if node.target is target and node.args[1] == self.number]
         if any(not calls[i].args[2] for i in hole):
             raise Unlike("the program uses what a layer within returns elsewhere than in the next layer")
-        exits = [i for i in hole if calls[i].meta["phase"] == "forward"]
-        entries = [i for i in hole if calls[i].meta["phase"] == "backward"]
+        exits = [i for i in hole if origin_of(calls[i]).phase == "forward"]
+        entries = [i for i in hole if origin_of(calls[i]).phase == "backward"]
         if not exits or any(run[-1] - run[0] + 1 != len(run) for run in (exits, entries) if run):
             raise Unlike("the program computes something between the layers")
-        owner = [self._place(node.meta["module"]) for node in calls]
+        owner = [self._place(origin_of(node).module) for node in calls]
         layers = range(self.repeat.start, self.repeat.hole.start)
         middle, end = self.repeat.start + self.repeat.period, exits[0]
         mine = [i for i, place in enumerate(owner) if place and place[0] in layers and i not in hole]
@@ -132,10 +133,10 @@ class _Stitch:
         """Positional and keyword arguments, each with whether it is the same in every unit."""
         same = (
             one.target is two.target
-            and one.meta["phase"] == two.meta["phase"]
-            and one.meta["source"] == two.meta["source"]
-            and self._shifted(one.meta["module"]) == two.meta["module"]
-            and _form(one.meta["val"]) == _form(two.meta["val"])
+            and origin_of(one).phase == origin_of(two).phase
+            and origin_of(one).source == origin_of(two).source
+            and self._shifted(origin_of(one).module) == origin_of(two).module
+            and _form(value_of(one)) == _form(value_of(two))
         )
         if not same:
             raise Unlike(f"{one} and {two} differ")
@@ -198,7 +199,7 @@ class _Stitch:
         start: Any = seen
         if seen in self.units.entries:
             start, model = seen.args[0], self.units.two[position]
-            if start.target is not model.target or _form(start.meta["val"]) != _form(model.meta["val"]):
+            if start.target is not model.target or _form(value_of(start)) != _form(value_of(model)):
                 raise Unlike("the layer after the hole returns another gradient")
         if self.start.setdefault(position, start) is not start:
             raise Unlike("the layers are linked in different ways")
@@ -237,13 +238,16 @@ class _Stitch:
             return made[unit + link.source.value, link.position]
 
         def emit(unit: int, positions: range) -> None:
-            place = cache(lambda path: self._shifted(path, unit - 2))
+            @cache
+            def place(old: Origin) -> Origin:
+                return origin(self._shifted(old.module, unit - 2), old.source, old.phase)
+
             for position in positions:
                 old, (args, kwargs) = self.units.two[position], self.template[position]
                 args = [arg if fixed else filled(arg, unit) for arg, fixed in args]
                 kwargs = {key: arg if fixed else filled(arg, unit) for key, (arg, fixed) in kwargs.items()}
                 new = made[unit, position] = call(graph, old.target, tuple(args), kwargs)
-                new.meta.update(old.meta, module=place(old.meta["module"]))
+                describe(new, Captured(value_of(old), place(origin_of(old))))
 
         def filled(tree: Any, unit: int) -> Any:
             return _filled(tree, lambda link: operand(link, unit), env.__getitem__)

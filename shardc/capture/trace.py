@@ -27,6 +27,7 @@ from shardc.capture.stitch import fill
 from shardc.capture.torch_patches import tracing
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
+from shardc.ir.facts import Origin
 from shardc.ir.program import Constant, Port, Program, Role
 from shardc.ir.versions import GraphVersion
 
@@ -260,7 +261,8 @@ class _Builder:
 
     def __init__(self, trace: _Trace, traced: fx.GraphModule) -> None:
         self.trace, self.traced = trace, traced
-        self.rewriter = canonical.Rewriter(provenance.describe)
+        self.origins: dict[fx.Node, Origin] = {}
+        self.rewriter = canonical.Rewriter(self.origins)
         self.inputs: list[Port] = []
         self.constants: dict[str, Tensor] = {}
 
@@ -269,8 +271,8 @@ class _Builder:
         ports, values = self._results()
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
-        provenance.locate(nodes, provenance.by_sequence(graph))
-        refuse_sparse(nodes)
+        self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
+        refuse_sparse(nodes, self.origins)
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)

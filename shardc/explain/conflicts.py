@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import z3
 
+from shardc.ir.facts import origin_of
 from shardc.ir.program import Role
 from shardc.planning.cost_network import CostNetwork, base_demand
 from shardc.rules.factors.factored import Key, Op
@@ -353,5 +354,5 @@ def _name(op: Op) -> str:
     """`aten.sort.default at model.py:7`: an operator by its line, so that repeated layers are one."""
     if op.node.op == "placeholder":
         return op.node.name
-    source = op.node.meta.get("source", "")
+    source = origin_of(op.node).source
     return f"{op.node.target} at {source}" if source else str(op.node.target)

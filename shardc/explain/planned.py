@@ -12,12 +12,13 @@ from shardc.analysis.timeline import Pace
 from shardc.explain.plan import Placed, Plan, Tried
 from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
+from shardc.ir.facts import Key, dtype_of, laid, lowered, origin_of
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.program import Role, where
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
-from shardc.rules.factors.factored import Key
+from shardc.rules.factors.strategy import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
 
 
@@ -30,7 +31,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         cost, bound = c.solution.cost, c.solution.lower_bound
     return Plan(
         mesh, c.options.device.name, c.options.mode, _placed(c, graph),
-        {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None},
+        {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
     )  # fmt: skip
@@ -40,7 +41,7 @@ def _placed(c: Compilation, graph: fx.Graph) -> tuple[Placed, ...]:
     """The layouts of parameters and inputs."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return tuple(
-        Placed(port.role.value, port.name, SHORT_DTYPES[node.meta["dtype"]], node.meta["layout"].simplify(c.mesh))
+        Placed(port.role.value, port.name, SHORT_DTYPES[dtype_of(node)], laid(node).simplify(c.mesh))
         for port, node in zip(c.program.inputs, placeholders, strict=True)
         if port.role in (Role.PARAMETER, Role.INPUT)
     )
@@ -60,7 +61,7 @@ def _padded(c: Compilation, graph: fx.Graph) -> list[str]:
     for port, node in zip(c.program.inputs, placeholders, strict=True):
         if port.role not in (Role.PARAMETER, Role.INPUT):
             continue
-        for index, dim in enumerate(node.meta["layout"].dims):
+        for index, dim in enumerate(laid(node).dims):
             for atom in dim:
                 ways = c.mesh.ways(atom.axes)
                 if atom.size % ways:
@@ -83,19 +84,27 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
     conversions: list[Conversion] = []
 
     def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
-        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), node.meta.get("phase", "")
+        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), origin_of(node).phase
         conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
 
-    for node in graph.nodes:
-        if "op" in node.meta:
-            for kind, axis, moved, seconds in pace.operator(node)[1]:
-                add(node, kind, axis, moved, seconds, titles.get((node.meta["op"].node, 0), node.name))
+    for node in _nodes(graph):
+        chosen = chosen_of(node)
+        if chosen is not None:
+            for kind, axis, moved, seconds in pace.operator(chosen)[1]:
+                add(node, kind, axis, moved, seconds, titles.get((chosen.op.node, 0), node.name))
             continue
         step = pace.step(node)
         if step is not None:
-            more = f" and {len(node.meta['members']) - 1} more" if "members" in node.meta else ""
-            add(node, step[0], str(node.kwargs["axis"]), *step[1:], titles[node.meta["base"]] + more)
+            facts = lowered(node)
+            assert facts.base is not None
+            more = f" and {len(facts.members) - 1} more" if facts.members else ""
+            add(node, step[0], str(node.kwargs["axis"]), *step[1:], titles[facts.base] + more)
     return tuple(conversions)
+
+
+def _nodes(graph: fx.Graph) -> list[fx.Node]:
+    """All nodes but the output, which has no facts."""
+    return [node for node in graph.nodes if node.op != "output"]
 
 
 def _compute(c: Compilation) -> float:

@@ -10,6 +10,7 @@ from shardc.analysis.conversions import Conversion
 from shardc.explain.plan import Tried
 from shardc.ir.program import where
 from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.rules.factors.strategy import chosen_of
 
 
 def tried(
@@ -19,15 +20,16 @@ def tried(
     steps = {step.name: step for step in conversions if step.sent}
     found: list[Tried] = []
     for node in graph.nodes:
-        op = node.meta.get("op")
-        if op is None or op.learned is None:
+        chosen = chosen_of(node)
+        if chosen is None or (learned := chosen.op.learned) is None:
             continue
+        op = chosen.op
         options = network.options_of(op)
         seconds = float(options.compute[options.strategies.index(assignment.strategies[op.node])])
         gathers = [steps[step] for step in sorted(_moved_before(node, steps))]
         found.append(
             Tried(
-                str(op.node.target), where(op.node), str(op.learned), op.learned.replicated, seconds,
+                str(op.node.target), where(op.node), str(learned), learned.replicated, seconds,
                 sum(step.seconds for step in gathers), sum(step.sent for step in gathers),
             )
         )  # fmt: skip
@@ -40,7 +42,7 @@ def _moved_before(node: fx.Node, steps: Iterable[str]) -> set[str]:
     waiting = list(node.all_input_nodes)
     while waiting:
         source = waiting.pop()
-        if source.op == "call_function" and "op" not in source.meta and source.name not in found:
+        if source.op == "call_function" and chosen_of(source) is None and source.name not in found:
             if source.name in steps:
                 found.add(source.name)
             waiting += source.all_input_nodes

@@ -21,6 +21,7 @@ from shardc.explain.assumptions import assumptions
 from shardc.explain.chosen_strategy import splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse, spec_text
+from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, value_of, where
 from shardc.ir.splits import Splits, apply
@@ -193,8 +194,8 @@ class Questions:
             return values[ports[name]]
         outputs: dict[str, fx.Node] = {}
         for node in values:
-            path = node.meta.get("module", "")
-            while path and node.op != "placeholder" and node.meta.get("phase") != "backward":
+            path = origin_of(node).module
+            while path and node.op != "placeholder" and origin_of(node).phase != "backward":
                 outputs[path] = node  # the last one stays
                 path = path.rpartition(".")[0]
         if name in outputs:
@@ -329,7 +330,7 @@ class Questions:
         self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node, gradient: bool = False
     ) -> Reader:
         steps = self._steps(value, shared, needed, where(node), gradient)
-        return Reader(title, self._text(value, needed), steps, node.meta.get("phase", ""), where(node))
+        return Reader(title, self._text(value, needed), steps, origin_of(node).phase, where(node))
 
     def _steps(
         self, value: Value, start: Splits, end: Splits, place: str, gradient: bool = False
@@ -381,4 +382,4 @@ def _words(constraint: Constraint) -> str:
     node, spec = constraint.key[0], spec_text(constraint.dims)
     if node.op == "placeholder":
         return f"{constraint.label.partition(' on ')[0]} = {spec}"
-    return f"constrain(..., {spec}) at {node.meta.get('source') or where(node)}"
+    return f"constrain(..., {spec}) at {origin_of(node).source or where(node)}"

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from torch import fx
 
+from shardc.ir.facts import lowered
 from shardc.ir.program import Program, Role, ancestors, forward_part
 
 
@@ -43,7 +44,7 @@ def partition(graph: fx.Graph, program: Program) -> Partition:
     ports = list(zip(program.outputs, results, strict=True))
     outputs = [node for port, node in ports if port.role is not Role.GRADIENT]
     gradients = [node for port, node in ports if port.role is Role.GRADIENT and node is not None]
-    kept = [node for node in nodes if node.meta.get("kept")]
+    kept = [node for node in nodes if node.op != "output" and lowered(node).kept]
     forward = forward_part(graph, program.outputs, results, kept)
     backward = ancestors(gradients, forward)
     # all results of an operator are made where it runs
@@ -53,7 +54,7 @@ def partition(graph: fx.Graph, program: Program) -> Partition:
     backward -= at_hand
     wanted = {*gradients, *(operand for node in backward for operand in node.all_input_nodes)} - backward
     backward.difference_update(tangents)
-    saved = [n for n in nodes if n in wanted and n in at_hand and n.meta.get("layout") is not None]
+    saved = [n for n in nodes if n in wanted and n in at_hand and lowered(n).layout is not None]
     return Partition(
         given, [n for n in nodes if n in forward], outputs, saved if gradients else [],
         tangents, [n for n in nodes if n in backward], gradients,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.ir.facts import FACTS, Captured, Lowered
 from shardc.ir.layout import SHORT_DTYPES, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import name_of, where
@@ -48,9 +49,12 @@ def _argument(value: Any) -> str:
 
 
 def _type(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
-    layout: Layout | None = line.meta.get("layout", layouts.get(line.node))
-    value = line.meta.get("val")
-    dtype = line.meta.get("dtype", getattr(value, "dtype", None))
+    facts = line.meta.get(FACTS)
+    if isinstance(facts, Lowered):
+        layout, value, dtype = facts.layout, None, facts.dtype
+    else:
+        value = facts.value if isinstance(facts, Captured) else None
+        layout, dtype = layouts.get(line.node), getattr(value, "dtype", None)
     if layout is not None and dtype is not None:
         return f"{SHORT_DTYPES[dtype]}{layout.simplify(mesh) if mesh else layout}"
     if isinstance(value, torch.Tensor):

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
+from shardc.ir.facts import captured, origin_of
 from shardc.ir.versions import GraphVersion
 from shardc.runtime.kernels.random import DRAWS
 
@@ -84,7 +85,7 @@ class Constant:
 
 def value_of(node: fx.Node) -> Any:
     """The fake value (global shape and dtype) that capture recorded for `node`."""
-    return node.meta["val"]
+    return captured(node).value
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -147,5 +148,5 @@ def forward_part(
 
 def where(node: fx.Node) -> str:
     """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
-    module, source = node.meta.get("module", ""), node.meta.get("source", "")
-    return f"{module}, {source}" if module and source else module or source
+    place = origin_of(node)
+    return f"{place.module}, {place.source}" if place.module and place.source else place.module or place.source

@@ -22,6 +22,7 @@ from shardc.cost.buckets import Buckets, Sharing
 from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.errors import LayoutError
+from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, value_of
@@ -174,7 +175,7 @@ class CostNetwork:
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
-        backward = [op for op in self.factored.ops if op.node.meta.get("phase") == "backward"]
+        backward = [op for op in self.factored.ops if origin_of(op.node).phase == "backward"]
         beneath = sum(self.options_of(op).least for op in backward) / total if total else 0.0
         return {dtype: Sharing(buckets, tuple(found), beneath) for dtype, found in sizes.items()}
 

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import fx
 
-from shardc.ir.program import Program, Role, forward_part
+from shardc.ir.program import Program, Role, forward_part, value_of
 from shardc.rules.factors.factored import Factored, Key, Op
 
 _EVERYWHERE, _MASK = 8, 3
@@ -150,7 +150,7 @@ def _kind(op: Op) -> Hashable:
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    value = node.meta.get("val")
+    value = value_of(node)
     return [one for one in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(one, torch.Tensor)]
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ from torch.utils._pytree import tree_structure
 
 import shardc.rules  # noqa: F401  (registers every rule)
 from samples.calls.sample import Sample, View
+from shardc.ir.facts import NOWHERE, Captured, Lowered, describe, laid, lowered
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
-from shardc.passes.codegen import codegen
-from shardc.passes.localize import localize
+from shardc.passes.codegen import source_of
+from shardc.passes.localize import localized
 from shardc.planning.strategies import Options
 from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
-from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
+from shardc.rules.factors.strategy import Chosen, Strategy, demand, make, sends, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
 
 aten = torch.ops.aten
@@ -53,7 +55,7 @@ class Call:
             for index, one in enumerate(value):
                 if isinstance(one, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, index))
-                    item.meta["val"] = one
+                    describe(item, Captured(one))
                     results.append(item)
         self.graph.output(tuple(results))
         self.program = _program(self.graph, len(self.whole), results)
@@ -94,7 +96,7 @@ class Call:
 
     def _placeholder(self, tensor: Tensor) -> fx.Node:
         node = self.graph.placeholder(f"x{len(self.whole)}")
-        node.meta["val"] = self._mode.from_tensor(tensor.clone())
+        describe(node, Captured(self._mode.from_tensor(tensor.clone())))
         self.whole[node] = tensor
         return node
 
@@ -103,10 +105,10 @@ class Call:
         given = _map((args, kwargs), value_of, fx.Node)
         if isinstance(target, torch._ops.OpOverload):
             with self._mode:
-                node.meta["val"] = target(*given[0], **given[1])
+                describe(node, Captured(target(*given[0], **given[1])))
         else:  # a function of the runtime
             values = _map((args, kwargs), lambda n: self.whole[n], fx.Node)
-            node.meta["val"] = _map(_run(target, *values), self._mode.from_tensor, Tensor)
+            describe(node, Captured(_map(_run(target, *values), self._mode.from_tensor, Tensor)))
         return node
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:
@@ -125,7 +127,7 @@ class Call:
             else:
                 new = graph.call_function(node.target, (build(node.args[0], index, held), *node.args[1:]))  # type: ignore
                 layout = value.form.layout([held.get(ref, ()) for ref in factored.leaves(value)], splits.partial)
-            new.meta = {"layout": layout, "dtype": value_of(node).dtype}
+            describe(new, Lowered(NOWHERE, value_of(node).dtype, layout))
             return new
 
         operands: list[fx.Node] = []
@@ -139,22 +141,23 @@ class Call:
             (op.node.args, dict(op.node.kwargs)), lambda n: next(supply) if n in wanted else n
         )
         call = graph.call_function(op.node.target, args, kwargs)  # type: ignore[arg-type]
-        call.meta = {"op": op, "shape": self.shape, "strategy": strategy, "dtype": None}
+        chosen = Chosen(op, self.shape, strategy)
+        describe(call, Lowered(NOWHERE, operator=chosen))
         several, layouts, results = isinstance(value_of(op.node), (tuple, list)), dict[int, Layout](), list[fx.Node]()
         for index, result in enumerate(op.results):
             splits = make(self.shape, strategy, index, mesh)
             node = graph.call_function(operator.getitem, (call, result.key[1])) if several else call
             layouts[result.key[1]] = result.value.form.layout(splits.axes, splits.partial)
-            node.meta["layout"] = layouts[result.key[1]]
-            node.meta["dtype"] = (value_of(op.node)[result.key[1]] if several else value_of(op.node)).dtype
+            dtype = (value_of(op.node)[result.key[1]] if several else value_of(op.node)).dtype
+            describe(node, Lowered(NOWHERE, dtype, layouts[result.key[1]], operator=None if several else chosen))
             results.append(node)
         graph.output(tuple(results))
-        localize(graph, mesh)
+        localized(graph, mesh)
         leave: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
         for node in (*leave, *(n for n in graph.nodes if n.op == "placeholder")):
             # parts go in and come out as they are: nothing is cut or pasted
-            node.meta["layout"] = Layout.whole(node.meta["layout"].local_shape(mesh))
-        return codegen(graph, _program(graph, len(bases), results), mesh), bases, layouts
+            describe(node, replace(lowered(node), layout=Layout.whole(laid(node).local_shape(mesh))))
+        return source_of(graph, _program(graph, len(bases), results), mesh), bases, layouts
 
     def check(self, strategy: Strategy, mesh: Mesh, machine: VirtualMesh) -> str:
         """Empty if the strategy is right, else what is wrong."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.trace import capture, flatten
+from shardc.ir.facts import captured, origin_of
 from shardc.ir.program import Constant, Program, Role, value_of
 
 
@@ -86,13 +87,13 @@ def check_metadata(program: Program) -> None:
         if node.op != "call_function":
             assert node.op in ("placeholder", "output")
             continue
-        assert {"val", "module", "source", "phase"} <= node.meta.keys()
-        assert isinstance(node.meta["module"], str) and isinstance(node.meta["source"], str)
+        place = captured(node).origin
+        assert isinstance(place.module, str) and isinstance(place.source, str)
         name = str(node.target)
         assert not any(f".{word}." in name for word in ("detach", "alias", "t", "transpose", "reshape", "_unsafe_view"))
         assert "_assert" not in name and "lift_fresh" not in name
-        if node.meta["phase"] == "forward":
-            assert all(user.op == "placeholder" or user.meta["phase"] == "forward" for user in node.all_input_nodes)
+        if place.phase == "forward":
+            assert all(user.op == "placeholder" or origin_of(user).phase == "forward" for user in node.all_input_nodes)
         if isinstance(node.target, torch._ops.OpOverload):
             assert set(node.kwargs) <= {a.name for a in node.target._schema.arguments if a.kwarg_only}
 

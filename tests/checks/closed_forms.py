@@ -22,10 +22,11 @@ from shardc.capture.trace import capture
 from shardc.cost.hardware import DISTANCE, Hardware, Link
 from shardc.ir.constrain import Spec, parse
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Role
+from shardc.ir.program import Role, value_of
 from shardc.ir.splits import Splits
-from shardc.passes.normalize import normalize
-from shardc.passes.propagate import collect, propagate
+from shardc.passes.normalize import normalized
+from shardc.passes.propagate import spread
+from shardc.planning.constraints import ParameterDemand, collect
 from shardc.planning.cost_network import CostNetwork
 from shardc.rules.factors.factored import Factored
 from shardc.rules.factors.factoring import factor
@@ -79,7 +80,7 @@ class Axonn:
         split as in the paper."""
         with torch.device("meta"):
             layer = Layer(self.m, self.k, self.n).bfloat16()
-        program = normalize(capture(layer, (), constraints={}))
+        program = normalized(capture(layer, (), constraints={}))
         stored = {"given": "(data,z),row", "weight": "column,(row,z)"}
         return optimum(factor(program), self.mesh, stored, self._products if only else {})
 
@@ -117,13 +118,11 @@ def optimum(
 ) -> float:
     """The least cost where parameters are stored so, and products of a shape, if it is named, are made so."""
     ports = [port for port in factored.program.inputs if port.role is Role.PARAMETER]
-    demands: list[tuple[Port, tuple[tuple[str, ...] | None, ...], str]] = [
-        (port, parse(stored[port.name]), port.name) for port in ports
-    ]
-    spread = propagate(factored, mesh, collect(factored, mesh, demands))
-    accepts = dict(spread.accepts())
+    demands = [ParameterDemand(port, parse(stored[port.name]), port.name) for port in ports]
+    propagated = spread(factored, mesh, collect(factored, mesh, demands))
+    accepts = dict(propagated.accepts())
     for op in factored.ops:
-        shape = tuple(op.node.meta["val"].shape)
+        shape = tuple(value_of(op.node).shape)
         if is_product(op.node) and shape in products:
             accepts[op.node, 0] = products[shape].__eq__
     network = CostNetwork(factored, mesh, BYTES, accepts, False)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import shardc.capture.trace
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.trace import capture
+from shardc.ir.facts import captured, origin_of
 from shardc.ir.program import Program, Role
 
 
@@ -58,10 +59,10 @@ def in_full(module: nn.Module, patch: pytest.MonkeyPatch, *args: Any, **kwargs: 
 
 
 def told(node: fx.Node) -> Any:
-    val = node.meta.get("val")
+    val = captured(node).value if node.op != "output" else None
     values = val if isinstance(val, (tuple, list)) else [val]
     forms = [(v.shape, v.stride(), v.dtype, v.requires_grad) if isinstance(v, Tensor) else v for v in values]
-    rest = {key: value for key, value in node.meta.items() if key != "val"}
+    rest = origin_of(node)
     return node.op, str(node.target), node.name, str(node.args), str(node.kwargs), rest, forms
 
 

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 import shardc
 from checks.meter import metered
+from shardc.cost.buckets import Buckets
 from shardc.cost.hardware import Hardware, hardware
+from shardc.ir.partition import partition
+from shardc.ir.program import Program
+from shardc.ir.versions import GraphVersion
 from shardc.passes import schedule
 from shardc.passes.bucket import Joined
 
@@ -115,13 +119,17 @@ def test_gradients(
     assert "_reduce_bucket" in one.code or "_scatter_bucket" in one.code
     close(found, expected)
     assert one.executable.mesh.traffic == pytest.approx(one.plan.bytes_per_axis)
-    monkeypatch.setattr(schedule, "bucket", lambda graph, run, buckets, apart: Joined(0, run, 0.0))
+    monkeypatch.setattr(schedule, "bucketed", unjoined)
     other, alone = compiled()
     assert "_reduce_bucket" not in other.code and "_scatter_bucket" not in other.code
     assert all(torch.equal(found[name], alone[name]) for name in alone)
     assert other.executable.mesh.traffic == pytest.approx(one.executable.mesh.traffic)
     assert one.plan.predicted < other.plan.predicted
     assert one.plan.cost == other.plan.cost
+
+
+def unjoined(localized: GraphVersion, program: Program, buckets: Buckets, apart: bool) -> tuple[GraphVersion, Joined]:
+    return localized, Joined(0, partition(localized.read(), program), 0.0)
 
 
 def test_a_small_model_sends_its_gradients_at_once() -> None:

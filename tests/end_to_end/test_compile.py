@@ -15,7 +15,7 @@ from torch import Tensor
 import shardc
 from samples.pairs import MESH, MLP, Tied, inputs, pair
 from shardc import constrain
-from shardc.passes.pipeline import PASSES
+from shardc.passes.pipeline import NAMES as PASSES
 
 ROOT = Path(__file__).parents[2]
 

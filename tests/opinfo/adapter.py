@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from checks.compiling import compiled_program
 from opinfo.database import RANKS, Sample
 from shardc.analysis.operands import collective_of
 from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link
 from shardc.ir.constrain import Dim
+from shardc.ir.facts import Captured, Origin, captured, describe, lowered, origin_of
 from shardc.ir.layout import P, S
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Constant, Port, Program, Role, value_of
-from shardc.passes.pipeline import Settings, lower
+from shardc.planning.constraints import ParameterDemand
 from shardc.rules.factors.factoring import VIEWS
+from shardc.rules.factors.strategy import chosen_of
 from shardc.runtime import Slot, VirtualMesh, load
 from shardc.runtime.execute.slots import cut, paste
 
@@ -112,19 +115,19 @@ def _run(
     call: _Call, tensors: tuple[Tensor, ...], placements: Sequence[str], tangents: Mapping[int, Tensor]
 ) -> Outcome:
     program = capture(call, tensors, grad=bool(tangents), differentiable=frozenset(tangents))
-    settings, sums = _settings(program, placements)
-    lowered = lower(program, settings, {})
+    demands, sums = _demands(program, placements)
+    made = compiled_program(program, MESH, SLOW, demands=demands, whole=False)
     feeds = [_addends(x) if p == "P" else x.detach() for x, p in zip(tensors, placements, strict=True)]
-    outcome = Outcome(steps=list(_trace(lowered.graph, program, sums)))
-    gradients = _execute(load(lowered.code()), program, feeds, tangents, outcome)
+    outcome = Outcome(steps=list(_trace(made["overlap"].lowered.read(), program, sums)))
+    gradients = _execute(load(made["codegen"].code()), program, feeds, tangents, outcome)
     if tangents:
         outcome.gradients = [gradients.get(f"input:{i}") for i, x in enumerate(tensors) if x.requires_grad]
     return outcome
 
 
-def _settings(program: Program, placements: Sequence[str]) -> tuple[Settings, set[fx.Node]]:
-    """What is asked of the pipeline, and the nodes that stand for partial operands."""
-    demands: list[tuple[Port, tuple[Dim, ...], str]] = []
+def _demands(program: Program, placements: Sequence[str]) -> tuple[list[ParameterDemand], set[fx.Node]]:
+    """How operands enter, and the nodes that stand for partial ones."""
+    demands: list[ParameterDemand] = []
     sums: set[fx.Node] = set()
     for position, (port, node) in enumerate(zip(program.inputs, program.placeholders, strict=True)):
         if port.role is not Role.INPUT:
@@ -137,8 +140,8 @@ def _settings(program: Program, placements: Sequence[str]) -> tuple[Settings, se
             dims.insert(0, (AXIS,))
         elif placement != "R":
             dims[int(placement[1:])] = (AXIS,)
-        demands.append((port, tuple(dims), f"{port.name} enters as {placement}"))
-    return Settings(MESH, SLOW, "auto", False, demands), sums
+        demands.append(ParameterDemand(port, tuple(dims), f"{port.name} enters as {placement}"))
+    return demands, sums
 
 
 def _summed(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -147,8 +150,8 @@ def _summed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         total = graph.call_function(aten.sum.dim_IntList, (node, [0], False))
-    total.meta.update(val=value_of(node), module="", source="", phase="forward")
-    node.meta["val"] = value_of(node).new_empty((RANKS, *value_of(node).shape))
+    describe(total, Captured(value_of(node), Origin(phase="forward")))
+    describe(node, replace(captured(node), value=value_of(node).new_empty((RANKS, *value_of(node).shape))))
     for user in users:
         user.replace_input_with(node, total)
     return total
@@ -214,19 +217,19 @@ def _pasted(slot: Slot, parts: Sequence[Tensor], outcome: Outcome) -> Tensor:
 
 def _trace(graph: fx.Graph, program: Program, sums: set[fx.Node]) -> Iterator[Step]:
     """What ran, from the local graph, in order. Conversions of outputs are no part of it."""
-    entries = {node for node in graph.nodes if "op" in node.meta and node.meta["op"].node in sums}
+    entries = {node for node in graph.nodes if (chosen := chosen_of(node)) is not None and chosen.op.node in sums}
     for node in graph.nodes:
         if node.op != "call_function" or node in entries or collective_of(node) is not None:
             continue
-        if node.target is operator.getitem or ("op" not in node.meta and node.target not in VIEWS):
+        if node.target is operator.getitem or (chosen_of(node) is None and node.target not in VIEWS):
             continue
-        if "op" not in node.meta and any(collective_of(user) is not None for user in node.users):
+        if chosen_of(node) is None and any(collective_of(user) is not None for user in node.users):
             continue  # part of a conversion
         operands = [_came(operand, entries) for operand in node.all_input_nodes]
-        made = [node] if node.meta.get("layout") is not None else list(node.users)
+        made = [node] if lowered(node).layout is not None else list(node.users)
         yield Step(
             _name(node.target),
-            node.meta["phase"],
+            origin_of(node).phase,
             [now for _, now, _ in operands],
             [placement_of(n) for n in made],
             [(before, now) for before, now, moved in operands if moved],
@@ -254,7 +257,7 @@ def _came(operand: fx.Node, entries: set[fx.Node]) -> tuple[str, str, bool]:
 def _source(node: fx.Node, entries: set[fx.Node]) -> tuple[fx.Node, bool]:
     """Where a value was made, past views and conversions; whether it was converted."""
     moved = False
-    while node.op == "call_function" and "op" not in node.meta and node.target is not operator.getitem:
+    while node.op == "call_function" and chosen_of(node) is None and node.target is not operator.getitem:
         moved |= collective_of(node) is not None
         node = node.all_input_nodes[0]
     if node in entries and node.all_input_nodes[0].op != "placeholder":
@@ -264,7 +267,7 @@ def _source(node: fx.Node, entries: set[fx.Node]) -> tuple[fx.Node, bool]:
 
 def placement_of(node: fx.Node) -> str:
     """`R`, `P` or `S<dim>`."""
-    layout = node.meta.get("layout")
+    layout = lowered(node).layout
     if layout is None:
         return "R"
     placement = layout.placement(AXIS)

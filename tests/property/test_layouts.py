@@ -20,12 +20,13 @@ from shardc.capture.trace import capture
 from shardc.cost.conversion import TensorClass, step_seconds
 from shardc.cost.hardware import Hardware, Link
 from shardc.errors import LayoutError
+from shardc.ir.facts import NOWHERE, Lowered, describe, laid
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits, apply
-from shardc.passes.codegen import codegen
-from shardc.passes.localize import localize
-from shardc.passes.normalize import normalize
+from shardc.passes.codegen import source_of
+from shardc.passes.localize import localized
+from shardc.passes.normalize import normalized
 from shardc.passes.reshard import _Rewrite
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.rules.factors.factored import Factored
@@ -161,7 +162,7 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
     shape = tuple(math.prod(atoms[i:j]) for i, j in itertools.pairwise([0, *breaks, len(atoms)]))
     ops = random.choice((("sum",), ("sum", "max"), ("sum", "min")))
     x = numbered(shape) + 1
-    program = normalize(capture(Scaled(atoms), (x,), grad=False))
+    program = normalized(capture(Scaled(atoms), (x,), grad=False))
     factored = factor(program)
     key = (program.placeholders[0], 0)
     assert factored.sizes(key) == atoms
@@ -173,17 +174,18 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
     network = SimpleNamespace(factored=factored, mesh=mesh, class_of=lambda _: tensor)
     rewrite = _Rewrite(cast(CostNetwork, network), Assignment({}, {}, {}, {}))
     node = rewrite.graph.placeholder("x")
-    rewrite._describe(node, key, factored.base[key].form.layout(whole.axes))
+    facts = Lowered(NOWHERE, x.dtype, factored.base[key].form.layout(whole.axes), key)
+    describe(node, facts)
     back = bool(end.partial) or not _sliceable(factored, key, end, mesh)
     for one, other in ((whole, start), (start, end), *([(end, whole)] if back else [])):
         node = _walk(rewrite, key, node, one, other)
     rewrite.graph.output((node,))
-    source = codegen(localize(rewrite.graph, mesh), program, mesh)
+    source = source_of(localized(rewrite.graph, mesh), program, mesh)
     executable = Executable(load(source))
     (found,) = executable.run({}, [x])
     assert torch.equal(found, x), f"{atoms} as {shape}: {start} -> {end} on {mesh}\n{source}"
     if not back:
-        assert executable.outputs[0].cuts == node.meta["layout"].simplify(mesh).cuts(mesh)
+        assert executable.outputs[0].cuts == laid(node).simplify(mesh).cuts(mesh)
     sent = _sent(tensor, whole, start) + _sent(tensor, start, end) + (_sent(tensor, end, whole) if back else 0)
     assert sum(executable.mesh.traffic.values()) == pytest.approx(sent)
 

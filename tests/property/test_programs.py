@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checks.compiling import compiled_program
 from checks.fuzz import TIMES, searched
 from samples.grower import AXES, Program, random_spec
 from samples.random_programs import grow
@@ -24,8 +25,7 @@ from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.errors import CaptureError, RuleError, ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Role
-from shardc.passes.pipeline import Settings, lower
-from shardc.passes.propagate import match_parameters
+from shardc.planning.constraints import parameter_demands
 
 EVERY = ("pointwise", "contraction", "view", "reduction", "shape", "index", "window")
 MENUS: dict[str, tuple[str, ...]] = {
@@ -154,8 +154,9 @@ def examine(menu: str, random: Random) -> None:
         what = f"{program}\nmesh {mesh}, mode {mode}, constraints {demands}, {device}, whole outputs {whole}"
         try:
             specs = {name: tuple(_dims(spec)) for name, spec in demands.items()}
-            chosen = Settings(mesh, device, mode, whole, match_parameters(ports, specs, []))
-            compiled = Compiled(program, lower(captured, chosen, {}))
+            asked = parameter_demands(captured, program, specs, mesh)
+            made = compiled_program(captured, mesh, device, demands=asked, whole=whole, mode=mode, model=program)
+            compiled = Compiled({"capture": made["normalize"], **made})
         except ShardcError as error:
             assert not isinstance(error, (RuleError, CaptureError)), what
             assert demands or constrained, what

@@ -17,13 +17,12 @@ from functools import cached_property, lru_cache
 
 from torch import fx
 
+from shardc.ir.facts import Key
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.program import Program
 from shardc.rules.factors.atoms import Atoms, Ref
 from shardc.rules.notation import Rule
 from shardc.rules.trial.trial import Learned
-
-Key = tuple[fx.Node, int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -281,7 +281,7 @@ def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     def add(arguments: Iterable[Any]) -> None:
         for argument in arguments:
             if isinstance(argument, fx.Node):
-                if isinstance(argument.meta["val"], torch.Tensor):
+                if isinstance(value_of(argument), torch.Tensor):
                     found.append(argument)
             elif isinstance(argument, (list, tuple)):
                 add(argument)  # type: ignore[arg-type]

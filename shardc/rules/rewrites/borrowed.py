@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from shardc.capture.canonical import Rewriter
+from shardc.ir.facts import Captured, describe
 from shardc.ir.program import call, value_of
 
 aten = torch.ops.aten
@@ -79,7 +80,7 @@ def _plain(argument: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
     """The traced graph in canonical spelling; None if it holds more than operators and single numbers."""
-    rewriter = Rewriter(lambda old, new: None)
+    rewriter = Rewriter({})
     for old in traced.graph.nodes:
         if old.op == "placeholder":
             rewriter.placeholder(old, old.name, old.meta["val"])
@@ -103,5 +104,5 @@ def _constant(graph: fx.Graph, number: torch.Tensor) -> fx.Node:
     known = number.constant if isinstance(number, FakeTensor) else number  # a fake constant remembers its value
     arguments = list(number.shape), known.item()  # type: ignore[union-attr]
     node = call(graph, aten.full.default, arguments, {"dtype": number.dtype, "device": number.device})
-    node.meta["val"] = aten.full.default(*arguments, dtype=number.dtype, device=number.device)
+    describe(node, Captured(aten.full.default(*arguments, dtype=number.dtype, device=number.device)))
     return node

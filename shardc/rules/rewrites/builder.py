@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import call, frozen, value_of, where
 from shardc.runtime.kernels import random
 from shardc.runtime.kernels.widening import LOW
@@ -42,9 +43,11 @@ class Builder:
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = self._values(target, args, kwargs)  # a call that is refused leaves no node
         new = call(self._graph, target, args, kwargs)
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        new.meta["val"] = made
+        self._describe(new, made)
         return new
+
+    def _describe(self, new: fx.Node, value: Any) -> None:
+        describe(new, Captured(value, origin_of(self._node)))
 
     @property
     def result(self) -> Any:
@@ -59,7 +62,7 @@ class Builder:
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A function of the runtime whose results are like those of the operator that it replaces."""
         new = call(self._graph, function, args, kwargs)
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase", "val")})
+        self._describe(new, self.result)
         return new
 
     def item(self, several: fx.Node, index: int) -> fx.Node:
@@ -78,7 +81,7 @@ class Builder:
         plain = strides == [int(n) for n in torch.empty(shape, device="meta").stride()]
         keywords = {"dtype": dtype, **({} if plain else {"strides": strides})}
         new = self.run(random.draw, shape, distribution, *parameters, **keywords)
-        new.meta["val"] = like.new_empty(shape, dtype=dtype)
+        self._describe(new, like.new_empty(shape, dtype=dtype))
         return new
 
     def full(self, like: fx.Node, shape: Sequence[int], value: float, dtype: torch.dtype | None = None) -> fx.Node:
@@ -86,8 +89,7 @@ class Builder:
         fake = value_of(like)
         keywords = {"dtype": dtype or fake.dtype, "device": fake.device}
         new = call(self._graph, aten.full.default, (list(shape), value), keywords)
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        new.meta["val"] = fake.new_zeros(list(shape), dtype=dtype or fake.dtype)
+        self._describe(new, fake.new_zeros(list(shape), dtype=dtype or fake.dtype))
         return new
 
     def zeros(self, like: fx.Node, shape: Sequence[int]) -> fx.Node:
@@ -106,8 +108,7 @@ class Builder:
         fake = value_of(like)
         keywords = {"dtype": torch.int64, "device": fake.device}
         new = call(self._graph, aten.arange.default, (count,), keywords)
-        new.meta.update({k: v for k, v in self._node.meta.items() if k in ("module", "source", "phase")})
-        new.meta["val"] = fake.new_zeros([count], dtype=torch.int64)
+        self._describe(new, fake.new_zeros([count], dtype=torch.int64))
         return new
 
     def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:

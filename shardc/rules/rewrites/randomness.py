@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.ir.facts import captured
 from shardc.ir.program import value_of
 from shardc.rules.notation import Rule, letters, mark, parse, rule
 from shardc.rules.rewrites.builder import Builder
@@ -154,7 +155,7 @@ def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:
 def _strides(x: fx.Node) -> list[int]:
     """Those of the tensor in which eager draws, for the operand `x`: its own unless elements share memory."""
     value = value_of(x)
-    own = x.meta.get("strides", value.stride())
+    own = captured(x).strides or value.stride()
     shared = any(stride == 0 and n > 1 for n, stride in zip(value.shape, own, strict=True))
     return [int(n) for n in (torch.empty_like(value).stride() if shared else own)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.ir.facts import captured
 from shardc.ir.program import value_of
 from shardc.rules.rewrites.builder import Builder
 
@@ -82,7 +83,7 @@ def _window(
 ) -> tuple[_Window, list[int]] | None:
     """The call's window and the order of the operand's dims in memory; None where that memory is not the operand's."""
     value = value_of(x)
-    strides = x.meta.get("strides", value.stride())
+    strides = captured(x).strides or value.stride()
     own = _Window(tuple(int(n) for n in value.shape), tuple(int(n) for n in strides), 0).order
     start = 0 if offset is None else offset - int(value.storage_offset())
     reach = start + sum((n - 1) * step for n, step in itertools.zip_longest(size, stride))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from checks.stitched import Spy, check_values, in_full
 from samples.repeated_layers import Block, Stack, X
 from shardc.capture.trace import capture
+from shardc.ir.facts import origin_of
 from shardc.ir.program import Role, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4, "intermediate_size": 64}
@@ -116,7 +117,7 @@ def test_plain_modules_are_stitched(name: str, spy: Spy, monkeypatch: pytest.Mon
 def test_without_gradients(spy: Spy) -> None:
     program = capture(Stack(), (X,), grad=False)
     assert spy.filled and {port.role for port in program.outputs} == {Role.OUTPUT}
-    modules = {node.meta["module"] for node in program.graph.nodes if node.op == "call_function"}
+    modules = {origin_of(node).module for node in program.graph.nodes if node.op == "call_function"}
     assert {f"layers.{i}.up" for i in range(8)} <= modules
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from checks.captured import assert_same, execute, operators, verify
 from shardc.capture.trace import capture
+from shardc.ir.facts import origin_of
 from shardc.ir.program import Role, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -96,15 +97,17 @@ class GPT(nn.Module):
 def test_llama() -> None:
     program = verify(llama(), input_ids=TOKENS, labels=TOKENS)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    named = [n for n in calls if n.meta["module"]]
+    named = [n for n in calls if origin_of(n).module]
     assert len(named) >= 0.95 * len(calls)
-    assert all(n.meta["source"] for n in calls)
+    assert all(origin_of(n).source for n in calls)
     ops = operators(program)
     assert ops["shardc.attention.default"] == ops["shardc.attention_backward.default"] == 2
     up = next(n for n in calls if "mlp_up_proj_weight" in str(n.args))
-    assert up.meta["module"] == "model.layers.0.mlp.up_proj" and up.meta["source"].startswith("modeling_llama.py:")
+    assert origin_of(up).module == "model.layers.0.mlp.up_proj" and origin_of(up).source.startswith(
+        "modeling_llama.py:"
+    )
     backward = next(n for n in calls if n.target is torch.ops.shardc.attention_backward.default)
-    assert backward.meta["module"] == "model.layers.1.self_attn" and backward.meta["phase"] == "backward"
+    assert origin_of(backward).module == "model.layers.1.self_attn" and origin_of(backward).phase == "backward"
     assert isinstance(
         pytree.tree_unflatten([None] * program.out_spec.num_leaves, program.out_spec), hf.utils.ModelOutput
     )
@@ -180,7 +183,7 @@ def test_forward_only() -> None:
     got, mutations, grads = execute(program, module, (TOKENS,), {})
     torch.testing.assert_close(got, module(TOKENS))
     assert not mutations and not grads
-    assert {node.meta["phase"] for node in program.graph.nodes if node.op == "call_function"} == {"forward"}
+    assert {origin_of(node).phase for node in program.graph.nodes if node.op == "call_function"} == {"forward"}
     frozen = capture(copy.deepcopy(module).requires_grad_(False), (TOKENS,))
     assert len(frozen.graph.nodes) == len(program.graph.nodes)
 

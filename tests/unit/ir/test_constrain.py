@@ -14,6 +14,7 @@ from samples.small import Small, X
 from shardc.capture.trace import capture
 from shardc.errors import LayoutError
 from shardc.ir.constrain import check, parse, serialise
+from shardc.ir.facts import origin_of
 
 
 def test_constrain_in_the_code_and_by_module_path() -> None:
@@ -31,7 +32,7 @@ def test_constrain_in_the_code_and_by_module_path() -> None:
     assert shardc.constrain(X, ("dp", None)) is X
     program = capture(module, (X,), constraints={"layers.*": ("dp", ("sp", "tp"))})
     nodes = [n for n in program.graph.nodes if n.target is torch.ops.shardc.constrain.default]
-    found = Counter((n.args[1], n.meta["phase"]) for n in nodes)
+    found = Counter((n.args[1], origin_of(n).phase) for n in nodes)
     assert found == {(t, p): 2 for t in ("dp,?", "dp,(sp,tp)") for p in ("forward", "backward")}
     _, _, grads = execute(program, module, (X,), {})
     torch.testing.assert_close(grads["layers.1.bias"], torch.full((4,), 2.0, dtype=torch.float64))

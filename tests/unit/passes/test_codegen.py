@@ -8,11 +8,12 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
+from shardc.ir.facts import NOWHERE, Lowered, describe
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role
 from shardc.ir.versions import GraphVersion
-from shardc.passes.codegen import codegen
+from shardc.passes.codegen import source_of
 
 MESH = Mesh.parse("dp=2")
 
@@ -29,7 +30,7 @@ def chain(length: int) -> Program:
         gradient = graph.call_function(torch.ops.aten.threshold_backward.default, (gradient, saved, 0))
     graph.output((made[-1], gradient))
     for node in graph.nodes:
-        node.meta |= {"layout": Layout.whole((4, 4)), "dtype": torch.float32}
+        describe(node, Lowered(NOWHERE, torch.float32, Layout.whole((4, 4))))
     inputs = [Port(Role.INPUT, "input:0"), Port(Role.TANGENT, "")]
     outputs = [Port(Role.OUTPUT, ""), Port(Role.GRADIENT, "input:0")]
     return Program(GraphVersion.of(graph), inputs, outputs, tree_flatten(0)[1], [0])
@@ -37,7 +38,7 @@ def chain(length: int) -> Program:
 
 def test_what_backward_reads_is_saved_and_every_value_dropped_after_its_last_use() -> None:
     program = chain(2)
-    source = codegen(program.graph, program, MESH)
+    source = source_of(program.graph, program, MESH)
     assert "    return (relu_default_1,), (x, relu_default, relu_default_1)\n" in source
     backward = source.partition("def backward")[2]
     assert "    del relu_default_1, tangent\n" in backward
@@ -49,7 +50,7 @@ def test_time_is_linear_in_the_length_of_the_program() -> None:
 
     def seconds(program: Program) -> float:
         start = time.process_time()
-        codegen(program.graph, program, MESH)
+        source_of(program.graph, program, MESH)
         return time.process_time() - start
 
     programs = chain(500), chain(4000)

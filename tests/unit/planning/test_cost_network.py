@@ -16,7 +16,7 @@ from shardc.api import compile as compile_model
 from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.ir.mesh import Mesh
-from shardc.passes.normalize import normalize
+from shardc.passes.normalize import normalized
 from shardc.planning.cost_network import CostNetwork
 from shardc.rules.factors.factoring import factor
 from shardc.solver.problem import Problem
@@ -85,7 +85,7 @@ def by_milp(problem: Problem) -> float:
 @pytest.mark.parametrize("sizes", [(8, 64, 256), (64, 16, 32)])
 def test_optimum_equals_an_independent_milp(sizes: tuple[int, int, int], mesh: str, device: Hardware) -> None:
     batch, width, hidden = sizes
-    program = normalize(capture(Mlp(width, hidden), (torch.zeros(batch, width),)))
+    program = normalized(capture(Mlp(width, hidden), (torch.zeros(batch, width),)))
     network = CostNetwork(factor(program), Mesh.parse(mesh), device, {}, True)
     network.build()
     problem = network.problem()

@@ -12,7 +12,8 @@ import shardc.rules  # noqa: F401  (registers the rules)
 from samples import models
 from samples.towers import Tower
 from shardc.capture.trace import capture
-from shardc.passes.normalize import normalize
+from shardc.ir.facts import origin_of
+from shardc.passes.normalize import normalized
 from shardc.planning.run_order import RunOrder
 from shardc.rules.factors.factoring import factor
 
@@ -31,16 +32,14 @@ class Skipping(nn.Module):
 
 
 def schedule(model: nn.Module, *inputs: Tensor) -> RunOrder:
-    program = capture(model, inputs)
-    normalize(program)
-    return RunOrder(factor(program))
+    return RunOrder(factor(normalized(capture(model, inputs))))
 
 
 def by_block(scheduled: RunOrder, path: str) -> list[list[int]]:
     """When the operators of every block would run again."""
     found: list[list[int]] = [[] for _ in range(BLOCKS)]
     for node, position in scheduled.rerun.items():
-        module = node.meta.get("module", "")
+        module = origin_of(node).module
         if module.startswith(path):
             found[int(module.removeprefix(path).split(".")[0])].append(position)
     return found

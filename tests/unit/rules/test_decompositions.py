@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from checks.brute_force import Call
 from samples.calls.matrices import decomposed
 from samples.calls.sample import Sample, boolean, positive, real, whole
+from shardc.ir.facts import Captured, describe
 from shardc.ir.program import value_of
-from shardc.passes.normalize import normalize
+from shardc.passes.normalize import normalized
 from shardc.rules.factors.factoring import VIEWS
 from shardc.rules.notation import maker_of
 from shardc.rules.rewrites.borrowed import body_of
@@ -327,14 +328,14 @@ def test_fused_operators_are_never_taken_apart() -> None:
     x = torch.ones(2, 2, 4, 4, requires_grad=True)
     graph, mode = fx.Graph(), FakeTensorMode()
     given = graph.placeholder("x")
-    given.meta["val"] = mode.from_tensor(x)
+    describe(given, Captured(mode.from_tensor(x)))
     for target, args in (
         (aten._scaled_dot_product_flash_attention_for_cpu.default, (given, given, given)),
         (aten.native_dropout.default, (given, 0.5, True)),
         (aten.native_batch_norm.default, (given, None, None, None, None, True, 0.1, 1e-5)),
     ):
         node = graph.call_function(target, args)
-        node.meta["val"] = target(*fx.map_arg(args, value_of))
+        describe(node, Captured(target(*fx.map_arg(args, value_of))))
         assert body_of(node) is None
 
 
@@ -345,10 +346,10 @@ def test_equals_the_operator(sample: Sample) -> None:
     torch.manual_seed(7)
     expected = sample.target(*sample.args, **sample.kwargs)
     expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
-    normalize(call.program)
+    graph = normalized(call.program).graph
     torch.manual_seed(7)
-    inputs = [call.whole[node] for node in call.program.placeholders]
-    module = fx.GraphModule(torch.nn.Module(), call.graph)
+    inputs = [call.whole[node] for node in graph.nodes if node.op == "placeholder"]
+    module = fx.GraphModule(torch.nn.Module(), graph)
     made = VirtualMesh({"a": 1}).run(module, lambda _: tuple(inputs), random=True)[0]
     assert len(made) == len([e for e in expected if isinstance(e, Tensor)]) or sample.values is not None
     for index, (one, other) in enumerate(zip(made, expected, strict=False)):
@@ -360,8 +361,7 @@ def test_equals_the_operator(sample: Sample) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.target))
 def test_leads_to_operators_with_rules(sample: Sample) -> None:
     call = Call(sample, factored=False)
-    normalize(call.program)
-    for node in call.graph.nodes:
+    for node in normalized(call.program).graph.nodes:
         if node.op == "call_function" and node.target not in VIEWS and "getitem" not in node.name:
             assert maker_of(node.target) is not None, node.target
 
@@ -376,7 +376,7 @@ def test_rms_norm_backward() -> None:
     graph, mode = fx.Graph(), FakeTensorMode()
     nodes = [graph.placeholder(name) for name in ("grad", "x", "inverse", "weight")]
     for node, tensor in zip(nodes, arguments, strict=True):
-        node.meta["val"] = mode.from_tensor(tensor)
+        describe(node, Captured(mode.from_tensor(tensor)))
     node = graph.call_function(operator, (nodes[0], nodes[1], [2, 3], nodes[2], nodes[3], [True, True]))
     graph.output(DECOMPOSITIONS[operator](builder_before(graph, node), *node.args))
     graph.erase_node(node)
