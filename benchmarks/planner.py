@@ -280,7 +280,7 @@ def solvers() -> str:
 def closed_forms() -> str:
     """What papers derived by hand, over grids."""
     sys.path.insert(0, str(HERE.parent / "tests"))
-    import closed_forms as known
+    import checks.closed_forms as known
 
     shapes = ((8192, 1024, 4096), (2048, 8192, 1024), (65536, 4096, 2048), (512, 2048, 8192))
     equal = cheaper = dearer = best = count = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc.ir import constrain
+from shardc import constrain
 
 
 class MLP(nn.Module):

@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+from shardc.analysis.memory import peak_in_order
 from shardc.cost.hardware import Hardware
-from shardc.cost.memory import States
 from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes
-from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
+from shardc.planning.compilation import Compilation, Draft, compiler_pass
+from shardc.planning.cost_network import Accepts, CostNetwork
 from shardc.planning.recompute_network import RecomputeNetwork
+from shardc.planning.reuse_strategies import reuse_strategies
 from shardc.rules.factors.factored import Factored, Key
 from shardc.solver.budget import Frontier
 from shardc.solver.memory_terms import Prices
@@ -36,40 +39,53 @@ TIME_LIMIT = 20.0
 AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a device may hold, in bytes, the optimizer's states among them."""
-
-    bytes: float
-    states: States
-
-
-def assign(
-    factored: Factored,
-    mesh: Mesh,
-    device: Hardware,
-    accepts: Mapping[Key, Accepts],
-    whole_outputs: bool,
-    wishes: Mapping[Key, Sequence[Accepts]],
-) -> tuple[CostNetwork, Assignment, Solution]:
+@compiler_pass
+def assign(c: Compilation) -> Compilation:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
-    network = network_of(factored, mesh, device, accepts, whole_outputs, wishes)
+    if c.reuse is not None:
+        reused = _reused(c, c.reuse)
+        if reused is not None:
+            return reused
+    if c.options.budget is not None:
+        return assign_within(c, c.options.budget)
+    network = network_of(c)
     solution = solved(network.problem(), TIME_LIMIT)
-    return network, network.assignment(solution.choice), solution
+    return replace(c, network=network, assignment=network.assignment(solution.choice), solution=solution)
 
 
-def assign_within(
-    factored: Factored, mesh: Mesh, device: Hardware, accepts: Mapping[Key, Accepts], whole_outputs: bool,
-    wishes: Mapping[Key, Sequence[Accepts]], budget: Budget, peak_of: Callable[[CostNetwork, Assignment], float],
-) -> tuple[CostNetwork, Assignment, Solution]:  # fmt: skip
-    """As `assign`, among the plans that hold at most `budget.bytes` at once. Operators that run again are offered only
-    if something has to give. `peak_of` tells what a plan holds once it is lowered; where that is not what the network
-    reckoned, the bound is moved by the difference. What is proved is proved for the largest bound that was tried, of
-    the memory that the network reckons. Raises InfeasibleError if nothing fits."""
+def _reused(c: Compilation, before: Compilation) -> Compilation | None:
+    """The strategies that were chosen at other sizes, if they are legal here and hold no more than the budget."""
+    network = CostNetwork(c.factored, c.mesh, c.options.device, c.spread.accepts(), c.options.outputs == "full")
+    assignment = reuse_strategies(network, before.factored, before.assignment)
+    if assignment is None:
+        return None
+    c = replace(c, network=network, assignment=assignment)
+    return c if c.options.budget is None else _if_it_fits(c, c.options.budget)
+
+
+def _if_it_fits(c: Compilation, budget: float) -> Compilation | None:
+    c, peak = _lowered(c)
+    return c if peak <= budget else None
+
+
+def _lowered(c: Compilation) -> tuple[Compilation, float]:
+    """A candidate with the draft of its code, and the bytes that this holds at most without buckets and overlap."""
+    from shardc.passes.pipeline import LOWERING, run  # the list of passes names this one
+
+    localized = run(LOWERING, c).lowered
+    assert localized.source is not None
+    peak = peak_in_order(localized.read(), c.program, c.mesh, c.options.states)
+    return replace(c, draft=Draft(c.assignment, localized.source)), peak
+
+
+def assign_within(c: Compilation, budget: float) -> Compilation:
+    """The same among the plans that hold at most `budget` bytes at once. Operators that run again are offered only if
+    something has to give. What a plan holds once it is lowered may not be what the network reckoned: then the bound is
+    moved by the difference. What is proved is proved for the largest bound that was tried, of the memory that the
+    network reckons. Raises InfeasibleError if nothing fits."""
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
-        asked = (factored, mesh, device, accepts, whole_outputs, wishes)
-        made = RecomputeNetwork(*asked, recompute=recompute, states=budget.states)
+        made = RecomputeNetwork(*_asked(c), recompute=recompute, states=c.options.states)
         if like is not None:
             made.share(like)
         return _built(made)
@@ -77,24 +93,25 @@ def assign_within(
     simple = network(recompute=False)
     problem, holdings = simple.problem(), simple.holdings()
     free = solved(problem, TIME_LIMIT, ROUGHLY, draft=True)
-    if holdings.peak(free.choice) <= FAR * budget.bytes:
+    if holdings.peak(free.choice) <= FAR * budget:
         free = free if free.exact else solved(problem, TIME_LIMIT)
-        assignment = simple.assignment(free.choice)
-        if peak_of(simple, assignment) <= budget.bytes:
-            return simple, assignment, replace(free, prices=Prices({}, budget.bytes, holdings))
+        solution = replace(free, prices=Prices({}, budget, holdings))
+        fits = _if_it_fits(_candidate(c, simple, solution), budget)
+        if fits is not None:
+            return fits
     full = network(recompute=True, like=simple)
     frontier = Frontier(full.problem(), full.holdings())
     frontier.know(free, full.widened(simple, free.choice))
-    best: tuple[Solution, Assignment] | None = None
-    low, bound, largest = 0.0, budget.bytes, budget.bytes
+    best: Compilation | None = None
+    cheapest = math.inf
+    low, bound, largest = 0.0, budget, budget
 
     def lowered(found: Solution) -> float:
         """What the code of a choice holds; it is taken if that fits."""
-        nonlocal best
-        assignment = full.assignment(found.choice)
-        peak = peak_of(full, assignment)
-        if peak <= budget.bytes and (best is None or found.cost < best[0].cost):
-            best = found, assignment
+        nonlocal best, cheapest
+        candidate, peak = _lowered(_candidate(c, full, found))
+        if peak <= budget and found.cost < cheapest:
+            best, cheapest = candidate, found.cost
         return peak
 
     for _ in range(TRIES):
@@ -102,22 +119,26 @@ def assign_within(
         try:
             found = _within(frontier, bound)
         except InfeasibleError:
-            if not low and bound >= budget.bytes:
+            if not low and bound >= budget:
                 break
-            low, bound = bound, 0.5 * (bound + budget.bytes)
+            low, bound = bound, 0.5 * (bound + budget)
             continue
         over = lowered(found) - frontier.holdings.peak(found.choice)
-        if best is not None and budget.bytes - over - bound < CLOSE * bound:
+        if best is not None and budget - over - bound < CLOSE * bound:
             break
-        bound = max(budget.bytes - over, 0.5 * (low + bound))
+        bound = max(budget - over, 0.5 * (low + bound))
     least = lowered(frontier.smallest()) if best is None else 0.0
     if best is None:
         raise InfeasibleError(
-            f"no plan was found whose generated code holds at most {in_bytes(budget.bytes)} a device; the smallest "
+            f"no plan was found whose generated code holds at most {in_bytes(budget)} a device; the smallest "
             f"peak found is {in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"
         )
-    found, assignment = best
-    return full, assignment, frontier.proved_for(found, largest)
+    assert best.solution is not None
+    return replace(best, solution=frontier.proved_for(best.solution, largest))
+
+
+def _candidate(c: Compilation, network: CostNetwork, solution: Solution) -> Compilation:
+    return replace(c, network=network, assignment=network.assignment(solution.choice), solution=solution)
 
 
 def _within(frontier: Frontier, bound: float) -> Solution:
@@ -127,16 +148,17 @@ def _within(frontier: Frontier, bound: float) -> Solution:
         raise _too_late(TIME_LIMIT) from error
 
 
-def network_of(
-    factored: Factored,
-    mesh: Mesh,
-    device: Hardware,
-    accepts: Mapping[Key, Accepts],
-    whole_outputs: bool,
-    wishes: Mapping[Key, Sequence[Accepts]],
-) -> CostNetwork:
+def network_of(c: Compilation) -> CostNetwork:
     """The cost network. Raises InfeasibleError where a variable has no value left."""
-    return _built(CostNetwork(factored, mesh, device, accepts, whole_outputs, wishes))
+    return _built(CostNetwork(*_asked(c)))
+
+
+def _asked(
+    c: Compilation,
+) -> tuple[Factored, Mesh, Hardware, Mapping[Key, Accepts], bool, Mapping[Key, Sequence[Accepts]]]:
+    """What every network of a program is made of."""
+    wishes = c.spread.wishes() if c.options.mode == "propagate" else {}
+    return c.factored, c.mesh, c.options.device, c.spread.accepts(), c.options.outputs == "full", wishes
 
 
 def _built(network: AnyNetwork) -> AnyNetwork:

@@ -30,8 +30,10 @@ from torch import fx
 
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.cost.buckets import Buckets
-from shardc.ir.partition import Partition
-from shardc.ir.program import call
+from shardc.ir.partition import Partition, partition
+from shardc.ir.program import Program, call
+from shardc.ir.versions import GraphVersion
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective
 
@@ -54,7 +56,30 @@ class Joined(NamedTuple):
     held: float
 
 
-def bucket(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False) -> Joined:
+@compiler_pass
+def bucket(c: Compilation) -> Compilation:
+    """Join collectives as the schedule has it."""
+    schedule = c.schedule
+    if c.lowered is schedule.localized:
+        return replace(c, lowered=schedule.bucketed)
+    if not schedule.most:
+        return c
+    buckets = Buckets(c.mesh, c.options.device, schedule.most)
+    return replace(c, lowered=bucketed(c.lowered, c.program, buckets, schedule.apart)[0])
+
+
+def bucketed(localized: GraphVersion, program: Program, buckets: Buckets, apart: bool) -> tuple[GraphVersion, Joined]:
+    """The version in which collectives of gradients are joined, and what they are."""
+
+    def write() -> tuple[fx.Graph, Joined]:
+        graph = localized.take()
+        return graph, join(graph, partition(graph, program), buckets, apart)
+
+    graph, joined = write()
+    return GraphVersion(lambda: write()[0], graph), joined
+
+
+def join(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False) -> Joined:
     """Join the collectives of gradients of a localized graph, in place; `apart` are left those that would hold back
     more than a bucket saves."""
     largest, held = 0, 0.0

@@ -17,6 +17,8 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from shardc.ir.layout import SHORT_DTYPES, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import partition, spent
 from shardc.ir.program import Port, Program, Role, where
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.random import DRAWS
 
@@ -42,7 +45,14 @@ RANDOM = {random}
 '''
 
 
-def codegen(graph: fx.Graph, program: Program, mesh: Mesh) -> str:
+@compiler_pass
+def codegen(c: Compilation) -> Compilation:
+    """Write the module, when it is asked for: of a deep model it is long."""
+    lowered, program, mesh = c.lowered, c.program, c.mesh
+    return replace(c, code=cache(lambda: source_of(lowered.read(), program, mesh)))
+
+
+def source_of(graph: fx.Graph, program: Program, mesh: Mesh) -> str:
     """The source of the module for a localized graph whose placeholders and outputs are those of `program`."""
     return _Source(graph, program, mesh).text()
 

@@ -1,7 +1,7 @@
 """Localize: from global to local.
 
 Sizes in views, expands and factories shrink to the rank's part; indices into split tables are rebased; an operator
-one of whose parted factors is split gives way to its body.
+one of whose parted factors is split gives way to the body of the variant that was chosen.
 
 %v = view(%x, [16384, 512])       f32[(32@dp 512), 512]     ->   %v = view(%x, [8192, 512])       (dp=2)
 %e = embedding(%w, %i)            f32[32, 512] +sum@tp      ->   %j = rebase(%i, part=Part(('tp',), 128))
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import fx
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import call
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factored import Kind, Op
 from shardc.rules.factors.strategy import Shape, Strategy, masks
 from shardc.rules.notation import Size
@@ -36,7 +38,14 @@ _FROM_END = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.defaul
 """Whose indices count from the end below zero."""
 
 
-def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+@compiler_pass
+def localize(c: Compilation) -> Compilation:
+    """Make the program that of one rank."""
+    mesh = c.mesh
+    return replace(c, lowered=c.lowered.derived("localize", lambda graph: localized(graph, mesh)))
+
+
+def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     """Make every node's arguments local, in place."""
     as_it_is: dict[tuple[Kind, Strategy], bool] = {}
     for node in list(graph.nodes):
@@ -83,7 +92,7 @@ def _operator(graph: fx.Graph, node: fx.Node, op: Op, strategy: Strategy, mesh: 
         node.args = tuple(arguments)
     parts = _parts(op, strategy)
     if parts:
-        node.target, node.kwargs = op.rule.body, {**node.kwargs, **parts}  # type: ignore[assignment]
+        node.target, node.kwargs = op.rule.variant(strategy.variant).body, {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
         if axes:

@@ -10,12 +10,14 @@ factories of global shape, so every mesh draws the single-device stream.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.ir.program import Program, value_of
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factoring import VIEWS
 from shardc.rules.notation import maker_of
 from shardc.rules.rewrites.borrowed import body_of
@@ -24,15 +26,25 @@ from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
 from shardc.runtime.kernels.random import DRAWS
 
 
-def normalize(program: Program) -> Program:
+@compiler_pass
+def normalize(c: Compilation) -> Compilation:
+    """Replace every operator that has a decomposition."""
+    return replace(c, program=normalized(c.program))
+
+
+def normalized(program: Program) -> Program:
+    """The program in operators that have rules."""
+    return replace(program, version=program.version.derived("normalize", _normalized))
+
+
+def _normalized(graph: fx.Graph) -> fx.Graph:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
-    graph = program.graph
     _rewrite(graph, Values())
     for node in reversed(graph.nodes):
         # draws stay, needed or not: they move the random stream
         if not node.users and node.op == "call_function" and node.target not in DRAWS:
             graph.erase_node(node)
-    return program
+    return graph
 
 
 def _rewrite(graph: fx.Graph, values: Values) -> None:

@@ -30,6 +30,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -37,7 +38,9 @@ from shardc.analysis.operands import collective_of
 from shardc.analysis.timeline import Clock, Flight, Order, Times
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
+from shardc.ir.versions import GraphVersion
 from shardc.passes.bucket import passes_on
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.collectives.collective import Held, wait
 
 PATIENCE = 2.0
@@ -45,7 +48,14 @@ PATIENCE = 2.0
 sooner: predictions may be off."""
 
 
-def overlap(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
+@compiler_pass
+def overlap(c: Compilation) -> Compilation:
+    """Write the order of the schedule, and the waits."""
+    order = c.schedule.order
+    return replace(c, lowered=GraphVersion.of(_rewritten(c.lowered.take(), order)))
+
+
+def ordered(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
     without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin."""
     forward, backward = (_Half(half, ready, times, fetch).order() for half in (run.forward, run.backward))
@@ -289,8 +299,8 @@ def _worthwhile(order: Order, times: Times) -> Order:
     return [(node, awaited) for place, (node, awaited) in enumerate(order) if not awaited or worth(node, place)]
 
 
-def rewrite(graph: fx.Graph, order: Order) -> None:
-    """Put the nodes of both halves in order, one after the other, and write the waits, in place."""
+def _rewritten(graph: fx.Graph, order: Order) -> fx.Graph:
+    """The nodes of both halves in order, one after the other, with the waits; written in place."""
     ran = {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
     here = next(node for node in graph.nodes if node.op != "placeholder")
@@ -310,3 +320,4 @@ def rewrite(graph: fx.Graph, order: Order) -> None:
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new and user is not output)
     # once for all: it has as many arguments as there are gradients
     output.args = fx.map_arg(output.args, lambda node: landed.get(node, node))
+    return graph

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from torch.fx.node import map_arg
 
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Role, call, value_of
+from shardc.ir.program import Port, Program, Role, call, value_of
 from shardc.ir.splits import Splits, Step, apply
+from shardc.ir.versions import GraphVersion
+from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
 from shardc.rules.factors.factored import Factored, Form, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Strategy, demand, make
@@ -38,7 +41,29 @@ aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]
 
 
-def reshard(network: CostNetwork, assignment: Assignment) -> fx.Graph:
+@compiler_pass
+def reshard(c: Compilation) -> Compilation:
+    """Write the layouts of the assignment."""
+    network, assignment = c.network, c.assignment
+    if c.draft is not None and c.draft.assignment is assignment:
+        lowered = c.draft.resharded
+    else:
+        lowered = GraphVersion(lambda: resharded(network, assignment))
+    return replace(c, lowered=lowered, titles=titles_of(c.program, lowered.read()))
+
+
+def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
+    """The names of base values: those of parameters, buffers and inputs, else those in the resharded graph."""
+    titles: dict[Key, str] = {}
+    for node in graph.nodes:
+        if "base" in node.meta:
+            titles.setdefault(node.meta["base"], node.name)
+    for port, node in zip(program.inputs, program.placeholders, strict=True):
+        titles[node, 0] = port.name or f"{port.role.value} {port.index}"
+    return titles
+
+
+def resharded(network: CostNetwork, assignment: Assignment) -> fx.Graph:
     """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `base` (the key of the base
     value), `op` and `strategy` on operators."""
     return _Rewrite(network, assignment).run()

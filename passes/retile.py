@@ -11,31 +11,47 @@ atoms apart: on its dims the parameter is gathered before use, and its gradient 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from shardc.ir.constrain import Dim
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, call, value_of
+from shardc.ir.versions import GraphVersion, copied
+from shardc.passes.factor import factor
+from shardc.planning.compilation import Compilation, compiler_pass
+from shardc.planning.constraints import ParameterDemand
 from shardc.rules.factors.factored import Factored
 
 
-def retile(factored: Factored, mesh: Mesh, parameters: Sequence[tuple[Port, tuple[Dim, ...], str]]) -> bool:
-    """Put borders into the program where constraints need them; True when it changed and must be factored anew."""
-    program = factored.program
+@compiler_pass
+def retile(c: Compilation) -> Compilation:
+    """Put borders into a copy of the program where constraints need them, and factor that."""
+    crossing = _crossing(c.factored, c.mesh, c.demands)
+    if not crossing:
+        return c
+    # the program that was factored is not taken: other meshes may start from it
+    program = replace(c.program, version=GraphVersion.of(copied(c.program.graph)))
     nodes = dict(zip(program.inputs, program.placeholders, strict=True))
-    changed = False
-    for port, dims, _ in parameters:
+    for port, dims in crossing.items():
+        _insert(program.graph, nodes[port], dims)
+        _insert_on_gradient(program, port, dims)
+    return factor.run(replace(c, program=program))
+
+
+def _crossing(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) -> dict[Port, list[int]]:
+    """Per parameter the dims that a demand cuts across the pieces in which the model uses them."""
+    nodes = dict(zip(factored.program.inputs, factored.program.placeholders, strict=True))
+    crossing: dict[Port, list[int]] = {}
+    for port, dims, _ in demands:
         node = nodes[port]
         if len(dims) != len(factored.values[node].dims):
             continue  # told to the user when the constraint is checked
-        crossing = [i for i, axes in enumerate(dims) if axes and _crosses(factored, mesh, node, i, axes)]
-        if crossing:
-            _insert(program.graph, node, crossing)
-            _insert_on_gradient(program, port, crossing)
-            changed = True
-    return changed
+        across = [i for i, axes in enumerate(dims) if axes and _crosses(factored, mesh, node, i, axes)]
+        if across:
+            crossing[port] = across
+    return crossing
 
 
 def _crosses(factored: Factored, mesh: Mesh, node: fx.Node, dim: int, axes: tuple[str, ...]) -> bool:

@@ -6,56 +6,19 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import nn
 
-from shardc.capture.dynamic_sizes import Dynamic
+from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
-from shardc.compiled import TRACING, Compiled, ModelCall, Request, compiled
-from shardc.cost.hardware import Hardware, hardware, this_hardware
-from shardc.cost.memory import bytes_of, states_of
+from shardc.compiled import TRACING, Compiled, compiled
 from shardc.errors import MeshError, ShardcError
-from shardc.ir.constrain import Spec
 from shardc.ir.mesh import Mesh
+from shardc.ir.model_call import ModelCall
+from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
-
-MODES = ("auto", "propagate")
-OUTPUTS = ("full", "sharded")
-UNKNOWN = ("replicate", "error")
-
-
-def request_of(
-    mesh: str | Mesh | None,
-    mode: str,
-    constraints: Mapping[str, Spec] | None,
-    device: str | Path | Hardware | None,
-    outputs: str,
-    on_unknown: str,
-    dynamic: Dynamic | None,
-    memory: float | str | None = None,
-    optimizer: float | str | None = None,
-) -> Request:
-    """The options of `compile`, checked and resolved. Raises ShardcError naming what is known."""
-    if mode not in MODES:
-        raise ShardcError(f"mode={mode!r} is not known; it is one of {', '.join(MODES)}")
-    if outputs not in OUTPUTS:
-        raise ShardcError(f"outputs={outputs!r} is not known; it is one of {', '.join(OUTPUTS)}")
-    if on_unknown not in UNKNOWN:
-        raise ShardcError(f"on_unknown={on_unknown!r} is not known; it is one of {', '.join(UNKNOWN)}")
-    return Request(
-        Mesh.parse(mesh) if mesh is not None else _default_mesh(),
-        mode,
-        dict(constraints or {}),
-        hardware(device or this_hardware()),
-        outputs,
-        on_unknown,
-        dict(dynamic or {}),
-        None if memory is None else bytes_of(memory),
-        states_of(optimizer),
-    )
 
 
 def _default_mesh() -> Mesh:
@@ -66,34 +29,42 @@ def _default_mesh() -> Mesh:
     return Mesh((("dp", size),))
 
 
-def compile(
-    model: nn.Module,
-    mesh: str | Mesh,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any],
-    *,
-    mode: str = "auto",
-    constraints: Mapping[str, Spec] | None = None,
-    hardware: str | Path | Hardware | None = None,
-    outputs: str = "full",
-    on_unknown: str = "replicate",
-    dynamic: Dynamic | None = None,
-    memory: float | str | None = None,
-    optimizer: float | str | None = None,
-) -> Compiled:
+Keywords = ParamSpec("Keywords")
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+class Compile(Protocol[Keywords]):
+    """`compile` as type checkers see it: with the options as keywords."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        mesh: str | Mesh,
+        example_inputs: Inputs,
+        *args: Keywords.args,
+        **options: Keywords.kwargs,
+    ) -> Compiled: ...
+
+
+class Shard(Protocol[Keywords]):
+    """`shard` as type checkers see it."""
+
+    def __call__(self, target: Any = None, *args: Keywords.args, **options: Keywords.kwargs) -> Any: ...
+
+
+def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options: Options) -> Compiled:
     """Compile ahead of time. Of `example_inputs`, positional (a tuple) or keyword (a mapping), only the shapes count.
 
-    A model on the meta device is planned without being allocated. `mode="auto"` lets the solver choose every layout,
-    `"propagate"` spreads the constraints and leaves the rest whole. `outputs="sharded"` leaves outputs as they lie
-    (DTensors under torch.distributed). Operators without a rule are tried; `on_unknown="error"` refuses those that
-    would have to run whole on every rank. `dynamic={"input_ids": {0: "batch", 1: "seq"}}` names dims of arguments that
-    change from call to call: the program is captured and planned once, and lowered anew for sizes not met before.
-    `memory="80GB"` bounds what a device holds at any time, beside the state of the `optimizer` ("adamw", or bytes an
-    element of a parameter): where something has to give, values are kept split and regathered, or made again in
-    backward, whichever costs the least time. Raises ShardcError; the model stays as it was.
+    A model on the meta device is planned without being allocated. Raises ShardcError; the model stays as it was.
     """
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic, memory, optimizer)
-    return compiled(ModelCall(model, args, kwargs), request)
+    return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
+
+
+class Request(NamedTuple):
+    """What a sharded model was sharded for."""
+
+    mesh: Mesh
+    options: Options
 
 
 class _Engine:
@@ -115,7 +86,7 @@ class _Engine:
         leaves, spec = flatten((args, kwargs))
         call = ModelCall(module, args, kwargs, hooks=False)
         with TRACING:
-            key = (call_key(module, leaves, call.dims(self.request)), str(spec))
+            key = (call_key(module, leaves, named_dims(self.request.options.dynamic, call)), str(spec))
             self.last = found = self._get(key, call)
 
         def fallback(outputs: frozenset[int]) -> Executable:
@@ -130,7 +101,7 @@ class _Engine:
         self.capturing = True
         try:
             if identity not in self.compiled:
-                self.compiled[identity] = compiled(call, self.request)
+                self.compiled[identity] = compiled(call, *self.request)
             return self.compiled[identity].at(call)
         finally:
             self.capturing = False
@@ -171,31 +142,20 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
     }
 
 
-def shard(
-    target: Any = None,
-    *,
-    mesh: str | Mesh | None = None,
-    mode: str = "auto",
-    constraints: Mapping[str, Spec] | None = None,
-    hardware: str | Path | Hardware | None = None,
-    outputs: str = "full",
-    on_unknown: str = "replicate",
-    dynamic: Dynamic | None = None,
-    memory: float | str | None = None,
-    optimizer: float | str | None = None,
-) -> Any:
+def _shard(target: Any = None, *, options: ShardOptions) -> Any:
     """Shard a module (in place), a module class (decorator), or a function of tensors, over `mesh`.
 
     The first call with new input shapes captures, plans and lowers; later calls run the generated code. Without
-    torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. See `compile` for the
-    options. Raises ShardcError for a request that makes no sense.
+    torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. Raises ShardcError for
+    a request that makes no sense.
     """
+    request = Request(Mesh.parse(options.mesh) if options.mesh is not None else _default_mesh(), options)
     if target is None:
-        return lambda real: shard(
-            real, mesh=mesh, mode=mode, constraints=constraints, hardware=hardware, outputs=outputs,
-            on_unknown=on_unknown, dynamic=dynamic, memory=memory, optimizer=optimizer,
-        )  # fmt: skip
-    request = request_of(mesh, mode, constraints, hardware, outputs, on_unknown, dynamic, memory, optimizer)
+        return lambda real: _sharded(real, request)
+    return _sharded(target, request)
+
+
+def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
@@ -239,3 +199,17 @@ class _Function(nn.Module):
 
 def _shard_function(function: Callable[..., Any], request: Request) -> Any:
     return _shard_module(_Function(function), request)
+
+
+def _compile_function(options: Callable[Keywords, Options]) -> Compile[Keywords]:
+    _compile.__name__ = "compile"
+    return as_keywords(_compile, Options)
+
+
+def _shard_decorator(options: Callable[Keywords, ShardOptions]) -> Shard[Keywords]:
+    _shard.__name__ = "shard"
+    return as_keywords(_shard, ShardOptions)
+
+
+compile = _compile_function(Options)
+shard = _shard_decorator(ShardOptions)

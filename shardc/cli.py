@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from shardc import api
 from shardc.errors import ConstraintError, ShardcError
 from shardc.inspect.progress import working
-from shardc.passes.pipeline import PASSES
+from shardc.passes.pipeline import NAMES as PASSES
 from shardc.runtime import DistributedMesh, local_mesh
 from shardc.search import search_mesh
 
@@ -58,10 +58,17 @@ def _parser() -> argparse.ArgumentParser:
         if searches:
             mesh.add_argument("--devices", type=int, help="instead: rank all meshes of so many devices")
         one.add_argument("--hardware", help="what costs are for: h100, or a .toml file (default: this machine)")
-        one.add_argument("--mode", choices=api.MODES, default="auto", help="who decides what is not annotated")
-        one.add_argument("--outputs", choices=api.OUTPUTS, default="full", help="gather outputs or leave them sharded")
         one.add_argument(
-            "--on-unknown", choices=api.UNKNOWN, default="replicate", help="operators that have no rule and no split"
+            "--mode", choices=("auto", "propagate"), default="auto", help="who decides what is not annotated"
+        )
+        one.add_argument(
+            "--outputs", choices=("full", "sharded"), default="full", help="gather outputs or leave them sharded"
+        )
+        one.add_argument(
+            "--on-unknown",
+            choices=("replicate", "error"),
+            default="replicate",
+            help="operators that have no rule and no split",
         )
         one.add_argument("--memory", help="what a device may hold: 80GB, 24GiB")
         one.add_argument("--optimizer", help="whose state counts: adamw, sgd, ..., or bytes an element of a parameter")

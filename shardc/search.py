@@ -4,42 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Protocol
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from shardc.api import request_of
-from shardc.compiled import TRACING, ModelCall, captured
+from shardc.compiled import TRACING
 from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
-from shardc.explain.unruled import refuse_unknown
-from shardc.ir.constrain import Spec
 from shardc.ir.mesh import Mesh
+from shardc.ir.model_call import ModelCall
 from shardc.ir.printing import columns, in_bytes, in_seconds
-from shardc.ir.program import Program, Role
-from shardc.passes.assign import Budget, assign_within, network_of, solved
-from shardc.passes.normalize import normalize
-from shardc.passes.pipeline import Localized, Settings
-from shardc.passes.propagate import collect, propagate
-from shardc.passes.retile import retile
-from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
+from shardc.ir.program import Role
+from shardc.options import SearchOptions, as_keywords
+from shardc.passes.assign import network_of, solved
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation
+from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
 from shardc.planning.recompute_network import RecomputeNetwork
-from shardc.rules.factors.factored import Factored, Key
-from shardc.rules.factors.factoring import factor
 from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
 
+Keywords = ParamSpec("Keywords")
+Inputs = tuple[Any, ...] | Mapping[str, Any]
 CONSTRAIN = torch.ops.shardc.constrain.default
-TIME_LIMIT = 20.0
-"""CPU-seconds for the solver on one mesh."""
 
 
 @dataclass(frozen=True)
@@ -91,58 +85,54 @@ class MeshSearch:
         return "\n".join([head, "", *(f"  {line}" for line in columns(rows, "<>>>><")), "", tail])
 
 
-def search_mesh(
-    model: nn.Module,
-    devices: int,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any],
-    *,
-    axes: Sequence[str] = ("dp", "tp"),
-    mode: str = "auto",
-    constraints: Mapping[str, Spec] | None = None,
-    hardware: str | Path | Hardware | None = None,
-    outputs: str = "full",
-    on_unknown: str = "replicate",
-    memory: float | str | None = None,
-    optimizer: float | str | None = None,
-    time_limit: float = TIME_LIMIT,
-) -> MeshSearch:
-    """Plan for every mesh of `devices` devices over at most these axes, in their order, and rank the plans.
+class Search(Protocol[Keywords]):
+    """`search_mesh` as type checkers see it: with the options as keywords."""
+
+    def __call__(
+        self, model: nn.Module, devices: int, example_inputs: Inputs, *args: Keywords.args, **options: Keywords.kwargs
+    ) -> MeshSearch: ...
+
+
+def _search_mesh(model: nn.Module, devices: int, example_inputs: Inputs, options: SearchOptions) -> MeshSearch:
+    """Plan for every mesh of `devices` devices over at most the given axes, in their order, and rank the plans.
 
     The model is captured once. Meshes that the hardware cannot tell apart are planned once: where no constraint names
-    an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved. Of
-    the options, those that `compile` has mean the same; `time_limit` is the solver's where memory is not bounded, in
-    CPU-seconds a mesh.
+    an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved.
     Raises ShardcError, also where no mesh has a plan.
     """
+    axes = options.axes
     if devices < 1 or not axes:
         raise MeshError(f"cannot spread {devices} devices over {len(axes)} axes; both must be 1 or more")
-    first = Mesh(((axes[0], devices),))
-    request = request_of(first, mode, constraints, hardware, outputs, on_unknown, None, memory, optimizer)
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    if options.dynamic:
+        raise ShardcError("dynamic= has no meaning for a search: name the sizes to plan for")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     with tqdm(desc="capture", disable=None, leave=False) as bar:
         start = time.process_time()
         with TRACING:
-            program, settings, _ = captured(ModelCall(model, args, kwargs), request, {})
-        factored = factor(normalize(program))
-        if on_unknown == "error":
-            refuse_unknown(factored)
-        shared = time.process_time() - start
-        annotated = bool(constraints) or any(node.target is CONSTRAIN for node in program.graph.nodes)
-        wanted = meshes(devices, axes, settings.device, annotated)
+            captured = run(part("capture", "capture"), _start(model, devices, example_inputs, options))
+        shared = run(part("normalize", "factor"), captured)
+        taken = time.process_time() - start
+        nodes = shared.program.graph.nodes
+        annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in nodes)
+        wanted = meshes(devices, axes, options.device, annotated)
         bar.set_description("meshes")
         bar.reset(len(wanted))
         for mesh in wanted:
-            best = min((one.cost for one in found), default=math.inf)
+            best = min((one.cost for one in candidates), default=math.inf)
             with gc_paused():
-                found.append(_candidate(factored, replace(settings, mesh=mesh), time_limit, best))
+                candidates.append(_candidate(replace(shared, mesh=mesh), options.time_limit, best))
             bar.update()
-    found.sort(key=lambda one: (one.cost, one.lower_bound))
-    if math.isinf(found[0].cost):
-        raise ShardcError(f"no mesh of {devices} devices has a plan; {found[0].mesh}: {found[0].remark}")
-    return MeshSearch(settings.device.name, devices, tuple(found), shared, settings.memory is not None)
+    candidates.sort(key=lambda one: (one.cost, one.lower_bound))
+    if math.isinf(candidates[0].cost):
+        raise ShardcError(f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}")
+    return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
+
+
+def _start(model: nn.Module, devices: int, example_inputs: Inputs, options: SearchOptions) -> Compilation:
+    """A compilation for a mesh of one axis: what all meshes share does not look at it."""
+    return Compilation(ModelCall.of(model, example_inputs), Mesh(((options.axes[0], devices),)), options)
 
 
 def meshes(devices: int, axes: Sequence[str], device: Hardware, annotated: bool) -> list[Mesh]:
@@ -175,60 +165,35 @@ def _wiring(mesh: Mesh, device: Hardware) -> tuple[tuple[object, ...], ...]:
     return tuple(sorted(parts, key=repr))
 
 
-def _candidate(factored: Factored, settings: Settings, time_limit: float, best: float) -> Candidate:
+def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
     """Plan for one mesh, unless its bound lies above `best`."""
-    start, mesh = time.process_time(), settings.mesh
+    start, mesh = time.process_time(), c.mesh
 
     def without(bound: float, remark: str) -> Candidate:
         return Candidate(mesh, math.inf, bound, 0.0, time.process_time() - start, remark)
 
     try:
-        factored = _retiled(factored, settings)
-        spread = propagate(factored, mesh, collect(factored, mesh, settings.parameters))
-        wishes = spread.wishes() if settings.mode == "propagate" else {}
-        network = network_of(factored, mesh, settings.device, spread.accepts(), settings.whole_outputs, wishes)
+        c = run(part("retile", "propagate"), c)
+        network = network_of(c)
         problem = network.problem()
         bound = check(problem, Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
-        if settings.memory is not None:
-            return _within(factored, settings, spread.accepts(), wishes, start)
+        if c.options.budget is not None:
+            return _within(run(part("assign", "assign"), c), start)
         solution = solved(problem, time_limit)
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
-    stored, memory = _stored(network, network.assignment(solution.choice)), settings.device.memory
+    stored, memory = _stored(network, network.assignment(solution.choice)), c.options.device.memory
     remark = f"more than the {in_bytes(memory)} of a device" if stored > memory else ""
     return Candidate(mesh, solution.cost, solution.lower_bound, stored, time.process_time() - start, remark)
 
 
-def _within(
-    factored: Factored, settings: Settings, accepts: Mapping[Key, Accepts], wishes: Mapping[Key, Sequence[Accepts]],
-    start: float,
-) -> Candidate:  # fmt: skip
-    """Plan for one mesh within the bound on memory."""
-    assert settings.memory is not None
-    budget, mesh = Budget(settings.memory, settings.states), settings.mesh
-    network, _, solution = assign_within(
-        factored, mesh, settings.device, accepts, settings.whole_outputs, wishes, budget,
-        Localized(factored.program, settings).peak,
-    )  # fmt: skip
-    assert isinstance(network, RecomputeNetwork)
-    held = network.holdings().peak(solution.choice)
-    return Candidate(mesh, solution.cost, solution.lower_bound, held, time.process_time() - start)
-
-
-def _retiled(factored: Factored, settings: Settings) -> Factored:
-    """The program with the borders that this mesh needs; where constraints may need any, in a copy."""
-    if not settings.parameters:
-        return factored
-    own = factor(_copied(factored.program))
-    return factor(own.program) if retile(own, settings.mesh, settings.parameters) else own
-
-
-def _copied(program: Program) -> Program:
-    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(program.graph, new))
-    return replace(program, graph=graph)
+def _within(c: Compilation, start: float) -> Candidate:
+    """The plan of one mesh within the bound on memory."""
+    assert c.solution is not None and isinstance(c.network, RecomputeNetwork)
+    held = c.network.holdings().peak(c.solution.choice)
+    return Candidate(c.mesh, c.solution.cost, c.solution.lower_bound, held, time.process_time() - start)
 
 
 def _stored(network: CostNetwork, assignment: Assignment) -> float:
@@ -243,3 +208,11 @@ def _stored(network: CostNetwork, assignment: Assignment) -> float:
             copies = 2 if port.name in owners else 1
             total += copies * network.class_of(op.results[0].key).local_bytes(held)
     return total
+
+
+def _search_function(options: Callable[Keywords, SearchOptions]) -> Search[Keywords]:
+    _search_mesh.__name__ = "search_mesh"
+    return as_keywords(_search_mesh, SearchOptions)
+
+
+search_mesh = _search_function(SearchOptions)

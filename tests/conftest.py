@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fuzz import SEED, TIMES
+from checks.fuzz import SEED, TIMES
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
@@ -35,4 +35,6 @@ def pytest_report_header() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole-zoo", action="store_true", help="train every model on every mesh")
-    parser.addoption("--update-golden", action="store_true", help="write what is printed now to tests/golden/*.txt")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write what is printed now to the texts in tests/golden/"
+    )

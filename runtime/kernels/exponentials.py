@@ -1,8 +1,12 @@
-"""Softmax and log-sum-exp over a dim that the mesh splits: only the extremes and the sums travel."""
+"""Softmax and log-sum-exp over a dim that the mesh splits: only the extremes and the sums travel.
+
+Each has two variants. Two all-reduces wait for the network twice, and send the same however many ranks there are. One
+all-gather waits once, and every rank receives two numbers a row from every other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,58 +14,129 @@ from torch import Tensor
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.widening import widened
 
-__all__ = ["log_softmax", "log_softmax_backward", "logsumexp", "safe_softmax", "softmax", "softmax_backward"]
+__all__ = [
+    "log_softmax",
+    "log_softmax_backward",
+    "log_softmax_gathered",
+    "logsumexp",
+    "logsumexp_gathered",
+    "safe_softmax",
+    "safe_softmax_gathered",
+    "softmax",
+    "softmax_backward",
+    "softmax_gathered",
+]
 
 
 def softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
-    """`aten._softmax` over `dim`, of which this rank holds part `s`."""
-    shifted, scale = _exponents(x, dim, half_to_float, s)
+    """`aten._softmax` over `dim`, of which this rank holds part `s`; two all-reduces."""
+    return _softmax(_reduced, x, dim, half_to_float, s)
+
+
+def softmax_gathered(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
+    """`aten._softmax` over `dim`, of which this rank holds part `s`; one all-gather."""
+    return _softmax(_gathered, x, dim, half_to_float, s)
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
+    """`aten._log_softmax` over `dim`, of which this rank holds part `s`; two all-reduces."""
+    return _log_softmax(_reduced, x, dim, half_to_float, s)
+
+
+def log_softmax_gathered(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
+    """`aten._log_softmax` over `dim`, of which this rank holds part `s`; one all-gather."""
+    return _log_softmax(_gathered, x, dim, half_to_float, s)
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
+    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros. Two
+    all-reduces."""
+    return _safe_softmax(_reduced, x, dim, dtype, s)
+
+
+def safe_softmax_gathered(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
+    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros. One
+    all-gather."""
+    return _safe_softmax(_gathered, x, dim, dtype, s)
+
+
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
+    """`aten.logsumexp` over the dims `dim`, of some of which this rank holds parts; two all-reduces a part."""
+    return _logsumexp(_reduced, x, dim, keepdim, parts)
+
+
+def logsumexp_gathered(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
+    """`aten.logsumexp` over the dims `dim`, of some of which this rank holds parts; one all-gather a part."""
+    return _logsumexp(_gathered, x, dim, keepdim, parts)
+
+
+Finite = Callable[[Tensor], Tensor]
+"""Puts zero in place of the maxima that nothing can be taken less of."""
+Statistics = Callable[[Tensor, tuple[int, ...], Mapping[int, Part], Finite], tuple[Tensor, Tensor]]
+"""The maximum of each row over all parts, made finite, and the sum of the exponentials of the row less that. The parts
+are by dim."""
+
+
+def _reduced(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], finite: Finite) -> tuple[Tensor, Tensor]:
+    """By two all-reduces for each part: of the maxima, then of the sums."""
+    top = wide.amax(dims, keepdim=True)
+    for part in parts.values():
+        top = part.reduce(top, "max")
+    top = finite(top)
+    total = torch.exp(wide - top).sum(dims, keepdim=True)
+    for part in parts.values():
+        total = part.reduce(total)
+    return top, total
+
+
+def _gathered(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], finite: Finite) -> tuple[Tensor, Tensor]:
+    """By one all-gather for each part, of each row's local maximum and its sum relative to that."""
+    top = wide.amax(dims, keepdim=True)
+    total = torch.exp(wide - finite(top)).sum(dims, keepdim=True)
+    for dim, part in parts.items():
+        tops, totals = part.gather(torch.stack([top, total]), dim % wide.dim() + 1)
+        top = tops.amax(dim, keepdim=True)
+        total = (totals * torch.exp(tops - finite(top))).sum(dim, keepdim=True)  # of nothing but -inf: 0 times 0
+    return finite(top), total
+
+
+def _softmax(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> Tensor:
+    shifted, scale = _exponents(statistics, x, dim, half_to_float, s)
     result = torch.exp(shifted) / scale
     return result if half_to_float else result.to(x.dtype)
 
 
-def log_softmax(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -> Tensor:
-    """`aten._log_softmax` over `dim`, of which this rank holds part `s`."""
-    shifted, scale = _exponents(x, dim, half_to_float, s)
+def _log_softmax(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> Tensor:
+    shifted, scale = _exponents(statistics, x, dim, half_to_float, s)
     result = shifted - torch.log(scale)
     return result if half_to_float else result.to(x.dtype)
 
 
-def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
-    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros."""
+def _safe_softmax(statistics: Statistics, x: Tensor, dim: int, dtype: torch.dtype | None, s: Part) -> Tensor:
     given = x if dtype is None else x.to(dtype)
-    wide = s.fill(widened(given), dim, float("-inf"))
-    top = s.reduce(wide.amax(dim, keepdim=True), "max")
-    nothing = top == float("-inf")
-    powers = torch.exp(wide - top.masked_fill(nothing, 0))
-    scale = s.reduce(powers.sum(dim, keepdim=True)).masked_fill(nothing, 1)
-    return (powers / scale).to(given.dtype)
+    shifted, scale = _exponents(statistics, given, dim, False, s)
+    return (torch.exp(shifted) / scale.masked_fill(scale == 0, 1)).to(given.dtype)
 
 
-def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
-    """`aten.logsumexp` over the dims `dim`; this rank holds the given parts of some of them."""
-    dims = tuple(dim)
+def _logsumexp(
+    statistics: Statistics, x: Tensor, dim: Sequence[int], keepdim: bool, parts: Mapping[str, Part]
+) -> Tensor:
+    dims, placed = tuple(dim), by_dim(parts)
     wide = widened(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
-    for place, part in by_dim(parts).items():
+    for place, part in placed.items():
         wide = part.fill(wide, place, float("-inf"))
-    top = wide.amax(dims, keepdim=True)
-    for part in parts.values():
-        top = part.reduce(top, "max")
-    top = top.masked_fill(top.isinf(), 0)
-    total = torch.exp(wide - top).sum(dims, keepdim=True)
-    for part in parts.values():
-        total = part.reduce(total)
+    top, total = statistics(wide, dims, placed, lambda top: top.masked_fill(top.isinf(), 0))
     result = torch.log(total) + top
     result = result.to(x.dtype) if x.is_floating_point() else result
     return result if keepdim else result.squeeze(dims)
 
 
-def _exponents(x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tensor, Tensor]:
-    """`x` less its global maximum, and the global sum of the exponentials of that."""
-    wide = x.float() if half_to_float else widened(x)
-    wide = s.fill(wide, dim, float("-inf"))
-    shifted = wide - s.reduce(wide.amax(dim, keepdim=True), "max")
-    return shifted, s.reduce(torch.exp(shifted).sum(dim, keepdim=True))
+def _exponents(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tensor, Tensor]:
+    """`x` less its global maximum, and the global sum of the exponentials of that, which is zero only in rows of
+    nothing but -inf."""
+    wide = s.fill(x.float() if half_to_float else widened(x), dim, float("-inf"))
+    top, total = statistics(wide, (dim,), {dim: s}, lambda top: top.masked_fill(top == float("-inf"), 0))
+    return wide - top, total
 
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype, *, s: Part) -> Tensor:

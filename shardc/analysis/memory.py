@@ -25,11 +25,12 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from shardc.analysis.operands import collective_of, operand_bytes
-from shardc.analysis.timeline import Order
+from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
-from shardc.ir.partition import Partition
+from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, Role, where
+from shardc.rules.factors.strategy import workspace
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part
@@ -49,6 +50,12 @@ class Memory:
     place: str = ""
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
+
+
+def peak_in_order(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> float:
+    """The bytes that a localized graph holds at most as it is written, with neither buckets nor overlap."""
+    run = partition(graph, program)
+    return MemoryAnalysis(graph, run, program, mesh, states).memory(*in_order(run)).peak
 
 
 class MemoryAnalysis:
@@ -304,12 +311,15 @@ class _Execution:
 
     def _workspace(self, node: fx.Node) -> int:
         """The bytes of what our own functions allocate and free again: the rearranged copy of a collective whose dim is
-        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through."""
+        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through,
+        what the variant of an operator declares."""
         if isinstance(node.target, torch._ops.OpOverload):
             return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
             return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
+        if "op" in node.meta:
+            return workspace(node.meta["shape"], node.meta["strategy"], self.mesh)
         collective = collective_of(node)
         if collective is None or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0

@@ -22,9 +22,8 @@ from shardc.cost.conversion import step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition
-from shardc.planning.cost_network import CostNetwork
 from shardc.rules.factors.factored import Kind
-from shardc.rules.factors.strategy import Strategy, sends
+from shardc.rules.factors.strategy import Shape, Strategy, sends, work
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, wait
 
@@ -36,12 +35,17 @@ Order = list[tuple[fx.Node, bool]]
 """Nodes as they run; with True, where a collective is awaited that was only started."""
 
 
+def in_order(run: Partition) -> tuple[Order, Order]:
+    """Forward and backward as they are written, with nothing that is only started."""
+    return [(node, False) for node in run.forward], [(node, False) for node in run.backward]
+
+
 class Pace:
     """How long the nodes of a localized graph take, one by one."""
 
-    def __init__(self, network: CostNetwork, device: Hardware) -> None:
-        self.network, self.mesh, self.device = network, network.mesh, device
-        self.buckets = Buckets(network.mesh, device)
+    def __init__(self, mesh: Mesh, device: Hardware) -> None:
+        self.mesh, self.device = mesh, device
+        self.buckets = Buckets(mesh, device)
         self._operators: dict[tuple[Kind, Strategy], tuple[float, list[Inner]]] = {}
 
     def step(self, node: fx.Node) -> tuple[AnyCollective, float, float] | None:
@@ -73,13 +77,16 @@ class Pace:
         key = node.meta["op"].kind, node.meta["strategy"]
         found = self._operators.get(key)
         if found is None:
-            options, strategy = self.network.options_of(node.meta["op"]), key[1]
+            shape, strategy = node.meta["shape"], key[1]
             inner = [
                 (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
-                for kind, axis, size in sends(options.shape, strategy, self.mesh)
+                for kind, axis, size in sends(shape, strategy, self.mesh)
             ]
-            found = self._operators[key] = options.compute_of(strategy), inner
+            found = self._operators[key] = self._compute(shape, strategy), inner
         return found
+
+    def _compute(self, shape: Shape, strategy: Strategy) -> float:
+        return self.device.compute_seconds(*work(shape, strategy, self.mesh), shape.dtype)
 
 
 class Times:

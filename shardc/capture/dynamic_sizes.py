@@ -20,17 +20,20 @@ from torch.utils import _pytree as pytree
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import tracing
 from shardc.errors import CaptureError, ShardcError
+from shardc.ir.model_call import Dims, Dynamic, ModelCall
 from shardc.ir.program import Constant, Program, Role, value_of
-
-Dynamic = Mapping[str, Mapping[int, str]]
-Dims = dict[int, dict[int, str]]
-"""Per flat input the names of its dynamic dims."""
+from shardc.ir.versions import GraphVersion
 
 
-def named_dims(dynamic: Dynamic, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Dims:
-    """The dims that `dynamic` names by argument, as those of flat inputs. Raises ShardcError."""
+def named_dims(dynamic: Dynamic, call: ModelCall) -> Dims:
+    """The dims that `dynamic` names by argument, as those of flat inputs. Raises ShardcError.
+
+    Of a sharded function the arguments are those of the function.
+    """
     if not dynamic:
         return {}
+    forward: Callable[..., Any] = vars(call.model).get("sharded_function", call.model.forward)
+    args, kwargs = call.args, call.kwargs
     given, positions, count = dict[str, Any](), dict[str, int](), 0
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
     names = [name for name, p in inspect.signature(forward).parameters.items() if p.kind not in several][: len(args)]
@@ -39,7 +42,7 @@ def named_dims(dynamic: Dynamic, forward: Callable[..., Any], args: tuple[Any, .
         if name:
             given[name], positions[name] = value, count
         count += len(flatten(value)[0])
-    found: Dims = {}
+    found: dict[int, dict[int, str]] = {}
     for name, dims in dynamic.items():
         tensor = given.get(name)
         if name not in given:
@@ -113,4 +116,4 @@ class Template:
                 new[node].meta = {**node.meta, "val": pytree.tree_map(concrete, node.meta["val"])}
         old = self.program.out_leaves
         leaves = [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
-        return replace(self.program, graph=graph, out_leaves=leaves)
+        return replace(self.program, version=GraphVersion.of(graph), out_leaves=leaves)

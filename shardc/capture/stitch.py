@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from shardc.capture import canonical
 from shardc.capture.repeated_layers import Repeat, Unlike
 from shardc.ir.program import Program, Role, call
+from shardc.ir.versions import GraphVersion
 
 
 def fill(program: Program, number: int, repeat: Repeat) -> Program:
@@ -270,7 +271,7 @@ class _Stitch:
                 if old in self.at[0]:
                     made[1, self.at[0][old]] = env[old]
         graph.output(tuple(made[r] if isinstance(r, tuple) else None if r is None else env[r] for r in results))
-        return replace(self.program, graph=graph)
+        return replace(self.program, version=GraphVersion.of(graph))
 
     def _gradients(self) -> list[fx.Node | tuple[int, int] | None]:
         """The results of the new program: old nodes, and in the hole unit and position."""

@@ -28,6 +28,7 @@ from shardc.capture.torch_patches import tracing
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.ir.program import Constant, Port, Program, Role
+from shardc.ir.versions import GraphVersion
 
 
 def capture(
@@ -277,7 +278,7 @@ class _Builder:
         provenance.mark_phases(new, [r for r, port in zip(made, ports, strict=True) if port.role is not Role.GRADIENT])
         assert self.trace.out_spec is not None
         return Program(
-            new,
+            GraphVersion.of(new),
             self.inputs,
             ports,
             self.trace.out_spec,

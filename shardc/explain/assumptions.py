@@ -16,7 +16,7 @@ from shardc.explain.explanations import Assumption
 from shardc.ir.program import Role
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.rules.factors.factored import Factored
-from shardc.rules.factors.strategy import Shape, Strategy, legal
+from shardc.rules.factors.strategy import Shape, split_of, splittable
 
 Axes = tuple[str, ...]
 
@@ -65,9 +65,10 @@ def _uses(network: CostNetwork, assignment: Assignment) -> Iterator[tuple[int, A
         strategy, shape = assignment.strategies[op.node], network.options_of(op).shape
         if any(strategy.split):
             for item, carried in zip(op.items, op.kind.carried, strict=True):
+                split = split_of(shape, strategy, [factor for factor in carried if factor is not None])
                 for ref, factor in zip(factored.leaves(item.value), carried, strict=True):
-                    if factor is not None and strategy.split[factor]:
-                        yield factored.atoms.piece(ref), strategy.split[factor], (shape, factor)
+                    if factor is not None and split[factor]:
+                        yield factored.atoms.piece(ref), split[factor], (shape, factor)
     program = factored.program
     outputs = {factored.values[node].key: i for i, node in enumerate(program.results) if node is not None}
     kept = {key: assignment.outputs[i] for key, i in outputs.items() if i in assignment.outputs}
@@ -81,6 +82,4 @@ def _padded(shape: Shape, factor: int, axes: Axes, network: CostNetwork) -> bool
     """Whether the operator takes a factor of a size that the axes do not divide."""
     uneven = 2 * network.mesh.ways(axes) + 1
     factors = tuple(replace(f, size=uneven) if i == factor else f for i, f in enumerate(shape.factors))
-    split: list[Axes] = [() for _ in factors]
-    split[factor] = axes
-    return legal(replace(shape, factors=factors), Strategy(tuple(split)), network.mesh)
+    return splittable(replace(shape, factors=factors), factor, axes, network.mesh)

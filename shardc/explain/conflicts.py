@@ -28,7 +28,7 @@ import z3
 from shardc.ir.program import Role
 from shardc.planning.cost_network import CostNetwork, base_demand
 from shardc.rules.factors.factored import Key, Op
-from shardc.rules.factors.strategy import Shape, Strategy, legal
+from shardc.rules.factors.strategy import Shape, splittable
 
 Axes = tuple[str, ...]
 
@@ -254,7 +254,7 @@ class ConflictFinder:
     def _write_size(self, place: Place, axes: Axes, number: dict[Fact, str]) -> None:
         shape, mesh = self._shapes[place.op], self.network.mesh
         factor = shape.factors[place.factor]
-        if factor.whole or any(legal(shape, _alone(shape, place, way), mesh) for way in itertools.permutations(axes)):
+        if factor.whole or any(splittable(shape, place.factor, way, mesh) for way in itertools.permutations(axes)):
             return
         ways, name, by = mesh.ways(axes), _name(self.ops[place.op]), ",".join(axes)
         if factor.parting is not None and factor.parting.parts is not None:
@@ -267,14 +267,20 @@ class ConflictFinder:
         self._clause(self._guard(text), *(f"(not {number[Fact(place, axis)]})" for axis in axes))
 
     def _write_axes(self, number: dict[Fact, str]) -> None:
-        """An axis splits one factor of an operator at most."""
+        """An axis splits one factor of an operator at most, or a group that some variant splits together."""
         places: dict[int, list[Place]] = {}
         for place in self._held:
             places.setdefault(place.op, []).append(place)
         for own in places.values():
             for one, other in itertools.combinations(own, 2):
+                if self._together(one, other):
+                    continue
                 for axis in set(self._held[one]) & set(self._held[other]):
                     self._clause(f"(not {number[Fact(one, axis)]})", f"(not {number[Fact(other, axis)]})")
+
+    def _together(self, one: Place, other: Place) -> bool:
+        """Whether one axis may split both of an operator's factors."""
+        return any({one.factor, other.factor} <= set(group) for group in self._shapes[one.op].bundles)
 
     def _write_edge(self, maker: Place, reader: Place, guard: list[str], number: dict[Fact, str]) -> None:
         for a in self._held[maker]:
@@ -319,7 +325,11 @@ class ConflictFinder:
                 return self._back(fact, came), ""
             for other in held.setdefault(fact.place.op, []):
                 rival = self._shapes[other.place.op].factors[other.place.factor].name
-                if fact.axis == other.axis and fact.place != other.place:
+                if (
+                    fact.axis == other.axis
+                    and fact.place != other.place
+                    and not self._together(fact.place, other.place)
+                ):
                     return self._back(fact, came), f"there {fact.axis} would split both {rival} and {name}"
                 if fact.place == other.place and not crossed[0]:
                     crossed = self._back(fact, came), f"there {other.axis} and {fact.axis} would both split {name}"
@@ -337,13 +347,6 @@ class ConflictFinder:
             found.append(self.ops[fact.place.op])
             fact = came[fact]
         return tuple(reversed(found))
-
-
-def _alone(shape: Shape, place: Place, axes: Axes) -> Strategy:
-    """The strategy that splits one factor."""
-    split: list[Axes] = [() for _ in shape.factors]
-    split[place.factor] = axes
-    return Strategy(tuple(split))
 
 
 def _name(op: Op) -> str:

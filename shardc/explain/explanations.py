@@ -27,10 +27,19 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A variant that could run an operator split as it is, and the seconds that its body sends for."""
+
+    variant: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Why:
     """Why a value lies as it does. `strategy` is what the mesh axes do in the operator that makes it, `demands` are the
     user's own, `shared` the steps paid once for all readers, `runner_up` the best plan in which it lies otherwise (None
-    where nothing else is legal)."""
+    where nothing else is legal), `ways` the variant that runs, then the others
+    that could (empty where there are no others)."""
 
     value: str
     layout: str
@@ -44,11 +53,16 @@ class Why:
     readers: tuple[Reader, ...]
     runner_up: WhyNot | None
     runner_up_missing: str = ""
+    ways: tuple[Way, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
         made = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
         lines.append("  " + "; ".join(part for part in (made, self.strategy, self.place) if part))
+        if self.ways:
+            runs, *others = self.ways
+            would = "".join(f"; {way.variant} would send for {in_seconds(way.seconds)}" for way in others)
+            lines.append(f"  variant    {runs.variant}, which sends for {in_seconds(runs.seconds)}{would}")
         lines += [f"  demanded   {demand}" for demand in self.demands]
         if self.shared:
             lines.append(f"  converted  once for all readers, to {self.shared_layout}: {_steps(self.shared)}")

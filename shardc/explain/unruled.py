@@ -7,23 +7,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from shardc.analysis.conversions import Conversion
-from shardc.errors import RuleError
 from shardc.explain.plan import Tried
 from shardc.ir.program import where
 from shardc.planning.cost_network import Assignment, CostNetwork
-from shardc.rules.factors.factored import Factored
-
-
-def refuse_unknown(factored: Factored) -> None:
-    """RuleError for the first operator that runs on whole operands, because it has no rule and trial found no split."""
-    for op in factored.ops:
-        if op.learned is not None and op.learned.replicated:
-            place = f" ({where(op.node)})" if where(op.node) else ""
-            raise RuleError(
-                f"operator {op.node.target}{place} has no rule and would run whole on every rank: "
-                f"{op.learned.replicated}. Give it a rule with shardc.rule, write this part of the model with "
-                "operators that have rules, or accept it with on_unknown='replicate'"
-            )
 
 
 def tried(

@@ -18,10 +18,11 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
+from shardc.explain.chosen_strategy import splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse, spec_text
 from shardc.ir.layout import Layout, describe
-from shardc.ir.program import Port, Program, Role, value_of, where
+from shardc.ir.program import Port, Role, value_of, where
 from shardc.ir.splits import Splits, apply
 from shardc.passes.propagate import Constraint, demanded_leaves
 from shardc.planning.cost_network import Assignment, CostNetwork
@@ -70,10 +71,11 @@ class Questions:
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
         runner_up, missing = self._runner_up(name, value)
         return Why(
-            name, self._text(value, made), self._maker(op), self._splits_factors(op, strategy),
+            name, self._text(value, made), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
             self._steps(value, made, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
+            ways_to_run(self.network.options_of(op), strategy),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
@@ -369,15 +371,6 @@ class Questions:
         port = self._port(op.node)
         return f"{port.role.value} {port.name}".strip() if port else str(op.node.target)
 
-    def _splits_factors(self, op: Op, strategy: Strategy) -> str:
-        """`dp splits n, tp splits k`; of placeholders nothing."""
-        if op.node.op == "placeholder":
-            return ""
-        pairs = zip(op.factors, strategy.split, strict=True)
-        found = [f"{','.join(axes)} splits {factor.name}" for factor, axes in pairs if axes]
-        found += [f"sums over {axis} pass through" for axis, _ in strategy.passes]
-        return ", ".join(found) or "every rank makes all of it"
-
 
 def _words(constraint: Constraint) -> str:
     """A constraint as the user wrote it, which may speak of many values: of every layer of a kind, or a line of code
@@ -386,14 +379,3 @@ def _words(constraint: Constraint) -> str:
     if node.op == "placeholder":
         return f"{constraint.label.partition(' on ')[0]} = {spec}"
     return f"constrain(..., {spec}) at {node.meta.get('source') or where(node)}"
-
-
-def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
-    """The names of base values: those of parameters, buffers and inputs, else those in the resharded graph."""
-    found: dict[Key, str] = {}
-    for node in graph.nodes:
-        if "base" in node.meta:
-            found.setdefault(node.meta["base"], node.name)
-    for port, node in zip(program.inputs, program.placeholders, strict=True):
-        found[node, 0] = port.name or f"{port.role.value} {port.index}"
-    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,31 +12,15 @@ from torch import fx
 from shardc.ir.layout import SHORT_DTYPES, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import name_of, where
+from shardc.ir.versions import Line
 
 
-class _Line(NamedTuple):
-    """What the line of one node will show, as it is before passes change the node; where it comes from, its type and
-    its layout they leave alone."""
-
-    node: fx.Node
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+def printed(lines: Iterable[Line], mesh: Mesh | None = None, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
+    """The text. Values that have a layout, in their facts or among `layouts`, show it, others their shape."""
+    return "".join(f"{_text(line, mesh, layouts or {})}\n" for line in lines)
 
 
-class Shown:
-    """A graph as it is now; the text is made when it is asked for: of a deep model it is long, and seldom read."""
-
-    def __init__(self, graph: fx.Graph, mesh: Mesh | None = None) -> None:
-        self._mesh = mesh
-        self._lines = [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
-
-    def __call__(self, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
-        """The text. Values that have a layout, in their metadata or among `layouts`, show it, others their shape."""
-        return "".join(f"{_text(_Line(*line), self._mesh, layouts or {})}\n" for line in self._lines)
-
-
-def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+def _text(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
     if line.node.op == "output":
         return f"return {_argument(line.args[0])}"
     call = "input" if line.node.op == "placeholder" else _call(line)
@@ -46,7 +30,7 @@ def _text(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> 
     return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
 
 
-def _call(line: _Line) -> str:
+def _call(line: Line) -> str:
     target = line.target
     if target is operator.getitem:
         return f"{_argument(line.args[0])}[{line.args[1]}]"
@@ -63,10 +47,10 @@ def _argument(value: Any) -> str:
     return str(value)
 
 
-def _type(line: _Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
-    layout: Layout | None = line.node.meta.get("layout", layouts.get(line.node))
-    value = line.node.meta.get("val")
-    dtype = line.node.meta.get("dtype", getattr(value, "dtype", None))
+def _type(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+    layout: Layout | None = line.meta.get("layout", layouts.get(line.node))
+    value = line.meta.get("val")
+    dtype = line.meta.get("dtype", getattr(value, "dtype", None))
     if layout is not None and dtype is not None:
         return f"{SHORT_DTYPES[dtype]}{layout.simplify(mesh) if mesh else layout}"
     if isinstance(value, torch.Tensor):

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
+from shardc.ir.versions import GraphVersion
 from shardc.runtime.kernels.random import DRAWS
 
 
@@ -43,14 +44,14 @@ class Port:
 
 @dataclass
 class Program:
-    """A captured model: `graph`, one port per placeholder and per element of the output tuple.
+    """A captured model: a version of its graph, one port per placeholder and per element of the output tuple.
 
     `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
     itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
     `attached` are the positions of the outputs that require a gradient on one device.
     """
 
-    graph: fx.Graph
+    version: GraphVersion
     inputs: list[Port]
     outputs: list[Port]
     out_spec: TreeSpec
@@ -58,6 +59,11 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     attached: frozenset[int] = frozenset()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of this version, to look at; see `GraphVersion.take` for passes that write in place."""
+        return self.version.read()
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -29,7 +29,7 @@ from shardc.ir.splits import Splits
 from shardc.planning.cost_network import Assignment, CostNetwork, Domain, title_of
 from shardc.planning.run_order import RunOrder
 from shardc.rules.factors.factored import Key, Op, Value
-from shardc.rules.factors.strategy import Strategy
+from shardc.rules.factors.strategy import Strategy, workspace
 from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
 from shardc.solver.problem import Array, zeros
 
@@ -95,9 +95,22 @@ class RecomputeNetwork(CostNetwork):
         if domain.strategies and domain.strategies[-1].again:
             for operand, demanded in zip(op.operands, domain.operands, strict=True):
                 self._connect_again(op, operand.value.key, variable, demanded)
+        self._hold_workspace(op, variable, domain)
         for result in op.results:
             self._hold_result(result.key, variable, port)
         return domain
+
+    def _hold_workspace(self, op: Op, variable: int, domain: Domain) -> None:
+        """What the body of each strategy allocates for itself is held while the operator runs, and runs again."""
+        shape = self.options_of(op).shape
+        if not any(one.workspace for one in shape.variants):
+            return
+        again = np.array([strategy.again for strategy in domain.strategies])
+        sizes = np.array([float(workspace(shape, strategy, self.mesh)) for strategy in domain.strategies])
+        self._hold(variable, None, sizes, self._reader, self._reader)
+        if again.any():
+            position = self.schedule.rerun[op.node]
+            self._hold(variable, None, np.where(again, sizes, 0.0), position, position)
 
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         once = super()._domain(op, port, frozen)

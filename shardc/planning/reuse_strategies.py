@@ -6,8 +6,6 @@ adopted at batch=6    %h = mm(%x, %w)    f32[6, 64]    ->   f32[6@dp, 64@tp]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import fx
 
 from shardc.ir.splits import Splits
@@ -16,28 +14,19 @@ from shardc.rules.factors.factored import Factored, Key, Op
 from shardc.rules.factors.strategy import legal
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A program and what was chosen for it."""
-
-    factored: Factored
-    assignment: Assignment
-
-
-def reuse_strategies(network: CostNetwork, choice: Choice) -> Assignment | None:
-    """The choice carried over to `network`'s program; None where the two differ in more than sizes, or where a size is
-    too small for what was chosen."""
-    old, new = choice.factored, network.factored
+def reuse_strategies(network: CostNetwork, old: Factored, known: Assignment) -> Assignment | None:
+    """What is known for the program `old`, carried over to `network`'s program; None where the two differ in more than
+    sizes, or where a size is too small for what was chosen."""
+    new = network.factored
     if len(old.ops) != len(new.ops):
         return None
     found = Assignment({}, {}, {}, {})
     for before, after in zip(old.ops, new.ops, strict=True):
-        strategy, shape = choice.assignment.strategies[before.node], network.options_of(after).shape
+        strategy, shape = known.strategies[before.node], network.options_of(after).shape
         if not _alike(before, after) or not legal(shape, strategy, network.mesh):
             return None
         found.strategies[after.node], found.shapes[after.node] = strategy, shape
     keys: dict[tuple[str, int], Key] = {(node.name, index): (node, index) for node, index in new.base}
-    known = choice.assignment
     for theirs, own in ((known.shares, found.shares), (known.kept, found.kept), (known.regathered, found.regathered)):
         for (node, index), splits in theirs.items():
             key = keys.get((node.name, index))
@@ -47,7 +36,7 @@ def reuse_strategies(network: CostNetwork, choice: Choice) -> Assignment | None:
     if known.forward is not None:
         names = {node.name for node in known.forward}
         found.forward = frozenset(node for node in new.program.graph.nodes if node.name in names)
-    for position, splits in choice.assignment.outputs.items():
+    for position, splits in known.outputs.items():
         node: fx.Node | None = new.program.results[position]
         if node is None or not _fits(network, new.values[node].key, splits):
             return None

@@ -15,7 +15,17 @@ import numpy as np
 from shardc.cost.conversion import TensorClass, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
-from shardc.rules.factors.strategy import Shape, Strategy, demand, make, one_reduction, sends, splittable, work
+from shardc.rules.factors.strategy import (
+    Shape,
+    Strategy,
+    demand,
+    make,
+    one_reduction,
+    sends,
+    splittable,
+    variants_of,
+    work,
+)
 
 
 @dataclass(eq=False)
@@ -53,11 +63,11 @@ class Options:
         """Seconds of each strategy: compute, and the collectives inside its body."""
         if all(factor.parting is None for factor in self.shape.factors):
             return self.compute
-        inner = [
-            sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, s, self.mesh))
-            for s in self.strategies
-        ]
-        return self.compute + np.array(inner)
+        return self.compute + np.array([self.sending(s) for s in self.strategies])
+
+    def sending(self, strategy: Strategy) -> float:
+        """Seconds of the collectives inside the body of one strategy."""
+        return sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
 
     @cached_property
     def compute(self) -> np.ndarray:
@@ -84,23 +94,28 @@ class Options:
 
 
 def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
-    free = [i for i, factor in enumerate(shape.factors) if not factor.whole]
-    options: list[list[int | str | None]] = [
-        [None, *free, *(f"group {g}" for g in range(len(shape.linear)))] if ways > 1 else [None]
-        for _, ways in mesh.axes
-    ]  # None: nothing is split; int: that factor; str: that linear group passes
+    """One strategy for every split and every variant that runs it."""
+    free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
+    choices = [(), *free, *shape.bundles, *(f"group {g}" for g in range(len(shape.linear)))]
+    options: list[list[tuple[int, ...] | str]] = [choices if ways > 1 else [()] for _, ways in mesh.axes]
+    # a tuple: those factors are split; str: that linear group passes
 
     @cache
     def splits(factor: int, axes: tuple[str, ...]) -> bool:
         return splittable(shape, factor, axes, mesh)
 
+    @cache
+    def variants(split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+        return variants_of(shape, split)
+
     for choice in itertools.product(*options):
         passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
         held: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
-            if isinstance(c, int):
-                held[c] = (*held.get(c, ()), axis)
+            for factor in c if isinstance(c, tuple) else ():
+                held[factor] = (*held.get(factor, ()), axis)
         if all(splits(factor, axes) for factor, axes in held.items()):
             orders = [itertools.permutations(held[i]) if i in held else ((),) for i in range(len(shape.factors))]
             for order in itertools.product(*orders):
-                yield Strategy(order, passes)
+                for variant in variants(order):
+                    yield Strategy(order, passes, variant=variant)

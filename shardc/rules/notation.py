@@ -3,9 +3,9 @@
     "m k, k n -> m n"        letters are factors; one that no result carries is reduced there: the result is P(sum)
     "a k:max -> a"           a reduction other than sum
     "a s! -> a s!"           s stays whole on every axis
-    "a s~ -> a s~"           s is parted: where it is split, the rule's `body` runs in the operator's place; it gets the
-                             keyword s, a runtime `Part`, and talks to the other parts itself. `sends` says what it
-                             sends. A result that does not carry s comes out complete, with `s:sum~` partial
+    "a s~ -> a s~"           s is parted: where it is split, the body of a `Variant` runs in the operator's place; it
+                             gets the keyword s, a runtime `Part`, and talks to the other parts itself. A result that
+                             does not carry s comes out complete, with `s:sum~` partial
     "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's
                              chunk and those outside point at a dummy row (taking: the row is zero, the result P;
                              putting: the row is dropped)
@@ -22,7 +22,7 @@ size it is, or to the factors (and plain numbers) of a list of sizes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,35 @@ class Send:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """What a body allocates for itself and frees again: `elements` for every local point of `factors`, of `itemsize`
+    bytes."""
+
+    factors: tuple[str, ...]
+    itemsize: int
+    elements: int = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run an operator that has a parted factor split: `body` runs in the operator's place.
+
+        Variant("all_gather", softmax_gathered, {"s": [Send(all_gather, rows, 4, elements=2)]})
+        Variant("ring", ring_attention, {"s": [...]}, together=(("r", "s"),))
+
+    `sends` says per parted factor what the body sends where that factor is split. `together` holds groups of parted
+    factors: an axis that splits one factor of a group splits them all, and the body gets a `Part` for each. An operand
+    or result that carries several factors of a group is split along the one that the group names first. A variant with
+    groups runs only where one of its groups is split. Variants that cost the same are equal, whatever their bodies."""
+
+    name: str
+    body: Body = field(compare=False)
+    sends: Mapping[str, Sequence[Send]] = field(default_factory=dict[str, Sequence[Send]], hash=False)
+    together: tuple[tuple[str, ...], ...] = ()
+    workspace: tuple[Workspace, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rule:
     """An operator's factors for one call: `operands` and `results` hold a dim's factor name, None for size one."""
 
@@ -66,12 +95,19 @@ class Rule:
     sizes: Mapping[int, Size] = field(default_factory=dict[int, Size])
     flops: tuple[str, ...] = ()
     parted: frozenset[str] = frozenset()
-    body: Body | None = None
-    sends: Mapping[str, tuple[Send, ...]] = field(default_factory=dict[str, tuple[Send, ...]])
+    variants: tuple[Variant, ...] = ()
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     even: bool = False
     multiplied: frozenset[int] = frozenset()
     repeated: bool = False
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+
+ONLY = "parted"
+"""The name of a variant that is the only one of its rule."""
 
 
 def parse(
@@ -81,16 +117,18 @@ def parse(
     sizes: Mapping[int, Size] | None = None,
     flops: Iterable[str] = (),
     body: Body | None = None,
-    sends: Mapping[str, Iterable[Send]] | None = None,
+    sends: Mapping[str, Sequence[Send]] | None = None,
+    variants: Sequence[Variant] = (),
     parts: Mapping[str, Iterable[int]] | None = None,
     even: bool = False,
     multiplied: Iterable[int] = (),
     repeated: bool = False,
 ) -> Rule:
     """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
-    `parts`: the numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is
-    split unevenly, because the operator may fail on what padding holds. `repeated`: every rank makes all of the
-    results, whatever is split, and keeps its part."""
+    `body` with what it `sends` is the only variant; a rule that has several lists them as `variants`. `parts`: the
+    numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is split unevenly,
+    because the operator may fail on what padding holds. `repeated`: every rank makes all of the results, whatever is
+    split, and keeps its part."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->'")
@@ -122,6 +160,11 @@ def parse(
 
     operands = tuple(dims(piece, i) for i, piece in enumerate(left.split(","))) if left else ()
     results = tuple(dims(piece, None) for piece in right.split(","))
+    if body is not None and variants:
+        raise RuleError(f"rule {text!r} has a body and variants; list the body among the variants")
+    if body is not None:
+        variants = [Variant(ONLY, body, sends or {})]
+    _check_variants(text, variants, parted, results, reductions)
     return Rule(
         operands,
         results,
@@ -133,13 +176,40 @@ def parse(
         sizes or {},
         tuple(flops),
         frozenset(parted),
-        body,
-        {name: tuple(given) for name, given in (sends or {}).items()},
+        tuple(variants),
         {name: frozenset(given) for name, given in (parts or {}).items()},
         even,
         frozenset(multiplied),
         repeated,
     )
+
+
+def _check_variants(
+    text: str, variants: Sequence[Variant], parted: set[str], results: Sequence[Dims | None],
+    reductions: Mapping[str, str],
+) -> None:  # fmt: skip
+    """RuleError if variants have no names of their own, or groups of factors that one axis cannot split together."""
+    seen: set[str] = set()
+    for variant in variants:
+        if not variant.name or variant.name in seen:
+            raise RuleError(f"rule {text!r} has a variant without a name of its own: {variant.name!r}")
+        seen.add(variant.name)
+        title = f"variant {variant.name!r} of rule {text!r}"
+        grouped = [name for group in variant.together for name in group]
+        unknown = [name for name in grouped if name not in parted]
+        if unknown:
+            raise RuleError(f"{title} splits {unknown[0]} together, which is no parted factor of it: mark it with `~`")
+        if len(grouped) != len(set(grouped)) or any(len(group) < 2 for group in variant.together):
+            raise RuleError(f"{title} splits {variant.together} together: a group has two factors or more, all its own")
+        for group in variant.together:
+            for index, dims in enumerate(results):
+                summed = [name for name in group if name in reductions and name not in (dims or ())]
+                kept = [name for name in group if name in (dims or ())]
+                if dims is not None and summed and kept:
+                    raise RuleError(
+                        f"{title} splits {summed[0]} and {kept[0]} together: one axis would both split result {index} "
+                        f"and make it partial; drop the reduction of {summed[0]}, and have the body complete it"
+                    )
 
 
 Maker = Callable[..., Rule]

@@ -7,9 +7,9 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from meter import metered
+from checks.meter import metered
+from samples.towers import Tower
 from shardc import shard
-from towers import Tower
 
 MESH, PART = sys.argv[1], float(sys.argv[2])
 

@@ -16,7 +16,7 @@ import shardc.api  # noqa: F401  (for the ranks)
 
 folder, count, script, *arguments = sys.argv[1:]
 if script.endswith("zoo.py"):
-    import models  # noqa: F401  (the same)
+    import samples.models  # noqa: F401  (the same)
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))

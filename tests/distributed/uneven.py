@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from odd_sizes import DIVIDES, Decoder
+from samples.odd_sizes import DIVIDES, Decoder
 from shardc import shard
 
 torch.manual_seed(0)

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from models import MODELS, loss_of
+from samples.models import MODELS, loss_of
 from shardc import shard
 
 TOLERANCE = 1e-10

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc import Mesh, shard
+from shardc import Mesh, constrain, shard
 from shardc.errors import (
     CaptureError,
     ConstraintError,
@@ -23,7 +23,6 @@ from shardc.errors import (
     RuleError,
     ShardcError,
 )
-from shardc.ir import constrain
 from shardc.runtime import RankError
 
 ROOT = Path(__file__).parents[2]

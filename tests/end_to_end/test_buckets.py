@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from meter import metered
+from checks.meter import metered
 from shardc.cost.hardware import Hardware, hardware
 from shardc.passes import schedule
 from shardc.passes.bucket import Joined

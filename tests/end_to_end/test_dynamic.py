@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from models import MODELS, loss_of
-from odd_sizes import DIVIDES, Decoder
+from samples.models import MODELS, loss_of
+from samples.odd_sizes import DIVIDES, Decoder
 from shardc.capture import trace as capture_module
 from shardc.errors import ShardcError
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
 import shardc
-from meter import metered
-from paper_gpt import megatron, paper_gpt
+from checks.meter import metered
+from samples import models
+from samples.paper_gpt import megatron, paper_gpt
+from samples.towers import Tower
 from shardc.errors import InfeasibleError
-from towers import Tower
 
 Case = tuple[nn.Module, tuple[Tensor, ...]]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, loss_of
+from samples.models import MODELS, loss_of
 from shardc import shard
 from shardc.runtime import Executable
 

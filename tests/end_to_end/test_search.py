@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from samples.textbook import without_overlap
 from shardc.cli import main
 from shardc.cost.hardware import hardware
 from shardc.ir.mesh import Mesh
 from shardc.search import factorisations, meshes
-from textbook import without_overlap
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from models import MODELS
+from samples.models import MODELS
 from shardc import shard
 
 

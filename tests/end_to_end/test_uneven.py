@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shardc
-from odd_sizes import DIVIDES, Decoder
+from samples.odd_sizes import DIVIDES, Decoder
 
 
 def check(model: nn.Module, inputs: tuple[Tensor, ...], mesh: str, **options: object) -> shardc.Plan:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from samples.textbook import MLP
 from shardc.cli import main
 from shardc.errors import LayoutError, ShardcError
 from shardc.explain.plan import Plan
 from shardc.ir.constrain import parse
-from textbook import MLP
 
 X = torch.zeros(64, 256)
 NAMES = ("up.weight", "down.weight", "input:0", "up", "down", "relu")

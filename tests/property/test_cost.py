@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz import searched
+from checks.fuzz import searched
 from shardc.cost.collectives import ALGORITHMS
 from shardc.cost.hardware import Hardware, Link
 from shardc.ir.mesh import Mesh

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from fuzz import searched
+from checks.fuzz import searched
 from shardc.capture.trace import capture
 from shardc.cost.conversion import TensorClass, step_seconds
 from shardc.cost.hardware import Hardware, Link

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuzz import TIMES, searched
-from programs import AXES, Program, grow, random_spec
+from checks.fuzz import TIMES, searched
+from samples.grower import AXES, Program, random_spec
+from samples.random_programs import grow
 from shardc.capture.trace import capture
 from shardc.compiled import Compiled
 from shardc.cost.hardware import Hardware, Link, hardware

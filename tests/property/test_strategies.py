@@ -11,10 +11,11 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brute_force import Call, Sample
-from fuzz import searched
-from pointwise_samples import POINTWISE
-from rule_samples import GROUPS
+from checks.brute_force import Call
+from checks.fuzz import searched
+from samples.calls.elementwise import POINTWISE
+from samples.calls.groups import GROUPS
+from samples.calls.sample import Sample
 from shardc.ir.mesh import Mesh
 from shardc.runtime import VirtualMesh
 

@@ -20,7 +20,7 @@ from torch import fx
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.program import Program
 from shardc.rules.factors.atoms import Atoms, Ref
-from shardc.rules.notation import Rule, Send
+from shardc.rules.notation import Rule
 from shardc.rules.trial.trial import Learned
 
 Key = tuple[fx.Node, int]
@@ -99,12 +99,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Parting:
-    """How a parted factor may be split: the `size` of the dim it stands for, the numbers of parts that one axis may
-    make of it (None: any, over any axes), and what the body sends then."""
+    """How a parted factor may be split: the `size` of the dim it stands for, and the numbers of parts that one axis may
+    make of it (None: any, over any axes)."""
 
     size: int
     parts: frozenset[int] | None
-    sends: tuple[Send, ...]
 
 
 @dataclass(frozen=True)

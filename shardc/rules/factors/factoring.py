@@ -237,7 +237,7 @@ def _pieces(rule: Rule, name: str, dims: list[list[int]]) -> list[Factor]:
     """The atoms of one factor, from the sizes in all dims that carry it."""
     sizes, parting, window = dims[0], None, name in rule.parts
     if name in rule.parted:
-        parting = Parting(math.prod(sizes), rule.parts.get(name), rule.sends.get(name, ()))
+        parting = Parting(math.prod(sizes), rule.parts.get(name))
     if window:
         sizes = [math.gcd(*(size for dim in dims for size in dim))]
     # a rank's part of an indexed or parted dim must be one chunk, so only the major atom may be split

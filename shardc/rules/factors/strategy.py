@@ -1,5 +1,5 @@
-"""A strategy for one operator: what every mesh axis does there. An axis splits one factor, or nothing, or lets partials
-pass.
+"""A strategy for one operator: what every mesh axis does there, and which variant runs. An axis splits one factor (or
+a group that the variant splits together), or nothing, or lets partials pass.
 
 What a strategy demands of the operands, what it makes, sends and computes depends on the operator's `Shape` alone.
 """
@@ -7,7 +7,7 @@ What a strategy demands of the operands, what it makes, sends and computes depen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,16 +18,21 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
+from shardc.rules.notation import Variant
 from shardc.runtime.collectives.collective import AnyCollective
+
+PLAIN = ""
+"""The variant where no parted factor is split: the operator itself, on local tensors."""
 
 
 class Strategy(NamedTuple):
-    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it; and
-    whether backward runs the operator again, instead of keeping what it made."""
+    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it;
+    whether backward runs the operator again, instead of keeping what it made; and the name of the variant that runs."""
 
     split: tuple[tuple[str, ...], ...]
     passes: tuple[tuple[str, int], ...] = ()
     again: bool = False
+    variant: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Side:
         """Per base atom the factor that it is, or None."""
         own = {base: factor for base, factor in self.leaves if base is not None and factor is not None}
         return tuple(map(own.get, range(len(self.sizes))))
+
+    @cached_property
+    def carried(self) -> frozenset[int]:
+        """The factors that its dims are."""
+        return frozenset(factor for _, factor in self.leaves if factor is not None)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,27 @@ class Shape:
     """Operands that are not additive though they are in every linear group."""
     repeated: bool
     """Whether every rank makes all of the results and keeps its part."""
+    variants: tuple[Variant, ...]
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Per variant the groups of factors that one axis splits together, but for those that are not all there."""
+        major = {factor.name: i for i, factor in enumerate(self.factors) if factor.index == 0 and not factor.whole}
+        return {
+            variant.name: tuple(
+                tuple(major[name] for name in group) for group in variant.together if major.keys() >= set(group)
+            )
+            for variant in self.variants
+        }
+
+    @cached_property
+    def bundles(self) -> tuple[tuple[int, ...], ...]:
+        """The groups of all variants, each once."""
+        return tuple(dict.fromkeys(group for groups in self.groups.values() for group in groups))
+
+    def variant_of(self, strategy: Strategy) -> Variant | None:
+        """The variant that a strategy runs; None where the operator itself runs."""
+        return next((variant for variant in self.variants if variant.name == strategy.variant), None)
 
     @cached_property
     def reduced(self) -> dict[int, str]:
@@ -147,6 +178,7 @@ def shape_of(op: Op) -> Shape:
         op.rule.even,
         op.rule.multiplied,
         op.rule.repeated,
+        op.rule.variants,
     )
 
 
@@ -184,9 +216,12 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
 
 def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
     """The collectives inside the body of a strategy, each with its axis and the bytes of the local operand."""
+    variant = shape.variant_of(strategy)
+    if variant is None:
+        return
     split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     for factor, axes in zip(shape.factors, strategy.split, strict=True):
-        for send in factor.parting.sends if factor.parting and axes else ():
+        for send in variant.sends.get(factor.name, ()) if factor.parting and axes else ():
             if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
                 continue
             pairs = zip(shape.factors, strategy.split, strict=True)
@@ -197,16 +232,45 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCol
                 size = send.collective.result_bytes(mesh.sizes[axis], size)
 
 
+def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
+    """Bytes that the body of a strategy allocates for itself and frees again."""
+    variant = shape.variant_of(strategy)
+    chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+
+    def size(factors: tuple[str, ...]) -> int:
+        return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
+
+    return sum(one.itemsize * one.elements * size(one.factors) for one in (variant.workspace if variant else ()))
+
+
+def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
+    """Per factor the axes that split it in something that carries the factors `carried`: of a group that the variant
+    splits together, only the first of these."""
+    groups = shape.groups.get(strategy.variant)
+    if not groups:
+        return strategy.split
+    later = {i for group in groups for i in [i for i in group if i in carried][1:]}
+    return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
+
+
 def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     """The floating-point operations that a rank does for an operator, and the bytes that it reads and writes."""
-    chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    moved = sum(side.itemsize * _local(shape, side, chunks) for side in shape.results)
+
+    def chunks(carried: Collection[int]) -> list[int]:
+        split = split_of(shape, strategy, carried)
+        return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
+
+    moved = sum(side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results)
     if shape.repeated:
         moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh))
-        moved += side.itemsize * _local(shape, side, chunks) * passes
-    return float(sum(2 * math.prod([chunks[i] for i in product]) for product in shape.products)), moved
+        moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
+    flops = 0
+    for product in shape.products:
+        local = chunks(product)
+        flops += 2 * math.prod([local[i] for i in product])
+    return float(flops), moved
 
 
 def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
@@ -221,7 +285,25 @@ def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
     """Whether an operator of this shape has the strategy; its factors must be the strategy's."""
     splits = all(splittable(shape, i, axes, mesh) for i, axes in enumerate(strategy.split))
-    return splits and one_reduction(shape, strategy, mesh)
+    runs = strategy.variant in variants_of(shape, strategy.split)
+    return splits and runs and one_reduction(shape, strategy, mesh)
+
+
+def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The variants that may run an operator split so: the plain one alone where no parted factor is."""
+    if not any(factor.parting and axes for factor, axes in zip(shape.factors, split, strict=True)):
+        return (PLAIN,)
+    return tuple(variant.name for variant in shape.variants if _runs(shape, variant, split))
+
+
+def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether the factors of each group are split alike, and otherwise no axis splits two factors."""
+    groups = shape.groups[variant.name]
+    alike = all(split[i] == split[group[0]] for group in groups for i in group)
+    later = {i for group in groups for i in group[1:]}
+    axes = [axis for i, held in enumerate(split) if i not in later for axis in held]
+    used = not variant.together or any(split[group[0]] for group in groups)
+    return alike and used and len(axes) == len(set(axes))
 
 
 def one_reduction(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
@@ -255,7 +337,7 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
     for factor in shape.addends[operand]:
         partial |= dict.fromkeys(strategy.split[factor], "sum")
-    return _splits(shape.operands[operand], strategy, partial, mesh)
+    return _splits(shape, shape.operands[operand], strategy, partial, mesh)
 
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
@@ -263,9 +345,10 @@ def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     partial = {axis: "sum" for axis, _ in strategy.passes}
     for factor, op in shape.reduced_in[result].items():
         partial |= dict.fromkeys(strategy.split[factor], op)
-    return _splits(shape.results[result], strategy, partial, mesh)
+    return _splits(shape, shape.results[result], strategy, partial, mesh)
 
 
-def _splits(side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:
-    axes = tuple([() if factor is None else strategy.split[factor] for factor in side.factors])
+def _splits(shape: Shape, side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:
+    split = split_of(shape, strategy, side.carried)
+    axes = tuple([() if factor is None else split[factor] for factor in side.factors])
     return Splits(axes, tuple([(a, partial[a]) for a in mesh.names if a in partial]) if partial else ())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
+from shardc.rules.notation import Body, Rule, Send, Variant, adds, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import exponentials, extremes, lists
@@ -61,6 +61,19 @@ def stats_size(x: torch.Tensor) -> int:
     return max(x.element_size(), 4) if x.is_floating_point() else torch.get_default_dtype().itemsize
 
 
+def row_statistics(
+    reduced: Body, gathered: Body, parted: Iterable[str], rest: tuple[str, ...], x: torch.Tensor
+) -> list[Variant]:
+    """The variants of what needs each row's maximum and its sum of exponentials: all-reduce one after the other, or
+    gather both at once."""
+    names, size = [*parted], stats_size(x)
+    one, both = Send(all_reduce, rest, size), Send(all_gather, rest, size, elements=2)
+    return [
+        Variant("all_reduce", reduced, dict.fromkeys(names, (one, one))),
+        Variant("all_gather", gathered, dict.fromkeys(names, (both,))),
+    ]
+
+
 @rule(aten.logsumexp.default)
 def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> Rule:
     chosen = {d % max(x.dim(), 1) for d in dim}
@@ -68,8 +81,8 @@ def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> Rul
     if x.is_complex():
         return parse(f"{mark(letters(x), chosen)} -> {right}")
     left, rest = parted(x, chosen)
-    sent = [Send(all_reduce, rest, stats_size(x))] * 2
-    return parse(f"{left} -> {right}", body=exponentials.logsumexp, sends={f"d{i}": sent for i in chosen})
+    ways = row_statistics(exponentials.logsumexp, exponentials.logsumexp_gathered, [f"d{i}" for i in chosen], rest, x)
+    return parse(f"{left} -> {right}", variants=ways)
 
 
 def _place(body: Body) -> Callable[..., Rule]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardc.rules.families.reduction import along, stats_size
+from shardc.rules.families.reduction import along, row_statistics, stats_size
 from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
@@ -16,22 +16,23 @@ from shardc.runtime.kernels.widening import LOW
 aten = torch.ops.aten
 
 
-def _softmax(body: Body) -> Callable[..., Rule]:
+def _softmax(reduced: Body, gathered: Body) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, *_: object) -> Rule:
         names, rest = along(x, dim)
-        stats, text = Send(all_reduce, rest, stats_size(x)), " ".join(names)
-        return parse(f"{text} -> {text}", body=body, sends={"s": [stats, stats]})
+        text = " ".join(names)
+        return parse(f"{text} -> {text}", variants=row_statistics(reduced, gathered, "s", rest, x))
 
     return maker
 
 
-rule(aten._softmax.default)(_softmax(exponentials.softmax))
-rule(aten._log_softmax.default)(_softmax(exponentials.log_softmax))
+rule(aten._softmax.default)(_softmax(exponentials.softmax, exponentials.softmax_gathered))
+rule(aten._log_softmax.default)(_softmax(exponentials.log_softmax, exponentials.log_softmax_gathered))
 
 
 @rule(aten._safe_softmax.default)
 def safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Rule:
-    return _softmax(exponentials.safe_softmax)(x if dtype is None else x.to(dtype), dim)
+    maker = _softmax(exponentials.safe_softmax, exponentials.safe_softmax_gathered)
+    return maker(x if dtype is None else x.to(dtype), dim)
 
 
 def _softmax_backward(body: Body) -> Callable[..., Rule]:

@@ -1,0 +1,124 @@
+"""From a compilation to its plan: what is sent, what it costs, and who answers questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from shardc.analysis.conversions import Conversion
+from shardc.analysis.timeline import Pace
+from shardc.explain.plan import Placed, Plan, Tried
+from shardc.explain.unruled import tried
+from shardc.explain.why import Priced, Questions
+from shardc.ir.layout import SHORT_DTYPES
+from shardc.ir.program import Role, where
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation
+from shardc.planning.cost_network import Assignment
+from shardc.rules.factors.factored import Key
+from shardc.runtime.collectives.collective import AnyCollective
+
+
+def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
+    """The plan of a compilation, of which every pass left a snapshot."""
+    c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
+    conversions, compute, schedule = _conversions(graph, c.pace, c.titles), _compute(c), c.schedule
+    cost, bound = compute + sum(one.seconds for one in conversions) - schedule.hidden, 0.0
+    if c.solution is not None:
+        cost, bound = c.solution.cost, c.solution.lower_bound
+    return Plan(
+        mesh, c.options.device.name, c.options.mode, _placed(c, graph),
+        {n.name: n.meta["layout"].simplify(mesh) for n in graph.nodes if n.meta.get("layout") is not None},
+        conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
+        _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
+    )  # fmt: skip
+
+
+def _placed(c: Compilation, graph: fx.Graph) -> tuple[Placed, ...]:
+    """The layouts of parameters and inputs."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return tuple(
+        Placed(port.role.value, port.name, SHORT_DTYPES[node.meta["dtype"]], node.meta["layout"].simplify(c.mesh))
+        for port, node in zip(c.program.inputs, placeholders, strict=True)
+        if port.role in (Role.PARAMETER, Role.INPUT)
+    )
+
+
+def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
+    notes = [*_padded(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    if c.solution is None:
+        notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
+    return tuple(notes)
+
+
+def _padded(c: Compilation, graph: fx.Graph) -> list[str]:
+    """Dims of parameters and inputs that the plan pads."""
+    notes: list[str] = []
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for port, node in zip(c.program.inputs, placeholders, strict=True):
+        if port.role not in (Role.PARAMETER, Role.INPUT):
+            continue
+        for index, dim in enumerate(node.meta["layout"].dims):
+            for atom in dim:
+                ways = c.mesh.ways(atom.axes)
+                if atom.size % ways:
+                    axes, chunk = ",".join(atom.axes), c.mesh.chunk(atom.size, atom.axes)
+                    notes.append(f"{port.name} dim {index}: {atom.size} over {axes} is padded to {ways} x {chunk}")
+    return notes
+
+
+def _tried(resharded: Compilation) -> tuple[Tried, ...]:
+    """Operators without a rule. The graph is written again for them: they are few."""
+    if all(op.learned is None for op in resharded.factored.ops):
+        return ()
+    graph = resharded.lowered.read()
+    conversions = _conversions(graph, Pace(resharded.mesh, resharded.options.device), resharded.titles)
+    return tried(resharded.network, resharded.assignment, graph, conversions)
+
+
+def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tuple[Conversion, ...]:
+    """All that is sent, and the local steps of conversions, in order."""
+    conversions: list[Conversion] = []
+
+    def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
+        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), node.meta.get("phase", "")
+        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
+
+    for node in graph.nodes:
+        if "op" in node.meta:
+            for kind, axis, moved, seconds in pace.operator(node)[1]:
+                add(node, kind, axis, moved, seconds, titles.get((node.meta["op"].node, 0), node.name))
+            continue
+        step = pace.step(node)
+        if step is not None:
+            more = f" and {len(node.meta['members']) - 1} more" if "members" in node.meta else ""
+            add(node, step[0], str(node.kwargs["axis"]), *step[1:], titles[node.meta["base"]] + more)
+    return tuple(conversions)
+
+
+def _compute(c: Compilation) -> float:
+    """Seconds that a rank computes in a step."""
+    total = 0.0
+    for op in c.factored.ops:
+        strategy = c.assignment.strategies[op.node]
+        total += c.network.options_of(op).compute_of(strategy) * (2 if strategy.again else 1)
+    return total
+
+
+def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Questions:
+    """What the plan asks when it is asked."""
+    decided = snapshots["schedule"]
+
+    def price(other: Assignment) -> Priced:
+        """What another assignment sends and computes, with buckets as this one has them."""
+        again = [*part("reshard", "localize"), *part("bucket", "bucket")]
+        c = run(again, replace(decided, assignment=other, draft=None))
+        return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)
+
+    c = decided
+    return Questions(
+        c.network, c.assignment, c.solution, c.options.mode, c.constraints, tuple(conversions), compute, price,
+        c.titles,
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+"""One call of a model: what is to be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+Dynamic = Mapping[str, Mapping[int, str]]
+"""Per argument the names of its dims that change from call to call."""
+
+Dims = Mapping[int, Mapping[int, str]]
+"""Per flat input the names of its dynamic dims."""
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and whether the
+    model's own hooks are part of the program."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    differentiable: frozenset[int] | None = None
+    hooks: bool = True
+
+    @staticmethod
+    def of(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> ModelCall:
+        """The call with positional inputs (a tuple) or keyword inputs (a mapping)."""
+        if isinstance(example_inputs, Mapping):
+            return ModelCall(model, (), dict(example_inputs))
+        return ModelCall(model, tuple(example_inputs), {})
+
+    def without_arguments(self) -> ModelCall:
+        """The same call without the user's tensors, so that whoever keeps it does not keep them."""
+        return replace(self, args=(), kwargs={})

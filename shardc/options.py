@@ -1,0 +1,127 @@
+"""The options of `shard`, `compile` and `search_mesh`. Each stands here once; the command line is derived from them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from shardc.cost.hardware import Hardware, hardware, this_hardware
+from shardc.cost.memory import States, bytes_of, states_of
+from shardc.errors import ShardcError
+from shardc.ir.constrain import Spec
+from shardc.ir.mesh import Mesh
+from shardc.ir.model_call import Dynamic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be asked of a compilation, beside the model, its inputs and the mesh. Raises ShardcError for a value
+    that makes no sense."""
+
+    mode: Literal["auto", "propagate"] = "auto"
+    """Who decides the layouts that nothing demands: the solver (`auto`), or GSPMD's propagation of the constraints,
+    with the rest whole (`propagate`)."""
+
+    constraints: Mapping[str, Spec] = field(default_factory=dict[str, Spec])
+    """Layouts of weights and of modules' outputs, by path with wildcards: `{"layers.*.up.weight": ("tp", None)}`."""
+
+    hardware: str | Path | Hardware | None = None
+    """What costs are for: `h100`, a .toml file that `shardc calibrate` wrote, or a `Hardware`. Without it, this
+    machine."""
+
+    outputs: Literal["full", "sharded"] = "full"
+    """How outputs come back: whole on every rank, or as they lie (DTensors under torch.distributed)."""
+
+    on_unknown: Literal["replicate", "error"] = "replicate"
+    """What becomes of an operator that has no rule and that trial finds no split of: it runs whole on every rank, or
+    is refused."""
+
+    dynamic: Dynamic = field(default_factory=dict[str, Mapping[int, str]])
+    """Dims of arguments that change from call to call: `{"input_ids": {0: "batch", 1: "seq"}}`. The program is captured
+    and planned once, and lowered anew for sizes not met before."""
+
+    memory: str | float | None = None
+    """What a device may hold at any time, in bytes or as `80GB`. Where something has to give, values are kept split and
+    regathered, or computed again in backward, whichever costs the least time."""
+
+    optimizer: str | float | None = None
+    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter."""
+
+    def __post_init__(self) -> None:
+        for name, values in _choices(type(self)).items():
+            if getattr(self, name) not in values:
+                raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")
+        for name in ("constraints", "dynamic"):  # None is taken for nothing; what the caller changes later is not ours
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        _ = self.device, self.budget, self.states  # refuse now what cannot be read
+
+    @cached_property
+    def device(self) -> Hardware:
+        """The hardware that costs are for."""
+        return hardware(self.hardware or this_hardware())
+
+    @cached_property
+    def budget(self) -> float | None:
+        """The bytes that a device may hold; None without a bound."""
+        return None if self.memory is None else bytes_of(self.memory)
+
+    @cached_property
+    def states(self) -> States:
+        """The bytes that the optimizer holds for an element of a parameter."""
+        return states_of(self.optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(Options):
+    """The options of `shard`."""
+
+    mesh: str | Mesh | None = None
+    """Axes and sizes, the slowest axis first: `dp=2,tp=4`. Without it, one axis over all processes or GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Options):
+    """The options of `search_mesh`."""
+
+    axes: Sequence[str] = ("dp", "tp")
+    """The axes that a mesh may have, in this order."""
+
+    time_limit: float = 20.0
+    """CPU-seconds that the solver may take for one mesh, where memory is not bounded."""
+
+
+def _choices(options: type[Options]) -> dict[str, tuple[str, ...]]:
+    """The options that are one of a few words, with these words."""
+    hints: dict[str, Any] = get_type_hints(options)
+    return {one.name: get_args(hints[one.name]) for one in fields(options) if _is_choice(hints[one.name])}
+
+
+def _is_choice(hint: Any) -> bool:
+    return getattr(hint, "__origin__", None) is Literal
+
+
+def as_keywords(function: Callable[..., Any], options: type[Options]) -> Any:
+    """`function(..., options)` as a function that takes the fields of `options` as keywords. Its signature shows them;
+    for type checkers, give the result a Protocol over the ParamSpec of `options`."""
+    names = [one.name for one in fields(options)]
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        unknown = next((name for name in kwargs if name not in known), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, [*known, *names], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(names)}"
+            raise TypeError(f"{function.__name__}() has no option {unknown!r}{hint}")
+        return function(*args, **kwargs, options=options(**given))
+
+    parameters = [one for one in inspect.signature(function).parameters.values() if one.name != "options"]
+    known = [one.name for one in parameters]
+    keywords = [one for one in inspect.signature(options).parameters.values()]
+    called.__signature__ = inspect.signature(function).replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
+    return called

@@ -1,0 +1,1 @@
+"""What several tests judge by: brute force, closed forms, allocations, eager mode; and how long random tests search."""

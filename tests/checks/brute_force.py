@@ -1,0 +1,311 @@
+"""Rules against truth: every strategy of one operator call, lowered, run on every rank, put together, compared.
+
+The operands of a strategy are cut as it demands. One that is demanded partial becomes random addends, nonzero on
+every rank, so that a rule that claims too much linearity is found out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_structure
+
+import shardc.rules  # noqa: F401  (registers every rule)
+from samples.calls.sample import Sample, View
+from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Program, Role, value_of
+from shardc.ir.versions import GraphVersion
+from shardc.passes.codegen import codegen
+from shardc.passes.localize import localize
+from shardc.planning.strategies import Options
+from shardc.rules.factors.factored import Factored, Op
+from shardc.rules.factors.factoring import factor, tensor_arguments
+from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
+from shardc.runtime import VirtualMesh, load
+
+aten = torch.ops.aten
+
+
+class Call:
+    """A sample as a one-operator program; `split` says how every operand's dims are cut in two: no, major, minor."""
+
+    def __init__(self, sample: Sample, split: str = "no", factored: bool = True) -> None:
+        self.sample = sample
+        self.graph = fx.Graph()
+        self.split = split
+        self.whole: dict[fx.Node, Tensor] = {}
+        self._mode = FakeTensorMode()
+        self._nodes: dict[int, fx.Node] = {}
+        args, kwargs = self._map(sample.args), self._map(sample.kwargs)
+        node = self._call(sample.target, args, kwargs)
+        self.expected = _run(sample.target, *_map((args, kwargs), lambda n: self.whole[n], fx.Node))
+        value = value_of(node)
+        results: list[fx.Node] = [node]
+        if isinstance(value, (tuple, list)):
+            results = []
+            for index, one in enumerate(value):
+                if isinstance(one, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, index))
+                    item.meta["val"] = one
+                    results.append(item)
+        self.graph.output(tuple(results))
+        self.program = _program(self.graph, len(self.whole), results)
+        if not factored:
+            return
+        self.factored: Factored = factor(self.program)
+        self.op: Op = self.factored.ops[-1]
+        self.shape = shape_of(self.op)
+
+    def _map(self, arguments: Any) -> Any:
+        if isinstance(arguments, dict):
+            return {k: self._map(v) for k, v in arguments.items()}
+        if isinstance(arguments, (list, tuple)):
+            return type(arguments)(self._map(v) for v in arguments)
+        if isinstance(arguments, View):
+            if id(arguments) not in self._nodes:
+                source = self._placeholder(arguments.base)
+                self._nodes[id(arguments)] = self._call(arguments.target, (source, *arguments.args), {})
+                self.whole[self._nodes[id(arguments)]] = arguments.target(arguments.base, *arguments.args)
+            return self._nodes[id(arguments)]
+        return self._operand(arguments) if isinstance(arguments, Tensor) else arguments
+
+    def _operand(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) not in self._nodes:
+            fine = [piece for size in tensor.shape for piece in self._pieces(size)]
+            node = self._placeholder(tensor.reshape(fine))
+            if len(fine) != tensor.dim():
+                node = self._call(aten.view.default, (node, list(tensor.shape)), {})
+                self.whole[node] = tensor
+            self._nodes[id(tensor)] = node
+        return self._nodes[id(tensor)]
+
+    def _pieces(self, size: int) -> tuple[int, ...]:
+        small = next((n for n in (2, 3) if size % n == 0), size)
+        if self.split == "no" or small == size:
+            return (size,)
+        return (small, size // small) if self.split == "major" else (size // small, small)
+
+    def _placeholder(self, tensor: Tensor) -> fx.Node:
+        node = self.graph.placeholder(f"x{len(self.whole)}")
+        node.meta["val"] = self._mode.from_tensor(tensor.clone())
+        self.whole[node] = tensor
+        return node
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        given = _map((args, kwargs), value_of, fx.Node)
+        if isinstance(target, torch._ops.OpOverload):
+            with self._mode:
+                node.meta["val"] = target(*given[0], **given[1])
+        else:  # a function of the runtime
+            values = _map((args, kwargs), lambda n: self.whole[n], fx.Node)
+            node.meta["val"] = _map(_run(target, *values), self._mode.from_tensor, Tensor)
+        return node
+
+    def strategies(self, mesh: Mesh) -> list[Strategy]:
+        return Options(self.shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
+
+    def lower(self, strategy: Strategy, mesh: Mesh) -> tuple[str, list[tuple[Tensor, Layout]], dict[int, Layout]]:
+        """The source of the operator's local call, every placeholder with its layout, the layout of every result."""
+        graph, bases, factored, op = fx.Graph(), list[tuple[Tensor, Layout]](), self.factored, self.op
+
+        def build(node: fx.Node, index: int, held: Mapping[Any, tuple[str, ...]]) -> fx.Node:
+            value, splits = factored.values[node], demand(self.shape, strategy, index, mesh)
+            if node is value.key[0]:
+                new = graph.placeholder(f"x{len(bases)}")
+                layout = value.form.layout(splits.axes, splits.partial)
+                bases.append((self.whole[node], layout))
+            else:
+                new = graph.call_function(node.target, (build(node.args[0], index, held), *node.args[1:]))  # type: ignore
+                layout = value.form.layout([held.get(ref, ()) for ref in factored.leaves(value)], splits.partial)
+            new.meta = {"layout": layout, "dtype": value_of(node).dtype}
+            return new
+
+        operands: list[fx.Node] = []
+        for index, operand in enumerate(op.operands):
+            carried = zip(factored.leaves(operand.value), op.kind.carried[index], strict=True)
+            split = split_of(self.shape, strategy, self.shape.operands[index].carried)
+            held = {ref: split[f] for ref, f in carried if f is not None}
+            operands.append(build(operand.node, index, held))
+        supply, wanted = iter(operands), set(tensor_arguments(op.node))
+        args, kwargs = fx.node.map_arg(
+            (op.node.args, dict(op.node.kwargs)), lambda n: next(supply) if n in wanted else n
+        )
+        call = graph.call_function(op.node.target, args, kwargs)  # type: ignore[arg-type]
+        call.meta = {"op": op, "shape": self.shape, "strategy": strategy, "dtype": None}
+        several, layouts, results = isinstance(value_of(op.node), (tuple, list)), dict[int, Layout](), list[fx.Node]()
+        for index, result in enumerate(op.results):
+            splits = make(self.shape, strategy, index, mesh)
+            node = graph.call_function(operator.getitem, (call, result.key[1])) if several else call
+            layouts[result.key[1]] = result.value.form.layout(splits.axes, splits.partial)
+            node.meta["layout"] = layouts[result.key[1]]
+            node.meta["dtype"] = (value_of(op.node)[result.key[1]] if several else value_of(op.node)).dtype
+            results.append(node)
+        graph.output(tuple(results))
+        localize(graph, mesh)
+        leave: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
+        for node in (*leave, *(n for n in graph.nodes if n.op == "placeholder")):
+            # parts go in and come out as they are: nothing is cut or pasted
+            node.meta["layout"] = Layout.whole(node.meta["layout"].local_shape(mesh))
+        return codegen(graph, _program(graph, len(bases), results), mesh), bases, layouts
+
+    def check(self, strategy: Strategy, mesh: Mesh, machine: VirtualMesh) -> str:
+        """Empty if the strategy is right, else what is wrong."""
+        source, bases, layouts = self.lower(strategy, mesh)
+        parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
+        torch.default_generator.manual_seed(7)  # torch.manual_seed tells all kinds of devices, which takes longer
+        machine.reset()
+        try:
+            ran = machine.run(load(source).forward, lambda rank: tuple(p[rank] for p in parts), random=True)
+        except Exception as error:
+            return f"failed: {str(error)[-500:]}\n{source[source.index('def forward') :]}"
+        expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
+        predicted = dict.fromkeys(mesh.names, 0.0)
+        for kind, axis, size in sends(self.shape, strategy, mesh):
+            predicted[axis] += kind.sent(mesh.sizes[axis], size)
+        if any(not math.isclose(predicted[axis], sent) for axis, sent in machine.traffic.items()):
+            return f"sends {machine.traffic} bytes, its rule says {predicted}"
+        for position, (index, layout) in enumerate(layouts.items()):
+            defined = self.sample.values is None or index in self.sample.values
+            locals_ = [outputs[position] for outputs, *_ in ran]
+            wrong = gather(locals_, layout, mesh, machine, expected[index], self.sample.tolerance if defined else None)
+            if wrong:
+                return f"result {index} {layout}: {wrong}\n{source[source.index('def forward') :]}"
+        return ""
+
+
+def _map(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _map(v, change, kind) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(v, change, kind) for v in value)
+    return value
+
+
+def _run(target: Any, args: Any, kwargs: Any) -> Any:
+    """The operator on whole tensors; a function of the runtime on a mesh of one rank."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target(*args, **kwargs)
+    torch.default_generator.manual_seed(7)
+    return VirtualMesh({"a": 1}).run(lambda: target(*args, **kwargs), lambda _: (), random=True)[0]
+
+
+def _program(graph: fx.Graph, inputs: int, results: Sequence[fx.Node]) -> Program:
+    count = sum(node.op == "placeholder" for node in graph.nodes)
+    assert count <= max(inputs, count)
+    ports = [Port(Role.INPUT, f"input:{i}", i) for i in range(count)]
+    outputs = [Port(Role.OUTPUT, "", i) for i in range(len(results))]
+    return Program(GraphVersion.of(graph), ports, outputs, tree_structure(list(results)), list(range(len(results))))
+
+
+def _cut(x: Tensor, layout: Layout, mesh: Mesh, where: Mapping[str, int], padding: Any) -> Tensor:
+    """The part of a global tensor that the rank at coordinates `where` holds, with `padding` where nothing is."""
+    flat = x.reshape([atom.size for dim in layout.dims for atom in dim])
+    for index, atom in enumerate(atom for dim in layout.dims for atom in dim):
+        for axis in atom.axes:
+            size, ways = flat.shape[index], mesh.sizes[axis]
+            chunk = -(-size // ways)
+            missing = [*flat.shape[:index], chunk * ways - size, *flat.shape[index + 1 :]]
+            flat = torch.cat([flat, torch.full(missing, padding, dtype=x.dtype)], index)
+            flat = flat.narrow(index, where[axis] * chunk, chunk)
+    return flat.reshape(layout.local_shape(mesh))
+
+
+def garbage(x: Tensor) -> Any:
+    """What padding may hold at worst."""
+    return float("nan") if x.is_floating_point() or x.is_complex() else x.dtype is torch.bool or 99
+
+
+def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list[Tensor]:
+    """Every rank's part of `x`; where the layout is partial, random addends that sum to it."""
+    axes = [axis for axis, _ in layout.partial]
+    places = list(itertools.product(*(range(mesh.sizes[a]) for a in axes)))
+    addends: dict[tuple[int, ...], Tensor] = {}
+    rest = x
+    generator = torch.Generator().manual_seed(1)
+    for place in places[:-1]:
+        if x.dtype is torch.bool:  # the sum of booleans is their disjunction
+            addends[place] = x & (torch.rand(x.shape, generator=generator) < 0.5)
+        elif x.is_floating_point():
+            addends[place] = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        else:
+            addends[place] = torch.randint(-3, 4, x.shape, generator=generator).to(x.dtype)
+        rest = rest if x.dtype is torch.bool else rest - addends[place]
+    addends[places[-1]] = rest
+    parts: list[Tensor] = []
+    for rank in machine.ranks:
+        where = machine.coordinates(rank)
+        addend = addends[tuple(where[a] for a in axes)]
+        parts.append(_cut(addend, layout, mesh, where, garbage(x)).contiguous())
+    return parts
+
+
+def gather(
+    parts: Sequence[Tensor], layout: Layout, mesh: Mesh, machine: VirtualMesh, expected: Tensor, tolerance: float | None
+) -> str:
+    """Compare the ranks' parts, put together, with `expected` (without tolerance in shape); empty if they agree."""
+    partial = dict(layout.partial)
+    ids = torch.arange(expected.numel()).reshape(expected.shape)
+    combined: dict[tuple[int, ...], Tensor] = {}
+    for rank in machine.ranks:
+        where, part = machine.coordinates(rank), parts[rank]
+        if part.dtype != expected.dtype or tuple(part.shape) != layout.local_shape(mesh):
+            right = f"{expected.dtype} {layout.local_shape(mesh)}"
+            return f"rank {rank} has {part.dtype} {tuple(part.shape)}, should be {right}"
+        place = tuple(0 if a in partial else where[a] for a in mesh.names)
+        kinds = set(partial.values())
+        if place not in combined:
+            combined[place] = part
+        elif kinds == {"sum"}:
+            combined[place] = combined[place] + part
+        else:
+            fold = {"max": torch.maximum, "min": torch.minimum, "prod": torch.mul}[kinds.pop()]
+            combined[place] = fold(combined[place], part)
+    if tolerance is None:
+        return ""
+    seen = 0
+    for place, part in combined.items():
+        where = dict(zip(mesh.names, place, strict=True))
+        own = _cut(ids, layout, mesh, where, -1).reshape(-1)
+        real = own >= 0
+        seen += int(real.sum())
+        right, got = expected.reshape(-1)[own[real]], part.reshape(-1)[real]
+        if torch.equal(got, right):
+            continue
+        try:
+            torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+        except AssertionError as error:
+            return f"at {where}: {str(error).splitlines()[0]} got {got[:6]} should be {right[:6]}"
+    return "" if seen >= expected.numel() else "parts are missing"
+
+
+def additive(sample: Sample, group: Sequence[int]) -> bool:
+    """Whether the call is additive in the operands of `group` (positions among the tensors) taken together."""
+    call = Call(sample)
+    nodes = list(tensor_arguments(call.op.node))
+    generator = torch.Generator().manual_seed(2)
+    first = {k: torch.randn(call.whole[nodes[k]].shape, generator=generator, dtype=torch.float64) for k in group}
+
+    def run(change: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        counter = itertools.count()
+
+        def pick(node: fx.Node) -> Any:
+            index = next(counter)
+            whole = call.whole[node]
+            return change(index, whole) if index in group else whole
+
+        args, kwargs = _map((call.op.node.args, dict(call.op.node.kwargs)), pick, fx.Node)
+        made = _run(sample.target, args, kwargs)
+        return [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, Tensor)]
+
+    whole, one, other = run(lambda _, x: x), run(lambda k, _: first[k]), run(lambda k, x: x - first[k])
+    return all(torch.allclose(w, a + b, equal_nan=True) for w, a, b in zip(whole, one, other, strict=True))

@@ -1,0 +1,1 @@
+"""What several tests compile and run: models, random programs, odd operators, sample calls of operators."""

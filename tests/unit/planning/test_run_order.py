@@ -1,0 +1,73 @@
+"""What may run again in backward, and when: within windows of forward, from what is kept at their waists."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardc.rules  # noqa: F401  (registers the rules)
+from samples import models
+from samples.towers import Tower
+from shardc.capture.trace import capture
+from shardc.passes.normalize import normalize
+from shardc.planning.run_order import RunOrder
+from shardc.rules.factors.factoring import factor
+
+BLOCKS = 4
+
+
+class Skipping(nn.Module):
+    """What comes first is read last, so a single value never crosses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.layers[2](self.layers[1](self.layers[0](x).exp()).exp())).mean()
+
+
+def schedule(model: nn.Module, *inputs: Tensor) -> RunOrder:
+    program = capture(model, inputs)
+    normalize(program)
+    return RunOrder(factor(program))
+
+
+def by_block(scheduled: RunOrder, path: str) -> list[list[int]]:
+    """When the operators of every block would run again."""
+    found: list[list[int]] = [[] for _ in range(BLOCKS)]
+    for node, position in scheduled.rerun.items():
+        module = node.meta.get("module", "")
+        if module.startswith(path):
+            found[int(module.removeprefix(path).split(".")[0])].append(position)
+    return found
+
+
+@pytest.mark.parametrize("what", ["tower", "gpt"])
+def test_blocks_run_again_one_after_the_other(what: str) -> None:
+    """The last block first, and none of it before backward reaches it."""
+    if what == "tower":
+        scheduled = schedule(Tower(32, BLOCKS), torch.randn(16, 32, 32))
+    else:
+        ids = torch.randint(0, models.VOCABULARY, (8, 16))
+        scheduled = schedule(models.HandGPT(width=32, heads=4, layers=BLOCKS, length=16), ids, ids)
+    blocks = by_block(scheduled, "blocks.")
+    assert all(len(block) >= 3 for block in blocks)
+    for earlier, later in itertools.pairwise(blocks):
+        assert min(earlier) > max(later) > scheduled.border
+
+
+def test_what_crosses_a_waist_is_kept() -> None:
+    scheduled = schedule(Tower(32, BLOCKS), torch.randn(16, 32, 32))
+    names = {node.name for node in scheduled.rerun}
+    assert {"gelu", "addmm", "native_layer_norm"} <= names
+    assert not any(name.startswith("add_") or name == "add" for name in names)  # the residual stream
+    assert not any("dropout" in name or "draw" in name for name in names)  # would draw anew
+
+
+def test_without_waists_all_may_run_again() -> None:
+    scheduled = schedule(Skipping(), torch.randn(4, 8))
+    assert {"addmm", "addmm_1", "exp", "exp_1"} <= {node.name for node in scheduled.rerun}
