@@ -87,7 +87,7 @@ def room(module: str) -> str:
 
 
 COLLECTIVES = {name for path in (ROOT / "runtime/collectives").glob("*.py") for name in exported(path)} - {"wait"}
-ASKING = ("passes", "cost", "analysis", "planning", "rules", "ir")
+ASKING = ("passes", "cost", "analysis", "planning", "ir")
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
