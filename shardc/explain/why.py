@@ -341,12 +341,9 @@ class Questions:
         tensor = network.gradient_class(value.key) if gradient else network.class_of(value.key)
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
-            moved = tensor.operand_bytes(start, after, step)
-            seconds = tensor.step_seconds(step, moved)
-            sent = step.collective.sent(mesh.sizes[step.axis], moved)
-            found.append(
-                Conversion(step.collective.name, step.axis, "", sent, seconds, "", place, self._title(value.key))
-            )
+            kind, moved = step.collective, tensor.operand_bytes(start, after, step)
+            seconds, sent = tensor.step_seconds(step, moved), kind.sent(mesh.sizes[step.axis], moved)
+            found.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._title(value.key)))
             start = after
         return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import shardc.runtime
 
 ROOT = Path(__file__).parents[3]
 CODE = {ROOT / "shardc": "shardc", ROOT / "passes": "shardc.passes", ROOT / "runtime": "shardc.runtime"}
@@ -69,10 +72,22 @@ def modules() -> Iterator[tuple[str, Path]]:
 MODULES = dict(modules())
 
 
+def exported(path: Path) -> set[str]:
+    """What a module names in `__all__`."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 def room(module: str) -> str:
     """The room of a module: `shardc.rules.families.contraction` → `rules`."""
     part = module.split(".")[1]
     return part if part in MAY_IMPORT else "top"
+
+
+COLLECTIVES = {name for path in (ROOT / "runtime/collectives").glob("*.py") for name in exported(path)} - {"wait"}
+ASKING = ("passes", "cost", "analysis", "planning", "ir")
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -108,6 +123,37 @@ def test_runtime_imports_torch_and_the_standard_library_only() -> None:
                 assert fine, f"{name}:{line} imports {imported}"
 
 
+def quoted_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string of a file that is the name of a collective."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Constant) and node.value in COLLECTIVES:
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "shardc" and room(name) in ASKING])
+def test_collectives_are_asked_and_not_told_by_name(name: str) -> None:
+    """Hardware files name them; `shardc/cost/collectives.py` looks those names up, and quotes none itself."""
+    for line, quoted in quoted_names(MODULES[name]):
+        raise AssertionError(f"{name}:{line} quotes {quoted!r}; take the object from shardc.runtime.collectives")
+
+
+def test_the_names_of_collectives_are_known_here() -> None:
+    assert {"all_gather", "all_reduce", "all_reduce_bucket", "permute", "shard", "to_partial"} <= COLLECTIVES
+
+
+@pytest.mark.parametrize("part", ["collectives", "kernels"])
+def test_what_generated_code_may_call_is_said_once_and_found(part: str) -> None:
+    """Each module says it in `__all__`; the runtime exports it from there, and lists it nowhere."""
+    listed = (ROOT / "runtime/__init__.py").read_text()
+    for name in (name for name in MODULES if name.startswith(f"shardc.runtime.{part}.")):
+        module = importlib.import_module(name)
+        for callable_name in module.__all__:
+            assert getattr(shardc.runtime, callable_name) is getattr(module, callable_name)
+            assert callable_name in shardc.runtime.__all__
+            explicit = callable_name in ("Part", "wait")  # people import these
+            assert explicit or not re.search(rf"\b{callable_name}\b", listed.split('"""')[2]), callable_name
+
+
 def test_importing_the_runtime_loads_nothing_of_the_compiler() -> None:
     program = """
 import sys
@@ -138,6 +184,12 @@ def test_public_names_resolve() -> None:
     assert set(shardc.__all__) <= set(dir(shardc))
     with pytest.raises(AttributeError, match="shardc' has no attribute 'shards'"):
         _ = shardc.shards  # type: ignore[attr-defined]
+
+
+def test_what_fails_on_a_rank_is_an_error_of_ours() -> None:
+    from shardc.errors import ShardcError
+
+    assert ShardcError is shardc.runtime.ShardcError and issubclass(shardc.runtime.RankError, ShardcError)
 
 
 def test_the_submodule_constrain_does_not_hide_the_function() -> None:
