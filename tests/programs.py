@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardc.ir import constrain
+from shardc import constrain
 
 AXES = ("a", "b", "c")
 MOST = 300  # elements of any tensor

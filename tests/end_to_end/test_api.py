@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from shardc import shard
-from shardc.ir import constrain
+from shardc import constrain, shard
 from shardc.passes.pipeline import PASSES
 
 ROOT = Path(__file__).parents[2]

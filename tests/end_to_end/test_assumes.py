@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from shardc import constrain
 from shardc.api import Compiled
 from shardc.errors import InfeasibleError
 from shardc.explain.plan import Plan
-from shardc.ir import constrain
 
 
 @torch.library.custom_op("shardc_tests::evenly_assumed", mutates_args=())

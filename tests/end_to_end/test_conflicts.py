@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shardc
+from shardc import constrain
 from shardc.cost.conversion import TensorClass
 from shardc.errors import InfeasibleError
 from shardc.explain.plan import Plan
 from shardc.explain.why import Questions
-from shardc.ir import constrain
 
 
 @torch.library.custom_op("shardc_tests::evenly_only", mutates_args=())

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardc import shard
+from shardc import constrain, shard
 from shardc.errors import CaptureError, InfeasibleError, MeshError
-from shardc.ir import constrain
 from shardc.runtime import RankError
 
 
