@@ -59,8 +59,8 @@ def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 place = ", ".join(part for part in (origins[node].module, origins[node].source) if part)
                 raise CaptureError(
-                    f"{node.target} ({place}) makes a tensor stored as {value.layout}: only dense tensors can be sharded; "
-                    "convert it outside of the model, or compute with dense tensors"
+                    f"{node.target} ({place}) makes a tensor stored as {value.layout}: only dense tensors can be "
+                    "sharded; convert it outside of the model, or compute with dense tensors"
                 )
 
 
