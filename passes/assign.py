@@ -18,20 +18,11 @@ from shardc.ir.printing import in_bytes
 from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.rules.factors.factored import Factored, Key
+from shardc.solver import tuning
 from shardc.solver.budget import Frontier
 from shardc.solver.memory_terms import Prices
 from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
-
-TRIES = 4
-"""Times that the bound is moved to where the lowered plan just fits."""
-CLOSE = 0.01
-FAR, ROUGHLY = 1.5, 3e-2
-"""Times the budget from which on what the network reckons of a plan is more than its lowering could save, and the gap
-to which that plan is drafted first."""
-TIME_LIMIT = 20.0
-"""CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
-
 
 AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
 
@@ -54,7 +45,7 @@ def assign(
 ) -> tuple[CostNetwork, Assignment, Solution]:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
     network = network_of(factored, mesh, device, accepts, whole_outputs, wishes)
-    solution = solved(network.problem(), TIME_LIMIT)
+    solution = solved(network.problem(), tuning.TIME_LIMIT)
     return network, network.assignment(solution.choice), solution
 
 
@@ -76,9 +67,9 @@ def assign_within(
 
     simple = network(recompute=False)
     problem, holdings = simple.problem(), simple.holdings()
-    free = solved(problem, TIME_LIMIT, ROUGHLY, draft=True)
-    if holdings.peak(free.choice) <= FAR * budget.bytes:
-        free = free if free.exact else solved(problem, TIME_LIMIT)
+    free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
+    if holdings.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget.bytes:
+        free = free if free.exact else solved(problem, tuning.TIME_LIMIT)
         assignment = simple.assignment(free.choice)
         if peak_of(simple, assignment) <= budget.bytes:
             return simple, assignment, replace(free, prices=Prices({}, budget.bytes, holdings))
@@ -97,7 +88,7 @@ def assign_within(
             best = found, assignment
         return peak
 
-    for _ in range(TRIES):
+    for _ in range(tuning.CAPACITY_TRIES):
         largest = max(largest, bound)
         try:
             found = _within(frontier, bound)
@@ -107,7 +98,7 @@ def assign_within(
             low, bound = bound, 0.5 * (bound + budget.bytes)
             continue
         over = lowered(found) - frontier.holdings.peak(found.choice)
-        if best is not None and budget.bytes - over - bound < CLOSE * bound:
+        if best is not None and budget.bytes - over - bound < tuning.CAPACITY_TRIES_CLOSE * bound:
             break
         bound = max(budget.bytes - over, 0.5 * (low + bound))
     least = lowered(frontier.smallest()) if best is None else 0.0
@@ -122,9 +113,9 @@ def assign_within(
 
 def _within(frontier: Frontier, bound: float) -> Solution:
     try:
-        return frontier.within(bound, TIME_LIMIT)
+        return frontier.within(bound, tuning.TIME_LIMIT)
     except TimeoutError as error:
-        raise _too_late(TIME_LIMIT) from error
+        raise _too_late(tuning.TIME_LIMIT) from error
 
 
 def network_of(

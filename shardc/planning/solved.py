@@ -12,9 +12,7 @@ from shardc.solver.problem import TOLERANCE, Problem, magnitude
 from shardc.solver.proof.certificate import Certificate, check, check_within
 from shardc.solver.proof.prove import Known, prove
 from shardc.solver.solve import Solution, solve
-
-TIME_LIMIT = 20.0
-"""CPU-seconds that a certificate, or the plan of an alternative, may take."""
+from shardc.solver.tuning import TIME_LIMIT
 
 
 class Solved:

@@ -28,6 +28,7 @@ import numpy as np
 
 from shardc.errors import InfeasibleError
 from shardc.ir.printing import in_bytes
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.exact.forest import step
 from shardc.solver.memory_terms import MemoryTerms, Prices
@@ -37,24 +38,6 @@ from shardc.solver.solve import Solution, Trail, is_small, solve
 
 if TYPE_CHECKING:
     from shardc.solver.exact.milp import Limit
-
-_CLOSE, _DEEP = 1e-3, 2e-3  # relative gaps at which the search ends; where layers are folded
-_ENOUGH, _DEEPLY, _FINELY = 3e-4, 1e-3, 1e-5  # the same at any one price; where layers are folded; if sweeps are short
-_ROUGH, _ROUGHEST = 1e-3, 1e-2  # the same for a draft, and for one as long as nothing fits
-_PART, _MOST = 0.1, 5e-3  # of the gap that is open, and of the cost at most: to gain that, no further price is asked
-_NEARLY = 2.0  # times the gap that ends the search: a proof finds what another draft would, where layers are folded
-_NEAR = 1e-2  # what prices may still gain, relatively, when it pays to merge choices
-_PROOFS, _ROUNDS = 3, 40  # times that drafts are followed by a proof; drafts
-_KEPT = 2  # layers on either side of a fold: what the last layer does without, all others may need of the one before
-_MODEST, _RISE, _RICH = 0.15, 4.0, 1e4
-"""Ceilings of prices until something fits, the first, the factor, and the last: so many times the cost of the whole for
-the whole bound."""
-_SPLICES = 6  # places at which two choices are spliced
-_MIXED = 4  # choices on either side of the bound that are merged, where no layers are folded
-_PARTS, _TURNS = (0.0, 0.3, 0.6, 0.9), 8  # of the prices, at which a choice is polished; forests at each
-_SMALL, _MODERATE, _WIDE = 20_000, 50_000, 2e-2  # pairs of values that are branched over; from which gap on so many
-_MILP_UNITS = 1e3  # the cost in the units given to HiGHS
-_HOPELESS = 3.0  # what is proved for a bound that nothing fits, as a multiple of the dearest choice known
 
 
 @dataclass(frozen=True)
@@ -94,10 +77,14 @@ class Frontier:
         self.points: list[_Point] = []
         self.proofs: list[PriceProof] = []
         self.finished: dict[float, float] = {}  # what branching proved, by bound
-        self.trail = Trail.of(holdings.linked(problem), _KEPT)
-        self.close, self.enough = (_DEEP, _DEEPLY) if self.trail.fold else (_CLOSE, _ENOUGH)
+        self.trail = Trail.of(holdings.linked(problem), tuning.FOLD_KEPT)
+        self.close, self.enough = (
+            (tuning.CAPACITY_GAP_FOLDED, tuning.STEP_GAP_FOLDED)
+            if self.trail.fold
+            else (tuning.CAPACITY_GAP, tuning.STEP_GAP)
+        )
         if self.trail.fold and is_small(problem):
-            self.enough = _FINELY
+            self.enough = tuning.STEP_GAP_SHORT
 
     def know(self, free: Solution, choice: list[int]) -> None:
         """What is known of the network in which nothing runs again, without prices: what was proved, if anything was,
@@ -116,7 +103,7 @@ class Frontier:
         if not self.points:
             self._ask({}, deadline)
         took = 0.0
-        for _ in range(_PROOFS):
+        for _ in range(tuning.PROOFS):
             if took and time.process_time() + took > deadline and self._best(bound) is not None:
                 break
             prices = self._drafted(bound, deadline)
@@ -130,7 +117,10 @@ class Frontier:
         self._merge(bound)
         best, lower = self._best(bound), self._proof(bound).bound(bound)
         gap = math.inf if best is None else (best.cost - lower) / max(abs(best.cost), 1e-300)
-        if self._pairs <= (_SMALL if gap < _WIDE else _MODERATE) and gap > TOLERANCE:
+        if (
+            self._pairs <= (tuning.BRANCHED_PAIRS_CAPACITY if gap < tuning.WIDE_GAP else tuning.BRANCHED_PAIRS_WIDE_GAP)
+            and gap > TOLERANCE
+        ):
             self._finish(bound, deadline)
         if not self.trail.fold and gap > self.close:
             self._polish(bound, deadline)
@@ -146,37 +136,37 @@ class Frontier:
     def _drafted(self, bound: float, deadline: float) -> Mapping[int, float]:
         """Ask at one price after the other, until what seems to be proved meets the best choice. The prices that prove
         most, or will."""
-        ceiling, dearer = _MODEST, 1.0
-        for _ in range(_ROUNDS):
+        ceiling, dearer = tuning.CEILING_FIRST, 1.0
+        for _ in range(tuning.DRAFTS):
             best, proof = self._best(bound), self._proof(bound, drafts=True)
             lower = proof.bound(bound)
             if best is not None and (best.cost - lower <= self.close * best.cost or time.process_time() > deadline):
                 break
             dearest = max(point.cost for point in self.points)
-            sure = lower - _ROUGHEST * abs(proof.least) * proof.draft
-            if best is None and (min(ceiling, dearer) > _RICH or sure > _HOPELESS * dearest):
+            sure = lower - tuning.DRAFT_GAP_UNFIT * abs(proof.least) * proof.draft
+            if best is None and (min(ceiling, dearer) > tuning.CEILING_LAST or sure > tuning.HOPELESS * dearest):
                 break
-            prices, value = self._master(bound, _RICH if best else min(ceiling, _RICH))
+            prices, value = self._master(bound, tuning.CEILING_LAST if best else min(ceiling, tuning.CEILING_LAST))
             if best is None:
-                ceiling *= _RISE
-                if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, _ROUGHEST):
-                    dearer *= _RISE  # the best prices are known, and what they choose does not fit
+                ceiling *= tuning.CEILING_GROWTH
+                if not self._ask({t: dearer * price for t, price in prices.items()}, deadline, tuning.DRAFT_GAP_UNFIT):
+                    dearer *= tuning.CEILING_GROWTH  # the best prices are known, and what they choose does not fit
                 continue
             ways = (self._between(prices, bound), prices) if len(prices) > 1 else (prices,)
             if value - lower <= self._little(best.cost, lower) or time.process_time() > deadline:
                 break
-            if self.trail.fold and value - lower <= _NEARLY * self.close * best.cost:
+            if self.trail.fold and value - lower <= tuning.PROOF_INSTEAD * self.close * best.cost:
                 return ways[0]
-            if not any(self._ask(way, deadline, _ROUGH) for way in ways):
+            if not any(self._ask(way, deadline, tuning.DRAFT_GAP) for way in ways):
                 break
-            if value - lower <= _NEAR * abs(value):
+            if value - lower <= tuning.MERGE_PROMISE * abs(value):
                 self._merge(bound)
         return self._proof(bound, drafts=True).prices
 
     def _little(self, cost: float, lower: float) -> float:
         """What better prices must promise, where a choice costs so much and so much seems to be proved: the gap that
         ends the search, or, but for folded layers, which are yet to be mixed, a part of the gap that is open."""
-        part = 0.0 if self.trail.fold else min(_PART * (cost - lower), _MOST * cost)
+        part = 0.0 if self.trail.fold else min(tuning.OPEN_SHARE * (cost - lower), tuning.OPEN_MOST * cost)
         return max(self.close * cost, part)
 
     def proved_for(self, found: Solution, bound: float) -> Solution:
@@ -260,7 +250,7 @@ class Frontier:
         which a choice has exceeded it."""
         from shardc.solver.exact.milp import solve_milp  # takes a second to import, and few compilations come this far
 
-        scale = _MILP_UNITS / max(max(abs(point.cost) for point in self.points), 1e-300)
+        scale = tuning.MILP_UNITS / max(max(abs(point.cost) for point in self.points), 1e-300)
         edges = {edge: table * scale for edge, table in self.problem.edges.items()}
         for one, other in self.holdings.pairs() - edges.keys():
             edges[one, other] = np.zeros((len(self.problem.unary[one]), len(self.problem.unary[other])))
@@ -295,7 +285,7 @@ class Frontier:
             return point.cost + math.fsum(price * float(point.held[t]) for t, price in prices.items())
 
         solved = [point for point in self.points if not point.merged]
-        many = 1 if self.trail.fold else _MIXED
+        many = 1 if self.trail.fold else tuning.MERGED_CHOICES
         large = sorted((p for p in solved if p.peak > bound), key=priced)[:many]
         small = sorted((p for p in solved if p.peak <= bound and p is not best), key=priced)[:many]
         self._take([self._merged(one, other, bound) for one in (best, *small) for other in large], bound)
@@ -325,7 +315,7 @@ class Frontier:
         layers, last = self.trail.fold.layers, self.trail.fold.count
         fits, over = 0, last + 1
         best, held = small, [small.peak, fast.peak]
-        for _ in range(_SPLICES):
+        for _ in range(tuning.SPLICES):
             part = (bound - held[0]) / max(held[1] - held[0], 1.0)
             count = min(max(fits + int(part * (over - fits)), fits + 1), over - 1)
             if not fits < count < over:
@@ -343,10 +333,10 @@ class Frontier:
         """Change one forest after the other of the best choice to what is cheapest at lower prices, as far as that
         fits."""
         prices = self._proof(bound).prices
-        for part in _PARTS:
+        for part in tuning.POLISH_PARTS:
             lower = self.holdings.priced(self.problem, {t: part * price for t, price in prices.items()})
             network = Bound(lower.unary, lower.edges)
-            for turn in range(_TURNS):
+            for turn in range(tuning.POLISH_FORESTS):
                 best = self._best(bound)
                 if best is None or time.process_time() > deadline:
                     return

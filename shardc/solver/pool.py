@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array
 
 Mask = NDArray[np.bool_]
 Oriented = tuple[int, bool]  # number of a table in the pool, and whether it is to be read transposed
 
 _HUGE = 1e300  # stands for inf where a difference is formed
-_DOMINANCE_LIMIT = 2**21  # largest d_v * d_v * d_u of a dominance test
 
 
 class Pool:
@@ -99,7 +99,7 @@ def undominated(cost: Array, tables: list[Array]) -> Mask:
     """Which values no other value replaces at no loss; of equal values the smallest index stays. Needs consistency."""
     n = len(cost)
     keep = np.ones(n, dtype=np.bool_)
-    if n < 2 or n * n * max((t.shape[1] for t in tables), default=1) > _DOMINANCE_LIMIT:
+    if n < 2 or n * n * max((t.shape[1] for t in tables), default=1) > tuning.DOMINANCE_ENTRIES:
         return keep
     worse = cost[:, None] - cost[None, :]  # worse[b, a]: the most that b can cost more than a
     for table in tables:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.distinct import Tables
 from shardc.solver.exact.active import Active
@@ -34,19 +35,12 @@ from shardc.solver.exact.forest import descend
 from shardc.solver.exact.presolve import ReducedNetwork
 from shardc.solver.exact.search import Search
 from shardc.solver.layers.fold import Fold, fold
-from shardc.solver.layers.ring import COPIES, Prove, around
+from shardc.solver.layers.ring import Prove, around
 from shardc.solver.memory_terms import Prices
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
 from shardc.solver.proof.certificate import Certificate, check, left
-from shardc.solver.proof.prove import MAX_SWEEPS, Known, Proof, clipped, prove
+from shardc.solver.proof.prove import Known, Proof, clipped, prove
 from shardc.solver.proof.remainder import Remainder
-
-_FOLDED = 2  # times that a network must shrink by folding to be worth it
-_SEARCH = 0.6  # part of the time left that one step may take which others follow
-_ENDS = 0.5  # part of what a proof may leave open that its first and last layers may
-_SKETCH = 6  # sweeps over all values in a draft that starts from one
-_LARGE = 8000  # variables beyond which what folding leaves open stays open
-_ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Trail:
     def of(problem: Problem, kept: int = 1) -> Trail:
         """The fold to so many layers on either side."""
         folded = fold(problem, kept)
-        worth = folded is not None and _FOLDED * len(folded.template.unary) <= len(problem.unary)
+        worth = folded is not None and tuning.FOLD_FACTOR * len(folded.template.unary) <= len(problem.unary)
         return Trail(folded if worth else None)
 
     def at(self, choice: Sequence[int]) -> Trail:
@@ -115,7 +109,7 @@ def solve(
     known: Solution | None = None
     if trail.fold:
         known = _unfolded(problem, trail, trail.fold, goal, draft)
-        if draft or known.gap <= enough * abs(known.cost) or len(problem.unary) > _LARGE:
+        if draft or known.gap <= enough * abs(known.cost) or len(problem.unary) > tuning.LARGE_NETWORK:
             return known
     choice, lower = _searched(problem, goal, known.choice if known else None, draft)
     if known is not None:
@@ -147,7 +141,7 @@ class _Goal:
     def part(self) -> _Goal:
         """The same with a deadline that leaves time for what comes after."""
         now = time.process_time()
-        return replace(self, deadline=now + _SEARCH * (self.deadline - now))
+        return replace(self, deadline=now + tuning.STEP_TIME_SHARE * (self.deadline - now))
 
 
 def _solution(
@@ -184,7 +178,7 @@ def _searched(
 
 def is_small(problem: Problem) -> bool:
     """Whether a sweep over all values takes less than seconds."""
-    return sum(table.size for table in problem.edges.values()) <= _ENTRIES
+    return sum(table.size for table in problem.edges.values()) <= tuning.SHORT_SWEEP_ENTRIES
 
 
 def _unfolded(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, draft: bool) -> Solution:
@@ -214,8 +208,8 @@ def _carried_over(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, cho
         return proved
 
     # what the template's messages leave open, sweeps from there seldom close
-    ring = proof(COPIES / folded.count, MAX_SWEEPS, afresh=not goal.rough)
-    ends = proof(_ENDS, MAX_SWEEPS if goal.rough else None)
+    ring = proof(tuning.RING_COPIES / folded.count, tuning.PROOF_SWEEPS, afresh=not goal.rough)
+    ends = proof(tuning.ENDS_TOLERANCE_SHARE, tuning.PROOF_SWEEPS if goal.rough else None)
     found = around(problem, folded, trail.choice, trail.certificate, ring, ends)
     return found or folded.unfolded_certificate(trail.certificate)
 
@@ -236,7 +230,7 @@ def _closed(problem: Problem, known: Solution, goal: _Goal) -> Solution:
         finished = _finished(problem, swept)
         if finished is not None:
             return finished
-    if len(problem.unary) <= _LARGE:
+    if len(problem.unary) <= tuning.LARGE_NETWORK:
         goal = goal.part()
     search = Search(bound, goal.deadline, goal.enough)
     search.start(known.choice)
@@ -277,7 +271,7 @@ def _followed(trail: Trail, template: Problem, goal: _Goal, draft: bool) -> Trai
     if not draft or proof is None or proof.choice is None:
         proof = _proved(template, goal, proof)
         return replace(trail, choice=proof.chosen, certificate=proof.certificate(), lower=proof.lower)
-    proof.sweep(_SKETCH if trail.certificate.messages else 2 * _SKETCH, searching=False)
+    proof.sweep(tuning.DRAFT_SWEEPS if trail.certificate.messages else 2 * tuning.DRAFT_SWEEPS, searching=False)
     certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
     small = active.problem(template)
     start = Trail(None, active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from shardc.solver import solve as solving
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
-from shardc.solver.layers import fold as folding
 from shardc.solver.layers.fold import fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.proof.certificate import Certificate, check
@@ -55,7 +55,7 @@ def layered(count: int, seed: int, odd: Callable[[Problem, int], None] = lambda 
 def whole(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> float:
     """The optimum, found without folding."""
     with monkeypatch.context() as patch:
-        patch.setattr(folding, "MIN_LAYERS", 10**6)
+        patch.setattr(tuning, "MIN_LAYERS", 10**6)
         assert fold(problem, 2) is None
         solution = solve(problem)
     assert solution.exact
@@ -77,7 +77,7 @@ def test_folded_equals_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_template_of_equal_layers_proves_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the template proves is carried over to every layer, and checked there by code that knows of no layers."""
     problem = layered(300, 1)
-    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)  # what folding leaves open would stay open
+    monkeypatch.setattr(tuning, "LARGE_NETWORK", 0)  # what folding leaves open would stay open
     solution = solve(problem)
     proved = check(problem, solution.certificate)
     assert solution.exact and proved == pytest.approx(solution.cost, rel=1e-8)
@@ -102,7 +102,7 @@ def test_an_odd_layer_among_equal_ones(seed: int, monkeypatch: pytest.MonkeyPatc
 def test_triplets_are_unfolded(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer has an odd cycle, and one that reaches into the next: messages prove too little. The triplets of the
     template, in every layer, prove it all."""
-    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)
+    monkeypatch.setattr(tuning, "LARGE_NETWORK", 0)
     rng = np.random.default_rng(count)
     costs, differ = [0.3 * rng.random(2) for _ in range(3)], 2.0 * np.eye(2)
     link = 0.2 * rng.random((VALUES, 2))

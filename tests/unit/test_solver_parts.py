@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from shardc.solver import budget
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.budget import Frontier
-from shardc.solver.exact.active import ACTIVE, Active
+from shardc.solver.exact.active import Active
 from shardc.solver.exact.forest import descend, step
 from shardc.solver.exact.search import Search
 from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
@@ -75,15 +75,15 @@ def test_forests_never_make_a_choice_worse(seed: int) -> None:
 
 
 def test_a_network_of_few_values_costs_what_the_whole_does() -> None:
-    problem = random_network(6, 0.5, 0, values=2 * ACTIVE)
-    choice = [2 * ACTIVE - 1 - v for v in range(6)]
-    active = Active.of([np.arange(2.0 * ACTIVE)] * 6, choice)
-    assert all(np.count_nonzero(mask) == ACTIVE + 1 for mask in active.masks)
+    problem = random_network(6, 0.5, 0, values=2 * tuning.ACTIVE_VALUES)
+    choice = [2 * tuning.ACTIVE_VALUES - 1 - v for v in range(6)]
+    active = Active.of([np.arange(2.0 * tuning.ACTIVE_VALUES)] * 6, choice)
+    assert all(np.count_nonzero(mask) == tuning.ACTIVE_VALUES + 1 for mask in active.masks)
     small, inside = active.problem(problem), active.inside(choice)
     assert active.outside(inside) == choice
     assert evaluate(small, inside) == evaluate(problem, choice)
     edge = next(iter(problem.edges))
-    long = np.arange(2.0 * ACTIVE)
+    long = np.arange(2.0 * tuning.ACTIVE_VALUES)
     messages = active.messages(Certificate({edge: (long, long)}), small.edges).messages[edge]
     assert messages[0].shape == small.edges[edge].shape[:1] and messages[0][-1] == long[choice[edge[0]]]
 
@@ -94,8 +94,8 @@ def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
 ) -> None:
     """Every layer is fast and large, or slow and small, and it costs more where the two meet: no price asks it of some
     layers only, and no part can change alone."""
-    monkeypatch.setattr(budget, "_SMALL", 0)  # deep networks are too large to branch over
-    monkeypatch.setattr(budget, "_MODERATE", 0)
+    monkeypatch.setattr(tuning, "BRANCHED_PAIRS_CAPACITY", 0)  # deep networks are too large to branch over
+    monkeypatch.setattr(tuning, "BRANCHED_PAIRS_WIDE_GAP", 0)
     layers, problem, held = 40, Problem(), list[MemoryTerm]()
     link = np.array([[0.0, turning], [turning, 0.0]])
     for v in range(layers):

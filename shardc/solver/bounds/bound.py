@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.bounds.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
 from shardc.solver.pool import Mask, Parts, first_minimum
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from shardc.solver.bounds.flat import Flat
 
 Place = NDArray[np.intp]
-_LONG, _AN_EDGE = 1000, 20_000  # edges from which on code is compiled for a network; entries that count as one
-_ROOM = 2.0  # times the gap above the least of a table, where its entries are cut off
 
 
 class Bound:
@@ -126,7 +125,10 @@ class Bound:
     def flat(self) -> "Flat | None":
         """The network for passes in compiled code; None for small ones."""
         if self._short is None:
-            self._short = len(self.ends) + sum(table.small.size for table in self.tables) / _AN_EDGE < _LONG
+            self._short = (
+                len(self.ends) + sum(table.small.size for table in self.tables) / tuning.ENTRIES_PER_EDGE
+                < tuning.COMPILED_EDGES
+            )
         if self._short:
             return None
         if self._flattened is None or any(a is not b for a, b in zip(self._flattened[0], self.tables, strict=True)):
@@ -204,7 +206,7 @@ class Bound:
         pairs = {pair for triple in triples for pair in sides(triple)}
         more = self._with_chords(pairs - self.number.keys())
         more._passes()  # variables with new pairs hand out smaller shares
-        ceiling = _ROOM * (upper - more.current)
+        ceiling = tuning.LOAN_CEILING * (upper - more.current)
         for (u, v), (to_u, to_v) in more.messages().items():
             if (u, v) in pairs:
                 e, moved = more.number[(u, v)], to_u[:, None] + to_v[None, :]

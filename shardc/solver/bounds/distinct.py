@@ -17,11 +17,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array
 
 Index = NDArray[np.intp]
 Small = NDArray[np.float64] | NDArray[np.float32]
-_WORTH = 2048  # entries of a table from which on it pays to look for repetitions
 
 
 class Alike:
@@ -52,7 +52,7 @@ class Table:
     it is (`look`). In half the digits (`roughly`), messages take half the time."""
 
     def __init__(self, whole: Array, look: bool = True, roughly: bool = False) -> None:
-        look = look and whole.size >= _WORTH
+        look = look and whole.size >= tuning.REPEATED_ENTRIES
         small = self.whole = np.ascontiguousarray(whole)
         self.rows = Alike.of(small) if look else None
         if self.rows is not None:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.problem import Array
-
-_FURTHER, _NEARER = 2.0, 0.25
-_LEAST, _MOST = 1.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Extrapolation:
     """Sweeps of a round."""
 
     def __init__(self) -> None:
-        self.factor = _LEAST
+        self.factor = tuning.LEAP_LEAST
 
     def round(self, bound: Bound) -> float:
         """Two sweeps, and one more after a leap; returns the bound, which does not fall."""
@@ -56,8 +54,8 @@ class Extrapolation:
         bound.to_first = [new + self.factor * (new - old) for old, new in pairs]
         further = bound.sweep()
         if further > lower + (lower - first):
-            self.factor = min(self.factor * _FURTHER, _MOST)
+            self.factor = min(self.factor * tuning.LEAP_GROWTH, tuning.LEAP_MOST)
             return further
         now.restore(bound)
-        self.factor = max(self.factor * _NEARER, _LEAST)
+        self.factor = max(self.factor * tuning.LEAP_SHRINK, tuning.LEAP_LEAST)
         return lower

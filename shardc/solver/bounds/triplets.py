@@ -27,15 +27,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.pool import Mask, min_plus
 from shardc.solver.problem import Array, Edge
 
 Triple = tuple[int, int, int]
-GROUPS = 48
-MAX_TRIPLETS = 400
-"""Triplets that are added at a time."""
-_WAYS = 3  # joins of two variables that are looked at: those that charge most pairs of values
 
 
 class Groups:
@@ -50,8 +47,8 @@ class Groups:
     @staticmethod
     def by(reduced: Array) -> Groups:
         """The values of the smallest reduced costs each alone, the others together."""
-        index = np.full(len(reduced), GROUPS - 1)
-        first = np.argsort(reduced, kind="stable")[: GROUPS - 1]
+        index = np.full(len(reduced), tuning.GROUPS - 1)
+        first = np.argsort(reduced, kind="stable")[: tuning.GROUPS - 1]
         index[first] = np.arange(len(first))
         return Groups(index)
 
@@ -190,7 +187,7 @@ def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]]) -> 
     cycles: set[frozenset[int]] = set()
     for _, triple, middles in found:
         cycle = frozenset(x for x in (*triple, *middles) if x is not None)
-        if cycle in cycles or len(chosen) >= MAX_TRIPLETS:
+        if cycle in cycles or len(chosen) >= tuning.MAX_TRIPLETS:
             continue
         cycles.add(cycle)
         chosen[triple] = None
@@ -232,7 +229,7 @@ class _Joins:
                 if joined.any():
                     found.append((m, joined))
             found.sort(key=lambda way: -np.count_nonzero(way[1]))
-            self._ways[(u, v)] = found[:_WAYS]
+            self._ways[(u, v)] = found[: tuning.JOINS]
         return self._ways[(u, v)]
 
     def _table(self, u: int, v: int) -> Array:

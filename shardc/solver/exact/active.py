@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.pool import Mask, Parts
 from shardc.solver.problem import Array, Edge, Problem
 from shardc.solver.proof.certificate import Certificate
-
-ACTIVE = 80
-"""Values of a variable that stay."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Active:
         masks: list[Mask] = []
         for cost, x in zip(reduced, choice, strict=True):
             mask = np.zeros(len(cost), dtype=np.bool_)
-            mask[np.argsort(cost, kind="stable")[:ACTIVE]] = True
+            mask[np.argsort(cost, kind="stable")[: tuning.ACTIVE_VALUES]] = True
             mask[x] = True
             masks.append(mask)
         return Active(masks)

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
 
-MAX_FACTOR = 2.0**22  # entries of one factor
-MAX_WORK = 2.0**26  # entries of all factors
-_MANY = 10_000  # variables from which on a second order takes longer to find than it saves
 _OUT_OF_REACH = 1e6  # score above all others
 
 
@@ -36,7 +34,7 @@ class Order:
 
     @property
     def narrow(self) -> bool:
-        return self.largest <= MAX_FACTOR and self.total <= MAX_WORK
+        return self.largest <= tuning.FACTOR_ENTRIES and self.total <= tuning.WORK_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def surviving(
 def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
     """The better of two greedy orders; of a large network, the one that is found sooner, if it is narrow."""
     quick = _greedy_order(sizes, edges, fill=False)
-    if quick.narrow and len(sizes) > _MANY:
+    if quick.narrow and len(sizes) > tuning.TWO_ORDERS:
         return quick
     return min(_greedy_order(sizes, edges, fill=True), quick, key=lambda order: order.total)
 
@@ -89,7 +87,7 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
             around[u].add(v)
             around[v].add(u)
     log = [math.log2(size) for size in sizes]
-    limit = math.log2(MAX_FACTOR)
+    limit = math.log2(tuning.FACTOR_ENTRIES)
 
     def weight(v: int) -> float:
         return log[v] + sum(log[u] for u in around[v])
@@ -115,7 +113,7 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         variables.append(v)
         mass = 2.0 ** min(weight(v), 200.0)
         largest, total = max(largest, mass), total + mass
-        if mass > MAX_FACTOR or total > MAX_WORK:
+        if mass > tuning.FACTOR_ENTRIES or total > tuning.WORK_ENTRIES:
             return Order(variables, largest, math.inf)
         ring = around[v]
         for u in ring:

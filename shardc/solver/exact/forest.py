@@ -13,26 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.pool import first_minimum
 from shardc.solver.problem import Array
 
 _GOLDEN = 0.6180339887498949
-_PATIENCE = 3  # forests in a row that change nothing, or little
-_LITTLE = 1e-3  # of what was gained since the start
 
 
-def descend(bound: Bound, choice: Sequence[int], most: int = 16) -> list[int]:
-    """A choice that costs no more, by the tables as given. At most so many forests are tried."""
+def descend(bound: Bound, choice: Sequence[int]) -> list[int]:
+    """A choice that costs no more, by the tables as given."""
     best, first = list(choice), bound.cost(choice)
     cost, idle = first, 0
-    for turn in range(most):
+    for turn in range(tuning.FORESTS):
         found = step(bound, best, turn)
         now = bound.cost(found)
-        idle = 0 if cost - now > _LITTLE * (first - now) else idle + 1
+        idle = 0 if cost - now > tuning.FOREST_GAIN * (first - now) else idle + 1
         if now < cost:
             best, cost = found, now
-        if idle == _PATIENCE:
+        if idle == tuning.FOREST_PATIENCE:
             break
     return best
 

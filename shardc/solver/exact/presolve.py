@@ -23,12 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardc.errors import InfeasibleError
+from shardc.solver import tuning
 from shardc.solver.pool import Mask, Oriented, Pool, first_minimum, min_plus, undominated
 from shardc.solver.problem import Array, Edge, Problem
 
 Values = NDArray[np.intp]
-
-_PRODUCT_LIMIT = 2**25  # largest d_i * d_k * d_j of a min-plus product
 
 
 class Worklist:
@@ -101,7 +100,7 @@ class ReducedNetwork:
         while touched:
             changed = self.make_consistent(touched)
             changed |= self.drop_dominated(touched | changed)
-            touched = {v for v in changed | self.presolve(touched | changed) if self.alive[v]}
+            touched = {v for v in changed | self.contract(touched | changed) if self.alive[v]}
         if math.isinf(self.constant):
             raise InfeasibleError("the constraints leave no feasible plan")
 
@@ -177,7 +176,7 @@ class ReducedNetwork:
             self._masks[key] = undominated(self.pool.arrays[self.unary[v]], [self.pool.read(t) for t in tables])
         return self._masks[key]
 
-    def presolve(self, variables: set[int]) -> set[int]:
+    def contract(self, variables: set[int]) -> set[int]:
         """Minimise out variables with one value or at most two neighbours; return those whose tables changed."""
         changed: set[int] = set()
         queue = Worklist(variables)
@@ -198,7 +197,7 @@ class ReducedNetwork:
         if len(self.neighbours[v]) > 2:
             return False
         a, b = self.neighbours[v]
-        return len(self.values[a]) * len(self.values[b]) * len(self.values[v]) <= _PRODUCT_LIMIT
+        return len(self.values[a]) * len(self.values[b]) * len(self.values[v]) <= tuning.PRODUCT_ENTRIES
 
     def _remove(self, v: int) -> None:
         pool, around, cost = self.pool, sorted(self.neighbours[v]), self.unary[v]

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, surviving
 from shardc.solver.pool import Parts
-
-_HALVINGS = 40
-_WIDE = 16  # values of a variable, on average, of which elimination never takes so many
 
 
 def restricted_search(
@@ -24,9 +22,9 @@ def restricted_search(
     forbidden = forbidding(edges)
     for cost, count in zip(reduced, counts or map(len, reduced), strict=True):
         cost[count:] = np.inf
-    for halvings in range(1, _HALVINGS):
+    for halvings in range(1, tuning.RESTRICTED_HALVINGS):
         keep = surviving(reduced, forbidden, gap * 0.5**halvings, incumbent)
-        if sum(map(np.count_nonzero, keep)) > _WIDE * len(keep):
+        if sum(map(np.count_nonzero, keep)) > tuning.RESTRICTED_VALUES * len(keep):
             continue
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
         order = find_order([len(cost) for cost in part], list(edges))

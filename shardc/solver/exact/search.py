@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from shardc.errors import InfeasibleError
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.extrapolate import Extrapolation
 from shardc.solver.bounds.triplets import Groups, frustrated
@@ -17,16 +18,6 @@ from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, sur
 from shardc.solver.exact.forest import descend
 from shardc.solver.exact.restricted_search import restricted_search
 from shardc.solver.problem import TOLERANCE
-
-MAX_SWEEPS = 400
-_LOOK_EVERY = 2  # rounds of sweeps
-_ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
-_AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
-_ROUNDS = 20  # times that triplets are added
-_HELPS = 0.02  # part of the gap that a round must close to be followed by another
-_WORTH = 1e-4  # part of the gap that a triplet must promise to close
-_PAIRS = 2e6  # pairs of values beyond which branching gets nowhere in minutes
-_MILP_UNITS = 1e3  # the gap in the units given to HiGHS
 
 
 class Search:
@@ -52,13 +43,16 @@ class Search:
         """As `run`, from a choice and a bound that are close already: it goes only as far as that pays."""
         assert self.choice is not None
         self._prune()
-        if not (self._eliminated(math.inf) or self._swept(_ROUGHLY)):
+        if not (self._eliminated(math.inf) or self._swept(tuning.SEARCH_STALLED)):
             self._eliminated(math.inf)
         return self.choice
 
     def run(self) -> list[int]:
         if not (
-            self._eliminated(_AT_ONCE) or self._swept(_ROUGHLY) or self._eliminated(math.inf) or self._alternated()
+            self._eliminated(tuning.IMMEDIATE_WORK)
+            or self._swept(tuning.SEARCH_STALLED)
+            or self._eliminated(math.inf)
+            or self._alternated()
         ):
             self._branch()
         if self.choice is None:
@@ -74,16 +68,16 @@ class Search:
     def _swept(self, stall: float) -> bool:
         """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
         before, tried, leaps = -math.inf, math.inf, Extrapolation()
-        for turn in range(1, MAX_SWEEPS // Extrapolation.SWEEPS + 1):
+        for turn in range(1, tuning.SEARCH_SWEEPS // Extrapolation.SWEEPS + 1):
             leaps.round(self.bound)
-            if turn % _LOOK_EVERY:
+            if turn % tuning.LOOK_EVERY:
                 continue
             self._offer(descend(self.bound, self.bound.decode()))
             self.lower = self.bound.lower
             gap = self.upper - self.lower
             if self._closed() or (self._late() and self.choice is not None):
                 return True
-            if gap < 0.5 * tried:
+            if gap < tuning.PRUNE_AGAIN * tried:
                 tried = gap
                 self._prune()
                 if self._eliminated(math.inf):
@@ -104,7 +98,7 @@ class Search:
 
     def _tightened(self) -> bool:
         """Add triplets and sweep on, until closed (True) or that does not help any more."""
-        for _ in range(_ROUNDS):
+        for _ in range(tuning.SEARCH_TRIPLET_ROUNDS):
             if self.choice is None or self._late():
                 return False
             self._prune()
@@ -112,13 +106,15 @@ class Search:
             groups = [Groups.by(cost) for cost in self.bound.reduced_costs()]
             unary, spare = self.bound.spare()
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
+            more = [
+                t for t in frustrated(unary, spare, groups, tuning.TRIPLET_GAIN * gap, self._late) if t not in known
+            ]
             if not (more or known):
                 return False
             self.bound = self.bound.with_triplets(more, groups, self.upper)
-            if self._swept(_FINELY) or self._eliminated(math.inf):
+            if self._swept(tuning.SEARCH_STALLED_TRIPLETS) or self._eliminated(math.inf):
                 return True
-            if self.lower - before < _HELPS * gap:
+            if self.lower - before < tuning.SEARCH_TRIPLETS_HELP * gap:
                 return False
         return False
 
@@ -135,7 +131,7 @@ class Search:
             self._prune()
             if self._closed() or self._eliminated(math.inf):
                 return True
-            for _ in range(_LOOK_EVERY * Extrapolation.SWEEPS):
+            for _ in range(tuning.LOOK_EVERY * Extrapolation.SWEEPS):
                 self.bound.sweep()
             self.lower = max(self.lower, self.bound.lower)
         return False
@@ -187,12 +183,12 @@ class Search:
         )
 
         pairs = sum(t.size for t in self.bound.tables_by_edge().values())
-        if self.choice is not None and (self.draft or self._late() or pairs > _PAIRS):
+        if self.choice is not None and (self.draft or self._late() or pairs > tuning.BRANCHED_PAIRS):
             return
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant
         top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
-        scale = _MILP_UNITS / max(min(room, top), 1e-300)
+        scale = tuning.MILP_UNITS / max(min(room, top), 1e-300)
         scaled = {e: np.where(t <= room * (1.0 + TOLERANCE), t * scale, np.inf) for e, t in edges.items()}
         limit = None if math.isinf(self.deadline) else self.deadline - time.process_time()
         outcome = solve_milp([cost * scale for cost in unary], scaled, limit)

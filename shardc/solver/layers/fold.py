@@ -23,15 +23,13 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array, Edge, Problem
 from shardc.solver.proof.certificate import Certificate, Lender
 
 Integers = NDArray[np.int64]
 Messages = dict[Edge, tuple[Array, Array]]
 
-MIN_LAYERS = 8
-"""Fewer layers than this are not folded."""
-_PERIODS = 40  # distances between equal variables that are tried as periods
 _NONE = -1
 _PAIRS = ((0, 1), (1, 2), (0, 2))  # the places of the pairs of a triplet
 
@@ -150,7 +148,7 @@ def fold(problem: Problem, kept: int) -> Fold | None:
         return None
     layer, shift = labels
     low, high = int(layer[layer != _NONE].min()) + kept - 1, int(layer.max()) - kept + 1
-    if high - low - 1 < MIN_LAYERS - 2 * kept:
+    if high - low - 1 < tuning.MIN_LAYERS - 2 * kept:
         return None
     return _Cut(problem, layer, shift, low, high).fold()
 
@@ -247,7 +245,7 @@ def _labels(problem: Problem) -> tuple[Integers, Integers] | None:
     layer, shift = np.full(size, _NONE), np.zeros(size, dtype=np.int64)
     ranges = [sorted((offset, offset + sign * (runs[i].count - 1))) for i, (sign, offset) in counting.items()]
     first, last = max(a for a, _ in ranges), min(b for _, b in ranges)
-    if last - first + 1 < MIN_LAYERS:
+    if last - first + 1 < tuning.MIN_LAYERS:
         return None
     for i, (sign, offset) in counting.items():
         mine = run == i
@@ -279,12 +277,12 @@ def _runs(signatures: Integers) -> Iterator[_Stretch]:
         if signature in last:
             distances[place - last[signature]] += 1
         last[signature] = place
-    for period, _ in distances.most_common(_PERIODS):
+    for period, _ in distances.most_common(tuning.PERIODS):
         same = np.concatenate([[0], signatures[:-period] == signatures[period:], [0]]).astype(np.int64)
         edges = np.diff(same)
         for start, stop in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
             count = int(stop - start + period) // period
-            if count >= MIN_LAYERS:
+            if count >= tuning.MIN_LAYERS:
                 yield _Stretch(int(start), period, count)
 
 

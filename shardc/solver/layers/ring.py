@@ -19,12 +19,10 @@ from itertools import combinations
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.layers.fold import Fold, Messages, enter
 from shardc.solver.problem import Array, Edge, Problem, evaluate, zeros
 from shardc.solver.proof.certificate import Certificate
-
-COPIES = 3
-"""With two, what a layer takes from the one before it and what it gives to the next could be one pair."""
 
 Prove = Callable[[Problem, Sequence[int], Certificate], Certificate]
 """A certificate for a problem and its best choice; another is where it may begin."""
@@ -70,19 +68,19 @@ def _middle(
     def place(v: int, copy: int) -> int:
         """The variable of the ring for one of the template."""
         inside = v in before or v in ahead
-        own = (ahead.get(v, v), (copy + (v in ahead)) % COPIES) if inside else (v, -1)
+        own = (ahead.get(v, v), (copy + (v in ahead)) % tuning.RING_COPIES) if inside else (v, -1)
         if own not in number:
-            part = 1.0 if inside else COPIES / folded.count  # all layers share what is in none
+            part = 1.0 if inside else tuning.RING_COPIES / folded.count  # all layers share what is in none
             number[own] = problem.add_variable(template.names[v], template.unary[own[0]] * part)
             chosen.append(choice[own[0]])
         return number[own]
 
-    for copy in range(COPIES):
+    for copy in range(tuning.RING_COPIES):
         for v in sorted(before):
             place(v, copy)
     meets: dict[Edge, list[Edge]] = {}
     for a, b in pairs:
-        meets[a, b] = [(place(a, copy), place(b, copy)) for copy in range(COPIES)]
+        meets[a, b] = [(place(a, copy), place(b, copy)) for copy in range(tuning.RING_COPIES)]
         for u, v in meets[a, b]:
             problem.add_edge(u, v, template.edges[a, b])
     if not math.isfinite(evaluate(problem, chosen)):

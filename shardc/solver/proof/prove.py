@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound, Place
 from shardc.solver.bounds.distinct import Tables
 from shardc.solver.bounds.extrapolate import Extrapolation
@@ -25,22 +26,6 @@ from shardc.solver.exact.forest import descend
 from shardc.solver.exact.restricted_search import restricted_search
 from shardc.solver.problem import TOLERANCE, Array, Edge, Problem, evaluate, magnitude
 from shardc.solver.proof.certificate import Certificate, Lender
-
-MAX_SWEEPS = 200
-_LOOK_EVERY = 2  # rounds of sweeps
-_STALLED = 2e-2  # gain between two looks, as a part of the gap, below which a bound has stalled
-_SLOW = 1e-1  # the same for sweeps over pairs alone, while the choice is not known
-_ROUNDS = 12  # times that triplets are added
-_WORTH = 1e-4  # part of the gap that a triplet must promise to close
-_HELPS = 0.1  # part of the gap that a round must close to be followed by another
-_MARGIN = 1.0  # of the gap: reduced costs of values that are told apart
-_CLOSER = 0.7  # of the gap when values were last gathered: they are gathered again
-_DIVE = 0.5  # of the gap when a choice was last looked for exactly: it is done again
-_NEAR = 2e-2  # of the cost: gaps in which it pays to gather values
-_WIDE = 4096  # entries of a table
-_FEWER = 0.5  # of the entries of all tables, after gathering
-_CLOSING = 0.5  # of the gap that a round leaves where it is about to close
-_FINER, _ALMOST = 0.1, 0.9  # part of the tolerance that is aimed at: of what counts as none, and of any other
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class Proof:
     def run(self) -> bool:
         """Sweep; gather values, add triplets, sweep on; until closed (True), or that does not help any more."""
         closed = self.cost - self.lower <= self.tolerance or self.sweep()
-        for _ in range(_ROUNDS):
+        for _ in range(tuning.PROOF_TRIPLET_ROUNDS):
             gap = self.cost - self.lower
             if closed or self._late() or not math.isfinite(gap):
                 break
@@ -94,12 +79,14 @@ class Proof:
             groups = [Groups.by(cost) for cost in reduced]
             unary, spare = self.bound.spare()
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
+            more = [
+                t for t in frustrated(unary, spare, groups, tuning.TRIPLET_GAIN * gap, self._late) if t not in known
+            ]
             if not (more or known):
                 break
             self.bound = self.bound.with_triplets(more, groups, math.inf)
             closed = self.sweep()
-            if self.cost - self.lower > (1.0 - _HELPS) * gap:
+            if self.cost - self.lower > (1.0 - tuning.PROOF_TRIPLETS_HELP) * gap:
                 break
         return closed
 
@@ -137,11 +124,11 @@ class Proof:
         """Values that cannot be part of a choice as cheap as `cost` become one a variable, if they are most; the
         reduced costs."""
         reduced = self.bound.reduced_costs()
-        keep = [cost <= _MARGIN * gap for cost in reduced]
+        keep = [cost <= tuning.GATHER_ABOVE * gap for cost in reduced]
         for mask, values in zip(keep, self.values, strict=True):
             mask[len(values) :] = False
         left = [np.count_nonzero(mask) + 1 for mask in keep]
-        if sum(left[u] * left[v] for u, v in self.bound.ends) > _FEWER * self._entries():
+        if sum(left[u] * left[v] for u, v in self.bound.ends) > tuning.GATHER_SHRINK * self._entries():
             return reduced
         self.bound, places, messages = self.bound.gathered(keep)
         _add(self.messages, messages, self.places)
@@ -152,35 +139,42 @@ class Proof:
             np.minimum.at(cost, place, old)
         return gathered
 
-    def sweep(self, enough: int = MAX_SWEEPS, searching: bool | None = None) -> bool:
+    def sweep(self, enough: int | None = None, searching: bool | None = None) -> bool:
         """Sweep until closed (True), or that does not help any more; after `enough` it must help a lot. Where no choice
         is to be looked for, `searching` says so."""
         searching = self.searching if searching is None else searching
+        enough = tuning.PROOF_SWEEPS if enough is None else enough
         before, gathered, leaps = -math.inf, math.inf, Extrapolation()
-        for turn in range(1, MAX_SWEEPS // Extrapolation.SWEEPS + 1):
+        for turn in range(1, tuning.PROOF_SWEEPS // Extrapolation.SWEEPS + 1):
             last = self.lower
             self.lower = leaps.round(self.bound)
-            look = turn % _LOOK_EVERY == 0
+            look = turn % tuning.LOOK_EVERY == 0
             if look and searching:
                 self._offer()
             gap = self.cost - self.lower
-            if gap <= (_FINER if self.enough <= TOLERANCE else _ALMOST) * self.tolerance:
+            if gap <= (tuning.AIM_EXACT if self.enough <= TOLERANCE else tuning.AIM_ROUGH) * self.tolerance:
                 return True
-            if self._late() or (turn * Extrapolation.SWEEPS >= enough and gap > _CLOSING * (self.cost - last)):
+            if self._late() or (turn * Extrapolation.SWEEPS >= enough and gap > tuning.CLOSING * (self.cost - last)):
                 return False
             if look:
-                stalled = _STALLED if self.bound.triplets or not searching else _SLOW
+                stalled = (
+                    tuning.PROOF_STALLED if self.bound.triplets or not searching else tuning.PROOF_STALLED_SEARCHING
+                )
                 if self.lower - before < stalled * min(gap, abs(self.lower)):
                     return False
                 before = self.lower
-                if not self.bound.triplets and gap < _CLOSER * min(gathered, _NEAR * abs(self.cost)) and self._wide():
+                if (
+                    not self.bound.triplets
+                    and gap < tuning.GATHER_AGAIN * min(gathered, tuning.GATHER_GAP * abs(self.cost))
+                    and self._wide()
+                ):
                     self._gather(gap)
                     gathered = gap
         return False
 
     def _wide(self) -> bool:
         """Whether sweeps spend their time on the entries of tables, of which fewer would do."""
-        return self._entries() > _WIDE * len(self.bound.ends)
+        return self._entries() > tuning.GATHER_TABLE * len(self.bound.ends)
 
     def _entries(self) -> int:
         """Entries of tables that a sweep reads."""
@@ -193,7 +187,7 @@ class Proof:
         self.take(descend(self.whole, [int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
         self.dived = self.dived or gap
-        if self.choice is None or gap > _DIVE * self.dived:
+        if self.choice is None or gap > tuning.DIVE_AGAIN * self.dived:
             return
         self.dived = gap
         incumbent = [int(place[x]) for place, x in zip(self.places, self.choice, strict=True)]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array, Problem
 
 Mask = NDArray[np.bool_]
@@ -29,7 +30,6 @@ Factor = tuple[tuple[int, ...], Array]
 """Variables, and a table with a dim for each."""
 Term = tuple[tuple[int, ...], Array]
 """Dims of a sum, and a table over these."""
-_LARGEST = 2.0**24  # entries of a factor that a check is willing to make
 _EPSILON = 4.0 * float(np.finfo(np.float64).eps)
 
 
@@ -131,7 +131,7 @@ def _sum(terms: Sequence[Term], rank: int) -> Array | None:
     """Tables, each over some of the dims, as one over all of them, if that does not grow too large."""
     sizes = {dim: size for dims, table in terms for dim, size in zip(dims, table.shape, strict=True)}
     shape = [sizes[dim] for dim in range(rank)]
-    if math.prod(shape) > _LARGEST:
+    if math.prod(shape) > tuning.CHECKED_FACTOR_ENTRIES:
         return None
     total = np.zeros(shape)
     for dims, table in terms:
