@@ -19,8 +19,8 @@ from shardc.planning.cost_network import Accepts, Assignment, CostNetwork
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.rules.factors.factored import Factored, Key
 from shardc.solver import tuning
-from shardc.solver.budget import Frontier
-from shardc.solver.memory_terms import Prices
+from shardc.solver.capacity import Frontier
+from shardc.solver.loads import Relaxation
 from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
 
@@ -66,13 +66,13 @@ def assign_within(
         return _built(made)
 
     simple = network(recompute=False)
-    problem, holdings = simple.problem(), simple.holdings()
+    problem, loads = simple.problem(), simple.holdings()
     free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
-    if holdings.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget.bytes:
+    if loads.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget.bytes:
         free = free if free.exact else solved(problem, tuning.TIME_LIMIT)
         assignment = simple.assignment(free.choice)
         if peak_of(simple, assignment) <= budget.bytes:
-            return simple, assignment, replace(free, prices=Prices({}, budget.bytes, holdings))
+            return simple, assignment, replace(free, relaxation=Relaxation({}, budget.bytes, loads))
     full = network(recompute=True, like=simple)
     frontier = Frontier(full.problem(), full.holdings())
     frontier.know(free, full.widened(simple, free.choice))
@@ -97,7 +97,7 @@ def assign_within(
                 break
             low, bound = bound, 0.5 * (bound + budget.bytes)
             continue
-        over = lowered(found) - frontier.holdings.peak(found.choice)
+        over = lowered(found) - frontier.loads.peak(found.choice)
         if best is not None and budget.bytes - over - bound < tuning.CAPACITY_TRIES_CLOSE * bound:
             break
         bound = max(budget.bytes - over, 0.5 * (low + bound))
@@ -141,13 +141,13 @@ def _built(network: AnyNetwork) -> AnyNetwork:
     return network
 
 
-def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE, draft: bool = False) -> Solution:
+def solved(problem: Problem, time_limit: float, relative_gap: float = TOLERANCE, draft: bool = False) -> Solution:
     """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        found = solve(problem, time_limit=time_limit, certify=False, enough=enough, draft=draft)
+        found = solve(problem, time_limit=time_limit, certify=False, relative_gap=relative_gap, draft=draft)
     except TimeoutError as error:
         raise _too_late(time_limit) from error
-    return replace(found, trail=None)  # nobody solves on from it, and it is large
+    return replace(found, warm_start=None)  # nobody solves on from it, and it is large
 
 
 def _too_late(time_limit: float) -> ShardcError:

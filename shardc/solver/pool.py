@@ -57,7 +57,7 @@ class Pool:
         return self._finite[number]
 
 
-class Parts:
+class Restriction:
     """Costs and tables over fewer values of every variable. The part of one table by equal masks is one array."""
 
     def __init__(self, keep: Sequence[Mask]) -> None:

@@ -98,7 +98,7 @@ class Problem:
         return self._summed[key][0]
 
 
-class Terms:
+class CostTerms:
     """Entries of many tables at a choice; equal tables are read at once. A term is a variable or two, and a table."""
 
     def __init__(self, terms: Iterable[tuple[int, int | None, Array]]) -> None:
@@ -111,10 +111,10 @@ class Terms:
         self._groups = [(table, np.array(places)) for table, places in found.values()]
 
     @staticmethod
-    def of(problem: Problem) -> Terms:
+    def of(problem: Problem) -> CostTerms:
         """The terms of a problem's cost."""
         alone = ((v, None, cost) for v, cost in enumerate(problem.unary))
-        return Terms([*alone, *((u, v, table) for (u, v), table in problem.edges.items())])
+        return CostTerms([*alone, *((u, v, table) for (u, v), table in problem.edges.items())])
 
     def at(self, choice: Sequence[int]) -> Array:
         """Every term's entry, in order."""

@@ -15,7 +15,7 @@ from shardc.solver.bounds.bound import Bound
 from shardc.solver.layers.fold import fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.proof.certificate import Certificate, check
-from shardc.solver.proof.prove import Proof
+from shardc.solver.proof.prove import Prover
 from shardc.solver.solve import solve
 
 VALUES = 5
@@ -141,14 +141,14 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     better in time, nothing is lost."""
     problem = layered(20, 2)
     best = solve(problem)
-    folded = solving.Trail.of(problem).fold
+    folded = solving.WarmStart.of(problem).fold
     assert folded is not None
     template = folded.template
-    unproved = Proof(template, Bound(template.unary, template.edges), None, math.inf)
+    unproved = Prover(template, Bound(template.unary, template.edges), None, math.inf)
     unproved.take(solve(template).choice)
     monkeypatch.setattr(solving, "_proved", lambda *_: unproved)
     monkeypatch.setattr(solving, "prove", lambda *_: Certificate({}))
-    monkeypatch.setattr(solving, "_finished", lambda *_: None)
+    monkeypatch.setattr(solving, "_searched_whole", lambda *_: None)
     monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
     known: list[list[int]] = []
 
@@ -168,8 +168,8 @@ def test_the_middle_is_proved_as_a_ring(seed: int) -> None:
     """What the template proves is lost in part in every layer of the middle; what a ring of layers proves is not."""
     problem = layered(40, seed)
     solution = solve(problem, certify=False)
-    assert solution.trail is not None and solution.trail.fold is not None
-    template = solution.trail.fold.unfolded_certificate(solution.trail.certificate)
+    assert solution.warm_start is not None and solution.warm_start.fold is not None
+    template = solution.warm_start.fold.unfolded_certificate(solution.warm_start.certificate)
     assert check(problem, template) < solution.cost * (1 - 1e-3)
     assert solution.certificate.remainder is None
     assert check(problem, solution.certificate) == pytest.approx(solution.cost, rel=1e-9)
@@ -187,7 +187,7 @@ def test_a_layer_that_is_linked_otherwise_at_the_end(monkeypatch: pytest.MonkeyP
             problem.add_edge(layers[i - 1][1], a, on)
             problem.add_edge(layers[2 if i == count - 2 else i - 1][0], a, across)
         layers.append((a, b))
-    found = solve(problem, certify=False, trail=solving.Trail.of(problem, 2))
+    found = solve(problem, certify=False, warm_start=solving.WarmStart.of(problem, 2))
     assert found.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
     assert check(problem, found.certificate) <= found.cost * (1 + 1e-9)
 
@@ -203,15 +203,15 @@ def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.Monkey
 
     edges = {edge: other(table) for edge, table in problem.edges.items() if edge[0]}  # without those of the table
     changed = Problem([other(cost) for cost in problem.unary], edges, problem.names)
-    trail = solve(problem, certify=False).trail
-    assert trail is not None and trail.fold is not None
+    warm_start = solve(problem, certify=False).warm_start
+    assert warm_start is not None and warm_start.fold is not None
     best = whole(changed, monkeypatch)
     for draft in (False, True):
-        found = solve(changed, certify=False, trail=trail, draft=draft)
+        found = solve(changed, certify=False, warm_start=warm_start, draft=draft)
         assert found.cost == evaluate(changed, found.choice) == pytest.approx(best, rel=1e-9)
         assert found.lower_bound <= best * (1 + 1e-9)
     with pytest.raises(ValueError, match="no edge of what was folded"):
-        solve(problem, trail=solving.Trail(trail.fold.over(changed)))
+        solve(problem, warm_start=solving.WarmStart(warm_start.fold.over(changed)))
 
 
 def rings(scale: float, seed: int) -> Problem:
@@ -233,11 +233,11 @@ def rings(scale: float, seed: int) -> Problem:
 def test_a_draft_after_a_proof_that_needed_triplets() -> None:
     needed = 0
     for seed in range(20):
-        trail = solve(rings(1.0, seed), certify=False).trail
-        assert trail is not None and trail.fold is not None
-        needed += bool(trail.certificate.triplets)
+        warm_start = solve(rings(1.0, seed), certify=False).warm_start
+        assert warm_start is not None and warm_start.fold is not None
+        needed += bool(warm_start.certificate.triplets)
         problem = rings(1.05, seed)
-        draft = solve(problem, certify=False, enough=1e-2, trail=trail, draft=True)
+        draft = solve(problem, certify=False, relative_gap=1e-2, warm_start=warm_start, draft=True)
         assert draft.cost == evaluate(problem, draft.choice)
     assert needed
 

@@ -18,7 +18,7 @@ Needs finite unary costs and a finite entry in every row and column of every tab
 elsewhere. Then every message is finite and no inf is ever subtracted from inf.
 
 The best such bound is that of the linear program over the pairs, and frustrated cycles keep it below the optimum.
-Terms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
+CostTerms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
 what they keep counts as part of the bound.
 """
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from shardc.solver import tuning
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.bounds.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
-from shardc.solver.pool import Mask, Parts, first_minimum
+from shardc.solver.pool import Mask, Restriction, first_minimum
 from shardc.solver.problem import Array, Edge
 from shardc.solver.proof.certificate import Certificate
 
@@ -299,7 +299,7 @@ class Bound:
 
     def restricted(self, keep: Sequence[Mask]) -> "Bound":
         """The same messages over fewer values; equal tables stay shared."""
-        part = Parts(keep)
+        part = Restriction(keep)
         edges = {(u, v): part(table, u, v) for (u, v), table in self.tables_by_edge().items()}
         chords = [e for e, table in zip(self.ends, self.given, strict=True) if table is None]
         small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges, chords)

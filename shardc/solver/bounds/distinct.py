@@ -1,4 +1,4 @@
-"""Tables without their repetitions.
+"""TableCache without their repetitions.
 
 Most strategies of an operator make one of few layouts, and what an edge costs depends on the layout alone: whole rows
 of its table are equal, and so are whole columns.
@@ -24,7 +24,7 @@ Index = NDArray[np.intp]
 Small = NDArray[np.float64] | NDArray[np.float32]
 
 
-class Alike:
+class EqualRows:
     """Rows in groups of equal ones: `first` of each, and per row its group."""
 
     def __init__(self, first: Index, index: Index) -> None:
@@ -33,14 +33,14 @@ class Alike:
         self.starts = np.searchsorted(index[self.order], np.arange(len(first)))
 
     @staticmethod
-    def of(table: Array) -> Alike | None:
+    def of(table: Array) -> EqualRows | None:
         """The rows of a table; None if all differ."""
         weights = np.sin(np.arange(1.0, table.shape[1] + 1.0))
         marks = np.where(np.isinf(table), -1.0, table) @ weights
         _, first, index = np.unique(marks, return_index=True, return_inverse=True)
         if len(first) == len(table) or not np.array_equal(table[first][index], table):
             return None
-        return Alike(first, index)
+        return EqualRows(first, index)
 
     def least(self, cost: Array) -> Array:
         """The least of every group."""
@@ -54,11 +54,11 @@ class Table:
     def __init__(self, whole: Array, look: bool = True, roughly: bool = False) -> None:
         look = look and whole.size >= tuning.REPEATED_ENTRIES
         small = self.whole = np.ascontiguousarray(whole)
-        self.rows = Alike.of(small) if look else None
+        self.rows = EqualRows.of(small) if look else None
         if self.rows is not None:
             small = small[self.rows.first]
         turned = np.ascontiguousarray(small.T)
-        self.columns = Alike.of(turned) if look else None
+        self.columns = EqualRows.of(turned) if look else None
         if self.columns is not None:
             turned = turned[self.columns.first]
             small = np.ascontiguousarray(turned.T)
@@ -74,8 +74,8 @@ class Table:
         return _message(self.turned, self.columns, self.rows, cost)
 
 
-class Tables:
-    """Tables that were looked at: from one network to the next, most are the same arrays."""
+class TableCache:
+    """TableCache that were looked at: from one network to the next, most are the same arrays."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, bool], tuple[float, Table]] = {}
@@ -106,7 +106,7 @@ class Tables:
         return self._known[id(array)][1:]
 
 
-def _message(table: Small, rows: Alike | None, columns: Alike | None, cost: Array) -> Array:
+def _message(table: Small, rows: EqualRows | None, columns: EqualRows | None, cost: Array) -> Array:
     if rows is not None:
         cost = rows.least(cost)
     message = (table + cost.astype(table.dtype, copy=False)[:, None]).min(axis=0).astype(np.float64, copy=False)

@@ -18,7 +18,7 @@ from shardc.solver.problem import Array
 
 
 @dataclass(frozen=True)
-class _State:
+class _Messages:
     """The messages of a bound without triplets. Arrays are replaced by sweeps, never changed."""
 
     to_first: list[Array]
@@ -26,8 +26,8 @@ class _State:
     lower: float
 
     @staticmethod
-    def of(bound: Bound) -> _State:
-        return _State(list(bound.to_first), list(bound.to_second), bound.lower)
+    def of(bound: Bound) -> _Messages:
+        return _Messages(list(bound.to_first), list(bound.to_second), bound.lower)
 
     def restore(self, bound: Bound) -> None:
         bound.to_first, bound.to_second, bound.lower = self.to_first, self.to_second, self.lower
@@ -44,12 +44,12 @@ class Extrapolation:
 
     def round(self, bound: Bound) -> float:
         """Two sweeps, and one more after a leap; returns the bound, which does not fall."""
-        before = _State.of(bound)
+        before = _Messages.of(bound)
         first = bound.sweep()
         lower = bound.sweep()
         if bound.triplets:
             return bound.sweep()
-        now = _State.of(bound)
+        now = _Messages.of(bound)
         pairs = zip(before.to_first, now.to_first, strict=True)
         bound.to_first = [new + self.factor * (new - old) for old, new in pairs]
         further = bound.sweep()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardc.solver import pool
-from shardc.solver.bounds.distinct import Alike, Table
+from shardc.solver.bounds.distinct import EqualRows, Table
 from shardc.solver.problem import Array, Edge
 
 Index = NDArray[np.int64]
@@ -123,7 +123,7 @@ def _parted(flat: Array, starts: Index) -> list[Array]:
     return [flat[a:b] for a, b in pairwise(places)]
 
 
-def _where(groups: Sequence[Alike | None], starts: Index) -> Index:
+def _where(groups: Sequence[EqualRows | None], starts: Index) -> Index:
     return np.array([_NONE if alike is None else start for alike, start in zip(groups, starts, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""Terms over three variables, for cycles on which the pairs alone prove too little.
+"""CostTerms over three variables, for cycles on which the pairs alone prove too little.
 
 Three matrix products of a linear layer (forward, gradient of the input, gradient of the weight) share three tensors.
 If each product is satisfied when one of its two operands is gathered, the cheapest choice gathers two of the three: a

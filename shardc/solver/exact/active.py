@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardc.solver import tuning
-from shardc.solver.pool import Mask, Parts
+from shardc.solver.pool import Mask, Restriction
 from shardc.solver.problem import Array, Edge, Problem
 from shardc.solver.proof.certificate import Certificate
 
 
 @dataclass(frozen=True)
-class Active:
+class ActiveSet:
     """Per variable which values stay."""
 
     masks: list[Mask]
 
     @staticmethod
-    def of(reduced: Sequence[Array], choice: Sequence[int]) -> Active:
+    def of(reduced: Sequence[Array], choice: Sequence[int]) -> ActiveSet:
         """The values of the smallest reduced costs, and those of a choice."""
         masks: list[Mask] = []
         for cost, x in zip(reduced, choice, strict=True):
@@ -32,11 +32,11 @@ class Active:
             mask[np.argsort(cost, kind="stable")[: tuning.ACTIVE_VALUES]] = True
             mask[x] = True
             masks.append(mask)
-        return Active(masks)
+        return ActiveSet(masks)
 
     def problem(self, problem: Problem) -> Problem:
         """The network over the values that stay."""
-        part = Parts(self.masks)
+        part = Restriction(self.masks)
         edges = {(u, v): part(table, u, v) for (u, v), table in problem.edges.items()}
         return Problem([part.of_cost(cost, v) for v, cost in enumerate(problem.unary)], edges, problem.names)
 

@@ -25,7 +25,7 @@ _OUT_OF_REACH = 1e6  # score above all others
 
 
 @dataclass(frozen=True)
-class Order:
+class EliminationOrder:
     """An elimination order with the entries of its largest factor and of all factors."""
 
     variables: list[int]
@@ -72,7 +72,7 @@ def surviving(
     return keep
 
 
-def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
+def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> EliminationOrder:
     """The better of two greedy orders; of a large network, the one that is found sooner, if it is narrow."""
     quick = _greedy_order(sizes, edges, fill=False)
     if quick.narrow and len(sizes) > tuning.TWO_ORDERS:
@@ -80,7 +80,7 @@ def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
     return min(_greedy_order(sizes, edges, fill=True), quick, key=lambda order: order.total)
 
 
-def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> Order:
+def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> EliminationOrder:
     around: list[set[int]] = [set() for _ in sizes]
     for u, v in edges:
         if sizes[u] > 1 and sizes[v] > 1:  # a single value is no dimension
@@ -114,7 +114,7 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         mass = 2.0 ** min(weight(v), 200.0)
         largest, total = max(largest, mass), total + mass
         if mass > tuning.FACTOR_ENTRIES or total > tuning.WORK_ENTRIES:
-            return Order(variables, largest, math.inf)
+            return EliminationOrder(variables, largest, math.inf)
         ring = around[v]
         for u in ring:
             around[u] |= ring
@@ -122,10 +122,10 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         for u in sorted(ring.union(*(around[u] for u in ring)) if fill else ring):
             score[u] = added(u) if fill else weight(u)
             heapq.heappush(heap, (score[u], u))
-    return Order(variables, largest, total)
+    return EliminationOrder(variables, largest, total)
 
 
-def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: Order) -> tuple[float, list[int]]:
+def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: EliminationOrder) -> tuple[float, list[int]]:
     """The optimum and a choice that attains it (inf where no finite one exists)."""
     position = {v: i for i, v in enumerate(order.variables)}
     buckets: list[list[JointTable]] = [[JointTable((v,), cost)] for v, cost in enumerate(unary)]

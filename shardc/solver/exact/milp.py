@@ -31,7 +31,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Limit:
+class LinearLimit:
     """What the terms of a choice add up to at most `bound`. Every pair has a table in the network."""
 
     unary: Sequence[tuple[int, Array]]
@@ -40,7 +40,7 @@ class Limit:
 
 
 def solve_milp(
-    unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None, limits: Sequence[Limit] = ()
+    unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None, limits: Sequence[LinearLimit] = ()
 ) -> Outcome:
     """Minimise over the network; costs in units in which 1e-6 does not matter."""
     starts = np.concatenate([[0], np.cumsum([len(cost) for cost in unary])])
@@ -69,7 +69,7 @@ def solve_milp(
     return Outcome(choice, lower, finished=result.status == 0)
 
 
-def _row(limit: Limit, edges: dict[Edge, Array], starts: "np.ndarray", columns: int) -> Array:
+def _row(limit: LinearLimit, edges: dict[Edge, Array], starts: "np.ndarray", columns: int) -> Array:
     """The coefficients of a limit, in units of its bound."""
     row = np.zeros(columns)
     for v, table in limit.unary:

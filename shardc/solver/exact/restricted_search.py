@@ -9,7 +9,7 @@ import numpy as np
 from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, surviving
-from shardc.solver.pool import Parts
+from shardc.solver.pool import Restriction
 
 
 def restricted_search(
@@ -29,7 +29,7 @@ def restricted_search(
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
         order = find_order([len(cost) for cost in part], list(edges))
         if order.narrow:
-            cut = Parts(keep)
+            cut = Restriction(keep)
             tables = {(u, v): cut(table, u, v) for (u, v), table in edges.items()}
             _, choice = eliminate(part, tables, order)
             return [int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)]

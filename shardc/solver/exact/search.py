@@ -1,6 +1,11 @@
-"""Close a small network: `choice` costs `upper`, and nothing costs less than `lower`.
+"""Close one network: sweep, delete values, add triplets, search exactly, and at last branch.
 
-It sweeps, prunes, adds triplets, dives, and at last branches, as `solve.py` tells."""
+The search keeps an incumbent (`choice`, which costs `upper`) and a bound `lower`; it ends when they meet.
+
+    sweep, prune  ->  narrow? eliminate  ->  stalled? add triplets, restricted search  ->  nothing helps? branch
+
+`solve.py` tells the whole; every step has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +26,13 @@ from shardc.solver.problem import TOLERANCE
 
 
 class Search:
-    """The search over the network of a bound, to a gap of `enough` times the cost, of which `constant` is a part that
-    the network lacks. A `draft` adds no triplets, and branches only where it has no choice yet."""
+    """The search over the network of a bound, to a gap of `relative_gap` times the cost. `constant` is a part of the
+    cost that the network lacks. A `draft` adds no triplets, and branches only where it has no choice yet."""
 
     def __init__(
-        self, bound: Bound, deadline: float, enough: float = TOLERANCE, constant: float = 0.0, draft: bool = False
+        self, bound: Bound, deadline: float, relative_gap: float = TOLERANCE, constant: float = 0.0, draft: bool = False
     ) -> None:
-        self.deadline, self.enough, self.constant, self.draft = deadline, enough, constant, draft
+        self.deadline, self.relative_gap, self.constant, self.draft = deadline, relative_gap, constant, draft
         self.bound = bound
         self.values = [np.arange(len(cost)) for cost in bound.unary]  # what the bound's values are in the core
         self.choice: list[int] | None = None
@@ -35,12 +40,12 @@ class Search:
         self.lower = bound.lower
 
     def start(self, choice: list[int]) -> None:
-        """Take a choice that is known, or what is near it."""
+        """Take a choice that is known, and what a descent from it finds."""
         self._offer(choice)
         self._offer(descend(self.bound, choice))
 
     def close(self) -> list[int]:
-        """As `run`, from a choice and a bound that are close already: it goes only as far as that pays."""
+        """Narrow the gap between a choice and a bound that are close already; no triplets, no branching."""
         assert self.choice is not None
         self._prune()
         if not (self._eliminated(math.inf) or self._swept(tuning.SEARCH_STALLED)):
@@ -48,6 +53,7 @@ class Search:
         return self.choice
 
     def run(self) -> list[int]:
+        """The best choice. Raises InfeasibleError if there is none, TimeoutError if none was found in time."""
         if not (
             self._eliminated(tuning.IMMEDIATE_WORK)
             or self._swept(tuning.SEARCH_STALLED)
@@ -63,7 +69,7 @@ class Search:
         return time.process_time() > self.deadline
 
     def _closed(self) -> bool:
-        return self.upper - self.lower <= self.enough * abs(self.upper + self.constant)
+        return self.upper - self.lower <= self.relative_gap * abs(self.upper + self.constant)
 
     def _swept(self, stall: float) -> bool:
         """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
@@ -91,13 +97,13 @@ class Search:
         """A better bound leaves less to search, a better incumbent less to bound: in turns, as long as either helps."""
         while True:
             before = self.upper
-            if (not self.draft and self._tightened()) or self._dived():
+            if (not self.draft and self._tightened()) or self._searched_restricted():
                 return True
             if self.choice is None or not self.upper < before:
                 return self._late() and self.choice is not None
 
     def _tightened(self) -> bool:
-        """Add triplets and sweep on, until closed (True) or that does not help any more."""
+        """Add triplets and sweep on, until closed (True) or stalled."""
         for _ in range(tuning.SEARCH_TRIPLET_ROUNDS):
             if self.choice is None or self._late():
                 return False
@@ -118,14 +124,12 @@ class Search:
                 return False
         return False
 
-    def _dived(self) -> bool:
-        """Where ties keep the sweeps from a good incumbent: find it exactly among the values of small reduced cost.
-
-        Each better incumbent prunes, so that more fits the next dive; True when the rest could be eliminated whole.
-        """
+    def _searched_restricted(self) -> bool:
+        """Restricted searches, where ties keep the sweeps from a good incumbent. Each better incumbent prunes, so that
+        the next one covers more; True when closed."""
         while self.choice is not None and not self._late():
             before = self.upper
-            self._dive()
+            self._search_restricted()
             if not self.upper < before:
                 return False
             self._prune()
@@ -136,8 +140,8 @@ class Search:
             self.lower = max(self.lower, self.bound.lower)
         return False
 
-    def _dive(self) -> None:
-        """Solve over the values whose reduced cost lies below the largest threshold that elimination can take."""
+    def _search_restricted(self) -> None:
+        """One restricted search, around the incumbent."""
         assert self.choice is not None
         choice = restricted_search(self.bound, self.upper - self.lower, self._incumbent(self.choice))
         if choice is not None:

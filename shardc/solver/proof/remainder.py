@@ -128,7 +128,7 @@ class _Elimination:
 
 
 def _sum(terms: Sequence[Term], rank: int) -> Array | None:
-    """Tables, each over some of the dims, as one over all of them, if that does not grow too large."""
+    """TableCache, each over some of the dims, as one over all of them, if that does not grow too large."""
     sizes = {dim: size for dims, table in terms for dim, size in zip(dims, table.shape, strict=True)}
     shape = [sizes[dim] for dim in range(rank)]
     if math.prod(shape) > tuning.CHECKED_FACTOR_ENTRIES:
