@@ -8,8 +8,8 @@
 The dual leaves a gap that no multipliers close: the capacity may lie between two choices of the same Lagrangian cost.
 The answer states that gap.
 
-    ten layers, each cost 2 and load 0, or cost 1 and load 1; capacity 3: at multiplier 1 all twenty choices of a layer
-    cost 2; the dual proves 20 - 3 = 17, and merging finds the three fast layers that cost 17
+    ten variables, each cost 2 and load 0, or cost 1 and load 1; capacity 3
+    at multiplier 1 both values cost 2, so the dual proves 20 - 3 = 17; merging finds a choice that costs 17
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Interned arrays, and the few computations on tables that the exact rewrites need.
+"""Interned arrays, and the few computations on tables that several parts of the solver need.
 
 An equal table has an equal number, so a computation on tables can be remembered by the numbers of its operands.
 That is what makes a hundred equal layers cost little more than one.
+
+    pool.add(np.eye(2)) == pool.add(np.eye(2))                 one number, one array
+    pool.derive(("sum", 3, 5), lambda: ...)                    computed once, whoever asks
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""A lower bound by message passing: sequential tree-reweighted sweeps (TRW-S, in the form of SRMP).
+"""A lower bound by message passing: sequential tree-reweighted sweeps.
+
+TRW-S (Kolmogorov 2006, "Convergent tree-reweighted message passing for energy minimization"), in the form of SRMP
+(Kolmogorov 2015, "A new look at reweighted message passing").
 
 Messages `m_eu`, `m_ev` on an edge `e = (u, v)` rewrite the cost without changing any total:
 
@@ -18,8 +21,10 @@ Needs finite unary costs and a finite entry in every row and column of every tab
 elsewhere. Then every message is finite and no inf is ever subtracted from inf.
 
 The best such bound is that of the linear program over the pairs, and frustrated cycles keep it below the optimum.
-CostTerms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
+Terms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
 what they keep counts as part of the bound.
+
+    costs [0, 1] and [0, 1], table [[9, 0], [0, 9]]     minima prove 0; after a sweep they prove 1, which is the optimum
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -159,9 +164,9 @@ class Bound:
         """Every constant taken out is kept in the bound; what stays behind is nonnegative with minimum zero."""
         flat = self.flat()
         if flat is not None:
-            lower, self.to_first, found = flat.backward(self.to_first, self.to_second)
+            lower, self.to_first, costs = flat.backward(self.to_first, self.to_second)
             if reduced is not None:
-                reduced[:] = found
+                reduced[:] = costs
         else:
             lower = self._backward_by_edges(reduced)
         lower += sum(triplet.kept for triplet in self.triplets)
@@ -283,14 +288,14 @@ class Bound:
         return Bound(self.unary, given) if self.triplets or len(given) < len(self.ends) else self
 
     @cached_property
-    def around(self) -> list[list[tuple[int, int]]]:
-        """Per variable its neighbours, by a table of their own, with the number of the edge."""
-        found: list[list[tuple[int, int]]] = [[] for _ in self.unary]
+    def neighbours(self) -> list[list[tuple[int, int]]]:
+        """Per variable its neighbours, of which they share a table, with the number of the edge."""
+        neighbours: list[list[tuple[int, int]]] = [[] for _ in self.unary]
         for e, (u, v) in enumerate(self.ends):
             if self.given[e] is not None:
-                found[u].append((v, e))
-                found[v].append((u, e))
-        return found
+                neighbours[u].append((v, e))
+                neighbours[v].append((u, e))
+        return neighbours
 
     def cost(self, choice: Sequence[int]) -> float:
         total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))

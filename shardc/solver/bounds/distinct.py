@@ -1,15 +1,13 @@
-"""TableCache without their repetitions.
+"""Tables without their repeated rows and columns, through which messages pass faster.
 
-Most strategies of an operator make one of few layouts, and what an edge costs depends on the layout alone: whole rows
-of its table are equal, and so are whole columns.
+Where many values of a variable differ in their unary cost only, whole rows of a table are equal, and so are whole
+columns of another. The least over equal rows is that over their cheapest, so a message takes as many steps as the
+smaller table has entries.
 
-    strategies a b c d       made @x @x @y @y          [3 0]              [3 0]
-    table over (strategy, layout)                      [3 0]   ->   rows  [1 7]
-                                                       [1 7]
-                                                       [1 7]
-
-The least over equal rows is that over their cheapest, so a message takes as many steps as the smaller table has
-entries.
+    table [3 0]     rows [3 0]     groups 0 0 1 1     costs 4 2 9 8   ->   least of each group 2 8
+          [3 0]          [1 7]
+          [1 7]                    message  min(2 + 3, 8 + 1), min(2 + 0, 8 + 7)  =  5 2
+          [1 7]
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class Table:
 
 
 class TableCache:
-    """TableCache that were looked at: from one network to the next, most are the same arrays."""
+    """Tables that were looked at: from one network to the next, most are the same arrays."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, bool], tuple[float, Table]] = {}

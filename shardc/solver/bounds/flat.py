@@ -31,10 +31,10 @@ _NONE = -1
 
 def _compiled(function: Function) -> Function:
     try:
-        found = numba.njit(cache=True)(function)
+        compiled = numba.njit(cache=True)(function)
     except RuntimeError:  # neither folder can be written to
-        found = numba.njit(function)
-    return cast(Function, found)
+        compiled = numba.njit(function)
+    return cast(Function, compiled)
 
 
 first_minimum = _compiled(pool.first_minimum)  # numba looks for changes in the caller's file: touch this one too
@@ -102,9 +102,9 @@ class Flat(NamedTuple):
         self, rows: Sequence[int], parents: Sequence[tuple[int, int]], picked: Sequence[bool], choice: Sequence[int]
     ) -> list[int]:
         """The cheapest choice that differs in picked variables only; `parents` has a neighbour and the edge to it."""
-        found = np.array(choice)
-        _best_of_forest(self, np.array(rows), np.array(parents), np.array(picked), found)
-        return found.tolist()
+        best = np.array(choice)
+        _best_of_forest(self, np.array(rows), np.array(parents), np.array(picked), best)
+        return best.tolist()
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)

@@ -1,7 +1,9 @@
-"""A network of few values a variable: those that matter by what a few sweeps have told.
+"""An active set: the network over a few values of every variable, those of small reduced cost.
 
-Of hundreds of layouts, those of the smallest reduced costs are what cheap choices are made of. Among these a choice is
-found in a fraction of the time; what it is worth among all values, a proof over all of them tells.
+Of hundreds of values, cheap choices are made of those with the smallest reduced costs, as a few sweeps tell them.
+Among these a choice is found in a fraction of the time. What it is worth among all values, a proof over all tells.
+
+    reduced costs [3, 0, 7, 1], two kept, choice 2     ->     values 1, 2 and 3 stay; the choice is number 1 of them
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""Finish exactly: delete values by reduced cost, then eliminate variables one by one.
+"""Finish exactly: delete values by reduced cost, then eliminate variables one by one (bucket elimination).
 
-*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every solution with `x_v
-= a` costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better solution.
+*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every choice with `x_v = a`
+costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better choice.
 
-*Elimination.* To eliminate `v`, add up all factors (unary costs and tables) that mention it, `f(x_v, x_A)` over its
-neighbours `A`, and put `g(x_A) = min_xv f` in their place. The order matters: a factor has one dimension per
-neighbour. Two greedy orders are tried, the one with the smallest factor (weight) and the one that adds the least table
-mass (fill), on sizes alone, and the cheaper is carried out if its factors fit the limits; of a large network the first,
-if it fits.
+*Elimination* (Dechter 1999, "Bucket elimination"). To eliminate `v`, add up all factors (unary costs and tables) that
+mention it, `f(x_v, x_A)` over its neighbours `A`, and put `g(x_A) = min_xv f` in their place. A factor has one dim per
+neighbour, so the order matters.
+
+    a - v - b    f[a, b, v] = c_v[v] + t_av[a, v] + t_vb[v, b]    g[a, b] = min over v of f    a - b
+
+Two greedy orders are tried, the one with the smallest factor (weight) and the one that adds the least table mass
+(fill), on sizes alone. The cheaper is carried out if its factors fit the limits; of a large network the first, if it
+fits.
 """
 
 import heapq

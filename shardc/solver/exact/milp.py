@@ -1,12 +1,12 @@
-"""The last resort for a core too wide to eliminate: branch and bound by HiGHS.
+"""Branch and bound by HiGHS: the last resort for a network too wide to eliminate.
 
 The linear program over the local polytope: a variable `p_v[a]` per value and `q_e[a, b]` per finite pair, all at
 least zero,
 
     sum_a p_v[a] = 1,    sum_b q_e[a, b] = p_u[a],    sum_a q_e[a, b] = p_v[b],    p integral.
 
-Costs must come scaled (HiGHS stops at absolute gaps of 1e-6) and are best given as rewritten by the bound, where
-all are nonnegative and small.
+Two variables of 2 values with a full table make 4 + 4 columns and 2 + 4 rows. Costs must come scaled (HiGHS stops at
+absolute gaps of 1e-6), and are best given as reparametrised by the bound, where all are nonnegative and small.
 """
 
 import itertools

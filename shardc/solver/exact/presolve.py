@@ -1,15 +1,19 @@
-"""Shrink the network exactly before any search.
+"""Presolve: shrink the network exactly before any search.
 
 Four rewrites, none of which changes the optimum:
 
-* *consistency*: a value without a finite partner across some edge can never be used, delete it;
+* *consistency*: a value without a finite partner across some edge can never be used, delete it (arc consistency);
 * *dominance*: value `a` of `v` is useless when some `b` is never dearer, whatever the neighbours do: `c[b] - c[a] +
-  sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (the relation is transitive, so deleting one at a time is safe);
+  sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (dead-end elimination, Goldstein 1994). The relation is transitive, so
+  deleting one at a time is safe;
 * *substitution*: a variable with one value left adds a row of each table to its neighbours;
 * *contraction*: a variable `k` with at most two neighbours is minimised out: `min_k c[k]` is a constant,
   `c_i[x] += min_k t_ik[x, k] + c[k]`, and `t_ij[x, y] += min_k t_ik[x, k] + c[k] + t_kj[k, y]`, a min-plus product.
 
-All arrays live in a `Pool` which interns them by content, and every rewrite is remembered by the numbers of its
+    i -[1 2]- k -[0 5]- j    with c_k = [0 1]     ->     i -[1 3]- j      first entry: min(1 + 0 + 0, 2 + 1 + 4)
+       [3 0]     [4 0]                                      [3 1]
+
+All arrays live in a `Pool`, which interns them by content, and every rewrite is remembered by the numbers of its
 operands, so equal layers are rewritten once. Only sums and minima of values in `(-inf, inf]` are formed, so NaN
 cannot arise.
 """
@@ -72,8 +76,8 @@ class Core:
 
     def nearest(self, choice: Sequence[int]) -> list[int]:
         """A choice of the whole network as one of the core. For a value that is gone stands the next that is left."""
-        found = (np.searchsorted(values, choice[v]) for v, values in zip(self.variables, self.values, strict=True))
-        return [min(int(x), len(values) - 1) for x, values in zip(found, self.values, strict=True)]
+        places = (np.searchsorted(values, choice[v]) for v, values in zip(self.variables, self.values, strict=True))
+        return [min(int(x), len(values) - 1) for x, values in zip(places, self.values, strict=True)]
 
 
 class ReducedNetwork:

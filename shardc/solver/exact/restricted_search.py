@@ -1,6 +1,10 @@
-"""A better choice from a bound: the best one among the values of small reduced cost, found exactly.
+"""A better choice from a bound: elimination over the values of small reduced cost only.
 
-Where ties keep the sweeps from a good choice, that is where it is."""
+Where ties keep the sweeps from a good choice, it lies among these values. The threshold is the largest of gap / 2,
+gap / 4, ... at which so few values stay that variable elimination can take them.
+
+    gap 8, reduced costs [0, 1, 5] and [0, 0, 3]     below 4: values {0, 1} and {0, 1, 2}, eliminated exactly
+"""
 
 from collections.abc import Sequence
 

@@ -219,10 +219,10 @@ class _CertificateCheck:
 
     def _of(self, edge: Edge) -> tuple[object, ...]:
         """The arrays of a pair."""
-        own = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
+        arrays = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
         if edge not in self.loans:
-            return own
-        return (*own, *(array for loan in self.loans[edge] for array in loan))
+            return arrays
+        return (*arrays, *(array for loan in self.loans[edge] for array in loan))
 
     def _rewritten(self, edge: Edge) -> Array:
         """The table of a pair, less its messages, and with what it was lent."""

@@ -102,7 +102,7 @@ class _Elimination:
     def least(self, order: Sequence[int]) -> float:
         if not all(map(math.isfinite, self.given)):
             return math.inf
-        found: list[float] = []
+        minima: list[float] = []
         for v in order:
             factors = self.factors.pop(v, [])
             rest = sorted({w for variables, _ in factors for w in variables} - {v}, key=self.position.__getitem__)
@@ -110,16 +110,16 @@ class _Elimination:
                 table = self._eliminated(factors, (*rest, v))
                 if table is None:
                     return -math.inf
-                found.append(self._entered(tuple(rest), table) if rest else float(table))
-        if not all(map(math.isfinite, found)):
+                minima.append(self._entered(tuple(rest), table) if rest else float(table))
+        if not all(map(math.isfinite, minima)):
             return math.inf
-        error = math.fsum(map(abs, self.given)) + self.count * math.fsum(found)
-        return math.fsum([*self.given, *found]) - _EPSILON * error
+        error = math.fsum(map(abs, self.given)) + self.count * math.fsum(minima)
+        return math.fsum([*self.given, *minima]) - _EPSILON * error
 
     def _eliminated(self, factors: Sequence[Factor], variables: tuple[int, ...]) -> Array | None:
         """The sum of factors, and of that the least over the last variable, if that does not grow too large."""
         place = {v: i for i, v in enumerate(variables)}
-        terms = [(tuple([place[v] for v in own]), table) for own, table in factors]
+        terms = [(tuple([place[v] for v in mentioned]), table) for mentioned, table in factors]
         key = (*((dims, id(table)) for dims, table in terms),)
         if key not in self._least:
             total = _sum(terms, len(variables))
@@ -128,7 +128,7 @@ class _Elimination:
 
 
 def _sum(terms: Sequence[Term], rank: int) -> Array | None:
-    """TableCache, each over some of the dims, as one over all of them, if that does not grow too large."""
+    """Tables, each over some of the dims, as one over all of them, if that does not grow too large."""
     sizes = {dim: size for dims, table in terms for dim, size in zip(dims, table.shape, strict=True)}
     shape = [sizes[dim] for dim in range(rank)]
     if math.prod(shape) > tuning.CHECKED_FACTOR_ENTRIES:
