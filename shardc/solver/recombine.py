@@ -12,11 +12,11 @@ may ask it of some only. Three heuristics choose per copy:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import fsum
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Recombination:
             return
 
         def penalised(point: Point) -> float:
-            return point.cost + fsum(multiplier * float(point.load[t]) for t, multiplier in multipliers.items())
+            return point.cost + math.fsum(multiplier * float(point.load[t]) for t, multiplier in multipliers.items())
 
         solved = self.points.solved()
         many = 1 if self.fold else tuning.MERGED_CHOICES

@@ -1,9 +1,11 @@
 """Extrapolated sweeps: a change that repeats from sweep to sweep is made many times over at once.
 
 In a deep network a sweep is slow to settle what two far ends hand each other: for tens of sweeps each changes the
-messages by about what the last one did, or by a fixed part of that. Messages prove a bound whatever they are
-(`certificate.py`). So after two sweeps the change of the second is made again, `factor` times over (a *leap*). If the
-sweep that follows is worth more than one without it, the leap stands and the next one is longer; else it is undone.
+messages by about what the last one did, or by a fixed part of that.
+
+Messages prove a bound whatever they are (`certificate.py`). So after two sweeps the change that they made is made
+again, `factor` times over (a *leap*). If the sweep that follows is worth more than one without it, the leap stands and
+the next one is longer; else it is undone.
 
     bound after sweeps 1.0, 1.1; a leap of 4 changes, and a sweep: 1.5 > 1.1 + 0.1, so it stands, and the next is of 8
 

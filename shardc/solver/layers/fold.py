@@ -3,9 +3,11 @@
     embed  L0 L1 L2 L3 ... L125  head        ->        embed  L0 L1 | L124 L125  head
 
 A *layer* is a block of variables that repeats, block after block, in the order in which variables are numbered. There
-may be several runs of blocks: say one of 4 variables a layer, and later one of 7 that counts down. A run is recognised
-by what its variables cost and are linked by, not by names. How two runs count against each other is told by the edges
-between them. The middle layers are cut out, and edges that cross the cut are joined to the layer beyond it.
+may be several runs of blocks: say one of 4 variables a layer, and later one of 7 that counts down.
+
+A run is recognised by what its variables cost and are linked by, not by names. How two runs count
+against each other is told by the edges between them. The middle layers are cut out, and edges that cross the cut are
+joined to the layer beyond it.
 
     variables  a b c b c b c b c d        period 2, from place 1 on, 4 layers
 

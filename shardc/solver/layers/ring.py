@@ -3,7 +3,9 @@
     embed  L0 [L1 L2 ... L124] L125  head     ->     R0 -> R1 -> R2 -> R0    and    embed  L0 ~ ~ L125  head
 
 Messages of a template, carried over to all layers, lose a little in each: what is tight at the cut need not be tight
-where two layers of the middle meet. In a ring of copies of one layer, all meet alike. Let a choice that repeats be the
+where two layers of the middle meet. In a ring of copies of one layer, all meet alike.
+
+Let a choice that repeats be the
 best one, and let a bound meet its cost. Then every term is least at that choice; so is the mean of a term over the
 copies. So the mean of the messages over the copies proves as much, and is the same for each.
 
