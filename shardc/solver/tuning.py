@@ -247,7 +247,8 @@ SPLICES = 6
 """Places at which two choices are spliced: it interpolates, so few are needed."""
 
 MERGED_CHOICES = 4
-"""Choices on either side of the capacity that are merged with each other, without a fold. With one, one."""
+"""Choices on either side of the capacity that are merged with each other, without a fold; with one, a
+single choice on either side."""
 
 POLISH_PARTS, POLISH_FORESTS = (0.0, 0.3, 0.6, 0.9), 8
 """Parts of the best multipliers at which the best choice is polished, and forests at each."""
@@ -255,14 +256,15 @@ POLISH_PARTS, POLISH_FORESTS = (0.0, 0.3, 0.6, 0.9), 8
 BRANCHED_PAIRS_CAPACITY, BRANCHED_PAIRS_WIDE_GAP, WIDE_GAP = 20_000, 50_000, 2e-2
 """Pairs of values up to which a capacity is closed by branching; the same from a gap of `WIDE_GAP` on."""
 
-# -- What planning asks (passes/assign.py) -----------------------------------------------------------------------------
+# -- What a caller asks (passes/assign.py) -----------------------------------------------------------------------------
 
 CAPACITY_TRIES = 4
-"""Times that the capacity is moved to where the lowered plan just fits. Each takes a lowering and a solve."""
+"""Times that a caller with a measure of its own moves the capacity to where that just fits. Each takes a solve."""
 
 CAPACITY_TRIES_CLOSE = 0.01
 """Part of the capacity that may stay unused without another try."""
 
 FREE_DRAFT_LOAD, FREE_DRAFT_GAP = 1.5, 3e-2
-"""Before the capacity is looked at, a draft without it is made to this gap. Where its load is this many times the
-capacity, lowering could not save the difference, and no exact solve without capacity is made."""
+"""Before the capacity is looked at, a draft without it is made to this gap. Where its peak load is this many times the
+capacity, no exact solve without capacity is made: its answer would not fit. The gap was made rougher once, as the
+solve only serves that test."""
