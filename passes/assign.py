@@ -21,20 +21,11 @@ from shardc.planning.cost_network import Accepts, CostNetwork
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
 from shardc.rules.factors.factored import Factored, Key
-from shardc.solver.budget import Frontier
-from shardc.solver.memory_terms import Prices
+from shardc.solver import tuning
+from shardc.solver.capacity import Frontier
+from shardc.solver.loads import Relaxation
 from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
-
-TRIES = 4
-"""Times that the bound is moved to where the lowered plan just fits."""
-CLOSE = 0.01
-FAR, ROUGHLY = 1.5, 3e-2
-"""Times the budget from which on what the network reckons of a plan is more than its lowering could save, and the gap
-to which that plan is drafted first."""
-TIME_LIMIT = 20.0
-"""CPU-seconds after which the best plan so far is taken; the plan then tells its proven gap."""
-
 
 AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
 
@@ -49,7 +40,7 @@ def assign(c: Compilation) -> Compilation:
     if c.options.budget is not None:
         return assign_within(c, c.options.budget)
     network = network_of(c)
-    solution = solved(network.problem(), TIME_LIMIT)
+    solution = solved(network.problem(), tuning.TIME_LIMIT)
     return replace(c, network=network, assignment=network.assignment(solution.choice), solution=solution)
 
 
@@ -91,16 +82,16 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
         return _built(made)
 
     simple = network(recompute=False)
-    problem, holdings = simple.problem(), simple.holdings()
-    free = solved(problem, TIME_LIMIT, ROUGHLY, draft=True)
-    if holdings.peak(free.choice) <= FAR * budget:
-        free = free if free.exact else solved(problem, TIME_LIMIT)
-        solution = replace(free, prices=Prices({}, budget, holdings))
+    problem, loads = simple.problem(), simple.memory_terms()
+    free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
+    if loads.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget:
+        free = free if free.exact else solved(problem, tuning.TIME_LIMIT)
+        solution = replace(free, relaxation=Relaxation({}, budget, loads))
         fits = _if_it_fits(_candidate(c, simple, solution), budget)
         if fits is not None:
             return fits
     full = network(recompute=True, like=simple)
-    frontier = Frontier(full.problem(), full.holdings())
+    frontier = Frontier(full.problem(), full.memory_terms())
     frontier.know(free, full.widened(simple, free.choice))
     best: Compilation | None = None
     cheapest = math.inf
@@ -114,7 +105,7 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
             best, cheapest = candidate, found.cost
         return peak
 
-    for _ in range(TRIES):
+    for _ in range(tuning.CAPACITY_TRIES):
         largest = max(largest, bound)
         try:
             found = _within(frontier, bound)
@@ -123,8 +114,8 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
                 break
             low, bound = bound, 0.5 * (bound + budget)
             continue
-        over = lowered(found) - frontier.holdings.peak(found.choice)
-        if best is not None and budget - over - bound < CLOSE * bound:
+        over = lowered(found) - frontier.loads.peak(found.choice)
+        if best is not None and budget - over - bound < tuning.CAPACITY_TRIES_CLOSE * bound:
             break
         bound = max(budget - over, 0.5 * (low + bound))
     least = lowered(frontier.smallest()) if best is None else 0.0
@@ -143,9 +134,9 @@ def _candidate(c: Compilation, network: CostNetwork, solution: Solution) -> Comp
 
 def _within(frontier: Frontier, bound: float) -> Solution:
     try:
-        return frontier.within(bound, TIME_LIMIT)
+        return frontier.within(bound, tuning.TIME_LIMIT)
     except TimeoutError as error:
-        raise _too_late(TIME_LIMIT) from error
+        raise _too_late(tuning.TIME_LIMIT) from error
 
 
 def network_of(c: Compilation) -> CostNetwork:
@@ -172,13 +163,13 @@ def _built(network: AnyNetwork) -> AnyNetwork:
     return network
 
 
-def solved(problem: Problem, time_limit: float, enough: float = TOLERANCE, draft: bool = False) -> Solution:
+def solved(problem: Problem, time_limit: float, relative_gap: float = TOLERANCE, draft: bool = False) -> Solution:
     """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        found = solve(problem, time_limit=time_limit, certify=False, enough=enough, draft=draft)
+        found = solve(problem, time_limit=time_limit, certify=False, relative_gap=relative_gap, draft=draft)
     except TimeoutError as error:
         raise _too_late(time_limit) from error
-    return replace(found, trail=None)  # nobody solves on from it, and it is large
+    return replace(found, warm_start=None)  # nobody solves on from it, and it is large
 
 
 def _too_late(time_limit: float) -> ShardcError:

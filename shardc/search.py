@@ -85,7 +85,7 @@ class MeshSearch:
         return "\n".join([head, "", *(f"  {line}" for line in columns(rows, "<>>>><")), "", tail])
 
 
-class Search(Protocol[Keywords]):
+class SearchMesh(Protocol[Keywords]):
     """`search_mesh` as type checkers see it: with the options as keywords."""
 
     def __call__(
@@ -192,7 +192,7 @@ def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
 def _within(c: Compilation, start: float) -> Candidate:
     """The plan of one mesh within the bound on memory."""
     assert c.solution is not None and isinstance(c.network, RecomputeNetwork)
-    held = c.network.holdings().peak(c.solution.choice)
+    held = c.network.memory_terms().peak(c.solution.choice)
     return Candidate(c.mesh, c.solution.cost, c.solution.lower_bound, held, time.process_time() - start)
 
 
@@ -210,7 +210,7 @@ def _stored(network: CostNetwork, assignment: Assignment) -> float:
     return total
 
 
-def _search_function(options: Callable[Keywords, SearchOptions]) -> Search[Keywords]:
+def _search_function(options: Callable[Keywords, SearchOptions]) -> SearchMesh[Keywords]:
     _search_mesh.__name__ = "search_mesh"
     return as_keywords(_search_mesh, SearchOptions)
 

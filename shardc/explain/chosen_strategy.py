@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardc.explain.explanations import Way
-from shardc.planning.strategies import Options
+from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Op
 from shardc.rules.factors.strategy import Strategy, variants_of
 
@@ -19,7 +19,7 @@ def splits_text(op: Op, strategy: Strategy) -> str:
     return ", ".join(texts) or "every rank makes all of it"
 
 
-def ways_to_run(options: Options, strategy: Strategy) -> tuple[Way, ...]:
+def ways_to_run(options: OperatorOptions, strategy: Strategy) -> tuple[Way, ...]:
     """The variant that runs, then the others that could run the operator split as it is; none where it is alone."""
     others = [name for name in variants_of(options.shape, strategy.split) if name != strategy.variant]
     names = [strategy.variant, *others] if others else []

@@ -13,15 +13,17 @@ from shardc.ir.facts import FACTS, Captured, Lowered
 from shardc.ir.layout import SHORT_DTYPES, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import name_of, where
-from shardc.ir.versions import Line
+from shardc.ir.versions import GraphLine
 
 
-def printed(lines: Iterable[Line], mesh: Mesh | None = None, layouts: Mapping[fx.Node, Layout] | None = None) -> str:
+def printed(
+    lines: Iterable[GraphLine], mesh: Mesh | None = None, layouts: Mapping[fx.Node, Layout] | None = None
+) -> str:
     """The text. Values that have a layout, in their facts or among `layouts`, show it, others their shape."""
     return "".join(f"{_text(line, mesh, layouts or {})}\n" for line in lines)
 
 
-def _text(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+def _text(line: GraphLine, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
     if line.node.op == "output":
         return f"return {_argument(line.args[0])}"
     call = "input" if line.node.op == "placeholder" else _call(line)
@@ -31,7 +33,7 @@ def _text(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> s
     return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
 
 
-def _call(line: Line) -> str:
+def _call(line: GraphLine) -> str:
     target = line.target
     if target is operator.getitem:
         return f"{_argument(line.args[0])}[{line.args[1]}]"
@@ -48,7 +50,7 @@ def _argument(value: Any) -> str:
     return str(value)
 
 
-def _type(line: Line, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+def _type(line: GraphLine, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
     facts = line.meta.get(FACTS)
     if isinstance(facts, Lowered):
         layout, value, dtype = facts.layout, None, facts.dtype

@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 
-class Line(NamedTuple):
+class GraphLine(NamedTuple):
     """One node as it was in its version: passes change nodes, but not what a node's facts were."""
 
     node: fx.Node
@@ -35,7 +35,7 @@ class GraphVersion:
     def __init__(self, write: Callable[[], fx.Graph], graph: fx.Graph | None = None) -> None:
         self._write = write
         self._graph = graph
-        self._lines: list[Line] | None = None
+        self._lines: list[GraphLine] | None = None
         self._last: tuple[Hashable, GraphVersion] | None = None
         self.source: GraphVersion | None = None  # the version that this one is derived from
 
@@ -60,7 +60,7 @@ class GraphVersion:
         self._graph = None
         return graph
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[GraphLine]:
         """The nodes of this version in order; the old ones, where its lines were noted when it was taken."""
         return self._lines or _noted(self.read())
 
@@ -78,11 +78,11 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return _written(_noted(graph))
 
 
-def _noted(graph: fx.Graph) -> list[Line]:
-    return [Line(node, node.target, node.args, node.kwargs, dict(node.meta)) for node in graph.nodes]
+def _noted(graph: fx.Graph) -> list[GraphLine]:
+    return [GraphLine(node, node.target, node.args, node.kwargs, dict(node.meta)) for node in graph.nodes]
 
 
-def _written(lines: list[Line]) -> fx.Graph:
+def _written(lines: list[GraphLine]) -> fx.Graph:
     """A graph of new nodes from lines."""
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for line in lines:

@@ -125,11 +125,11 @@ def _tensor(key: Key) -> torch.Tensor:
 def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     if len({c.key for c in constraints}) == len(constraints):
         return  # no value has two
-    from shardc.solver.minimal_conflict import Request, minimal_conflict  # z3 takes a while to import
+    from shardc.planning.minimal_conflict import LayoutRequest, minimal_conflict  # z3 takes a while to import
 
     names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
     shapes = {names[c.key]: tuple(int(n) for n in _tensor(c.key).shape) for c in constraints}
-    requests = [Request(c.label, names[c.key], c.dims) for c in constraints]
+    requests = [LayoutRequest(c.label, names[c.key], c.dims) for c in constraints]
     core = minimal_conflict(shapes, mesh.sizes, requests)
     if core:
         lines = "\n".join(f"  - {request.label}: {spec_text(request.dims)}" for request in core)

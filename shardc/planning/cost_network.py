@@ -27,7 +27,7 @@ from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, value_of
 from shardc.ir.splits import Splits
-from shardc.planning.strategies import Options
+from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
 from shardc.solver.problem import Problem, zeros
@@ -90,8 +90,8 @@ class CostNetwork:
         self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
         self._class_of: dict[Key, TensorClass] = {}
         self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
-        self._options: dict[Kind, Options] = {}
-        self._distinct: dict[Shape, Options] = {}
+        self._options: dict[Kind, OperatorOptions] = {}
+        self._distinct: dict[Shape, OperatorOptions] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
         self._domains: dict[object, Domain] = {}
@@ -205,20 +205,20 @@ class CostNetwork:
                 users[self.factored.values[node].key] += 1
         return users
 
-    def options_of(self, op: Op) -> Options:
+    def options_of(self, op: Op) -> OperatorOptions:
         """The strategies of an operator; operators of one shape share them."""
         if op.kind not in self._options:
             self._options[op.kind] = self._options_of(shape_of(op))
         return self._options[op.kind]
 
-    def _options_of(self, shape: Shape) -> Options:
+    def _options_of(self, shape: Shape) -> OperatorOptions:
         if shape not in self._distinct:
 
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
-            self._distinct[shape] = Options(shape, self.mesh, self.device, operands, results)
+            self._distinct[shape] = OperatorOptions(shape, self.mesh, self.device, operands, results)
         return self._distinct[shape]
 
     def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
@@ -254,7 +254,7 @@ class CostNetwork:
         self._domains[identity] = found
         return found
 
-    def _kept(self, op: Op, options: Options, port: Port | None, frozen: bool) -> list[int] | None:
+    def _kept(self, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
         if port is None and not self.accepts and not self.wishes:
             return None

@@ -11,7 +11,7 @@ has two variables more:
 An operator that runs again reads what is kept of its operands, and pays its time and their conversions a second time.
 (Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022, "Reducing activation
 recomputation in large transformer models".) Beside the costs the network records what every choice holds in memory,
-from which operator to which (`holdings.py`).
+from which operator to which (`shardc/solver/loads.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shardc.planning.cost_network import Assignment, CostNetwork, Domain, title_
 from shardc.planning.run_order import RunOrder
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, workspace
-from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
+from shardc.solver.loads import Load, Loads
 from shardc.solver.problem import Array, zeros
 
 Source = tuple[int, np.ndarray]
@@ -46,7 +46,7 @@ class RecomputeNetwork(CostNetwork):
 
     recompute: bool = True
     states: States = NO_STATES
-    _held: list[MemoryTerm] = field(default_factory=list[MemoryTerm])
+    _held: list[Load] = field(default_factory=list[Load])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +73,9 @@ class RecomputeNetwork(CostNetwork):
                 found[v] = int(seconds.argmin())
         return found
 
-    def holdings(self) -> MemoryTerms:
+    def memory_terms(self) -> Loads:
         """What every choice holds, over the schedule."""
-        return MemoryTerms(self.schedule.length, self._held)
+        return Loads(self.schedule.length, self._held)
 
     def assignment(self, choice: list[int]) -> Assignment:
         found = super().assignment(choice)
@@ -305,7 +305,7 @@ class RecomputeNetwork(CostNetwork):
     def _hold(self, one: int, other: int | None, table: Array, start: int, end: int) -> None:
         if other is not None and other < one:
             one, other, table = other, one, self._derived("turned", (table,), lambda: np.ascontiguousarray(table.T))
-        self._held.append(MemoryTerm(one, other, table, start, end))
+        self._held.append(Load(one, other, table, start, end))
 
 
 def _with_gone(table: Array, gone: bool, cost: float) -> Array:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import time
 
+from shardc.errors import InfeasibleError
+from shardc.ir.printing import in_bytes
 from shardc.planning.cost_network import CostNetwork
 from shardc.planning.gc_pause import gc_paused
-from shardc.solver.budget import Frontier
+from shardc.solver.capacity import Frontier, OverCapacityError
 from shardc.solver.problem import TOLERANCE, Problem, magnitude
 from shardc.solver.proof.certificate import Certificate, check, check_within
-from shardc.solver.proof.prove import Known, prove
+from shardc.solver.proof.prove import Target, prove
 from shardc.solver.solve import Solution, solve
-
-TIME_LIMIT = 20.0
-"""CPU-seconds that a certificate, or the plan of an alternative, may take."""
+from shardc.solver.tuning import TIME_LIMIT
 
 
 class Solved:
@@ -35,10 +35,10 @@ class Solved:
         return self.problem, self._certificate
 
     def _certify(self) -> None:
-        known = Known(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
+        target = Target(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
         self._take(self.solution.certificate)
-        if self.solution.lower_bound - self._proved > known.tolerance:
-            made, before = self._made(known), (self._certificate, self._proved)
+        if self.solution.lower_bound - self._proved > target.tolerance:
+            made, before = self._made(target), (self._certificate, self._proved)
             self._take(made)
             if self._proved < before[1]:
                 self._certificate, self._proved = before
@@ -49,27 +49,37 @@ class Solved:
         return self._proved
 
     def _take(self, certificate: Certificate) -> None:
-        prices = self.solution.prices
+        relaxed = self.solution.relaxation
         self._certificate = certificate
-        if prices is None:
+        if relaxed is None:
             self._proved = check(self.problem, certificate)
         else:
-            self._proved = check_within(self.problem, prices.holdings.all, prices.of, prices.bound, certificate)
+            self._proved = check_within(
+                self.problem, relaxed.loads.all, relaxed.multipliers, relaxed.capacity, certificate
+            )
 
     def again(self, problem: Problem) -> Solution:
         """The best choice at costs that were changed, within the same bound on memory. Raises InfeasibleError, and
         TimeoutError if none was found in time."""
-        prices = self.solution.prices
+        relaxed = self.solution.relaxation
         with gc_paused():
-            if prices is None:
+            if relaxed is None:
                 return solve(problem, time_limit=TIME_LIMIT, certify=False)
-            return Frontier(problem, prices.holdings).within(prices.bound, TIME_LIMIT)
+            try:
+                return Frontier(problem, relaxed.loads).within(relaxed.capacity, TIME_LIMIT)
+            except OverCapacityError as error:
+                raise InfeasibleError(
+                    f"no plan was found that holds at most {in_bytes(error.capacity)} a device; the smallest peak "
+                    f"found is {in_bytes(error.smallest)}; bound memory at more, take more devices, or an optimizer "
+                    f"that holds less"
+                ) from error
 
-    def _made(self, known: Known) -> Certificate:
-        prices = self.solution.prices
-        if prices is None:
-            return prove(self.problem, known, time.process_time() + TIME_LIMIT, self.solution.certificate)
+    def _made(self, target: Target) -> Certificate:
+        relaxed = self.solution.relaxation
+        if relaxed is None:
+            return prove(self.problem, target, time.process_time() + TIME_LIMIT, self.solution.certificate)
         try:
-            return solve(prices.holdings.priced(self.problem, prices.of), time_limit=TIME_LIMIT).certificate
+            penalised = relaxed.loads.lagrangian(self.problem, relaxed.multipliers)
+            return solve(penalised, time_limit=TIME_LIMIT).certificate
         except TimeoutError:
             return self.solution.certificate

@@ -29,7 +29,7 @@ from shardc.rules.factors.strategy import (
 
 
 @dataclass(eq=False)
-class Options:
+class OperatorOptions:
     """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute."""
 
     shape: Shape

@@ -1,7 +1,10 @@
-"""Interned arrays, and the few computations on tables that the exact rewrites need.
+"""Interned arrays, and the few computations on tables that several parts of the solver need.
 
 An equal table has an equal number, so a computation on tables can be remembered by the numbers of its operands.
 That is what makes a hundred equal layers cost little more than one.
+
+    pool.add(np.eye(2)) == pool.add(np.eye(2))                 one number, one array
+    pool.derive(("sum", 3, 5), lambda: ...)                    computed once, whoever asks
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array
 
 Mask = NDArray[np.bool_]
 Oriented = tuple[int, bool]  # number of a table in the pool, and whether it is to be read transposed
 
 _HUGE = 1e300  # stands for inf where a difference is formed
-_DOMINANCE_LIMIT = 2**21  # largest d_v * d_v * d_u of a dominance test
 
 
 class Pool:
@@ -57,7 +60,7 @@ class Pool:
         return self._finite[number]
 
 
-class Parts:
+class Restriction:
     """Costs and tables over fewer values of every variable. The part of one table by equal masks is one array."""
 
     def __init__(self, keep: Sequence[Mask]) -> None:
@@ -99,7 +102,7 @@ def undominated(cost: Array, tables: list[Array]) -> Mask:
     """Which values no other value replaces at no loss; of equal values the smallest index stays. Needs consistency."""
     n = len(cost)
     keep = np.ones(n, dtype=np.bool_)
-    if n < 2 or n * n * max((t.shape[1] for t in tables), default=1) > _DOMINANCE_LIMIT:
+    if n < 2 or n * n * max((t.shape[1] for t in tables), default=1) > tuning.DOMINANCE_ENTRIES:
         return keep
     worse = cost[:, None] - cost[None, :]  # worse[b, a]: the most that b can cost more than a
     for table in tables:

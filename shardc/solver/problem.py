@@ -5,9 +5,16 @@ table `t_uv` of shape `(d_u, d_v)`. The cost of a choice `x` is
 
     cost(x) = sum_v c_v[x_v] + sum_uv t_uv[x_u, x_v]
 
-in seconds. `inf` forbids a value or a pair; NaN and `-inf` are errors. Where structure repeats, pass the *same*
-array object: the solver interns tables by identity first and by content second, so that a hundred equal layers cost
-little more than one.
+(a weighted constraint satisfaction problem with binary constraints; also the energy of a pairwise Markov random field).
+`inf` forbids a value or a pair; NaN and `-inf` are errors.
+
+    problem = Problem()
+    a, b = problem.add_variable("a", np.array([0.0, 2.0])), problem.add_variable("b", np.array([1.0, 0.0]))
+    problem.add_edge(a, b, np.array([[5.0, 5.0], [0.0, 0.0]]))
+    evaluate(problem, [1, 1])      # 2.0
+
+Where structure repeats, pass the *same* array object: the solver interns tables by identity first and by content
+second, so that a hundred equal layers cost little more than one.
 """
 
 from __future__ import annotations
@@ -98,31 +105,31 @@ class Problem:
         return self._summed[key][0]
 
 
-class Terms:
+class CostTerms:
     """Entries of many tables at a choice; equal tables are read at once. A term is a variable or two, and a table."""
 
     def __init__(self, terms: Iterable[tuple[int, int | None, Array]]) -> None:
-        found: dict[int, tuple[Array, list[int]]] = {}
+        groups: dict[int, tuple[Array, list[int]]] = {}
         ends: list[tuple[int, int]] = []
         for one, other, table in terms:
-            found.setdefault(id(table), (table, []))[1].append(len(ends))
+            groups.setdefault(id(table), (table, []))[1].append(len(ends))
             ends.append((one, one if other is None else other))
         self._ends = np.array(ends, dtype=np.intp).reshape(-1, 2)
-        self._groups = [(table, np.array(places)) for table, places in found.values()]
+        self._groups = [(table, np.array(places)) for table, places in groups.values()]
 
     @staticmethod
-    def of(problem: Problem) -> Terms:
+    def of(problem: Problem) -> CostTerms:
         """The terms of a problem's cost."""
         alone = ((v, None, cost) for v, cost in enumerate(problem.unary))
-        return Terms([*alone, *((u, v, table) for (u, v), table in problem.edges.items())])
+        return CostTerms([*alone, *((u, v, table) for (u, v), table in problem.edges.items())])
 
     def at(self, choice: Sequence[int]) -> Array:
         """Every term's entry, in order."""
-        values, found = np.array(choice, dtype=np.intp)[self._ends], np.empty(len(self._ends))
+        values, entries = np.array(choice, dtype=np.intp)[self._ends], np.empty(len(self._ends))
         for table, places in self._groups:
             one, other = values[places].T
-            found[places] = table[one] if table.ndim == 1 else table[one, other]
-        return found
+            entries[places] = table[one] if table.ndim == 1 else table[one, other]
+        return entries
 
     def parts(self, part: NDArray[np.intp]) -> NDArray[np.intp]:
         """Per term the part that it belongs to, given that of every variable, -1 for none; parts share no term."""

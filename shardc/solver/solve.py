@@ -1,20 +1,21 @@
-"""Minimise a cost network, and prove it.
+"""Minimise a cost network, and prove the answer.
 
-0. Many equal layers are folded to a few (`fold.py`), and the search is over those, by way of a proof (`prove.py`). The
-   choice is unfolded, and proved for the whole network by way of a ring of layers (`ring.py`); if that succeeds, that
-   is all.
-1. `contract.py` shrinks the network exactly.
-2. If what is left is narrow, `eliminate.py` finishes it at once.
-3. Otherwise `bound.py` sweeps. Every few sweeps it yields an incumbent and a bound; as the gap falls, values whose
-   reduced cost exceeds it are deleted. It ends when the bound meets the incumbent, or when the rest is narrow
-   enough to eliminate.
-4. If the bound stalls on a rest that is still wide, triplets are added where cycles are frustrated (`triplets.py`), and
-   it sweeps on.
-5. If there are none left to add, `milp.py` branches over the rest, unless that is far too large: then the gap stays.
+1. *Fold.* A network that repeats a block many times (a layer) is folded to a few copies, its template
+   (`layers/fold.py`). The template is solved by way of a proof (`proof/prove.py`). Choice and proof are carried over
+   to the whole network, to its middle layers by way of a ring (`layers/ring.py`). If that closes the gap, that is all.
+2. *Presolve.* Exact rewrites shrink the network (`exact/presolve.py`).
+3. *Eliminate.* A narrow rest is closed by variable elimination (`exact/eliminate.py`).
+4. *Sweep.* Otherwise message passing raises a lower bound, and decodes choices (`bounds/bound.py`). As the gap falls,
+   values whose reduced cost exceeds it are deleted, until the rest is narrow or the gap is closed.
+5. *Tighten.* Where the bound stalls, terms over three variables are added (`bounds/triplets.py`).
+6. *Branch.* What is left goes to branch and bound by HiGHS (`exact/milp.py`), unless it is far too large: then a gap
+   stays, and the solution states it.
 
-Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play; nothing depends on their unit.
-The result depends only on the problem: ties go to the smallest index, and no random numbers are drawn. (Under a
-time limit, the machine's speed decides how far the search gets.)
+Steps 2 to 6 are `exact/search.py`. Costs are compared to a relative accuracy of 1e-9 of the sum of magnitudes in play;
+nothing depends on their unit. The result depends only on the problem: ties go to the smallest index, and no random
+numbers are drawn. (Under a time limit, the machine's speed decides how far the search gets.)
+
+    two variables, costs [0, 2] and [1, 0], table [[5, 5], [0, 0]]      ->      choice [1, 1], cost 2, lower bound 2
 """
 
 from __future__ import annotations
@@ -26,71 +27,66 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
-from shardc.solver.bounds.distinct import Tables
-from shardc.solver.exact.active import Active
+from shardc.solver.bounds.distinct import TableCache
+from shardc.solver.exact.active import ActiveSet
 from shardc.solver.exact.eliminate import eliminate, find_order
 from shardc.solver.exact.forest import descend
 from shardc.solver.exact.presolve import ReducedNetwork
 from shardc.solver.exact.search import Search
 from shardc.solver.layers.fold import Fold, fold
-from shardc.solver.layers.ring import COPIES, Prove, around
-from shardc.solver.memory_terms import Prices
+from shardc.solver.layers.ring import ProveFunction, ring_certificate
+from shardc.solver.loads import Relaxation
 from shardc.solver.problem import TOLERANCE, Problem, evaluate, magnitude
-from shardc.solver.proof.certificate import Certificate, check, left
-from shardc.solver.proof.prove import MAX_SWEEPS, Known, Proof, clipped, prove
+from shardc.solver.proof.certificate import Certificate, check, open_values
+from shardc.solver.proof.prove import Prover, Target, clipped, prove
 from shardc.solver.proof.remainder import Remainder
-
-_FOLDED = 2  # times that a network must shrink by folding to be worth it
-_SEARCH = 0.6  # part of the time left that one step may take which others follow
-_ENDS = 0.5  # part of what a proof may leave open that its first and last layers may
-_SKETCH = 6  # sweeps over all values in a draft that starts from one
-_LARGE = 8000  # variables beyond which what folding leaves open stays open
-_ENTRIES = 5e8  # entries of tables beyond which a sweep takes seconds
 
 
 @dataclass(frozen=True)
-class Trail:
-    """How a network folds, if many layers repeat, and what was found and proved for its template."""
+class WarmStart:
+    """Where a search begins: how the network folds, if it does, and what was found and proved for its template (without
+    a fold, for the network itself). `tables` has the tables that were looked at for repetitions."""
 
     fold: Fold | None
     choice: list[int] = field(default_factory=list[int])
     certificate: Certificate = field(default_factory=lambda: Certificate({}))
     lower: float = -math.inf
-    tables: Tables = field(default_factory=Tables)
+    tables: TableCache = field(default_factory=TableCache)
 
     @staticmethod
-    def of(problem: Problem, kept: int = 1) -> Trail:
-        """The fold to so many layers on either side."""
+    def of(problem: Problem, kept: int = 1) -> WarmStart:
+        """Nothing is known yet but the fold, to `kept` layers on either side of its cut."""
         folded = fold(problem, kept)
-        worth = folded is not None and _FOLDED * len(folded.template.unary) <= len(problem.unary)
-        return Trail(folded if worth else None)
+        worth = folded is not None and tuning.FOLD_FACTOR * len(folded.template.unary) <= len(problem.unary)
+        return WarmStart(folded if worth else None)
 
-    def at(self, choice: Sequence[int]) -> Trail:
-        """The trail from a choice for the whole network."""
+    def at(self, choice: Sequence[int]) -> WarmStart:
+        """The same with a choice for the whole network."""
         return replace(self, choice=list(choice) if self.fold is None else [choice[v] for v in self.fold.kept])
 
-    def over(self, problem: Problem) -> Trail:
-        """The trail for other costs, and some of the edges."""
+    def over(self, problem: Problem) -> WarmStart:
+        """The same for a network with other costs, and some of the edges."""
         self.tables.next()
         folded = self.fold.over(problem) if self.fold else None
-        known = self.certificate.messages
-        left = {edge: known[edge] for edge in known if folded is None or edge in folded.template.edges}
-        return replace(self, fold=folded, certificate=replace(self.certificate, messages=left))
+        messages = self.certificate.messages
+        kept = {edge: messages[edge] for edge in messages if folded is None or edge in folded.template.edges}
+        return replace(self, fold=folded, certificate=replace(self.certificate, messages=kept))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice per variable. `lower_bound` is proved by the search; `check` tells what the certificate proves alone.
-    Under a bound on memory it is for the costs with these prices (`budget.py`), and `check_within` tells."""
+    """A choice per variable, its cost, and a bound that the search proved; `check` tells what the certificate proves
+    alone. Within a capacity, the bound rests on the Lagrangian `relaxation`, and `check_within` tells."""
 
     choice: list[int]
     cost: float
     lower_bound: float
     exact: bool
     certificate: Certificate
-    trail: Trail | None = None
-    prices: Prices | None = None
+    warm_start: WarmStart | None = None
+    relaxation: Relaxation | None = None
 
     @property
     def gap(self) -> float:
@@ -98,76 +94,81 @@ class Solution:
 
 
 def solve(
-    problem: Problem, *, time_limit: float | None = None, certify: bool = True, enough: float = TOLERANCE,
-    trail: Trail | None = None, draft: bool = False,
+    problem: Problem, *, time_limit: float | None = None, certify: bool = True, relative_gap: float = TOLERANCE,
+    warm_start: WarmStart | None = None, draft: bool = False,
 ) -> Solution:  # fmt: skip
-    """The cheapest choice, or one whose cost is proved to be within `enough` times itself of that. Raises
-    InfeasibleError if every choice is forbidden, TimeoutError if none was found in time.
+    """The cheapest choice, or one whose cost is at most `relative_gap` times itself above the least.
 
-    `certify=False` skips the sweeps over the unreduced problem; the certificate is then as good as it comes. A search
-    with the `trail` of a network that differs in its costs starts from there. A `draft` goes without triplets,
-    and for a network with many equal layers without a bound.
+    `time_limit` is in CPU-seconds; when it is over, the best choice so far is returned, with its gap. `certify=False`
+    saves the sweeps that only serve the certificate, which is then as good as it comes. A `warm_start` comes from the
+    solution of a network that differs in its costs. A `draft` adds no triplets, and with a fold proves no bound.
+
+    Raises ValueError for NaN and -inf, InfeasibleError if every choice is forbidden, TimeoutError if none was found in
+    time.
     """
-    if trail is None:
+    if warm_start is None:
         problem.check()
-    goal = _Goal(math.inf if time_limit is None else time.process_time() + time_limit, certify, enough)
-    trail = trail.over(problem) if trail else Trail.of(problem)
-    known: Solution | None = None
-    if trail.fold:
-        known = _unfolded(problem, trail, trail.fold, goal, draft)
-        if draft or known.gap <= enough * abs(known.cost) or len(problem.unary) > _LARGE:
-            return known
-    choice, lower = _searched(problem, goal, known.choice if known else None, draft)
-    if known is not None:
-        choice = min(known.choice, choice, key=lambda one: evaluate(problem, one))
-        lower = max(known.lower_bound, lower)
-    certificate = known.certificate if known else Certificate({})
+    effort = _Effort(math.inf if time_limit is None else time.process_time() + time_limit, certify, relative_gap)
+    warm_start = warm_start.over(problem) if warm_start else WarmStart.of(problem)
+    if warm_start.fold is None:
+        choice, lower = _searched(problem, effort, None, draft)
+        certificate = Certificate({})
+        if certify:
+            certificate = prove(problem, effort.target(problem, choice), effort.deadline)
+        return _solution(problem, choice, lower, certificate, warm_start)
+    folded = _solved_folded(problem, warm_start, warm_start.fold, effort, draft)
+    if draft or folded.gap <= relative_gap * abs(folded.cost) or len(problem.unary) > tuning.LARGE_NETWORK:
+        return folded
+    choice, lower = _searched(problem, effort, folded.choice, draft)
+    choice = min(folded.choice, choice, key=lambda one: evaluate(problem, one))
+    certificate = folded.certificate
     if certify:
-        certificate = prove(problem, goal.known(problem, choice), goal.deadline, known.certificate if known else None)
-    return _solution(problem, choice, lower, certificate, known.trail if known else trail)
+        certificate = prove(problem, effort.target(problem, choice), effort.deadline, certificate)
+    return _solution(problem, choice, max(folded.lower_bound, lower), certificate, folded.warm_start)
 
 
 @dataclass(frozen=True)
-class _Goal:
-    """What is asked: by when, whether with a certificate, and to which part of the cost."""
+class _Effort:
+    """How hard to try: until when (in CPU-seconds of the process), with a certificate or without, to which gap."""
 
     deadline: float
     certify: bool
-    enough: float
+    relative_gap: float
 
     @property
     def rough(self) -> bool:
         """Whether a gap is allowed that is more than rounding."""
-        return self.enough > TOLERANCE
+        return self.relative_gap > TOLERANCE
 
-    def known(self, problem: Problem, choice: list[int]) -> Known:
+    def target(self, problem: Problem, choice: list[int]) -> Target:
+        """What a proof for this choice should reach."""
         cost = evaluate(problem, choice)
-        return Known(cost, max(TOLERANCE * magnitude(problem, choice), self.enough * abs(cost)))
+        return Target(cost, max(TOLERANCE * magnitude(problem, choice), self.relative_gap * abs(cost)))
 
-    def part(self) -> _Goal:
-        """The same with a deadline that leaves time for what comes after."""
+    def part(self) -> _Effort:
+        """The same with an earlier deadline, which leaves time for the steps that follow."""
         now = time.process_time()
-        return replace(self, deadline=now + _SEARCH * (self.deadline - now))
+        return replace(self, deadline=now + tuning.STEP_TIME_SHARE * (self.deadline - now))
 
 
 def _solution(
-    problem: Problem, choice: list[int], lower: float, certificate: Certificate, trail: Trail | None = None
+    problem: Problem, choice: list[int], lower: float, certificate: Certificate, warm_start: WarmStart | None = None
 ) -> Solution:
-    """What is known by now; `lower` is what every choice costs at least, by the search."""
+    """The solution with the better of two bounds: `lower`, by the search, and what the certificate proves."""
     cost, proved = evaluate(problem, choice), check(problem, certificate)
     lower = min(max(lower, proved), cost)
     exact = cost - lower <= TOLERANCE * magnitude(problem, choice)
-    return Solution(choice, cost, cost if exact else lower, exact, certificate, trail)
+    return Solution(choice, cost, cost if exact else lower, exact, certificate, warm_start)
 
 
 def _searched(
-    problem: Problem, goal: _Goal, known: list[int] | None = None, draft: bool = False
+    problem: Problem, effort: _Effort, known: list[int] | None = None, draft: bool = False
 ) -> tuple[list[int], float]:
-    """The best choice found, and what every choice costs at least. The search starts from the known choice."""
+    """Presolve and search: the best choice found, and a lower bound. The search starts from the known choice."""
     network = ReducedNetwork(problem)
     network.shrink()
     core = network.core()
-    search = Search(Bound(core.unary, core.edges), goal.deadline, goal.enough, network.constant, draft)
+    search = Search(Bound(core.unary, core.edges), effort.deadline, effort.relative_gap, network.constant, draft)
     if known is not None:
         search.start(core.nearest(known))
     try:
@@ -178,141 +179,146 @@ def _searched(
         return known, search.lower + network.constant
     cost = evaluate(problem, choice)
     if abs(cost - (search.upper + network.constant)) > TOLERANCE * magnitude(problem, choice):
-        raise AssertionError(f"the plan costs {cost!r}, the solver promised {search.upper + network.constant!r}")
+        raise AssertionError(f"the choice costs {cost!r}, the solver promised {search.upper + network.constant!r}")
     return choice, min(search.lower + network.constant, cost)
 
 
 def is_small(problem: Problem) -> bool:
     """Whether a sweep over all values takes less than seconds."""
-    return sum(table.size for table in problem.edges.values()) <= _ENTRIES
+    return sum(table.size for table in problem.edges.values()) <= tuning.SHORT_SWEEP_ENTRIES
 
 
-def _unfolded(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, draft: bool) -> Solution:
-    """What was found and proved for the template, carried over; what it costs and proves here is worked out here."""
-    trail = _followed(trail, folded.template, goal.part(), draft)
-    choice = folded.unfolded_choice(trail.choice)
+def _solved_folded(problem: Problem, warm_start: WarmStart, folded: Fold, effort: _Effort, draft: bool) -> Solution:
+    """Solve the template, and carry choice and proof over. What they cost and prove for the whole is computed anew."""
+    warm_start = _solved_template(warm_start, folded.template, effort.part(), draft)
+    choice = folded.unfolded_choice(warm_start.choice)
     if not math.isfinite(evaluate(problem, choice)):
-        choice = _mended(problem, choice, goal)
+        choice = _repaired(problem, choice, effort)
     if draft:
-        return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), trail)
-    solution = _solution(problem, choice, -math.inf, _carried_over(problem, trail, folded, goal, choice), trail)
-    closes = goal.certify or is_small(problem)
-    if solution.exact or solution.gap <= goal.enough * abs(solution.cost) or not closes:
+        return Solution(choice, evaluate(problem, choice), -math.inf, False, Certificate({}), warm_start)
+    certificate = _unfolded_certificate(problem, warm_start, folded, effort, choice)
+    solution = _solution(problem, choice, -math.inf, certificate, warm_start)
+    if solution.exact or solution.gap <= effort.relative_gap * abs(solution.cost):
         return solution
-    return _closed(problem, solution, goal)
+    return _closed(problem, solution, effort) if effort.certify or is_small(problem) else solution
 
 
-def _carried_over(problem: Problem, trail: Trail, folded: Fold, goal: _Goal, choice: list[int]) -> Certificate:
-    """A certificate for the whole network."""
-    aim = goal.known(problem, choice).tolerance
+def _unfolded_certificate(
+    problem: Problem, warm_start: WarmStart, folded: Fold, effort: _Effort, choice: list[int]
+) -> Certificate:
+    """A certificate for the whole network, by way of a ring if that is possible."""
+    tolerance = effort.target(problem, choice).tolerance
 
-    def proof(part: float, sweeps: int | None, afresh: bool = False) -> Prove:
+    def proof(part: float, sweeps: int | None, afresh: bool = False) -> ProveFunction:
+        """A function that proves to a part of the tolerance."""
+
         def proved(network: Problem, chosen: Sequence[int], start: Certificate) -> Certificate:
-            known, begin = Known(evaluate(network, chosen), part * aim), None if afresh else start
-            return prove(network, known, goal.part().deadline, begin, sweeps, goal.rough, trail.tables)
+            target = Target(evaluate(network, chosen), part * tolerance)
+            deadline = effort.part().deadline
+            return prove(network, target, deadline, None if afresh else start, sweeps, effort.rough, warm_start.tables)
 
         return proved
 
-    # what the template's messages leave open, sweeps from there seldom close
-    ring = proof(COPIES / folded.count, MAX_SWEEPS, afresh=not goal.rough)
-    ends = proof(_ENDS, MAX_SWEEPS if goal.rough else None)
-    found = around(problem, folded, trail.choice, trail.certificate, ring, ends)
-    return found or folded.unfolded_certificate(trail.certificate)
+    # a gap that the template's messages leave is seldom closed by sweeping on from them
+    ring = proof(tuning.RING_COPIES / folded.count, tuning.PROOF_SWEEPS, afresh=not effort.rough)
+    ends = proof(tuning.ENDS_TOLERANCE_SHARE, tuning.PROOF_SWEEPS if effort.rough else None)
+    certificate = ring_certificate(problem, folded, warm_start.choice, warm_start.certificate, ring, ends)
+    return certificate or folded.unfolded_certificate(warm_start.certificate)
 
 
-def _closed(problem: Problem, known: Solution, goal: _Goal) -> Solution:
-    """The solution without the gap that is left where the first and last layers are at odds with the middle. That is
-    small: few of the values could be in a better choice, and most often elimination searches them all at once. Where
-    they are too many, one sweep over all layers comes first."""
-    if time.process_time() > goal.deadline:
-        return known
-    finished = _finished(problem, known)
-    if finished is not None:
-        return finished
-    bound = clipped(problem, known.cost).starting(known.certificate)
-    certificate = Proof(problem, bound, goal.known(problem, known.choice), goal.deadline).certificate()
-    swept = _solution(problem, known.choice, -math.inf, certificate, known.trail)
-    if swept.lower_bound > known.lower_bound:
-        finished = _finished(problem, swept)
-        if finished is not None:
-            return finished
-    if len(problem.unary) <= _LARGE:
-        goal = goal.part()
-    search = Search(bound, goal.deadline, goal.enough)
-    search.start(known.choice)
+def _closed(problem: Problem, carried: Solution, effort: _Effort) -> Solution:
+    """Close the gap that is left where the first and last layers are at odds with the middle. It is small: few values
+    could be in a better choice, and most often elimination searches them all at once. Where they are too many, one
+    sweep over all layers comes first."""
+    if time.process_time() > effort.deadline:
+        return carried
+    complete = _searched_whole(problem, carried)
+    if complete is not None:
+        return complete
+    bound = clipped(problem, carried.cost).starting(carried.certificate)
+    certificate = Prover(problem, bound, effort.target(problem, carried.choice), effort.deadline).certificate()
+    swept = _solution(problem, carried.choice, -math.inf, certificate, carried.warm_start)
+    if swept.lower_bound > carried.lower_bound:
+        complete = _searched_whole(problem, swept)
+        if complete is not None:
+            return complete
+    if len(problem.unary) <= tuning.LARGE_NETWORK:
+        effort = effort.part()
+    search = Search(bound, effort.deadline, effort.relative_gap)
+    search.start(carried.choice)
     choice = search.close()
-    if goal.certify:
-        certificate = prove(problem, goal.known(problem, choice), goal.deadline, certificate)
-    return _solution(problem, choice, search.lower, certificate, known.trail)
+    if effort.certify:
+        certificate = prove(problem, effort.target(problem, choice), effort.deadline, certificate)
+    return _solution(problem, choice, search.lower, certificate, carried.warm_start)
 
 
-def _finished(problem: Problem, known: Solution) -> Solution | None:
-    """The solution with the best choice among the values that its certificate leaves open; None where they are many."""
-    keep = left(problem, known.certificate, known.cost)
-    for mask, value in zip(keep, known.choice, strict=True):
+def _searched_whole(problem: Problem, solution: Solution) -> Solution | None:
+    """The best choice among the values that the certificate leaves open, by elimination; None where they are many."""
+    keep = open_values(problem, solution.certificate, solution.cost)
+    for mask, value in zip(keep, solution.choice, strict=True):
         mask[value] = True
     order = find_order([int(np.count_nonzero(mask)) for mask in keep], list(problem.edges))
     if not order.narrow:
         return None
-    active = Active(keep)
+    active = ActiveSet(keep)
     small = active.problem(problem)
     choice = active.outside(eliminate(small.unary, small.edges, order)[1])
-    cost, remainder = evaluate(problem, choice), Remainder(known.cost, tuple(order.variables))
-    certificate = replace(known.certificate, remainder=remainder)
-    return replace(known, choice=choice, cost=cost, lower_bound=cost, exact=True, certificate=certificate)
+    cost, remainder = evaluate(problem, choice), Remainder(solution.cost, tuple(order.variables))
+    certificate = replace(solution.certificate, remainder=remainder)
+    return replace(solution, choice=choice, cost=cost, lower_bound=cost, exact=True, certificate=certificate)
 
 
-def _mended(problem: Problem, choice: list[int], goal: _Goal) -> list[int]:
-    """A choice that is allowed, near one that is not."""
+def _repaired(problem: Problem, choice: list[int], effort: _Effort) -> list[int]:
+    """A choice of finite cost, near one that takes a forbidden value or pair."""
     terms = [float(cost[choice[v]]) for v, cost in enumerate(problem.unary)]
     terms += [float(table[choice[u], choice[v]]) for (u, v), table in problem.edges.items()]
-    found = descend(clipped(problem, 2.0 * math.fsum(filter(math.isfinite, terms))), choice)
-    return found if math.isfinite(evaluate(problem, found)) else _searched(problem, goal)[0]
+    better = descend(clipped(problem, 2.0 * math.fsum(filter(math.isfinite, terms))), choice)
+    return better if math.isfinite(evaluate(problem, better)) else _searched(problem, effort)[0]
 
 
-def _followed(trail: Trail, template: Problem, goal: _Goal, draft: bool) -> Trail:
-    """The trail with what is found and proved for its template. A draft sweeps over all values a few times only, and
-    finds its choice among those that matter by then."""
-    proof = _begun(template, goal, trail)
-    if not draft or proof is None or proof.choice is None:
-        proof = _proved(template, goal, proof)
-        return replace(trail, choice=proof.chosen, certificate=proof.certificate(), lower=proof.lower)
-    proof.sweep(_SKETCH if trail.certificate.messages else 2 * _SKETCH, searching=False)
-    certificate, active = proof.certificate(), Active.of(proof.reduced_costs(), proof.choice)
+def _solved_template(warm_start: WarmStart, template: Problem, effort: _Effort, draft: bool) -> WarmStart:
+    """The warm start with what is found and proved for its template. A draft sweeps over all values a few times only,
+    and finds its choice in an active set of them."""
+    prover = _started(template, effort, warm_start)
+    if not draft or prover is None or prover.choice is None:
+        prover = _proved(template, effort, prover)
+        return replace(warm_start, choice=prover.best_choice, certificate=prover.certificate(), lower=prover.lower)
+    prover.sweep(tuning.DRAFT_SWEEPS if warm_start.certificate.messages else 2 * tuning.DRAFT_SWEEPS, searching=False)
+    certificate, active = prover.certificate(), ActiveSet.of(prover.reduced_costs(), prover.choice)
     small = active.problem(template)
-    start = Trail(None, active.inside(proof.choice), active.messages(certificate, small.edges))  # triplets stay behind
-    sketch = _begun(small, goal, start)
+    messages = active.messages(certificate, small.edges)  # triplets stay behind
+    sketch = _started(small, effort, WarmStart(None, active.inside(prover.choice), messages))
     if sketch is not None:
         sketch.sweep()  # a choice is wanted: triplets would prove more, and seldom find a better one
     if sketch is None or sketch.choice is None:
-        sketch = _proved(small, goal, sketch)
-    return replace(trail, choice=active.outside(sketch.chosen), certificate=certificate, lower=proof.lower)
+        sketch = _proved(small, effort, sketch)
+    return replace(warm_start, choice=active.outside(sketch.best_choice), certificate=certificate, lower=prover.lower)
 
 
-def _begun(problem: Problem, goal: _Goal, start: Trail) -> Proof | None:
-    """A proof from where the trail begins; None where nothing is known and tables forbid something."""
+def _started(problem: Problem, effort: _Effort, start: WarmStart) -> Prover | None:
+    """A prover that begins at a warm start; None where no choice is known and tables forbid something."""
     if start.choice and math.isfinite(evaluate(problem, start.choice)):
         cost = evaluate(problem, start.choice)
-        bound = clipped(problem, cost, goal.rough, start.tables).starting(start.certificate)
-        proof = Proof(problem, bound, None, goal.deadline, goal.enough)
-        proof.take(start.choice)
-        return proof
+        bound = clipped(problem, cost, effort.rough, start.tables).starting(start.certificate)
+        prover = Prover(problem, bound, None, effort.deadline, effort.relative_gap)
+        prover.take(start.choice)
+        return prover
     if all(np.isfinite(table).all() for table in [*problem.unary, *problem.edges.values()]):
-        bound = clipped(problem, math.inf, goal.rough, start.tables)
-        return Proof(problem, bound, None, goal.deadline, goal.enough)
+        bound = clipped(problem, math.inf, effort.rough, start.tables)
+        return Prover(problem, bound, None, effort.deadline, effort.relative_gap)
     return None
 
 
-def _proved(problem: Problem, goal: _Goal, proof: Proof | None) -> Proof:
-    """A proof with the best choice found. Most often it comes upon that by itself. A rough one sweeps only: triplets
-    take as long again, and seldom prove more than the prices that it is for are off."""
-    closed = proof is not None and (proof.sweep() if goal.rough else proof.run())
-    if proof and (closed or goal.rough) and proof.choice is not None:
-        return proof
-    choice, _ = _searched(problem, goal, proof.choice if proof else None)
-    known = goal.known(problem, choice)
-    proof = proof or Proof(problem, clipped(problem, known.cost), None, goal.deadline)
-    if known.cost < proof.cost:
-        proof.know(choice, known)
-    proof.run()
-    return proof
+def _proved(problem: Problem, effort: _Effort, prover: Prover | None) -> Prover:
+    """Run a prover until it has a best choice; most often it comes upon that by itself. Under a rough effort it sweeps
+    only: triplets take as long again, and the multipliers that it is for are seldom as exact as what they prove."""
+    closed = prover is not None and (prover.sweep() if effort.rough else prover.run())
+    if prover and (closed or effort.rough) and prover.choice is not None:
+        return prover
+    choice, _ = _searched(problem, effort, prover.choice if prover else None)
+    target = effort.target(problem, choice)
+    prover = prover or Prover(problem, clipped(problem, target.cost), None, effort.deadline)
+    if target.cost < prover.cost:
+        prover.know(choice, target)
+    prover.run()
+    return prover

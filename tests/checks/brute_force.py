@@ -26,7 +26,7 @@ from shardc.ir.program import Port, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
 from shardc.passes.codegen import source_of
 from shardc.passes.localize import localized
-from shardc.planning.strategies import Options
+from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
 from shardc.rules.factors.strategy import Chosen, Strategy, demand, make, sends, shape_of, split_of
@@ -112,7 +112,7 @@ class Call:
         return node
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:
-        return Options(self.shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
+        return OperatorOptions(self.shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
 
     def lower(self, strategy: Strategy, mesh: Mesh) -> tuple[str, list[tuple[Tensor, Layout]], dict[int, Layout]]:
         """The source of the operator's local call, every placeholder with its layout, the layout of every result."""

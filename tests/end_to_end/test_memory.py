@@ -182,8 +182,8 @@ def test_what_is_proved_for_one_budget_holds_for_the_plans_of_all_others(case: C
             continue
         assert plan.memory is not None and plan.memory.peak <= budget
         solution = plan.explainer.solution
-        reckoned = float(solution.prices.holdings.timeline(solution.choice).max())
-        found.append((solution.prices.bound, reckoned, plan.lower_bound, plan.cost))
+        reckoned = float(solution.relaxation.loads.timeline(solution.choice).max())
+        found.append((solution.relaxation.capacity, reckoned, plan.lower_bound, plan.cost))
     assert len(found) >= 3
     for bound, _, lower, _ in found:
         assert all(cost >= lower * (1 - 1e-9) for _, reckoned, _, cost in found if reckoned <= bound)

@@ -12,7 +12,7 @@ from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.triplets import Groups
 from shardc.solver.problem import Problem
 from shardc.solver.proof.certificate import check
-from shardc.solver.proof.prove import Known, Proof
+from shardc.solver.proof.prove import Prover, Target
 from shardc.solver.solve import solve
 
 SWEEPS = 300
@@ -35,6 +35,6 @@ def test_many_rounds_of_lending_stay_in_scale(seed: int) -> None:
     lower = [bound.sweep() for _ in range(SWEEPS)]
     assert min(np.diff(lower)) > -1e-12
     assert lower[-1] <= solve(problem).cost * (1 + 1e-12)
-    proof = Proof(problem, bound, Known(lower[-1], 0.0), time.process_time())
+    proof = Prover(problem, bound, Target(lower[-1], 0.0), time.process_time())
     assert check(problem, proof.certificate()) == pytest.approx(lower[-1], rel=1e-11)
     assert max(float(np.abs(loan).max()) for triplet in bound.triplets for loan in triplet.loans) < SWEEPS

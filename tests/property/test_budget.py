@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shardc.errors import InfeasibleError
-from shardc.solver.budget import Frontier
-from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
+from shardc.solver.capacity import Frontier
+from shardc.solver.loads import Load, Loads
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.proof.certificate import check_within
 from shardc.solver.solve import solve
@@ -16,7 +16,7 @@ from shardc.solver.solve import solve
 LENGTH = 6
 
 
-def instance(seed: int) -> tuple[Problem, MemoryTerms]:
+def instance(seed: int) -> tuple[Problem, Loads]:
     """A random network of up to 6 variables, some pairs forbidden, and what it holds over a schedule."""
     rng = np.random.default_rng(seed)
     count, sizes = int(rng.integers(2, 7)), rng.integers(2, 4, size=7)
@@ -28,45 +28,43 @@ def instance(seed: int) -> tuple[Problem, MemoryTerms]:
                 table = rng.random((sizes[u], sizes[v]))
                 table[rng.random(table.shape) < 0.1] = np.inf
                 problem.add_edge(u, v, table)
-    held: list[MemoryTerm] = []
+    held: list[Load] = []
     for _ in range(int(rng.integers(2, 12))):
         start = int(rng.integers(LENGTH))
         end = int(rng.integers(start, LENGTH))
         one, other = sorted(int(v) for v in rng.choice(count, 2, replace=False))
         if rng.random() < 0.5:
-            held.append(MemoryTerm(one, None, rng.integers(0, 9, size=sizes[one]).astype(float), start, end))
+            held.append(Load(one, None, rng.integers(0, 9, size=sizes[one]).astype(float), start, end))
         else:
-            held.append(
-                MemoryTerm(one, other, rng.integers(0, 9, (sizes[one], sizes[other])).astype(float), start, end)
-            )
-    return problem, MemoryTerms(LENGTH, held)
+            held.append(Load(one, other, rng.integers(0, 9, (sizes[one], sizes[other])).astype(float), start, end))
+    return problem, Loads(LENGTH, held)
 
 
-def brute_force(problem: Problem, holdings: MemoryTerms) -> list[tuple[float, float]]:
+def brute_force(problem: Problem, loads: Loads) -> list[tuple[float, float]]:
     """The cost and the peak of every choice that is allowed."""
     every = itertools.product(*(range(len(cost)) for cost in problem.unary))
-    found = [(evaluate(problem, choice), float(holdings.timeline(choice).max())) for choice in every]
+    found = [(evaluate(problem, choice), float(loads.timeline(choice).max())) for choice in every]
     return [(cost, peak) for cost, peak in found if math.isfinite(cost)]
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_within_a_bound(seed: int) -> None:
     """At three bounds between the least and the greatest peak, asked one after the other of one frontier."""
-    problem, holdings = instance(seed)
-    every = brute_force(problem, holdings)
+    problem, loads = instance(seed)
+    every = brute_force(problem, loads)
     if not every:
         with pytest.raises(InfeasibleError):
-            Frontier(problem, holdings).within(1.0, 20.0)
+            Frontier(problem, loads).within(1.0, 20.0)
         return
     peaks = sorted({peak for _, peak in every})
-    frontier = Frontier(problem, holdings)
+    frontier = Frontier(problem, loads)
     for bound in {peaks[0], peaks[len(peaks) // 3], peaks[-1]}:
         if not bound:
             continue
         best = min(cost for cost, peak in every if peak <= bound)
         found = frontier.within(bound, 20.0)
         assert evaluate(problem, found.choice) == found.cost
-        assert holdings.timeline(found.choice).max() <= bound
+        assert loads.timeline(found.choice).max() <= bound
         assert found.lower_bound <= best + 1e-6
         assert found.cost == pytest.approx(best, rel=1e-6)
     if peaks[0] > 1.0:
@@ -76,42 +74,42 @@ def test_within_a_bound(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_priced_is_cost_plus_what_is_held(seed: int) -> None:
-    problem, holdings = instance(seed)
-    prices = {0: 0.5, 3: 0.25, LENGTH - 1: 1.0}
-    priced = holdings.priced(problem, prices)
+    problem, loads = instance(seed)
+    multipliers = {0: 0.5, 3: 0.25, LENGTH - 1: 1.0}
+    penalised = loads.lagrangian(problem, multipliers)
     for choice in itertools.islice(itertools.product(*(range(len(cost)) for cost in problem.unary)), 50):
-        held = holdings.timeline(choice)
-        expected = evaluate(problem, choice) + sum(price * held[at] for at, price in prices.items())
-        assert evaluate(priced, choice) == pytest.approx(expected)
+        held = loads.timeline(choice)
+        expected = evaluate(problem, choice) + sum(price * held[at] for at, price in multipliers.items())
+        assert evaluate(penalised, choice) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_prices_and_a_certificate_prove_what_they_say(seed: int) -> None:
+def test_multipliers_and_a_certificate_prove_what_they_say(seed: int) -> None:
     """Worked out by code that shares nothing with the search, and never more than the best choice within the bound."""
-    problem, holdings = instance(seed)
-    every = brute_force(problem, holdings)
+    problem, loads = instance(seed)
+    every = brute_force(problem, loads)
     if not every:
         return
     peaks = sorted({peak for _, peak in every})
     bound = max(peaks[len(peaks) // 4], 1.0)
     best = min(cost for cost, peak in every if peak <= bound)
-    prices = {0: 0.01 * (seed % 3), 2: 0.02, LENGTH - 1: 0.005}
-    found = solve(holdings.priced(problem, prices))
-    proved = check_within(problem, holdings.all, prices, bound, found.certificate)
+    multipliers = {0: 0.01 * (seed % 3), 2: 0.02, LENGTH - 1: 0.005}
+    found = solve(loads.lagrangian(problem, multipliers))
+    proved = check_within(problem, loads.all, multipliers, bound, found.certificate)
     assert proved <= best
-    assert proved == pytest.approx(found.lower_bound - bound * sum(prices.values()), abs=1e-6)
+    assert proved == pytest.approx(found.lower_bound - bound * sum(multipliers.values()), abs=1e-6)
     with pytest.raises(ValueError, match="not negative"):
-        check_within(problem, holdings.all, {0: -0.1}, bound, found.certificate)
+        check_within(problem, loads.all, {0: -0.1}, bound, found.certificate)
 
 
 def test_what_two_plans_differ_in_is_taken_part_by_part() -> None:
     """Ten equal layers that could all be faster at the same price; there is room for three of them."""
     problem = Problem()
-    held: list[MemoryTerm] = []
+    held: list[Load] = []
     cost, size = np.array([2.0, 1.0]), np.array([0.0, 1.0])
     for v in range(10):
         problem.add_variable(f"layer {v}", cost)
-        held.append(MemoryTerm(v, None, size, 0, 0))
-    found = Frontier(problem, MemoryTerms(1, held)).within(3.0, 20.0)
+        held.append(Load(v, None, size, 0, 0))
+    found = Frontier(problem, Loads(1, held)).within(3.0, 20.0)
     assert found.cost == 17.0 and sum(found.choice) == 3
     assert found.lower_bound == pytest.approx(17.0)

@@ -10,11 +10,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from shardc.errors import InfeasibleError
-from shardc.solver.bounds import triplets
-from shardc.solver.exact import eliminate, presolve, search
+from shardc.solver import tuning
 from shardc.solver.exact import milp as milp_module
+from shardc.solver.exact import presolve
 from shardc.solver.problem import Array, Edge, Problem, evaluate
-from shardc.solver.proof import remainder
 from shardc.solver.proof.certificate import Certificate, Lender, check
 from shardc.solver.proof.remainder import Remainder
 from shardc.solver.solve import solve
@@ -98,7 +97,7 @@ def test_without_contraction(shape: str, forbid: float, tied: bool, monkeypatch:
     """Sweeps, pruning and elimination have to do all of the work."""
     monkeypatch.setattr(presolve.ReducedNetwork, "contract", lambda self, variables: set())
     monkeypatch.setattr(presolve.ReducedNetwork, "drop_dominated", lambda self, variables: set())
-    monkeypatch.setattr(search, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(tuning, "IMMEDIATE_WORK", 0.0)
     rng = np.random.default_rng([len(shape), int(100 * forbid), tied, 1])
     for _ in range(5):
         problem = network(rng, shape, int(rng.integers(1, 7)), 4, forbid, tied)
@@ -144,8 +143,8 @@ def linear_program(problem: Problem) -> float:
 @pytest.mark.parametrize("tied", [False, True])
 def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be eliminated and no triplet added, so that what the bound leaves open goes to HiGHS."""
-    monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
-    monkeypatch.setattr(triplets, "MAX_TRIPLETS", 0)
+    monkeypatch.setattr(tuning, "WORK_ENTRIES", -1.0)
+    monkeypatch.setattr(tuning, "MAX_TRIPLETS", 0)
     branched: list[int] = []
     inner = milp_module.solve_milp
     monkeypatch.setattr(milp_module, "solve_milp", lambda *args: branched.append(1) or inner(*args))
@@ -160,7 +159,7 @@ def test_branching(forbid: float, tied: bool, monkeypatch: pytest.MonkeyPatch) -
 def test_triplets_close_frustrated_cycles(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tensors are each gathered (at a cost) or not; every two share a product that wants one of its operands
     gathered. The relaxation gathers half of each; with triplets the bound meets the optimum, without any other help."""
-    monkeypatch.setattr(eliminate, "MAX_WORK", -1.0)
+    monkeypatch.setattr(tuning, "WORK_ENTRIES", -1.0)
     monkeypatch.setattr(milp_module, "solve_milp", lambda *_: pytest.fail("nothing should be left to branch over"))
     rng, problem = np.random.default_rng([seed, 5]), Problem()
     for v in range(3):
@@ -292,7 +291,7 @@ def test_an_order_that_does_not_fit_proves_nothing(monkeypatch: pytest.MonkeyPat
     for bad in (order[:1], order * 2):
         spoilt = replace(whole, remainder=Remainder(2 * optimum, bad))
         assert check(problem, spoilt) == check(problem, Certificate({})) < 0.9 * optimum
-    monkeypatch.setattr(remainder, "_LARGEST", 2)
+    monkeypatch.setattr(tuning, "CHECKED_FACTOR_ENTRIES", 2)
     assert check(problem, whole) == check(problem, Certificate({}))
 
 

@@ -13,21 +13,10 @@ import torch
 from torch import fx
 
 from shardc.ir.program import value_of
-from shardc.rules.rewrites import (
-    aliases as spellings,
-)
-from shardc.rules.rewrites import (
-    bags,
-    blocks,
-    losses,
-    randomness,
-)
-from shardc.rules.rewrites import (
-    factorisations as linear,
-)
-from shardc.rules.rewrites import (
-    scatter_views as written,
-)
+from shardc.rules.rewrites import aliases as spellings
+from shardc.rules.rewrites import bags, blocks, losses, randomness
+from shardc.rules.rewrites import factorisations as linear
+from shardc.rules.rewrites import scatter_views as written
 from shardc.rules.rewrites.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten

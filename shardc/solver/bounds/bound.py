@@ -1,4 +1,7 @@
-"""A lower bound by message passing: sequential tree-reweighted sweeps (TRW-S, in the form of SRMP).
+"""A lower bound by message passing: sequential tree-reweighted sweeps.
+
+TRW-S (Kolmogorov 2006, "Convergent tree-reweighted message passing for energy minimization"), in the form of SRMP
+(Kolmogorov 2015, "A new look at reweighted message passing").
 
 Messages `m_eu`, `m_ev` on an edge `e = (u, v)` rewrite the cost without changing any total:
 
@@ -20,6 +23,8 @@ elsewhere. Then every message is finite and no inf is ever subtracted from inf.
 The best such bound is that of the linear program over the pairs, and frustrated cycles keep it below the optimum.
 Terms over three variables (`triplets.py`) close that: they borrow from the tables of their pairs and lend back, and
 what they keep counts as part of the bound.
+
+    costs [0, 1] and [0, 1], table [[9, 0], [0, 9]]     minima prove 0; after a sweep they prove 1, which is the optimum
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,9 +34,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.bounds.triplets import Groups, Lending, Triple, Triplet, edges_of, sides, spread
-from shardc.solver.pool import Mask, Parts, first_minimum
+from shardc.solver.pool import Mask, Restriction, first_minimum
 from shardc.solver.problem import Array, Edge
 from shardc.solver.proof.certificate import Certificate
 
@@ -39,8 +45,6 @@ if TYPE_CHECKING:
     from shardc.solver.bounds.flat import Flat
 
 Place = NDArray[np.intp]
-_LONG, _AN_EDGE = 1000, 20_000  # edges from which on code is compiled for a network; entries that count as one
-_ROOM = 2.0  # times the gap above the least of a table, where its entries are cut off
 
 
 class Bound:
@@ -126,13 +130,14 @@ class Bound:
     def flat(self) -> "Flat | None":
         """The network for passes in compiled code; None for small ones."""
         if self._short is None:
-            self._short = len(self.ends) + sum(table.small.size for table in self.tables) / _AN_EDGE < _LONG
+            self._short = (
+                len(self.ends) + sum(table.small.size for table in self.tables) / tuning.ENTRIES_PER_EDGE
+                < tuning.COMPILED_EDGES
+            )
         if self._short:
             return None
         if self._flattened is None or any(a is not b for a, b in zip(self._flattened[0], self.tables, strict=True)):
-            from shardc.solver.bounds.flat import (
-                Flat,  # numba takes half a second to load, and small networks do without
-            )
+            from shardc.solver.bounds.flat import Flat
 
             flat = Flat.of(self.unary, self.ends, self.tables, self.share, self.ahead, self.behind)
             self._flattened = [*self.tables], flat
@@ -157,9 +162,9 @@ class Bound:
         """Every constant taken out is kept in the bound; what stays behind is nonnegative with minimum zero."""
         flat = self.flat()
         if flat is not None:
-            lower, self.to_first, found = flat.backward(self.to_first, self.to_second)
+            lower, self.to_first, costs = flat.backward(self.to_first, self.to_second)
             if reduced is not None:
-                reduced[:] = found
+                reduced[:] = costs
         else:
             lower = self._backward_by_edges(reduced)
         lower += sum(triplet.kept for triplet in self.triplets)
@@ -204,7 +209,7 @@ class Bound:
         pairs = {pair for triple in triples for pair in sides(triple)}
         more = self._with_chords(pairs - self.number.keys())
         more._passes()  # variables with new pairs hand out smaller shares
-        ceiling = _ROOM * (upper - more.current)
+        ceiling = tuning.LOAN_CEILING * (upper - more.current)
         for (u, v), (to_u, to_v) in more.messages().items():
             if (u, v) in pairs:
                 e, moved = more.number[(u, v)], to_u[:, None] + to_v[None, :]
@@ -281,14 +286,14 @@ class Bound:
         return Bound(self.unary, given) if self.triplets or len(given) < len(self.ends) else self
 
     @cached_property
-    def around(self) -> list[list[tuple[int, int]]]:
-        """Per variable its neighbours, by a table of their own, with the number of the edge."""
-        found: list[list[tuple[int, int]]] = [[] for _ in self.unary]
+    def neighbours(self) -> list[list[tuple[int, int]]]:
+        """Per variable its neighbours, of which they share a table, with the number of the edge."""
+        neighbours: list[list[tuple[int, int]]] = [[] for _ in self.unary]
         for e, (u, v) in enumerate(self.ends):
             if self.given[e] is not None:
-                found[u].append((v, e))
-                found[v].append((u, e))
-        return found
+                neighbours[u].append((v, e))
+                neighbours[v].append((u, e))
+        return neighbours
 
     def cost(self, choice: Sequence[int]) -> float:
         total = sum(float(cost[choice[v]]) for v, cost in enumerate(self.unary))
@@ -297,7 +302,7 @@ class Bound:
 
     def restricted(self, keep: Sequence[Mask]) -> "Bound":
         """The same messages over fewer values; equal tables stay shared."""
-        part = Parts(keep)
+        part = Restriction(keep)
         edges = {(u, v): part(table, u, v) for (u, v), table in self.tables_by_edge().items()}
         chords = [e for e, table in zip(self.ends, self.given, strict=True) if table is None]
         small = Bound([cost[k] for cost, k in zip(self.unary, keep, strict=True)], edges, chords)

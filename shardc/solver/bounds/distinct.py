@@ -1,15 +1,13 @@
-"""Tables without their repetitions.
+"""Tables without their repeated rows and columns, through which messages pass faster.
 
-Most strategies of an operator make one of few layouts, and what an edge costs depends on the layout alone: whole rows
-of its table are equal, and so are whole columns.
+Where many values of a variable differ in their unary cost only, whole rows of a table are equal, and so are whole
+columns of another. The least over equal rows is that over their cheapest, so a message takes as many steps as the
+smaller table has entries.
 
-    strategies a b c d       made @x @x @y @y          [3 0]              [3 0]
-    table over (strategy, layout)                      [3 0]   ->   rows  [1 7]
-                                                       [1 7]
-                                                       [1 7]
-
-The least over equal rows is that over their cheapest, so a message takes as many steps as the smaller table has
-entries.
+    table [3 0]     rows [3 0]     groups 0 0 1 1     costs 4 2 9 8   ->   least of each group 2 8
+          [3 0]          [1 7]
+          [1 7]                    message  min(2 + 3, 8 + 1), min(2 + 0, 8 + 7)  =  5 2
+          [1 7]
 """
 
 from __future__ import annotations
@@ -17,14 +15,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array
 
 Index = NDArray[np.intp]
 Small = NDArray[np.float64] | NDArray[np.float32]
-_WORTH = 2048  # entries of a table from which on it pays to look for repetitions
 
 
-class Alike:
+class EqualRows:
     """Rows in groups of equal ones: `first` of each, and per row its group."""
 
     def __init__(self, first: Index, index: Index) -> None:
@@ -33,14 +31,14 @@ class Alike:
         self.starts = np.searchsorted(index[self.order], np.arange(len(first)))
 
     @staticmethod
-    def of(table: Array) -> Alike | None:
+    def of(table: Array) -> EqualRows | None:
         """The rows of a table; None if all differ."""
         weights = np.sin(np.arange(1.0, table.shape[1] + 1.0))
         marks = np.where(np.isinf(table), -1.0, table) @ weights
         _, first, index = np.unique(marks, return_index=True, return_inverse=True)
         if len(first) == len(table) or not np.array_equal(table[first][index], table):
             return None
-        return Alike(first, index)
+        return EqualRows(first, index)
 
     def least(self, cost: Array) -> Array:
         """The least of every group."""
@@ -52,13 +50,13 @@ class Table:
     it is (`look`). In half the digits (`roughly`), messages take half the time."""
 
     def __init__(self, whole: Array, look: bool = True, roughly: bool = False) -> None:
-        look = look and whole.size >= _WORTH
+        look = look and whole.size >= tuning.REPEATED_ENTRIES
         small = self.whole = np.ascontiguousarray(whole)
-        self.rows = Alike.of(small) if look else None
+        self.rows = EqualRows.of(small) if look else None
         if self.rows is not None:
             small = small[self.rows.first]
         turned = np.ascontiguousarray(small.T)
-        self.columns = Alike.of(turned) if look else None
+        self.columns = EqualRows.of(turned) if look else None
         if self.columns is not None:
             turned = turned[self.columns.first]
             small = np.ascontiguousarray(turned.T)
@@ -74,7 +72,7 @@ class Table:
         return _message(self.turned, self.columns, self.rows, cost)
 
 
-class Tables:
+class TableCache:
     """Tables that were looked at: from one network to the next, most are the same arrays."""
 
     def __init__(self) -> None:
@@ -106,7 +104,7 @@ class Tables:
         return self._known[id(array)][1:]
 
 
-def _message(table: Small, rows: Alike | None, columns: Alike | None, cost: Array) -> Array:
+def _message(table: Small, rows: EqualRows | None, columns: EqualRows | None, cost: Array) -> Array:
     if rows is not None:
         cost = rows.least(cost)
     message = (table + cost.astype(table.dtype, copy=False)[:, None]).min(axis=0).astype(np.float64, copy=False)

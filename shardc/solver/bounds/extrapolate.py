@@ -1,9 +1,13 @@
-"""Sweeps that look ahead: what moves the same way sweep after sweep is moved many steps at once.
+"""Extrapolated sweeps: a change that repeats from sweep to sweep is made many times over at once.
 
 In a deep network a sweep is slow to settle what two far ends hand each other: for tens of sweeps each changes the
-messages by about what the last one did, or by a fixed part of that. Messages prove a bound whatever they are
-(`certificate.py`), so after two sweeps the change that they made is made again, `factor` times over. If the sweep that
-follows is worth more than one without it, the leap stands and the next one is longer; else all is as it was before.
+messages by about what the last one did, or by a fixed part of that.
+
+Messages prove a bound whatever they are (`certificate.py`). So after two sweeps the change that they made is made
+again, `factor` times over (a *leap*). If the sweep that follows is worth more than one without it, the leap stands and
+the next one is longer; else it is undone.
+
+    bound after sweeps 1.0, 1.1; a leap of 4 changes, and a sweep: 1.5 > 1.1 + 0.1, so it stands, and the next is of 8
 
 Where there are triplets, loans move as well, and messages alone do not get far: no leaps then.
 """
@@ -12,15 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.problem import Array
 
-_FURTHER, _NEARER = 2.0, 0.25
-_LEAST, _MOST = 1.0, 64.0
-
 
 @dataclass(frozen=True)
-class _State:
+class _Messages:
     """The messages of a bound without triplets. Arrays are replaced by sweeps, never changed."""
 
     to_first: list[Array]
@@ -28,8 +30,8 @@ class _State:
     lower: float
 
     @staticmethod
-    def of(bound: Bound) -> _State:
-        return _State(list(bound.to_first), list(bound.to_second), bound.lower)
+    def of(bound: Bound) -> _Messages:
+        return _Messages(list(bound.to_first), list(bound.to_second), bound.lower)
 
     def restore(self, bound: Bound) -> None:
         bound.to_first, bound.to_second, bound.lower = self.to_first, self.to_second, self.lower
@@ -42,22 +44,22 @@ class Extrapolation:
     """Sweeps of a round."""
 
     def __init__(self) -> None:
-        self.factor = _LEAST
+        self.factor = tuning.LEAP_LEAST
 
     def round(self, bound: Bound) -> float:
         """Two sweeps, and one more after a leap; returns the bound, which does not fall."""
-        before = _State.of(bound)
+        before = _Messages.of(bound)
         first = bound.sweep()
         lower = bound.sweep()
         if bound.triplets:
             return bound.sweep()
-        now = _State.of(bound)
+        now = _Messages.of(bound)
         pairs = zip(before.to_first, now.to_first, strict=True)
         bound.to_first = [new + self.factor * (new - old) for old, new in pairs]
         further = bound.sweep()
         if further > lower + (lower - first):
-            self.factor = min(self.factor * _FURTHER, _MOST)
+            self.factor = min(self.factor * tuning.LEAP_GROWTH, tuning.LEAP_MOST)
             return further
         now.restore(bound)
-        self.factor = max(self.factor * _NEARER, _LEAST)
+        self.factor = max(self.factor * tuning.LEAP_SHRINK, tuning.LEAP_LEAST)
         return lower

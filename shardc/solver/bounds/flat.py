@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardc.solver import pool
-from shardc.solver.bounds.distinct import Alike, Table
+from shardc.solver.bounds.distinct import EqualRows, Table
 from shardc.solver.problem import Array, Edge
 
 Index = NDArray[np.int64]
@@ -31,10 +31,10 @@ _NONE = -1
 
 def _compiled(function: Function) -> Function:
     try:
-        found = numba.njit(cache=True)(function)
+        compiled = numba.njit(cache=True)(function)
     except RuntimeError:  # neither folder can be written to
-        found = numba.njit(function)
-    return cast(Function, found)
+        compiled = numba.njit(function)
+    return cast(Function, compiled)
 
 
 first_minimum = _compiled(pool.first_minimum)  # numba looks for changes in the caller's file: touch this one too
@@ -102,9 +102,9 @@ class Flat(NamedTuple):
         self, rows: Sequence[int], parents: Sequence[tuple[int, int]], picked: Sequence[bool], choice: Sequence[int]
     ) -> list[int]:
         """The cheapest choice that differs in picked variables only; `parents` has a neighbour and the edge to it."""
-        found = np.array(choice)
-        _best_of_forest(self, np.array(rows), np.array(parents), np.array(picked), found)
-        return found.tolist()
+        best = np.array(choice)
+        _best_of_forest(self, np.array(rows), np.array(parents), np.array(picked), best)
+        return best.tolist()
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -123,7 +123,7 @@ def _parted(flat: Array, starts: Index) -> list[Array]:
     return [flat[a:b] for a, b in pairwise(places)]
 
 
-def _where(groups: Sequence[Alike | None], starts: Index) -> Index:
+def _where(groups: Sequence[EqualRows | None], starts: Index) -> Index:
     return np.array([_NONE if alike is None else start for alike, start in zip(groups, starts, strict=True)])
 
 

@@ -1,17 +1,17 @@
 """Terms over three variables, for cycles on which the pairs alone prove too little.
 
-Three matrix products of a linear layer (forward, gradient of the input, gradient of the weight) share three tensors.
-If each product is satisfied when one of its two operands is gathered, the cheapest choice gathers two of the three: a
-vertex cover of a triangle, which the linear program over pairs settles with three halves (Sontag et al. 2008,
-"Tightening LP relaxations for MAP using message passing"). A triplet sees all three at once.
+Let three variables, each worth 0 or 1, pay 1 for every edge of a triangle of which no end is 1, and 0.6 for every 1.
+The best choice takes two ones and costs 1.2. The linear program over pairs takes half of each, and proves 0.9. A
+*triplet*, which sees all three variables at once, closes that (Sontag et al. 2008, "Tightening LP relaxations for MAP
+using message passing").
 
 A triplet over (a, b, c) has no cost of its own. It borrows from the tables of its pairs, `loan_e = lent back -
-borrowed`, so that
+borrowed`, a reparametrisation of the network:
 
     T'_e = t_e + sum of loans        the triplet keeps  min_abc (- loan_ab - loan_bc - loan_ac)
 
-and no total changes. `Lending` takes all that the pairs have to spare, and hands each a third of what it is worth to
-it: the bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
+No total changes. `Lending` takes all that the pairs have to spare, and hands each a third of what it is worth to the
+triplet. The bound cannot fall, for the least of a sum is at least the sum of the least of its parts.
 
 Only a few values of a variable matter to a close bound. A triplet tells `GROUPS - 1` of them apart, those of the
 smallest reduced costs, and takes all others as one, at the least that any of them costs. Its loans are the same for all
@@ -27,15 +27,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.pool import Mask, min_plus
 from shardc.solver.problem import Array, Edge
 
 Triple = tuple[int, int, int]
-GROUPS = 48
-MAX_TRIPLETS = 400
-"""Triplets that are added at a time."""
-_WAYS = 3  # joins of two variables that are looked at: those that charge most pairs of values
 
 
 class Groups:
@@ -50,8 +47,8 @@ class Groups:
     @staticmethod
     def by(reduced: Array) -> Groups:
         """The values of the smallest reduced costs each alone, the others together."""
-        index = np.full(len(reduced), GROUPS - 1)
-        first = np.argsort(reduced, kind="stable")[: GROUPS - 1]
+        index = np.full(len(reduced), tuning.GROUPS - 1)
+        first = np.argsort(reduced, kind="stable")[: tuning.GROUPS - 1]
         index[first] = np.arange(len(first))
         return Groups(index)
 
@@ -169,7 +166,7 @@ def frustrated(
     """
     small = [group.least(cost) for group, cost in zip(groups, unary, strict=True)]
     joins = _Joins(small, {(u, v): _least(table, groups[u], groups[v]) for (u, v), table in spare.items()})
-    found: list[tuple[float, Triple, tuple[int | None, ...]]] = []
+    cycles: list[tuple[float, Triple, tuple[int | None, ...]]] = []
     for a, b, c in joins.triples():
         if late():
             break
@@ -180,17 +177,17 @@ def frustrated(
                 continue
             gain = float((ab[:, :, None] + bc[None, :, :] + ac[:, None, :]).min())
             if gain > least:
-                found.append((gain, (a, b, c), (p, q, r)))
-    return _selected(sorted(found, key=lambda one: -one[0]))
+                cycles.append((gain, (a, b, c), (p, q, r)))
+    return _selected(sorted(cycles, key=lambda one: -one[0]))
 
 
-def _selected(found: Sequence[tuple[float, Triple, tuple[int | None, ...]]]) -> list[Triple]:
+def _selected(ranked: Sequence[tuple[float, Triple, tuple[int | None, ...]]]) -> list[Triple]:
     """The triplets of every cycle, up to a number."""
     chosen: dict[Triple, None] = {}
     cycles: set[frozenset[int]] = set()
-    for _, triple, middles in found:
+    for _, triple, middles in ranked:
         cycle = frozenset(x for x in (*triple, *middles) if x is not None)
-        if cycle in cycles or len(chosen) >= MAX_TRIPLETS:
+        if cycle in cycles or len(chosen) >= tuning.MAX_TRIPLETS:
             continue
         cycles.add(cycle)
         chosen[triple] = None
@@ -223,16 +220,16 @@ class _Joins:
         return [(a, b, c) for a in range(len(near)) for b in sorted(near[a]) for c in sorted(near[a] & near[b])]
 
     def ways(self, u: int, v: int) -> list[tuple[int | None, Array]]:
-        """The tables between `u < v`: their own (None), or through a neighbour that both share."""
+        """The tables between `u < v`: that of their edge (None), or through a neighbour that both share."""
         if (u, v) not in self._ways:
-            own = self.spare.get((u, v))
-            found: list[tuple[int | None, Array]] = [] if own is None or not own.any() else [(None, own)]
+            between = self.spare.get((u, v))
+            ways: list[tuple[int | None, Array]] = [] if between is None or not between.any() else [(None, between)]
             for m in self.middles[(u, v)]:
                 joined = min_plus(self._table(m, u), self.unary[m], self._table(m, v))
                 if joined.any():
-                    found.append((m, joined))
-            found.sort(key=lambda way: -np.count_nonzero(way[1]))
-            self._ways[(u, v)] = found[:_WAYS]
+                    ways.append((m, joined))
+            ways.sort(key=lambda way: -np.count_nonzero(way[1]))
+            self._ways[(u, v)] = ways[: tuning.JOINS]
         return self._ways[(u, v)]
 
     def _table(self, u: int, v: int) -> Array:

@@ -1,1 +1,1 @@
-"""Exact rewrites and searches that close a network. Start at `presolve.py`, then `eliminate.py`."""
+"""Exact rewrites and searches that close a network: `presolve.py`, `eliminate.py`, then `search.py`, which uses all."""

@@ -1,13 +1,17 @@
-"""Finish exactly: delete values by reduced cost, then eliminate variables one by one.
+"""Finish exactly: delete values by reduced cost, then eliminate variables one by one (bucket elimination).
 
-*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every solution with `x_v
-= a` costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better solution.
+*Pruning.* With a bound `L`, an incumbent `U` and a reduced cost `r_v[a]` (see `bound.py`), every choice with `x_v = a`
+costs at least `L + r_v[a]`. If that is not below `U`, deleting `a` cannot lose a better choice.
 
-*Elimination.* To eliminate `v`, add up all factors (unary costs and tables) that mention it, `f(x_v, x_A)` over its
-neighbours `A`, and put `g(x_A) = min_xv f` in their place. The order matters: a factor has one dimension per
-neighbour. Two greedy orders are tried, the one with the smallest factor (weight) and the one that adds the least table
-mass (fill), on sizes alone, and the cheaper is carried out if its factors fit the limits; of a large network the first,
-if it fits.
+*Elimination* (Dechter 1999, "Bucket elimination"). To eliminate `v`, add up all factors (unary costs and tables) that
+mention it, `f(x_v, x_A)` over its neighbours `A`, and put `g(x_A) = min_xv f` in their place. A factor has one dim per
+neighbour, so the order matters.
+
+    a - v - b    f[a, b, v] = c_v[v] + t_av[a, v] + t_vb[v, b]    g[a, b] = min over v of f    a - b
+
+Two greedy orders are tried, the one with the smallest factor (weight) and the one that adds the least table mass
+(fill), on sizes alone. The cheaper is carried out if its factors fit the limits; of a large network the first, if it
+fits.
 """
 
 import heapq
@@ -17,17 +21,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.pool import Mask, first_minimum
 from shardc.solver.problem import Array, Edge
 
-MAX_FACTOR = 2.0**22  # entries of one factor
-MAX_WORK = 2.0**26  # entries of all factors
-_MANY = 10_000  # variables from which on a second order takes longer to find than it saves
 _OUT_OF_REACH = 1e6  # score above all others
 
 
 @dataclass(frozen=True)
-class Order:
+class EliminationOrder:
     """An elimination order with the entries of its largest factor and of all factors."""
 
     variables: list[int]
@@ -36,7 +38,7 @@ class Order:
 
     @property
     def narrow(self) -> bool:
-        return self.largest <= MAX_FACTOR and self.total <= MAX_WORK
+        return self.largest <= tuning.FACTOR_ENTRIES and self.total <= tuning.WORK_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,22 @@ def surviving(
     return keep
 
 
-def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> Order:
+def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> EliminationOrder:
     """The better of two greedy orders; of a large network, the one that is found sooner, if it is narrow."""
     quick = _greedy_order(sizes, edges, fill=False)
-    if quick.narrow and len(sizes) > _MANY:
+    if quick.narrow and len(sizes) > tuning.TWO_ORDERS:
         return quick
     return min(_greedy_order(sizes, edges, fill=True), quick, key=lambda order: order.total)
 
 
-def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> Order:
+def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> EliminationOrder:
     around: list[set[int]] = [set() for _ in sizes]
     for u, v in edges:
         if sizes[u] > 1 and sizes[v] > 1:  # a single value is no dimension
             around[u].add(v)
             around[v].add(u)
     log = [math.log2(size) for size in sizes]
-    limit = math.log2(MAX_FACTOR)
+    limit = math.log2(tuning.FACTOR_ENTRIES)
 
     def weight(v: int) -> float:
         return log[v] + sum(log[u] for u in around[v])
@@ -115,8 +117,8 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         variables.append(v)
         mass = 2.0 ** min(weight(v), 200.0)
         largest, total = max(largest, mass), total + mass
-        if mass > MAX_FACTOR or total > MAX_WORK:
-            return Order(variables, largest, math.inf)
+        if mass > tuning.FACTOR_ENTRIES or total > tuning.WORK_ENTRIES:
+            return EliminationOrder(variables, largest, math.inf)
         ring = around[v]
         for u in ring:
             around[u] |= ring
@@ -124,10 +126,10 @@ def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) ->
         for u in sorted(ring.union(*(around[u] for u in ring)) if fill else ring):
             score[u] = added(u) if fill else weight(u)
             heapq.heappush(heap, (score[u], u))
-    return Order(variables, largest, total)
+    return EliminationOrder(variables, largest, total)
 
 
-def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: Order) -> tuple[float, list[int]]:
+def eliminate(unary: Sequence[Array], edges: dict[Edge, Array], order: EliminationOrder) -> tuple[float, list[int]]:
     """The optimum and a choice that attains it (inf where no finite one exists)."""
     position = {v: i for i, v in enumerate(order.variables)}
     buckets: list[list[JointTable]] = [[JointTable((v,), cost)] for v, cost in enumerate(unary)]

@@ -1,8 +1,9 @@
-"""A better choice from a choice: exact over a forest at a time, the rest held fixed.
+"""A better choice from a choice: exact over a forest of variables at a time, the rest held fixed.
 
-Changing one variable gains little where an operator and what it shares must change together. Four of five variables of
-a deep network can be picked so that no two of them lie on a cycle of picked ones; the best values of all of these at
-once take a message an edge (dynamic programming), less than half a sweep. The next forest picks others.
+Changing one variable gains little where neighbours must change together. Four of five variables of a deep network can
+be picked so that no two of them lie on a cycle of picked ones. The best values of all of these at once take a message
+an edge (dynamic programming on a tree), less than half a sweep. The next forest picks others. (Block coordinate
+descent over trees, as in Hamze and de Freitas 2004, "From fields to trees".)
 
     a - b - c             picked: a b c d e, fixed: x
     |   |   |             x is as it was, and costs its row of every table around it
@@ -13,26 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.pool import first_minimum
 from shardc.solver.problem import Array
 
 _GOLDEN = 0.6180339887498949
-_PATIENCE = 3  # forests in a row that change nothing, or little
-_LITTLE = 1e-3  # of what was gained since the start
 
 
-def descend(bound: Bound, choice: Sequence[int], most: int = 16) -> list[int]:
-    """A choice that costs no more, by the tables as given. At most so many forests are tried."""
+def descend(bound: Bound, choice: Sequence[int]) -> list[int]:
+    """A choice that costs no more, by the tables as given."""
     best, first = list(choice), bound.cost(choice)
     cost, idle = first, 0
-    for turn in range(most):
-        found = step(bound, best, turn)
-        now = bound.cost(found)
-        idle = 0 if cost - now > _LITTLE * (first - now) else idle + 1
+    for turn in range(tuning.FORESTS):
+        candidate = step(bound, best, turn)
+        now = bound.cost(candidate)
+        idle = 0 if cost - now > tuning.FOREST_GAIN * (first - now) else idle + 1
         if now < cost:
-            best, cost = found, now
-        if idle == _PATIENCE:
+            best, cost = candidate, now
+        if idle == tuning.FOREST_PATIENCE:
             break
     return best
 
@@ -73,11 +73,11 @@ class _Forest:
             return v
 
         for v in order:
-            roots = [root(u) for u, _ in self.bound.around[v] if picked[u]]
+            roots = [root(u) for u, _ in self.bound.neighbours[v] if picked[u]]
             if len(set(roots)) == len(roots):
                 picked[v] = True
-                for found in roots:
-                    tree[found] = v
+                for other in roots:
+                    tree[other] = v
         return picked
 
     def _grow(self, root: int) -> None:
@@ -85,7 +85,7 @@ class _Forest:
         while stack:
             v = stack.pop()
             self.rows.append(v)
-            for u, e in self.bound.around[v]:
+            for u, e in self.bound.neighbours[v]:
                 if self.picked[u] and u not in self.parent:
                     self.parent[u] = v, e
                     stack.append(u)
@@ -96,7 +96,7 @@ class _Forest:
         if flat is not None:
             parents = [self.parent[v] or (-1, -1) for v in self.rows]
             return flat.best_of_forest(self.rows, parents, self.picked, choice)
-        found, costs = list(choice), {v: self._beside(v, choice) for v in self.rows}
+        best, costs = list(choice), {v: self._beside(v, choice) for v in self.rows}
         for v in reversed(self.rows):
             if (up := self.parent[v]) is not None:
                 u, e = up
@@ -106,14 +106,14 @@ class _Forest:
         for v in self.rows:
             cost = costs[v]
             if (up := self.parent[v]) is not None:
-                cost = cost + self._row(v, *up, found)
-            found[v] = first_minimum(cost)
-        return found
+                cost = cost + self._row(v, *up, best)
+            best[v] = first_minimum(cost)
+        return best
 
     def _beside(self, v: int, choice: Sequence[int]) -> Array:
         """What the values of a variable cost, fixed neighbours included."""
         cost = self.bound.unary[v].copy()
-        for u, e in self.bound.around[v]:
+        for u, e in self.bound.neighbours[v]:
             if not self.picked[u]:
                 cost += self._row(v, u, e, choice)
         return cost

@@ -1,12 +1,12 @@
-"""The last resort for a core too wide to eliminate: branch and bound by HiGHS.
+"""Branch and bound by HiGHS: the last resort for a network too wide to eliminate.
 
 The linear program over the local polytope: a variable `p_v[a]` per value and `q_e[a, b]` per finite pair, all at
 least zero,
 
     sum_a p_v[a] = 1,    sum_b q_e[a, b] = p_u[a],    sum_a q_e[a, b] = p_v[b],    p integral.
 
-Costs must come scaled (HiGHS stops at absolute gaps of 1e-6) and are best given as rewritten by the bound, where
-all are nonnegative and small.
+Two variables of 2 values with a full table make 4 + 4 columns and 2 + 4 rows. Costs must come scaled (HiGHS stops at
+absolute gaps of 1e-6), and are best given as reparametrised by the bound, where all are nonnegative and small.
 """
 
 import itertools
@@ -31,7 +31,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Limit:
+class LinearLimit:
     """What the terms of a choice add up to at most `bound`. Every pair has a table in the network."""
 
     unary: Sequence[tuple[int, Array]]
@@ -40,7 +40,7 @@ class Limit:
 
 
 def solve_milp(
-    unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None, limits: Sequence[Limit] = ()
+    unary: Sequence[Array], edges: dict[Edge, Array], time_limit: float | None, limits: Sequence[LinearLimit] = ()
 ) -> Outcome:
     """Minimise over the network; costs in units in which 1e-6 does not matter."""
     starts = np.concatenate([[0], np.cumsum([len(cost) for cost in unary])])
@@ -69,7 +69,7 @@ def solve_milp(
     return Outcome(choice, lower, finished=result.status == 0)
 
 
-def _row(limit: Limit, edges: dict[Edge, Array], starts: "np.ndarray", columns: int) -> Array:
+def _row(limit: LinearLimit, edges: dict[Edge, Array], starts: "np.ndarray", columns: int) -> Array:
     """The coefficients of a limit, in units of its bound."""
     row = np.zeros(columns)
     for v, table in limit.unary:

@@ -1,15 +1,19 @@
-"""Shrink the network exactly before any search.
+"""Presolve: shrink the network exactly before any search.
 
 Four rewrites, none of which changes the optimum:
 
-* *consistency*: a value without a finite partner across some edge can never be used, delete it;
+* *consistency*: a value without a finite partner across some edge can never be used, delete it (arc consistency);
 * *dominance*: value `a` of `v` is useless when some `b` is never dearer, whatever the neighbours do: `c[b] - c[a] +
-  sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (the relation is transitive, so deleting one at a time is safe);
+  sum_e max_y (t_e[b, y] - t_e[a, y]) <= 0` (dead-end elimination, Goldstein 1994). The relation is transitive, so
+  deleting one at a time is safe;
 * *substitution*: a variable with one value left adds a row of each table to its neighbours;
 * *contraction*: a variable `k` with at most two neighbours is minimised out: `min_k c[k]` is a constant,
   `c_i[x] += min_k t_ik[x, k] + c[k]`, and `t_ij[x, y] += min_k t_ik[x, k] + c[k] + t_kj[k, y]`, a min-plus product.
 
-All arrays live in a `Pool` which interns them by content, and every rewrite is remembered by the numbers of its
+    i -[1 2]- k -[0 5]- j    with c_k = [0 1]     ->     i -[1 3]- j      first entry: min(1 + 0 + 0, 2 + 1 + 4)
+       [3 0]     [4 0]                                      [3 1]
+
+All arrays live in a `Pool`, which interns them by content, and every rewrite is remembered by the numbers of its
 operands, so equal layers are rewritten once. Only sums and minima of values in `(-inf, inf]` are formed, so NaN
 cannot arise.
 """
@@ -23,12 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardc.errors import InfeasibleError
+from shardc.solver import tuning
 from shardc.solver.pool import Mask, Oriented, Pool, first_minimum, min_plus, undominated
 from shardc.solver.problem import Array, Edge, Problem
 
 Values = NDArray[np.intp]
-
-_PRODUCT_LIMIT = 2**25  # largest d_i * d_k * d_j of a min-plus product
 
 
 class Worklist:
@@ -73,8 +76,8 @@ class Core:
 
     def nearest(self, choice: Sequence[int]) -> list[int]:
         """A choice of the whole network as one of the core. For a value that is gone stands the next that is left."""
-        found = (np.searchsorted(values, choice[v]) for v, values in zip(self.variables, self.values, strict=True))
-        return [min(int(x), len(values) - 1) for x, values in zip(found, self.values, strict=True)]
+        places = (np.searchsorted(values, choice[v]) for v, values in zip(self.variables, self.values, strict=True))
+        return [min(int(x), len(values) - 1) for x, values in zip(places, self.values, strict=True)]
 
 
 class ReducedNetwork:
@@ -101,7 +104,7 @@ class ReducedNetwork:
         while touched:
             changed = self.make_consistent(touched)
             changed |= self.drop_dominated(touched | changed)
-            touched = {v for v in changed | self.presolve(touched | changed) if self.alive[v]}
+            touched = {v for v in changed | self.contract(touched | changed) if self.alive[v]}
         if math.isinf(self.constant):
             raise InfeasibleError("the constraints leave no feasible plan")
 
@@ -177,7 +180,7 @@ class ReducedNetwork:
             self._masks[key] = undominated(self.pool.arrays[self.unary[v]], [self.pool.read(t) for t in tables])
         return self._masks[key]
 
-    def presolve(self, variables: set[int]) -> set[int]:
+    def contract(self, variables: set[int]) -> set[int]:
         """Minimise out variables with one value or at most two neighbours; return those whose tables changed."""
         changed: set[int] = set()
         queue = Worklist(variables)
@@ -198,7 +201,7 @@ class ReducedNetwork:
         if len(self.neighbours[v]) > 2:
             return False
         a, b = self.neighbours[v]
-        return len(self.values[a]) * len(self.values[b]) * len(self.values[v]) <= _PRODUCT_LIMIT
+        return len(self.values[a]) * len(self.values[b]) * len(self.values[v]) <= tuning.PRODUCT_ENTRIES
 
     def _remove(self, v: int) -> None:
         pool, around, cost = self.pool, sorted(self.neighbours[v]), self.unary[v]

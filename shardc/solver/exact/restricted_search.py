@@ -1,17 +1,19 @@
-"""A better choice from a bound: the best one among the values of small reduced cost, found exactly.
+"""A better choice from a bound: elimination over the values of small reduced cost only.
 
-Where ties keep the sweeps from a good choice, that is where it is."""
+Where ties keep the sweeps from a good choice, it lies among these values. The threshold is the largest of gap / 2,
+gap / 4, ... at which so few values stay that variable elimination can take them.
+
+    gap 8, reduced costs [0, 1, 5] and [0, 0, 3]     below 4: values {0, 1} and {0, 1, 2}, eliminated exactly
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, surviving
-from shardc.solver.pool import Parts
-
-_HALVINGS = 40
-_WIDE = 16  # values of a variable, on average, of which elimination never takes so many
+from shardc.solver.pool import Restriction
 
 
 def restricted_search(
@@ -24,14 +26,14 @@ def restricted_search(
     forbidden = forbidding(edges)
     for cost, count in zip(reduced, counts or map(len, reduced), strict=True):
         cost[count:] = np.inf
-    for halvings in range(1, _HALVINGS):
+    for halvings in range(1, tuning.RESTRICTED_HALVINGS):
         keep = surviving(reduced, forbidden, gap * 0.5**halvings, incumbent)
-        if sum(map(np.count_nonzero, keep)) > _WIDE * len(keep):
+        if sum(map(np.count_nonzero, keep)) > tuning.RESTRICTED_VALUES * len(keep):
             continue
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
         order = find_order([len(cost) for cost in part], list(edges))
         if order.narrow:
-            cut = Parts(keep)
+            cut = Restriction(keep)
             tables = {(u, v): cut(table, u, v) for (u, v), table in edges.items()}
             _, choice = eliminate(part, tables, order)
             return [int(np.flatnonzero(mask)[x]) for mask, x in zip(keep, choice, strict=True)]

@@ -1,6 +1,11 @@
-"""Close a small network: `choice` costs `upper`, and nothing costs less than `lower`.
+"""Close one network: sweep, delete values, add triplets, search exactly, and at last branch.
 
-It sweeps, prunes, adds triplets, dives, and at last branches, as `solve.py` tells."""
+The search keeps an incumbent (`choice`, which costs `upper`) and a bound `lower`; it ends when they meet.
+
+    sweep, prune  ->  narrow? eliminate  ->  stalled? add triplets, restricted search  ->  nothing helps? branch
+
+`solve.py` tells the whole; every step has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import time
 import numpy as np
 
 from shardc.errors import InfeasibleError
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.extrapolate import Extrapolation
 from shardc.solver.bounds.triplets import Groups, frustrated
@@ -18,25 +24,15 @@ from shardc.solver.exact.forest import descend
 from shardc.solver.exact.restricted_search import restricted_search
 from shardc.solver.problem import TOLERANCE
 
-MAX_SWEEPS = 400
-_LOOK_EVERY = 2  # rounds of sweeps
-_ROUGHLY, _FINELY = 2e-2, 1e-3  # gains between two looks, as parts of the gap, below which a bound has stalled
-_AT_ONCE = 2.0**20  # work up to which elimination needs no bound before it
-_ROUNDS = 20  # times that triplets are added
-_HELPS = 0.02  # part of the gap that a round must close to be followed by another
-_WORTH = 1e-4  # part of the gap that a triplet must promise to close
-_PAIRS = 2e6  # pairs of values beyond which branching gets nowhere in minutes
-_MILP_UNITS = 1e3  # the gap in the units given to HiGHS
-
 
 class Search:
-    """The search over the network of a bound, to a gap of `enough` times the cost, of which `constant` is a part that
-    the network lacks. A `draft` adds no triplets, and branches only where it has no choice yet."""
+    """The search over the network of a bound, to a gap of `relative_gap` times the cost. `constant` is a part of the
+    cost that the network lacks. A `draft` adds no triplets, and branches only where it has no choice yet."""
 
     def __init__(
-        self, bound: Bound, deadline: float, enough: float = TOLERANCE, constant: float = 0.0, draft: bool = False
+        self, bound: Bound, deadline: float, relative_gap: float = TOLERANCE, constant: float = 0.0, draft: bool = False
     ) -> None:
-        self.deadline, self.enough, self.constant, self.draft = deadline, enough, constant, draft
+        self.deadline, self.relative_gap, self.constant, self.draft = deadline, relative_gap, constant, draft
         self.bound = bound
         self.values = [np.arange(len(cost)) for cost in bound.unary]  # what the bound's values are in the core
         self.choice: list[int] | None = None
@@ -44,21 +40,25 @@ class Search:
         self.lower = bound.lower
 
     def start(self, choice: list[int]) -> None:
-        """Take a choice that is known, or what is near it."""
+        """Take a choice that is known, and what a descent from it finds."""
         self._offer(choice)
         self._offer(descend(self.bound, choice))
 
     def close(self) -> list[int]:
-        """As `run`, from a choice and a bound that are close already: it goes only as far as that pays."""
+        """Narrow the gap between a choice and a bound that are close already; no triplets, no branching."""
         assert self.choice is not None
         self._prune()
-        if not (self._eliminated(math.inf) or self._swept(_ROUGHLY)):
+        if not (self._eliminated(math.inf) or self._swept(tuning.SEARCH_STALLED)):
             self._eliminated(math.inf)
         return self.choice
 
     def run(self) -> list[int]:
+        """The best choice. Raises InfeasibleError if there is none, TimeoutError if none was found in time."""
         if not (
-            self._eliminated(_AT_ONCE) or self._swept(_ROUGHLY) or self._eliminated(math.inf) or self._alternated()
+            self._eliminated(tuning.IMMEDIATE_WORK)
+            or self._swept(tuning.SEARCH_STALLED)
+            or self._eliminated(math.inf)
+            or self._alternated()
         ):
             self._branch()
         if self.choice is None:
@@ -69,21 +69,21 @@ class Search:
         return time.process_time() > self.deadline
 
     def _closed(self) -> bool:
-        return self.upper - self.lower <= self.enough * abs(self.upper + self.constant)
+        return self.upper - self.lower <= self.relative_gap * abs(self.upper + self.constant)
 
     def _swept(self, stall: float) -> bool:
         """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
         before, tried, leaps = -math.inf, math.inf, Extrapolation()
-        for turn in range(1, MAX_SWEEPS // Extrapolation.SWEEPS + 1):
+        for turn in range(1, tuning.SEARCH_SWEEPS // Extrapolation.SWEEPS + 1):
             leaps.round(self.bound)
-            if turn % _LOOK_EVERY:
+            if turn % tuning.LOOK_EVERY:
                 continue
             self._offer(descend(self.bound, self.bound.decode()))
             self.lower = self.bound.lower
             gap = self.upper - self.lower
             if self._closed() or (self._late() and self.choice is not None):
                 return True
-            if gap < 0.5 * tried:
+            if gap < tuning.PRUNE_AGAIN * tried:
                 tried = gap
                 self._prune()
                 if self._eliminated(math.inf):
@@ -97,14 +97,14 @@ class Search:
         """A better bound leaves less to search, a better incumbent less to bound: in turns, as long as either helps."""
         while True:
             before = self.upper
-            if (not self.draft and self._tightened()) or self._dived():
+            if (not self.draft and self._tightened()) or self._searched_restricted():
                 return True
             if self.choice is None or not self.upper < before:
                 return self._late() and self.choice is not None
 
     def _tightened(self) -> bool:
-        """Add triplets and sweep on, until closed (True) or that does not help any more."""
-        for _ in range(_ROUNDS):
+        """Add triplets and sweep on, until closed (True) or stalled."""
+        for _ in range(tuning.SEARCH_TRIPLET_ROUNDS):
             if self.choice is None or self._late():
                 return False
             self._prune()
@@ -112,36 +112,36 @@ class Search:
             groups = [Groups.by(cost) for cost in self.bound.reduced_costs()]
             unary, spare = self.bound.spare()
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
+            more = [
+                t for t in frustrated(unary, spare, groups, tuning.TRIPLET_GAIN * gap, self._late) if t not in known
+            ]
             if not (more or known):
                 return False
             self.bound = self.bound.with_triplets(more, groups, self.upper)
-            if self._swept(_FINELY) or self._eliminated(math.inf):
+            if self._swept(tuning.SEARCH_STALLED_TRIPLETS) or self._eliminated(math.inf):
                 return True
-            if self.lower - before < _HELPS * gap:
+            if self.lower - before < tuning.SEARCH_TRIPLETS_HELP * gap:
                 return False
         return False
 
-    def _dived(self) -> bool:
-        """Where ties keep the sweeps from a good incumbent: find it exactly among the values of small reduced cost.
-
-        Each better incumbent prunes, so that more fits the next dive; True when the rest could be eliminated whole.
-        """
+    def _searched_restricted(self) -> bool:
+        """Restricted searches, where ties keep the sweeps from a good incumbent. Each better incumbent prunes, so that
+        the next one covers more; True when closed."""
         while self.choice is not None and not self._late():
             before = self.upper
-            self._dive()
+            self._search_restricted()
             if not self.upper < before:
                 return False
             self._prune()
             if self._closed() or self._eliminated(math.inf):
                 return True
-            for _ in range(_LOOK_EVERY * Extrapolation.SWEEPS):
+            for _ in range(tuning.LOOK_EVERY * Extrapolation.SWEEPS):
                 self.bound.sweep()
             self.lower = max(self.lower, self.bound.lower)
         return False
 
-    def _dive(self) -> None:
-        """Solve over the values whose reduced cost lies below the largest threshold that elimination can take."""
+    def _search_restricted(self) -> None:
+        """One restricted search, around the incumbent."""
         assert self.choice is not None
         choice = restricted_search(self.bound, self.upper - self.lower, self._incumbent(self.choice))
         if choice is not None:
@@ -182,17 +182,15 @@ class Search:
 
     def _branch(self) -> None:
         """Branch over the rest, in rewritten costs; those above the gap cannot be part of a better choice."""
-        from shardc.solver.exact.milp import (
-            solve_milp,  # scipy takes a second to import, and few problems come this far
-        )
+        from shardc.solver.exact.milp import solve_milp
 
         pairs = sum(t.size for t in self.bound.tables_by_edge().values())
-        if self.choice is not None and (self.draft or self._late() or pairs > _PAIRS):
+        if self.choice is not None and (self.draft or self._late() or pairs > tuning.BRANCHED_PAIRS):
             return
         constant, unary, edges = self.bound.rewritten_network()
         room = self.upper - constant
         top = max((float(t[np.isfinite(t)].max()) for t in [*unary, *edges.values()]), default=0.0)
-        scale = _MILP_UNITS / max(min(room, top), 1e-300)
+        scale = tuning.MILP_UNITS / max(min(room, top), 1e-300)
         scaled = {e: np.where(t <= room * (1.0 + TOLERANCE), t * scale, np.inf) for e, t in edges.items()}
         limit = None if math.isinf(self.deadline) else self.deadline - time.process_time()
         outcome = solve_milp([cost * scale for cost in unary], scaled, limit)

@@ -2,13 +2,17 @@
 
     embed  L0 L1 L2 L3 ... L125  head        ->        embed  L0 L1 | L124 L125  head
 
-Layers are stretches of variables that repeat, side by side, in the order in which variables are numbered: one run for
-the parameters, one forward, one backward (which counts down). Runs are told by what variables cost and are linked by,
-not by names; how two runs count against each other is told by the edges between them. The middle layers are cut out,
-and edges that cross the cut are joined to the layer beyond it.
+A *layer* is a block of variables that repeats, block after block, in the order in which variables are numbered. There
+may be several runs of blocks: say one of 4 variables a layer, and later one of 7 that counts down.
+
+A run is recognised by what its variables cost and are linked by, not by names. How two runs count
+against each other is told by the edges between them. The middle layers are cut out, and edges that cross the cut are
+joined to the layer beyond it.
+
+    variables  a b c b c b c b c d        period 2, from place 1 on, 4 layers
 
 Nothing here has to be believed. A choice for the template gives one for the network, whose cost is then evaluated as
-it stands; messages for the template give messages for the network, and any messages prove a bound. Where layers are
+it stands. Messages for the template give messages for the network, and any messages prove a bound. Where layers are
 less alike than they looked, the two do not meet, and the gap says so.
 """
 
@@ -23,22 +27,20 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array, Edge, Problem
 from shardc.solver.proof.certificate import Certificate, Lender
 
 Integers = NDArray[np.int64]
 Messages = dict[Edge, tuple[Array, Array]]
 
-MIN_LAYERS = 8
-"""Fewer layers than this are not folded."""
-_PERIODS = 40  # distances between equal variables that are tried as periods
 _NONE = -1
 _PAIRS = ((0, 1), (1, 2), (0, 2))  # the places of the pairs of a triplet
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """`count` stretches of `period` variables from `start` on."""
+class _Blocks:
+    """A run: `count` blocks of `period` variables each, from `start` on."""
 
     start: int
     period: int
@@ -150,13 +152,13 @@ def fold(problem: Problem, kept: int) -> Fold | None:
         return None
     layer, shift = labels
     low, high = int(layer[layer != _NONE].min()) + kept - 1, int(layer.max()) - kept + 1
-    if high - low - 1 < MIN_LAYERS - 2 * kept:
+    if high - low - 1 < tuning.MIN_LAYERS - 2 * kept:
         return None
     return _Cut(problem, layer, shift, low, high).fold()
 
 
 class _Cut:
-    """Layers up to `low` and from `high` on stay; `shift` is the distance to a variable's place in the next layer."""
+    """Layers up to `low` and from `high` on stay. `shift` is the distance to the same variable of the next layer."""
 
     def __init__(self, problem: Problem, layer: Integers, shift: Integers, low: int, high: int) -> None:
         self.problem, self.layers, self.shifts = problem, layer, shift
@@ -198,13 +200,13 @@ class _Cut:
 
     def _places(self, variables: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         """Behind the cut a template goes on as the network does right after its last layer before the cut."""
-        own = [self.kept[v] for v in variables]
-        layers = [self.layer[x] for x in own if self.layer[x] != _NONE]
+        originals = [self.kept[v] for v in variables]
+        layers = [self.layer[x] for x in originals if self.layer[x] != _NONE]
         if not layers or min(layers) >= self.high or max(layers) < self.low:
-            yield own[0], own[1], own[2]
+            yield originals[0], originals[1], originals[2]
             return
         for up in range(self.high - self.low if min(layers) == self.low else 1):
-            a, b, c = (self._moved(x, up) for x in own)
+            a, b, c = (self._moved(x, up) for x in originals)
             if min(a, b, c) != _NONE:
                 yield a, b, c
 
@@ -247,7 +249,7 @@ def _labels(problem: Problem) -> tuple[Integers, Integers] | None:
     layer, shift = np.full(size, _NONE), np.zeros(size, dtype=np.int64)
     ranges = [sorted((offset, offset + sign * (runs[i].count - 1))) for i, (sign, offset) in counting.items()]
     first, last = max(a for a, _ in ranges), min(b for _, b in ranges)
-    if last - first + 1 < MIN_LAYERS:
+    if last - first + 1 < tuning.MIN_LAYERS:
         return None
     for i, (sign, offset) in counting.items():
         mine = run == i
@@ -264,34 +266,34 @@ def _signatures(problem: Problem) -> Integers:
     for (_, v), table in problem.edges.items():
         behind[v].append(id(table))
     known: dict[object, int] = {}
-    found: list[int] = []
+    signatures: list[int] = []
     for cost, tables in zip(problem.unary, behind, strict=True):
         unary = contents.setdefault(cost.tobytes(), len(contents))
-        found.append(known.setdefault((unary, tuple(sorted(tables))), len(known)))
-    return np.array(found, dtype=np.int64)
+        signatures.append(known.setdefault((unary, tuple(sorted(tables))), len(known)))
+    return np.array(signatures, dtype=np.int64)
 
 
-def _runs(signatures: Integers) -> Iterator[_Stretch]:
-    """Stretches that are followed by their like at least `MIN_LAYERS - 1` times."""
+def _runs(signatures: Integers) -> Iterator[_Blocks]:
+    """Runs of blocks, each followed by its like at least `MIN_LAYERS - 1` times."""
     last: dict[int, int] = {}
     distances: Counter[int] = Counter()
     for place, signature in enumerate(signatures.tolist()):
         if signature in last:
             distances[place - last[signature]] += 1
         last[signature] = place
-    for period, _ in distances.most_common(_PERIODS):
+    for period, _ in distances.most_common(tuning.PERIODS):
         same = np.concatenate([[0], signatures[:-period] == signatures[period:], [0]]).astype(np.int64)
         edges = np.diff(same)
         for start, stop in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
             count = int(stop - start + period) // period
-            if count >= MIN_LAYERS:
-                yield _Stretch(int(start), period, count)
+            if count >= tuning.MIN_LAYERS:
+                yield _Blocks(int(start), period, count)
 
 
-def _disjoint(runs: Iterator[_Stretch]) -> list[_Stretch]:
+def _disjoint(runs: Iterator[_Blocks]) -> list[_Blocks]:
     """The longest ones that do not overlap, of equally long ones that with the shortest period; all of about as many
     layers as the longest has."""
-    chosen: list[_Stretch] = []
+    chosen: list[_Blocks] = []
     for run in sorted(runs, key=lambda r: (-r.period * r.count, r.period)):
         apart = all(run.stop <= other.start or other.stop <= run.start for other in chosen)
         if apart and (not chosen or abs(run.count - chosen[0].count) <= 1):
@@ -300,7 +302,7 @@ def _disjoint(runs: Iterator[_Stretch]) -> list[_Stretch]:
 
 
 def _counting(
-    problem: Problem, runs: Sequence[_Stretch], run: Integers, position: Integers
+    problem: Problem, runs: Sequence[_Blocks], run: Integers, position: Integers
 ) -> dict[int, tuple[int, int]]:
     """Per run that is linked to the first (sign, offset) so that its layers count as those of the first."""
     ends = np.array(list(problem.edges), dtype=np.int64).reshape(-1, 2)
@@ -313,13 +315,13 @@ def _counting(
     cast = Counter[tuple[int, ...]](map(tuple, np.stack(ballots, axis=1).reshape(-1, 4).tolist()))
     for (one, other, sign, distance), _ in cast.most_common():
         votes.setdefault((one, other), (sign, distance))  # position of `one` in terms of that of `other`
-    found, waiting = {0: (1, 0)}, [0]
+    counting, waiting = {0: (1, 0)}, [0]
     while waiting:
         known = waiting.pop()
-        sign, offset = found[known]
+        sign, offset = counting[known]
         for other in range(len(runs)):
-            if other not in found and (known, other) in votes:
+            if other not in counting and (known, other) in votes:
                 turn, distance = votes[known, other]
-                found[other] = sign * turn, offset + sign * distance
+                counting[other] = sign * turn, offset + sign * distance
                 waiting.append(other)
-    return found
+    return counting

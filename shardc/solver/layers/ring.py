@@ -1,14 +1,17 @@
-"""The middle of a deep network as a ring: messages that are the same for every layer.
+"""Prove a folded network: the messages of its middle layers are those of a ring.
 
     embed  L0 [L1 L2 ... L124] L125  head     ->     R0 -> R1 -> R2 -> R0    and    embed  L0 ~ ~ L125  head
 
-Messages for a template, carried over to all layers, lose a little in each: what is tight at the cut need not be where
-two layers of the middle meet. In a ring of copies of one layer, all meet alike. Where a choice that repeats is the best
-one, every term of a bound that meets its cost is least at that choice. So is the mean of a term and of those that stand
-in its place in the other copies: the mean of the messages over the copies proves as much, and is the same for each.
+Messages of a template, carried over to all layers, lose a little in each: what is tight at the cut need not be tight
+where two layers of the middle meet. In a ring of copies of one layer, all meet alike.
 
-With these messages in the middle the layers before and behind the cut are parted, and proved for themselves. Nothing
-of this has to be believed: whether all messages together meet the cost, the check of the certificate tells.
+Let a choice that repeats be the
+best one, and let a bound meet its cost. Then every term is least at that choice; so is the mean of a term over the
+copies. So the mean of the messages over the copies proves as much, and is the same for each.
+
+With these messages in the middle, the layers before and behind the cut share no edge any more, and are proved for
+themselves. Nothing of this has to be believed: the check of the certificate tells whether all messages together meet
+the cost.
 """
 
 from __future__ import annotations
@@ -19,23 +22,21 @@ from itertools import combinations
 
 import numpy as np
 
+from shardc.solver import tuning
 from shardc.solver.layers.fold import Fold, Messages, enter
 from shardc.solver.problem import Array, Edge, Problem, evaluate, zeros
 from shardc.solver.proof.certificate import Certificate
 
-COPIES = 3
-"""With two, what a layer takes from the one before it and what it gives to the next could be one pair."""
-
-Prove = Callable[[Problem, Sequence[int], Certificate], Certificate]
+ProveFunction = Callable[[Problem, Sequence[int], Certificate], Certificate]
 """A certificate for a problem and its best choice; another is where it may begin."""
 
 
-def around(
-    problem: Problem, folded: Fold, choice: Sequence[int], known: Certificate, ring: Prove, ends: Prove
+def ring_certificate(
+    problem: Problem, folded: Fold, choice: Sequence[int], known: Certificate, ring: ProveFunction, ends: ProveFunction
 ) -> Certificate | None:
-    """A certificate for a network from the choice for its template, and what is known to be proved there; `ring` and
-    `ends` prove the parts. None where layers may not repeat the choice of the last one before the cut, or are linked in
-    ways that no ring is."""
+    """A certificate for a network, from the choice for its template and what is proved there. `ring` and `ends` prove
+    the parts. None where the layers cannot all take the values of the last one before the cut, or are linked otherwise
+    than in a ring."""
     ahead, before = folded.ahead, {*folded.ahead.values()}
     pairs = sorted({(min(pair), max(pair)) for pair in (folded.edges[edge] for edge in folded.cut)})
     beside = folded.inside - before - ahead.keys()
@@ -60,7 +61,7 @@ def around(
 
 
 def _middle(
-    folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], known: Certificate, prove: Prove
+    folded: Fold, pairs: Sequence[Edge], choice: Sequence[int], known: Certificate, prove: ProveFunction
 ) -> Messages | None:
     """The messages of the layers that were cut out, by pairs of the template."""
     template, ahead, before = folded.template, folded.ahead, {*folded.ahead.values()}
@@ -70,19 +71,19 @@ def _middle(
     def place(v: int, copy: int) -> int:
         """The variable of the ring for one of the template."""
         inside = v in before or v in ahead
-        own = (ahead.get(v, v), (copy + (v in ahead)) % COPIES) if inside else (v, -1)
-        if own not in number:
-            part = 1.0 if inside else COPIES / folded.count  # all layers share what is in none
-            number[own] = problem.add_variable(template.names[v], template.unary[own[0]] * part)
-            chosen.append(choice[own[0]])
-        return number[own]
+        original, where = (ahead.get(v, v), (copy + (v in ahead)) % tuning.RING_COPIES) if inside else (v, -1)
+        if (original, where) not in number:
+            part = 1.0 if inside else tuning.RING_COPIES / folded.count  # all layers share what is in none
+            number[original, where] = problem.add_variable(template.names[v], template.unary[original] * part)
+            chosen.append(choice[original])
+        return number[original, where]
 
-    for copy in range(COPIES):
+    for copy in range(tuning.RING_COPIES):
         for v in sorted(before):
             place(v, copy)
     meets: dict[Edge, list[Edge]] = {}
     for a, b in pairs:
-        meets[a, b] = [(place(a, copy), place(b, copy)) for copy in range(COPIES)]
+        meets[a, b] = [(place(a, copy), place(b, copy)) for copy in range(tuning.RING_COPIES)]
         for u, v in meets[a, b]:
             problem.add_edge(u, v, template.edges[a, b])
     if not math.isfinite(evaluate(problem, chosen)):
@@ -97,7 +98,7 @@ def _middle(
 
 
 def _of(messages: Messages, edge: Edge) -> tuple[Array, Array]:
-    """The messages of a pair, in its own order."""
+    """The messages of an edge in the order of its variables as given."""
     u, v = edge
     if u < v:
         return messages[u, v]

@@ -1,1 +1,1 @@
-"""Certificates: how a bound is proved, and checked by code that shares nothing with the search."""
+"""Certificates: `prove.py` finds them; `certificate.py`, `remainder.py` check them and use nothing of the search."""

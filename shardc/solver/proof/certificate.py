@@ -1,10 +1,14 @@
 """A proof of a lower bound that anybody can check in one pass over the unreduced problem.
 
-A certificate holds two finite messages per edge `e = (u, v)`. Moving them between the terms changes no total cost, so
+A certificate holds two finite messages per edge `e = (u, v)`. Moving them between the terms (a *reparametrisation*)
+changes no total cost, so
 
     sum_v min_x (c_v[x] + sum_e m_ev[x])  +  sum_e min_xy (t_e[x, y] - m_eu[x] - m_ev[y])   <=   cost of every choice
 
 whatever the messages are: a wrong certificate can only prove too little. `check` shares no code with the solver.
+
+    costs [0, 1] and [0, 1], table [[9, 0], [0, 9]]      minima alone prove 0; every choice costs at least 1
+    messages [1, 0] and [0, -1]      costs [1, 1] and [0, 0], table [[8, 0], [0, 10]]: the minima prove 1
 
 That is the bound of the linear program over pairs at best, and cycles can keep it below the optimum. So a certificate
 may hold triplets. A triplet over `a < b < c` lends to its three pairs, `l_ab`, `l_bc` and `l_ac`, and owes what it
@@ -14,9 +18,8 @@ lent:
     the triplet            min_abc (- l_ab[x_a, x_b] - l_bc[x_b, x_c] - l_ac[x_a, x_c])
 
 Again no total changes. Loans are the same for all values of a group, and the minimum over groups is one over values. A
-pair without a table of its own counts as one of zeros.
-
-Where what is left open is little, it may be searched whole instead (`remainder.py`).
+pair without a table of its own counts as one of zeros. Where what is left open is little, it may be searched whole
+instead (`remainder.py`). The constants below are margins for rounding, on which soundness rests; they are no tuning.
 """
 
 import math
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardc.solver.memory_terms import MemoryTerm
+from shardc.solver.loads import Load
 from shardc.solver.problem import Array, Edge, Problem
 from shardc.solver.proof.remainder import Mask, Remainder, least_left
 
@@ -58,7 +61,7 @@ class Certificate:
 
 Loan = tuple[NDArray[np.intp], NDArray[np.intp], Array]  # groups of rows, groups of columns, table over groups
 _NOTHING = np.zeros(())
-_PRICING = 1e-12  # part of a priced cost that roundings of its few sums cannot reach
+_PENALTY_ROUNDING = 1e-12  # part of a penalised cost that roundings of its few sums cannot reach
 Term = tuple[float, float]  # a minimum, and the roundings that may be in it
 
 
@@ -68,50 +71,50 @@ def check(problem: Problem, certificate: Certificate) -> float:
     Raises ValueError for a certificate that does not fit the problem. Equal layers cost little: what is worked out for
     arrays is remembered by their identity.
     """
-    audit, remainder = _Audit(problem, certificate), certificate.remainder
-    proved = audit.bound()
+    run, remainder = _CertificateCheck(problem, certificate), certificate.remainder
+    proved = run.bound()
     if remainder is None or not proved < remainder.below:
         return proved
-    return max(proved, min(remainder.below, least_left(problem, audit.open(remainder.below), remainder.order)))
+    return max(proved, min(remainder.below, least_left(problem, run.open(remainder.below), remainder.order)))
 
 
-def left(problem: Problem, certificate: Certificate, below: float) -> list[Mask]:
-    """Which values may be in a choice that costs less than `below`, by the messages and triplets of a certificate."""
-    audit = _Audit(problem, certificate)
-    audit.bound()
-    return audit.open(below)
+def open_values(problem: Problem, certificate: Certificate, below: float) -> list[Mask]:
+    """Per variable, which values may be in a choice that costs less than `below`, by messages and triplets alone."""
+    run = _CertificateCheck(problem, certificate)
+    run.bound()
+    return run.open(below)
 
 
 def check_within(
-    problem: Problem, held: Iterable[MemoryTerm], prices: Mapping[int, float], bound: float, certificate: Certificate
+    problem: Problem, loads: Iterable[Load], multipliers: Mapping[int, float], capacity: float, certificate: Certificate
 ) -> float:
-    """The lower bound that prices on memory (seconds a byte, by position) and a certificate for the priced problem
-    prove for every choice that holds at most `bound` bytes at every position: none of these pays more for memory than
-    `bound` times all prices together. Raises ValueError where prices are negative, or as `check` does."""
-    if not all(math.isfinite(price) and price >= 0.0 for price in prices.values()):
-        raise ValueError(f"prices are finite and not negative, but these are {dict(prices)}")
-    priced = Problem([*problem.unary], {**problem.edges}, [*problem.names])
+    """The lower bound that multipliers (cost per unit of load, by position) and a certificate for the Lagrangian prove
+    for every choice within the capacity: none of these pays more for its load than `capacity` times all multipliers
+    together. Raises ValueError where multipliers are negative, or as `check` does."""
+    if not all(math.isfinite(multiplier) and multiplier >= 0.0 for multiplier in multipliers.values()):
+        raise ValueError(f"multipliers are finite and not negative, but these are {dict(multipliers)}")
+    penalised = Problem([*problem.unary], {**problem.edges}, [*problem.names])
     made: dict[tuple[int, int, float], tuple[Array, ...]] = {}
-    for holding in held:
-        rate = math.fsum(price for place, price in prices.items() if holding.start <= place <= holding.end)
+    for load in loads:
+        rate = math.fsum(multiplier for place, multiplier in multipliers.items() if load.start <= place <= load.end)
         if not rate:
             continue
-        before = priced.unary[holding.one]
-        if holding.other is not None:
-            before = priced.edges.get((holding.one, holding.other), _NOTHING)
-        key = id(before), id(holding.table), rate
+        before = penalised.unary[load.one]
+        if load.other is not None:
+            before = penalised.edges.get((load.one, load.other), _NOTHING)
+        key = id(before), id(load.table), rate
         if key not in made:
-            made[key] = before + rate * holding.table, before, holding.table
-        if holding.other is None:
-            priced.unary[holding.one] = made[key][0]
+            made[key] = before + rate * load.table, before, load.table
+        if load.other is None:
+            penalised.unary[load.one] = made[key][0]
         else:
-            priced.edges[holding.one, holding.other] = made[key][0]
-    least, paid = check(priced, certificate), bound * math.fsum(prices.values())
-    return least - paid - _PRICING * (abs(least) + paid)
+            penalised.edges[load.one, load.other] = made[key][0]
+    least, paid = check(penalised, certificate), capacity * math.fsum(multipliers.values())
+    return least - paid - _PENALTY_ROUNDING * (abs(least) + paid)
 
 
-class _Audit:
-    """One check. Every array it meets outlives it, so that identities are those of contents."""
+class _CertificateCheck:
+    """One check of a certificate. Every array it meets outlives it, so that identities are those of contents."""
 
     def __init__(self, problem: Problem, certificate: Certificate) -> None:
         self.problem, self.certificate = problem, certificate
@@ -216,10 +219,10 @@ class _Audit:
 
     def _of(self, edge: Edge) -> tuple[object, ...]:
         """The arrays of a pair."""
-        own = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
+        arrays = self.problem.edges.get(edge), *self.certificate.messages.get(edge, ())
         if edge not in self.loans:
-            return own
-        return (*own, *(array for loan in self.loans[edge] for array in loan))
+            return arrays
+        return (*arrays, *(array for loan in self.loans[edge] for array in loan))
 
     def _rewritten(self, edge: Edge) -> Array:
         """The table of a pair, less its messages, and with what it was lent."""

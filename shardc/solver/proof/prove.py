@@ -1,12 +1,15 @@
-"""Find a certificate: messages and triplets over the unreduced problem whose bound meets the known cost.
+"""Find a certificate: messages and triplets over the unreduced problem whose bound meets a known cost.
 
-Sweeps over all values come first. Where they stall, the values of a variable that are too dear to matter are gathered
-into one, which costs as little as any of them, and triplets are added (`triplets.py`); and so on until the bound meets
-the cost. Messages for the gathered values are messages for every one of them, so nothing is lost on the way back.
+1. Sweep over all values (`bounds/bound.py`).
+2. Where that stalls, *gather*: the values of a variable that are too dear to matter become one, which costs as little
+   as any of them. Messages for that one value are messages for all of them, so nothing is lost on the way back.
+3. Add triplets (`bounds/triplets.py`), and so on, until the bound meets the cost.
 
-An entry above `2 * (cost - sum of all minima + largest minimum)` cannot occur in a solution as cheap as the known
-one, so for the sweeps every entry is cut off there. That removes the inf's, and a bound for the smaller costs is
+*Clipping.* An entry above `2 * (cost - sum of all minima + largest minimum)` cannot occur in a choice as cheap as the
+known one. So every entry is cut off there for the sweeps. That removes the inf's, and a bound for the smaller costs is
 one for the true ones.
+
+    known cost 10, minima sum to 4, the largest is 3:     every entry above 2 * (10 - 4 + 3) = 18 counts as 18
 """
 
 import math
@@ -17,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound, Place
-from shardc.solver.bounds.distinct import Tables
+from shardc.solver.bounds.distinct import TableCache
 from shardc.solver.bounds.extrapolate import Extrapolation
 from shardc.solver.bounds.triplets import Groups, frustrated
 from shardc.solver.exact.forest import descend
@@ -26,58 +30,45 @@ from shardc.solver.exact.restricted_search import restricted_search
 from shardc.solver.problem import TOLERANCE, Array, Edge, Problem, evaluate, magnitude
 from shardc.solver.proof.certificate import Certificate, Lender
 
-MAX_SWEEPS = 200
-_LOOK_EVERY = 2  # rounds of sweeps
-_STALLED = 2e-2  # gain between two looks, as a part of the gap, below which a bound has stalled
-_SLOW = 1e-1  # the same for sweeps over pairs alone, while the choice is not known
-_ROUNDS = 12  # times that triplets are added
-_WORTH = 1e-4  # part of the gap that a triplet must promise to close
-_HELPS = 0.1  # part of the gap that a round must close to be followed by another
-_MARGIN = 1.0  # of the gap: reduced costs of values that are told apart
-_CLOSER = 0.7  # of the gap when values were last gathered: they are gathered again
-_DIVE = 0.5  # of the gap when a choice was last looked for exactly: it is done again
-_NEAR = 2e-2  # of the cost: gaps in which it pays to gather values
-_WIDE = 4096  # entries of a table
-_FEWER = 0.5  # of the entries of all tables, after gathering
-_CLOSING = 0.5  # of the gap that a round leaves where it is about to close
-_FINER, _ALMOST = 0.1, 0.9  # part of the tolerance that is aimed at: of what counts as none, and of any other
-
 
 @dataclass(frozen=True)
-class Known:
-    """What the best choice costs, and how close to that the bound should come."""
+class Target:
+    """What a proof aims at: the cost of the best choice, and how far below it the bound may stay."""
 
     cost: float
     tolerance: float
 
 
 def prove(
-    problem: Problem, known: Known, deadline: float, start: Certificate | None = None, sweeps: int | None = None,
-    roughly: bool = False, tables: Tables | None = None,
+    problem: Problem, target: Target, deadline: float, start: Certificate | None = None, sweeps: int | None = None,
+    roughly: bool = False, tables: TableCache | None = None,
 ) -> Certificate:  # fmt: skip
-    """A certificate whose bound comes as close to the known cost as it should, or as it gets from that of `start`. With
-    `sweeps`, after about so many it is close enough, if it is not about to close. (For the rest see `clipped`.)"""
-    bound = clipped(problem, known.cost, roughly, tables)
-    proof = Proof(problem, bound if start is None else bound.starting(start), known, deadline)
+    """A certificate whose bound comes as close to the target as asked, or as it gets, from messages of `start` on.
+
+    With `sweeps`, it sweeps about so many times, and on only while it is about to close. For `roughly` and `tables` see
+    `clipped`."""
+    bound = clipped(problem, target.cost, roughly, tables)
+    prover = Prover(problem, bound if start is None else bound.starting(start), target, deadline)
     if sweeps is None:
-        proof.run()
-    elif known.cost - proof.lower > known.tolerance:
-        proof.sweep(sweeps)
-    return proof.certificate()
+        prover.run()
+    elif target.cost - prover.lower > target.tolerance:
+        prover.sweep(sweeps)
+    return prover.certificate()
 
 
-class Proof:
-    """Brings a bound up to the cost of the best choice. Where that is not known, it looks for the choice too, and is
-    content with one whose cost is proved to be within `enough` times itself of the least."""
+class Prover:
+    """Raises a bound to the cost of the best choice. Without a `target` it looks for that choice too, and is content
+    with one whose cost is at most `relative_gap` times itself above the bound."""
 
     def __init__(
-        self, problem: Problem, bound: Bound, known: Known | None, deadline: float, enough: float = TOLERANCE
+        self, problem: Problem, bound: Bound, target: Target | None, deadline: float, relative_gap: float = TOLERANCE
     ) -> None:
-        self.problem, self.whole, self.bound, self.deadline, self.enough = problem, bound, bound, deadline, enough
-        self.cost, self.tolerance = (known.cost, known.tolerance) if known else (math.inf, 0.0)
-        self.searching = known is None
+        self.problem, self.whole, self.bound = problem, bound, bound
+        self.deadline, self.relative_gap = deadline, relative_gap
+        self.cost, self.tolerance = (target.cost, target.tolerance) if target else (math.inf, 0.0)
+        self.searching = target is None
         self.choice: list[int] | None = None
-        self.dived = 0.0  # the gap when it was last looked for exactly; at first, when it was first known
+        self.searched_gap = 0.0  # the gap at the last restricted search; before any, when a choice was first known
         self.lower = bound.lower
         self.values = [np.arange(len(cost)) for cost in bound.unary]  # of the problem, per value that is told apart
         self.places = [np.arange(len(cost)) for cost in bound.unary]  # in the bound, per value of the problem
@@ -86,7 +77,7 @@ class Proof:
     def run(self) -> bool:
         """Sweep; gather values, add triplets, sweep on; until closed (True), or that does not help any more."""
         closed = self.cost - self.lower <= self.tolerance or self.sweep()
-        for _ in range(_ROUNDS):
+        for _ in range(tuning.PROOF_TRIPLET_ROUNDS):
             gap = self.cost - self.lower
             if closed or self._late() or not math.isfinite(gap):
                 break
@@ -94,21 +85,23 @@ class Proof:
             groups = [Groups.by(cost) for cost in reduced]
             unary, spare = self.bound.spare()
             known = {triplet.variables for triplet in self.bound.triplets}
-            more = [t for t in frustrated(unary, spare, groups, _WORTH * gap, self._late) if t not in known]
+            more = [
+                t for t in frustrated(unary, spare, groups, tuning.TRIPLET_GAIN * gap, self._late) if t not in known
+            ]
             if not (more or known):
                 break
             self.bound = self.bound.with_triplets(more, groups, math.inf)
             closed = self.sweep()
-            if self.cost - self.lower > (1.0 - _HELPS) * gap:
+            if self.cost - self.lower > (1.0 - tuning.PROOF_TRIPLETS_HELP) * gap:
                 break
         return closed
 
-    def know(self, choice: list[int], known: Known) -> None:
-        """The best choice was found elsewhere."""
-        self.choice, self.cost, self.tolerance, self.searching = choice, known.cost, known.tolerance, False
+    def know(self, choice: list[int], target: Target) -> None:
+        """Take the best choice, which was found elsewhere."""
+        self.choice, self.cost, self.tolerance, self.searching = choice, target.cost, target.tolerance, False
 
     @property
-    def chosen(self) -> list[int]:
+    def best_choice(self) -> list[int]:
         """The best choice, where one is known."""
         assert self.choice is not None
         return self.choice
@@ -127,21 +120,21 @@ class Proof:
         return Certificate(messages, tuple(lenders))
 
     def reduced_costs(self) -> list[Array]:
-        """What the values of the problem cost more than the best, at least, by the messages as they are."""
+        """A reduced cost per value of the problem, by the messages as they are."""
         return [cost[place] for cost, place in zip(self.bound.reduced_costs(), self.places, strict=True)]
 
     def _late(self) -> bool:
         return time.process_time() > self.deadline
 
     def _gather(self, gap: float) -> list[Array]:
-        """Values that cannot be part of a choice as cheap as `cost` become one a variable, if they are most; the
-        reduced costs."""
+        """Gather the values that cannot be part of a choice as cheap as `cost`, if they are most. Returns the reduced
+        costs of what the bound then has."""
         reduced = self.bound.reduced_costs()
-        keep = [cost <= _MARGIN * gap for cost in reduced]
+        keep = [cost <= tuning.GATHER_ABOVE * gap for cost in reduced]
         for mask, values in zip(keep, self.values, strict=True):
             mask[len(values) :] = False
         left = [np.count_nonzero(mask) + 1 for mask in keep]
-        if sum(left[u] * left[v] for u, v in self.bound.ends) > _FEWER * self._entries():
+        if sum(left[u] * left[v] for u, v in self.bound.ends) > tuning.GATHER_SHRINK * self._entries():
             return reduced
         self.bound, places, messages = self.bound.gathered(keep)
         _add(self.messages, messages, self.places)
@@ -152,63 +145,71 @@ class Proof:
             np.minimum.at(cost, place, old)
         return gathered
 
-    def sweep(self, enough: int = MAX_SWEEPS, searching: bool | None = None) -> bool:
-        """Sweep until closed (True), or that does not help any more; after `enough` it must help a lot. Where no choice
-        is to be looked for, `searching` says so."""
+    def sweep(self, most: int | None = None, searching: bool | None = None) -> bool:
+        """Sweep until closed (True), or stalled; after `most` sweeps only while it is about to close. `searching` says
+        whether to look for a choice, if that is not as it was at first."""
         searching = self.searching if searching is None else searching
+        most = tuning.PROOF_SWEEPS if most is None else most
         before, gathered, leaps = -math.inf, math.inf, Extrapolation()
-        for turn in range(1, MAX_SWEEPS // Extrapolation.SWEEPS + 1):
+        for turn in range(1, tuning.PROOF_SWEEPS // Extrapolation.SWEEPS + 1):
             last = self.lower
             self.lower = leaps.round(self.bound)
-            look = turn % _LOOK_EVERY == 0
+            look = turn % tuning.LOOK_EVERY == 0
             if look and searching:
                 self._offer()
             gap = self.cost - self.lower
-            if gap <= (_FINER if self.enough <= TOLERANCE else _ALMOST) * self.tolerance:
+            if gap <= (tuning.AIM_EXACT if self.relative_gap <= TOLERANCE else tuning.AIM_ROUGH) * self.tolerance:
                 return True
-            if self._late() or (turn * Extrapolation.SWEEPS >= enough and gap > _CLOSING * (self.cost - last)):
+            if self._late() or (turn * Extrapolation.SWEEPS >= most and gap > tuning.CLOSING * (self.cost - last)):
                 return False
             if look:
-                stalled = _STALLED if self.bound.triplets or not searching else _SLOW
+                stalled = (
+                    tuning.PROOF_STALLED if self.bound.triplets or not searching else tuning.PROOF_STALLED_SEARCHING
+                )
                 if self.lower - before < stalled * min(gap, abs(self.lower)):
                     return False
                 before = self.lower
-                if not self.bound.triplets and gap < _CLOSER * min(gathered, _NEAR * abs(self.cost)) and self._wide():
+                if (
+                    not self.bound.triplets
+                    and gap < tuning.GATHER_AGAIN * min(gathered, tuning.GATHER_GAP * abs(self.cost))
+                    and self._wide()
+                ):
                     self._gather(gap)
                     gathered = gap
         return False
 
     def _wide(self) -> bool:
         """Whether sweeps spend their time on the entries of tables, of which fewer would do."""
-        return self._entries() > _WIDE * len(self.bound.ends)
+        return self._entries() > tuning.GATHER_TABLE * len(self.bound.ends)
 
     def _entries(self) -> int:
         """Entries of tables that a sweep reads."""
         return sum(table.small.size for table in self.bound.tables)
 
     def _offer(self) -> None:
-        """Look for a better choice: by what the messages say, and, as the gap closes, exactly among the best values."""
+        """Look for a better choice: decode the messages, descend from there, and, each time that the gap has shrunk,
+        search exactly among the values of small reduced cost."""
         counts = [len(values) for values in self.values]
         choice = self.bound.decode(counts)
         self.take(descend(self.whole, [int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
-        self.dived = self.dived or gap
-        if self.choice is None or gap > _DIVE * self.dived:
+        self.searched_gap = self.searched_gap or gap
+        if self.choice is None or gap > tuning.DIVE_AGAIN * self.searched_gap:
             return
-        self.dived = gap
+        self.searched_gap = gap
         incumbent = [int(place[x]) for place, x in zip(self.places, self.choice, strict=True)]
         if any(x >= count for x, count in zip(incumbent, counts, strict=True)):
             return
-        found = restricted_search(self.bound, gap, incumbent, counts)
-        if found is not None:
-            self.take([int(values[x]) for values, x in zip(self.values, found, strict=True)])
+        better = restricted_search(self.bound, gap, incumbent, counts)
+        if better is not None:
+            self.take([int(values[x]) for values, x in zip(self.values, better, strict=True)])
 
-    def take(self, found: list[int]) -> None:
-        """Take a choice if it is better than what is known."""
-        cost = evaluate(self.problem, found)
+    def take(self, choice: list[int]) -> None:
+        """Take a choice if it is better than the one known."""
+        cost = evaluate(self.problem, choice)
         if cost < self.cost:
-            self.cost, self.choice = cost, found
-            self.tolerance = max(TOLERANCE * magnitude(self.problem, found), self.enough * abs(cost))
+            self.cost, self.choice = cost, choice
+            self.tolerance = max(TOLERANCE * magnitude(self.problem, choice), self.relative_gap * abs(cost))
 
 
 def _add(
@@ -222,13 +223,13 @@ def _add(
         total[u, v] = to_u, to_v
 
 
-def clipped(problem: Problem, cost: float, roughly: bool = False, tables: Tables | None = None) -> Bound:
-    """A bound for the problem, whose entries are cut off where no solution as cheap as `cost` can have them. For
-    `roughly` see `Table`; `tables` has those that were looked at before."""
-    tables = tables or Tables()
+def clipped(problem: Problem, cost: float, roughly: bool = False, tables: TableCache | None = None) -> Bound:
+    """A bound for the problem, whose entries are cut off where no choice as cheap as `cost` can have them. `roughly`:
+    in single precision (`Table`). `tables` has the tables that were looked at before."""
+    tables = tables or TableCache()
     minima = [tables.least(table) for table in (*problem.unary, *problem.edges.values())]
     ceiling = 2.0 * (cost - math.fsum(minima) + max((abs(m) for m in minima), default=0.0))
     if roughly and math.isfinite(ceiling):
-        ceiling = math.ldexp(1.0, math.frexp(ceiling)[1])  # the next power of two: seldom another from price to price
+        ceiling = math.ldexp(1.0, math.frexp(ceiling)[1])  # a power of two: seldom another when costs change a little
     edges = {edge: tables.under(ceiling, table, roughly) for edge, table in problem.edges.items()}
     return Bound([np.minimum(cost, ceiling) for cost in problem.unary], edges)

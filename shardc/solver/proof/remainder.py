@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardc.solver import tuning
 from shardc.solver.problem import Array, Problem
 
 Mask = NDArray[np.bool_]
@@ -29,7 +30,6 @@ Factor = tuple[tuple[int, ...], Array]
 """Variables, and a table with a dim for each."""
 Term = tuple[tuple[int, ...], Array]
 """Dims of a sum, and a table over these."""
-_LARGEST = 2.0**24  # entries of a factor that a check is willing to make
 _EPSILON = 4.0 * float(np.finfo(np.float64).eps)
 
 
@@ -102,7 +102,7 @@ class _Elimination:
     def least(self, order: Sequence[int]) -> float:
         if not all(map(math.isfinite, self.given)):
             return math.inf
-        found: list[float] = []
+        minima: list[float] = []
         for v in order:
             factors = self.factors.pop(v, [])
             rest = sorted({w for variables, _ in factors for w in variables} - {v}, key=self.position.__getitem__)
@@ -110,16 +110,16 @@ class _Elimination:
                 table = self._eliminated(factors, (*rest, v))
                 if table is None:
                     return -math.inf
-                found.append(self._entered(tuple(rest), table) if rest else float(table))
-        if not all(map(math.isfinite, found)):
+                minima.append(self._entered(tuple(rest), table) if rest else float(table))
+        if not all(map(math.isfinite, minima)):
             return math.inf
-        error = math.fsum(map(abs, self.given)) + self.count * math.fsum(found)
-        return math.fsum([*self.given, *found]) - _EPSILON * error
+        error = math.fsum(map(abs, self.given)) + self.count * math.fsum(minima)
+        return math.fsum([*self.given, *minima]) - _EPSILON * error
 
     def _eliminated(self, factors: Sequence[Factor], variables: tuple[int, ...]) -> Array | None:
         """The sum of factors, and of that the least over the last variable, if that does not grow too large."""
         place = {v: i for i, v in enumerate(variables)}
-        terms = [(tuple([place[v] for v in own]), table) for own, table in factors]
+        terms = [(tuple([place[v] for v in mentioned]), table) for mentioned, table in factors]
         key = (*((dims, id(table)) for dims, table in terms),)
         if key not in self._least:
             total = _sum(terms, len(variables))
@@ -131,7 +131,7 @@ def _sum(terms: Sequence[Term], rank: int) -> Array | None:
     """Tables, each over some of the dims, as one over all of them, if that does not grow too large."""
     sizes = {dim: size for dims, table in terms for dim, size in zip(dims, table.shape, strict=True)}
     shape = [sizes[dim] for dim in range(rank)]
-    if math.prod(shape) > _LARGEST:
+    if math.prod(shape) > tuning.CHECKED_FACTOR_ENTRIES:
         return None
     total = np.zeros(shape)
     for dims, table in terms:

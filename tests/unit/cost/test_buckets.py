@@ -16,11 +16,7 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import hardware
 from shardc.ir.mesh import Mesh as Axes
 from shardc.ir.splits import Splits
-from shardc.runtime import (
-    all_gather,
-    all_reduce,
-    reduce_scatter,
-)
+from shardc.runtime import all_gather, all_reduce, reduce_scatter
 from shardc.runtime.collectives.collective import AnyCollective
 
 KINDS: tuple[AnyCollective, ...] = (all_reduce, reduce_scatter)

@@ -13,7 +13,7 @@ from rule_samples import real
 from samples.paired_operator import SCRATCH, prefix_mix_in_parts
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
-from shardc.planning.strategies import Options
+from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.strategy import PLAIN, Strategy, demand, legal, make, variants_of, work, workspace
 from shardc.rules.notation import ONLY, Send, Variant, parse
 from shardc.runtime import VirtualMesh
@@ -200,6 +200,6 @@ def test_seconds_are_those_of_the_variant() -> None:
     from shardc.cost.hardware import hardware
 
     call = Call(softmax())
-    options = Options(call.shape, ONE, hardware("h100"), [], [])
+    options = OperatorOptions(call.shape, ONE, hardware("h100"), [], [])
     found = dict(zip([s.variant for s in options.strategies], options.seconds, strict=True))
     assert found["all_gather"] < found["all_reduce"]  # two ranks: the same bytes in one message

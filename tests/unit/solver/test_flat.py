@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shardc.solver.bounds import bound as bounds
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.distinct import Table
 from shardc.solver.bounds.flat import Flat
@@ -43,7 +43,7 @@ def in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(bounds, "_LONG", 0)
+    monkeypatch.setattr(tuning, "COMPILED_EDGES", 0)
 
 
 @pytest.mark.parametrize("roughly", [False, True])

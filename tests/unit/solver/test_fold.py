@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from shardc.solver import solve as solving
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
-from shardc.solver.layers import fold as folding
 from shardc.solver.layers.fold import fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.proof.certificate import Certificate, check
-from shardc.solver.proof.prove import Proof
+from shardc.solver.proof.prove import Prover
 from shardc.solver.solve import solve
 
 VALUES = 5
@@ -55,7 +55,7 @@ def layered(count: int, seed: int, odd: Callable[[Problem, int], None] = lambda 
 def whole(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> float:
     """The optimum, found without folding."""
     with monkeypatch.context() as patch:
-        patch.setattr(folding, "MIN_LAYERS", 10**6)
+        patch.setattr(tuning, "MIN_LAYERS", 10**6)
         assert fold(problem, 2) is None
         solution = solve(problem)
     assert solution.exact
@@ -77,7 +77,7 @@ def test_folded_equals_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_template_of_equal_layers_proves_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the template proves is carried over to every layer, and checked there by code that knows of no layers."""
     problem = layered(300, 1)
-    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)  # what folding leaves open would stay open
+    monkeypatch.setattr(tuning, "LARGE_NETWORK", 0)  # what folding leaves open would stay open
     solution = solve(problem)
     proved = check(problem, solution.certificate)
     assert solution.exact and proved == pytest.approx(solution.cost, rel=1e-8)
@@ -102,7 +102,7 @@ def test_an_odd_layer_among_equal_ones(seed: int, monkeypatch: pytest.MonkeyPatc
 def test_triplets_are_unfolded(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer has an odd cycle, and one that reaches into the next: messages prove too little. The triplets of the
     template, in every layer, prove it all."""
-    monkeypatch.setattr("shardc.solver.solve._LARGE", 0)
+    monkeypatch.setattr(tuning, "LARGE_NETWORK", 0)
     rng = np.random.default_rng(count)
     costs, differ = [0.3 * rng.random(2) for _ in range(3)], 2.0 * np.eye(2)
     link = 0.2 * rng.random((VALUES, 2))
@@ -141,14 +141,14 @@ def test_never_worse_than_what_folding_found(monkeypatch: pytest.MonkeyPatch) ->
     better in time, nothing is lost."""
     problem = layered(20, 2)
     best = solve(problem)
-    folded = solving.Trail.of(problem).fold
+    folded = solving.WarmStart.of(problem).fold
     assert folded is not None
     template = folded.template
-    unproved = Proof(template, Bound(template.unary, template.edges), None, math.inf)
+    unproved = Prover(template, Bound(template.unary, template.edges), None, math.inf)
     unproved.take(solve(template).choice)
     monkeypatch.setattr(solving, "_proved", lambda *_: unproved)
     monkeypatch.setattr(solving, "prove", lambda *_: Certificate({}))
-    monkeypatch.setattr(solving, "_finished", lambda *_: None)
+    monkeypatch.setattr(solving, "_searched_whole", lambda *_: None)
     monkeypatch.setattr(solving.Search, "close", lambda search: search.choice)
     known: list[list[int]] = []
 
@@ -168,8 +168,8 @@ def test_the_middle_is_proved_as_a_ring(seed: int) -> None:
     """What the template proves is lost in part in every layer of the middle; what a ring of layers proves is not."""
     problem = layered(40, seed)
     solution = solve(problem, certify=False)
-    assert solution.trail is not None and solution.trail.fold is not None
-    template = solution.trail.fold.unfolded_certificate(solution.trail.certificate)
+    assert solution.warm_start is not None and solution.warm_start.fold is not None
+    template = solution.warm_start.fold.unfolded_certificate(solution.warm_start.certificate)
     assert check(problem, template) < solution.cost * (1 - 1e-3)
     assert solution.certificate.remainder is None
     assert check(problem, solution.certificate) == pytest.approx(solution.cost, rel=1e-9)
@@ -187,7 +187,7 @@ def test_a_layer_that_is_linked_otherwise_at_the_end(monkeypatch: pytest.MonkeyP
             problem.add_edge(layers[i - 1][1], a, on)
             problem.add_edge(layers[2 if i == count - 2 else i - 1][0], a, across)
         layers.append((a, b))
-    found = solve(problem, certify=False, trail=solving.Trail.of(problem, 2))
+    found = solve(problem, certify=False, warm_start=solving.WarmStart.of(problem, 2))
     assert found.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
     assert check(problem, found.certificate) <= found.cost * (1 + 1e-9)
 
@@ -203,15 +203,15 @@ def test_a_trail_leads_to_the_same_optimum(seed: int, monkeypatch: pytest.Monkey
 
     edges = {edge: other(table) for edge, table in problem.edges.items() if edge[0]}  # without those of the table
     changed = Problem([other(cost) for cost in problem.unary], edges, problem.names)
-    trail = solve(problem, certify=False).trail
-    assert trail is not None and trail.fold is not None
+    warm_start = solve(problem, certify=False).warm_start
+    assert warm_start is not None and warm_start.fold is not None
     best = whole(changed, monkeypatch)
     for draft in (False, True):
-        found = solve(changed, certify=False, trail=trail, draft=draft)
+        found = solve(changed, certify=False, warm_start=warm_start, draft=draft)
         assert found.cost == evaluate(changed, found.choice) == pytest.approx(best, rel=1e-9)
         assert found.lower_bound <= best * (1 + 1e-9)
     with pytest.raises(ValueError, match="no edge of what was folded"):
-        solve(problem, trail=solving.Trail(trail.fold.over(changed)))
+        solve(problem, warm_start=solving.WarmStart(warm_start.fold.over(changed)))
 
 
 def rings(scale: float, seed: int) -> Problem:
@@ -233,11 +233,11 @@ def rings(scale: float, seed: int) -> Problem:
 def test_a_draft_after_a_proof_that_needed_triplets() -> None:
     needed = 0
     for seed in range(20):
-        trail = solve(rings(1.0, seed), certify=False).trail
-        assert trail is not None and trail.fold is not None
-        needed += bool(trail.certificate.triplets)
+        warm_start = solve(rings(1.0, seed), certify=False).warm_start
+        assert warm_start is not None and warm_start.fold is not None
+        needed += bool(warm_start.certificate.triplets)
         problem = rings(1.05, seed)
-        draft = solve(problem, certify=False, enough=1e-2, trail=trail, draft=True)
+        draft = solve(problem, certify=False, relative_gap=1e-2, warm_start=warm_start, draft=True)
         assert draft.cost == evaluate(problem, draft.choice)
     assert needed
 

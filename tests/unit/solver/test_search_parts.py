@@ -8,15 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from shardc.solver import budget
+from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
 from shardc.solver.bounds.distinct import Table
-from shardc.solver.budget import Frontier
-from shardc.solver.exact.active import ACTIVE, Active
+from shardc.solver.capacity import Frontier
+from shardc.solver.exact.active import ActiveSet
 from shardc.solver.exact.forest import descend, step
 from shardc.solver.exact.search import Search
-from shardc.solver.memory_terms import MemoryTerm, MemoryTerms
-from shardc.solver.problem import Problem, Terms, evaluate
+from shardc.solver.loads import Load, Loads
+from shardc.solver.problem import CostTerms, Problem, evaluate
 from shardc.solver.proof.certificate import Certificate
 from shardc.solver.solve import solve
 
@@ -75,15 +75,15 @@ def test_forests_never_make_a_choice_worse(seed: int) -> None:
 
 
 def test_a_network_of_few_values_costs_what_the_whole_does() -> None:
-    problem = random_network(6, 0.5, 0, values=2 * ACTIVE)
-    choice = [2 * ACTIVE - 1 - v for v in range(6)]
-    active = Active.of([np.arange(2.0 * ACTIVE)] * 6, choice)
-    assert all(np.count_nonzero(mask) == ACTIVE + 1 for mask in active.masks)
+    problem = random_network(6, 0.5, 0, values=2 * tuning.ACTIVE_VALUES)
+    choice = [2 * tuning.ACTIVE_VALUES - 1 - v for v in range(6)]
+    active = ActiveSet.of([np.arange(2.0 * tuning.ACTIVE_VALUES)] * 6, choice)
+    assert all(np.count_nonzero(mask) == tuning.ACTIVE_VALUES + 1 for mask in active.masks)
     small, inside = active.problem(problem), active.inside(choice)
     assert active.outside(inside) == choice
     assert evaluate(small, inside) == evaluate(problem, choice)
     edge = next(iter(problem.edges))
-    long = np.arange(2.0 * ACTIVE)
+    long = np.arange(2.0 * tuning.ACTIVE_VALUES)
     messages = active.messages(Certificate({edge: (long, long)}), small.edges).messages[edge]
     assert messages[0].shape == small.edges[edge].shape[:1] and messages[0][-1] == long[choice[edge[0]]]
 
@@ -94,17 +94,17 @@ def test_where_all_layers_turn_at_one_price_the_bound_lies_between_two_of_them(
 ) -> None:
     """Every layer is fast and large, or slow and small, and it costs more where the two meet: no price asks it of some
     layers only, and no part can change alone."""
-    monkeypatch.setattr(budget, "_SMALL", 0)  # deep networks are too large to branch over
-    monkeypatch.setattr(budget, "_MODERATE", 0)
-    layers, problem, held = 40, Problem(), list[MemoryTerm]()
+    monkeypatch.setattr(tuning, "BRANCHED_PAIRS_CAPACITY", 0)  # deep networks are too large to branch over
+    monkeypatch.setattr(tuning, "BRANCHED_PAIRS_WIDE_GAP", 0)
+    layers, problem, held = 40, Problem(), list[Load]()
     link = np.array([[0.0, turning], [turning, 0.0]])
     for v in range(layers):
         problem.add_variable(f"layer {v}", np.array([1.0, 2.0]))
         if v:
             problem.add_edge(v - 1, v, link)
-        held.append(MemoryTerm(v, None, np.array([10.0, 1.0]), 0, 0))
-    frontier = Frontier(problem, MemoryTerms(1, held))
-    assert frontier.trail.fold is not None
+        held.append(Load(v, None, np.array([10.0, 1.0]), 0, 0))
+    frontier = Frontier(problem, Loads(1, held))
+    assert frontier.warm_start.fold is not None
     found = frontier.within(200.0, 20.0)
     fast = (200 - layers) // 9
     assert found.cost == pytest.approx(2 * layers - fast + turning)
@@ -116,24 +116,24 @@ def test_terms_are_those_that_are_evaluated(seed: int) -> None:
     """And what changes part by part is what changes in all."""
     problem, rng = random_network(12, 0.1, seed), np.random.default_rng(seed)
     before, after = rng.integers(0, 4, 12).tolist(), rng.integers(0, 4, 12).tolist()
-    terms = Terms.of(problem)
+    terms = CostTerms.of(problem)
     assert math.fsum(terms.at(after).tolist()) == evaluate(problem, after)
-    alone = [MemoryTerm(v, None, cost, v % 5, v % 5 + 3) for v, cost in enumerate(problem.unary)]
-    both = [MemoryTerm(u, v, table, v % 3, u % 4 + 3) for (u, v), table in problem.edges.items()]
-    holdings = MemoryTerms(9, [*alone, *both])
+    alone = [Load(v, None, cost, v % 5, v % 5 + 3) for v, cost in enumerate(problem.unary)]
+    both = [Load(u, v, table, v % 3, u % 4 + 3) for (u, v), table in problem.edges.items()]
+    loads = Loads(9, [*alone, *both])
     part = np.where(np.array(before) == after, -1, 0)  # one part: its terms are all that change
     assert part.max() == 0
     assert np.array_equal(terms.parts(part) == 0, [part[v] == 0 for v in range(12)] + [
         max(part[u], part[v]) == 0 for u, v in problem.edges])  # fmt: skip
-    changes = list(holdings.changes(before, after, part))
-    np.testing.assert_allclose(changes, [holdings.timeline(after) - holdings.timeline(before)], atol=1e-12)
-    assert list(holdings.changes(before, before, np.full(12, -1))) == []
+    changes = list(loads.changes(before, after, part))
+    np.testing.assert_allclose(changes, [loads.timeline(after) - loads.timeline(before)], atol=1e-12)
+    assert list(loads.changes(before, before, np.full(12, -1))) == []
 
 
 def test_the_smallest_plan_is_the_cheapest_of_its_size() -> None:
     problem = Problem()
     problem.add_variable("v", np.array([3.0, 2.0, 1.0]))
-    frontier = Frontier(problem, MemoryTerms(1, [MemoryTerm(0, None, np.array([1.0, 1.0, 5.0]), 0, 0)]))
+    frontier = Frontier(problem, Loads(1, [Load(0, None, np.array([1.0, 1.0, 5.0]), 0, 0)]))
     for value in range(3):
         frontier.know(solve(problem), [value])
     assert frontier.smallest().choice == [1]

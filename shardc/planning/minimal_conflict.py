@@ -24,7 +24,7 @@ from shardc.errors import ConstraintError
 
 
 @dataclass(frozen=True)
-class Request:
+class LayoutRequest:
     """What was asked for, in the user's words (`label`), of one value."""
 
     label: str
@@ -35,9 +35,9 @@ class Request:
 def minimal_conflict(
     shapes: Mapping[str, tuple[int, ...]],
     mesh: Mapping[str, int],
-    requests: Sequence[Request],
+    requests: Sequence[LayoutRequest],
     ties: Sequence[tuple[str, str]] = (),
-) -> list[Request] | None:
+) -> list[LayoutRequest] | None:
     """None if the requests can be met together; else a minimal set of them that cannot, in the order given."""
     _check_names(shapes, mesh, requests, ties)
     model = _Legality(shapes, mesh, ties)
@@ -78,7 +78,7 @@ class _Legality:
         boolean = z3.Bool(f"major {group} {dim} {a} {b}")
         return boolean if first == a else z3.Not(boolean)  # pyright: ignore[reportReturnType]
 
-    def add(self, request: Request, number: int) -> z3.BoolRef:
+    def add(self, request: LayoutRequest, number: int) -> z3.BoolRef:
         """The literal that stands for the request."""
         group = min(self.members[request.value])
         self._add_group(group)
@@ -129,7 +129,7 @@ def _bad_sets(mesh: Mapping[str, int], sizes: set[int]) -> list[tuple[str, ...]]
 def _check_names(
     shapes: Mapping[str, tuple[int, ...]],
     mesh: Mapping[str, int],
-    requests: Sequence[Request],
+    requests: Sequence[LayoutRequest],
     ties: Sequence[tuple[str, str]],
 ) -> None:
     """What is no conflict of requests but a mistake in one: say so at once."""

@@ -5,19 +5,19 @@ import itertools
 import pytest
 
 from shardc.errors import ConstraintError
-from shardc.solver.minimal_conflict import Request, minimal_conflict
+from shardc.planning.minimal_conflict import LayoutRequest, minimal_conflict
 
 MESH = {"dp": 2, "tp": 4, "pp": 3}
 SHAPES = {"x": (8, 64), "y": (8, 64), "z": (8, 64), "w": (64, 12), "odd": (7, 6), "v": (4, 64)}
 
 
-def ask(label: str, value: str, *dims: tuple[str, ...] | None) -> Request:
-    return Request(label, value, dims)
+def ask(label: str, value: str, *dims: tuple[str, ...] | None) -> LayoutRequest:
+    return LayoutRequest(label, value, dims)
 
 
 OPEN = ask("open", "x", None, None)
 ROWS = ask("rows over dp", "x", ("dp",), None)
-Conflict = tuple[list[Request], list[tuple[str, str]], set[str]]
+Conflict = tuple[list[LayoutRequest], list[tuple[str, str]], set[str]]
 
 CONFLICTS: dict[str, Conflict] = {
     "an axis on two dims": ([ROWS, ask("columns", "x", None, ("dp",)), OPEN], [], {"rows over dp", "columns"}),
@@ -62,7 +62,7 @@ def test_feasible() -> None:
     requests = [ROWS, ask("tp", "x", None, ("tp",)), ask("w", "w", ("tp", "dp"), ("pp",)), OPEN]
     assert minimal_conflict(SHAPES, MESH, requests, [("x", "y")]) is None
     assert minimal_conflict(SHAPES, MESH, []) is None
-    assert minimal_conflict({"s": ()}, MESH, [Request("scalar", "s", ())]) is None
+    assert minimal_conflict({"s": ()}, MESH, [LayoutRequest("scalar", "s", ())]) is None
 
 
 def test_agrees_with_enumeration() -> None:
@@ -74,7 +74,7 @@ def test_agrees_with_enumeration() -> None:
         for rows, columns in itertools.product(orders, orders)
         if not set(rows) & set(columns) and shape[0] % 2 ** len(rows) == 0 and shape[1] % 2 ** len(columns) == 0
     ]
-    asked = [Request("r", "t", dims) for dims in itertools.product([None, *orders], repeat=2)]
+    asked = [LayoutRequest("r", "t", dims) for dims in itertools.product([None, *orders], repeat=2)]
     for one, two in itertools.combinations(asked, 2):
         feasible = any(
             all(want is None or want == have for r in (one, two) for want, have in zip(r.dims, layout, strict=True))
@@ -93,7 +93,7 @@ def test_agrees_with_enumeration() -> None:
         (OPEN, [("x", "nothing")], "no such value"),
     ],
 )
-def test_mistakes(request_: Request, ties: list[tuple[str, str]], says: str) -> None:
+def test_mistakes(request_: LayoutRequest, ties: list[tuple[str, str]], says: str) -> None:
     with pytest.raises(ConstraintError, match=says):
         minimal_conflict(SHAPES, MESH, [request_], ties)
 
