@@ -97,24 +97,24 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
     cheapest = math.inf
     low, bound, largest = 0.0, budget, budget
 
-    def lowered(found: Solution) -> float:
+    def lowered(solution: Solution) -> float:
         """What the code of a choice holds; it is taken if that fits."""
         nonlocal best, cheapest
-        candidate, peak = _lowered(_candidate(c, full, found))
-        if peak <= budget and found.cost < cheapest:
-            best, cheapest = candidate, found.cost
+        candidate, peak = _lowered(_candidate(c, full, solution))
+        if peak <= budget and solution.cost < cheapest:
+            best, cheapest = candidate, solution.cost
         return peak
 
     for _ in range(tuning.CAPACITY_TRIES):
         largest = max(largest, bound)
         try:
-            found = _within(frontier, bound)
+            solution = _within(frontier, bound)
         except InfeasibleError:
             if not low and bound >= budget:
                 break
             low, bound = bound, 0.5 * (bound + budget)
             continue
-        over = lowered(found) - frontier.loads.peak(found.choice)
+        over = lowered(solution) - frontier.loads.peak(solution.choice)
         if best is not None and budget - over - bound < tuning.CAPACITY_TRIES_CLOSE * bound:
             break
         bound = max(budget - over, 0.5 * (low + bound))
@@ -166,10 +166,10 @@ def _built(network: AnyNetwork) -> AnyNetwork:
 def solved(problem: Problem, time_limit: float, relative_gap: float = TOLERANCE, draft: bool = False) -> Solution:
     """The cheapest choice, to a relative gap, or the best that was found within `time_limit` CPU-seconds."""
     try:
-        found = solve(problem, time_limit=time_limit, certify=False, relative_gap=relative_gap, draft=draft)
+        solution = solve(problem, time_limit=time_limit, certify=False, relative_gap=relative_gap, draft=draft)
     except TimeoutError as error:
         raise _too_late(time_limit) from error
-    return replace(found, warm_start=None)  # nobody solves on from it, and it is large
+    return replace(solution, warm_start=None)  # nobody solves on from it, and it is large
 
 
 def _too_late(time_limit: float) -> ShardcError:

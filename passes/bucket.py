@@ -104,12 +104,12 @@ def join(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False)
 
 def becoming_gradients(run: Partition, graph: fx.Graph) -> set[fx.Node]:
     """The collectives, views and casts of backward whose results only become gradients."""
-    found: set[fx.Node] = set()
+    waiting: set[fx.Node] = set()
     output, gradients = graph.output_node(), set(run.gradients)
     for node in reversed(run.backward):
-        if passes_on(node) and all(user in found or (user is output and node in gradients) for user in node.users):
-            found.add(node)
-    return found
+        if passes_on(node) and all(user in waiting or (user is output and node in gradients) for user in node.users):
+            waiting.add(node)
+    return waiting
 
 
 def passes_on(node: fx.Node) -> bool:
@@ -130,15 +130,15 @@ def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]
 def _chained(run: Partition, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.Node | None]:
     """The collectives that may wait, in order, each with the one before it in its chain."""
     last: dict[fx.Node, fx.Node | None] = {}
-    found: dict[fx.Node, fx.Node | None] = {}
+    before: dict[fx.Node, fx.Node | None] = {}
     for node in run.backward:
         if node in waiting:
             last[node] = last.get(node.all_input_nodes[0])
             collective = collective_of(node)
             if collective is not None and collective.bucket is not None:
-                found[node] = last[node]
+                before[node] = last[node]
                 last[node] = node
-    return found
+    return before
 
 
 def _later(
@@ -149,20 +149,20 @@ def _later(
     for node, size in sizes.items():
         alike[_single(node), str(node.kwargs.get("axis"))].append(size)
     hidden: dict[tuple[AnyCollective, str, float], float] = {}
-    for (kind, axis), found in alike.items():
+    for (kind, axis), operands in alike.items():
         if not kind.local:
-            fill = buckets.fill(kind, axis, found) if kind.bucket is not None else 0.0
-            for size in set(found):
+            fill = buckets.fill(kind, axis, operands) if kind.bucket is not None else 0.0
+            for size in set(operands):
                 taken = buckets.least(kind, axis, size, fill)
                 hidden[kind, axis, size] = taken * buckets.hidden(kind, axis, size, fill)
     later: dict[fx.Node, float] = {}
-    own: dict[fx.Node, float] = {}
+    with_followers: dict[fx.Node, float] = {}
     for node in reversed(run.backward):
         if node in waiting:
-            later[node] = sum([own[user] for user in node.users if user in own])
-            own[node] = later[node]
+            later[node] = sum([with_followers[user] for user in node.users if user in with_followers])
+            with_followers[node] = later[node]
             if node in sizes:
-                own[node] += hidden.get((_single(node), str(node.kwargs.get("axis")), sizes[node]), 0.0)
+                with_followers[node] += hidden.get((_single(node), str(node.kwargs.get("axis")), sizes[node]), 0.0)
     return later
 
 
@@ -195,17 +195,17 @@ def _divided(
     fill = buckets.fill(collective, axis, [sizes[node] for node in nodes])
     joining = [node for node in nodes if buckets.saved(collective, axis, sizes[node], fill) > later.get(node, 0.0)]
     fill = buckets.fill(collective, axis, [sizes[node] for node in joining])
-    found: list[list[fx.Node]] = [[]]
+    buckets_made: list[list[fx.Node]] = [[]]
     for node in joining:
-        if sum(map(sizes.__getitem__, found[-1])) >= fill:
-            found.append([])
-        found[-1].append(node)
+        if sum(map(sizes.__getitem__, buckets_made[-1])) >= fill:
+            buckets_made.append([])
+        buckets_made[-1].append(node)
 
     def worth(members: Sequence[fx.Node]) -> bool:
         alone = sum(buckets.alone(collective, axis, sizes[node]) - later.get(node, 0.0) for node in members)
         return buckets.seconds(collective, axis, sum(map(sizes.__getitem__, members))) < alone
 
-    return [members for members in found if len(members) > 1 and worth(members)]
+    return [members for members in buckets_made if len(members) > 1 and worth(members)]
 
 
 def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Node:
@@ -231,10 +231,10 @@ def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Nod
 
 def _behind(members: Sequence[fx.Node]) -> set[fx.Node]:
     """All that is computed from the members."""
-    found: set[fx.Node] = set()
+    followers: set[fx.Node] = set()
     stack = list(members)
     while stack:
-        users = {user for user in stack.pop().users if user.op != "output"} - found
-        found |= users
+        users = {user for user in stack.pop().users if user.op != "output"} - followers
+        followers |= users
         stack += users
-    return found
+    return followers

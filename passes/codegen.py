@@ -142,7 +142,9 @@ class _Source:
     def _signature(self, name: str, arguments: list[fx.Node]) -> str:
         given = [self.names[n] for n in arguments]
         head = f"def {name}({', '.join(given)}):"
-        return head if len(head) <= 100 else "\n".join([f"def {name}(", *(f"    {own}," for own in given), "):"])
+        return (
+            head if len(head) <= 100 else "\n".join([f"def {name}(", *(f"    {argument}," for argument in given), "):"])
+        )
 
     def _unpacked(self, values: list[fx.Node]) -> list[str]:
         line = f"    {self._tuple(values)} = given"

@@ -102,12 +102,12 @@ def _operator(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> Non
 
 def _parts(op: Op, strategy: Strategy) -> dict[str, Part]:
     """The parted factors that the strategy splits, as their body gets them."""
-    found: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     for factor, axes in zip(op.factors, strategy.split, strict=True):
         if factor.parting is not None and axes:
             size, window = factor.parting.size, factor.parting.parts is not None
-            found[factor.name] = Part(axes, size, 1 if window else size // factor.size)
-    return found
+            parts[factor.name] = Part(axes, size, 1 if window else size // factor.size)
+    return parts
 
 
 def _size(
@@ -125,8 +125,8 @@ def _size(
 
 
 def _factor_size(op: Op, name: str, split: dict[tuple[str, int], tuple[str, ...]], mesh: Mesh) -> int:
-    own = [f for f in op.factors if f.name == name]
-    return math.prod(mesh.chunk(f.size, split[f.name, f.index]) for f in own)
+    factors = [f for f in op.factors if f.name == name]
+    return math.prod(mesh.chunk(f.size, split[f.name, f.index]) for f in factors)
 
 
 def _rebase(graph: fx.Graph, node: fx.Node, op: Op, name: str, axes: tuple[str, ...], mesh: Mesh) -> None:
@@ -181,9 +181,9 @@ def _added(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: Any
 
 
 def _operand_nodes(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
+    operands: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), operands.append)
+    return operands
 
 
 def _drop(graph: fx.Graph, node: fx.Node, op: Op, name: str) -> None:

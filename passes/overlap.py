@@ -206,19 +206,19 @@ class _Half:
         most = max(map(self._bytes, self.fetched), default=0)
         unread: list[tuple[int, int]] = []  # where what was fetched is read, and its bytes
         first: Counter[str] = Counter()  # per axis the place of the last start
-        found: dict[int, list[fx.Node]] = defaultdict(list)
+        fetches: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self.fetched:
             axis, made = _axis(node), [self.place[n] + 1 for n in self._makers(node) if n in self.place]
             room = _room(unread, self._bytes(node), most)
             place = min(bisect.bisect_right(times, latest[node]) - 1, self.place[node])
             place = max(place, first[axis], room, *made)
             if place <= self.place[node] and times[place] < times[readers[node]]:
-                found[place].append(node)
+                fetches[place].append(node)
                 first[axis] = place
                 bisect.insort(unread, (readers[node], self._bytes(node)))
             else:
                 first[axis] = self.place[node] + 1
-        return found
+        return fetches
 
     def _latest(self, times: Sequence[float]) -> tuple[dict[fx.Node, float], dict[fx.Node, int]]:
         """For what is fetched, the time at which it is to be started, and the place in the stream of its reader."""
@@ -226,24 +226,24 @@ class _Half:
         readers: dict[fx.Node, int] = {}
         free: dict[str, float] = defaultdict(lambda: math.inf)
         for node in reversed(self.fetched):
-            axis, found = _axis(node), list(self._readers(node))
-            readers[node] = min((self.place[one] for one in found if one in self.place), default=len(self.stream))
-            wanted = [latest.get(one, times[self.place[one]]) for one in found if one in self.place]
+            axis, reading = _axis(node), list(self._readers(node))
+            readers[node] = min((self.place[one] for one in reading if one in self.place), default=len(self.stream))
+            wanted = [latest.get(one, times[self.place[one]]) for one in reading if one in self.place]
             end = min(free[axis], times[-1], *wanted)
             latest[node], free[axis] = end - PATIENCE * self.seconds[node], end - self.seconds[node]
         return latest, readers
 
     def _makers(self, node: fx.Node) -> set[fx.Node]:
         """What a node is made from, past what only passes values on."""
-        found: set[fx.Node] = set()
+        makers: set[fx.Node] = set()
         stack = [node]
         while stack:
             for operand in self.operands[stack.pop()]:
                 if operand in self.mine and (operand in self.light or operand in self.trailing):
                     stack.append(operand)
                 elif operand in self.mine:
-                    found.add(operand)
-        return found
+                    makers.add(operand)
+        return makers
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
         """What reads a node, past what only passes values on."""
@@ -271,11 +271,11 @@ def _axis(node: fx.Node) -> str:
 
 def _leading(nodes: Sequence[fx.Node], ready: Container[fx.Node], hidden: Container[fx.Node]) -> set[fx.Node]:
     """What makes only gradients and may be hidden, or is followed by what may."""
-    found: set[fx.Node] = set()
+    leading: set[fx.Node] = set()
     for node in reversed(nodes):
-        if node in ready and (node in hidden or not found.isdisjoint(node.users)):
-            found.add(node)
-    return found
+        if node in ready and (node in hidden or not leading.isdisjoint(node.users)):
+            leading.add(node)
+    return leading
 
 
 def _room(unread: Sequence[tuple[int, int]], size: int, most: int) -> int:

@@ -87,12 +87,12 @@ def _spread(
 
 def _places(op: Op) -> list[list[tuple[Key, int]]]:
     """Per factor of an operator, the base leaves that carry it."""
-    found: list[list[tuple[Key, int]]] = [[] for _ in op.factors]
+    places: list[list[tuple[Key, int]]] = [[] for _ in op.factors]
     for item, carried in zip(op.items, op.kind.carried, strict=True):
         for place, factor in zip(item.value.form.places, carried, strict=True):
             if factor is not None and place is not None:
-                found[factor].append((item.value.key, place))
-    return found
+                places[factor].append((item.value.key, place))
+    return places
 
 
 def _free(state: Spread, mesh: Mesh, key: Key, leaf: int, axes: Axes, size: int) -> bool:

@@ -175,7 +175,7 @@ class _Rewrite:
             new = self.graph.placeholder(old.name)
         else:
             operands = zip(op.operands, layouts.operands, strict=True)
-            supply = iter([self._value(operand.node, splits, own) for operand, (splits, own) in operands])
+            supply = iter([self._value(operand.node, splits, axes) for operand, (splits, axes) in operands])
             wanted = {operand.node for operand in op.operands}
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
             new = call(self.graph, old.target, args, kwargs)
@@ -199,28 +199,28 @@ class _Rewrite:
         place = origin_of(old)
         return place if self.forward is None else origin(place.module, place.source, "backward")
 
-    def _value(self, old: fx.Node, splits: Splits, own: Axes, gradient: bool = False) -> fx.Node:
-        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own atoms as `own`; as
+    def _value(self, old: fx.Node, splits: Splits, axes: Axes, gradient: bool = False) -> fx.Node:
+        """The node that holds `old` (perhaps a view) when its base lies as `splits` and its own atoms as `axes`; as
         the `gradient` of a parameter, or for any other reader."""
         value = self.factored.values[old]
         if old is value.key[0] or old.target is operator.getitem:
             return self._converted(value.key, splits, gradient)
-        identity = (old, splits, own)
+        identity = (old, splits, axes)
         if identity not in self.here.views:
             viewed: fx.Node = old.args[0]  # type: ignore[assignment]
-            below = self._below(value, self.factored.values[viewed], own)
+            below = self._below(value, self.factored.values[viewed], axes)
             node = call(self.graph, old.target, (self._value(viewed, splits, below, gradient), *old.args[1:]))
-            layout = value.form.layout(own, splits.partial)
+            layout = value.form.layout(axes, splits.partial)
             describe(node, Lowered(self._origin(old), value_of(old).dtype, layout, value.key))
             self.here.views[identity] = node
         return self.here.views[identity]
 
-    def _below(self, value: Value, viewed: Value, own: Axes) -> Axes:
-        """The axes of the atoms of what a value views, where those of the value are split by `own`."""
+    def _below(self, value: Value, viewed: Value, axes: Axes) -> Axes:
+        """The axes of the atoms of what a value views, where those of the value are split by `axes`."""
         ours, theirs = value.form.places, viewed.form.places
         if None in theirs:  # an expanded dim is told by its ref alone
             ours, theirs = self.factored.leaves(value), self.factored.leaves(viewed)
-        held = dict[object, tuple[str, ...]](zip(ours, own, strict=True))
+        held = dict[object, tuple[str, ...]](zip(ours, axes, strict=True))
         return tuple([held.get(atom, ()) for atom in theirs])
 
     def _converted(self, key: Key, splits: Splits, gradient: bool) -> fx.Node:
@@ -243,7 +243,7 @@ class _Rewrite:
         if self.forward is None or key not in self.forward.held:
             shared = chosen.shares.get(key)
             return [] if shared is None else [shared]
-        return [found[key] for found in (chosen.kept, chosen.regathered) if key in found]
+        return [layouts[key] for layouts in (chosen.kept, chosen.regathered) if key in layouts]
 
     def _recall(self, key: Key) -> None:
         """Bring a value of forward into backward: what was kept, or what made it, once again."""
@@ -348,8 +348,8 @@ class _Rewrite:
             gradient = port.role is Role.GRADIENT and port.name in parameters
             if gradient:
                 stored = self.assignment.strategies[parameters[port.name]].split
-                splits, own = base_demand(value, stored), stored
+                splits, axes = base_demand(value, stored), stored
             else:
                 splits = self.assignment.outputs[index]
-                own = value.form.split_by(splits.axes)
-            self.made[index] = self._value(old, splits, own, gradient)
+                axes = value.form.split_by(splits.axes)
+            self.made[index] = self._value(old, splits, axes, gradient)

@@ -72,11 +72,11 @@ class Compiled:
         ranks take rank 0's code: each plans on its own, and one with less time for it would find another plan."""
         if self._executable is None:
             mesh = local_mesh(self.plan.mesh.sizes)
-            own = self._last.code()
-            self._agreed = mesh.agreed(own)
+            source = self._last.code()
+            self._agreed = mesh.agreed(source)
             executable = Executable(load(self._agreed), mesh)
-            if own != self._agreed:
-                _check_same_program(executable, load(own))
+            if source != self._agreed:
+                _check_same_program(executable, load(source))
             if isinstance(executable.mesh, DistributedMesh):
                 _distribute(self._module, executable)
             self._executable = executable
@@ -110,11 +110,11 @@ class Compiled:
         return frozenset(i for i, leaf in enumerate(self._last.program.out_leaves) if leaf in outputs)
 
 
-def _check_same_program(executable: Executable, own: ModuleType) -> None:
+def _check_same_program(executable: Executable, planned: ModuleType) -> None:
     """The ranks may have planned differently, but for one program."""
     ours, theirs = (
         {(slot.role, slot.name, slot.index, slot.shape, slot.dtype) for slot in slots}
-        for slots in (own.INPUTS, executable.inputs)
+        for slots in (planned.INPUTS, executable.inputs)
     )
     if ours != theirs:
         named = ", ".join(f"{role} {name} {list(shape)}" for role, name, _, shape, _ in sorted(ours ^ theirs))

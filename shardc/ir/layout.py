@@ -2,7 +2,7 @@
 
 An atom may be split by an axis that does not divide it: `250@tp` on four ranks is 63 rows each, the last two of which
 are padding on the last rank.
-A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design.md).
+A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design/atoms-and-layouts.md).
 Printed and parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is
 whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
 """
@@ -132,11 +132,11 @@ class Layout:
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape that every rank holds, padding included."""
-        found = self._local.get(mesh)
-        if found is None:
+        shape = self._local.get(mesh)
+        if shape is None:
             shape = tuple(math.prod(mesh.chunk(atom.size, atom.axes) for atom in dim) for dim in self.dims)
-            found = self._local[mesh] = shape
-        return found
+            self._local[mesh] = shape
+        return shape
 
     @cached_property
     def _local(self) -> dict[Mesh, tuple[int, ...]]:
@@ -144,37 +144,37 @@ class Layout:
 
     def simplify(self, mesh: Mesh) -> Layout:
         """The same layout with as few atoms and axes as express it: equal layouts simplify to equal objects."""
-        found = self._simple.get(mesh)
-        if found is None:
-            found = self._simple[mesh] = Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
-        return found
+        simple = self._simple.get(mesh)
+        if simple is None:
+            simple = self._simple[mesh] = Layout(tuple(_merge(dim, mesh) for dim in self.dims), self.partial)
+        return simple
 
     @cached_property
     def _simple(self) -> dict[Mesh, Layout]:
         return {}
 
     def cuts(self, mesh: Mesh) -> tuple[tuple[int, int, str], ...]:
-        """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design.md). Raises LayoutError
+        """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design/atoms-and-layouts.md). Raises LayoutError
         where an atom before others in its dim does not divide: no slice of the whole dim gives that."""
-        found: list[tuple[int, int, str]] = []
+        slices: list[tuple[int, int, str]] = []
         for index, dim in enumerate(self.dims):
             outer = 1
             for position, atom in enumerate(dim):
                 if atom.size % mesh.ways(atom.axes) and any(later.size > 1 for later in dim[position + 1 :]):
                     raise LayoutError(f"{self}: {atom} does not divide, and stands before others in its dim")
-                found += [(index, outer, axis) for axis in atom.axes if mesh.sizes[axis] > 1]
+                slices += [(index, outer, axis) for axis in atom.axes if mesh.sizes[axis] > 1]
                 outer *= mesh.chunk(atom.size, atom.axes)
-        return tuple(found)
+        return tuple(slices)
 
     def to_dtensor(self, mesh: Mesh) -> tuple[DTensorPlacement, ...]:
         """DTensor placements, one a mesh axis, exact. Raises LayoutError where DTensor cannot express the layout."""
         try:
-            found = list(placements(self.simplify(mesh).cuts(mesh), self.shape, mesh.sizes))
+            dtensor_placements = list(placements(self.simplify(mesh).cuts(mesh), self.shape, mesh.sizes))
         except (RankError, LayoutError) as error:
             raise LayoutError(f"DTensor cannot express {self} on mesh {mesh}: {error}") from error
         for axis, op in self.partial:
-            found[mesh.names.index(axis)] = Partial(op)
-        return tuple(found)
+            dtensor_placements[mesh.names.index(axis)] = Partial(op)
+        return tuple(dtensor_placements)
 
     @staticmethod
     def from_dtensor(given: Sequence[DTensorPlacement], shape: Sequence[int], mesh: Mesh) -> Layout:

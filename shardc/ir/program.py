@@ -127,14 +127,14 @@ def frozen(argument: Any) -> Any:
 
 def ancestors(nodes: Iterable[fx.Node], beyond: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
     """The nodes themselves and all that they are computed from, as far as it is not among or before `beyond`."""
-    found: set[fx.Node] = set()
+    needed: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found and node not in beyond:
-            found.add(node)
+        if node not in needed and node not in beyond:
+            needed.add(node)
             stack += node.all_input_nodes
-    return found
+    return needed
 
 
 def forward_part(
