@@ -2,7 +2,7 @@
 
 An atom may be split by an axis that does not divide it: `250@tp` on four ranks is 63 rows each, the last two of which
 are padding on the last rank.
-A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor (see docs/design/atoms-and-layouts.md).
+A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor.
 Printed and parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is
 whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
 """
@@ -154,8 +154,10 @@ class Layout:
         return {}
 
     def cuts(self, mesh: Mesh) -> tuple[tuple[int, int, str], ...]:
-        """The local slices from global to local, `(dim, outer, axis)` in order (see docs/design/atoms-and-layouts.md). Raises LayoutError
-        where an atom before others in its dim does not divide: no slice of the whole dim gives that."""
+        """The local slices from global to local, `(dim, outer, axis)` in order: see docs/design/runtime.md.
+
+        Raises LayoutError where an atom before others in its dim does not divide: no slice of the whole dim gives that.
+        """
         slices: list[tuple[int, int, str]] = []
         for index, dim in enumerate(self.dims):
             outer = 1
