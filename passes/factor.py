@@ -2,8 +2,8 @@
 
 Views are no operators any more: a value that is a view keeps references into its base value.
 
-    %h = mm(%x, %w)            x: (0: 32) (1: 64)   w: (1: 64) (2: 16)   h: (0: 32) (2: 16)
-    %v = view(%h, [32, 4, 4])  h: (0: 32) (2: 4, 3: 4)   v: (0: 32) (2: 4) (3: 4)
+    %h = mm(%x, %w)              f32[32, 16]        ->   %h: (0: 32) (2: 4, 3: 4), the last dim is two atoms
+    %v = view(%h, [32, 4, 4])    f32[32, 4, 4]      ->   %v: (0: 32) (2: 4) (3: 4), a view of %h
 """
 
 from __future__ import annotations
