@@ -130,6 +130,12 @@ def test_a_new_field_is_a_flag_and_a_keyword_without_another_edit(capsys: pytest
     assert as_keywords(told, MoreOptions)("it", depth=7) == ("it", 7)
 
 
+def test_compiling_does_not_load_the_command_line() -> None:
+    program = "import sys, shardc.api, shardc.search; print(*sorted({'tyro', 'docstring_parser'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout == "\n"
+
+
 def test_every_flag_is_read_and_written_back() -> None:
     words = [
         "--mode=propagate",
