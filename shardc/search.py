@@ -20,7 +20,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
-from shardc.ir.report import Report, Section, Table
+from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
 from shardc.passes.assign import network_of, solved
 from shardc.passes.pipeline import part, run
@@ -87,7 +87,7 @@ class MeshSearch:
         head = f"{len(self.ranked)} meshes of {self.devices} devices on {self.hardware}, the cheapest plan first"
         means = "the most at any time" if self.bounded else "parameters and their gradients"
         tail = f"{stored}: {means} on one device; capture, shared by all, {self.shared:.1f} s"
-        return Report([head], [Section("", Table(rows, "<>>>><"))], [tail])
+        return Report([head], [Section("", Columns(rows, "<>>>><"))], [tail])
 
 
 class Search(Protocol[Keywords]):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
-from shardc.ir.report import Report, Section, Table
+from shardc.ir.report import Columns, Report, Section
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.collective import AnyCollective, wait
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
@@ -346,7 +346,7 @@ LEVELS = {
 def report(measured: Measured) -> Report:
     """What was measured, for people."""
     device = measured.device
-    speeds = Table([(dtype, f"{rate / 1e9:.1f} Gflop/s") for dtype, rate in device.flops.items()], "<>")
+    speeds = Columns([(dtype, f"{rate / 1e9:.1f} Gflop/s") for dtype, rate in device.flops.items()], "<>")
     sections = [Section("products of matrices", speeds)]
     for level, fits in measured.fits.items():
         link = device.inside if level == "inside" else device.between
@@ -355,7 +355,7 @@ def report(measured: Measured) -> Report:
         for one in fits:
             hop, bandwidth = links[one.kind].latency * 1e6, links[one.kind].bandwidth / 1e9
             rows.append((one.kind.name, f"{hop:.1f} us", f"{bandwidth:.3f} GB/s", f"{one.error:.0%}"))
-        sections.append(Section(LEVELS[level], Table(rows, "<>>>")))
+        sections.append(Section(LEVELS[level], Columns(rows, "<>>>")))
         if level != "spanning":
             hidden = f"{link.overlap:.0%} of a collective's time can hide beneath what is computed"
             sections.append(Section("", [f"{hidden}, but for {link.stall * 1e6:.1f} us of each"]))

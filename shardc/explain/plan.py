@@ -14,7 +14,7 @@ from shardc.ir.constrain import Spec, serialise
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
-from shardc.ir.report import Report, Section, Table
+from shardc.ir.report import Columns, Report, Section
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Plan:
         budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
         return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.half}: {parts}"]
 
-    def _tensors(self) -> Table:
+    def _tensors(self) -> Columns:
         """Roles, names and layouts in columns; repeated layers once, with their count."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for one in self.placed:
@@ -185,15 +185,15 @@ class Plan:
             (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")
             for (role, pattern, layout), names in groups.items()
         ]
-        return Table(rows, "<<<<")
+        return Columns(rows, "<<<<")
 
-    def _sent(self) -> Table:
+    def _sent(self) -> Columns:
         groups: dict[tuple[str, str, str], list[Conversion]] = {}
         for conversion in self.conversions:
             if conversion.sent:
                 groups.setdefault((conversion.phase, conversion.kind, conversion.axis), []).append(conversion)
         if not groups:
-            return Table([["nothing"]], "<")
+            return Columns([["nothing"]], "<")
         rows = [
             (
                 phase, kind, f"over {axis}", f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
@@ -205,17 +205,17 @@ class Plan:
             found = [c for c in self.conversions if c.axis == axis and c.sent]
             seconds = in_seconds(sum(c.seconds for c in found))
             rows.append(("total", "", f"over {axis}", f"x{len(found)}", in_bytes(sent), seconds, ""))
-        return Table(rows, "<<<>>><")
+        return Columns(rows, "<<<>>><")
 
-    def _tried(self) -> Table:
+    def _tried(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}
         for one in self.tried:
             if not one.replicated:
                 groups.setdefault((one.operator, one.rule), []).append(one)
         rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
-        return Table(rows, "<<><")
+        return Columns(rows, "<<><")
 
-    def _replicated(self) -> Table:
+    def _replicated(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}
         for one in self.tried:
             if one.replicated:
@@ -228,4 +228,4 @@ class Plan:
             )
             for (name, why), own in groups.items()
         ]  # fmt: skip
-        return Table(rows, "<>><><<")
+        return Columns(rows, "<>><><<")

@@ -13,7 +13,7 @@ from rich.table import Table as Grid
 from rich.text import Text as Styled
 from rich.theme import Theme
 
-from shardc.ir.report import Report, Table
+from shardc.ir.report import Columns, Report
 
 NARROW = 16
 """A column of at most so many characters is never broken."""
@@ -63,7 +63,7 @@ def _lay_out(console: Console, report: Report) -> None:
         console.print()
         if section.title:
             console.print(Styled(section.title, "plan.title"))
-        if isinstance(section.content, Table):
+        if isinstance(section.content, Columns):
             console.print(Padding(_grid(section.content), (0, 0, 0, 2)))
         else:
             for line in section.content:
@@ -79,7 +79,7 @@ def _line(console: Console, text: str) -> None:
     console.print(Highlights()(text), soft_wrap=True)
 
 
-def _grid(table: Table) -> Grid:
+def _grid(table: Columns) -> Grid:
     """The columns; where they need more than the terminal has, wide ones are broken."""
     grid = Grid.grid(padding=(0, 2, 0, 0))
     for side, cells in zip(table.aligned, zip(*table.rows, strict=True), strict=True):

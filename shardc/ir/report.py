@@ -9,7 +9,7 @@ from shardc.ir.printing import columns
 
 
 @dataclass(frozen=True)
-class Table:
+class Columns:
     """Rows of cells, and a sign a column: `<` for one that is aligned left, `>` for right."""
 
     rows: Sequence[Sequence[str]]
@@ -21,11 +21,11 @@ class Section:
     """Lines or a table under a title; without a title (`""`) under an empty line alone."""
 
     title: str
-    content: Sequence[str] | Table
+    content: Sequence[str] | Columns
 
     @property
     def lines(self) -> Sequence[str]:
-        return columns(self.content.rows, self.content.aligned) if isinstance(self.content, Table) else self.content
+        return columns(self.content.rows, self.content.aligned) if isinstance(self.content, Columns) else self.content
 
 
 @dataclass(frozen=True)

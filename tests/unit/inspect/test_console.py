@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from shardc.inspect.console import THEME, show, show_code
-from shardc.ir.report import Report, Section, Table
+from shardc.ir.report import Columns, Report, Section
 
 ROWS = [
     ("parameter", "model.layers.*.self_attn.q_proj.weight", "bf16[4096, 4096@tp]", "x32"),
@@ -17,7 +17,7 @@ ROWS = [
 ]
 REPORT = Report(
     ["plan for mesh dp=4 on h100", "  predicted  1.50 ms a step, proven optimal"],
-    [Section("tensors", Table(ROWS, "<<<>")), Section("notes", ["a [note] in brackets"])],
+    [Section("tensors", Columns(ROWS, "<<<>")), Section("notes", ["a [note] in brackets"])],
     ["compiled in 0.10 CPU-seconds"],
 )
 PLAIN = """\
@@ -76,7 +76,7 @@ def test_a_wide_terminal_shows_the_same_in_colours() -> None:
 
 
 def test_columns_fit_a_narrow_terminal_and_nothing_is_lost() -> None:
-    lines = without_colours(shown(Report([], [Section("", Table(ROWS, "<<<>"))]), 60))
+    lines = without_colours(shown(Report([], [Section("", Columns(ROWS, "<<<>"))]), 60))
     assert max(map(len, lines)) <= 60
     assert any(line.startswith("  parameter  ") for line in lines)
     letters = sorted("".join("".join(row) for row in ROWS).replace(" ", ""))
