@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 SEQUENCE, BATCH, HARDWARE = 8192, 32, "h100"
@@ -194,7 +193,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(asdict(measure(cases[0]))))
         return
-    found = [measured_apart(case) for case in tqdm(cases, desc="cases")]
+    from shardc.inspect.progress import tracked  # not above: a case times the import of shardc
+
+    found = [measured_apart(case) for case in tracked(cases, "cases")]
     imports = max(one.imports for one in found)
     what = f"{options.batch} sequences of {options.sequence} tokens, bf16, costs of {HARDWARE}"
     print(f"CPU-seconds; {what}. Machine: {machine()}.\n")

@@ -26,7 +26,8 @@ from compile import machine
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from shardc.inspect.progress import tracked
 
 HERE = Path(__file__).resolve().parent
 HARDWARE, SEQUENCE = "h100", 4096
@@ -242,7 +243,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def times() -> str:
     """How long compiling takes, by phase, and how it grows with depth."""
-    found = {case: apart("time", case) for case in tqdm((*TIMED, *DEEPER), desc="time")}
+    found = {case: apart("time", case) for case in tracked((*TIMED, *DEEPER), "time")}
     phases = list(next(iter(found.values()))["phases"])
     rows = [
         [case.name, case.mesh, *(f"{one['phases'].get(phase, 0.0):.2f}" for phase in phases),
@@ -263,7 +264,7 @@ def proved(gap: float) -> str:
 def solvers() -> str:
     """Our solver and HiGHS on the same problems."""
     rows: list[list[str]] = []
-    for case in tqdm(SOLVED, desc="highs"):
+    for case in tracked(SOLVED, "highs"):
         one = apart("highs", case)
         end = f", {one['ended']}" if one["ended"] else ""
         best = f"{one['best']:.9g}" if one["best"] < float("inf") else "none found"
@@ -284,7 +285,7 @@ def closed_forms() -> str:
 
     shapes = ((8192, 1024, 4096), (2048, 8192, 1024), (65536, 4096, 2048), (512, 2048, 8192))
     equal = cheaper = dearer = best = count = 0
-    for devices in tqdm((4, 8, 16, 32), desc="AxoNN"):
+    for devices in tracked((4, 8, 16, 32), "AxoNN"):
         for shape in shapes:
             pairs = [(c, c.seconds(), c.planned(True)) for c in known.axonn_cases(devices, (shape,))]
             count += len(pairs)
@@ -302,7 +303,7 @@ def closed_forms() -> str:
     layers = [known.Poseidon(m, n, k, p) for m in sizes for n in sizes for k in (1, 8, 64, 512) for p in (4, 8, 16)]
     ways: dict[str, int] = {}
     right = decided = strict = 0
-    for layer in tqdm(layers, desc="Poseidon"):
+    for layer in tracked(layers, "Poseidon"):
         seconds, plan = layer.seconds(), layer.planned().plan
         least = min(seconds.values())
         way = min(seconds, key=lambda w: seconds[w])
@@ -318,7 +319,7 @@ def closed_forms() -> str:
         ["Poseidon, the inequality", f"{strict} layers where one of its two ways is best", f"{decided} as it says"],
     ]
     rows += [[f"of them: {way}", "", str(number)] for way, number in ways.items()]
-    for recipe in tqdm(known.recipes(), desc="recipes"):
+    for recipe in tracked(known.recipes(), "recipes"):
         ours, free = recipe.planned(False), recipe.planned(True)
         same = all(abs(known.sent(ours)[k] - v) < 1 for k, v in recipe.sends.items())
         same = same and known.sent(ours).keys() == recipe.sends.keys()

@@ -20,7 +20,6 @@ import torch
 from planner import DEEPER, SOLVED, TIMED, Case, build
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
@@ -118,7 +117,9 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {title: one for title, one in programs().items() if options.only in title}
-    told = {title: facts(*one) for title, one in tqdm(chosen.items())}
+    from shardc.inspect.progress import tracked
+
+    told = {title: facts(*one) for title, one in tracked(chosen.items(), "programs")}
     if options.what == "record":
         options.file.write_text(json.dumps(told, indent=1))
         return 0

@@ -7,12 +7,12 @@ import sys
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import llama
 import shardc
 from shardc import shard
-from shardc.inspect.progress import working
+from shardc.inspect.console import show
+from shardc.inspect.progress import tracked, working
 from text import batches
 
 STEPS = 30
@@ -25,7 +25,7 @@ def plan_8b() -> None:
     print("Llama-3-8B, 32 sequences of 4096 tokens, bf16, on 4 nodes of 8 H100: dp=4,tp=8\n")
     with working("planning Llama-3-8B"):
         compiled = shardc.compile(llama.model(), "dp=4,tp=8", llama.inputs(), hardware="h100")
-    print(compiled.plan)
+    show(compiled.plan.report())
 
 
 def train(model: nn.Module, what: str) -> list[float]:
@@ -33,7 +33,7 @@ def train(model: nn.Module, what: str) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     data = batches(batch=8, seq=64)
     losses: list[float] = []
-    for _ in tqdm(range(STEPS), desc=what):
+    for _ in tracked(range(STEPS), what):
         tokens, _ = next(data)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()

@@ -10,10 +10,10 @@ import argparse
 import os
 
 import torch
-from tqdm import tqdm
 
 from gpt import GPT, Config
 from shardc import shard
+from shardc.inspect.progress import tracked
 from text import batches
 
 
@@ -29,15 +29,14 @@ def main() -> None:
     model = shard(GPT(Config(dropout=options.dropout)), mesh=options.mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     data = batches(batch=16, seq=64)
-    bar = tqdm(range(options.steps), desc="training", disable=not first)
-    for step in bar:
+    for step in tracked(range(options.steps), "training"):
         loss = model(*next(data))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if first and (step % 10 == 0 or step == options.steps - 1):
-            tqdm.write(f"step {step:4d}  loss {loss.item():.6f}")
+            print(f"step {step:4d}  loss {loss.item():.6f}")
     if first:
         print(model.plan)
 

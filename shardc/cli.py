@@ -5,205 +5,206 @@ FILE is a Python file with two functions: `model()` gives the module, `inputs()`
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
+from torch import nn
+from tyro.conf import Positional, arg, create_mutex_group, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
 
-from shardc import api
-from shardc.errors import ConstraintError, ShardcError
+from shardc.api import Inputs
+from shardc.compiled import Compiled, compiled
+from shardc.errors import ShardcError
+from shardc.flags import parsed, spelled
+from shardc.inspect.console import show, show_code
 from shardc.inspect.progress import working
+from shardc.ir.mesh import Mesh
+from shardc.ir.model_call import ModelCall
+from shardc.one_step import compared
+from shardc.options import Options, SearchOptions
 from shardc.passes.pipeline import NAMES as PASSES
 from shardc.runtime import DistributedMesh, local_mesh
-from shardc.search import search_mesh
+from shardc.search import search
 
-MEASURE = "Measure this machine, or under torchrun the cluster, and write what --hardware takes."
-Inputs = tuple[Any, ...] | Mapping[str, Any]
+UserFile = Annotated[Path, Positional, arg(metavar="FILE", help="Python file with model() and inputs().")]
+FLAT = arg(name="")  # the options stand beside the other flags
+AXES = arg(metavar="AXIS=SIZE,...", help="Axes and sizes, the slowest first: dp=2,tp=4.", help_behavior_hint="")
+ONE_OF = create_mutex_group(required=True, title="mesh, or devices")
+PASS = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PASS",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+    choices=PASSES,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 for success, 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        command: Command = parsed(Command, arguments, "Shard PyTorch programs over a mesh of devices.")
+        return command.run()
     except ShardcError as error:
         print(f"shardc: {error}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shardc", description="Shard PyTorch programs over a mesh of devices.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+@dataclass(frozen=True)
+class PlanCommand:
+    """Print the plan: layouts, conversions, predicted time, proof."""
 
-    def add(
-        name: str, command: Callable[[argparse.Namespace], int], help: str, searches: bool = False
-    ) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=help, description=help)
-        one.set_defaults(command=command)
-        one.add_argument("file", type=Path, metavar="FILE", help="Python file with model() and inputs()")
-        mesh = one.add_mutually_exclusive_group(required=True) if searches else one
-        mesh.add_argument("--mesh", required=not searches, help="axes and sizes, the slowest first: dp=2,tp=4")
-        if searches:
-            mesh.add_argument("--devices", type=int, help="instead: rank all meshes of so many devices")
-        one.add_argument("--hardware", help="what costs are for: h100, or a .toml file (default: this machine)")
-        one.add_argument(
-            "--mode", choices=("auto", "propagate"), default="auto", help="who decides what is not annotated"
-        )
-        one.add_argument(
-            "--outputs", choices=("full", "sharded"), default="full", help="gather outputs or leave them sharded"
-        )
-        one.add_argument(
-            "--on-unknown",
-            choices=("replicate", "error"),
-            default="replicate",
-            help="operators that have no rule and no split",
-        )
-        one.add_argument("--memory", help="what a device may hold: 80GB, 24GiB")
-        one.add_argument("--optimizer", help="whose state counts: adamw, sgd, ..., or bytes an element of a parameter")
-        one.add_argument(
-            "--constraint",
-            action="append",
-            default=[],
-            metavar="PATTERN=SPEC",
-            help="layout of a weight or a module's output: 'layers.*.up.weight=tp,-' (-: whole, ?: open)",
-        )
-        return one
+    file: UserFile
+    options: Annotated[SearchOptions, FLAT]
+    mesh: Annotated[str | None, ONE_OF, AXES] = None
+    devices: Annotated[int | None, ONE_OF, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """Instead: plan for all meshes of so many devices, rank them, and print the command for the best."""
 
-    planner = add("plan", _plan, "Print the plan: layouts, conversions, predicted time, proof.", searches=True)
-    planner.add_argument("--axes", default="dp,tp", help="with --devices: what axes there may be (default dp,tp)")
-    explainer = add("explain", _explain, "Tell which demands conflict, or why a value lies as it does.")
-    explainer.add_argument(
-        "--why", metavar="VALUE", help="a parameter, a module (its output), input:0, or a printed name; else: conflicts"
-    )
-    explainer.add_argument("--layout", help="the layout to compare with: 'f32[256@tp, 64]' or 'tp,-'")
-    compiler = add("compile", _compile, "Print the generated code, or the graph after a pass.")
-    compiler.add_argument("--print-after", metavar="PASS", help=f"one of {', '.join(PASSES)}")
-    compiler.add_argument("-o", "--output", type=Path, metavar="OUT.PY", help="write the generated code here")
-    add("run", _run, "Run one step on the mesh (virtual, or under torchrun) and compare it with a single device.")
-    calibrate = commands.add_parser("calibrate", help=MEASURE, description=MEASURE)
-    calibrate.set_defaults(command=_calibrate)
-    calibrate.add_argument("file", type=Path, metavar="FILE.toml", help="where the hardware file is written")
-    calibrate.add_argument("--processes", type=int, help="without torchrun: how many (default: one a GPU, else 2)")
-    return parser
+    def run(self) -> int:
+        flags = spelled(self.options, Options)
+        if self.devices is not None:
+            ranking = search(*_load(self.file), self.devices, self.options)
+            show(ranking.report())
+            print("\n" + shlex.join(["shardc", "plan", str(self.file), f"--mesh={ranking.best}", *flags]))
+            return 0
+        assert self.mesh is not None  # one of the two is required
+        idle = [flag for flag in spelled(self.options, SearchOptions) if flag not in flags]
+        if idle:
+            raise ShardcError(f"{' '.join(idle)} is for a search; ask for one with --devices in place of --mesh")
+        show(_compiled(self.file, self.mesh, self.options).plan.report())
+        return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    if options.devices is not None:
-        return _search(options, *_load(options.file))
-    print(_compiled(options, *_load(options.file)).plan)
-    return 0
+@dataclass(frozen=True)
+class ExplainCommand:
+    """Tell which demands conflict, or why a value lies as it does."""
+
+    file: UserFile
+    mesh: Annotated[str, AXES]
+    options: Annotated[Options, FLAT]
+    why: Annotated[str | None, arg(metavar="VALUE", help_behavior_hint="(without it: conflicts)")] = None
+    """A parameter, a module (its output), input:0, or a printed name."""
+    layout: Annotated[str | None, arg(metavar="LAYOUT", help_behavior_hint="(like 'f32[256@tp, 64]' or 'tp,-')")] = None
+    """The layout to compare with."""
+
+    def run(self) -> int:
+        if self.layout is not None and self.why is None:
+            raise ShardcError("--layout says how a value should lie; name the value with --why")
+        plan = _compiled(self.file, self.mesh, self.options).plan
+        if self.why is None:
+            show("\n\n".join(map(str, plan.conflicts())) or "what was demanded needs no split dim gathered or moved")
+        else:
+            show(str(plan.why(self.why) if self.layout is None else plan.why_not(self.why, self.layout)))
+        return 0
 
 
-def _search(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> int:
-    """Rank the meshes; the last line plans for the best."""
-    axes = [axis.strip() for axis in options.axes.split(",")]
-    found = search_mesh(model, options.devices, inputs, axes=axes, **_asked(options), **_budget(options))
-    names = ("hardware", "mode", "outputs", "memory", "optimizer")
-    own = [f"--{name}={value}" for name in names if (value := getattr(options, name))]
-    own += [f"--on-unknown={options.on_unknown}", *(f"--constraint={text}" for text in options.constraint)]
-    defaults = {"--mode=auto", "--outputs=full", "--on-unknown=replicate"}
-    command = ["shardc", "plan", str(options.file), f"--mesh={found.best}", *(o for o in own if o not in defaults)]
-    print(f"{found}\n\n{shlex.join(command)}")
-    return 0
+@dataclass(frozen=True)
+class CompileCommand:
+    """Print the generated code, or the graph after a pass."""
+
+    file: UserFile
+    mesh: Annotated[str, AXES]
+    options: Annotated[Options, FLAT]
+    print_after: Annotated[str | None, PASS, arg(help_behavior_hint="")] = None
+    """Print the graph as this pass leaves it."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="OUT.PY", help_behavior_hint="")] = None
+    """Write the generated code here."""
+
+    def run(self) -> int:
+        program = _compiled(self.file, self.mesh, self.options)
+        if self.print_after is not None:
+            show(program.graph(self.print_after))
+        if self.output is not None:
+            try:
+                program.save(self.output)
+            except OSError as error:
+                raise ShardcError(f"cannot write {self.output}: {error.strerror}") from error
+            print(f"wrote {self.output}", file=sys.stderr)
+        elif self.print_after is None:
+            show_code(program.code)
+        return 0
 
 
-def _explain(options: argparse.Namespace) -> int:
-    if options.layout is not None and options.why is None:
-        raise ShardcError("--layout says how a value should lie; name the value with --why")
-    plan = _compiled(options, *_load(options.file)).plan
-    if options.why is None:
-        print("\n\n".join(map(str, plan.conflicts())) or "what was demanded needs no split dim gathered or moved")
-    else:
-        print(plan.why(options.why) if options.layout is None else plan.why_not(options.why, options.layout))
-    return 0
+@dataclass(frozen=True)
+class RunCommand:
+    """Run one step on the mesh (virtual, or under torchrun) and compare it with a single device."""
+
+    file: UserFile
+    mesh: Annotated[str, AXES]
+    options: Annotated[Options, FLAT]
+
+    def run(self) -> int:
+        torch.manual_seed(0)
+        model, inputs = _load(self.file)
+        meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+        if meta is not None:
+            raise ShardcError(f"{self.file}: {meta} is on the meta device; such a model can be planned but not run")
+        with working(f"compiling {self.file.name} for {self.mesh}"):
+            single = copy.deepcopy(model)
+            program = compiled(ModelCall.of(model, inputs), Mesh.parse(self.mesh), self.options)
+        differences = compared(program, model, single, inputs)
+        if os.environ.get("RANK", "0") == "0":
+            show("\n".join(differences))
+        return 0
 
 
-def _compile(options: argparse.Namespace) -> int:
-    after: str | None = options.print_after
-    if after is not None and after not in PASSES:
-        raise ShardcError(f"--print-after {after}: no such pass; the passes are {', '.join(PASSES)}")
-    compiled = _compiled(options, *_load(options.file))
-    if after is not None:
-        print(compiled.graph(after))
-    if options.output is not None:
-        try:
-            compiled.save(options.output)
-        except OSError as error:
-            raise ShardcError(f"cannot write {options.output}: {error.strerror}") from error
-        print(f"wrote {options.output}", file=sys.stderr)
-    elif after is None:
-        print(compiled.code)
-    return 0
+@dataclass(frozen=True)
+class CalibrateCommand:
+    """Measure this machine, or under torchrun the cluster, and write what --hardware takes."""
 
+    file: Annotated[Path, Positional, arg(metavar="FILE.toml", help="Where the hardware file is written.")]
+    processes: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="(default: one a GPU, else 2)")] = None
+    """Without torchrun: how many."""
 
-def _run(options: argparse.Namespace) -> int:
-    torch.manual_seed(0)
-    model, inputs = _load(options.file)
-    meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-    if meta is not None:
-        raise ShardcError(f"{options.file}: {meta} is on the meta device; such a model can be planned but not run")
-    single = copy.deepcopy(model)
-    compiled = _compiled(options, model, inputs)
-    torch.manual_seed(1)
-    outputs = _tensors(_call(compiled, inputs))
-    torch.manual_seed(1)
-    expected = _tensors(_call(single, inputs))
-    differences = [_difference(a, b) for a, b in zip(outputs, expected, strict=True)]
-    lines = [
-        f"output {index}: {_summary(_whole(tensor))}   largest difference to one device {difference:.1e}"
-        for index, (tensor, difference) in enumerate(zip(outputs, differences, strict=True))
-    ]
-    if expected and expected[0].requires_grad:
-        outputs[0].sum().backward()
-        expected[0].sum().backward()
-        alone = dict(single.named_parameters())
-        gradients = {
-            name: _difference(parameter.grad, alone[name].grad)
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
-        if gradients:
-            worst = max(gradients, key=gradients.__getitem__)
-            lines.append(f"{len(gradients)} gradients: largest difference {gradients[worst]:.1e} ({worst})")
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines))
-    return 0
+    def run(self) -> int:
+        if self.file.suffix != ".toml":
+            raise ShardcError(f"{self.file}: a hardware file is called *.toml")
+        if not self.file.absolute().parent.is_dir():
+            raise ShardcError(f"{self.file}: there is no folder {self.file.absolute().parent}")
+        return self._measure() if "RANK" in os.environ else self._start_processes()
 
-
-def _calibrate(options: argparse.Namespace) -> int:
-    """Measure on the processes of torchrun; without it, start it on this machine."""
-    path: Path = options.file
-    if path.suffix != ".toml":
-        raise ShardcError(f"{path}: a hardware file is called *.toml")
-    if not path.absolute().parent.is_dir():
-        raise ShardcError(f"{path}: there is no folder {path.absolute().parent}")
-    if "RANK" not in os.environ:
-        processes = options.processes or torch.cuda.device_count() or 2
+    def _start_processes(self) -> int:
+        processes = self.processes or torch.cuda.device_count() or 2
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*torchrun, "-m", "shardc.cli", "calibrate", str(path)]
+        command = [*torchrun, "-m", "shardc.cli", "calibrate", str(self.file)]
         return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
-    from shardc.cost import calibrate  # scipy takes a second to import
 
-    mesh = local_mesh(calibrate.layout_of_processes())
-    assert isinstance(mesh, DistributedMesh)
-    with working("measuring") if mesh.rank == 0 else nullcontext():
-        measured = calibrate.calibrate(mesh, path.stem)
-    if mesh.rank == 0:
-        path.write_text(calibrate.toml(measured))
-        print(f"{calibrate.table(measured)}\nwrote {path}")
-    return 0
+    def _measure(self) -> int:
+        from shardc.cost import calibrate  # scipy takes a second to import
+
+        mesh = local_mesh(calibrate.layout_of_processes())
+        assert isinstance(mesh, DistributedMesh)
+        with working("measuring"):
+            measured = calibrate.calibrate(mesh, self.file.stem)
+        if mesh.rank == 0:
+            self.file.write_text(calibrate.toml(measured))
+            show(calibrate.report(measured))
+            print(f"wrote {self.file}")
+        return 0
+
+
+Command = (
+    Annotated[PlanCommand, subcommand("plan")]
+    | Annotated[ExplainCommand, subcommand("explain")]
+    | Annotated[CompileCommand, subcommand("compile")]
+    | Annotated[RunCommand, subcommand("run")]
+    | Annotated[CalibrateCommand, subcommand("calibrate")]
+)
+
+
+def _compiled(file: Path, mesh: str, options: Options) -> Compiled:
+    model, inputs = _load(file)
+    with working(f"compiling {file.name} for {mesh}"):
+        return compiled(ModelCall.of(model, inputs), Mesh.parse(mesh), options)
 
 
 def _load(path: Path) -> tuple[nn.Module, Inputs]:
@@ -227,63 +228,6 @@ def _load(path: Path) -> tuple[nn.Module, Inputs]:
     if not isinstance(inputs, (tuple, Mapping)):
         raise ShardcError(f"{path}: inputs() gives a {type(inputs).__name__}, not a tuple or dict")
     return model, inputs
-
-
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that `compile` and `search_mesh` share."""
-    constraints: dict[str, str] = {}
-    for text in options.constraint:
-        pattern, equals, spec = text.partition("=")
-        if not equals or not pattern:
-            raise ConstraintError(f"--constraint {text}: write PATTERN=SPEC, like 'layers.*.up.weight=tp,-'")
-        constraints[pattern.strip()] = spec.strip()
-    return {
-        "mode": options.mode,
-        "constraints": constraints,
-        "hardware": options.hardware,
-        "outputs": options.outputs,
-        "on_unknown": options.on_unknown,
-    }
-
-
-def _compiled(options: argparse.Namespace, model: nn.Module, inputs: Inputs) -> api.Compiled:
-    with working(f"compiling {options.file.name} for {options.mesh}"):
-        return api.compile(model, options.mesh, inputs, **_asked(options), **_budget(options))
-
-
-def _budget(options: argparse.Namespace) -> dict[str, Any]:
-    optimizer: str | None = options.optimizer
-    try:
-        return {"memory": options.memory, "optimizer": None if optimizer is None else float(optimizer)}
-    except ValueError:
-        return {"memory": options.memory, "optimizer": optimizer}
-
-
-def _call(function: Callable[..., Any], inputs: Inputs) -> Any:
-    return function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The global tensor, on this process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _difference(a: Tensor | None, b: Tensor | None) -> float:
-    if a is None or b is None:
-        return 0.0 if a is b else float("nan")
-    a, b = _whole(a).detach(), b.detach()
-    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-
-
-def _summary(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if tensor.numel() == 1:
-        return f"{kind} {tensor.item():.6f}"
-    return f"{kind}{list(tensor.shape)} mean {tensor.double().mean().item():.6f}"
 
 
 if __name__ == "__main__":

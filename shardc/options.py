@@ -8,14 +8,70 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.cost.memory import States, bytes_of, states_of
-from shardc.errors import ShardcError
-from shardc.ir.constrain import Spec
+from shardc.errors import ConstraintError, ShardcError
+from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
+
+
+@dataclass(frozen=True)
+class Text:
+    """How the command line spells an option that holds more than a word or a number. `read` makes the value of a text,
+    and raises ShardcError or ValueError where it cannot; `write` is its inverse.
+
+    An option with a `flag` is a mapping: the flag is given once an entry, and a text is one `(key, value)`."""
+
+    form: str
+    example: str
+    read: Callable[[str], Any] = str
+    write: Callable[[Any], str] = str
+    flag: str | None = None
+
+
+def _read_constraint(text: str) -> tuple[str, str]:
+    pattern, equals, spec = text.partition("=")
+    if not equals or not pattern.strip():
+        raise ConstraintError(f"--constraint {text}: write PATTERN=SPEC, like 'layers.*.up.weight=tp,-'")
+    return pattern.strip(), spec.strip()
+
+
+def _read_dynamic(text: str) -> tuple[str, dict[int, str]]:
+    argument, _, dims = text.partition("=")
+    named: dict[int, str] = {}
+    for piece in dims.split(","):
+        dim, _, name = (part.strip() for part in piece.partition(":"))
+        if not argument.strip() or not dim.isdigit() or not name.isidentifier() or int(dim) in named:
+            raise ShardcError(f"--dynamic {text}: write ARGUMENT=DIM:NAME,..., like 'input_ids=0:batch,1:seq'")
+        named[int(dim)] = name
+    return argument.strip(), named
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+CONSTRAINT = Text(
+    "PATTERN=SPEC",
+    "'layers.*.up.weight=tp,-' (-: whole, ?: open)",
+    _read_constraint,
+    lambda entry: f"{entry[0]}={serialise(entry[1])}",
+    flag="constraint",
+)
+DYNAMIC = Text(
+    "ARGUMENT=DIM:NAME,...",
+    "input_ids=0:batch,1:seq",
+    _read_dynamic,
+    lambda entry: f"{entry[0]}={','.join(f'{dim}:{name}' for dim, name in entry[1].items())}",
+    flag="dynamic",
+)
+AXES = Text("AXIS,...", "dp,tp", lambda text: tuple(axis.strip() for axis in text.split(",")), ",".join)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +83,10 @@ class Options:
     """Who decides the layouts that nothing demands: the solver (`auto`), or GSPMD's propagation of the constraints,
     with the rest whole (`propagate`)."""
 
-    constraints: Mapping[str, Spec] = field(default_factory=dict[str, Spec])
+    constraints: Annotated[Mapping[str, Spec], CONSTRAINT] = field(default_factory=dict[str, Spec])
     """Layouts of weights and of modules' outputs, by path with wildcards: `{"layers.*.up.weight": ("tp", None)}`."""
 
-    hardware: str | Path | Hardware | None = None
+    hardware: Annotated[str | Path | Hardware | None, Text("NAME|FILE.toml", "h100")] = None
     """What costs are for: `h100`, a .toml file that `shardc calibrate` wrote, or a `Hardware`. Without it, this
     machine."""
 
@@ -41,15 +97,15 @@ class Options:
     """What becomes of an operator that has no rule and that trial finds no split of: it runs whole on every rank, or
     is refused."""
 
-    dynamic: Dynamic = field(default_factory=dict[str, Mapping[int, str]])
+    dynamic: Annotated[Dynamic, DYNAMIC] = field(default_factory=dict[str, Mapping[int, str]])
     """Dims of arguments that change from call to call: `{"input_ids": {0: "batch", 1: "seq"}}`. The program is captured
     and planned once, and lowered anew for sizes not met before."""
 
-    memory: str | float | None = None
+    memory: Annotated[str | float | None, Text("BYTES", "80GB")] = None
     """What a device may hold at any time, in bytes or as `80GB`. Where something has to give, values are kept split and
     regathered, or computed again in backward, whichever costs the least time."""
 
-    optimizer: str | float | None = None
+    optimizer: Annotated[str | float | None, Text("NAME|BYTES", "adamw", _number_or_word)] = None
     """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter."""
 
     def __post_init__(self) -> None:
@@ -88,7 +144,7 @@ class ShardOptions(Options):
 class SearchOptions(Options):
     """The options of `search_mesh`."""
 
-    axes: Sequence[str] = ("dp", "tp")
+    axes: Annotated[Sequence[str], AXES] = ("dp", "tp")
     """The axes that a mesh may have, in this order."""
 
     time_limit: float = 20.0

@@ -11,15 +11,16 @@ from typing import Any, ParamSpec, Protocol
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from shardc.compiled import TRACING
 from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
+from shardc.inspect.progress import tracked, working
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
-from shardc.ir.printing import columns, in_bytes, in_seconds
+from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
+from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
 from shardc.passes.assign import network_of, solved
 from shardc.passes.pipeline import part, run
@@ -73,6 +74,10 @@ class MeshSearch:
         return self.ranked[0].mesh
 
     def __str__(self) -> str:
+        return str(self.report())
+
+    def report(self) -> Report:
+        """What `print(search)` shows, in sections."""
         stored = "held" if self.bounded else "stored"
         rows = [["mesh", "a step", "gap", stored, "CPU", ""]]
         for one in self.ranked:
@@ -82,7 +87,7 @@ class MeshSearch:
         head = f"{len(self.ranked)} meshes of {self.devices} devices on {self.hardware}, the cheapest plan first"
         means = "the most at any time" if self.bounded else "parameters and their gradients"
         tail = f"{stored}: {means} on one device; capture, shared by all, {self.shared:.1f} s"
-        return "\n".join([head, "", *(f"  {line}" for line in columns(rows, "<>>>><")), "", tail])
+        return Report([head], [Section("", Columns(rows, "<>>>><"))], [tail])
 
 
 class SearchMesh(Protocol[Keywords]):
@@ -93,46 +98,37 @@ class SearchMesh(Protocol[Keywords]):
     ) -> MeshSearch: ...
 
 
-def _search_mesh(model: nn.Module, devices: int, example_inputs: Inputs, options: SearchOptions) -> MeshSearch:
-    """Plan for every mesh of `devices` devices over at most the given axes, in their order, and rank the plans.
-
-    The model is captured once. Meshes that the hardware cannot tell apart are planned once: where no constraint names
-    an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved.
-    Raises ShardcError, also where no mesh has a plan.
-    """
-    axes = options.axes
-    if devices < 1 or not axes:
-        raise MeshError(f"cannot spread {devices} devices over {len(axes)} axes; both must be 1 or more")
+def search(model: nn.Module, example_inputs: Inputs, devices: int, options: SearchOptions) -> MeshSearch:
+    """`search_mesh` with its options in one."""
+    if devices < 1 or not options.axes:
+        raise MeshError(f"cannot spread {devices} devices over {len(options.axes)} axes; both must be 1 or more")
     if options.dynamic:
         raise ShardcError("dynamic= has no meaning for a search: name the sizes to plan for")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
+    start = time.process_time()
+    with working("capturing"):
+        shared = _captured(
+            Compilation(ModelCall.of(model, example_inputs), Mesh(((options.axes[0], devices),)), options)
+        )
+    taken = time.process_time() - start
+    annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in shared.program.graph.nodes)
     candidates: list[Candidate] = []
-    with tqdm(desc="capture", disable=None, leave=False) as bar:
-        start = time.process_time()
-        with TRACING:
-            captured = run(part("capture", "capture"), _start(model, devices, example_inputs, options))
-        shared = run(part("normalize", "factor"), captured)
-        taken = time.process_time() - start
-        nodes = shared.program.graph.nodes
-        annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in nodes)
-        wanted = meshes(devices, axes, options.device, annotated)
-        bar.set_description("meshes")
-        bar.reset(len(wanted))
-        for mesh in wanted:
-            best = min((one.cost for one in candidates), default=math.inf)
-            with gc_paused():
-                candidates.append(_candidate(replace(shared, mesh=mesh), options.time_limit, best))
-            bar.update()
+    for mesh in tracked(meshes(devices, options.axes, options.device, annotated), "meshes"):
+        best = min((one.cost for one in candidates), default=math.inf)
+        with gc_paused():
+            candidates.append(_candidate(replace(shared, mesh=mesh), options.time_limit, best))
     candidates.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(candidates[0].cost):
         raise ShardcError(f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}")
     return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
 
 
-def _start(model: nn.Module, devices: int, example_inputs: Inputs, options: SearchOptions) -> Compilation:
-    """A compilation for a mesh of one axis: what all meshes share does not look at it."""
-    return Compilation(ModelCall.of(model, example_inputs), Mesh(((options.axes[0], devices),)), options)
+def _captured(start: Compilation) -> Compilation:
+    """What all meshes share: the passes that do not look at the mesh."""
+    with TRACING:
+        captured = run(part("capture", "capture"), start)
+    return run(part("normalize", "factor"), captured)
 
 
 def meshes(devices: int, axes: Sequence[str], device: Hardware, annotated: bool) -> list[Mesh]:
@@ -208,6 +204,16 @@ def _stored(network: CostNetwork, assignment: Assignment) -> float:
             copies = 2 if port.name in owners else 1
             total += copies * network.class_of(op.results[0].key).local_bytes(held)
     return total
+
+
+def _search_mesh(model: nn.Module, devices: int, example_inputs: Inputs, options: SearchOptions) -> MeshSearch:
+    """Plan for every mesh of `devices` devices over at most the given axes, in their order, and rank the plans.
+
+    The model is captured once. Meshes that the hardware cannot tell apart are planned once: where no constraint names
+    an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved.
+    Raises ShardcError, also where no mesh has a plan.
+    """
+    return search(model, example_inputs, devices, options)
 
 
 def _search_function(options: Callable[Keywords, SearchOptions]) -> SearchMesh[Keywords]:

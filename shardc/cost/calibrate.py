@@ -28,6 +28,7 @@ from torch import Tensor
 
 from shardc.cost.collectives import ALGORITHMS, TEXTBOOK, Line, Wires, lines
 from shardc.cost.hardware import Hardware, Link, hardware, this_hardware
+from shardc.ir.report import Columns, Report, Section
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.collective import AnyCollective, wait
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
@@ -335,20 +336,28 @@ def _pair(link: Link) -> list[str]:
     return [f"latency = {link.latency:.4g}", f"bandwidth = {link.bandwidth:.4g}"]
 
 
-def table(measured: Measured) -> str:
+LEVELS = {
+    "inside": "links inside a node",
+    "between": "links between nodes",
+    "spanning": "links along an axis that spans nodes",
+}
+
+
+def report(measured: Measured) -> Report:
     """What was measured, for people."""
     device = measured.device
-    rows = [f"launch {device.launch * 1e6:.1f} us, memory {device.memory_bandwidth / 1e9:.1f} GB/s"]
-    rows += [f"{dtype:<10} {rate / 1e9:10.1f} Gflop/s" for dtype, rate in device.flops.items()]
+    speeds = Columns([(dtype, f"{rate / 1e9:.1f} Gflop/s") for dtype, rate in device.flops.items()], "<>")
+    sections = [Section("products of matrices", speeds)]
     for level, fits in measured.fits.items():
         link = device.inside if level == "inside" else device.between
-        if level != "spanning":
-            rows.append(f"{level:<8} {link.overlap:.0%} of a collective's time can hide beneath what is computed")
-            rows[-1] += f", but for {link.stall * 1e6:.1f} us of each"
+        links = link.spanning if level == "spanning" else link.measured
+        rows = [("collective", "a hop", "bandwidth", "largest error of the fit")]
         for one in fits:
-            own = (link.spanning if level == "spanning" else link.measured)[one.kind]
-            rows.append(
-                f"{level:<8} {one.kind.name:<15} {own.latency * 1e6:9.1f} us a hop  {own.bandwidth / 1e9:8.3f} GB/s  "
-                f"largest error of the fit {one.error:.0%}"
-            )
-    return "\n".join(rows)
+            hop, bandwidth = links[one.kind].latency * 1e6, links[one.kind].bandwidth / 1e9
+            rows.append((one.kind.name, f"{hop:.1f} us", f"{bandwidth:.3f} GB/s", f"{one.error:.0%}"))
+        sections.append(Section(LEVELS[level], Columns(rows, "<>>>")))
+        if level != "spanning":
+            hidden = f"{link.overlap:.0%} of a collective's time can hide beneath what is computed"
+            sections.append(Section("", [f"{hidden}, but for {link.stall * 1e6:.1f} us of each"]))
+    head = f"launch {device.launch * 1e6:.1f} us, memory {device.memory_bandwidth / 1e9:.1f} GB/s"
+    return Report([head], sections)

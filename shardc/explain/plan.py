@@ -13,7 +13,8 @@ from shardc.explain.explanations import Assumption, Conflict, Explainer, Why, Wh
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.printing import columns, in_bytes, in_seconds
+from shardc.ir.printing import in_bytes, in_seconds
+from shardc.ir.report import Columns, Report, Section
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,23 @@ class Plan:
         return self.compute + sum(c.seconds for c in self.conversions) - self.hidden
 
     def __str__(self) -> str:
+        return str(self.report())
+
+    def report(self) -> Report:
+        """What `print(plan)` shows, in sections."""
         sections = {
-            "tensors": self._tensor_lines(),
-            "sent, per rank and step": self._conversion_lines(),
-            "rules found by trial": self._tried_lines(),
-            "run whole on every rank, for want of a rule": self._replicated_lines(),
-            "notes": list(self.notes),
+            "tensors": self._tensors(),
+            "sent, per rank and step": self._sent(),
+            "rules found by trial": self._tried(),
+            "run whole on every rank, for want of a rule": self._replicated(),
         }
+        shown = [Section(title, table) for title, table in sections.items() if table.rows]
+        if self.notes:
+            shown.append(Section("notes", self.notes))
         head = f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}"
-        lines = [head, *self._time_lines(), *self._memory_lines()]
-        for title, content in sections.items():
-            if content:
-                lines += ["", title, *(f"  {line}" for line in content)]
         slow = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
-        return "\n".join([*lines, "", f"compiled in {sum(self.phases.values()):.2f} CPU-seconds: {slow or 'nothing'}"])
+        tail = f"compiled in {sum(self.phases.values()):.2f} CPU-seconds: {slow or 'nothing'}"
+        return Report([head, *self._time_lines(), *self._memory_lines()], shown, [tail])
 
     def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
@@ -171,7 +175,7 @@ class Plan:
         budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
         return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.half}: {parts}"]
 
-    def _tensor_lines(self) -> list[str]:
+    def _tensors(self) -> Columns:
         """Roles, names and layouts in columns; repeated layers once, with their count."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for one in self.placed:
@@ -181,15 +185,15 @@ class Plan:
             (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")
             for (role, pattern, layout), names in groups.items()
         ]
-        return columns(rows, "<<<<") if rows else []
+        return Columns(rows, "<<<<")
 
-    def _conversion_lines(self) -> list[str]:
+    def _sent(self) -> Columns:
         groups: dict[tuple[str, str, str], list[Conversion]] = {}
         for conversion in self.conversions:
             if conversion.sent:
                 groups.setdefault((conversion.phase, conversion.kind, conversion.axis), []).append(conversion)
         if not groups:
-            return ["nothing"]
+            return Columns([["nothing"]], "<")
         rows = [
             (
                 phase, kind, f"over {axis}", f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
@@ -201,17 +205,17 @@ class Plan:
             found = [c for c in self.conversions if c.axis == axis and c.sent]
             seconds = in_seconds(sum(c.seconds for c in found))
             rows.append(("total", "", f"over {axis}", f"x{len(found)}", in_bytes(sent), seconds, ""))
-        return columns(rows, "<<<>>><")
+        return Columns(rows, "<<<>>><")
 
-    def _tried_lines(self) -> list[str]:
+    def _tried(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}
         for one in self.tried:
             if not one.replicated:
                 groups.setdefault((one.operator, one.rule), []).append(one)
         rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
-        return columns(rows, "<<><") if rows else []
+        return Columns(rows, "<<><")
 
-    def _replicated_lines(self) -> list[str]:
+    def _replicated(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}
         for one in self.tried:
             if one.replicated:
@@ -224,4 +228,4 @@ class Plan:
             )
             for (name, why), own in groups.items()
         ]  # fmt: skip
-        return columns(rows, "<>><><<") if rows else []
+        return Columns(rows, "<>><><<")

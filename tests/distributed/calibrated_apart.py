@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from shardc.cost import calibrate as calibration
-from shardc.cost.calibrate import calibrate, table, toml
+from shardc.cost.calibrate import calibrate, report, toml
 from shardc.cost.collectives import ALGORITHMS
 from shardc.cost.hardware import hardware
 from shardc.ir.mesh import Mesh
@@ -19,7 +19,7 @@ assert all([one.kind for one in fits] == [*ALGORITHMS] for fits in measured.fits
 if mesh.rank == 0:
     path = Path(sys.argv[1])
     path.write_text(toml(measured))
-    print(path.read_text(), table(measured), sep="\n")
+    print(path.read_text(), report(measured), sep="\n")
     loaded = hardware(path)
     for kind in ALGORITHMS:
         own, apart = loaded.between.of(kind, alone=True), loaded.between.of(kind)

@@ -29,7 +29,7 @@ def test_the_file_predicts_a_size_that_was_not_measured(torchrun, tmp_path: Path
 
 def test_axes_that_span_nodes_are_measured_by_themselves(torchrun, tmp_path: Path) -> None:
     output = torchrun("calibrated_apart.py", str(tmp_path / "apart.toml"), nproc=4)
-    assert "[between.spanning.all_to_all] # fitted to 2 sizes" in output and "spanning permute" in output
+    assert "[between.spanning.all_to_all] # fitted to 2 sizes" in output and "along an axis that spans nodes" in output
 
 
 def test_the_command_line_starts_the_processes_itself(tmp_path: Path) -> None:

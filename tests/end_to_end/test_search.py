@@ -153,6 +153,8 @@ def test_the_command_line_ranks_meshes_and_gives_the_command(
     assert main([*asked, "--devices", "4", "--memory", "80GB", "--optimizer", "adamw"]) == 0
     out = capsys.readouterr().out
     assert "held: the most at any time" in out
-    assert out.rstrip().endswith("--memory=80GB --optimizer=adamw --constraint=up.weight=tp,-")
+    kept = "--constraint=up.weight=tp,- --hardware=h100 --outputs=sharded --memory=80GB --optimizer=adamw"
+    best = out.splitlines()[3].split()[0]
+    assert out.splitlines()[-1] == f"shardc plan examples/mlp.py --mesh={best} {kept}"
     assert main(command[1:]) == 0
     assert "plan for mesh dp=" in capsys.readouterr().out

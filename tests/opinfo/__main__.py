@@ -11,12 +11,11 @@ import json
 import re
 from pathlib import Path
 
-from tqdm import tqdm
-
 from opinfo.database import entries
 from opinfo.judge import RECORDED, SAMPLES, Record
 from opinfo.summary import Summary, page, status
 from opinfo.workers import judged
+from shardc.inspect.progress import tracked
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "opinfo.md"
@@ -37,7 +36,7 @@ def main() -> None:
         records = {name: record for name, record in records.items() if name not in chosen}
     _write(options.records, records)
     todo = [name for name in chosen if name not in records]
-    for record in tqdm(judged(todo, options.jobs, SAMPLES, options.timeout), total=len(todo)):
+    for record in tracked(judged(todo, options.jobs, SAMPLES, options.timeout), "operators", len(todo)):
         records[record.name] = record
         with options.records.open("a") as file:
             print(json.dumps(record.plain()), file=file)

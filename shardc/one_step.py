@@ -1,0 +1,63 @@
+"""One step of a compiled model beside the same step on a single device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from shardc.api import Inputs
+from shardc.compiled import Compiled
+
+
+def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inputs) -> list[str]:
+    """Run `program`, compiled from `model`, and `single`, a copy of `model`, and tell how far their outputs and
+    gradients differ: a line an output, and one for all gradients."""
+    outputs, expected = _outputs(program, inputs), _outputs(single, inputs)
+    lines = [
+        f"output {index}: {_summary(_whole(a))}   largest difference to one device {_difference(a, b):.1e}"
+        for index, (a, b) in enumerate(zip(outputs, expected, strict=True))
+    ]
+    if expected and expected[0].requires_grad:
+        outputs[0].sum().backward()
+        expected[0].sum().backward()
+        alone = dict(single.named_parameters())
+        gradients = {
+            name: _difference(parameter.grad, alone[name].grad)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        if gradients:
+            worst = max(gradients, key=gradients.__getitem__)
+            lines.append(f"{len(gradients)} gradients: largest difference {gradients[worst]:.1e} ({worst})")
+    return lines
+
+
+def _outputs(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    """The tensors of the result; what is random is drawn from the same seed in every call."""
+    torch.manual_seed(1)
+    result = function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The global tensor, on this process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else float("nan")
+    a, b = _whole(a).detach(), b.detach()
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def _summary(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.numel() == 1:
+        return f"{kind} {tensor.item():.6f}"
+    return f"{kind}{list(tensor.shape)} mean {tensor.double().mean().item():.6f}"

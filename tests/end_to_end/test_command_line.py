@@ -1,0 +1,289 @@
+"""The command line is derived from the options: each is a flag, is read, and is written back."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import tyro
+
+from shardc import ShardcError
+from shardc.api import compile, shard
+from shardc.cli import Command, main
+from shardc.flags import REGISTRY, parsed, spelled
+from shardc.options import Options, SearchOptions, ShardOptions, Text, as_keywords
+from shardc.passes.pipeline import NAMES
+from shardc.search import search_mesh
+
+ROOT = Path(__file__).parents[2]
+RENAMED = {"constraints": "--constraint"}
+"""Fields whose flag is given once an entry, and is named for one."""
+
+
+def read(*arguments: str) -> Any:
+    return parsed(Command, arguments, "")
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line tells of arguments that it refuses."""
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("shardc: ") and "Traceback" not in told.err
+    assert not re.search(r"[╭│╰─\x1b]", told.err)
+    return " ".join(told.err.split())
+
+
+def helped(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert not exit.value.code
+    return capsys.readouterr().out
+
+
+def flags(help: str) -> set[str]:
+    """The flags that a help text lists: those that a line begins with."""
+    return set(re.findall(r"^[│ ] (?:-\w [A-Z.]+, )?(--[a-z][a-z-]*)", help, re.MULTILINE))
+
+
+def flag(name: str) -> str:
+    return RENAMED.get(name, "--" + name.replace("_", "-"))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "more"),
+    [
+        ("plan", SearchOptions, {"--mesh", "--devices"}),
+        ("explain", Options, {"--mesh", "--why", "--layout"}),
+        ("compile", Options, {"--mesh", "--print-after", "--output"}),
+        ("run", Options, {"--mesh"}),
+    ],
+)
+def test_the_flags_are_the_options(
+    command: str, options: type[Options], more: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    help = helped(capsys, command)
+    assert flags(help) == {flag(one.name) for one in fields(options)} | more
+    assert "The optimizer whose state counts" in help  # the docstring of a field
+    assert "FILE" in help and "model() and inputs()" in help
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [(compile, Options), (shard, ShardOptions), (search_mesh, SearchOptions)]
+)
+def test_the_keywords_are_the_options(function: Any, options: type[Options]) -> None:
+    assert {one.name for one in fields(options)} <= inspect.signature(function).parameters.keys()
+
+
+def pair(text: str) -> tuple[str, int]:
+    name, _, number = text.partition(":")
+    return name, int(number)
+
+
+WEIGHTS = Text("NAME:N", "a:1", pair, lambda entry: f"{entry[0]}:{entry[1]}", flag="weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreOptions(Options):
+    """Options with fields of every kind."""
+
+    depth: int = 3
+    """How deep to look."""
+
+    loud: bool = False
+    """Whether to tell more."""
+
+    weights: Annotated[Mapping[str, int] | None, Text("NAME:N", "a:1", pair, lambda e: f"{e[0]}:{e[1]}", "weight")] = (
+        None
+    )
+    """What counts how much."""
+
+
+def more(*arguments: str) -> MoreOptions:
+    return tyro.cli(MoreOptions, args=arguments, registry=REGISTRY, config=(tyro.conf.FlagConversionOff,))
+
+
+def test_a_new_field_is_a_flag_and_a_keyword_without_another_edit(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = more("--depth", "5", "--loud", "True", "--weight", "a:1", "--weight", "b:2", "--memory", "80GB")
+    assert asked == MoreOptions(depth=5, loud=True, weights={"a": 1, "b": 2}, memory="80GB")
+    words = spelled(asked, MoreOptions)
+    assert words == ["--memory=80GB", "--depth=5", "--loud=True", "--weight=a:1", "--weight=b:2"]
+    assert more(*words) == asked
+    assert spelled(asked, Options) == ["--memory=80GB"]
+    with pytest.raises(SystemExit):
+        more("--help")
+    help = capsys.readouterr().out
+    assert "How deep to look. (default: 3)" in help and "What counts how much. (like a:1; repeatable)" in help
+
+    def told(what: str, options: MoreOptions) -> tuple[str, int]:
+        return what, options.depth
+
+    assert as_keywords(told, MoreOptions)("it", depth=7) == ("it", 7)
+
+
+def test_compiling_does_not_load_the_command_line() -> None:
+    program = "import sys, shardc.api, shardc.search; print(*sorted({'tyro', 'docstring_parser'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout == "\n"
+
+
+def test_every_flag_is_read_and_written_back() -> None:
+    words = [
+        "--mode=propagate",
+        "--constraint=up.weight=tp,-",
+        "--constraint=layers.*=(dp,tp),?",
+        "--hardware=h100",
+        "--outputs=sharded",
+        "--on-unknown=error",
+        "--dynamic=input_ids=0:batch,1:seq",
+        "--dynamic=mask=0:batch",
+        "--memory=80GB",
+        "--optimizer=8.0",
+        "--axes=a,b,c",
+        "--time-limit=5.0",
+    ]
+    options = read("plan", "x.py", "--devices", "8", *words).options
+    assert options == SearchOptions(
+        mode="propagate",
+        constraints={"up.weight": "tp,-", "layers.*": "(dp,tp),?"},
+        hardware="h100",
+        outputs="sharded",
+        on_unknown="error",
+        dynamic={"input_ids": {0: "batch", 1: "seq"}, "mask": {0: "batch"}},
+        memory="80GB",
+        optimizer=8.0,
+        axes=("a", "b", "c"),
+        time_limit=5.0,
+    )
+    assert spelled(options, SearchOptions) == words
+    apart = [word for given in words for word in given.split("=", 1)]
+    assert read("plan", "x.py", "--devices", "8", *apart).options == options
+    assert spelled(SearchOptions(), SearchOptions) == []
+    assert read("run", "x.py", "--mesh", "tp=2", "--optimizer", "adamw").options.optimizer == "adamw"
+
+
+@pytest.mark.parametrize("layout", ["-,tp", "-", "-,-", "?,-", "f32[256@tp, 64]"])
+def test_a_layout_may_begin_with_a_dash(layout: str) -> None:
+    asked = ("explain", "x.py", "--mesh", "tp=2", "--why", "up.weight")
+    assert read(*asked, "--layout", layout).layout == read(*asked, f"--layout={layout}").layout == layout
+
+
+def test_output_has_a_short_flag() -> None:
+    assert read("compile", "x.py", "--mesh", "tp=2", "-o", "y.py").output == Path("y.py")
+    assert read("compile", "--mesh=tp=2", "x.py", "--output", "y.py").output == Path("y.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "Expected one of {plan, explain, compile, run, calibrate}"),
+        ("plann x.py", "Available subcommands: plan, explain, compile, run, calibrate"),
+        ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
+        ("run x.py", "--mesh"),
+        ("plan x.py", "--mesh, --devices"),
+        ("plan x.py --mesh tp=2 --devices 2", "--mesh and --devices are not allowed together"),
+        ("plan x.py --mesh tp=2 --axes a,b --time-limit 3", "--axes=a,b --time-limit=3.0 is for a search"),
+        ("plan x.py --devices two", "'two'"),
+        ("plan x.py --mesh tp=2 y.py", "Unrecognized options: y.py"),
+        ("plan x.py --mesh tp=2 --memry 80GB", "Perhaps you meant: --memory BYTES For full"),
+        ("plan x.py --mesh tp=2 --memory", "Missing value for argument '--memory'"),
+        ("plan x.py --mesh tp=2 --memory lots", "memory='lots' is no amount of memory; write '80GB'"),
+        ("plan x.py --mesh tp=2 --optimizer adm", "optimizer='adm' is not known; it is one of sgd"),
+        ("plan x.py --mesh tp=2 --hardware h10", "no hardware called 'h10'; known are"),
+        ("plan x.py --mesh tp=2 --mode aut", "'aut' for argument '--mode'. Expected one of ('auto', 'propagate')"),
+        ("plan x.py --mesh tp=2 --outputs no", "Expected one of ('full', 'sharded')"),
+        ("plan x.py --mesh tp=2 --on-unknown no", "Expected one of ('replicate', 'error')"),
+        ("plan x.py --mesh tp=2 --constraint =tp", "--constraint =tp: write PATTERN=SPEC"),
+        ("plan x.py --mesh tp=2 --constraint a=tp --constraint a=-", "--constraint names 'a' twice"),
+        ("plan x.py --mesh tp=2 --dynamic x", "--dynamic x: write ARGUMENT=DIM:NAME,..., like 'input_ids=0:batch"),
+        ("plan x.py --mesh tp=2 --dynamic x=0:a,0:b", "--dynamic x=0:a,0:b: write ARGUMENT=DIM:NAME"),
+        ("plan x.py --mesh tp=2 --dynamic 'x=0:a b'", "--dynamic x=0:a b: write ARGUMENT=DIM:NAME"),
+        ("plan examples/mlp.py --devices 2 --dynamic x=0:batch", "dynamic= has no meaning for a search"),
+        ("compile x.py --mesh tp=2 --print-after no", "Expected one of " + str(NAMES)),
+        ("compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py", "cannot write nowhere/at/all.py: No such file"),
+        ("explain x.py --mesh tp=2 --layout tp", "name the value with --why"),
+        ("calibrate mine.yaml", "mine.yaml: a hardware file is called *.toml"),
+        ("calibrate nowhere/mine.toml", "there is no folder"),
+        ("calibrate mine.toml --processes many", "'many'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert message in said(capsys, *shlex.split(arguments))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])  # the frame that is taken off differs
+def test_a_message_is_the_same_in_every_encoding(encoding: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "shardc.cli", "plan", "x.py", "--mesh", "tp=2", "--memry", "80GB"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert ran.stderr == (
+        "shardc: Unrecognized options: --memry, 80GB\nPerhaps you meant:\n    --memory BYTES\n"
+        "For full helptext, run shardc --help\n"
+    )
+
+
+def test_reading_refuses_with_an_error_of_ours() -> None:
+    with pytest.raises(ShardcError, match="Unrecognized options: --no"):
+        read("run", "x.py", "--mesh", "tp=2", "--no")
+
+
+def test_dynamic_sizes_are_planned_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    asked = ["plan", "examples/mlp.py", "--mesh", "tp=2"]
+    assert main([*asked, "--dynamic", "x=0:batch", "--dynamic", "target=0:batch"]) == 0
+    assert "plan for mesh tp=2" in capsys.readouterr().out
+    assert main([*asked, "--dynamic", "y=0:batch"]) == 2
+    assert "y" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--tyro-print-completion", shell])
+    assert not exit.value.code
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("shardc", "explain", "print-after", "reshard", "on-unknown"))
+
+
+def test_a_plan_is_plain_in_a_pipe_and_coloured_on_a_terminal() -> None:
+    command = [sys.executable, "-m", "shardc.cli", "plan", "examples/mlp.py", "--mesh", "tp=2", "--hardware", "h100"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "200"}
+    environment.pop("NO_COLOR", None)
+    piped = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert "\x1b" not in piped.stdout and piped.stderr in ("", "compiling mlp.py for tp=2 ...\n")
+    master, terminal = pty.openpty()
+    with subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment) as ran:
+        os.close(terminal)
+        shown = b""
+        while piece := _read(master):
+            shown += piece
+    os.close(master)
+    assert ran.returncode == 0 and b"\x1b[36mf32[1024, 256]\x1b[0m" in shown
+
+    def words(text: str) -> list[str]:
+        return re.sub(r"\x1b\[[\d;]*m", "", text).split("compiled in")[0].split()
+
+    assert words(shown.decode()) == words(piped.stdout)
+
+
+def _read(terminal: int) -> bytes:
+    """What comes next; nothing when the other end is closed, which Linux tells as an error."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
