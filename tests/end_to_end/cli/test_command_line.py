@@ -25,7 +25,7 @@ from shardc.options import Options, SearchOptions, ShardOptions, Text, as_keywor
 from shardc.passes.pipeline import NAMES
 from shardc.search import search_mesh
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RENAMED = {"constraints": "--constraint"}
 """Fields whose flag is given once an entry, and is named for one."""
 
