@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ShardcError as error:
         print(f"shardc: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough of it: `shardc plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 @dataclass(frozen=True)

@@ -287,3 +287,9 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:
         return b""
+
+
+def test_whoever_closes_the_pipe_has_seen_enough() -> None:
+    command = f"{sys.executable} -m shardc.cli plan examples/mlp.py --mesh tp=4 | head -1; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.startswith("plan for mesh tp=4") and "Traceback" not in ran.stderr and ran.returncode == 0
