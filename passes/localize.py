@@ -94,7 +94,7 @@ def _operator(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> Non
             arguments[position] = _size(node, op, meaning, split, mesh)
         node.args = tuple(arguments)
     node.target, parts = chosen.runs()
-    node.kwargs = {**node.kwargs, **parts}
+    node.kwargs = {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
         if axes:

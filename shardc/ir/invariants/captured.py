@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.ir.facts import FACTS, Captured
+from shardc.ir.facts import FACTS, Captured, origin_of
 from shardc.ir.invariants.inference import Described, Failure, inferred
-from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant
+from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, quoted
 from shardc.ir.program import Role, value_of
 
 
 @invariant
+def inputs_come_first(checked: Checked) -> Iterator[Broken]:
+    """All placeholders stand before all calls."""
+    for node in checked.nodes[: len(checked.placeholders)]:
+        if node.op != "placeholder":
+            yield Broken(node, "stands before a placeholder")
+
+
+@invariant
 def facts_are_captured(checked: Checked) -> Iterator[Broken]:
-    """Every node but the output has captured facts: a fake value, or several, and where it comes from."""
+    """Every node but the output has captured facts: a fake value, several, or a size, and where it comes from."""
     for node in checked.nodes:
         facts = node.meta.get(FACTS)
         if node.op == "output":
@@ -26,7 +34,7 @@ def facts_are_captured(checked: Checked) -> Iterator[Broken]:
             yield Broken(
                 node, f"has {'no facts' if facts is None else f'facts of another stage, {type(facts).__name__}'}"
             )
-        elif not isinstance(facts.value, (torch.Tensor, tuple, list)):
+        elif not isinstance(facts.value, (torch.Tensor, tuple, list, torch.SymInt)):
             yield Broken(node, f"has the value {facts.value!r}, which is no tensor")
 
 
@@ -39,15 +47,25 @@ def values_are_inferred(checked: Checked) -> Iterator[Broken]:
             source, index = node.args
             made: Any = _known(value_of(source)[index])  # type: ignore[arg-type]
         else:
-            made = inferred(node, lambda operand: _known(value_of(operand)))
+            made = inferred(node, lambda operand: _known(value_of(operand)), checked.device)
         if isinstance(made, Failure):
             yield Broken(node, f"cannot run on its operands: {made.reason}")
-        elif isinstance(made, Described) and made != _known(value):
+        elif isinstance(made, Described) and _known(value) not in (None, made):
             yield Broken(node, f"has the value {_shown(_known(value))}, its operands make {_shown(made)}")
         elif type(made) is tuple:
             for index, (one, other) in enumerate(zip(made, value, strict=False)):
-                if one is not None and other is not None and one != _known(other):
+                if one is not None and _known(other) not in (None, one):
                     yield Broken(node, f"has the value {_shown(_known(other))} at {index}, makes {_shown(one)}")
+
+
+@invariant
+def forward_reads_nothing_of_backward(checked: Checked) -> Iterator[Broken]:
+    """A node of forward reads no node of backward."""
+    for node in checked.calls:
+        if origin_of(node).phase == "forward":
+            late = [operand for operand in checked.operands[node] if origin_of(operand).phase == "backward"]
+            if late:
+                yield Broken(node, f"is of forward, and reads {quoted(late)} of backward")
 
 
 @invariant
@@ -88,14 +106,15 @@ def mutations_pair_with_buffers(checked: Checked) -> Iterator[Broken]:
 
 def _pairs(node: fx.Node, other: fx.Node, what: str) -> Iterator[Broken]:
     one, two = _known(value_of(node)), _known(value_of(other))
-    if one != two:
+    if one is not None and two is not None and one != two:
         yield Broken(node, f"is {_shown(one)}, its {what} %{other.name} is {_shown(two)}")
 
 
 def _known(value: Any) -> Described | None:
-    if not isinstance(value, torch.Tensor):
+    """Shape and dtype of a tensor whose sizes are numbers: to ask for those that are symbols would fix them."""
+    if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
         return None
-    return Described(tuple(int(size) for size in value.shape), value.dtype)
+    return Described(tuple(value.shape), value.dtype)
 
 
 def _shown(value: Described | None) -> str:
@@ -103,6 +122,6 @@ def _shown(value: Described | None) -> str:
 
 
 CAPTURED: tuple[Invariant, ...] = (
-    facts_are_captured, values_are_inferred, tangents_pair_with_outputs, gradients_pair_with_inputs,
-    mutations_pair_with_buffers,
+    inputs_come_first, facts_are_captured, values_are_inferred, forward_reads_nothing_of_backward,
+    tangents_pair_with_outputs, gradients_pair_with_inputs, mutations_pair_with_buffers,
 )  # fmt: skip

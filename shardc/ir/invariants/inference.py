@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -30,13 +31,12 @@ Inferred = Described | tuple["Described | None", ...] | Failure | None
 """One result, several, or that the operator refuses; None where this cannot be told."""
 
 
-def inferred(node: fx.Node, described: Callable[[fx.Node], Described | None]) -> Inferred:
-    """What a call makes, when its operands are as `described`. Calls of one form are inferred once."""
+def inferred(node: fx.Node, described: Callable[[fx.Node], Described | None], device: torch.device) -> Inferred:
+    """What a call makes on a device, when its operands are as `described`. Calls of one form are inferred once."""
     if not isinstance(node.target, OpOverload):
         return None
-    key = _key((node.args, node.kwargs), described)
     try:
-        return _inferred(node.target, key)
+        return _inferred(node.target, _key((node.args, node.kwargs), described), device)
     except TypeError as error:
         if "unhashable" in str(error):
             return None
@@ -58,41 +58,37 @@ def _key(argument: Any, described: Callable[[fx.Node], Described | None]) -> Any
     return "plain", type(argument), argument  # pyright: ignore[reportUnknownVariableType]
 
 
-def _made(key: Any) -> Any:
+def _made(key: Any, device: torch.device) -> Any:
     """The argument of which this is the key, with tensors that have no data."""
     if isinstance(key, Described):
-        return torch.empty(key.shape, dtype=key.dtype, device="meta")
+        return torch.empty(key.shape, dtype=key.dtype, device=device)
     if key is None:
         raise _Unknown
     kind, *items = key
     if kind == "list":
-        return [_made(item) for item in items]
+        return [_made(item, device) for item in items]
     if kind == "dict":
-        return {name: _made(item) for name, item in items}
-    return torch.device("meta") if items[0] is torch.device else items[1]
+        return {name: _made(item, device) for name, item in items}
+    return items[1]
+
+
+@lru_cache(maxsize=1)
+def _mode() -> FakeTensorMode:
+    return FakeTensorMode()
 
 
 @lru_cache(maxsize=1 << 14)
-def _inferred(target: OpOverload, key: Any) -> Inferred:
+def _inferred(target: OpOverload, key: Any, device: torch.device) -> Inferred:
     # a rank's part need not have the strides that a view of the global tensor relies on: generated code reshapes
     function = aten.reshape.default if target is aten.view.default else target
     try:
-        args, kwargs = _made(key)
-        if "device" in kwargs or _makes_from_nothing(key):
-            kwargs["device"] = torch.device("meta")
-        kwargs.pop("pin_memory", None)
-        with torch.no_grad():
+        with torch.no_grad(), _mode():
+            args, kwargs = _made(key, device)
             return _described(function(*args, **kwargs))
-    except (_Unknown, NotImplementedError):
+    except (_Unknown, NotImplementedError, DataDependentOutputException, DynamicOutputShapeException):
         return None
     except Exception as error:
         return Failure(str(error).partition("\n")[0])
-
-
-def _makes_from_nothing(key: Any) -> bool:
-    """Whether a call has no tensor among its operands, and so would make one on the CPU."""
-    return not any(isinstance(item, Described) or (isinstance(item, tuple) and not _makes_from_nothing(item))
-                   for item in key)  # fmt: skip
 
 
 def _described(made: Any) -> Any:

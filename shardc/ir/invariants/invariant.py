@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import fx
 
-from shardc.ir.facts import lowered
+from shardc.ir.facts import FACTS, Captured, lowered
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
-from shardc.ir.program import Port, Program, Role
+from shardc.ir.program import Port, Program, Role, value_of
 
 T = TypeVar("T")
 
@@ -66,6 +67,16 @@ class Checked:
     def operands(self) -> dict[fx.Node, list[fx.Node]]:
         """What every node reads, as often as it reads it, in order."""
         return {node: list(arguments_of((node.args, node.kwargs))) for node in self.nodes}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model was when it was captured."""
+        for node in self.placeholders:
+            facts = node.meta[FACTS]
+            origin = node if isinstance(facts, Captured) else facts.base[0]
+            if isinstance(value_of(origin), torch.Tensor):
+                return value_of(origin).device
+        return torch.device("cpu")
 
     @cached_property
     def inputs(self) -> list[tuple[Port, fx.Node]]:

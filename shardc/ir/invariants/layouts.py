@@ -131,8 +131,6 @@ def conversions_do_what_they_say(checked: Checked) -> Iterator[Broken]:
         wrong = checked.once(key, lambda c=conversion, b=before, a=after: misplaced(c, b, a, checked.mesh))
         if wrong:
             yield Broken(node, wrong)
-        elif lowered(node).base != lowered(conversion.operand).base:
-            yield Broken(node, f"is of another value than its operand %{conversion.operand.name}")
 
 
 @invariant
@@ -147,8 +145,6 @@ def views_lie_as_their_operand(checked: Checked) -> Iterator[Broken]:
             before = checked.layout(operand)
             if before is None or after.partial != before.partial or not _same_atoms(checked, node, before, after):
                 yield Broken(node, f"lies as {after}, its operand %{operand.name} as {before}")
-            elif lowered(node).base != lowered(operand).base:
-                yield Broken(node, f"is of another value than its operand %{operand.name}")
 
 
 def _same_atoms(checked: Checked, node: fx.Node, before: Layout, after: Layout) -> bool:
@@ -215,7 +211,7 @@ def results_lie_as_made(checked: Checked) -> Iterator[Broken]:
         if chosen is None or base is None:
             continue
         made = checked.once(("made", chosen.alike), lambda c=chosen: c.result_layouts(checked.mesh))
-        index = node.args[1] if source is not node else base[1]
+        index: Any = node.args[1] if source is not node else base[1]
         if index not in made or not checked.lies_as(layout, made[index]):
             yield Broken(node, f"lies as {layout}, its strategy makes {made.get(index, 'nothing')}")
 

@@ -27,6 +27,16 @@ def global_shapes_follow(checked: Checked) -> Iterator[Broken]:
 
 
 @invariant
+def conversions_keep_the_value(checked: Checked) -> Iterator[Broken]:
+    """A conversion or view is of the value of the captured program that its operand is of."""
+    for node in checked.calls:
+        if lowered(node).operator is None and node.target is not operator.getitem:
+            (operand,) = checked.operands[node]
+            if lowered(node).base != lowered(operand).base:
+                yield Broken(node, f"is of another value than its operand %{operand.name}")
+
+
+@invariant
 def sizes_are_local(checked: Checked) -> Iterator[Broken]:
     """The sizes that a view or an expansion names are those of the rank's part."""
     for node in checked.calls:
@@ -52,7 +62,7 @@ def _follow(checked: Checked, local: bool) -> Iterator[Broken]:
         return Described(_shape(checked, node, facts.layout, local), facts.dtype)
 
     for node in checked.calls:
-        made = inferred(node, described)
+        made = inferred(node, described, checked.device)
         if isinstance(made, Failure):
             yield Broken(node, f"cannot run on its operands: {made.reason}")
         elif isinstance(made, Described):
@@ -103,7 +113,7 @@ def split_factors_have_their_body(checked: Checked) -> Iterator[Broken]:
                 yield Broken(node, f"is to be told of {parts}, and is told {dict(node.kwargs)}")
 
 
-GLOBAL: tuple[Invariant, ...] = (global_shapes_follow,)
+GLOBAL: tuple[Invariant, ...] = (global_shapes_follow, conversions_keep_the_value)
 LOCAL: tuple[Invariant, ...] = (
     only_what_runs_is_left, sizes_are_local, split_factors_have_their_body, local_shapes_follow,
 )  # fmt: skip

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from shardc.ir.facts import origin_of
-from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, quoted
+from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant
 from shardc.ir.program import Port, Role, ancestors
 
 _GIVEN = frozenset({Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT, Role.TANGENT})
@@ -15,16 +14,13 @@ _MADE = frozenset({Role.OUTPUT, Role.MUTATION, Role.GRADIENT})
 
 
 @invariant
-def inputs_come_first(checked: Checked) -> Iterator[Broken]:
-    """A graph is placeholders, then calls of functions, then one output."""
-    order = {"placeholder": 0, "call_function": 1, "output": 2}
-    last = 0
+def nodes_are_inputs_calls_and_an_output(checked: Checked) -> Iterator[Broken]:
+    """A graph has placeholders, calls of functions, and one output, which comes last."""
     for place, node in enumerate(checked.nodes):
-        if node.op not in order:
-            yield Broken(node, f"a graph has no nodes of the kind {node.op!r}")
-        elif order[node.op] < last or (node.op == "output") != (place == len(checked.nodes) - 1):
+        if node.op not in ("placeholder", "call_function", "output"):
+            yield Broken(node, f"is of the kind {node.op!r}")
+        elif (node.op == "output") != (place == len(checked.nodes) - 1):
             yield Broken(node, f"a node of the kind {node.op!r} cannot stand here")
-        last = order.get(node.op, last)
 
 
 @invariant
@@ -79,23 +75,16 @@ def _ports(
 
 
 @invariant
-def forward_needs_no_backward(checked: Checked) -> Iterator[Broken]:
-    """Nothing that the outputs need reads a tangent, and nothing of forward reads what backward makes."""
-    wanted = [node for port, node in checked.outputs if port.role is not Role.GRADIENT]
-    needed = ancestors(wanted)
+def forward_needs_no_tangents(checked: Checked) -> Iterator[Broken]:
+    """Nothing that outputs and mutations need reads a tangent."""
+    needed = ancestors([node for port, node in checked.outputs if port.role is not Role.GRADIENT])
     for port, node in checked.inputs:
         if port.role is Role.TANGENT and node in needed:
-            yield Broken(
-                next(user for user in node.users if user in needed), f"an output needs the tangent %{node.name}"
-            )
-    for node in checked.calls:
-        if origin_of(node).phase == "forward":
-            late = [operand for operand in checked.operands[node] if origin_of(operand).phase == "backward"]
-            if late:
-                yield Broken(node, f"is of forward, and reads {quoted(late)} of backward")
+            reader = next((user for user in node.users if user in needed), checked.output)
+            yield Broken(reader, f"reads the tangent %{node.name}, and an output needs it")
 
 
 STRUCTURE: tuple[Invariant, ...] = (
-    inputs_come_first, names_are_unique, operands_come_first, inputs_have_ports, outputs_have_ports,
-    forward_needs_no_backward,
+    nodes_are_inputs_calls_and_an_output, names_are_unique, operands_come_first, inputs_have_ports, outputs_have_ports,
+    forward_needs_no_tangents,
 )  # fmt: skip

@@ -59,7 +59,7 @@ class Chosen:
         """Whether it may read just these operands as addends over an axis: they are a linear group, or those that the
         axis makes sums of parts, as it splits a factor of the others."""
         split = {factor for factor, axes in enumerate(self.strategy.split) if axis in axes}
-        parts = {index for index, factors in enumerate(self.shape.addends) if factors & split}
+        parts = frozenset(index for index, factors in enumerate(self.shape.addends) if factors & split)
         return operands in self.shape.linear or operands == parts
 
     def parts(self) -> dict[str, Part]:
