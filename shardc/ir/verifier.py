@@ -32,15 +32,14 @@ VARIABLE = "SHARDC_VERIFY"
 AROUND = 4
 """Lines that are shown before and after the one at which an invariant does not hold."""
 
-_LOWERED = (*STRUCTURE, facts_are_lowered, *LAYOUTS)
-_LOCALIZED = (*_LOWERED, *LOCAL)
-_BUCKETED = (*_LOCALIZED, *BUCKETS)
-_OVERLAPPED = (*_BUCKETED, *OVERLAP)
+_LOWERED = (*STRUCTURE, facts_are_lowered)
+_BUCKETED = (*_LOWERED, *BUCKETS, *LAYOUTS, *LOCAL)
+_OVERLAPPED = (*_LOWERED, *OVERLAP, *BUCKETS, *LAYOUTS, *LOCAL)
 
 STAGES: Mapping[str, tuple[Invariant, ...]] = {
     "captured": (*STRUCTURE, *CAPTURED),
-    "resharded": (*_LOWERED, *GLOBAL),
-    "localized": _LOCALIZED,
+    "resharded": (*_LOWERED, *LAYOUTS, *GLOBAL),
+    "localized": (*_LOWERED, *LAYOUTS, *LOCAL),
     "bucketed": _BUCKETED,
     "overlapped": _OVERLAPPED,
     "generated": (*_OVERLAPPED, *CODE),

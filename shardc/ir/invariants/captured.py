@@ -50,6 +50,8 @@ def values_are_inferred(checked: Checked) -> Iterator[Broken]:
             made = inferred(node, lambda operand: _known(value_of(operand)), checked.device)
         if isinstance(made, Failure):
             yield Broken(node, f"cannot run on its operands: {made.reason}")
+        elif isinstance(made, Described) != isinstance(value, torch.Tensor) and isinstance(made, tuple):
+            yield Broken(node, f"has the value {value}, its operands make {made}")
         elif isinstance(made, Described) and _known(value) not in (None, made):
             yield Broken(node, f"has the value {_shown(_known(value))}, its operands make {_shown(made)}")
         elif type(made) is tuple:

@@ -16,7 +16,7 @@ from shardc.runtime.collectives.collective import AnyCollective, Collective, wai
 from shardc.runtime.collectives.reductions import REDUCTIONS
 
 
-class Conversion(NamedTuple):
+class ConversionCall(NamedTuple):
     """One value in another layout: the collective, alone or in a bucket, its operand, and its keywords."""
 
     collective: AnyCollective
@@ -24,10 +24,10 @@ class Conversion(NamedTuple):
     told: Mapping[str, Any]
 
 
-def conversion_of(node: fx.Node) -> Conversion | None:
+def conversion_of(node: fx.Node) -> ConversionCall | None:
     """The conversion that a node is, or as a piece of a bucket is the result of."""
     if isinstance(node.target, Collective) and not isinstance(node.target, Bucket):
-        return Conversion(node.target, node.args[0], node.kwargs)  # type: ignore[arg-type]
+        return ConversionCall(node.target, node.args[0], node.kwargs)  # type: ignore[arg-type]
     if node.target is operator.getitem:
         source: Any = node.args[0]
         bucket = source.args[0] if source.target is wait else source
@@ -36,15 +36,15 @@ def conversion_of(node: fx.Node) -> Conversion | None:
     return None
 
 
-def _piece(bucket: fx.Node, index: int) -> Conversion:
+def _piece(bucket: fx.Node, index: int) -> ConversionCall:
     joined: Any = bucket.target
     sources: Any = bucket.args[0]
     told = joined.members(bucket.kwargs, len(sources))[index]
     shared = {name: bucket.kwargs[name] for name in ("axis", "op") if name in bucket.kwargs}
-    return Conversion(joined.of, sources[index], {**told, **shared})
+    return ConversionCall(joined.of, sources[index], {**told, **shared})
 
 
-def misplaced(conversion: Conversion, before: Layout, after: Layout, mesh: Mesh) -> str:
+def misplaced(conversion: ConversionCall, before: Layout, after: Layout, mesh: Mesh) -> str:
     """What is wrong with the layouts before and after a conversion; empty where they are right."""
     collective, _, told = conversion
     axis, ways = told["axis"], mesh.sizes.get(told["axis"], 1)
@@ -64,9 +64,14 @@ def misplaced(conversion: Conversion, before: Layout, after: Layout, mesh: Mesh)
     wanted = collective.dims(*dims)
     if any(told.get(name) != dim for name, dim in wanted.items()):
         return f"{shown} is a move along {wanted}, not { ({name: told.get(name) for name in wanted}) }"
+    return missized(conversion, before, after, mesh)
+
+
+def missized(conversion: ConversionCall, before: Layout, after: Layout, mesh: Mesh) -> str:
+    """What is wrong with the shape of the rank's part; empty where it is right."""
     local, made = before.local_shape(mesh), after.local_shape(mesh)
-    gives = collective.shape(local, ways, told)
-    return "" if gives == made else f"{shown}: of a part {list(local)} it makes {list(gives)}, not {list(made)}"
+    gives = conversion.collective.shape(local, mesh.sizes[conversion.told["axis"]], conversion.told)
+    return "" if gives == made else f"of a part {list(local)} it makes {list(gives)}, {after} is {list(made)}"
 
 
 def _step(collective: AnyCollective, axis: str, op: str | None, before: Layout, after: Layout) -> Step:
