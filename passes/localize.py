@@ -25,8 +25,9 @@ from shardc.ir.facts import describe, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import call
 from shardc.planning.compilation import Compilation, compiler_pass
+from shardc.rules.factors.chosen import Chosen, chosen_of
 from shardc.rules.factors.factored import Kind, Op
-from shardc.rules.factors.strategy import Chosen, Strategy, chosen_of, masks
+from shardc.rules.factors.strategy import Strategy, masks
 from shardc.rules.notation import Size
 from shardc.runtime.kernels import indexing
 from shardc.runtime.kernels.parts import Part
@@ -58,7 +59,7 @@ def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             op, strategy = chosen.op, chosen.strategy
             key = op.kind, strategy
             if key not in as_it_is:
-                as_it_is[key] = _is_local(op, strategy, mesh)
+                as_it_is[key] = _is_local(chosen, mesh)
             if not as_it_is[key]:
                 _operator(graph, node, chosen, mesh)
         elif node.target in _SIZED:
@@ -72,9 +73,10 @@ IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.defaul
 """Operators that only speak to the planner; generated code does without them."""
 
 
-def _is_local(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
+def _is_local(chosen: Chosen, mesh: Mesh) -> bool:
     """Whether the arguments of an operator are the same for the global tensors and for a rank's parts."""
-    return not (op.rule.sizes or op.rule.indices or _parts(op, strategy) or _is_uneven(op, strategy, mesh))
+    op, strategy = chosen.op, chosen.strategy
+    return not (op.rule.sizes or op.rule.indices or chosen.parts() or _is_uneven(op, strategy, mesh))
 
 
 def _is_uneven(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
@@ -91,23 +93,12 @@ def _operator(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> Non
         for position, meaning in op.rule.sizes.items():
             arguments[position] = _size(node, op, meaning, split, mesh)
         node.args = tuple(arguments)
-    parts = _parts(op, strategy)
-    if parts:
-        node.target, node.kwargs = op.rule.variant(strategy.variant).body, {**node.kwargs, **parts}  # type: ignore[assignment]
+    node.target, parts = chosen.runs()
+    node.kwargs = {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
         if axes:
             _rebase(graph, node, op, name, axes, mesh)
-
-
-def _parts(op: Op, strategy: Strategy) -> dict[str, Part]:
-    """The parted factors that the strategy splits, as their body gets them."""
-    parts: dict[str, Part] = {}
-    for factor, axes in zip(op.factors, strategy.split, strict=True):
-        if factor.parting is not None and axes:
-            size, window = factor.parting.size, factor.parting.parts is not None
-            parts[factor.name] = Part(axes, size, 1 if window else size // factor.size)
-    return parts
 
 
 def _size(

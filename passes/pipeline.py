@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shardc.ir import verifier
 from shardc.passes.assign import assign
 from shardc.passes.bucket import bucket
 from shardc.passes.capture import capture
@@ -36,7 +37,8 @@ LOWERING = part("reshard", "localize")
 
 
 def run(passes: Sequence[Pass], c: Compilation, snapshots: dict[str, Compilation] | None = None) -> Compilation:
-    """Run passes one after another. `snapshots` gets what each left, by its name."""
+    """Run passes one after another. `snapshots` gets what each left, by its name. Raises VerificationError where one
+    leaves what breaks an invariant, if programs are to be verified (see `shardc.ir.verifier`)."""
     for one in passes:
         start = time.process_time()
         c = one.run(c)
@@ -44,6 +46,21 @@ def run(passes: Sequence[Pass], c: Compilation, snapshots: dict[str, Compilation
             c.lowered.read()  # written here, so that its time counts for the pass that asked for it
         seconds = c.seconds.get(one.name, 0.0) + time.process_time() - start
         c = replace(c, seconds={**c.seconds, one.name: seconds})
+        if verifier.wanted():
+            verified(one.name, c)
         if snapshots is not None:
             snapshots[one.name] = c
     return c
+
+
+def verified(name: str, c: Compilation) -> None:
+    """Check the invariants of what the pass called `name` left."""
+    graph = c.lowered.read() if c.has("lowered") else c.program.graph
+    source = c.code() if c.has("code") else ""
+    verifier.verify(name, _stage_after(name), graph, c.program, c.mesh, source)
+
+
+def _stage_after(name: str) -> str:
+    """The stage at which a pass leaves a program: one that the verifier does not list leaves it where it was."""
+    before = reversed(NAMES[: NAMES.index(name) + 1])
+    return next(verifier.STAGE_AFTER[earlier] for earlier in before if earlier in verifier.STAGE_AFTER)

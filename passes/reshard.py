@@ -34,8 +34,9 @@ from shardc.ir.splits import Splits, Step, apply
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
+from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Form, Kind, Op, Value
-from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make
+from shardc.rules.factors.strategy import Shape, Strategy, demand, make
 
 aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]

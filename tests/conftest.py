@@ -16,6 +16,7 @@ from checks.fuzz import SEED, TIMES
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
+os.environ.setdefault("SHARDC_VERIFY", "1")  # after every pass, also in the processes that tests start
 
 # The tests start many processes. Where no bytecode may be written beside the sources, each would compile all of torch
 # anew, which takes longer than most of the tests; workers, their children and later runs share what was compiled.

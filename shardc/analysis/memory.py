@@ -31,7 +31,8 @@ from shardc.ir.facts import dtype_of, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, Role, where
-from shardc.rules.factors.strategy import chosen_of, workspace
+from shardc.rules.factors.chosen import chosen_of
+from shardc.rules.factors.strategy import workspace
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part

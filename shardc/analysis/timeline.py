@@ -22,8 +22,9 @@ from shardc.cost.conversion import step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition
+from shardc.rules.factors.chosen import Chosen, chosen_of
 from shardc.rules.factors.factored import Kind
-from shardc.rules.factors.strategy import Chosen, Shape, Strategy, chosen_of, sends, work
+from shardc.rules.factors.strategy import Shape, Strategy, sends, work
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, wait
 

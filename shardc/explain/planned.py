@@ -18,7 +18,7 @@ from shardc.ir.program import Role, where
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
-from shardc.rules.factors.strategy import chosen_of
+from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
 
 

@@ -10,7 +10,7 @@ from shardc.analysis.conversions import Conversion
 from shardc.explain.plan import Tried
 from shardc.ir.program import where
 from shardc.planning.cost_network import Assignment, CostNetwork
-from shardc.rules.factors.strategy import chosen_of
+from shardc.rules.factors.chosen import chosen_of
 
 
 def tried(

@@ -8,6 +8,7 @@ Facts are frozen. A pass that learns more gives a node new facts; nobody else's 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -17,7 +18,6 @@ from torch import fx
 
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits
 
 Key = tuple[fx.Node, int]
 """A value of the captured program: the node that makes it, and which of the node's results it is."""
@@ -58,14 +58,27 @@ class Captured:
 
 
 class ChosenStrategy(Protocol):
-    """An operator with its strategy, as invariants ask it (`shardc.rules.factors.strategy.Chosen`)."""
+    """An operator with its strategy, as invariants ask it (`shardc.rules.factors.chosen.Chosen`)."""
 
-    def demanded(self, mesh: Mesh) -> list[Splits]:
-        """Per tensor operand the layout that its base value must have."""
+    @property
+    def alike(self) -> Hashable:
+        """What operators have in common whose answers to all below are the same."""
         ...
 
-    def made(self, mesh: Mesh) -> dict[int, Splits]:
+    def operand_layouts(self, mesh: Mesh) -> Sequence[Layout]:
+        """Per tensor operand the layout that it must have."""
+        ...
+
+    def result_layouts(self, mesh: Mesh) -> Mapping[int, Layout]:
         """Per result the layout that it has."""
+        ...
+
+    def sums(self, axis: str, operands: frozenset[int]) -> bool:
+        """Whether it may read just these operands as addends over an axis."""
+        ...
+
+    def runs(self) -> tuple[Any, Mapping[str, Any]]:
+        """What a rank runs in its place, itself or a body, and the parts that this is told of."""
         ...
 
 

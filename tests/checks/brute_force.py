@@ -27,9 +27,10 @@ from shardc.ir.versions import GraphVersion
 from shardc.passes.codegen import source_of
 from shardc.passes.localize import localized
 from shardc.planning.strategies import OperatorOptions
+from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
-from shardc.rules.factors.strategy import Chosen, Strategy, demand, make, sends, shape_of, split_of
+from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
 
 aten = torch.ops.aten

@@ -30,8 +30,8 @@ from shardc.ir.layout import P, S
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Constant, Port, Program, Role, value_of
 from shardc.planning.constraints import ParameterDemand
+from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.factoring import VIEWS
-from shardc.rules.factors.strategy import chosen_of
 from shardc.runtime import Slot, VirtualMesh, load
 from shardc.runtime.execute.slots import cut, paste
 

@@ -10,12 +10,10 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch import fx
 
-from shardc.ir.facts import FACTS, Lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
@@ -354,27 +352,3 @@ def _splits(shape: Shape, side: Side, strategy: Strategy, partial: dict[str, str
     split = split_of(shape, strategy, side.carried)
     axes = tuple([() if factor is None else split[factor] for factor in side.factors])
     return Splits(axes, tuple([(a, partial[a]) for a in mesh.names if a in partial]) if partial else ())
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """An operator with the strategy that was chosen for it: what `reshard` knows of a node that it writes."""
-
-    op: Op
-    shape: Shape
-    strategy: Strategy
-
-    def demanded(self, mesh: Mesh) -> list[Splits]:
-        """Per tensor operand the layout that its base value must have."""
-        return [demand(self.shape, self.strategy, index, mesh) for index in range(len(self.op.operands))]
-
-    def made(self, mesh: Mesh) -> dict[int, Splits]:
-        """Per result that is read the layout that it has."""
-        results = enumerate(self.op.results)
-        return {result.key[1]: make(self.shape, self.strategy, place, mesh) for place, result in results}
-
-
-def chosen_of(node: fx.Node) -> Chosen | None:
-    """The operator of a lowered node, with its strategy; None for conversions, views and results taken out."""
-    facts = node.meta.get(FACTS)
-    return cast("Chosen | None", facts.operator) if isinstance(facts, Lowered) else None

@@ -1,0 +1,97 @@
+"""Shape inference: what an operator makes of operands of given shapes and dtypes, without their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+aten = torch.ops.aten
+
+
+class Described(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Failure(NamedTuple):
+    """Why an operator cannot run on such operands."""
+
+    reason: str
+
+
+Inferred = Described | tuple["Described | None", ...] | Failure | None
+"""One result, several, or that the operator refuses; None where this cannot be told."""
+
+
+def inferred(node: fx.Node, described: Callable[[fx.Node], Described | None], device: torch.device) -> Inferred:
+    """What a call makes on a device, when its operands are as `described`. Calls of one form are inferred once."""
+    if not isinstance(node.target, OpOverload):
+        return None
+    try:
+        return _inferred(node.target, _key((node.args, node.kwargs), described), device)
+    except TypeError as error:
+        if "unhashable" in str(error):
+            return None
+        raise
+
+
+class _Unknown(Exception):
+    """An operand that nothing is known of."""
+
+
+def _key(argument: Any, described: Callable[[fx.Node], Described | None]) -> Any:
+    """An argument as a key; numbers of different types are different keys."""
+    if isinstance(argument, fx.Node):
+        return described(argument)
+    if isinstance(argument, (list, tuple)):
+        return "list", *(_key(item, described) for item in argument)  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(argument, dict):
+        return "dict", *((name, _key(item, described)) for name, item in argument.items())  # pyright: ignore[reportUnknownVariableType]
+    return "plain", type(argument), argument  # pyright: ignore[reportUnknownVariableType]
+
+
+def _made(key: Any, device: torch.device) -> Any:
+    """The argument of which this is the key, with tensors that have no data."""
+    if isinstance(key, Described):
+        return torch.empty(key.shape, dtype=key.dtype, device=device)
+    if key is None:
+        raise _Unknown
+    kind, *items = key
+    if kind == "list":
+        return [_made(item, device) for item in items]
+    if kind == "dict":
+        return {name: _made(item, device) for name, item in items}
+    return items[1]
+
+
+@lru_cache(maxsize=1)
+def _mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+@lru_cache(maxsize=1 << 14)
+def _inferred(target: OpOverload, key: Any, device: torch.device) -> Inferred:
+    # a rank's part need not have the strides that a view of the global tensor relies on: generated code reshapes
+    function = aten.reshape.default if target is aten.view.default else target
+    try:
+        with torch.no_grad(), _mode():
+            args, kwargs = _made(key, device)
+            return _described(function(*args, **kwargs))
+    except (_Unknown, NotImplementedError, DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    except Exception as error:
+        return Failure(str(error).partition("\n")[0])
+
+
+def _described(made: Any) -> Any:
+    if isinstance(made, torch.Tensor):
+        return Described(tuple(made.shape), made.dtype)
+    return tuple(_described(one) if isinstance(one, torch.Tensor) else None for one in made)
