@@ -25,7 +25,7 @@ from shardc.planning.cost_network import CostNetwork
 from shardc.planning.strategies import Options
 from shardc.rules.factors.factored import Form, Key, Op
 from shardc.rules.factors.factoring import VIEWS, factor
-from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make, shape_of
+from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make, shape_of, split_of
 from shardc.runtime import Part
 
 aten = torch.ops.aten
@@ -73,8 +73,8 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
     def agrees(strategy: Strategy) -> bool:
         pairs = zip(op.operands, operands, strict=True)
         needs = all(
-            _same(operand.value.form, demand(shape, strategy, index, mesh), laid(node), mesh)
-            for index, (operand, node) in enumerate(pairs)
+            _demanded(op, shape, strategy, index, mesh) == laid(node).simplify(mesh)
+            for index, (_, node) in enumerate(pairs)
         )
         return needs and all(
             _same(result.value.form, make(shape, strategy, index, mesh), given.results[result.key[1]][1], mesh)
@@ -87,6 +87,14 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
     fitting = [one for one in strategies if agrees(one) and (body is None or _body(shape, one) is body)]
     lies = ", ".join(str(laid(node).simplify(mesh)) for node in operands)
     return Chosen(op, shape, one_of(op, fitting, mesh, told, f"demands operands that lie as {lies}, and makes this"))
+
+
+def _demanded(op: Op, shape: Shape, strategy: Strategy, index: int, mesh: Mesh) -> Layout:
+    """The layout in which a strategy needs an operand, as it is printed."""
+    split = split_of(shape, strategy, shape.operands[index].carried)
+    axes = [() if factor is None else split[factor] for factor in op.kind.carried[index]]
+    form, base = op.operands[index].value.form, demand(shape, strategy, index, mesh)
+    return form.layout(axes, base.partial).simplify(mesh)
 
 
 def one_of(op: Op, fitting: list[Strategy], mesh: Mesh, told: str, what: str) -> Strategy:
@@ -127,6 +135,10 @@ def _one_operator(given: Operator) -> Program:
 
     def operand(node: fx.Node) -> fx.Node:
         layout, dtype = laid(node), dtype_of(node)
+        if node.target is aten.expand.default:  # an expanded dim is read once, which tells in the costs
+            view = graph.call_function(aten.expand.default, (operand(node.all_input_nodes[0]), list(layout.shape)))
+            describe(view, Captured(torch.empty(layout.shape, dtype=dtype)))
+            return view
         new = graph.placeholder(f"x{len(ports)}")
         ports.append(Port(Role.INPUT, f"input:{len(ports)}", len(ports)))
         describe(new, Captured(torch.empty([atom.size for dim in layout.dims for atom in dim], dtype=dtype)))

@@ -44,7 +44,8 @@ def shown(c: Compilation, after: str) -> str:
         # without what constraints spread: views would show that, beside values that show what was chosen
         bare = replace(c, spread=Compilation.spread)
         return graph(bare, lambda node: (_strategy(c, node),)) + "".join(f"{line}\n" for line in _held(c))
-    return graph(c, lambda _: ())
+    conflicts = c.spread.conflicts if after == "propagate" else []
+    return graph(c, lambda _: ()) + "".join(f"conflict: {text}\n" for text in conflicts)
 
 
 def graph(c: Compilation, beside: Callable[[fx.Node], Cells]) -> str:
