@@ -26,6 +26,7 @@ from shardc.planning.strategies import Options
 from shardc.rules.factors.factored import Form, Key, Op
 from shardc.rules.factors.factoring import VIEWS, factor
 from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make, shape_of, split_of
+from shardc.rules.notation import maker_of, registered
 from shardc.runtime import Part
 
 aten = torch.ops.aten
@@ -106,9 +107,9 @@ def one_of(op: Op, fitting: list[Strategy], mesh: Mesh, told: str, what: str) ->
         several = f"; these do: {', '.join(texts)}" if texts else ""
         raise NoStrategy(f"no strategy {told or 'of ' + name_of(op.node.target)} {what}{several}")
     if len(fitting) > 1 and not told:
-        plain = [one for one, text in zip(fitting, texts, strict=True) if "pass@" not in text]
+        plain = [one for one in fitting if not one.passes]
         if len(plain) != 1:
-            raise NoStrategy(f"several strategies {what.replace('makes', 'make')}; write one of {', '.join(texts)}")
+            raise NoStrategy(f"more than one strategy {what}; write which, behind the type: {' or '.join(texts)}")
         fitting = plain
     return fitting[0]
 
@@ -178,14 +179,32 @@ def _whole(given: Operator, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     target: Any = given.node.target
     if not isinstance(target, torch._ops.OpOverload) and any(isinstance(v, Part) for v in kwargs.values()):
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Part)}
-        packet = getattr(torch.ops.aten, f"_{target.__name__}", None) or getattr(torch.ops.aten, target.__name__, None)
-        if packet is None:
-            raise NoStrategy(f"no operator of torch is called {target.__name__} or _{target.__name__}")
-        target = packet.default
+        target = _operator_of(target, args, kwargs)
     if given.local and not given.node.all_input_nodes or target in VIEWS and target is not aten.permute.default:
         layout = given.results[0][1]
         args = tuple(list(layout.shape) if isinstance(argument, (list, tuple)) else argument for argument in args)
     return target, args, kwargs
+
+
+def _operator_of(body: Any, args: Any, kwargs: Any) -> Any:
+    """The operator of torch one of whose variants runs a body. Their names begin alike: `softmax_gathered` runs in the
+    place of `aten._softmax.default`. Raises NoStrategy."""
+    if maker_of(body) is not None:
+        return body  # a draw is its own
+    given = fx.map_arg((args, kwargs), lambda one: one.meta["facts"].value)
+    for name in registered():
+        space, _, rest = name.partition(".")
+        called, _, overload = rest.partition(".")
+        if space == "aten" and called.strip("_").split("_")[0] == body.__name__.split("_")[0]:
+            target = getattr(getattr(aten, called), overload)
+            maker = maker_of(target)
+            try:
+                rule = maker(*given[0], **given[1]) if maker else None
+            except (TypeError, ValueError, IndexError, AttributeError):
+                continue  # it takes other arguments
+            if rule is not None and any(variant.body is body for variant in rule.variants):
+                return target
+    raise NoStrategy(f"no operator of torch whose name begins as that of {body.__name__} has a variant with this body")
 
 
 # ------------------------------------------------------------------------------------- what `assign` decided, read back

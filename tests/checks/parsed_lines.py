@@ -114,8 +114,11 @@ class Call:
         return made if self.name in shardc.runtime.__all__ and callable(made) else None
 
     def resolve(self, fake: Callable[[fx.Node], Tensor], wanted: Callable[[Any], str]) -> Made | None:
-        """The first overload that takes the arguments and of whose result `wanted` has no complaint; None where no
-        operator of torch has the call's name. `fake` gives the fake tensor of an operand."""
+        """The first overload that takes the arguments and of whose result `wanted` has no complaint; None for a
+        function of the runtime. `fake` gives the fake tensor of an operand."""
+        known = {argument.name for overload in _overloads(self.name) for argument in overload._schema.arguments}
+        if not self.kwargs.keys() <= known and self.function() is not None:
+            return None  # `softmax(%x, 1, False, s=Part(...))` has a namesake in torch
         reasons: list[str] = []
         args, kwargs = fx.map_arg((self.args, self.kwargs), fake)
         for overload in _overloads(self.name):

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from checks.parsed_layouts import strategy_text
@@ -26,7 +27,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
 from shardc.rules.factors.atoms import Ref
 from shardc.rules.factors.factored import Factored, Key, Op, Value
-from shardc.rules.factors.strategy import make
+from shardc.rules.factors.strategy import chosen_of, make
 from shardc.runtime.collectives.bucket import Bucket
 
 Cells = tuple[str, ...]
@@ -45,7 +46,8 @@ def shown(c: Compilation, after: str) -> str:
         bare = replace(c, spread=Compilation.spread)
         return graph(bare, lambda node: (_strategy(c, node),)) + "".join(f"{line}\n" for line in _held(c))
     conflicts = c.spread.conflicts if after == "propagate" else []
-    return graph(c, lambda _: ()) + "".join(f"conflict: {text}\n" for text in conflicts)
+    beside = (lambda node: (_variant(c, node),)) if c.has("lowered") else (lambda _: ())
+    return graph(c, beside) + "".join(f"conflict: {text}\n" for text in conflicts)
 
 
 def graph(c: Compilation, beside: Callable[[fx.Node], Cells]) -> str:
@@ -145,6 +147,14 @@ def _strategy(c: Compilation, node: fx.Node) -> str:
     if op is None or node.op == "placeholder":
         return ""
     return strategy_text(op, c.assignment.strategies[node], c.mesh)
+
+
+def _variant(c: Compilation, node: fx.Node) -> str:
+    """The strategy of a lowered operator, where its layouts do not tell: until its body is written, the variant."""
+    chosen = chosen_of(node)
+    if chosen is None or not chosen.strategy.variant or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    return strategy_text(chosen.op, chosen.strategy._replace(again=False), c.mesh)
 
 
 def _held(c: Compilation) -> Iterator[str]:
