@@ -16,38 +16,41 @@ The folder of a file names its pass. `before` is
     capture                    Python, which sets `model` and `inputs`
     normalize ... assign       the captured program
     reshard                    the captured program with the layouts and strategies that `assign` chose, and after it
-                               `shared %w as f32[8, 4]`, `output 0 as f32[4@dp, 8]`, `kept %x as f32[4@tp, 8]`
+                               `shared %w as f32[8, 4]` (as it was made, without), `output 0 as f32[4@dp, 8]` (whole),
+                               under a memory bound `kept %x as f32[4@tp, 8]` or `again %x as ...`: what backward finds
     localize                   the lowered graph, with global sizes
-    schedule ... codegen       the same with local sizes; after it, for bucket, `buckets of at most 4096 B`, for overlap,
-                               `order` and the nodes in their order, `wait %r` where %r is awaited
+    schedule ... codegen       the same with local sizes; after it, for bucket, `buckets of at most 4096 B`, and for
+                               overlap `order` with the nodes in their order, `wait %r` where %r is awaited
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import shardc
 from checks.parsed_graphs import by_name, captured_program, lowered_graph, typed
 from checks.parsed_layouts import NoStrategy, made_splits, printed_splits, printed_strategy
 from checks.parsed_lines import Assigned, Line, assigned
-from checks.shown import shown
+from checks.shown import graph_of, shown
 from shardc.analysis.memory import Memory
 from shardc.analysis.timeline import Order
 from shardc.cost.hardware import Hardware, hardware
 from shardc.cost.memory import bytes_of
 from shardc.errors import LayoutError
-from shardc.ir.layout import Layout, parse_typed
+from shardc.ir.layout import parse_typed
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Program, Role, value_of
+from shardc.ir.splits import Splits
 from shardc.ir.versions import GraphVersion
 from shardc.options import Options
 from shardc.passes.factor import factor
@@ -57,10 +60,10 @@ from shardc.planning.compilation import Compilation, Schedule
 from shardc.planning.constraints import parameter_demands
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.run_order import RunOrder
-from shardc.rules.factors.factored import Key
+from shardc.rules.factors.factored import Key, Op
 
 _LINK, _DEVICE = ("latency", "bandwidth", "overlap", "stall"), ("launch", "memory_bandwidth", "start", "memory")
-_CHOSEN = re.compile(r"(shared|kept|regathered) %(\w+)(?:\[(\d+)\])? as (.+)|output (\d+) as (.+)|kept nothing")
+_CHOSEN = re.compile(r"(shared|kept|again|regathered|output) (?:(\d+)|%(\w+)(?:\[(\d+)\])?) as (.+)")
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,14 @@ class Case:
     def run(self) -> str:
         """The text of the file as it is to be: `before` in straight columns, `after` what the pass makes of it."""
         c = compilation(self)
-        previous = NAMES[NAMES.index(self.name) - 1] if self.name != "capture" else ""
-        graph = "\n".join(line.text for line in self.before) if self.name == "capture" else shown(c, _like(previous))
+        if self.name == "capture":
+            graph = "\n".join(line.text for line in self.before)
+        else:
+            graph = shown(c, graph_of(self.name))
         extra = [line.text for line in _divided(self)[1]] if self.name in ("bucket", "overlap") else []
         before = "\n".join([graph.rstrip(), *([""] if extra else []), *extra])
         after = shown(PIPELINE[NAMES.index(self.name)].run(c), self.name)
         return f"{self.head.rstrip()}\n\nbefore\n{before}\n\nafter\n{after.rstrip()}\n"
-
-
-def _like(previous: str) -> str:
-    """What a graph is shown as before a pass: the decision of `schedule` stands after it, as it was written."""
-    return {"schedule": "localize", "propagate": "propagate"}.get(previous, previous)
 
 
 def read(path: Path) -> Case:
@@ -207,67 +207,62 @@ def _model_of(program: Program) -> nn.Module:
 def _assigned(c: Compilation, graph: Sequence[Line], rest: Sequence[Line]) -> Compilation:
     """The compilation with the choice that the graph and the lines after it tell."""
     network = CostNetwork(c.factored, c.mesh, c.options.device, {}, c.options.outputs == "full")
-    cells = {one.name: one for line in graph if line.text.startswith("%") for one in (assigned(line),)}
-    strategies, made = dict[Any, Any](), dict[Key, Any]()
+    network.build()
+    assignment = network.assignment([0] * len(network.variables))  # whose every choice is replaced
+    cells = {one.name: one for one in map(assigned, (line for line in graph if line.text.startswith("%")))}
+    made = dict[Key, Splits]()
     for op in c.factored.ops:
         given = cells[op.node.name]
-        layout = typed(given)[1] if given.type.partition("[")[0].isalnum() and "[" in given.type else None
+        lines = {0: given} if given.type and not given.type.startswith("{") else _taken_out(op, cells)
         told = next((cell for cell in (given.type, *given.more) if cell.startswith("{")), "")
         try:
-            strategies[op.node] = printed_strategy(network, op, layout, told)
+            chosen = printed_strategy(network, op, {index: typed(one)[1] for index, one in lines.items()}, told)
         except NoStrategy as error:
             given.line.refuse(str(error))
-        made |= made_splits(network, op, strategies[op.node])
-    users = network._users()
-    shares = {key: splits for key, splits in made.items() if users[key] > 1 and _is_shared(c.program, key)}
-    outputs = {
-        index: printed_splits(network, c.factored.values[node].key, Layout.whole(_shape_of(c, node)))
-        for index, (port, node) in enumerate(zip(c.program.outputs, c.program.results, strict=True))
-        if node is not None and port.role is not Role.GRADIENT
-    }
-    shapes = {op.node: network.options_of(op).shape for op in c.factored.ops}
-    assignment = Assignment(strategies, shapes, shares, outputs)
+        assignment.strategies[op.node] = chosen
+        made |= made_splits(network, op, chosen)
+    assignment.shares |= {key: made[key] for key in assignment.shares}
+    for index in assignment.outputs:
+        key = _output_key(c, index)
+        assignment.outputs[index] = Splits(((),) * len(c.factored.sizes(key)))
     for line in rest:
         _told(c, network, assignment, line)
     return replace(c, network=network, assignment=assignment)
 
 
-def _is_shared(program: Program, key: Key) -> bool:
-    """Inputs and buffers are converted for each reader."""
-    ports = dict(zip(program.placeholders, program.inputs, strict=True))
-    return key[0] not in ports or ports[key[0]].role is Role.PARAMETER
+def _taken_out(op: Op, cells: Mapping[str, Assigned]) -> dict[int, Assigned]:
+    """The lines that take out the results of an operator that has several."""
+    users = [user for user in op.node.users if user.target is operator.getitem]
+    return {int(cast(int, user.args[1])): cells[user.name] for user in users}
 
 
-def _shape_of(c: Compilation, node: Any) -> tuple[int, ...]:
-    """The shape of the base value of an output."""
-    producer, index = c.factored.values[node].key
-    value = value_of(producer)
-    return tuple((value[index] if isinstance(value, (tuple, list)) else value).shape)
+def _output_key(c: Compilation, index: int) -> Key:
+    node = c.program.results[index]
+    assert node is not None
+    return c.factored.values[node].key
 
 
 def _told(c: Compilation, network: CostNetwork, assignment: Assignment, line: Line) -> None:
-    """One line after the graph: a share, an output, a value that is kept for backward."""
+    """One line after the graph: a share, an output, a value that backward finds kept or made again."""
     match = _CHOSEN.fullmatch(line.text)
     if match is None:
-        line.refuse("write `shared %w as f32[8, 4]`, `output 0 as ...`, `kept %x as ...`, `regathered %x as ...`")
-    word, name, index, layout, output, of_output = match.groups()
-    if "kept" in line.text:
+        line.refuse("write `shared %w as f32[8, 4]`, `output 0 as ...`, `kept %x as ...`, `again %x as ...`")
+    word, output, name, index, layout = match.groups()
+    if word not in ("output", "shared"):
         assignment.forward = frozenset(RunOrder(c.factored).forward)
-    nodes = by_name(c.program.version)
-    if output is None and word is None:
-        return
-    node = c.program.results[int(output)] if output is not None else nodes.get(name)
-    if node is None:
-        line.refuse(f"there is no {f'output {output}' if output is not None else f'%{name}'}")
-    key = (node, int(index or 0)) if output is None else c.factored.values[node].key
+    node = by_name(c.program.version).get(name)
+    if node is None if output is None else int(output) not in assignment.outputs:
+        line.refuse(f"there is no {f'%{name}' if output is None else f'output {output}'}")
+    key = _output_key(c, int(output)) if output is not None else (cast(fx.Node, node), int(index or 0))
     try:
-        splits = printed_splits(network, key, parse_typed(layout or of_output)[1])
+        splits = printed_splits(network, key, parse_typed(layout)[1])
     except (NoStrategy, LayoutError) as error:
         line.refuse(str(error))
     if output is not None:
         assignment.outputs[int(output)] = splits
     else:
-        {"shared": assignment.shares, "kept": assignment.kept, "regathered": assignment.regathered}[word][key] = splits
+        held = {"shared": assignment.shares, "regathered": assignment.regathered}
+        held.get(word, assignment.kept)[key] = splits
 
 
 # ------------------------------------------------------------------------------------------------------------ lowered
@@ -282,16 +277,18 @@ def _lowered(
         return c
     most, apart, order = math.inf, False, list[tuple[Any, bool]]()
     nodes = by_name(version)
+    below = ""  # the line below which the others stand
     for line in rest:
         size = re.fullmatch(r"buckets of (any size|at most (.+?))(, apart.*)?", line.text)
         if size is not None:
             most, apart = bytes_of(size[2]) if size[2] else math.inf, size[3] is not None
         elif line.text == "no buckets":
             most = 0.0
-        elif line.text.startswith("  "):
-            order += _order(line, nodes)
-        elif line.text != "order":
-            line.refuse("write `buckets of at most 4096 B`, or `order` and below it `%a, %b, wait %a`")
+        elif line.text.startswith("  ") and below == "order":
+            order += _order(line, nodes) if case.name == "overlap" else []  # it names buckets, which there are not yet
+        elif not re.match(r"order$|  .* joins |memory |time ", line.text):
+            line.refuse("write `buckets of at most 4096 B`, or `order` and below it `  %a, %b, wait %a`")
+        below = below if line.text.startswith("  ") else line.text
     # what `bucket` and `overlap` do not read of a schedule is left out
     other = GraphVersion.of(version.read())
     schedule = Schedule(other, other, most, apart, cast(Order, order), cast(Memory, None), 0.0, 0.0)
@@ -306,6 +303,3 @@ def _order(line: Line, nodes: Any) -> Order:
             line.refuse(f"{item}: the graph has no %{name}")
         found.append((nodes[name], item.startswith("wait ")))
     return found
-
-
-__all__ = ["Assigned", "Case", "compilation", "read"]

@@ -263,7 +263,9 @@ class _LoweredGraph(_Graph):
             ways = self.mesh.sizes[str(call.kwargs["axis"])]
             made = tuple(function.shape(before, ways, call.kwargs))
             if made != after:
-                call.line.refuse(f"{function.name} makes {list(made)} a rank of {list(before)}, printed is {list(after)}")
+                call.line.refuse(
+                    f"{function.name} makes {list(made)} a rank of {list(before)}, printed is {list(after)}"
+                )
 
     def _choose(self, given: Assigned, node: fx.Node) -> None:
         users = [user for user in node.users if user.target is operator.getitem]

@@ -106,8 +106,9 @@ def one_of(op: Op, fitting: list[Strategy], mesh: Mesh, told: str, what: str) ->
     if not fitting:
         several = f"; these do: {', '.join(texts)}" if texts else ""
         raise NoStrategy(f"no strategy {told or 'of ' + name_of(op.node.target)} {what}{several}")
-    if len(fitting) > 1 and not told:
-        plain = [one for one in fitting if not one.passes]
+    if len(fitting) > 1 and not told:  # whole on every rank, or passing nothing on, is what is meant without a word
+        plain = [one for one, text in zip(fitting, texts, strict=True) if not text]
+        plain = plain or [one for one in fitting if not one.passes]
         if len(plain) != 1:
             raise NoStrategy(f"more than one strategy {what}; write which, behind the type: {' or '.join(texts)}")
         fitting = plain
@@ -180,7 +181,8 @@ def _whole(given: Operator, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     if not isinstance(target, torch._ops.OpOverload) and any(isinstance(v, Part) for v in kwargs.values()):
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Part)}
         target = _operator_of(target, args, kwargs)
-    if given.local and not given.node.all_input_nodes or target in VIEWS and target is not aten.permute.default:
+    made = given.local and not given.node.all_input_nodes
+    if made or (target in VIEWS and target is not aten.permute.default):
         layout = given.results[0][1]
         args = tuple(list(layout.shape) if isinstance(argument, (list, tuple)) else argument for argument in args)
     return target, args, kwargs
@@ -210,20 +212,23 @@ def _operator_of(body: Any, args: Any, kwargs: Any) -> Any:
 # ------------------------------------------------------------------------------------- what `assign` decided, read back
 
 
-def printed_strategy(network: CostNetwork, op: Op, layout: Layout | None, told: str) -> Strategy:
-    """The strategy of an operator whose first result lies as printed. Raises NoStrategy."""
+def printed_strategy(network: CostNetwork, op: Op, layouts: Mapping[int, Layout], told: str) -> Strategy:
+    """The strategy of an operator whose results lie as printed. Raises NoStrategy."""
     mesh, options = network.mesh, network.options_of(op)
-    again = "again" in told.strip("{}").split()
-    named = told.replace(" again", "").replace("{again}", "")
-    fitting = [
-        one
-        for one in options.strategies
-        if layout is None
-        or not op.results
-        or _same(op.results[0].value.form, make(options.shape, one, 0, mesh), layout, mesh)
-    ]
-    strategy = one_of(op, fitting, mesh, named, f"makes {layout}" if layout else "is told")
-    return strategy._replace(again=again)
+    words = told.strip("{}").split()
+    named = " ".join(word for word in words if word != "again")
+
+    def agrees(strategy: Strategy) -> bool:
+        return all(
+            _same(result.value.form, make(options.shape, strategy, index, mesh), layouts[result.key[1]], mesh)
+            for index, result in enumerate(op.results)
+            if result.key[1] in layouts
+        )
+
+    printed = ", ".join(map(str, layouts.values()))
+    fitting = [one for one in options.strategies if agrees(one)]
+    strategy = one_of(op, fitting, mesh, f"{{{named}}}" if named else "", f"makes {printed}")
+    return strategy._replace(again="again" in words)
 
 
 def printed_splits(network: CostNetwork, key: Key, layout: Layout) -> Splits:
@@ -239,4 +244,3 @@ def made_splits(network: CostNetwork, op: Op, strategy: Strategy) -> dict[Key, S
     """The layouts of an operator's results."""
     shape = network.options_of(op).shape
     return {result.key: make(shape, strategy, index, network.mesh) for index, result in enumerate(op.results)}
-

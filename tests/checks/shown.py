@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from shardc.ir.printing import columns, in_bytes, in_seconds
 from shardc.ir.program import Port, Role
 from shardc.ir.splits import Splits
 from shardc.ir.versions import Line
+from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
 from shardc.rules.factors.atoms import Ref
@@ -31,10 +32,12 @@ from shardc.rules.factors.strategy import chosen_of, make
 from shardc.runtime.collectives.bucket import Bucket
 
 Cells = tuple[str, ...]
+WAIT = "wait\u00a0"
+"""Between `wait` and its value no line ends: `textwrap` breaks at plain blanks only."""
 
 
 def shown(c: Compilation, after: str) -> str:
-    """What a case shows of a compilation once the pass `after` has run (or before it has, for the pass that follows)."""
+    """What a case shows of a compilation once the pass `after` has run: its `after`, and the next pass's `before`."""
     if c.has("code"):
         return c.code()
     if after == "schedule":
@@ -48,6 +51,21 @@ def shown(c: Compilation, after: str) -> str:
     conflicts = c.spread.conflicts if after == "propagate" else []
     beside = (lambda node: (_variant(c, node),)) if c.has("lowered") else (lambda _: ())
     return graph(c, beside) + "".join(f"conflict: {text}\n" for text in conflicts)
+
+
+def before(snapshots: Mapping[str, Compilation], name: str) -> str:
+    """What a case shows before the pass `name` of a compilation whose passes left `snapshots`."""
+    previous = NAMES[NAMES.index(name) - 1]
+    text = shown(snapshots[previous], graph_of(name))
+    if name in ("bucket", "overlap"):
+        text += f"\n{decision(snapshots['schedule'])}"
+    return text
+
+
+def graph_of(name: str) -> str:
+    """The pass as after which the graph is shown that the pass `name` is given: `schedule` changes none."""
+    previous = NAMES[NAMES.index(name) - 1]
+    return "localize" if previous == "schedule" else previous
 
 
 def graph(c: Compilation, beside: Callable[[fx.Node], Cells]) -> str:
@@ -158,22 +176,24 @@ def _variant(c: Compilation, node: fx.Node) -> str:
 
 
 def _held(c: Compilation) -> Iterator[str]:
-    """What else was chosen: `shared %w as f32[8, 4]`, where it is not as it was made; outputs that are not whole; what
-    is kept for backward."""
-    assignment, made = c.assignment, _made(c, c.assignment)
-    for word, chosen in (
-        ("shared", assignment.shares), ("kept", assignment.kept), ("regathered", assignment.regathered),
-    ):  # fmt: skip
-        for key, splits in chosen.items():
-            if word != "shared" or splits != made[key]:
-                yield f"{word} %{key[0].name}{f'[{key[1]}]' if key[1] else ''} as {_layout(c, key, splits)}"
-    for index, splits in assignment.outputs.items():
-        if any(splits.axes):
-            node = c.program.results[index]
-            assert node is not None
+    """What else was chosen: values that are shared in another layout than they were made in, outputs that are not
+    whole, and what backward finds of forward's values: kept, or made again."""
+    chosen, made = c.assignment, _made(c, c.assignment)
+    for key, splits in chosen.shares.items():
+        if splits != made[key]:
+            yield f"shared {_value(key)} as {_layout(c, key, splits)}"
+    for key, splits in chosen.kept.items():
+        yield f"{'again' if chosen.strategies[key[0]].again else 'kept'} {_value(key)} as {_layout(c, key, splits)}"
+    for key, splits in chosen.regathered.items():
+        yield f"regathered {_value(key)} as {_layout(c, key, splits)}"
+    for index, splits in chosen.outputs.items():
+        node = c.program.results[index]
+        if any(splits.axes) and node is not None:
             yield f"output {index} as {_layout(c, c.factored.values[node].key, splits)}"
-    if assignment.forward is not None and not assignment.kept:
-        yield "kept nothing"
+
+
+def _value(key: Key) -> str:
+    return f"%{key[0].name}[{key[1]}]" if key[1] else f"%{key[0].name}"
 
 
 def _made(c: Compilation, assignment: Assignment) -> dict[Key, Splits]:
@@ -204,10 +224,10 @@ def decision(c: Compilation) -> str:
     for bucket in buckets:
         names = ", ".join(f"%{user.name}" for user in bucket.node.users)
         lines.append(f"  %{bucket.node.name} joins {names}")
-    order = ", ".join(f"{'wait ' if awaited else ''}%{node.name}" for node, awaited in chosen.order)
+    order = ", ".join(f"{WAIT if awaited else ''}%{node.name}" for node, awaited in chosen.order)
     wrapped = textwrap.wrap(order, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    wrapped = [line.replace(WAIT, "wait ") for line in wrapped]
     return "\n".join([
         *lines, "order", *wrapped, f"memory {in_bytes(chosen.memory.peak)}, most of it in {chosen.memory.half}",
-        f"time {in_seconds(chosen.seconds)}, beside {in_seconds(max(chosen.hidden, 0.0))} of collectives that are hidden",
+        f"time {in_seconds(chosen.seconds)}, and {in_seconds(max(chosen.hidden, 0.0))} of collectives hidden in it",
     ]) + "\n"  # fmt: skip
-
