@@ -201,9 +201,6 @@ def _model_of(program: Program) -> nn.Module:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ reshard
-
-
 def _assigned(c: Compilation, graph: Sequence[Line], rest: Sequence[Line]) -> Compilation:
     """The compilation with the choice that the graph and the lines after it tell."""
     network = CostNetwork(c.factored, c.mesh, c.options.device, {}, c.options.outputs == "full")
@@ -263,9 +260,6 @@ def _told(c: Compilation, network: CostNetwork, assignment: Assignment, line: Li
     else:
         held = {"shared": assignment.shares, "regathered": assignment.regathered}
         held.get(word, assignment.kept)[key] = splits
-
-
-# ------------------------------------------------------------------------------------------------------------ lowered
 
 
 def _lowered(

@@ -30,11 +30,11 @@ from shardc.ir.layout import SHORT_DTYPES, Layout, parse_typed
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role
 from shardc.ir.versions import GraphVersion
+from shardc.rules.factors.factoring import VIEWS
 from shardc.runtime import wait
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Collective
 
-aten = torch.ops.aten
 ROLES = (Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT, Role.TANGENT)
 
 
@@ -130,9 +130,6 @@ def brief(value: Any) -> str:
     return f"{SHORT_DTYPES[value.dtype]}{[int(n) for n in value.shape]}"
 
 
-# ------------------------------------------------------------------------------------------------ captured programs
-
-
 class _CapturedGraph(_Graph):
     def _assigned(self, given: Assigned) -> None:
         placed = self.placeholder(given)
@@ -175,9 +172,6 @@ def captured_program(lines: Sequence[Line]) -> Program:
     reader = _CapturedGraph()
     reader.read(lines)
     return reader.program(reader.graph)
-
-
-# -------------------------------------------------------------------------------------------------- lowered graphs
 
 
 class _LoweredGraph(_Graph):
@@ -238,7 +232,7 @@ class _LoweredGraph(_Graph):
         if target is None:
             call.line.refuse(f"neither torch nor the runtime has anything called {call.name}")
         node = self.create(given, target, call.args, kwargs)
-        helper = made is None and not any(isinstance(a, (list, tuple)) for a in call.args) and call.name in HELPERS
+        helper = made is None and call.name in HELPERS
         if made is None or self._on_padded(call):
             self.padded.add(node)
         first = node.all_input_nodes[0] if node.all_input_nodes else None
@@ -281,10 +275,6 @@ class _LoweredGraph(_Graph):
             describe(node, replace(lowered(node), operator=chosen, base=None if not given.type else (node, 0)))
 
 
-VIEWS = {
-    aten.view.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.alias.default,
-}  # fmt: skip
 HELPERS = {"rebase", "pad_dummy", "drop_dummy", "fill"}
 """What `localize` puts before and after operators."""
 

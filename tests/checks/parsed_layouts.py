@@ -209,9 +209,6 @@ def _operator_of(body: Any, args: Any, kwargs: Any) -> Any:
     raise NoStrategy(f"no operator of torch whose name begins as that of {body.__name__} has a variant with this body")
 
 
-# ------------------------------------------------------------------------------------- what `assign` decided, read back
-
-
 def printed_strategy(network: CostNetwork, op: Op, layouts: Mapping[int, Layout], told: str) -> Strategy:
     """The strategy of an operator whose results lie as printed. Raises NoStrategy."""
     mesh, options = network.mesh, network.options_of(op)

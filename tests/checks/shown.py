@@ -111,9 +111,6 @@ def _return(c: Compilation, line: Line) -> str:
     return f"return [{', '.join(one(*pair) for pair in zip(c.program.outputs, line.args[0], strict=True))}]"
 
 
-# ------------------------------------------------------------------------------------------------------------- factor
-
-
 class _Atoms:
     """`[a32, (b4 c8)]  m=a n=(b c)`: a value's dims in atoms, each called by a letter, and an operator's factors."""
 
@@ -155,9 +152,6 @@ class _Atoms:
 
 def _letter(number: int) -> str:
     return chr(ord("a") + number % 26) + (str(number // 26) if number >= 26 else "")
-
-
-# ------------------------------------------------------------------------------------------------------------- assign
 
 
 def _strategy(c: Compilation, node: fx.Node) -> str:
@@ -209,9 +203,6 @@ def _layout(c: Compilation, key: Key, splits: Splits) -> str:
     tensor = value[key[1]] if isinstance(value, (tuple, list)) else value
     layout: Layout = c.factored.base[key].form.layout_on(splits.axes, splits.partial).simplify(c.mesh)
     return describe(tensor, layout)
-
-
-# ----------------------------------------------------------------------------------------------------------- schedule
 
 
 def decision(c: Compilation) -> str:
