@@ -3,6 +3,9 @@
 A strategy is written `{m@dp k@tp}`: axis `dp` splits factor m, `tp` splits k. `{pass@tp}` lets partial sums over `tp`
 pass, `{s@tp by all_gather}` names the variant, `{m@dp again}` runs once more in backward. Where several strategies make
 the printed layouts, the line must say which.
+
+The operators of a lowered graph are looked at one by one, and their dims have the atoms that the printed layouts tell:
+`64@tp` is one, though views of the program may have cut it into 4 x 16.
 """
 
 from __future__ import annotations
