@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from checks.verifying import Left, assert_breaks, left, message_of
+from checks.verifying import Left, assert_breaks, left
 from shardc.ir.facts import FACTS, Captured, describe, lowered
 from shardc.ir.invariants import layouts, order, shapes, structure
 from shardc.ir.layout import Layout
@@ -365,38 +365,3 @@ def test_backward_before_the_end_of_forward(overlap: Left) -> None:
     overlap.node("tanh").append(early)
     said = "is of backward, and stands before %div of forward"
     assert_breaks(overlap, order.halves_run_one_after_the_other, early, said)
-
-
-def generated() -> tuple[Left, list[str]]:
-    code = left("mlp", "codegen")
-    return code, code.source.splitlines()
-
-
-def test_a_name_that_is_read_after_it_is_deleted() -> None:
-    code, lines = generated()
-    place = next(place for place, line in enumerate(lines) if line.startswith("    relu = "))
-    lines.insert(place, "    del mm")
-    code.source = "\n".join(lines)
-    shown = message_of(code, order.names_are_read_while_they_live)
-    at = shown.index("    ^ reads mm, which is not there")
-    assert shown[at - 2 : at] == ["        del mm", f"    {lines[place + 1]}"]
-
-
-def test_a_name_that_is_deleted_twice() -> None:
-    code, lines = generated()
-    place = next(place for place, line in enumerate(lines) if line.startswith("    del "))
-    lines.insert(place, lines[place])
-    code.source = "\n".join(lines)
-    assert any("^ deletes " in line for line in message_of(code, order.names_are_read_while_they_live))
-
-
-def test_a_name_that_is_read_before_it_is_there() -> None:
-    code, lines = generated()
-    product, reader = (
-        next(place for place, line in enumerate(lines) if line.startswith(f"    {name} = ")) for name in ("mm", "relu")
-    )
-    lines.insert(product, lines.pop(reader))
-    code.source = "\n".join(lines)
-    assert any(
-        "^ reads mm, which is not there" in line for line in message_of(code, order.names_are_read_while_they_live)
-    )
