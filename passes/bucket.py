@@ -49,8 +49,11 @@ Places = dict[fx.Node, tuple[int, ...]]
 
 
 class Joined(NamedTuple):
-    """The bytes of the largest bucket, 0 where there was nothing to join; the halves as they are now; and at most how
-    many seconds backward might hide of what follows the members of buckets, if these did not wait for each other."""
+    """What was joined: the bytes of the largest bucket, 0 where there is none; forward and backward as they are now.
+
+    `held` is at most how many seconds backward might hide of what follows the members of buckets, if these did not
+    wait for each other.
+    """
 
     largest: int
     run: Partition

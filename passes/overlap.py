@@ -301,7 +301,7 @@ def _worthwhile(order: Order, times: Times) -> Order:
 
 
 def _rewritten(graph: fx.Graph, order: Order) -> fx.Graph:
-    """The nodes of both halves in order, one after the other, with the waits; written in place."""
+    """The nodes of forward, then of backward, in order, with the waits; written in place."""
     ran = {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
     here = next(node for node in graph.nodes if node.op != "placeholder")

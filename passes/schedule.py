@@ -70,8 +70,8 @@ class _Scheduler:
         memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.options.states)
         beneath = sum([times.compute[node] for node in run.backward])
         for what in ways:
-            halves = in_order(run) if what == "nothing" else ordered(run, ready, times, fetch=what == "all")
-            memory, order = memories.memory(*halves), [*halves[0], *halves[1]]
+            orders = in_order(run) if what == "nothing" else ordered(run, ready, times, fetch=what == "all")
+            memory, order = memories.memory(*orders), [*orders[0], *orders[1]]
             self.least = min(self.least, memory.peak)
             if memory.peak <= self.budget:
                 chosen = Schedule(c.lowered, version, most, apart, order, memory, *timed(order, times))

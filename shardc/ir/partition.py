@@ -16,7 +16,7 @@ from shardc.ir.program import Program, Role, ancestors, forward_part
 
 @dataclass(frozen=True)
 class Partition:
-    """`given` are the placeholders but the tangents; `outputs` and `gradients` what the halves return, None where there
+    """`given` are the placeholders but the tangents; `outputs` and `gradients` what they return, None where there
     is nothing."""
 
     given: list[fx.Node]
@@ -29,7 +29,7 @@ class Partition:
 
     @cached_property
     def operands(self) -> dict[fx.Node, list[fx.Node]]:
-        """What each node of both halves reads; fx makes a new list whenever it is asked."""
+        """What each node of forward and backward reads; fx makes a new list whenever it is asked."""
         return {node: node.all_input_nodes for half in (self.forward, self.backward) for node in half}
 
 

@@ -95,7 +95,7 @@ class Checked:
         return {port.name: node for port, node in self.inputs if port.role in named}
 
     @cached_property
-    def halves(self) -> Partition:
+    def forward_and_backward(self) -> Partition:
         """Forward and backward of a lowered program."""
         return partition(self.graph, self.program)
 

@@ -236,16 +236,16 @@ def gradients_lie_as_parameters(checked: Checked) -> Iterator[Broken]:
 def backward_finds_what_it_reads(checked: Checked) -> Iterator[Broken]:
     """Backward reads what it makes, tangents, and what forward leaves for it; under a memory budget that is marked as
     kept, or is an input."""
-    halves = checked.halves
-    found = {*halves.saved, *halves.tangents, *halves.backward}
-    for node in halves.backward:
-        lost = [operand for operand in halves.operands[node] if operand not in found]
+    run = checked.forward_and_backward
+    found = {*run.saved, *run.tangents, *run.backward}
+    for node in run.backward:
+        lost = [operand for operand in run.operands[node] if operand not in found]
         if lost:
             yield Broken(node, f"is of backward, and reads {quoted(lost)}, which forward does not leave")
     left = [node for node in checked.nodes if node.op != "output" and lowered(node).kept]
     if left:
-        free = {*left, *halves.given, *halves.outputs}
-        for node in halves.saved:
+        free = {*left, *run.given, *run.outputs}
+        for node in run.saved:
             if _stored(node) not in free:
                 yield Broken(node, "is read in backward, and is not kept for it")
 

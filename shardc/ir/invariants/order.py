@@ -69,11 +69,11 @@ def what_is_started_is_awaited(checked: Checked) -> Iterator[Broken]:
 
 
 @invariant
-def halves_run_one_after_the_other(checked: Checked) -> Iterator[Broken]:
+def forward_runs_before_backward(checked: Checked) -> Iterator[Broken]:
     """All of forward stands before all of backward."""
     place = {node: number for number, node in enumerate(checked.nodes)}
-    end = max((place[node] for node in checked.halves.forward), default=-1)
-    for node in checked.halves.backward:
+    end = max((place[node] for node in checked.forward_and_backward.forward), default=-1)
+    for node in checked.forward_and_backward.backward:
         if place[node] < end:
             yield Broken(node, f"is of backward, and stands before %{checked.nodes[end].name} of forward")
             return
@@ -103,6 +103,6 @@ def _reads(name: ast.Name) -> bool:
 
 BUCKETS: tuple[Invariant, ...] = (bucket_members_are_alike, bucket_pieces_are_taken_once)
 OVERLAP: tuple[Invariant, ...] = (
-    what_is_started_is_awaited, halves_run_one_after_the_other,
+    what_is_started_is_awaited, forward_runs_before_backward,
 )  # fmt: skip
 CODE: tuple[Invariant, ...] = (names_are_read_while_they_live,)

@@ -364,4 +364,4 @@ def test_backward_before_the_end_of_forward(overlap: Left) -> None:
     early = overlap.first(aten.expand.default)
     overlap.node("tanh").append(early)
     said = "is of backward, and stands before %div of forward"
-    assert_breaks(overlap, order.halves_run_one_after_the_other, early, said)
+    assert_breaks(overlap, order.forward_runs_before_backward, early, said)
