@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from shardc.analysis.liveness import dead_after
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
@@ -132,7 +133,9 @@ class _Execution:
         return self.peak
 
     def _go(self, half: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
-        dead = _spent(order, self.known.run.operands, kept)
+        operands = self.known.run.operands
+        # what a started collective makes is a value from where it is awaited, and its operands were read before
+        dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
             total = 0
             if awaited:
@@ -336,25 +339,6 @@ class _Execution:
             assert read is not None
             operand = self.sizes[read.storage]
         return collective.workspace(node.kwargs, operand, self.sizes[result.storage], started)
-
-
-def _spent(
-    order: Order, operands: Mapping[fx.Node, list[fx.Node]], kept: Iterable[fx.Node | None]
-) -> dict[int, list[fx.Node]]:
-    """Per place the values that are read there for the last time and are not `kept`, as generated code deletes them;
-    what a started collective makes is one from where it is awaited."""
-    last: dict[fx.Node, int] = {}
-    for place, (node, awaited) in enumerate(order):
-        if not awaited:
-            for operand in operands[node]:
-                last[operand] = place
-        last[node] = place
-    found: dict[int, list[fx.Node]] = defaultdict(list)
-    stays = set(kept)
-    for value, place in last.items():
-        if value not in stays:
-            found[place].append(value)
-    return found
 
 
 def _described(one: Any, places: Mapping[int, int]) -> _Made | None:

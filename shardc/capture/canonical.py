@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.fake_tensors import is_fake, same_shape
 from shardc.ir.facts import NOWHERE, Captured, Origin, describe
 from shardc.ir.program import call, value_of
 
@@ -172,12 +171,12 @@ def _through(target: Target, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
     """Whether the result is the operand itself."""
-    if not args or not isinstance(args[0], fx.Node) or not isinstance(val, FakeTensor):
+    if not args or not isinstance(args[0], fx.Node) or not is_fake(val):
         return False
     before = value_of(args[0])
     if target is aten._to_copy.default:
         return before.dtype == val.dtype
-    if target not in _MOVES or not tracing.same_shape(before.shape, val.shape):
+    if target not in _MOVES or not same_shape(before.shape, val.shape):
         return False
     return target is not aten.permute.default or args[1] == sorted(args[1])
 

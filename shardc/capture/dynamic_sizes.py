@@ -18,7 +18,8 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.fake_tensors import fake_mode
+from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.model_call import Dims, Dynamic, ModelCall
@@ -80,7 +81,7 @@ class Template:
         nodes = {port.index: node for port, node in zip(program.inputs, program.placeholders, strict=True)
                  if port.role is Role.INPUT}  # fmt: skip
         sizes = {name: value_of(nodes[i]).shape[dim] for i, named in dims.items() for dim, name in named.items()}
-        self._symbols = tracing.Symbols(sizes)
+        self._symbols = Symbols(sizes)
         for name, size in self._symbols.fixed.items():
             raise CaptureError(
                 f"the size {name!r} is declared dynamic, but the model's code fixes it to {size} (by branching on it, "
@@ -94,7 +95,7 @@ class Template:
     def at(self, sizes: Mapping[str, int]) -> Program:
         """The program that a capture at these sizes would give."""
         number = self._symbols.evaluator(sizes)
-        mode = tracing.fake_mode()
+        mode = fake_mode()
 
         def concrete(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -107,7 +108,7 @@ class Template:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 graph.output(fx.map_arg(node.args[0], new.__getitem__))
-            elif tracing.is_symbolic(value_of(node)):
+            elif is_symbolic(value_of(node)):
                 new[node] = number(value_of(node))
             else:
                 args, kwargs = map_aggregate(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 
@@ -22,7 +22,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and structure; dataclasses are opened, also where nobody told torch about the class."""
     leaves, spec = pytree.tree_flatten(tree)
     unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
-    if not unknown and not tracing.register_caches(leaves):
+    if not unknown and not transformers.register_caches(leaves):
         return leaves, spec
     for cls in unknown:
         pytree.register_dataclass(cls)

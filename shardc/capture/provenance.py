@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from shardc.capture import canonical
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.provenance_mode import provenance_of
 from shardc.ir.facts import Captured, Origin, captured, describe, origin
 
 
@@ -24,7 +24,7 @@ def located(nodes: list[fx.Node], forward_of: dict[int, tuple[str, str]]) -> dic
     """The origin of every node: its own, that of the forward operator it differentiates, or that of an operand."""
     origins: dict[fx.Node, Origin] = {}
     for node in nodes:
-        place = tracing.provenance_of(node)
+        place = provenance_of(node)
         if place is None and not node.meta.get("is_gradient_acc"):
             place = forward_of.get(node.meta.get("seq_nr", -1))
         if place is None:

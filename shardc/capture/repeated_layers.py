@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.ambient_modes import unobserved
+from shardc.capture.torch_patches.module_internals import has_global_hooks
 
 LONGEST_PERIOD = 8
 FEWEST_SKIPPED = 2
@@ -95,7 +96,7 @@ def snapshot(value: Any, deep: int = 3) -> Any:
 def form(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
-    with tracing.unobserved():
+    with unobserved():
         return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
@@ -138,7 +139,7 @@ def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
 
 def find(module: nn.Module, patterns: Iterable[str] = ()) -> list[Repeat]:
     """The repeated layers of a model. None where a pattern of `patterns` names one of them, or a hook sees them all."""
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return []
     owners = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
     owners.update(id(tensor) for part in module.modules() for tensor in tensors(part))

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.repeated_layers import PLAIN, Repeat, Unlike, described, form, snapshot, surroundings, tensors
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.ambient_modes import modes
+from shardc.capture.torch_patches.module_internals import has_gradient_hooks, version
+from shardc.capture.user_frames import source_line
 
 
 @torch.library.custom_op("shardc::skipped", mutates_args=())
@@ -105,7 +107,7 @@ class Watch:
             for index in repeat.hole:
                 own, layer = calls[index - repeat.start + 1].results, repeat.layers[index]
                 self._check_held(layer)
-                if any(leaf._backward_hooks for leaf in (*own, *self._held[layer]) if isinstance(leaf, Tensor)):
+                if any(has_gradient_hooks(leaf) for leaf in (*own, *self._held[layer]) if isinstance(leaf, Tensor)):
                     self.refuse("the gradient of a layer's result or parameter has a hook")
 
     def refuse(self, reason: str) -> NoReturn:
@@ -169,13 +171,13 @@ class Watch:
     def _run(self, repeat: Repeat, index: int, call: _Call, forward: Callable[[], Any]) -> Any:
         layer = repeat.layers[index]
         held = [*self._held[layer], *(leaf for leaf in call.given if isinstance(leaf, Tensor))]
-        versions = [tensor._version for tensor in held]
+        versions = [version(tensor) for tensor in held]
         with ExitStack() as stack:
             for part, name in repeat.asked[index]:
                 stack.callback(_put_back, vars(part), name, vars(part)[name])
                 vars(part)[name] = _Position(self)
             output = forward()
-        if versions != [tensor._version for tensor in held]:
+        if versions != [version(tensor) for tensor in held]:
             self.refuse("a layer writes in place to a tensor that it is given, or to a buffer")
         if not self._holds(layer) or call.around[1] != self._identity(repeat, index):
             self.refuse("a layer changes its own attributes")
@@ -217,8 +219,8 @@ def _put_back(own: dict[str, Any], name: str, value: Any) -> None:
 def _switches() -> Any:
     """What else decides what operators do, and the line that calls the layer."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    line = tracing.source_line(sys._getframe(2))
-    return torch.is_grad_enabled(), torch.get_default_dtype(), tuple(autocast), tracing.modes(), line
+    line = source_line(sys._getframe(2))
+    return torch.is_grad_enabled(), torch.get_default_dtype(), tuple(autocast), modes(), line
 
 
 class _Position:

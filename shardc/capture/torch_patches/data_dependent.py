@@ -107,7 +107,7 @@ def _corrcoef(x: Tensor) -> Tensor:
     return torch.complex(c.real.clamp(-1, 1), c.imag.clamp(-1, 1)) if c.is_complex() else c.clamp(-1, 1)
 
 
-RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll_loss,
     torch.combinations: _combinations,
     torch.linalg.lstsq: _lstsq,

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 @contextmanager
-def corrected() -> Generator[None]:
+def patched() -> Generator[None]:
     """Trace in here; everything is set back at the end."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(rnn, "_rnn_helper", _recurrent_layers))
@@ -124,7 +124,7 @@ def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.T
     return torch.where(mask, value.to(x.dtype), x)
 
 
-RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.random_: _random,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,
@@ -134,6 +134,6 @@ RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.index_put_: _put_in_place,
     torch.index_fill: _fill,
     torch.Tensor.index_fill: _fill,
-    **data_dependent.RESPELLED,
+    **data_dependent.PATCHES,
 }
 """Functions of torch, and what is called in their place."""

@@ -27,7 +27,7 @@ _TOKENS = (descriptors.ForwardTokenAOTInput, descriptors.BackwardTokenAOTInput)
 _TOKENS_OUT = (descriptors.ForwardTokenAOTOutput, descriptors.BackwardTokenAOTOutput)
 
 
-def settle(traced: fx.GraphModule) -> None:
+def replace_checks(traced: fx.GraphModule) -> None:
     """Replace every check in a traced graph, and take its tokens out of inputs and outputs, in place.
 
     Raises CaptureError for other operators with effects (printing and the like).
@@ -42,7 +42,7 @@ def settle(traced: fx.GraphModule) -> None:
     output.meta["desc"] = type(described)([described[i] for i in kept])
     for node in reversed(list(graph.nodes)):
         if node.target is with_effects:
-            _settle(graph, node)
+            _replace(graph, node)
     for node in reversed(list(graph.nodes)):
         dead = node.op == "placeholder" and isinstance(node.meta["desc"], _TOKENS)
         if dead or (node.target is with_effects or _of_effects(node)):
@@ -53,7 +53,7 @@ def _of_effects(node: fx.Node) -> bool:
     return node.target is operator.getitem and node.args[0].target is with_effects  # type: ignore[union-attr]
 
 
-def _settle(graph: fx.Graph, node: fx.Node) -> None:
+def _replace(graph: fx.Graph, node: fx.Node) -> None:
     """Send the first used result of the operator that `node` checks through `checked`."""
     _, target, *arguments = node.args
     if target is not aten._linalg_check_errors.default:
