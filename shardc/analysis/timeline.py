@@ -75,14 +75,14 @@ class Pace:
     def operator(self, chosen: Chosen) -> tuple[float, list[Inner]]:
         """Seconds of an operator's compute, and what its body sends; reckoned once per kind and strategy."""
         key = chosen.op.kind, chosen.strategy
-        taken = self._operators.get(key)
-        if taken is None:
+        known = self._operators.get(key)
+        if known is None:
             inner = [
                 (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
                 for kind, axis, size in sends(chosen.shape, chosen.strategy, self.mesh)
             ]
-            taken = self._operators[key] = self._compute(chosen.shape, chosen.strategy), inner
-        return taken
+            known = self._operators[key] = self._compute(chosen.shape, chosen.strategy), inner
+        return known
 
     def _compute(self, shape: Shape, strategy: Strategy) -> float:
         if not shape.computes:
@@ -195,9 +195,9 @@ def timed(order: Order, times: Times) -> tuple[float, float]:
             continue
         compute, seconds, inner = times.compute[node], times.sent[node], times.inner.get(node, ())
         clock.compute(compute)
-        total += compute + seconds + sum(own for *_, own in inner)
-        for _, axis, _, own in inner:
-            clock.run(axis, own)
+        total += compute + seconds + sum(inner_seconds for *_, inner_seconds in inner)
+        for _, axis, _, inner_seconds in inner:
+            clock.run(axis, inner_seconds)
         if seconds and node in started:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
         elif seconds:

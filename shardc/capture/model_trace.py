@@ -31,7 +31,12 @@ from shardc.ir.program import Constant, Port, Role
 
 
 class ModelTrace:
-    """One run of the tracer: the arguments, the function that it traces, and what the function noted."""
+    """One run of the tracer: the arguments, the function that it traces, and what the function noted.
+
+    `slots` are all tensors of the model and all inputs; `visible_slots` are those that are arguments of the traced
+    function, which the tensors of skipped layers are not (`hides`). `out_leaves`, `out_spec` and `attached` describe
+    the outputs of the model, `met` the patterns of constraints that named a module that ran.
+    """
 
     def __init__(
         self,
@@ -59,8 +64,8 @@ class ModelTrace:
             if isinstance(leaf, Tensor)
         ]
         hidden = watch.hidden() if watch else set[nn.Module]()
-        self.given = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.places)]
-        self.hides = len(self.given) < len(self.slots)
+        self.visible_slots = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.owners)]
+        self.hides = len(self.visible_slots) < len(self.slots)
         self._tie(dynamic)
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant] = []
@@ -69,12 +74,12 @@ class ModelTrace:
         self.provenance = Provenance(state.module, self._constrained)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
-        given = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
-        fake = fake_like(self.mode, tensor) if given is None else given
+        symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
+        fake = fake_like(self.mode, tensor) if symbolic is None else symbolic
         return fake.requires_grad_(self.grad and tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
-        """Equal names are equal sizes."""
+        """Let all dims of one name have one symbol."""
         fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role is Role.INPUT}
         first: dict[str, Any] = {}
         for index, dims in dynamic.items():
@@ -83,8 +88,8 @@ class ModelTrace:
                 require_equal(first.setdefault(name, size), size)
 
     def run(self) -> fx.GraphModule:
-        """Trace; whatever goes wrong becomes a CaptureError."""
-        fakes = [slot.fake for slot in self.given]
+        """The traced graph. Raises CaptureError for whatever goes wrong in torch or in the model."""
+        fakes = [slot.fake for slot in self.visible_slots]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(tracing_flags(self.state.module))
@@ -98,15 +103,15 @@ class ModelTrace:
                 raise explained(error, self.provenance.stack[-1]) from error
 
     def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The model as a function of its parameters, buffers and inputs, with flat outputs."""
+        """The model as a function of the tensors in `visible_slots`, in their order, with flat outputs."""
         leaves = list(self.leaves)
         with self.state.unchanged():
-            own = {slot.port: tensor for slot, tensor in zip(self.given, tensors, strict=True)}
+            tensor_of = {slot.port: tensor for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
             for slot in self.slots:
                 if slot.port.role is Role.INPUT:
-                    leaves[slot.port.index] = own[slot.port]
-                for part, key in slot.places:
-                    registry(part, slot.port.role)[key] = own.get(slot.port, slot.fake)
+                    leaves[slot.port.index] = tensor_of[slot.port]
+                for part, key in slot.owners:
+                    registry(part, slot.port.role)[key] = tensor_of.get(slot.port, slot.fake)
             refresh_flat_weights(self.state.module)
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             with self.provenance, self.watch.installed() if self.watch else nullcontext():
@@ -115,10 +120,10 @@ class ModelTrace:
         return self._flat_outputs(output)
 
     def _write_back(self, tensors: Sequence[Tensor]) -> None:
-        """A buffer that the model replaced by assignment is a mutation, as if it had been written in place."""
-        for slot, tensor in zip(self.given, tensors, strict=True):
+        """Write into a buffer what the model assigned to it, so that the tracer sees a mutation."""
+        for slot, tensor in zip(self.visible_slots, tensors, strict=True):
             if slot.port.role is Role.BUFFER:
-                part, key = slot.places[0]
+                part, key = slot.owners[0]
                 now = registry(part, Role.BUFFER).get(key)
                 if now is not tensor:
                     if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
@@ -181,7 +186,7 @@ class ModelTrace:
         return pytree.tree_unflatten(leaves, spec)
 
     def check_met(self) -> None:
-        """ConstraintError for a pattern that names modules alone, none of which ran and returned a tensor."""
+        """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""
         named = [*self.state.tied, *(name for _, name in self.state.names.values())]
         for pattern, _ in self.constraints:
             if pattern not in self.met and not any(fnmatchcase(name, pattern) for name in named):

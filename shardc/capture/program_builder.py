@@ -21,7 +21,7 @@ from shardc.ir.versions import GraphVersion
 
 
 class ProgramBuilder:
-    """Makes the Program out of the traced graph: canonical operators, ports, provenance, phases."""
+    """Makes the Program of one trace. Raises CaptureError for what a program cannot hold."""
 
     def __init__(self, trace: ModelTrace, traced: fx.GraphModule) -> None:
         self.trace, self.traced = trace, traced
@@ -40,8 +40,10 @@ class ProgramBuilder:
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)
-        made: Any = new.output_node().args[0]
-        provenance.mark_phases(new, [r for r, port in zip(made, ports, strict=True) if port.role is not Role.GRADIENT])
+        new_results: Any = new.output_node().args[0]
+        provenance.mark_phases(
+            new, [r for r, port in zip(new_results, ports, strict=True) if port.role is not Role.GRADIENT]
+        )
         assert self.trace.out_spec is not None
         return Program(
             GraphVersion.of(new),
@@ -57,27 +59,27 @@ class ProgramBuilder:
     def _results(self) -> tuple[list[Port], list[fx.Node | None]]:
         """Outputs, then mutations, then gradients, with their ports."""
         roles = (Role.OUTPUT, Role.MUTATION, Role.GRADIENT)
-        found: dict[Role, list[tuple[Port, fx.Node | None]]] = {role: [] for role in roles}
+        by_role: dict[Role, list[tuple[Port, fx.Node | None]]] = {role: [] for role in roles}
         graph, gradients = self.traced.graph, dict[Port, fx.Node | None]()
         for (kind, index), value in zip(output_kinds(graph), pytree.tree_leaves(graph.output_node().args), strict=True):
             if kind == "output":
-                found[Role.OUTPUT].append((Port(Role.OUTPUT, "", index), _uncloned(value)))
+                by_role[Role.OUTPUT].append((Port(Role.OUTPUT, "", index), _uncloned(value)))
             elif kind:
-                source, role = self.trace.given[index], Role(kind)
+                source, role = self.trace.visible_slots[index], Role(kind)
                 if role is Role.GRADIENT:
                     gradients[source.port] = value
                 else:
-                    found[role].append((Port(role, source.port.name, source.port.index), value))
+                    by_role[role].append((Port(role, source.port.name, source.port.index), value))
         for slot in self.trace.slots:
             if slot.fake.requires_grad and gradients:
                 port = Port(Role.GRADIENT, slot.port.name, slot.port.index)
-                found[Role.GRADIENT].append((port, gradients.get(slot.port)))
-        pairs = [pair for group in found.values() for pair in group]
+                by_role[Role.GRADIENT].append((port, gradients.get(slot.port)))
+        pairs = [pair for group in by_role.values() for pair in group]
         return [port for port, _ in pairs], [value for _, value in pairs]
 
     def _placeholders(self, nodes: list[fx.Node]) -> None:
         left = {self._port(old): old for old in self.traced.graph.nodes if old.op == "placeholder"}
-        like = {form(slot.fake): left[slot.port].meta["val"] for slot in self.trace.given if self.trace.hides}
+        like = {form(slot.fake): left[slot.port].meta["val"] for slot in self.trace.visible_slots if self.trace.hides}
         for slot in self.trace.slots:
             old = left.pop(slot.port, None)
             self._input(slot.port, old, old.meta["val"] if old else like[form(slot.fake)])
@@ -95,7 +97,7 @@ class ProgramBuilder:
     def _port(self, old: fx.Node) -> Port:
         index = input_index(old)
         if index is not None:
-            return self.trace.given[index].port
+            return self.trace.visible_slots[index].port
         output = tangent_index(old)
         if output is None:
             raise CaptureError(
@@ -110,7 +112,7 @@ class ProgramBuilder:
             value = getattr(value, part)
         if isinstance(value, torch.Generator):
             raise CaptureError(
-                "the model draws from a random generator of its own; a sharded run draws from torch's default one. "
+                "the model draws from a torch.Generator; a sharded run draws from torch's default one. "
                 "Leave out generator=, or draw outside of the model and pass the tensor in"
             )
         if not isinstance(value, Tensor):

@@ -1,7 +1,9 @@
 """Capture: a module and example inputs become a `Program`, the joint forward and backward graph in ATen.
 
-Nothing is computed and nothing is allocated: the model runs on fake CPU tensors, so models on the meta device and
-models larger than memory are captured as they are, and the model itself stays untouched.
+    program = capture(model, (x,))      %mm = mm(%x, %w)  ...  %loss, and the gradient of every parameter
+
+The model runs on fake CPU tensors: nothing is computed and nothing is allocated. So models on the meta device, and
+models larger than memory, are captured as they are. The model itself stays as it was.
 """
 
 from __future__ import annotations
@@ -35,20 +37,25 @@ def capture(
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
-    `grad=False` captures the forward alone. `differentiable` says which of the flat outputs get a tangent; by default
-    every scalar that requires a gradient (a loss), or, without one, every floating output that does. `constraints`
-    maps patterns of module paths to specs, which `shardc.constrain` then puts on the tensors these modules return.
-    Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does; anything else is
-    burned in. `hooks=False`: the caller runs the hooks of `module` itself. `dynamic` names dims of flat inputs, whose
-    sizes stay symbols in the graph (see shardc.capture.dynamic_sizes).
+    Tensors among the inputs become graph inputs, numbered as `tree_flatten((args, kwargs))` does. Anything else becomes
+    a constant of the program. Options:
 
-    Raises CaptureError, ConstraintError, LayoutError.
+    - `grad=False` captures the forward alone.
+    - `differentiable`: the flat outputs that get a tangent. By default every scalar that requires a gradient (a loss),
+      or, if there is none, every floating output that does.
+    - `constraints`: specs by pattern of module paths, which `shardc.constrain` puts on the tensors that these modules
+      return.
+    - `hooks=False`: the caller runs the hooks of `module` itself.
+    - `dynamic`: names of dims of flat inputs, whose sizes stay symbols in the graph (shardc.capture.dynamic_sizes).
+
+    Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
+    nothing or do not fit.
     """
-    given = tuple(args), dict(kwargs or {})
+    arguments = tuple(args), dict(kwargs or {})
 
     def traced(watch: Watch | None = None) -> tuple[ModelTrace, Program]:
         rest = grad, differentiable, dict(constraints or {}), hooks, dynamic or {}, watch
-        trace = ModelTrace(State(module), *given, *rest)
+        trace = ModelTrace(State(module), *arguments, *rest)
         return trace, ProgramBuilder(trace, trace.run()).program()
 
     repeats = [] if dynamic else find(module, constraints or ())
@@ -67,12 +74,12 @@ Traced = Callable[..., tuple[ModelTrace, Program]]
 
 
 def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[ModelTrace, Program] | None:
-    """A trace that runs only some of the repeated layers, with the others filled in; None if they may not be."""
+    """A trace that runs only some of the repeated layers, with the others filled in; None if that may not be done."""
     watch = Watch(repeats)
     try:
         trace, program = traced(watch)
         for number, repeat in enumerate(repeats):
             program = fill(program, number, repeat)
-    except Exception:  # whatever it is: the full trace meets it as well, or works
+    except Exception:  # the full trace fails for the same reason, or works
         return None
     return None if watch.broken else (trace, program)

@@ -10,7 +10,7 @@ from shardc.errors import CaptureError
 
 
 def explained(error: Exception, path: str) -> CaptureError:
-    """The CaptureError for a failed trace: where in the user's code, what, and what to do about it."""
+    """The CaptureError for a failed trace in the module at `path`: where in the user's code, what, and the way out."""
     innermost = failing_frame(error.__traceback__)
     place, code = f"module {path!r}" if path else "the model", ""
     if innermost is not None:

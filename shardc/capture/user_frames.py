@@ -15,7 +15,7 @@ _RUNTIME = str(Path(__file__).resolve().parents[2] / "runtime")
 
 
 def is_user_code(code: CodeType) -> bool:
-    """Whether the code is neither torch's nor shardc's."""
+    """Whether code belongs to neither torch nor shardc."""
     return _is_user_file(code.co_filename)
 
 
@@ -25,14 +25,14 @@ def _is_user_file(filename: str) -> bool:
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame of user code, seen from `frame` outwards."""
+    """The innermost frame of user code among `frame` and its callers, or None."""
     while frame is not None and not is_user_code(frame.f_code):
         frame = frame.f_back
     return frame
 
 
 def source_line(frame: FrameType | None) -> str:
-    """`model.py:41`, the innermost line of user code."""
+    """The innermost line of user code as `model.py:41`; "" if there is none."""
     frame = user_frame(frame)
     return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 

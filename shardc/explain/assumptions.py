@@ -25,27 +25,27 @@ def assumptions(network: CostNetwork, assignment: Assignment) -> tuple[Assumptio
     """One for every atom of the inputs' dims that the plan splits; dims that are tied have one."""
     mesh, factored = network.mesh, network.factored
     dims = _input_dims(factored)
-    held: dict[int, set[Axes]] = {piece: set() for piece in dims}
+    splitting: dict[int, set[Axes]] = {piece: set() for piece in dims}
     strict: dict[int, set[int]] = {piece: set() for piece in dims}
     for piece, axes, where in _uses(network, assignment):
         if piece in dims and mesh.ways(axes) > 1:
-            held[piece].add(axes)
+            splitting[piece].add(axes)
             if where is not None and not _padded(*where, axes, network):
                 strict[piece].add(mesh.ways(axes))
-    found: list[Assumption] = []
+    assumed: list[Assumption] = []
     for piece, places in dims.items():
-        if held[piece]:
-            ways = [mesh.ways(axes) for axes in held[piece]]
+        if splitting[piece]:
+            ways = [mesh.ways(axes) for axes in splitting[piece]]
             _, _, size, rest = places[0]
             names = tuple(f"{name} dim {dim}" for name, dim, _, _ in places)
             every, least = rest * math.lcm(*ways), rest * max(ways)
-            found.append(Assumption(names, size, every, least, rest * math.lcm(*strict[piece])))
-    return tuple(found)
+            assumed.append(Assumption(names, size, every, least, rest * math.lcm(*strict[piece])))
+    return tuple(assumed)
 
 
 def _input_dims(factored: Factored) -> dict[int, list[tuple[str, int, int, int]]]:
     """Per atom that a dim of an input begins with: the input, the dim, its size, and that of the atoms after it."""
-    found: dict[int, list[tuple[str, int, int, int]]] = {}
+    dims: dict[int, list[tuple[str, int, int, int]]] = {}
     program = factored.program
     for port, node in zip(program.inputs, program.placeholders, strict=True):
         if port.role is Role.INPUT and node in factored.values:
@@ -54,8 +54,8 @@ def _input_dims(factored: Factored) -> dict[int, list[tuple[str, int, int, int]]
                 if refs:
                     rest = math.prod(factored.atoms.size(ref) for ref in refs[1:])
                     size = rest * factored.atoms.size(refs[0])
-                    found.setdefault(factored.atoms.piece(refs[0]), []).append((port.name, index, size, rest))
-    return found
+                    dims.setdefault(factored.atoms.piece(refs[0]), []).append((port.name, index, size, rest))
+    return dims
 
 
 def _uses(network: CostNetwork, assignment: Assignment) -> Iterator[tuple[int, Axes, tuple[Shape, int] | None]]:

@@ -101,13 +101,13 @@ class ConflictFinder:
 
     def found(self, most: int = 20) -> list[FoundConflict]:
         """Minimal clashes, no two with a demand in common; the user's demands in every one."""
-        asked = {demand.text for demand in self.demands}
-        left, clashes = list(self._guards), list[FoundConflict]()
-        while len(clashes) < most and (core := self.core(left)) is not None:
-            clashes.append(FoundConflict(tuple(core), *self._meeting(core)))
-            drop = asked.intersection(core) or set(core)
+        demanded = {demand.text for demand in self.demands}
+        left, conflicts = list(self._guards), list[FoundConflict]()
+        while len(conflicts) < most and (core := self.core(left)) is not None:
+            conflicts.append(FoundConflict(tuple(core), *self._meeting(core)))
+            drop = demanded.intersection(core) or set(core)
             left = [text for text in left if text not in drop]
-        return clashes
+        return conflicts
 
     def core(self, texts: Collection[str]) -> list[str] | None:
         """A minimal subset of these assumptions that cannot hold together, demands first; None if all can."""
@@ -272,8 +272,8 @@ class ConflictFinder:
         places: dict[int, list[Place]] = {}
         for place in self._held:
             places.setdefault(place.op, []).append(place)
-        for own in places.values():
-            for one, other in itertools.combinations(own, 2):
+        for factors in places.values():
+            for one, other in itertools.combinations(factors, 2):
                 if self._together(one, other):
                     continue
                 for axis in set(self._held[one]) & set(self._held[other]):
@@ -290,10 +290,10 @@ class ConflictFinder:
             for b in self._held[reader]:
                 if a == b:
                     continue
-                own, further = number.get(Fact(maker, b)), f"(not {number[Fact(reader, b)]})"
-                self._clause(*guard, split, *([own] if own else []), further, self._major(reader, a, b))
-                if own:
-                    both = (*guard, split, f"(not {own})", f"(not {self._major(maker, a, b)})")
+                maker_fact, further = number.get(Fact(maker, b)), f"(not {number[Fact(reader, b)]})"
+                self._clause(*guard, split, *([maker_fact] if maker_fact else []), further, self._major(reader, a, b))
+                if maker_fact:
+                    both = (*guard, split, f"(not {maker_fact})", f"(not {self._major(maker, a, b)})")
                     self._clause(*both, self._major(reader, a, b))
 
     def _guard(self, text: str) -> str:
@@ -316,7 +316,7 @@ class ConflictFinder:
         fixed = {place: axes for place, axes in leaves if axes is not None}
         front = [fact for demand in demands for fact in self._asked(demand)]
         came: dict[Fact, Fact | None] = dict.fromkeys(front)
-        held: dict[int, list[Fact]] = {}
+        reached: dict[int, list[Fact]] = {}
         crossed: tuple[tuple[Op, ...], str] = (), ""
         for fact in front:  # breadth first: it grows as it runs
             name = self._shapes[fact.place.op].factors[fact.place.factor].name
@@ -324,7 +324,7 @@ class ConflictFinder:
                 return self._back(fact, came), ""
             if fact.axis not in fixed.get(fact.place, (fact.axis,)):
                 return self._back(fact, came), ""
-            for other in held.setdefault(fact.place.op, []):
+            for other in reached.setdefault(fact.place.op, []):
                 rival = self._shapes[other.place.op].factors[other.place.factor].name
                 if (
                     fact.axis == other.axis
@@ -334,7 +334,7 @@ class ConflictFinder:
                     return self._back(fact, came), f"there {fact.axis} would split both {rival} and {name}"
                 if fact.place == other.place and not crossed[0]:
                     crossed = self._back(fact, came), f"there {other.axis} and {fact.axis} would both split {name}"
-            held[fact.place.op].append(fact)
+            reached[fact.place.op].append(fact)
             for place, _ in self._next(fact.place):
                 after = Fact(place, fact.axis)
                 if after not in came:
@@ -343,11 +343,11 @@ class ConflictFinder:
         return crossed
 
     def _back(self, fact: Fact | None, came: dict[Fact, Fact | None]) -> tuple[Op, ...]:
-        found: list[Op] = []
+        operators: list[Op] = []
         while fact is not None:
-            found.append(self.ops[fact.place.op])
+            operators.append(self.ops[fact.place.op])
             fact = came[fact]
-        return tuple(reversed(found))
+        return tuple(reversed(operators))
 
 
 def _name(op: Op) -> str:

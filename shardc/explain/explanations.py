@@ -57,8 +57,8 @@ class Why:
 
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
-        made = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
-        lines.append("  " + "; ".join(part for part in (made, self.strategy, self.place) if part))
+        maker = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
+        lines.append("  " + "; ".join(part for part in (maker, self.strategy, self.place) if part))
         if self.ways:
             runs, *others = self.ways
             would = "".join(f"; {way.variant} would send for {in_seconds(way.seconds)}" for way in others)
@@ -197,8 +197,8 @@ def _changes(verb: str, conversions: Sequence[Conversion]) -> list[tuple[str, ..
     ordered = sorted(groups.items(), key=lambda item: -sum(c.seconds for c in item[1]))
     return [
         (
-            verb, value, f"{kind} over {axis}", phase, f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
-            in_seconds(sum(c.seconds for c in found)), place,
+            verb, value, f"{kind} over {axis}", phase, f"x{len(group)}", in_bytes(sum(c.sent for c in group)),
+            in_seconds(sum(c.seconds for c in group)), place,
         )
-        for (value, kind, axis, phase, place), found in ordered
+        for (value, kind, axis, phase, place), group in ordered
     ]  # fmt: skip

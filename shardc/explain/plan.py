@@ -192,15 +192,15 @@ class Plan:
             return ["nothing"]
         rows = [
             (
-                phase, kind, f"over {axis}", f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
-                in_seconds(sum(c.seconds for c in found)), f"first: {found[0].place or found[0].name}",
+                phase, kind, f"over {axis}", f"x{len(group)}", in_bytes(sum(c.sent for c in group)),
+                in_seconds(sum(c.seconds for c in group)), f"first: {group[0].place or group[0].name}",
             )
-            for (phase, kind, axis), found in groups.items()
+            for (phase, kind, axis), group in groups.items()
         ]  # fmt: skip
         for axis, sent in self.bytes_per_axis.items():
-            found = [c for c in self.conversions if c.axis == axis and c.sent]
-            seconds = in_seconds(sum(c.seconds for c in found))
-            rows.append(("total", "", f"over {axis}", f"x{len(found)}", in_bytes(sent), seconds, ""))
+            group = [c for c in self.conversions if c.axis == axis and c.sent]
+            seconds = in_seconds(sum(c.seconds for c in group))
+            rows.append(("total", "", f"over {axis}", f"x{len(group)}", in_bytes(sent), seconds, ""))
         return columns(rows, "<<<>>><")
 
     def _tried_lines(self) -> list[str]:
@@ -208,7 +208,7 @@ class Plan:
         for one in self.tried:
             if not one.replicated:
                 groups.setdefault((one.operator, one.rule), []).append(one)
-        rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
+        rows = [(name, rule, f"x{len(group)}", f"first: {group[0].place}") for (name, rule), group in groups.items()]
         return columns(rows, "<<><") if rows else []
 
     def _replicated_lines(self) -> list[str]:
@@ -218,10 +218,10 @@ class Plan:
                 groups.setdefault((one.operator, one.replicated), []).append(one)
         rows = [
             (
-                name, f"x{len(own)}", in_seconds(sum(one.seconds for one in own)),
-                f"and gathers of {in_bytes(sum(one.gathered for one in own))}",
-                in_seconds(sum(one.gather_seconds for one in own)), f"first: {own[0].place}", why,
+                name, f"x{len(group)}", in_seconds(sum(one.seconds for one in group)),
+                f"and gathers of {in_bytes(sum(one.gathered for one in group))}",
+                in_seconds(sum(one.gather_seconds for one in group)), f"first: {group[0].place}", why,
             )
-            for (name, why), own in groups.items()
+            for (name, why), group in groups.items()
         ]  # fmt: skip
         return columns(rows, "<>><><<") if rows else []

@@ -66,36 +66,36 @@ class Questions:
         value = self._find(name)
         node = value.key[0]
         op, strategy = self.ops[node], self.assignment.strategies[node]
-        made = self._made(value.key)
+        layout = self._made(value.key)
         tensor = self.network.class_of(value.key)
-        shared = self.assignment.shares.get(value.key, made)
+        shared = self.assignment.shares.get(value.key, layout)
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
         runner_up, missing = self._runner_up(name, value)
         return Why(
-            name, self._text(value, made), self._maker(op), splits_text(op, strategy),
+            name, self._text(value, layout), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
-            self._steps(value, made, shared, where(node)) if shared in tensor.index else (),
+            self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
         value = self._find(name)
-        wanted = self._wanted(name, value, layout)
+        matches = self._wanted(name, value, layout)
         chosen = self._made(value.key)
-        if wanted(chosen):
+        if matches(chosen):
             text = self._text(value, chosen)
             return WhyNot(name, text, text)
         self._solved()
-        keep = np.array([wanted(splits) for splits in self._domain(value.key)], dtype=bool)
+        keep = np.array([matches(splits) for splits in self._domain(value.key)], dtype=bool)
         if not keep.any():
-            return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, wanted))
+            return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, matches))
         return self._forced(name, value, keep, layout)
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """The minimal sets of what was demanded that cannot hold together without conversions."""
-        found = self.clashes().found()
-        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in found)
+        conflicts = self.clashes().found()
+        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in conflicts)
 
     def assumes(self) -> tuple[Assumption, ...]:
         """What the plan assumes of the sizes of the inputs."""
@@ -129,13 +129,13 @@ class Questions:
         """The best plan in which the value lies in any other layout."""
         if self.solution is None:
             return None, f"not known: {_ADOPTED}"
-        made = self._text(value, self._made(value.key))
-        keep = np.array([self._text(value, splits) != made for splits in self._domain(value.key)], dtype=bool)
+        current = self._text(value, self._made(value.key))
+        keep = np.array([self._text(value, splits) != current for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
             return self._forced(name, value, keep, ""), ""
-        held = [c.label for c in self.constraints if c.key == value.key]
-        if held:
-            return None, f"no other layout is legal with {' and '.join(held)}"
+        labels = [c.label for c in self.constraints if c.key == value.key]
+        if labels:
+            return None, f"no other layout is legal with {' and '.join(labels)}"
         return None, "mode='propagate' decided it: nothing was compared" if self.mode == "propagate" else ""
 
     def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
@@ -146,18 +146,18 @@ class Questions:
         variable = self.network.variable_of(value.key[0])
         problem.unary[variable] = np.where(keep, problem.unary[variable], np.inf)
         try:
-            found = self._solved().again(problem)
+            second = self._solved().again(problem)
         except InfeasibleError as error:
             return WhyNot(name, layout or "anything else", chosen, conflict=str(error))
         except TimeoutError as error:
             raise ShardcError(f"{name} as {layout}: no plan was found within {TIME_LIMIT:.0f} CPU-seconds") from error
-        other = self.network.assignment(found.choice)
+        other = self.network.assignment(second.choice)
         conversions, compute = self.price(other)
         op = self.ops[value.key[0]]
         splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
         return WhyNot(
-            name, self._text(value, splits), chosen, found.cost - solution.cost, solution.cost,
-            compute - self.compute, *self._difference(conversions), proven=found.exact and solution.exact,
+            name, self._text(value, splits), chosen, second.cost - solution.cost, solution.cost,
+            compute - self.compute, *self._difference(conversions), proven=second.exact and solution.exact,
         )  # fmt: skip
 
     def _difference(self, other: Sequence[Conversion]) -> tuple[tuple[Conversion, ...], tuple[Conversion, ...]]:
@@ -167,13 +167,13 @@ class Questions:
             return one.value, one.kind, one.axis, one.sent, one.phase, one.place
 
         def beyond(these: Sequence[Conversion], those: Sequence[Conversion]) -> tuple[Conversion, ...]:
-            left, found = Counter(map(identity, those)), list[Conversion]()
+            left, extra = Counter(map(identity, those)), list[Conversion]()
             for one in these:
                 if left[identity(one)]:
                     left[identity(one)] -= 1
                 else:
-                    found.append(one)
-            return tuple(found)
+                    extra.append(one)
+            return tuple(extra)
 
         return beyond(other, self.conversions), beyond(self.conversions, other)
 
@@ -227,8 +227,8 @@ class Questions:
         dims = self._checked(name, parse(text), shape, self._now(value))
 
         def test(splits: Splits) -> bool:
-            held = [tuple(a for atom in dim for a in atom.axes) for dim in self._layout(value, splits).dims]
-            return not splits.partial and all(w is None or w == h for w, h in zip(dims, held, strict=True))
+            axes = [tuple(a for atom in dim for a in atom.axes) for dim in self._layout(value, splits).dims]
+            return not splits.partial and all(w is None or w == h for w, h in zip(dims, axes, strict=True))
 
         return test
 
@@ -246,15 +246,15 @@ class Questions:
             raise LayoutError(f"mesh {self.network.mesh} has no axis {unknown!r}; it has {', '.join(names)}")
         return [None if dim is None else tuple(a for a in dim if sizes[a] > 1) for dim in dims]
 
-    def _obstacle(self, value: Value, wanted: Callable[[Splits], bool]) -> str:
+    def _obstacle(self, value: Value, matches: Callable[[Splits], bool]) -> str:
         """Why no strategy of the maker gives the layout."""
         op, index = self.ops[value.key[0]], value.key[1]
         options = self.network.options_of(op)
         everything = [make(options.shape, s, index, self.network.mesh) for s in options.strategies]
-        held = [c.label for c in self.constraints if c.key == value.key]
-        if any(map(wanted, everything)):
-            if held:
-                return f"against it stands {' and '.join(held)}; drop it, or change it"
+        labels = [c.label for c in self.constraints if c.key == value.key]
+        if any(map(matches, everything)):
+            if labels:
+                return f"against it stands {' and '.join(labels)}; drop it, or change it"
             if self.mode == "propagate":
                 return "mode='propagate' decides layouts by the constraints alone; ask a plan of mode='auto'"
             written = (port := self._port(op.node)) is not None and port.role is Role.BUFFER
@@ -303,8 +303,8 @@ class Questions:
             gradient = port.role is Role.GRADIENT and port.name in parameters
             if gradient:
                 stored = Splits(self.assignment.strategies[parameters[port.name]].split)
-                own = self.network.factored.values[node]
-                needed = self.network.gradient_demand(own, parameters[port.name], stored)
+                gradient_value = self.network.factored.values[node]
+                needed = self.network.gradient_demand(gradient_value, parameters[port.name], stored)
                 title = f"gradient of {port.name}"
             else:
                 needed, title = self.assignment.outputs[index], f"{port.role.value} {port.name or port.index}"
@@ -317,14 +317,14 @@ class Questions:
         program, network = self.network.factored.program, self.network
         for port, node in zip(program.outputs, program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT and port.name == parameter:
-                own = network.factored.values[node]
-                made = network.factored.base[own.key]
+                gradient_value = network.factored.values[node]
+                base_value = network.factored.base[gradient_value.key]
                 stored = Splits(self.assignment.strategies[value.key[0]].split)
-                needed = network.gradient_demand(own, value.key[0], stored)
-                shared = self.assignment.shares.get(own.key, self._made(own.key))
-                steps = self._steps(made, shared, needed, where(own.key[0]), gradient=True)
-                title = f"its gradient, from {self._title(own.key)}"
-                yield Reader(title, self._text(own, needed), steps, "backward", where(own.key[0]))
+                needed = network.gradient_demand(gradient_value, value.key[0], stored)
+                shared = self.assignment.shares.get(gradient_value.key, self._made(gradient_value.key))
+                steps = self._steps(base_value, shared, needed, where(gradient_value.key[0]), gradient=True)
+                title = f"its gradient, from {self._title(gradient_value.key)}"
+                yield Reader(title, self._text(gradient_value, needed), steps, "backward", where(gradient_value.key[0]))
 
     def _reader(
         self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node, gradient: bool = False
@@ -336,16 +336,16 @@ class Questions:
         self, value: Value, start: Splits, end: Splits, place: str, gradient: bool = False
     ) -> tuple[Conversion, ...]:
         """The conversions between two layouts of the value; those of a gradient cost their shares of buckets."""
-        found: list[Conversion] = []
+        conversions: list[Conversion] = []
         network, mesh = self.network, self.network.mesh
         tensor = network.gradient_class(value.key) if gradient else network.class_of(value.key)
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
             kind, moved = step.collective, tensor.operand_bytes(start, after, step)
             seconds, sent = tensor.step_seconds(step, moved), kind.sent(mesh.sizes[step.axis], moved)
-            found.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._title(value.key)))
+            conversions.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._title(value.key)))
             start = after
-        return tuple(found)
+        return tuple(conversions)
 
     def _layout(self, value: Value, splits: Splits) -> Layout:
         return value.form.layout_on(splits.axes, splits.partial).simplify(self.network.mesh)
