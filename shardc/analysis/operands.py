@@ -14,13 +14,13 @@ from shardc.runtime.collectives.collective import AnyCollective, Collective
 
 
 def collective_of(node: fx.Node) -> AnyCollective | None:
-    """The collective that a node calls, None for other nodes."""
+    """The collective that a node calls; None for other nodes."""
     target: Any = node.target
     return target if isinstance(target, Collective) else None
 
 
 def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
-    """Bytes of a collective's local operand, padded to whole chunks; of a bucket's operands."""
+    """Bytes of a collective's local operand, padded to whole chunks; for a bucket, of each of its operands."""
     collective: Any = node.target
     ways, options = mesh.sizes[str(node.kwargs["axis"])], node.kwargs
     if isinstance(collective, Bucket):

@@ -16,7 +16,8 @@ from shardc.rules.factors.strategy import chosen_of
 def tried(
     network: CostNetwork, assignment: Assignment, graph: fx.Graph, conversions: Iterable[Conversion]
 ) -> tuple[Tried, ...]:
-    """What the plan says about every operator whose rule was found by trial; `graph` as `reshard` leaves it."""
+    """An entry of the plan for every operator whose rule was found by trial. `graph` is the one that `reshard`
+    wrote."""
     steps = {step.name: step for step in conversions if step.sent}
     entries: list[Tried] = []
     for node in graph.nodes:
@@ -37,7 +38,7 @@ def tried(
 
 
 def _moved_before(node: fx.Node, steps: Iterable[str]) -> set[str]:
-    """The names of the collectives, and of those before them, that bring the operands into place."""
+    """The names of all collectives that convert the operands of a node."""
     names: set[str] = set()
     waiting = list(node.all_input_nodes)
     while waiting:
