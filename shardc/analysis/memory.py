@@ -45,12 +45,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that a rank holds at once while the generated code runs: `peak` bytes, in `half` (forward or backward),
+    """The most that a rank holds at once while the generated code runs: `peak` bytes, in `phase` (forward or backward),
     at `place` in the user's code. `parts` says what the bytes are, by label; `budget` is the bound in bytes, if there
     is one. What kernels allocate for themselves is not counted."""
 
     peak: float = 0.0
-    half: str = ""
+    phase: str = ""
     place: str = ""
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
@@ -119,7 +119,7 @@ class _Execution:
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         run, roles = self.known.run, self.known.roles
-        self.started = {node for half in (forward, backward) for node, awaited in half if awaited}
+        self.started = {node for order in (forward, backward) for node, awaited in order if awaited}
         for node in run.given:
             self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
             if roles[node] is Role.PARAMETER:
@@ -136,7 +136,7 @@ class _Execution:
         self._go("backward", backward, [*run.given, *outputs, *run.gradients], gradients)
         return self.peak
 
-    def _go(self, half: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
+    def _go(self, phase: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
         operands = self.known.run.operands
         # what a started collective makes is a value from where it is awaited, and its operands were read before
         dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
@@ -153,7 +153,7 @@ class _Execution:
             total += self.total
             if total > self.peak.peak:
                 parts = {label: float(size) for label, size in self.bytes_by_label.items() if size}
-                self.peak = Memory(float(total), half, where(node), parts)
+                self.peak = Memory(float(total), phase, where(node), parts)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:
@@ -204,15 +204,17 @@ class _Execution:
         assert collective is not None
         bucket, holds = isinstance(collective, Bucket), collective.holds(node.kwargs)
         form = self._contiguous(next(iter(node.users)) if bucket else node)
-        held: list[_StoredTensor | None] = self._pieces(node, "in use") if bucket else [self._store(form, "in use", [])]
+        tensors: list[_StoredTensor | None] = (
+            self._pieces(node, "in use") if bucket else [self._store(form, "in use", [])]
+        )
         if holds is Held.COPY:
-            held.append(self._store(replace(form, size=sum(operand_bytes(node, self.mesh))), "in use", []))
+            tensors.append(self._store(replace(form, size=sum(operand_bytes(node, self.mesh))), "in use", []))
         elif holds is Held.OPERAND:
             read = self.tensors[node.all_input_nodes[0]][0]
             assert read is not None
             self._hold(read.storage, "in use")
-            held.append(read)
-        return held
+            tensors.append(read)
+        return tensors
 
     def _await(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
         """The result of a collective that was awaited. It is in the storage where it arrived, or in a new one, if it

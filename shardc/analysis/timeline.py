@@ -60,7 +60,7 @@ class Pace:
         part = moved / self.mesh.sizes[axis] if kind.keeps_part else moved
         return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
 
-    def taken(self, node: fx.Node) -> tuple[float, float]:
+    def node_seconds(self, node: fx.Node) -> tuple[float, float]:
         """Seconds of a node that is no operator: those that the rank computes (in a step that sends nothing, or to
         fill a bucket), and those of a collective."""
         step = self.step(node)
@@ -102,7 +102,7 @@ class Times:
         for node in self.operands:
             chosen = chosen_of(node)
             if chosen is None:
-                self.compute[node], self.sent[node] = pace.taken(node)
+                self.compute[node], self.sent[node] = pace.node_seconds(node)
                 continue
             self.compute[node], inner = pace.operator(chosen)
             self.sent[node] = 0.0

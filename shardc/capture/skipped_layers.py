@@ -236,15 +236,15 @@ class _Position:
     def __init__(self, watch: Watch) -> None:
         object.__setattr__(self, "_watch", watch)
 
-    def _asked(self, *_: Any) -> NoReturn:
+    def _read(self, *_: Any) -> NoReturn:
         watch: Watch = object.__getattribute__(self, "_watch")
         watch.refuse("a layer looks at its position")
 
-    __getattribute__ = __setattr__ = _asked  # type: ignore[assignment]
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _asked  # type: ignore[assignment]
-    __bool__ = __int__ = __float__ = __complex__ = __index__ = __str__ = __repr__ = _format__ = _asked
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _asked
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _asked
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = _asked
-    __rrshift__ = __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __trunc__ = __floor__ = __ceil__ = _asked
-    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __copy__ = __deepcopy__ = __reduce__ = _asked
+    __getattribute__ = __setattr__ = _read  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _read  # type: ignore[assignment]
+    __bool__ = __int__ = __float__ = __complex__ = __index__ = __str__ = __repr__ = _format__ = _read
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _read
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _read
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = _read
+    __rrshift__ = __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __trunc__ = __floor__ = __ceil__ = _read
+    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __copy__ = __deepcopy__ = __reduce__ = _read

@@ -271,10 +271,10 @@ class ConflictFinder:
 
     def _write_axes(self, number: dict[Fact, str]) -> None:
         """Write that an axis splits at most one factor of an operator, or a group that some variant splits together."""
-        places: dict[int, list[Place]] = {}
+        by_operator: dict[int, list[Place]] = {}
         for place in self._axes_of:
-            places.setdefault(place.op, []).append(place)
-        for factors in places.values():
+            by_operator.setdefault(place.op, []).append(place)
+        for factors in by_operator.values():
             for one, other in itertools.combinations(factors, 2):
                 if self._together(one, other):
                     continue

@@ -180,7 +180,7 @@ class Plan:
         largest = sorted(memory.parts.items(), key=lambda part: -part[1])
         parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
         budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
-        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.half}: {parts}"]
+        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.phase}: {parts}"]
 
     def _tensor_lines(self) -> list[str]:
         """Roles, names and layouts in columns. Repeated layers have one line, with their count."""

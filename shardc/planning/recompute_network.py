@@ -235,11 +235,11 @@ class RecomputeNetwork(CostNetwork):
             copies = _with_gone(self._copies(tensor, maker_layouts, every), gone, 0.0)
             self._hold(source, variable, copies, last + 1, end)
         elif self._runs_again(source):
-            half = len(maker_layouts) // 2
+            once = len(maker_layouts) // 2
 
             def rows(kept: bool) -> Array:
                 table = np.zeros((len(maker_layouts), len(every)))
-                table[slice(half) if kept else slice(half, None)] = tensor.bytes
+                table[slice(once) if kept else slice(once, None)] = tensor.bytes
                 return _with_gone(table, gone, 0.0)
 
             parts = (tensor, maker_layouts)
@@ -263,18 +263,18 @@ class RecomputeNetwork(CostNetwork):
     def _connect_again(self, op: Op, key: Key, variable: int, demanded: np.ndarray) -> None:
         """Charge an operator that runs again for its operands: it reads the kept values, as backward does."""
         source, layouts = self._regathered_variables.get(key) or self._kept_variables.get(key, self._source[key])
-        tensor, half = self.class_of(key), len(demanded) // 2
+        tensor, once = self.class_of(key), len(demanded) // 2
         gone = len(self.variables[source].domain) > len(layouts)
 
         def table() -> Array:
             seconds = tensor.seconds[np.ix_(layouts, demanded)].copy()
             seconds = np.vstack([seconds, np.full((int(gone), len(demanded)), np.inf)])
-            seconds[:, :half] = 0.0
+            seconds[:, :once] = 0.0
             return seconds
 
         def copies() -> Array:
             table = self._copies(tensor, layouts, demanded).copy()
-            table[:, :half] = 0.0
+            table[:, :once] = 0.0
             return np.vstack([table, np.zeros((int(gone), len(demanded)))])
 
         parts, at = (tensor, layouts, demanded), self.schedule.rerun[op.node]

@@ -90,19 +90,20 @@ class RunOrder:
 
     def _insert(self, order: Sequence[Op], repeatable: Mapping[int, Sequence[Op]]) -> None:
         """Insert positions for the operators that may run again, and renumber those of backward."""
-        places, position = list(range(self.border + 1)), self.border + 1
+        renumbered, position = list(range(self.border + 1)), self.border + 1
         for place in range(self.border + 1, len(order)):
             for op in repeatable.get(place, ()):
                 self.rerun[op.node] = position
                 for key in {operand.value.key for operand in op.operands}:
                     self.reread[key] = self.reread.get(key, (position,))[0], position
                 position += 1
-            places.append(position)
+            renumbered.append(position)
             position += 1
         self.length = position
-        self.position = {node: places[place] for node, place in self.position.items()}
+        self.position = {node: renumbered[place] for node, place in self.position.items()}
         self.readers = {
-            key: (forward, [places[place] for place in backward]) for key, (forward, backward) in self.readers.items()
+            key: (forward, [renumbered[place] for place in backward])
+            for key, (forward, backward) in self.readers.items()
         }
 
 
@@ -141,8 +142,8 @@ def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]
             learned.update(results)
         elif port is not None and any(tensor.is_floating_point() for tensor in _tensors(op.node)):
             many = _MASK
-        places = [readers.get(key, ([], []))[0] for key in results]
-        for last in (max(each, default=0) for each in places if len(each) < many):
+        readers_of_results = [readers.get(key, ([], []))[0] for key in results]
+        for last in (max(each, default=0) for each in readers_of_results if len(each) < many):
             for place in range(position + 1, last + 1):
                 crossing[place] += 1
     return [place for place in range(1, len(forward)) if crossing[place] == 1]
