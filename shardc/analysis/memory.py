@@ -76,7 +76,7 @@ class MemoryAnalysis:
         self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], _TensorForm] = {}
 
     def memory(self, forward: Order, backward: Order) -> Memory:
-        """The peak, with its place and what is held there."""
+        """The peak of a run in these orders, where it is, and what the bytes are."""
         return _Execution(self).memory(forward, backward)
 
     def one(self, form: _TensorForm) -> _TensorForm:

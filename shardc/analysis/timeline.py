@@ -6,8 +6,10 @@
 
 A rank computes one node after another, and every mesh axis carries one collective after another. A collective takes
 `1 - overlap` of the rank's cores. While the rank computes beside it, both take `2 - overlap` times as long; with
-several axes, 1 plus the sum of all `1 - overlap`. While the rank waits, collectives take their time, or that sum of
-it, if it is more than 1. Every collective that is started ahead also costs the `stall` of its link.
+several axes, 1 plus the sum of all `1 - overlap`.
+
+While the rank waits, collectives take their time, or that sum of it, if it is more than 1. Every collective that is
+started ahead also costs the `stall` of its link.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ class Rewriter:
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A placeholder of `graph`, whose name and target are alike."""
     new = graph.placeholder(name)
     new.target = new.name  # the name as fx changed it: unique, and no keyword
     return new

@@ -31,6 +31,7 @@ class ProgramBuilder:
         self.constants: dict[str, Tensor] = {}
 
     def program(self) -> Program:
+        """The canonical program, with the ports of its inputs and results."""
         graph = self.traced.graph
         ports, values = self._results()
         nodes = canonical.live(graph, values)

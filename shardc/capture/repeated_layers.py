@@ -53,6 +53,7 @@ class Repeat:
 
     @property
     def units(self) -> int:
+        """How many units there are, those that are skipped among them."""
         return (self.stop - 1 - self.start) // self.period
 
     @property

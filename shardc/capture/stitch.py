@@ -224,6 +224,7 @@ class _Stitch:
     # --- the program without a hole
 
     def run(self) -> Program:
+        """The program without a hole."""
         results = self._gradients()
         graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
         copies: dict[tuple[int, int], fx.Node] = {}

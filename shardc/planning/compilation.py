@@ -119,4 +119,5 @@ def compiler_pass(run: Callable[[Compilation], Compilation]) -> Pass:
 
 
 def names_of(passes: Sequence[Pass]) -> tuple[str, ...]:
+    """The names of passes, in their order."""
     return tuple(one.name for one in passes)

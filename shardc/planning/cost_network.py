@@ -28,31 +28,12 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, value_of
 from shardc.ir.splits import Splits
 from shardc.planning.strategies import OperatorOptions
+from shardc.planning.variables import Domain, Variable
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
 from shardc.solver.problem import Problem, zeros
 
 Accepts = Callable[[Splits], bool]
-
-
-@dataclass
-class Domain:
-    """The values of an operator's variable: strategies, and their seconds. `operands` and `results` hold, per operand
-    or result, the layout that each strategy demands or makes, by its index in the tensor class."""
-
-    strategies: list[Strategy]
-    seconds: np.ndarray
-    operands: list[np.ndarray]
-    results: list[np.ndarray]
-
-
-@dataclass
-class Variable:
-    """One variable: `domain` says what its values mean, a `Strategy` (operators) or `Splits` (shares, outputs)."""
-
-    name: str
-    domain: list[Strategy] | list[Splits]
-    unary: np.ndarray
 
 
 @dataclass

@@ -145,13 +145,15 @@ def _check_names(
             raise ConstraintError(f"tie {a!r} = {b!r}: {len(shapes[a])} and {len(shapes[b])} dims cannot share a split")
     for request in requests:
         if request.value not in shapes:
-            raise ConstraintError(f"{request.label}: no value is named {request.value!r}")
+            raise ConstraintError(f"{request.label}: no value is named {request.value!r}; name one of the program")
         rank = len(shapes[request.value])
         if len(request.dims) != rank:
-            raise ConstraintError(f"{request.label}: {len(request.dims)} dims given, {request.value!r} has {rank}")
+            raise ConstraintError(
+                f"{request.label}: {len(request.dims)} dims given, {request.value!r} has {rank}; give one entry per dim"
+            )
         for axes in request.dims:
             unknown = sorted(set(axes or ()) - set(mesh))
             if unknown:
                 raise ConstraintError(f"{request.label}: no mesh axis {unknown[0]!r}; there are {', '.join(mesh)}")
             if axes is not None and len(set(axes)) < len(axes):
-                raise ConstraintError(f"{request.label}: an axis splits a dim once, got {axes}")
+                raise ConstraintError(f"{request.label}: an axis splits a dim once, got {axes}; name each axis once")

@@ -26,8 +26,9 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.memory import NO_STATES, States
 from shardc.ir.program import Port, Role
 from shardc.ir.splits import Splits
-from shardc.planning.cost_network import Assignment, CostNetwork, Domain, name_of
+from shardc.planning.cost_network import Assignment, CostNetwork, name_of
 from shardc.planning.run_order import RunOrder
+from shardc.planning.variables import Domain
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, workspace
 from shardc.solver.loads import Load, Loads
@@ -78,6 +79,7 @@ class RecomputeNetwork(CostNetwork):
         return Loads(self.schedule.length, self._loads)
 
     def assignment(self, choice: list[int]) -> Assignment:
+        """The meaning of a solution, with what forward keeps for backward."""
         chosen = super().assignment(choice)
         chosen.forward = frozenset(self.schedule.forward)
         for key, (variable, _) in self._kept_variables.items():

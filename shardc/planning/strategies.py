@@ -44,6 +44,7 @@ class OperatorOptions:
 
     @cached_property
     def strategies(self) -> list[Strategy]:
+        """All strategies of the shape whose results are partial under one reduction at most."""
         return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
 
     @cached_property

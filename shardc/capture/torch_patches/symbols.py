@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def is_symbolic(value: Any) -> bool:
+    """Whether a number depends on a symbol."""
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
