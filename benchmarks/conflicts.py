@@ -43,13 +43,13 @@ def main() -> None:
     plan = shardc.compile(model, options.mesh, inputs, hardware="h100", constraints=DEMANDS).plan
     assert isinstance(plan.explainer, Questions)
     start = time.process_time()
-    clashes = plan.explainer.clashes()
+    finder = plan.explainer.conflict_finder()
     built = time.process_time()
-    cores = clashes.found()
+    cores = finder.minimal_conflicts()
     solved = time.process_time()
     for conflict in plan.conflicts():
         print(conflict, end="\n\n")
-    print(f"{options.layers} layers on {options.mesh}: {len(clashes.clauses)} clauses, {len(cores)} minimal conflicts")
+    print(f"{options.layers} layers on {options.mesh}: {len(finder.clauses)} clauses, {len(cores)} minimal conflicts")
     print(f"importing z3 and building the model {built - start:.2f} CPU-s, solving {solved - built:.2f} CPU-s")
 
 

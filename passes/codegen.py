@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.analysis.liveness import dead_after
 from shardc.analysis.timeline import is_started
 from shardc.ir.facts import dtype_of, laid, lowered
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
-from shardc.ir.partition import partition, spent
+from shardc.ir.partition import partition
 from shardc.ir.program import Port, Program, Role, where
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.kernels.parts import Part
@@ -154,15 +155,15 @@ class _Source:
 
     def _body(self, nodes: list[fx.Node], results: Sequence[fx.Node | None], saved: list[fx.Node]) -> list[str]:
         lines: list[str] = []
-        dead, place = spent(nodes, [*results, *saved]), ""
-        for node in nodes:
+        dead, place = dead_after([[*node.all_input_nodes, node] for node in nodes], [*results, *saved]), ""
+        for line, node in enumerate(nodes):
             if node.op == "call_function":
                 if where(node) != place:
                     place = where(node)
                     lines.append(f"    # {place}")
                 lines.append(f"    {self.names[node]} = {self._call(node)}  # {self._type(node)}")
-            if node in dead:
-                lines.append(f"    del {', '.join(sorted(self.names[value] for value in dead[node]))}")
+            if line in dead:
+                lines.append(f"    del {', '.join(sorted(self.names[value] for value in dead[line]))}")
         return lines
 
     def _tuple(self, nodes: Iterable[fx.Node | None]) -> str:

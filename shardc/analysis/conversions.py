@@ -1,4 +1,4 @@
-"""What a lowered program sends, and the local steps of its conversions."""
+"""The record of one step of a conversion in a lowered program."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Conversion:
-    """One collective or local slice that the plan emits: `sent` bytes a rank over `axis`, in `seconds`. `name` is its
-    own in `graph("reshard")`, `value` that of the value it converts."""
+    """One collective or local slice that the plan emits: a rank sends `sent` bytes over `axis`, in `seconds`. `name` is
+    that of the node in `graph("reshard")`, `value` that of the value it converts, `place` a line of the user's code."""
 
     kind: str
     axis: str

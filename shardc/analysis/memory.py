@@ -1,20 +1,21 @@
-"""Footprint: the bytes that a rank holds while it runs the generated code, line by line.
+"""Memory: the bytes that a rank holds while it runs the generated code, line by line.
 
     y = aten.mm.default(x, w)                  held: w, x, y
     z = reduce_scatter(y, dim=1, axis="tp")    held: w, x, y, z
     del y                                      held: w, x, z
 
-Held throughout are parameters, buffers, inputs, and the optimizer's state; from forward on what it returned; in
-backward the tangents, and what forward saved until it is deleted. Views hold what they view. Which results are views,
-and how they lie in memory, is asked of torch's meta kernels, once per form of call. What a kernel of torch allocates
-for itself and frees again is not counted.
+Parameters, buffers, inputs and the optimizer's state are held throughout. What forward returned is held from then on,
+and what it saved until backward deletes it. Backward also holds the tangents. A view holds what it views.
+
+torch's meta kernels tell which results are views, and how results are laid out in memory; each distinct call asks once.
+What a kernel of torch allocates for itself and frees again is not counted.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from shardc.analysis.liveness import dead_after
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
@@ -44,53 +46,56 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that a rank holds at once while the generated code runs: `peak` bytes in all, in `half` (forward or
-    backward) at `place`, and what they are. What kernels allocate for themselves is not in it."""
+    """The most that a rank holds at once while the generated code runs: `peak` bytes, in `phase` (forward or backward),
+    at `place` in the user's code. `parts` says what the bytes are, by label; `budget` is the bound in bytes, if there
+    is one. What kernels allocate for themselves is not counted."""
 
     peak: float = 0.0
-    half: str = ""
+    phase: str = ""
     place: str = ""
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
 
 
 def peak_in_order(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> float:
-    """The bytes that a localized graph holds at most as it is written, with neither buckets nor overlap."""
+    """The most bytes that a rank holds when a localized graph runs as it is written, with neither buckets nor
+    overlap."""
     run = partition(graph, program)
     return MemoryAnalysis(graph, run, program, mesh, states).memory(*in_order(run)).peak
 
 
 class MemoryAnalysis:
-    """What a localized graph holds whose halves run in one order or another. What its calls make is found once."""
+    """What a rank holds when forward and backward of a localized graph run in one order or another. What the calls make
+    is computed once, for all orders."""
 
     def __init__(self, graph: fx.Graph, run: Partition, program: Program, mesh: Mesh, states: States) -> None:
         self.run, self.mesh, self.states = run, mesh, states
         self.roles = {node: port.role for node, port in zip(_placeholders(graph), program.inputs, strict=True)}
-        self.by_form: dict[object, list[_Made | None]] = {}
-        self.by_node: dict[fx.Node, list[_Made | None]] = {}
-        self.equal: dict[_Made, _Made] = {}
-        self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], _Made] = {}
+        self.by_call: dict[object, list[_TensorForm | None]] = {}
+        self.by_node: dict[fx.Node, list[_TensorForm | None]] = {}
+        self.equal: dict[_TensorForm, _TensorForm] = {}
+        self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], _TensorForm] = {}
 
     def memory(self, forward: Order, backward: Order) -> Memory:
-        """The peak, with its place and what is held there."""
+        """The peak of a run in these orders, where it is, and what the bytes are."""
         return _Execution(self).memory(forward, backward)
 
-    def one(self, made: _Made) -> _Made:
-        """The one object of all that are equal, so that what lies alike can be told by identity."""
-        return self.equal.setdefault(made, made)
+    def one(self, form: _TensorForm) -> _TensorForm:
+        """The one object of all that are equal, so that equal forms can be compared by identity."""
+        return self.equal.setdefault(form, form)
 
 
-class _Lying(NamedTuple):
-    """How one tensor lies in memory: the number of its storage, and where in it."""
+class _StoredTensor(NamedTuple):
+    """One tensor in memory: the number of its storage, and its form within it."""
 
     storage: int
-    made: _Made
+    form: _TensorForm
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a form of call makes: in the storage of an operand (by its rank among the call's storages), or in a new one
-    of so many bytes."""
+class _TensorForm:
+    """One result of a call: a view into the storage of an operand (`operand` counts the call's storages), or, where
+    that is None, a new storage of `size` bytes. `offset` and `stride` are in elements."""
 
     operand: int | None
     size: int
@@ -104,24 +109,24 @@ class _Execution:
     def __init__(self, known: MemoryAnalysis) -> None:
         self.known, self.mesh = known, known.mesh
         self.started: set[fx.Node] = set()
-        self.flying: dict[fx.Node, list[_Lying | None]] = {}  # what holds a collective that is under way
-        self.lying: dict[fx.Node, list[_Lying | None]] = {}
+        self.under_way: dict[fx.Node, list[_StoredTensor | None]] = {}  # what a collective that was started holds
+        self.tensors: dict[fx.Node, list[_StoredTensor | None]] = {}  # the results of every node
         self.sizes: list[int] = []  # bytes of every storage
         self.labels: list[str] = []  # what every storage counts as
-        self.names: Counter[int] = Counter()  # how many names hold a storage
-        self.held: Counter[str] = Counter()  # bytes by label
+        self.references: Counter[int] = Counter()  # how many tensors hold a storage
+        self.bytes_by_label: Counter[str] = Counter()
         self.total = 0  # of them all
         self.peak = Memory(0.0, "", "", {})
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         run, roles = self.known.run, self.known.roles
-        self.started = {node for half in (forward, backward) for node, awaited in half if awaited}
+        self.started = {node for order in (forward, backward) for node, awaited in order if awaited}
         for node in run.given:
             self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
             if roles[node] is Role.PARAMETER:
                 size = dtype_of(node).itemsize
                 states = int(self.sizes[-1] / size * self.known.states(size))
-                self.held["optimizer state"] += states
+                self.bytes_by_label["optimizer state"] += states
                 self.total += states
         outputs = [node for node in run.outputs if node is not None]
         labels = {**dict.fromkeys(run.saved, "kept for backward"), **dict.fromkeys(outputs, "outputs")}
@@ -132,150 +137,155 @@ class _Execution:
         self._go("backward", backward, [*run.given, *outputs, *run.gradients], gradients)
         return self.peak
 
-    def _go(self, half: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
-        dead = _spent(order, self.known.run.operands, kept)
+    def _go(self, phase: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
+        operands = self.known.run.operands
+        # what a started collective makes is a value from where it is awaited, and its operands were read before
+        dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
             total = 0
             if awaited:
-                self.lying[node] = self._landed(node, labels.get(node, "in use"))
+                self.tensors[node] = self._await(node, labels.get(node, "in use"))
             elif node in self.started:
-                self.flying[node] = self._taking_off(node)
+                self.under_way[node] = self._begin(node)
                 total = self._workspace(node)
             else:
-                self.lying[node] = self._call(node, labels.get(node, "in use"))
+                self.tensors[node] = self._call(node, labels.get(node, "in use"))
                 total = self._workspace(node)
             total += self.total
             if total > self.peak.peak:
-                parts = {label: float(size) for label, size in self.held.items() if size}
-                self.peak = Memory(float(total), half, where(node), parts)
+                parts = {label: float(size) for label, size in self.bytes_by_label.items() if size}
+                self.peak = Memory(float(total), phase, where(node), parts)
             for value in dead.get(place, ()):
-                self._release(self.lying[value])
+                self._release(self.tensors[value])
             if awaited:
-                self._release(self.flying.pop(node))
+                self._release(self.under_way.pop(node))
 
     def _place(self, node: fx.Node, label: str) -> None:
-        made = self._contiguous(node)
-        self.lying[node] = [self._settle(made, label, [])]
+        form = self._contiguous(node)
+        self.tensors[node] = [self._store(form, label, [])]
 
-    def _call(self, node: fx.Node, label: str) -> list[_Lying | None]:
+    def _call(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
         if node.target is operator.getitem:
             source, index = node.args
-            found = self.lying[source][index]  # type: ignore[index]
-            if found is not None:
-                self._hold(found.storage, label)
-            return [found]
-        operands = [self.lying[operand][0] for operand in self.known.run.operands[node]]
+            element = self.tensors[source][index]  # type: ignore[index]
+            if element is not None:
+                self._hold(element.storage, label)
+            return [element]
+        operands = [self.tensors[operand][0] for operand in self.known.run.operands[node]]
         storages = list(dict.fromkeys([one.storage for one in operands if one is not None]))
-        found = self.known.by_node.get(node)
-        if found is None:
+        forms = self.known.by_node.get(node)
+        if forms is None:
             if isinstance(node.target, Bucket):
                 return self._pieces(node, label)
-            form = self._form(node, operands, storages)
-            found = self.known.by_form.get(form)
-            if found is None:
-                found = [one and self.known.one(one) for one in self._made(node, storages)]
-                self.known.by_form[form] = found
-            self.known.by_node[node] = found
-        return [None if made is None else self._settle(made, label, storages) for made in found]
+            key = self._call_key(node, operands, storages)
+            forms = self.known.by_call.get(key)
+            if forms is None:
+                forms = [one and self.known.one(one) for one in self._forms(node, storages)]
+                self.known.by_call[key] = forms
+            self.known.by_node[node] = forms
+        return [None if form is None else self._store(form, label, storages) for form in forms]
 
-    def _pieces(self, node: fx.Node, label: str) -> list[_Lying | None]:
-        """What a bucket makes: pieces of one storage, one after another."""
+    def _pieces(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+        """The results of a bucket: pieces of one storage, one after another."""
         results = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
-        made = [self._contiguous(user) for user in results]
+        forms = [self._contiguous(user) for user in results]
         storage, start = len(self.sizes), 0
-        self.sizes.append(sum(one.size for one in made))
+        self.sizes.append(sum(one.size for one in forms))
         self.labels.append(label)
-        found: list[_Lying | None] = []
-        for one in made:
+        pieces: list[_StoredTensor | None] = []
+        for one in forms:
             self._hold(storage, label)
-            found.append(_Lying(storage, self.known.one(replace(one, offset=start))))
+            pieces.append(_StoredTensor(storage, self.known.one(replace(one, offset=start))))
             start += math.prod(one.shape)
-        return found
+        return pieces
 
-    def _taking_off(self, node: fx.Node) -> list[_Lying | None]:
-        """What a collective that was started holds: what it brings, and what it reads until it ends."""
+    def _begin(self, node: fx.Node) -> list[_StoredTensor | None]:
+        """What a collective that was started holds: its result, and the operand that it reads until it ends."""
         collective = collective_of(node)
         assert collective is not None
         bucket, holds = isinstance(collective, Bucket), collective.holds(node.kwargs)
-        made = self._contiguous(next(iter(node.users)) if bucket else node)
-        found: list[_Lying | None] = self._pieces(node, "in use") if bucket else [self._settle(made, "in use", [])]
+        form = self._contiguous(next(iter(node.users)) if bucket else node)
+        tensors: list[_StoredTensor | None] = (
+            self._pieces(node, "in use") if bucket else [self._store(form, "in use", [])]
+        )
         if holds is Held.COPY:
-            found.append(self._settle(replace(made, size=sum(operand_bytes(node, self.mesh))), "in use", []))
+            tensors.append(self._store(replace(form, size=sum(operand_bytes(node, self.mesh))), "in use", []))
         elif holds is Held.OPERAND:
-            read = self.lying[node.all_input_nodes[0]][0]
+            read = self.tensors[node.all_input_nodes[0]][0]
             assert read is not None
             self._hold(read.storage, "in use")
-            found.append(read)
-        return found
+            tensors.append(read)
+        return tensors
 
-    def _landed(self, node: fx.Node, label: str) -> list[_Lying | None]:
-        """What a collective brought: where it arrived, or side by side along another dim than the first."""
+    def _await(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+        """The result of a collective that was awaited. It is in the storage where it arrived, or in a new one, if it
+        was joined along another dim than the first."""
         collective = collective_of(node)
         assert collective is not None
         if collective.joins(node.kwargs):
-            return [self._settle(self._contiguous(node), label, [])]
+            return [self._store(self._contiguous(node), label, [])]
         count = len(node.users) if isinstance(collective, Bucket) else 1
-        found = self.flying[node][:count]
-        for one in found:
+        arrived = self.under_way[node][:count]
+        for one in arrived:
             assert one is not None
             self._hold(one.storage, label)
-        return found
+        return arrived
 
-    def _settle(self, made: _Made, label: str, storages: Sequence[int]) -> _Lying:
-        if made.operand is None:
+    def _store(self, form: _TensorForm, label: str, storages: Sequence[int]) -> _StoredTensor:
+        if form.operand is None:
             storage = len(self.sizes)
-            self.sizes.append(made.size)
+            self.sizes.append(form.size)
             self.labels.append(label)
         else:
-            storage = storages[made.operand]
+            storage = storages[form.operand]
         self._hold(storage, label)
-        return _Lying(storage, made)
+        return _StoredTensor(storage, form)
 
     def _hold(self, storage: int, label: str) -> None:
-        if self.names[storage] and label != "in use" and self.labels[storage] == "in use":
-            self.held["in use"] -= self.sizes[storage]
+        if self.references[storage] and label != "in use" and self.labels[storage] == "in use":
+            self.bytes_by_label["in use"] -= self.sizes[storage]
             self.labels[storage] = label
-            self.held[label] += self.sizes[storage]
-        elif not self.names[storage]:
-            self.held[self.labels[storage]] += self.sizes[storage]
+            self.bytes_by_label[label] += self.sizes[storage]
+        elif not self.references[storage]:
+            self.bytes_by_label[self.labels[storage]] += self.sizes[storage]
             self.total += self.sizes[storage]
-        self.names[storage] += 1
+        self.references[storage] += 1
 
-    def _release(self, values: Iterable[_Lying | None]) -> None:
+    def _release(self, values: Iterable[_StoredTensor | None]) -> None:
         for one in values:
             if one is not None:
-                self.names[one.storage] -= 1
-                if not self.names[one.storage]:
-                    self.held[self.labels[one.storage]] -= self.sizes[one.storage]
+                self.references[one.storage] -= 1
+                if not self.references[one.storage]:
+                    self.bytes_by_label[self.labels[one.storage]] -= self.sizes[one.storage]
                     self.total -= self.sizes[one.storage]
 
-    def _form(self, node: fx.Node, operands: Sequence[_Lying | None], storages: list[int]) -> object:
-        """All that what a call makes depends on; of an operator, its kind tells all but how its operands lie and which
-        of several results are read."""
+    def _call_key(self, node: fx.Node, operands: Sequence[_StoredTensor | None], storages: list[int]) -> object:
+        """All that the results of a call depend on. The kind of an operator says all of it, but for how its operands
+        are laid out, and which of several results are read."""
         chosen = chosen_of(node)
         if chosen is not None:
-            lying = [one and (storages.index(one.storage), id(one.made)) for one in operands]
+            laid_out = [one and (storages.index(one.storage), id(one.form)) for one in operands]
             read = [user.args[1] for user in node.users] if lowered(node).layout is None else ()
-            return chosen.op.kind, chosen.strategy, *lying, *read
+            return chosen.op.kind, chosen.strategy, *laid_out, *read
 
         def show(value: object) -> object:
             if isinstance(value, fx.Node):
-                one = self.lying[value][0]
-                return one and (storages.index(one.storage), id(one.made))
+                one = self.tensors[value][0]
+                return one and (storages.index(one.storage), id(one.form))
             if isinstance(value, (list, tuple)):
                 return tuple(map(show, value))  # pyright: ignore
             return value if type(value) is int else repr(value)
 
-        own = () if lowered(node).layout is None else self._local(node)
-        taken = ((user.args[1], self._local(user)) for user in node.users if user.target is operator.getitem)
-        return node.target, show(node.args), show(tuple(node.kwargs.items())), own, tuple(taken)
+        shape = () if lowered(node).layout is None else self._local(node)
+        elements = ((user.args[1], self._local(user)) for user in node.users if user.target is operator.getitem)
+        return node.target, show(node.args), show(tuple(node.kwargs.items())), shape, tuple(elements)
 
     def _local(self, node: fx.Node) -> tuple[int, ...]:
         return laid(node).local_shape(self.mesh)
 
-    def _made(self, node: fx.Node, storages: list[int]) -> list[_Made | None]:
-        """What torch's meta kernel makes. For functions of the runtime, and operators that have no such kernel or one
-        that asks for values, new tensors of the layouts' sizes: all views have one."""
+    def _forms(self, node: fx.Node, storages: list[int]) -> list[_TensorForm | None]:
+        """What torch's meta kernel makes. Functions of the runtime have no such kernel, nor have some operators, or it
+        asks for values: these make new tensors of the layouts' sizes. All views have one."""
         if isinstance(node.target, torch._ops.OpOverload):
             with suppress(RuntimeError, TypeError):  # as kernels say so (NotImplementedError is a RuntimeError)
                 return self._by_meta_kernel(node, storages)
@@ -284,38 +294,41 @@ class _Execution:
         elements = {user.args[1]: self._contiguous(user) for user in node.users if user.target is operator.getitem}
         return [elements.get(index) for index in range(max(elements, default=-1) + 1)]  # type: ignore[type-var]
 
-    def _contiguous(self, node: fx.Node) -> _Made:
+    def _contiguous(self, node: fx.Node) -> _TensorForm:
         shape, dtype = self._local(node), dtype_of(node)
         if (shape, dtype) not in self.known.contiguous:
             stride = torch.empty(shape, device="meta").stride()
-            made = _Made(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
-            self.known.contiguous[shape, dtype] = self.known.one(made)
+            form = _TensorForm(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
+            self.known.contiguous[shape, dtype] = self.known.one(form)
         return self.known.contiguous[shape, dtype]
 
-    def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[_Made | None]:
+    def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[_TensorForm | None]:
         memory = [torch.UntypedStorage(self.sizes[storage], device="meta") for storage in storages]
-        places = {storage._cdata: place for place, storage in enumerate(memory)}
+        # _cdata: Python makes a new object for a storage whenever it is asked; this number of it stays
+        numbers = {storage._cdata: number for number, storage in enumerate(memory)}
 
         def tensor(operand: fx.Node) -> Tensor | None:
-            one = self.lying[operand][0]
+            one = self.tensors[operand][0]
             if one is None:
                 return None
-            made, storage = one.made, memory[storages.index(one.storage)]
-            empty = torch.empty(0, dtype=made.dtype, device="meta")
-            return empty.set_(storage, made.offset, made.shape, made.stride)  # pyright: ignore
+            form, storage = one.form, memory[storages.index(one.storage)]
+            empty = torch.empty(0, dtype=form.dtype, device="meta")
+            return empty.set_(storage, form.offset, form.shape, form.stride)  # pyright: ignore
 
         args, kwargs = map_arg((node.args, dict(node.kwargs)), tensor)
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
         target = aten.reshape.default if node.target is aten.view.default else node.target
-        made = target(*args, **kwargs)  # type: ignore[operator]
-        results = made if isinstance(made, (list, tuple)) else [made]
-        return [_described(one, places) for one in results]
+        result = target(*args, **kwargs)  # type: ignore[operator]
+        results = result if isinstance(result, (list, tuple)) else [result]
+        return [_form_of(one, numbers) for one in results]
 
     def _workspace(self, node: fx.Node) -> int:
-        """The bytes of what our own functions allocate and free again: the rearranged copy of a collective whose dim is
-        not the first, the buffer into which a bucket is filled, the numbers of other ranks that a draw goes through,
-        what the variant of an operator declares."""
+        """Bytes that functions of the runtime allocate and free again.
+
+        A collective along another dim than the first makes a rearranged copy. A bucket is filled into a buffer. A draw
+        goes through the numbers of other ranks. The variant of an operator declares its workspace.
+        """
         if isinstance(node.target, torch._ops.OpOverload):
             return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
@@ -328,42 +341,23 @@ class _Execution:
         if collective is None or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0
         started = node in self.started
-        result = (self.flying if started else self.lying)[node][0]
+        result = (self.under_way if started else self.tensors)[node][0]
         assert result is not None
         if isinstance(collective, Bucket):
             operand = sum(operand_bytes(node, self.mesh))
         else:
-            read = self.lying[node.all_input_nodes[0]][0]
+            read = self.tensors[node.all_input_nodes[0]][0]
             assert read is not None
             operand = self.sizes[read.storage]
         return collective.workspace(node.kwargs, operand, self.sizes[result.storage], started)
 
 
-def _spent(
-    order: Order, operands: Mapping[fx.Node, list[fx.Node]], kept: Iterable[fx.Node | None]
-) -> dict[int, list[fx.Node]]:
-    """Per place the values that are read there for the last time and are not `kept`, as generated code deletes them;
-    what a started collective makes is one from where it is awaited."""
-    last: dict[fx.Node, int] = {}
-    for place, (node, awaited) in enumerate(order):
-        if not awaited:
-            for operand in operands[node]:
-                last[operand] = place
-        last[node] = place
-    found: dict[int, list[fx.Node]] = defaultdict(list)
-    stays = set(kept)
-    for value, place in last.items():
-        if value not in stays:
-            found[place].append(value)
-    return found
-
-
-def _described(one: Any, places: Mapping[int, int]) -> _Made | None:
+def _form_of(one: Any, numbers: Mapping[int, int]) -> _TensorForm | None:
     if not isinstance(one, Tensor):
         return None
     storage = one.untyped_storage()
     stride, offset = tuple(one.stride()), int(one.storage_offset())
-    return _Made(places.get(storage._cdata), storage.nbytes(), tuple(one.shape), stride, offset, one.dtype)
+    return _TensorForm(numbers.get(storage._cdata), storage.nbytes(), tuple(one.shape), stride, offset, one.dtype)
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

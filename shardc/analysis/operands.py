@@ -14,23 +14,23 @@ from shardc.runtime.collectives.collective import AnyCollective, Collective
 
 
 def collective_of(node: fx.Node) -> AnyCollective | None:
-    """The collective that a node calls, None for other nodes."""
+    """The collective that a node calls; None for other nodes."""
     target: Any = node.target
     return target if isinstance(target, Collective) else None
 
 
 def operand_bytes(node: fx.Node, mesh: Mesh) -> list[int]:
-    """Bytes of a collective's local operand, padded to whole chunks; of a bucket's operands."""
+    """Bytes of a collective's local operand, padded to whole chunks; for a bucket, of each of its operands."""
     collective: Any = node.target
-    ways, told = mesh.sizes[str(node.kwargs["axis"])], node.kwargs
+    ways, options = mesh.sizes[str(node.kwargs["axis"])], node.kwargs
     if isinstance(collective, Bucket):
         sources: Any = node.args[0]
         return [
-            _size(source, collective.padded(_shape(source, mesh), ways, one))
-            for source, one in zip(sources, collective.members(told, len(sources)), strict=True)
+            _size(source, collective.padded(_shape(source, mesh), ways, member))
+            for source, member in zip(sources, collective.members(options, len(sources)), strict=True)
         ]
     source: Any = node.args[0]
-    return [_size(source, collective.padded(_shape(source, mesh), ways, told))]
+    return [_size(source, collective.padded(_shape(source, mesh), ways, options))]
 
 
 def _shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:

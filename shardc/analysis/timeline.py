@@ -1,13 +1,15 @@
-"""Timeline: when the nodes of a localized graph run, as the cost model has it.
-
-A rank computes one thing after another, and every mesh axis carries one collective after another. What is under way
-takes `1 - overlap` of the rank's cores. While the rank computes beside it they have to share, so that both take
-2 - overlap times as long (with several axes, 1 and the sum of all `1 - overlap`); while the rank waits, collectives
-take their time, or that sum of it if it is more. Each that is started ahead costs the link's `stall` besides:
+"""Timeline: when the nodes of a localized graph run, by the cost model.
 
     s = all_reduce.start(g, axis="dp")    3 seconds alone, overlap 0.5, stall 0
-    y = mm(a, b)                          2 seconds alone: both take 3 seconds for 2
+    y = mm(a, b)                          2 seconds alone: 3 seconds, and 2 seconds of the all_reduce are done
     r = wait(s)                           1 second
+
+A rank computes one node after another, and every mesh axis carries one collective after another. A collective takes
+`1 - overlap` of the rank's cores. While the rank computes beside it, both take `2 - overlap` times as long; with
+several axes, 1 plus the sum of all `1 - overlap`.
+
+While the rank waits, collectives take their time, or that sum of it, if it is more than 1. Every collective that is
+started ahead also costs the `stall` of its link.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ from shardc.runtime.collectives.collective import AnyCollective, wait
 Inner = tuple[AnyCollective, str, float, float]
 """A collective inside an operator's body: which, axis, bytes of the local operand, seconds."""
 _RESIDUE = 1e-12
-"""Seconds that are so small a part of what they were subtracted from are roundings."""
+"""A difference of seconds that is a smaller part of its terms is a rounding error."""
 Order = list[tuple[fx.Node, bool]]
-"""Nodes as they run; with True, where a collective is awaited that was only started."""
+"""Nodes as they run. An entry with True awaits the collective that an earlier entry started."""
 
 
 def in_order(run: Partition) -> tuple[Order, Order]:
-    """Forward and backward as they are written, with nothing that is only started."""
+    """Forward and backward as they are written; every collective is awaited at once."""
     return [(node, False) for node in run.forward], [(node, False) for node in run.backward]
 
 
 class Pace:
-    """How long the nodes of a localized graph take, one by one."""
+    """How long the nodes of a localized graph take, each alone, in seconds."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.mesh, self.device = mesh, device
@@ -61,9 +63,9 @@ class Pace:
         part = moved / self.mesh.sizes[axis] if kind.keeps_part else moved
         return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
 
-    def taken(self, node: fx.Node) -> tuple[float, float]:
-        """Seconds of a node that is no operator: those that a rank computes, in a step that sends nothing, or to fill a
-        bucket; and those of a collective."""
+    def node_seconds(self, node: fx.Node) -> tuple[float, float]:
+        """Seconds of a node that is no operator: those that the rank computes (in a step that sends nothing, or to
+        fill a bucket), and those of a collective."""
         step = self.step(node)
         if step is None:
             return 0.0, 0.0
@@ -74,16 +76,16 @@ class Pace:
         return seconds - sent, sent
 
     def operator(self, chosen: Chosen) -> tuple[float, list[Inner]]:
-        """Seconds of an operator's compute, and what its body sends; reckoned once per kind and strategy."""
+        """Seconds of an operator's compute, and the collectives in its body; computed once per kind and strategy."""
         key = chosen.op.kind, chosen.strategy
-        taken = self._operators.get(key)
-        if taken is None:
+        known = self._operators.get(key)
+        if known is None:
             inner = [
                 (kind, axis, size, step_seconds(kind, axis, size, self.mesh, self.device))
                 for kind, axis, size in sends(chosen.shape, chosen.strategy, self.mesh)
             ]
-            taken = self._operators[key] = self._compute(chosen.shape, chosen.strategy), inner
-        return taken
+            known = self._operators[key] = self._compute(chosen.shape, chosen.strategy), inner
+        return known
 
     def _compute(self, shape: Shape, strategy: Strategy) -> float:
         if not shape.computes:
@@ -92,8 +94,8 @@ class Pace:
 
 
 class Times:
-    """What nodes take, each reckoned once: `compute` and `sent` in seconds, where an operator's body sends what is
-    `inner`; and the `operands` of each."""
+    """What every node takes, computed once: `compute` and `sent` are seconds of compute and of a collective, `inner`
+    the collectives in the body of an operator, `operands` what a node reads."""
 
     def __init__(self, run: Partition, pace: Pace) -> None:
         self.mesh, self.device, self.operands = pace.mesh, pace.device, run.operands
@@ -103,7 +105,7 @@ class Times:
         for node in self.operands:
             chosen = chosen_of(node)
             if chosen is None:
-                self.compute[node], self.sent[node] = pace.taken(node)
+                self.compute[node], self.sent[node] = pace.node_seconds(node)
                 continue
             self.compute[node], inner = pace.operator(chosen)
             self.sent[node] = 0.0
@@ -112,14 +114,14 @@ class Times:
 
 
 class Flight(NamedTuple):
-    """A collective that was started: its axis, and the seconds of all that was started there, itself the last."""
+    """A collective that was started: its axis, and the seconds of all collectives started there, up to itself."""
 
     axis: str
     until: float
 
 
 class Clock:
-    """What time it is for the rank, `now`, in seconds, and how far what was started has come."""
+    """The time of the rank, `now`, in seconds, and how much is left of every collective that was started."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.now = 0.0
@@ -128,11 +130,11 @@ class Clock:
         self._loads = {axis: 1.0 - overlap for axis, (overlap, _) in beside.items()}
         self._stalls = {axis: stall for axis, (_, stall) in beside.items()}
         self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
-        self._left: dict[str, float] = {}  # of them those that are yet to come, where there are any
+        self._left: dict[str, float] = {}  # the part of them that has not run yet, for axes that have any
 
     def hides(self, axis: str, seconds: float) -> bool:
-        """Whether anything is gained by computing beside a collective of so many seconds, which has to wait for what
-        is under way on its axis."""
+        """Whether computing beside a collective of `seconds` saves time. The collective first waits for those that were
+        started on its axis."""
         return self._device.hidden(self._mesh, axis, self._left.get(axis, 0.0) + seconds) > 0.0
 
     def run(self, axis: str, seconds: float) -> None:
@@ -140,7 +142,7 @@ class Clock:
         self.wait(self._enqueue(axis, seconds))
 
     def start(self, axis: str, seconds: float) -> Flight:
-        """A collective of so many seconds is started, for the rank to compute beside."""
+        """A collective of `seconds` is started; the rank goes on computing."""
         self.compute(self._stalls[axis])
         return self._enqueue(axis, seconds)
 
@@ -150,7 +152,7 @@ class Clock:
         return Flight(axis, self._started[axis])
 
     def compute(self, seconds: float) -> None:
-        """The rank computes what takes so long alone."""
+        """The rank computes what takes `seconds` alone."""
         while self._left and seconds > 0.0:
             step = min(seconds, *self._left.values())
             self._go_on(step, 1.0 + self._load())
@@ -158,7 +160,7 @@ class Clock:
         self.now += seconds
 
     def wait(self, flight: Flight) -> None:
-        """Nothing is computed before a collective has ended."""
+        """The rank waits until a collective has ended."""
         while rest := self.rest(flight):
             self._go_on(min(rest, *self._left.values()), max(1.0, self._load()))
 
@@ -168,26 +170,26 @@ class Clock:
         return rest if rest > _RESIDUE * self._started[flight.axis] else 0.0
 
     def beside(self, flight: Flight) -> float:
-        """The seconds that it still takes if the rank goes on computing."""
+        """The seconds that a collective still takes if the rank goes on computing."""
         return self.rest(flight) * (1.0 + self._load())
 
     def _load(self) -> float:
-        """What part of the cores all that is under way would take, if it could."""
+        """The part of the cores that all collectives under way would take together; it may be more than 1."""
         return sum([self._loads[axis] for axis in self._left])
 
     def _go_on(self, step: float, taking: float) -> None:
-        """All that is under way goes on by so many of its seconds, each of which takes so many."""
+        """Every collective under way advances by `step` of its seconds, each of which takes `taking` seconds."""
         self.now += step * taking
         self._left = {axis: left - step for axis, left in self._left.items() if left > step}
 
 
 def is_started(node: fx.Node) -> bool:
-    """Whether a collective is started only, and awaited by another node."""
+    """Whether a collective is only started, and another node awaits it."""
     return any(user.target is wait for user in node.users)
 
 
 def timed(order: Order, times: Times) -> tuple[float, float]:
-    """The seconds that all takes when nodes run in this order, and those of collectives that nobody waits for."""
+    """The seconds of a run in this order, and the seconds of collectives during which the rank computes."""
     clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
     started = {node for node, awaited in order if awaited}
     for node, awaited in order:
@@ -196,9 +198,9 @@ def timed(order: Order, times: Times) -> tuple[float, float]:
             continue
         compute, seconds, inner = times.compute[node], times.sent[node], times.inner.get(node, ())
         clock.compute(compute)
-        total += compute + seconds + sum(own for *_, own in inner)
-        for _, axis, _, own in inner:
-            clock.run(axis, own)
+        total += compute + seconds + sum(inner_seconds for *_, inner_seconds in inner)
+        for _, axis, _, inner_seconds in inner:
+            clock.run(axis, inner_seconds)
         if seconds and node in started:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
         elif seconds:

@@ -1,7 +1,11 @@
 """Canonical ATen: a traced graph written again with one spelling for each operation.
 
-Copies that only autograd or functionalization asked for vanish, transposes become `permute`, reshapes become `view`
-with the sizes written out, and arguments stand where the schema has them.
+    %t = aten.t(%w)                      ->    %permute = permute(%w, [1, 0])
+    %y = aten.reshape(%x, [-1, 8])       ->    %view = view(%x, [4, 8])
+    %z = aten.detach(%y)                 ->    (nothing: readers of %z read %view)
+
+Copies that only autograd or functionalization needs vanish. Transposes become `permute`, reshapes become `view` with
+the sizes written out, and every argument stands at the index that the schema gives it.
 """
 
 from __future__ import annotations
@@ -11,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.fake_tensors import is_fake, same_shape
 from shardc.ir.facts import NOWHERE, Captured, Origin, describe
 from shardc.ir.program import call, value_of
 
@@ -52,7 +55,7 @@ class Rewriter:
             self.env[old] = self._copied(old)
 
     def finish(self, results: list[fx.Node | None]) -> fx.Graph:
-        """The graph with its output, less what the new spelling left without users."""
+        """The graph with its output, without the calls that have no users any more."""
         self.graph.output(tuple(results))
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not node.users and not _is_random(node):
@@ -78,13 +81,14 @@ class Rewriter:
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A placeholder of `graph`, whose name and target are alike."""
     new = graph.placeholder(name)
-    new.target = new.name  # what the graph made of the name: unique, and no keyword
+    new.target = new.name  # the name as fx changed it: unique, and no keyword
     return new
 
 
 def _numbered(old: fx.Graph) -> fx.Graph:
-    """The same graph with the names that it has if it is made at once: what was erased on the way left gaps."""
+    """The same graph with names numbered anew: erased nodes left gaps in the numbers."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in old.nodes:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
@@ -100,20 +104,21 @@ def _numbered(old: fx.Graph) -> fx.Graph:
 
 
 def live(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> list[fx.Node]:
-    """The calls that `roots` need, in order. Random operators stay, needed or not: they move the random stream."""
+    """The calls that `roots` need, in order. Random operators stay even if nothing needs them, because they advance the
+    random generator."""
     needed = {root for root in roots if root is not None}
-    found: list[fx.Node] = []
+    calls: list[fx.Node] = []
     for node in reversed(graph.nodes):
         if node.op == "call_function" and (node in needed or _is_random(node)):
-            found.append(node)
+            calls.append(node)
             needed.update(node.all_input_nodes)
-    return found[::-1]
+    return calls[::-1]
 
 
 def canonical(
     target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any
 ) -> tuple[Target, tuple[Any, ...], dict[str, Any]]:
-    """The one spelling of a call whose result is `val`."""
+    """The one spelling of a call whose result is `val`: operator, positional and keyword arguments."""
     args, kwargs = positional(target, args, kwargs)
     target = _SAME.get(target, target)
     if target in _VIEWS:
@@ -123,9 +128,9 @@ def canonical(
     order = _order(target, args)
     if order is not None:
         return aten.permute.default, (args[0], order), {}
-    if target is aten._efficientzerotensor.default:  # zeros that autograd does without memory for
+    if target is aten._efficientzerotensor.default:  # autograd allocates no memory for these zeros
         target = aten.zeros.default
-    if target in (aten.empty_strided.default, aten.empty_permuted.default):  # where in memory is the rank's affair
+    if target in (aten.empty_strided.default, aten.empty_permuted.default):  # each rank chooses strides
         target, args = aten.empty.memory_format, (args[0],)
     keep = ("memory_format",) if target is aten.clone.default else ()
     return target, args, {key: value for key, value in kwargs.items() if key in keep or key not in _IRRELEVANT}
@@ -146,7 +151,7 @@ def positional(
 
 
 def _order(target: Target, args: tuple[Any, ...]) -> list[int] | None:
-    """The order of the dims if the call only permutes them."""
+    """The order of the dims if the call only permutes them, else None."""
     if not args or not isinstance(args[0], fx.Node) or not isinstance(value_of(args[0]), torch.Tensor):
         return None
     rank = value_of(args[0]).ndim
@@ -172,12 +177,12 @@ def _through(target: Target, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
     """Whether the result is the operand itself."""
-    if not args or not isinstance(args[0], fx.Node) or not isinstance(val, FakeTensor):
+    if not args or not isinstance(args[0], fx.Node) or not is_fake(val):
         return False
     before = value_of(args[0])
     if target is aten._to_copy.default:
         return before.dtype == val.dtype
-    if target not in _MOVES or not tracing.same_shape(before.shape, val.shape):
+    if target not in _MOVES or not same_shape(before.shape, val.shape):
         return False
     return target is not aten.permute.default or args[1] == sorted(args[1])
 

@@ -1,8 +1,10 @@
 """Dynamic sizes: dims of inputs that change from call to call, and a program captured once as it is at given sizes.
 
-`dynamic={"input_ids": {0: "batch", 1: "seq"}}` names dims; equal names are equal sizes. Capture traces with symbols in
-their place and records what the model's code assumed of them (guards). The program of a call is the captured one with
-numbers put in: nothing is traced again, and where an assumption does not hold the caller is told to capture anew.
+    dynamic={"input_ids": {0: "batch", 1: "seq"}}     names dims; dims of one name have one size
+
+Capture traces with symbols in place of these sizes, and torch records what the model's code assumes of them (guards).
+`Template.at` puts numbers into the captured program, and traces nothing again. Where a guard does not hold,
+`Template.admits` is False, and the caller captures the program anew.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.fake_tensors import fake_mode
+from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.model_call import Dims, Dynamic, ModelCall
@@ -27,60 +30,69 @@ from shardc.ir.versions import GraphVersion
 
 
 def named_dims(dynamic: Dynamic, call: ModelCall) -> Dims:
-    """The dims that `dynamic` names by argument, as those of flat inputs. Raises ShardcError.
+    """The dims that `dynamic` names by argument, by the index of the flat input: {0: {0: "batch"}}. For a sharded
+    function, the arguments are those of the function.
 
-    Of a sharded function the arguments are those of the function.
+    Raises ShardcError for an argument that the call does not have or that is no tensor, and for a dim out of range.
     """
     if not dynamic:
         return {}
     forward: Callable[..., Any] = vars(call.model).get("sharded_function", call.model.forward)
     args, kwargs = call.args, call.kwargs
-    given, positions, count = dict[str, Any](), dict[str, int](), 0
+    arguments, positions, count = dict[str, Any](), dict[str, int](), 0
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
     names = [name for name, p in inspect.signature(forward).parameters.items() if p.kind not in several][: len(args)]
     unnamed = [""] * (len(args) - len(names))
     for name, value in [*zip([*names, *unnamed], args, strict=True), *kwargs.items()]:
         if name:
-            given[name], positions[name] = value, count
+            arguments[name], positions[name] = value, count
         count += len(flatten(value)[0])
-    found: dict[int, dict[int, str]] = {}
+    dims_of_input: dict[int, dict[int, str]] = {}
     for name, dims in dynamic.items():
-        tensor = given.get(name)
-        if name not in given:
-            raise ShardcError(f"dynamic[{name!r}]: the call has no argument {name!r}; it has {', '.join(given)}")
+        tensor = arguments.get(name)
+        if name not in arguments:
+            raise ShardcError(f"dynamic[{name!r}]: the call has no argument {name!r}; it has {', '.join(arguments)}")
         if not isinstance(tensor, Tensor):
-            raise ShardcError(f"dynamic[{name!r}]: the argument is a {type(tensor).__name__}, not a tensor")
+            raise ShardcError(
+                f"dynamic[{name!r}]: the argument is a {type(tensor).__name__}, not a tensor; name one that is"
+            )
         for dim in dims:
             if not -tensor.ndim <= dim < tensor.ndim:
-                raise ShardcError(f"dynamic[{name!r}]: dim {dim} is out of range for shape {tuple(tensor.shape)}")
-        found[positions[name]] = {dim % tensor.ndim: called for dim, called in dims.items()}
-    return found
+                raise ShardcError(
+                    f"dynamic[{name!r}]: dim {dim} is out of range for shape {tuple(tensor.shape)}; "
+                    f"give a dim from {-tensor.ndim} to {tensor.ndim - 1}"
+                )
+        dims_of_input[positions[name]] = {dim % tensor.ndim: called for dim, called in dims.items()}
+    return dims_of_input
 
 
 def sizes_of(dims: Dims, leaves: Sequence[Any]) -> dict[str, int]:
-    """The size that every name has in a call. Raises ShardcError where inputs disagree."""
-    found: dict[str, tuple[int, int]] = {}
+    """The size that every name has in a call. Raises ShardcError where two inputs give one name different sizes."""
+    first_seen: dict[str, tuple[int, int]] = {}
     for index, named in dims.items():
         for dim, name in named.items():
             size = int(leaves[index].shape[dim])
-            known, first = found.setdefault(name, (size, index))
+            known, first = first_seen.setdefault(name, (size, index))
             if known != size:
                 raise ShardcError(
                     f"dynamic size {name!r} is {known} in input {first} but {size} in dim {dim} of input {index}; "
                     "give dims that may differ different names"
                 )
-    return {name: size for name, (size, _) in found.items()}
+    return {name: size for name, (size, _) in first_seen.items()}
 
 
 class Template:
-    """A program captured with symbols for its dynamic dims."""
+    """A program captured with symbols for its dynamic dims.
+
+    Raises CaptureError where the model's code fixes one of these sizes.
+    """
 
     def __init__(self, program: Program, dims: Dims) -> None:
         self.program = program
         nodes = {port.index: node for port, node in zip(program.inputs, program.placeholders, strict=True)
                  if port.role is Role.INPUT}  # fmt: skip
         sizes = {name: value_of(nodes[i]).shape[dim] for i, named in dims.items() for dim, name in named.items()}
-        self._symbols = tracing.Symbols(sizes)
+        self._symbols = Symbols(sizes)
         for name, size in self._symbols.fixed.items():
             raise CaptureError(
                 f"the size {name!r} is declared dynamic, but the model's code fixes it to {size} (by branching on it, "
@@ -88,13 +100,13 @@ class Template:
             )
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether all that the model's code assumed of its sizes holds at these."""
+        """Whether everything that the model's code assumes of its sizes holds at `sizes`."""
         return self._symbols.hold(sizes)
 
     def at(self, sizes: Mapping[str, int]) -> Program:
         """The program that a capture at these sizes would give."""
         number = self._symbols.evaluator(sizes)
-        mode = tracing.fake_mode()
+        mode = fake_mode()
 
         def concrete(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -107,7 +119,7 @@ class Template:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 graph.output(fx.map_arg(node.args[0], new.__getitem__))
-            elif tracing.is_symbolic(value_of(node)):
+            elif is_symbolic(value_of(node)):
                 new[node] = number(value_of(node))
             else:
                 args, kwargs = map_aggregate(

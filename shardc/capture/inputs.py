@@ -1,4 +1,4 @@
-"""What a call is given: its leaves, and all else that decides which compiled program fits it."""
+"""The inputs of a call: their leaves, and the key that says which compiled program fits the call."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves and structure; dataclasses are opened, also where nobody told torch about the class."""
+    """Leaves and structure. Dataclasses are opened, also those that nobody registered with torch."""
     leaves, spec = pytree.tree_flatten(tree)
     unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
-    if not unknown and not tracing.register_caches(leaves):
+    if not unknown and not transformers.register_caches(leaves):
         return leaves, spec
     for cls in unknown:
         pytree.register_dataclass(cls)
@@ -30,12 +30,13 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def refuse_opaque(leaves: Iterable[Any]) -> None:
-    """CaptureError for an object that pytree does not open: tensors inside would be burned into the program."""
+    """Raise CaptureError for an object that pytree does not open: the program would keep the tensors inside as
+    constants."""
     for leaf in leaves:
-        held: list[Any] = []
+        contents: list[Any] = []
         if not isinstance(leaf, Tensor):
-            held = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]  # type: ignore[misc]
-        if isinstance(leaf, np.ndarray) or any(isinstance(item, Tensor) for item in held):
+            contents = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]  # type: ignore[misc]
+        if isinstance(leaf, np.ndarray) or any(isinstance(item, Tensor) for item in contents):
             raise CaptureError(
                 f"an input of type {type(leaf).__name__} holds values that would be burned into the program: pass "
                 "tensors, in tuples, lists, dicts or dataclasses, or register its class with "
@@ -44,7 +45,7 @@ def refuse_opaque(leaves: Iterable[Any]) -> None:
 
 
 def refuse_foreign(constant: Tensor) -> None:
-    """CaptureError for a parameter that the program reaches past the model: its gradient would be lost."""
+    """Raise CaptureError for a parameter that is no parameter of the model: its gradient would be lost."""
     if constant.requires_grad:
         raise CaptureError(
             f"the program uses a tensor of shape {tuple(constant.shape)} that requires a gradient, and is neither an "
@@ -53,7 +54,7 @@ def refuse_foreign(constant: Tensor) -> None:
 
 
 def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
-    """CaptureError for a value that is no dense tensor: layouts say nothing about where its elements lie."""
+    """Raise CaptureError for a value that is no dense tensor: layouts describe dense tensors only."""
     for node in nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
@@ -82,7 +83,7 @@ def call_key(
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
         shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
-        # results lie in memory as operands do, and eager mode draws random numbers in the order of memory
+        # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
         order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
         return shape, leaf.dtype, leaf.requires_grad, order
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
@@ -90,33 +91,38 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
 
 
-_OWN = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
+_NOT_SETTINGS = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
 _NAMED = (type, FunctionType, BuiltinFunctionType)
 _LONG = 1000
-"""Lists and dicts with more elements are told apart by identity and length: to read them all would take too long."""
+"""Lists and dicts with more elements are compared by identity and length: to read them all would take too long."""
 
 
 def _attributes(part: nn.Module, root: bool, known: dict[int, tuple[Any, bool]]) -> tuple[Any, ...]:
-    """What forward may read of a module besides its state: its class, settings, and hooks by number (no number comes
-    twice; those of the root are not part of the program). Tensors that are no state count by identity."""
-    own = vars(part)
-    hooks = () if root else tuple(tuple(own[name]) for name in _HOOKS)
-    return type(part), hooks, tuple((k, _setting(v, known)[0]) for k, v in own.items() if k not in _OWN)
+    """What forward may read of a module besides its state: its class, its settings, and the numbers of its hooks.
+
+    torch gives no number to two hooks. Hooks of the root are not part of the program. Tensors that are no state are
+    compared by identity.
+    """
+    attributes = vars(part)
+    hooks = () if root else tuple(tuple(attributes[name]) for name in _HOOKS)
+    return type(part), hooks, tuple((k, _setting(v, known)[0]) for k, v in attributes.items() if k not in _NOT_SETTINGS)
 
 
 def _setting(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
-    """A value that forward may read, as a key, and whether the key tells all of it. Lists, dicts and objects made of
-    plain values (configurations) are told by what they hold; of any other object only the class counts, since a
-    trainer or a logger, say, changes without meaning anything to the program."""
+    """A value that forward may read, as a key, and whether the key is complete: whether it says all of the value.
+
+    Lists, dicts and objects made of plain values (configurations) are compared by their contents. Of any other object
+    only the class counts: a trainer or a logger, say, changes all the time, and the program does not depend on it.
+    """
     if isinstance(value, Tensor):
         return id(value), True
     if isinstance(value, _PLAIN):
         return (type(value), repr(value)), True
     if isinstance(value, _NAMED):
         return value, True
-    if id(value) not in known:  # all values are held by the model, so that no id is given twice meanwhile
+    if id(value) not in known:  # the model keeps all values alive, so that no two have one id
         known[id(value)] = type(value), False  # also ends circles
         known[id(value)] = _compound(value, known)
     return known[id(value)]
@@ -128,10 +134,10 @@ def _compound(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool
             return (type(value), id(value), len(value)), True
         items: Iterable[Any] = (*value, *value.values()) if isinstance(value, Mapping) else value
         pairs = [_setting(item, known) for item in items]
-        return (type(value), tuple(key for key, _ in pairs)), all(told for _, told in pairs)
+        return (type(value), tuple(key for key, _ in pairs)), all(complete for _, complete in pairs)
     if isinstance(value, functools.partial):
         return _compound((value.func, value.args, value.keywords), known)
     if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
         return type(value), False
-    held, told = _setting(vars(value), known)
-    return (type(value), held) if told else type(value), told
+    key, complete = _setting(vars(value), known)
+    return (type(value), key) if complete else type(value), complete

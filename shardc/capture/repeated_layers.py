@@ -3,8 +3,9 @@
     layers  0 1 2 3 4 5 6 7    all alike: run 0, units 1 and 2, and 7; skip 3 to 6
     layers  s f s f s f s f    of two kinds in turn: run 0, units (1 2) and (3 4), and 7; skip 5 and 6
 
-Equal means: the same class with the same hyperparameters, the same shapes, no hooks, nothing shared with anything else.
-`shardc.capture.skipped_layers` sees whether they also run alike, `shardc.capture.stitch` fills in what was skipped.
+Equal layers have the same class, the same hyperparameters and the same shapes, no hooks, and share nothing with
+anything else. `shardc.capture.skipped_layers` checks that they also run alike. `shardc.capture.stitch` fills in what
+was skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.ambient_modes import unobserved
+from shardc.capture.torch_patches.module_internals import has_global_hooks
 
 LONGEST_PERIOD = 8
 FEWEST_SKIPPED = 2
@@ -30,16 +32,16 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 
 
 class Unlike(Exception):
-    """A layer turned out to be no repetition of another: the model is traced in full."""
+    """A layer does not repeat another one after all. The caller traces the model in full."""
 
 
 @dataclass(frozen=True)
 class Repeat:
     """Equal layers among the children of one module.
 
-    Units of `period` layers begin at child `start`. The child before them and at least one after, up to `stop`, are
-    equal too, but run, because a model's first and last layers meet other neighbours. `asked` are the attributes, per
-    child, that hold a layer's position.
+    Units of `period` layers begin at child `start`. The child before them and at least one after them, up to `stop`,
+    are equal too. They run, because a model's first and last layers have other neighbours. `positions` are the
+    attributes, per child, that hold a layer's position.
     """
 
     paths: tuple[str, ...]
@@ -47,10 +49,11 @@ class Repeat:
     start: int
     stop: int
     period: int
-    asked: tuple[tuple[tuple[nn.Module, str], ...], ...]
+    positions: tuple[tuple[tuple[nn.Module, str], ...], ...]
 
     @property
     def units(self) -> int:
+        """How many units there are, those that are skipped among them."""
         return (self.stop - 1 - self.start) // self.period
 
     @property
@@ -73,8 +76,8 @@ class _Itself:
 
 
 def snapshot(value: Any, deep: int = 3) -> Any:
-    """Something that equals the snapshot of what is, and will be, no different. Objects count by identity, and what
-    their attributes hold."""
+    """A key of a value: two values with equal keys are alike, and stay alike while the keys stay equal. Objects are
+    compared by identity, and by what their attributes hold."""
     kind = type(value)
     if kind in PLAIN or isinstance(value, Enum):
         return kind, value
@@ -93,9 +96,10 @@ def snapshot(value: Any, deep: int = 3) -> Any:
 
 
 def form(tensor: Tensor | None) -> tuple[Any, ...]:
+    """All of a tensor but its values."""
     if tensor is None:
         return ()
-    with tracing.unobserved():
+    with unobserved():
         return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
@@ -111,38 +115,43 @@ Whole = list[tuple[nn.Module, str]]
 
 
 def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
-    """Everything that makes a layer what it is, but for the values of its tensors and its whole numbers. With `ours`,
-    it is being traced: its forward is our own, and its tensors are of whatever type stands for them."""
+    """A key of everything in a layer but the values of its tensors and its whole numbers; and where the whole numbers
+    are.
+
+    With `ours`, the layer is being traced: its forward is replaced by shardc's, and its tensors by fake ones, whose
+    type is another.
+    """
     parts: list[Any] = []
     whole: Whole = []
     for path, part in layer.named_modules():
-        own: list[Any] = [path, type(part)]
+        facts: list[Any] = [path, type(part)]
         for name, value in vars(part).items():
             if name in EVERY and not value:
                 continue
             if name == "_modules":
-                own.append(tuple((key, child is None) for key, child in value.items()))
+                facts.append(tuple((key, child is None) for key, child in value.items()))
             elif name in ("_parameters", "_buffers"):
-                own.append(tuple([(key, form(tensor)[ours:]) for key, tensor in value.items()]))
+                facts.append(tuple([(key, form(tensor)[ours:]) for key, tensor in value.items()]))
             elif name.endswith("_hooks") and isinstance(value, dict):
                 if value:
-                    own.append(_Itself(object()))  # who knows what a hook does
+                    facts.append(_Itself(object()))  # who knows what a hook does
             elif type(value) is int:
-                own.append(name)
+                facts.append(name)
                 whole.append((part, name))
             elif not (ours and part is layer and name == "forward"):
-                own.append((name, snapshot(value)))
-        parts.append(tuple(own))
+                facts.append((name, snapshot(value)))
+        parts.append(tuple(facts))
     return tuple(parts), whole
 
 
 def find(module: nn.Module, patterns: Iterable[str] = ()) -> list[Repeat]:
-    """The repeated layers of a model. None where a pattern of `patterns` names one of them, or a hook sees them all."""
-    if nn.modules.module._has_any_global_hook():
+    """The repeated layers of a model. Stretches with a layer that a pattern of `patterns` names are left out; with
+    hooks on all modules, all are."""
+    if has_global_hooks():
         return []
     owners = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
     owners.update(id(tensor) for part in module.modules() for tensor in tensors(part))
-    found: list[Repeat] = []
+    repeats: list[Repeat] = []
     below: tuple[str, ...] = ()
     for path, parent in module.named_modules():
         children = {f"{path}.{name}" if path else name: child for name, child in parent.named_children()}
@@ -150,36 +159,36 @@ def find(module: nn.Module, patterns: Iterable[str] = ()) -> list[Repeat]:
             continue
         repeat = _repeat(children)
         if repeat is not None and not _shared(repeat, owners) and not _named(repeat, patterns):
-            found.append(repeat)
+            repeats.append(repeat)
             below = (*below, *(f"{layer}." for layer in repeat.paths))
-    return found
+    return repeats
 
 
 def _repeat(children: dict[str, nn.Module]) -> Repeat | None:
-    made = [described(child) for child in children.values()]
+    descriptions = [described(child) for child in children.values()]
     alike: dict[Any, list[int]] = {}
-    for index, (what, _) in enumerate(made):
+    for index, (what, _) in enumerate(descriptions):
         alike.setdefault(what, []).append(index)
-    keys: list[Any] = [None] * len(made)
-    asked: list[tuple[tuple[nn.Module, str], ...]] = [()] * len(made)
+    keys: list[Any] = [None] * len(descriptions)
+    position_attributes: list[tuple[tuple[nn.Module, str], ...]] = [()] * len(descriptions)
     for number, members in enumerate(alike.values()):
-        values = {i: [getattr(part, name) for part, name in made[i][1]] for i in members}
+        values = {i: [getattr(part, name) for part, name in descriptions[i][1]] for i in members}
         slots = range(len(values[members[0]]))
         position = {s for s in slots if len(members) > 1 and len({values[i][s] - i for i in members}) == 1}
         for i in members:
             keys[i] = number, tuple(values[i][s] for s in slots if s not in position)
-            asked[i] = tuple(made[i][1][s] for s in sorted(position))
+            position_attributes[i] = tuple(descriptions[i][1][s] for s in sorted(position))
     best: Repeat | None = None
     for period in range(1, LONGEST_PERIOD + 1):
         for start, stop in _stretches(keys, period):
-            one = Repeat(tuple(children), tuple(children.values()), start + 1, stop, period, tuple(asked))
+            one = Repeat(tuple(children), tuple(children.values()), start + 1, stop, period, tuple(position_attributes))
             if len(one.hole) > max(FEWEST_SKIPPED - 1, len(best.hole) if best else 0):
                 best = one
     return best
 
 
 def _stretches(keys: Sequence[Any], period: int) -> Iterable[tuple[int, int]]:
-    """Where the keys repeat themselves with this period: first and last but one of each stretch."""
+    """Where the keys repeat with this period: the index of the first layer of each stretch, and of its last."""
     start = 0
     for index in range(len(keys) + 1 - period):
         if index + period == len(keys) or keys[index] != keys[index + period]:
@@ -189,7 +198,7 @@ def _stretches(keys: Sequence[Any], period: int) -> Iterable[tuple[int, int]]:
 
 
 def _shared(repeat: Repeat, owners: Counter[int]) -> bool:
-    """Whether a part or a tensor of the layers stands anywhere else as well."""
+    """Whether a part or a tensor of the layers is used anywhere else as well."""
     return any(
         owners[id(item)] > 1
         for layer in repeat.layers[repeat.start - 1 : repeat.stop]
@@ -208,19 +217,19 @@ def _named(repeat: Repeat, patterns: Iterable[str]) -> bool:
 
 
 def surroundings(layer: nn.Module) -> Any:
-    """What the code of a layer finds beside the layer and its arguments: plain values, or containers of them, in
+    """What the code of a layer may read besides the layer and its arguments: plain values and containers, in
     attributes of its classes, in globals and in closures."""
-    found: dict[Any, Any] = {}
+    readable: dict[Any, Any] = {}
     for kind in {type(part) for part in layer.modules()}:
         for cls in kind.__mro__:
             if not cls.__module__.startswith(("torch.", "builtins")):
-                found.update({(cls, name): value for name, value in vars(cls).items() if type(value) in _READABLE})
+                readable.update({(cls, name): value for name, value in vars(cls).items() if type(value) in _READABLE})
         for function in _wrapped(kind.forward):
             code, known = function.__code__, function.__globals__
             cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
             values = [(n, known.get(n)) for n in code.co_names] + [(n, _content(cell)) for n, cell in cells]
-            found.update({(function, name): value for name, value in values if type(value) in _READABLE})
-    return {key: snapshot(value) for key, value in found.items()}
+            readable.update({(function, name): value for name, value in values if type(value) in _READABLE})
+    return {key: snapshot(value) for key, value in readable.items()}
 
 
 _READABLE = (int, float, bool, str, list, dict, set)
@@ -236,9 +245,9 @@ def _content(cell: CellType) -> Any:
 @functools.cache
 def _wrapped(function: Any) -> tuple[FunctionType, ...]:
     """A function, and those that it wraps."""
-    found: list[FunctionType] = []
+    functions: list[FunctionType] = []
     while function is not None:
         if isinstance(function, FunctionType):
-            found.append(function)
+            functions.append(function)
         function = getattr(function, "__wrapped__", None)
-    return tuple(found)
+    return tuple(functions)

@@ -1,16 +1,18 @@
-"""Skip: a trace in which most of the repeated layers need not run.
+"""Skip: a trace in which most of the repeated layers do not run.
 
-The model's own code runs in full, so its loops meet every layer, index and length. Only the call of a layer that is
-known to do what its representative did is answered by `shardc::skipped`, which leaves a hole in the graph.
+The model's code runs in full, so its loops see every layer, index and length. Only the call of a layer is answered by
+`shardc::skipped`, which leaves a hole in the graph, if the layer is known to do what its representative did.
 
     h = layer[2](h, mask)     # runs: the representative        %h2 = ...
     h = layer[3](h, mask)     # skipped                         %h3 = skipped(%h2, 0, False)
     h = layer[4](h, mask)     # skipped, the last               %h4 = skipped(%h2, 0, True)
 
-Known means: the layers are equal (shardc.capture.repeated_layers) and called in turn, from the same line, with the same
-values or what the layer before returned, and what their code may read around them is the same; and the representative
-changed nothing but its results, and asked nothing about its position. Anything else raises Unlike, and the model is
-traced in full.
+That is known under these conditions; otherwise Unlike is raised, and the model is traced in full:
+
+- the layers are equal (shardc.capture.repeated_layers);
+- they are called in turn, from the same line, with the same values or with what the layer before returned;
+- what their code may read around them is the same;
+- the representative changed nothing but its results, and did not read its position.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.repeated_layers import PLAIN, Repeat, Unlike, described, form, snapshot, surroundings, tensors
-from shardc.capture.torch_patches import tracing
+from shardc.capture.torch_patches.ambient_modes import modes
+from shardc.capture.torch_patches.module_internals import has_gradient_hooks, version
+from shardc.capture.user_frames import source_line
 
 
 @torch.library.custom_op("shardc::skipped", mutates_args=())
 def skipped(x: Tensor, repeat: int, last: bool) -> Tensor:
-    """What a layer that did not run would have returned, `x` being that of its representative; of the repeat with this
-    number, and whether the layer is the last that is skipped."""
+    """Stands for what a layer that did not run would have returned. `x` is what its representative returned, `repeat`
+    the number of the repeat, `last` says whether the layer is the last that is skipped."""
     return x.clone()
 
 
@@ -56,9 +60,10 @@ skipped.register_autograd(_skip_back, setup_context=_remember)
 
 @dataclass
 class _Call:
-    """One call of a layer: what went in, what came out, and what else could make a difference."""
+    """One call of a layer: its arguments, its results, what else it may depend on (`around`), and the results of the
+    layer before (`before`)."""
 
-    given: list[Any]
+    arguments: list[Any]
     spec: pytree.TreeSpec
     around: Any
     before: list[Any]
@@ -66,22 +71,23 @@ class _Call:
     result_spec: pytree.TreeSpec | None = None
 
     def link(self, index: int) -> list[int]:
-        """The results of the layer before that argument `index` is."""
-        return [k for k, result in enumerate(self.before) if result is self.given[index]]
+        """Which results of the layer before argument `index` is."""
+        return [k for k, result in enumerate(self.before) if result is self.arguments[index]]
 
     def passed(self, result: Any) -> list[int]:
-        """The arguments that a result is."""
-        return [m for m, argument in enumerate(self.given) if argument is result]
+        """Which arguments a result is."""
+        return [m for m, argument in enumerate(self.arguments) if argument is result]
 
 
 class Watch:
-    """Sees to it, during one trace, that layers of `repeats` are skipped, and that they may be."""
+    """Skips layers of `repeats` during one trace, and checks that they may be skipped. `broken` says why they may
+    not."""
 
     def __init__(self, repeats: Sequence[Repeat]) -> None:
         self.repeats = repeats
         self.broken = ""
         self._calls: list[list[_Call]] = []
-        self._held: dict[nn.Module, list[Tensor]] = {}  # what the layers hold when the model begins to run
+        self._tensors: dict[nn.Module, list[Tensor]] = {}  # of the layers, when the model begins to run
 
     def hidden(self) -> set[nn.Module]:
         """The parts of the layers that are skipped."""
@@ -89,26 +95,29 @@ class Watch:
 
     @contextmanager
     def installed(self) -> Generator[None]:
-        """Run the model in here, any number of times. Raises Unlike."""
+        """Run the model in here, any number of times. Raises Unlike where a layer may not be skipped."""
         self._calls = [[] for _ in self.repeats]
-        self._held = {layer: _tensors_of(layer) for r in self.repeats for layer in r.layers[r.start - 1 : r.stop]}
+        self._tensors = {layer: _tensors_of(layer) for r in self.repeats for layer in r.layers[r.start - 1 : r.stop]}
         with ExitStack() as stack:
             for number, repeat in enumerate(self.repeats):
                 for index in range(repeat.start - 1, repeat.stop):
-                    own = vars(repeat.layers[index])
-                    stack.callback(_put_back, own, "forward", own.get("forward", _ABSENT))
-                    own["forward"] = self._stand_in(number, index, repeat.layers[index].forward)
+                    attributes = vars(repeat.layers[index])
+                    stack.callback(_put_back, attributes, "forward", attributes.get("forward", _ABSENT))
+                    attributes["forward"] = self._stand_in(number, index, repeat.layers[index].forward)
             yield
         for repeat, calls in zip(self.repeats, self._calls, strict=True):
             if len(calls) != repeat.stop - repeat.start + 1:
                 self.refuse("not every layer is called")
             for index in repeat.hole:
-                own, layer = calls[index - repeat.start + 1].results, repeat.layers[index]
+                results, layer = calls[index - repeat.start + 1].results, repeat.layers[index]
                 self._check_held(layer)
-                if any(leaf._backward_hooks for leaf in (*own, *self._held[layer]) if isinstance(leaf, Tensor)):
+                if any(
+                    has_gradient_hooks(leaf) for leaf in (*results, *self._tensors[layer]) if isinstance(leaf, Tensor)
+                ):
                     self.refuse("the gradient of a layer's result or parameter has a hook")
 
     def refuse(self, reason: str) -> NoReturn:
+        """Note why layers may not be skipped, and raise Unlike: user code may catch the exception, but not the note."""
         self.broken = reason
         raise Unlike(reason)
 
@@ -126,10 +135,10 @@ class Watch:
         if index != repeat.start - 1 + len(calls):
             self.refuse("the layers are not called in turn")
         self._check_held(repeat.layers[index])
-        given, spec = pytree.tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, (Tensor, *PLAIN, Enum)) for leaf in given):
+        arguments, spec = pytree.tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, (Tensor, *PLAIN, Enum)) for leaf in arguments):
             self.refuse("a layer is given an object that it may change")
-        call = _Call(given, spec, (_switches(), self._identity(repeat, index)), calls[-1].results if calls else [])
+        call = _Call(arguments, spec, (_switches(), self._identity(repeat, index)), calls[-1].results if calls else [])
         calls.append(call)
         if index >= repeat.start + repeat.period and index < repeat.hole.stop:
             behind = repeat.period * (1 + max(0, (index - repeat.hole.start) // repeat.period))
@@ -140,8 +149,8 @@ class Watch:
         return self._run(repeat, index, call, functools.partial(forward, *args, **kwargs))
 
     def _holds(self, layer: nn.Module) -> bool:
-        """Whether a layer still holds what it did."""
-        before, now = self._held[layer], _tensors_of(layer)
+        """Whether a layer still holds the tensors that it had when the model began to run."""
+        before, now = self._tensors[layer], _tensors_of(layer)
         return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
     def _check_held(self, layer: nn.Module) -> None:
@@ -150,15 +159,15 @@ class Watch:
 
     def _identity(self, repeat: Repeat, index: int) -> Any:
         what, whole = described(repeat.layers[index], ours=True)
-        held = set(repeat.asked[index])
-        numbers = tuple(getattr(part, name) for part, name in whole if (part, name) not in held)
+        positions = set(repeat.positions[index])
+        numbers = tuple(getattr(part, name) for part, name in whole if (part, name) not in positions)
         return what, numbers, surroundings(repeat.layers[index])
 
     def _compare(self, call: _Call, other: _Call) -> None:
-        """Refuse two calls that could come to different results."""
+        """Refuse two calls whose results could differ."""
         if call.spec != other.spec or call.around != other.around:
             self.refuse("layers, their arguments or global switches differ")
-        for index, (one, two) in enumerate(zip(call.given, other.given, strict=True)):
+        for index, (one, two) in enumerate(zip(call.arguments, other.arguments, strict=True)):
             same = one is two or (bool(call.link(index)) and call.link(index) == other.link(index))
             if isinstance(one, Tensor) and isinstance(two, Tensor):
                 if not same or form(one) != form(two):
@@ -168,14 +177,14 @@ class Watch:
 
     def _run(self, repeat: Repeat, index: int, call: _Call, forward: Callable[[], Any]) -> Any:
         layer = repeat.layers[index]
-        held = [*self._held[layer], *(leaf for leaf in call.given if isinstance(leaf, Tensor))]
-        versions = [tensor._version for tensor in held]
+        watched = [*self._tensors[layer], *(leaf for leaf in call.arguments if isinstance(leaf, Tensor))]
+        versions = [version(tensor) for tensor in watched]
         with ExitStack() as stack:
-            for part, name in repeat.asked[index]:
+            for part, name in repeat.positions[index]:
                 stack.callback(_put_back, vars(part), name, vars(part)[name])
                 vars(part)[name] = _Position(self)
             output = forward()
-        if versions != [tensor._version for tensor in held]:
+        if versions != [version(tensor) for tensor in watched]:
             self.refuse("a layer writes in place to a tensor that it is given, or to a buffer")
         if not self._holds(layer) or call.around[1] != self._identity(repeat, index):
             self.refuse("a layer changes its own attributes")
@@ -187,7 +196,7 @@ class Watch:
     def _skip(self, number: int, last: bool, call: _Call, like: _Call) -> Any:
         for leaf in like.results:
             came_in = like.passed(leaf) if isinstance(leaf, Tensor) else []
-            if came_in and call.given[came_in[0]] is not leaf:
+            if came_in and call.arguments[came_in[0]] is not leaf:
                 self.refuse("a layer returns what the layer before returned")
             fresh = isinstance(leaf, Tensor) and not came_in
             result = torch.ops.shardc.skipped(leaf, number, last) if fresh else leaf
@@ -207,35 +216,35 @@ def _tensors_of(layer: nn.Module) -> list[Tensor]:
 _ABSENT = object()
 
 
-def _put_back(own: dict[str, Any], name: str, value: Any) -> None:
+def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
     if value is _ABSENT:
-        own.pop(name, None)
+        attributes.pop(name, None)
     else:
-        own[name] = value
+        attributes[name] = value
 
 
 def _switches() -> Any:
-    """What else decides what operators do, and the line that calls the layer."""
+    """The global switches that operators depend on, and the line that calls the layer."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    line = tracing.source_line(sys._getframe(2))
-    return torch.is_grad_enabled(), torch.get_default_dtype(), tuple(autocast), tracing.modes(), line
+    line = source_line(sys._getframe(2))
+    return torch.is_grad_enabled(), torch.get_default_dtype(), tuple(autocast), modes(), line
 
 
 class _Position:
-    """Stands in for a layer's position: whoever asks anything about it gets Unlike."""
+    """Stands in for a layer's position. Whoever reads it gets Unlike."""
 
     def __init__(self, watch: Watch) -> None:
         object.__setattr__(self, "_watch", watch)
 
-    def _asked(self, *_: Any) -> NoReturn:
+    def _read(self, *_: Any) -> NoReturn:
         watch: Watch = object.__getattribute__(self, "_watch")
         watch.refuse("a layer looks at its position")
 
-    __getattribute__ = __setattr__ = _asked  # type: ignore[assignment]
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _asked  # type: ignore[assignment]
-    __bool__ = __int__ = __float__ = __complex__ = __index__ = __str__ = __repr__ = _format__ = _asked
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _asked
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _asked
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = _asked
-    __rrshift__ = __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __trunc__ = __floor__ = __ceil__ = _asked
-    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __copy__ = __deepcopy__ = __reduce__ = _asked
+    __getattribute__ = __setattr__ = _read  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _read  # type: ignore[assignment]
+    __bool__ = __int__ = __float__ = __complex__ = __index__ = __str__ = __repr__ = _format__ = _read
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _read
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _read
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = _read
+    __rrshift__ = __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __trunc__ = __floor__ = __ceil__ = _read
+    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __copy__ = __deepcopy__ = __reduce__ = _read

@@ -1,15 +1,15 @@
 """Stitch: fill the hole that skipped layers left in a program with copies of their representative.
 
-The layers that ran last before the hole stand twice in the graph, as units 1 and 2. If they are the same nodes, each
-linked to its neighbour in the same way, the units in the hole are more of the same:
+Two periods of layers ran before the hole: units 1 and 2. If both are the same nodes, linked to their neighbours in the
+same way, the units in the hole are more of the same:
 
     %a = mm(%h, %p1)         # unit 1                  %a = mm(%h, %p1)
     %b = mm(%a, %p2)         # unit 2                  %b = mm(%a, %p2)
     %s = skipped(%b)         # the hole          ->    %c = mm(%b, %p3);  %d = mm(%c, %p4)
     %e = mm(%s, %p5)                                   %e = mm(%d, %p5)
 
-and in the backward, where unit 2 follows the hole, likewise. What is checked is what makes this so; where a check
-fails, Unlike is raised and the model is traced in full.
+The backward is filled in likewise; there unit 2 follows the hole. Where a check fails, Unlike is raised, and the model
+is traced in full.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from shardc.ir.versions import GraphVersion
 
 
 def fill(program: Program, number: int, repeat: Repeat) -> Program:
-    """The program with the hole of one repeat filled."""
+    """The program with the hole of one repeat filled. Raises Unlike where the units differ."""
     return _Stitch(program, number, repeat).run()
 
 
 class _From(Enum):
-    """Which unit, counted from the one that takes the operand."""
+    """In which unit an operand is made, counted from the unit that reads it."""
 
-    OWN = 0
+    SAME = 0
     BEFORE = -1
     AFTER = 1
 
 
 class _Link(NamedTuple):
-    """An operand: node number `position` of a unit, this one or a neighbour."""
+    """An operand: node number `position` of the same unit or of a neighbour."""
 
     source: _From
     position: int
@@ -84,14 +84,14 @@ class _Stitch:
         self.units = self._units()
         self.at = [{node: i for i, node in enumerate(unit)} for unit in (self.units.one, self.units.two)]
         self.start: dict[int, fx.Node] = {}
-        """What the last unit in the hole takes for that node of the unit after it."""
-        self.taken: set[int] = set()
-        """The nodes that a unit takes from the unit before it."""
+        """By position: what the last unit in the hole reads where the others read that node of the unit after them."""
+        self.from_before: set[int] = set()
+        """The positions that a unit reads from the unit before it."""
         self.template = [self._node(*pair) for pair in zip(self.units.one, self.units.two, strict=True)]
         self._check_uses()
 
     def _place(self, path: str) -> tuple[int, str] | None:
-        """The child below which a module or parameter stands, and where there."""
+        """The child to which a module or parameter belongs, and its path within; None for others."""
         parts = path.split(".")
         index = self.child.get(".".join(parts[: self.depth]))
         return None if index is None else (index, ".".join(parts[self.depth :]))
@@ -175,16 +175,16 @@ class _Stitch:
         first, second = self.at
         if one in first:
             if second.get(two) == first[one]:
-                return _Link(_From.OWN, first[one])
+                return _Link(_From.SAME, first[one])
         elif one is two:
-            if not any(one in own for own in (second, self.units.exits, self.units.entries, self.owned)):
+            if not any(one in nodes for nodes in (second, self.units.exits, self.units.entries, self.owned)):
                 return one
         elif one in self.owned and two in self.owned:
             (i, name, role), (j, other, other_role) = self.owned[one], self.owned[two]
             if (i + self.repeat.period, name, role) == (j, other, other_role) and i in self._layers(1):
                 return _Of(j, role, name)
         elif two in first and one not in second:
-            self.taken.add(first[two])
+            self.from_before.add(first[two])
             return _Link(_From.BEFORE, first[two])
         elif one in second and two not in first and two not in second and two not in self.units.exits:
             return self._after(second[one], two)
@@ -195,7 +195,8 @@ class _Stitch:
         return range(first, first + self.repeat.period)
 
     def _after(self, position: int, seen: fx.Node) -> _Link:
-        """The link to what unit 1 takes from unit 2, where unit 2 takes `seen`, from the hole or beyond."""
+        """The link to what unit 1 reads of unit 2, at a place where unit 2 reads `seen`, which is in the hole or
+        beyond."""
         start: Any = seen
         if seen in self.units.entries:
             start, model = seen.args[0], self.units.two[position]
@@ -206,10 +207,10 @@ class _Stitch:
         return _Link(_From.AFTER, position)
 
     def _check_uses(self) -> None:
-        """What units are used for, beyond what the links say."""
+        """Raise Unlike where a unit is read otherwise than by the links."""
         first, second = self.at
         roots = {second.get(node.args[0]) for node in self.units.exits}  # type: ignore[arg-type]
-        if roots != self.taken:
+        if roots != self.from_before:
             raise Unlike("the layers hand on something else than what they return")
         if any(user not in second for node in self.units.entries for user in node.users):
             raise Unlike("a gradient is used beyond its layer")
@@ -223,9 +224,10 @@ class _Stitch:
     # --- the program without a hole
 
     def run(self) -> Program:
+        """The program without a hole."""
         results = self._gradients()
         graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-        made: dict[tuple[int, int], fx.Node] = {}
+        copies: dict[tuple[int, int], fx.Node] = {}
         forward, backward = range(self.units.forward), range(self.units.forward, len(self.units.two))
         hole = range(3, self.repeat.units + 1)
 
@@ -235,7 +237,7 @@ class _Stitch:
                 return env[self.ports[link.role, f"{path}.{link.name}"]]
             if link.source is _From.AFTER and unit == self.repeat.units:
                 return env[self.start[link.position]]
-            return made[unit + link.source.value, link.position]
+            return copies[unit + link.source.value, link.position]
 
         def emit(unit: int, positions: range) -> None:
             @cache
@@ -246,7 +248,7 @@ class _Stitch:
                 old, (args, kwargs) = self.units.two[position], self.template[position]
                 args = [arg if fixed else filled(arg, unit) for arg, fixed in args]
                 kwargs = {key: arg if fixed else filled(arg, unit) for key, (arg, fixed) in kwargs.items()}
-                new = made[unit, position] = call(graph, old.target, tuple(args), kwargs)
+                new = copies[unit, position] = call(graph, old.target, tuple(args), kwargs)
                 describe(new, Captured(value_of(old), place(origin_of(old))))
 
         def filled(tree: Any, unit: int) -> Any:
@@ -260,59 +262,60 @@ class _Stitch:
                 if old is self.units.exits[0]:
                     for unit in hole:
                         emit(unit, forward)
-                env[old] = made[hole[-1], self.at[1][old.args[0]]]
+                env[old] = copies[hole[-1], self.at[1][old.args[0]]]
             elif old in self.units.entries:
                 if old is self.units.entries[0]:
                     for unit in reversed(hole):
                         emit(unit, backward)
             elif old in self.at[1]:
                 emit(2, range(self.at[1][old], self.at[1][old] + 1))
-                env[old] = made[2, self.at[1][old]]
+                env[old] = copies[2, self.at[1][old]]
             elif old.op == "call_function":
                 args, kwargs = fx.map_arg((old.args, dict(old.kwargs)), env.__getitem__)
                 env[old] = call(graph, old.target, args, kwargs)
                 env[old].meta = dict(old.meta)
                 if old in self.at[0]:
-                    made[1, self.at[0][old]] = env[old]
-        graph.output(tuple(made[r] if isinstance(r, tuple) else None if r is None else env[r] for r in results))
+                    copies[1, self.at[0][old]] = env[old]
+        graph.output(tuple(copies[r] if isinstance(r, tuple) else None if r is None else env[r] for r in results))
         return replace(self.program, version=GraphVersion.of(graph))
 
     def _gradients(self) -> list[fx.Node | tuple[int, int] | None]:
-        """The results of the new program: old nodes, and in the hole unit and position."""
-        given = dict(zip(self.program.outputs, self.program.results, strict=True))
-        found: list[fx.Node | tuple[int, int] | None] = []
-        for port, value in given.items():
+        """The results of the new program: nodes of the old one; for gradients in the hole, unit and position."""
+        old_results = dict(zip(self.program.outputs, self.program.results, strict=True))
+        results: list[fx.Node | tuple[int, int] | None] = []
+        for port, value in old_results.items():
             place = self._place(port.name) if port.role is Role.GRADIENT else None
             if place is None or place[0] not in range(self.repeat.start, self.repeat.hole.stop):
                 if value in self.at[1] or (value in self.at[0] and self.at[0][value] not in self.start):
                     raise Unlike(f"{value} is a result of the program")
-                found.append(value)
+                results.append(value)
                 continue
             unit, within = divmod(place[0] - self.repeat.start, self.repeat.period)
             one, two = (
-                given[replace(port, name=f"{self.repeat.paths[self._layers(u)[within]]}.{place[1]}")] for u in (1, 2)
+                old_results[replace(port, name=f"{self.repeat.paths[self._layers(u)[within]]}.{place[1]}")]
+                for u in (1, 2)
             )
             position = None if one is None else self.at[0].get(one, -1)
             if position != (None if two is None else self.at[1].get(two)):
                 raise Unlike(f"the gradient of {port.name} comes from elsewhere")
             if unit < 2:
-                found.append(value)
+                results.append(value)
             elif value is not None:
                 raise Unlike(f"{port.name} is used elsewhere than in its layer")
             else:
-                found.append(None if position is None else (unit + 1, position))
-        return found
+                results.append(None if position is None else (unit + 1, position))
+        return results
 
 
 def _fixed(tree: Any) -> bool:
     """Whether an argument is the same in every unit."""
-    found: list[object] = []
-    _filled(tree, found.append, found.append)  # type: ignore[arg-type]
-    return not found
+    variable_parts: list[object] = []
+    _filled(tree, variable_parts.append, variable_parts.append)  # type: ignore[arg-type]
+    return not variable_parts
 
 
 def _filled(tree: Any, link: Callable[[_Link | _Of], fx.Node], node: Callable[[fx.Node], fx.Node]) -> Any:
-    """A node's arguments out of those of the template."""
+    """A node's arguments, from those of the template."""
     if isinstance(tree, (_Link, _Of)):
         return link(tree)
     if isinstance(tree, fx.Node):

@@ -1,9 +1,9 @@
-"""Assumes: at which other sizes of the inputs the strategies of a plan can be adopted, and where nothing is padded.
+"""Assumptions: at which other sizes of the inputs the strategies of a plan can be reused, and where nothing is padded.
 
     f32[32@(dp,tp), 64]  on dp=2,tp=4    ->    even at multiples of 8, padded otherwise; not below 8
 
-An atom that an input's dim begins with is split by some axes wherever it occurs. `adopt` takes over a strategy whose
-splits are legal at the new size, so what is legal of sizes that do not divide decides.
+Some axes split the first atom of an input's dim, wherever that atom occurs. `reuse_strategies` needs every such split
+to be legal at the new size; an operator that cannot pad needs a size that divides.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ Axes = tuple[str, ...]
 
 
 def assumptions(network: CostNetwork, assignment: Assignment) -> tuple[Assumption, ...]:
-    """One for every atom of the inputs' dims that the plan splits; dims that are tied have one."""
+    """One assumption for every first atom of the inputs' dims that the plan splits; tied dims have one together."""
     mesh, factored = network.mesh, network.factored
     dims = _input_dims(factored)
-    held: dict[int, set[Axes]] = {piece: set() for piece in dims}
+    splitting: dict[int, set[Axes]] = {piece: set() for piece in dims}
     strict: dict[int, set[int]] = {piece: set() for piece in dims}
     for piece, axes, where in _uses(network, assignment):
         if piece in dims and mesh.ways(axes) > 1:
-            held[piece].add(axes)
+            splitting[piece].add(axes)
             if where is not None and not _padded(*where, axes, network):
                 strict[piece].add(mesh.ways(axes))
-    found: list[Assumption] = []
-    for piece, places in dims.items():
-        if held[piece]:
-            ways = [mesh.ways(axes) for axes in held[piece]]
-            _, _, size, rest = places[0]
-            names = tuple(f"{name} dim {dim}" for name, dim, _, _ in places)
+    assumed: list[Assumption] = []
+    for piece, uses in dims.items():
+        if splitting[piece]:
+            ways = [mesh.ways(axes) for axes in splitting[piece]]
+            _, _, size, rest = uses[0]
+            names = tuple(f"{name} dim {dim}" for name, dim, _, _ in uses)
             every, least = rest * math.lcm(*ways), rest * max(ways)
-            found.append(Assumption(names, size, every, least, rest * math.lcm(*strict[piece])))
-    return tuple(found)
+            assumed.append(Assumption(names, size, every, least, rest * math.lcm(*strict[piece])))
+    return tuple(assumed)
 
 
 def _input_dims(factored: Factored) -> dict[int, list[tuple[str, int, int, int]]]:
-    """Per atom that a dim of an input begins with: the input, the dim, its size, and that of the atoms after it."""
-    found: dict[int, list[tuple[str, int, int, int]]] = {}
+    """Per atom that is the first of a dim of an input: the input, the dim, the dim's size, and that of the atoms after
+    the first."""
+    dims: dict[int, list[tuple[str, int, int, int]]] = {}
     program = factored.program
     for port, node in zip(program.inputs, program.placeholders, strict=True):
         if port.role is Role.INPUT and node in factored.values:
@@ -54,12 +55,12 @@ def _input_dims(factored: Factored) -> dict[int, list[tuple[str, int, int, int]]
                 if refs:
                     rest = math.prod(factored.atoms.size(ref) for ref in refs[1:])
                     size = rest * factored.atoms.size(refs[0])
-                    found.setdefault(factored.atoms.piece(refs[0]), []).append((port.name, index, size, rest))
-    return found
+                    dims.setdefault(factored.atoms.piece(refs[0]), []).append((port.name, index, size, rest))
+    return dims
 
 
 def _uses(network: CostNetwork, assignment: Assignment) -> Iterator[tuple[int, Axes, tuple[Shape, int] | None]]:
-    """Every atom that something splits, with the axes; and of operators the factor that it is."""
+    """Every atom that is split, with its axes; in an operator, also the operator's shape and the factor."""
     factored = network.factored
     for op in factored.ops:
         strategy, shape = assignment.strategies[op.node], network.options_of(op).shape
@@ -79,7 +80,7 @@ def _uses(network: CostNetwork, assignment: Assignment) -> Iterator[tuple[int, A
 
 
 def _padded(shape: Shape, factor: int, axes: Axes, network: CostNetwork) -> bool:
-    """Whether the operator takes a factor of a size that the axes do not divide."""
+    """Whether the operator accepts a factor of a size that the axes do not divide."""
     uneven = 2 * network.mesh.ways(axes) + 1
     factors = tuple(replace(f, size=uneven) if i == factor else f for i, f in enumerate(shape.factors))
     return splittable(replace(shape, factors=factors), factor, axes, network.mesh)

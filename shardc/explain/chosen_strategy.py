@@ -1,4 +1,4 @@
-"""What the strategy of one operator reads like: its splits, and its variant beside those that could run instead."""
+"""The strategy of one operator as text: its splits, its variant, and the variants that could run instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardc.rules.factors.strategy import Strategy, variants_of
 
 
 def splits_text(op: Op, strategy: Strategy) -> str:
-    """`dp splits n, tp splits k`, with the variant where the operator has several; of placeholders nothing."""
+    """`dp splits n, tp splits k`, with the variant where the operator has several; "" for placeholders."""
     if op.node.op == "placeholder":
         return ""
     pairs = zip(op.factors, strategy.split, strict=True)
@@ -20,7 +20,7 @@ def splits_text(op: Op, strategy: Strategy) -> str:
 
 
 def ways_to_run(options: OperatorOptions, strategy: Strategy) -> tuple[Way, ...]:
-    """The variant that runs, then the others that could run the operator split as it is; none where it is alone."""
+    """The variant that runs, then the others that could run the operator with the same splits; empty without others."""
     others = [name for name in variants_of(options.shape, strategy.split) if name != strategy.variant]
     names = [strategy.variant, *others] if others else []
     return tuple(Way(name, options.sending(strategy._replace(variant=name))) for name in names)

@@ -1,19 +1,19 @@
-"""What cannot hold together unless a split dim is gathered or moved: minimal sets of demands and limits, by z3.
+"""Conflicts: demands and limits that cannot hold together unless a split dim is gathered or moved, found by z3.
 
-Conversions make every set of layouts possible, at a price. So the question is what a program would be without them: a
-reader of a value that is split must split the same dim by the same axes, major to minor, and may split it further.
-What is whole may be sliced, and partial sums may be reduced: that is no conversion of a split. One boolean says that an
-operator's factor is split by an axis, one that of two axes the first is major:
+Conversions make every set of layouts possible, at a price. So the question is what could hold without them. Then a
+reader of a split value must split the same dim by the same axes, major to minor, and may split it further. A whole
+value may be sliced, and partial sums may be reduced: neither converts a split.
+
+A boolean says that an axis splits a factor of an operator; another that of two axes the first is major:
 
     maker's factor split by a            =>  reader's factor split by a, and nothing major to it that the maker lacks
     two factors of an operator           =>  not both split by a
     a demand (assumption)                =>  its dims are split by exactly these axes, in this order
     a limit of an operator (assumption)  =>  its factor is not split by these axes
 
-Splits start at demands and run along readers, so only the booleans that can be reached from there enter the model: all
-others are false in some solution if there is any. z3's core of assumptions is thinned by deletion, so that removing any
-one member leaves the others feasible. A memory budget has its place here as one more assumption, that bounds the sum of
-what is not split.
+Splits start at demands and propagate to readers. The model has only the booleans that are reachable from there: if
+there is a solution, there is one in which all others are false. z3's core of assumptions is then thinned by deletion,
+so that without any one member the others are feasible.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What was asked of a base value, under the words `text`: per leaf exactly these axes, None where it is open."""
+    """A demand on a base value: per leaf exactly these axes, None where it is open. `text` says it in the user's
+    words."""
 
     text: str
     key: Key
@@ -59,8 +60,8 @@ class Demand:
 
 @dataclass(frozen=True)
 class FoundConflict:
-    """Demands and limits, by their texts, that cannot hold together; the operators that carry a demand's split to where
-    it meets the others, and what is wrong there, if the members do not say it."""
+    """Demands and limits, by their texts, that cannot hold together. `path` are the operators through which a demand's
+    split propagates to the others, `reason` what is wrong there, if the members do not say it."""
 
     members: tuple[str, ...]
     path: tuple[Op, ...]
@@ -69,7 +70,8 @@ class FoundConflict:
 
 @dataclass(eq=False)
 class ConflictFinder:
-    """The model of one program under some demands. Outputs and written buffers are whole where the network says so."""
+    """The model of one program under some demands. Outputs and buffers that are written are whole where the network
+    says so."""
 
     network: CostNetwork
     demands: Sequence[Demand]
@@ -89,7 +91,7 @@ class ConflictFinder:
         self._cone: dict[Fact, Fact | None] = {}  # how each fact was first reached
         self._edges: dict[tuple[Place, Place], str] = {}  # under which assumption; "" for none
         self._guards: dict[str, int] = {}
-        self._held: dict[Place, list[str]] = {}
+        self._axes_of: dict[Place, list[str]] = {}
         self._orders: set[str] = set()
         self._reach()
         self._write()
@@ -99,15 +101,15 @@ class ConflictFinder:
         declared = [f"(declare-const {name} Bool)" for name in names]
         self.solver.from_string("\n".join([*declared, *self.clauses]))
 
-    def found(self, most: int = 20) -> list[FoundConflict]:
-        """Minimal clashes, no two with a demand in common; the user's demands in every one."""
-        asked = {demand.text for demand in self.demands}
-        left, clashes = list(self._guards), list[FoundConflict]()
-        while len(clashes) < most and (core := self.core(left)) is not None:
-            clashes.append(FoundConflict(tuple(core), *self._meeting(core)))
-            drop = asked.intersection(core) or set(core)
+    def minimal_conflicts(self, most: int = 20) -> list[FoundConflict]:
+        """At most `most` minimal conflicts. Each has demands of the user, and no two have one in common."""
+        demanded = {demand.text for demand in self.demands}
+        left, conflicts = list(self._guards), list[FoundConflict]()
+        while len(conflicts) < most and (core := self.core(left)) is not None:
+            conflicts.append(FoundConflict(tuple(core), *self._meeting(core)))
+            drop = demanded.intersection(core) or set(core)
             left = [text for text in left if text not in drop]
-        return clashes
+        return conflicts
 
     def core(self, texts: Collection[str]) -> list[str] | None:
         """A minimal subset of these assumptions that cannot hold together, demands first; None if all can."""
@@ -127,7 +129,7 @@ class ConflictFinder:
         return [text for text, number in self._guards.items() if f"g{number}" in names]
 
     def _add_exits(self) -> None:
-        """Where values leave the program: per leaf the place of the parameter that a gradient follows; None: whole."""
+        """Where values leave the program: per leaf the parameter's factor that a gradient follows; None for whole."""
         program, factored = self.network.factored.program, self.network.factored
         ports = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
         for port, node in zip(program.outputs, program.results, strict=True):
@@ -141,61 +143,61 @@ class ConflictFinder:
                 marks = tuple((str(i),) for i in range(len(sides)))  # which leaf becomes which
                 back = base_demand(value, marks).axes
                 follows = tuple(self._at(parameter, sides[int(mark[0])]) if mark else None for mark in back)
-                text = f"the gradient of {port.name} lies as {port.name} does"
+                text = f"the gradient of {port.name} has the layout of {port.name}"
                 self._exits.setdefault(value.key, []).append((text, follows))
                 continue
-            what = f"output {port.index} is gathered whole (outputs='full')"
+            text = f"output {port.index} is gathered whole (outputs='full')"
             if port.role is Role.MUTATION:
-                what = f"the buffer {port.name} is written in place, and so kept whole"
+                text = f"the buffer {port.name} is written in place, and so kept whole"
             elif port.role is Role.GRADIENT:
-                what = f"the gradient of {port.name} is gathered whole"
-            self._exits.setdefault(value.key, []).append((what, (None,) * size))
+                text = f"the gradient of {port.name} is gathered whole"
+            self._exits.setdefault(value.key, []).append((text, (None,) * size))
 
     def _at(self, op: int, factor: int | None) -> Place | None:
         return None if factor is None else Place(op, factor)
 
     def _reach(self) -> None:
-        """Every fact to which the demands' splits can lead."""
-        front = [fact for demand in self.demands for fact in self._asked(demand)]
+        """Collect every fact that can follow from the demands."""
+        front = [fact for demand in self.demands for fact in self._stated(demand)]
         self._cone.update(dict.fromkeys(front))
         while front:
             while front:
                 fact = front.pop()
-                self._held.setdefault(fact.place, []).append(fact.axis)
+                self._axes_of.setdefault(fact.place, []).append(fact.axis)
                 for place, guard in self._next(fact.place):
                     self._edges[fact.place, place] = guard
                     after = Fact(place, fact.axis)
                     if after not in self._cone:
                         self._cone[after] = fact
                         front.append(after)
-            # a maker may split further, so that the order of its reader's axes becomes possible
+            # a producer may split further, to make the order of its reader's axes possible
             for maker, reader in self._edges:
-                for axis in self._held.get(reader, ()):
+                for axis in self._axes_of.get(reader, ()):
                     more = Fact(maker, axis)
-                    if more not in self._cone and maker in self._held:
+                    if more not in self._cone and maker in self._axes_of:
                         self._cone[more] = None
                         front.append(more)
 
-    def _asked(self, demand: Demand) -> Iterator[Fact]:
-        """The facts that a demand asks for."""
+    def _stated(self, demand: Demand) -> Iterator[Fact]:
+        """The facts that a demand states."""
         for leaf, axes in enumerate(demand.leaves):
-            place = self._made(demand.key, leaf)
+            place = self._factor_of(demand.key, leaf)
             yield from (Fact(place, axis) for axis in axes or () if place is not None)
 
-    def _made(self, key: Key, leaf: int) -> Place | None:
-        """The factor of the maker that a leaf of its result is."""
+    def _factor_of(self, key: Key, leaf: int) -> Place | None:
+        """The factor that a leaf of a result is, in the operator that makes it."""
         number = self._number[key[0]]
         position = next(i for i, result in enumerate(self.ops[number].results) if result.key == key)
         return self._at(number, self._shapes[number].results[position].factors[leaf])
 
     def _leaves(self, place: Place) -> Iterator[tuple[Key, int]]:
-        """The leaves of results that a factor is."""
+        """The leaves of an operator's results that are this factor."""
         op = self.ops[place.op]
         for result, side in zip(op.results, self._shapes[place.op].results, strict=True):
             yield from ((result.key, i) for i, factor in enumerate(side.factors) if factor == place.factor)
 
     def _next(self, place: Place) -> Iterator[tuple[Place, str]]:
-        """Where a split must go on: the readers' factors, and the parameter of which the value is the gradient."""
+        """The factors to which a split propagates: those of readers, and, from a gradient, that of its parameter."""
         for key, leaf in self._leaves(place):
             for reader, operand in self._readers.get(key, ()):
                 factor = self._shapes[reader].operands[operand].factors[leaf]
@@ -206,24 +208,24 @@ class ConflictFinder:
                     yield follower, text
 
     def _stops(self, place: Place) -> Iterator[str]:
-        """Why a factor cannot be split at all, by whatever axis."""
+        """Why no axis can split a factor."""
         op, factor = self.ops[place.op], self._shapes[place.op].factors[place.factor]
         if factor.whole and factor.size > 1:
             yield f"{_name(op)} keeps {factor.name} ({factor.size}) whole"
         for key, leaf in self._leaves(place):
             for reader, operand in self._readers.get(key, ()):
                 if self._shapes[reader].operands[operand].factors[leaf] is None:
-                    yield f"{_name(self.ops[reader])} reads whole what {_name(op)} makes"
+                    yield f"{_name(self.ops[reader])} reads the result of {_name(op)} whole"
             for text, follows in self._exits.get(key, ()):
                 if follows[leaf] is None:
                     yield text
 
     def _write(self) -> None:
-        """The clauses over all facts of the cone."""
+        """Write the clauses over all facts that were reached."""
         number = {fact: f"f{i}" for i, fact in enumerate(self._cone)}
         for demand in self.demands:
             self._write_demand(demand, number)
-        for place, axes in self._held.items():
+        for place, axes in self._axes_of.items():
             for text in self._stops(place):
                 for axis in axes:
                     self._clause(self._guard(text), f"(not {number[Fact(place, axis)]})")
@@ -239,14 +241,14 @@ class ConflictFinder:
     def _write_demand(self, demand: Demand, number: dict[Fact, str]) -> None:
         guard = self._guard(demand.text)
         for leaf, axes in enumerate(demand.leaves):
-            place = self._made(demand.key, leaf)
+            place = self._factor_of(demand.key, leaf)
             if axes is None:
                 continue
             if place is None:
                 if axes:
                     self._clause(guard)
                 continue
-            for axis in self._held.get(place, ()):
+            for axis in self._axes_of.get(place, ()):
                 fact = number[Fact(place, axis)]
                 self._clause(guard, fact if axis in axes else f"(not {fact})")
             for a, b in itertools.combinations(axes, 2):
@@ -268,15 +270,15 @@ class ConflictFinder:
         self._clause(self._guard(text), *(f"(not {number[Fact(place, axis)]})" for axis in axes))
 
     def _write_axes(self, number: dict[Fact, str]) -> None:
-        """An axis splits one factor of an operator at most, or a group that some variant splits together."""
-        places: dict[int, list[Place]] = {}
-        for place in self._held:
-            places.setdefault(place.op, []).append(place)
-        for own in places.values():
-            for one, other in itertools.combinations(own, 2):
+        """Write that an axis splits at most one factor of an operator, or a group that some variant splits together."""
+        by_operator: dict[int, list[Place]] = {}
+        for place in self._axes_of:
+            by_operator.setdefault(place.op, []).append(place)
+        for factors in by_operator.values():
+            for one, other in itertools.combinations(factors, 2):
                 if self._together(one, other):
                     continue
-                for axis in set(self._held[one]) & set(self._held[other]):
+                for axis in set(self._axes_of[one]) & set(self._axes_of[other]):
                     self._clause(f"(not {number[Fact(one, axis)]})", f"(not {number[Fact(other, axis)]})")
 
     def _together(self, one: Place, other: Place) -> bool:
@@ -284,16 +286,16 @@ class ConflictFinder:
         return any({one.factor, other.factor} <= set(group) for group in self._shapes[one.op].bundles)
 
     def _write_edge(self, maker: Place, reader: Place, guard: list[str], number: dict[Fact, str]) -> None:
-        for a in self._held[maker]:
+        for a in self._axes_of[maker]:
             split = f"(not {number[Fact(maker, a)]})"
             self._clause(*guard, split, number[Fact(reader, a)])
-            for b in self._held[reader]:
+            for b in self._axes_of[reader]:
                 if a == b:
                     continue
-                own, further = number.get(Fact(maker, b)), f"(not {number[Fact(reader, b)]})"
-                self._clause(*guard, split, *([own] if own else []), further, self._major(reader, a, b))
-                if own:
-                    both = (*guard, split, f"(not {own})", f"(not {self._major(maker, a, b)})")
+                maker_fact, further = number.get(Fact(maker, b)), f"(not {number[Fact(reader, b)]})"
+                self._clause(*guard, split, *([maker_fact] if maker_fact else []), further, self._major(reader, a, b))
+                if maker_fact:
+                    both = (*guard, split, f"(not {maker_fact})", f"(not {self._major(maker, a, b)})")
                     self._clause(*both, self._major(reader, a, b))
 
     def _guard(self, text: str) -> str:
@@ -303,28 +305,28 @@ class ConflictFinder:
         self.clauses.append(f"(assert (or false {' '.join(literals)}))")
 
     def _major(self, place: Place, first: str, second: str) -> str:
-        """`first` stands before `second`, as one boolean per unordered pair."""
+        """The literal for `first` before `second`; each unordered pair has one boolean."""
         a, b = sorted((first, second))
         name = f"o{place.op}_{place.factor}_{a}_{b}"
         self._orders.add(name)
         return name if first == a else f"(not {name})"
 
     def _meeting(self, core: Sequence[str]) -> tuple[tuple[Op, ...], str]:
-        """Where the splits of a core's demands meet what stands against them: the nearest place, and what it is."""
+        """The operators on the shortest way from a demand of a core to what contradicts it, and what that is."""
         demands = [demand for demand in self.demands if demand.text in core]
-        leaves = [(self._made(d.key, leaf), axes) for d in demands for leaf, axes in enumerate(d.leaves)]
+        leaves = [(self._factor_of(d.key, leaf), axes) for d in demands for leaf, axes in enumerate(d.leaves)]
         fixed = {place: axes for place, axes in leaves if axes is not None}
-        front = [fact for demand in demands for fact in self._asked(demand)]
+        front = [fact for demand in demands for fact in self._stated(demand)]
         came: dict[Fact, Fact | None] = dict.fromkeys(front)
-        held: dict[int, list[Fact]] = {}
+        reached: dict[int, list[Fact]] = {}
         crossed: tuple[tuple[Op, ...], str] = (), ""
-        for fact in front:  # breadth first: it grows as it runs
+        for fact in front:  # breadth first: the list grows while the loop runs
             name = self._shapes[fact.place.op].factors[fact.place.factor].name
             if any(stop in core for stop in self._stops(fact.place)):
                 return self._back(fact, came), ""
             if fact.axis not in fixed.get(fact.place, (fact.axis,)):
                 return self._back(fact, came), ""
-            for other in held.setdefault(fact.place.op, []):
+            for other in reached.setdefault(fact.place.op, []):
                 rival = self._shapes[other.place.op].factors[other.place.factor].name
                 if (
                     fact.axis == other.axis
@@ -334,7 +336,7 @@ class ConflictFinder:
                     return self._back(fact, came), f"there {fact.axis} would split both {rival} and {name}"
                 if fact.place == other.place and not crossed[0]:
                     crossed = self._back(fact, came), f"there {other.axis} and {fact.axis} would both split {name}"
-            held[fact.place.op].append(fact)
+            reached[fact.place.op].append(fact)
             for place, _ in self._next(fact.place):
                 after = Fact(place, fact.axis)
                 if after not in came:
@@ -343,15 +345,15 @@ class ConflictFinder:
         return crossed
 
     def _back(self, fact: Fact | None, came: dict[Fact, Fact | None]) -> tuple[Op, ...]:
-        found: list[Op] = []
+        operators: list[Op] = []
         while fact is not None:
-            found.append(self.ops[fact.place.op])
+            operators.append(self.ops[fact.place.op])
             fact = came[fact]
-        return tuple(reversed(found))
+        return tuple(reversed(operators))
 
 
 def _name(op: Op) -> str:
-    """`aten.sort.default at model.py:7`: an operator by its line, so that repeated layers are one."""
+    """`aten.sort.default at model.py:7`: an operator by its line, so that repeated layers give one text."""
     if op.node.op == "placeholder":
         return op.node.name
     source = origin_of(op.node).source

@@ -1,4 +1,4 @@
-"""What a plan answers when it is asked about one value: why it lies as it does, and what another layout would cost."""
+"""Answers of a plan about one value: why it has its layout, what another layout would cost, and what conflicts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shardc.ir.printing import columns, in_bytes, in_seconds
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader of a value: the `layout` in which it reads, and the steps there from the layout that all readers
-    share."""
+    """One reader of a value: the `layout` in which it reads the value, and the `steps` that convert it from the layout
+    that all readers share."""
 
     name: str
     layout: str
@@ -28,7 +28,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Way:
-    """A variant that could run an operator split as it is, and the seconds that its body sends for."""
+    """A variant that could run an operator with the same splits, and the seconds of collectives in its body."""
 
     variant: str
     seconds: float
@@ -36,10 +36,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Why:
-    """Why a value lies as it does. `strategy` is what the mesh axes do in the operator that makes it, `demands` are the
-    user's own, `shared` the steps paid once for all readers, `runner_up` the best plan in which it lies otherwise (None
-    where nothing else is legal), `ways` the variant that runs, then the others
-    that could (empty where there are no others)."""
+    """Why a value has its layout. `maker` is the operator that makes it, in `compute` seconds; `strategy` what the mesh
+    axes do there; `place` its line.
+
+    `demands` are the constraints on the value. `shared` are the conversions made once for all readers, to
+    `shared_layout`. `runner_up` is the best plan in which the value has another layout; where that is None,
+    `runner_up_missing` says why. `ways` are the variant that runs, then the others that could; empty without others.
+    """
 
     value: str
     layout: str
@@ -57,8 +60,8 @@ class Why:
 
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
-        made = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
-        lines.append("  " + "; ".join(part for part in (made, self.strategy, self.place) if part))
+        maker = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
+        lines.append("  " + "; ".join(part for part in (maker, self.strategy, self.place) if part))
         if self.ways:
             runs, *others = self.ways
             would = "".join(f"; {way.variant} would send for {in_seconds(way.seconds)}" for way in others)
@@ -77,16 +80,16 @@ class Why:
 
 @dataclass(frozen=True)
 class WhyNot:
-    """What the best plan costs in which a value lies as `layout` and not as `chosen`: `extra` seconds a step, of which
-    `compute` are compute; and the conversions that it adds and saves. `conflict` says why no plan does, if none does;
-    `proven` whether both plans are optimal."""
+    """The cost of the best plan in which a value has `layout` and not `chosen`: `extra` seconds a step, of which
+    `compute` are compute. `added` and `removed` are the conversions that differ. `conflict` says why there is no such
+    plan, if there is none; `proven` whether both plans are optimal."""
 
     value: str
     layout: str
     chosen: str
     extra: float = 0.0
     of: float = 0.0
-    """Seconds of the plan that was chosen."""
+    """Seconds a step of the plan that was chosen."""
     compute: float = 0.0
     added: tuple[Conversion, ...] = ()
     removed: tuple[Conversion, ...] = ()
@@ -104,9 +107,9 @@ class WhyNot:
 
     def __str__(self) -> str:
         if self.layout == self.chosen:
-            return f"{self.value} lies as {self.chosen}: that is the plan"
+            return f"{self.value} has layout {self.chosen}: that is the plan"
         if self.conflict:
-            return f"{self.value} cannot lie as {self.layout}; it lies as {self.chosen}\n  {self.conflict}"
+            return f"{self.value} cannot have layout {self.layout}; it has {self.chosen}\n  {self.conflict}"
         lines = [f"{self.value} as {self.layout} instead of {self.chosen}: {self.summary}"]
         if self.compute:
             lines.append(f"  compute  {_signed(self.compute)}")
@@ -118,9 +121,9 @@ class WhyNot:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A minimal set of demands and operators' limits that cannot hold together unless a split dim is gathered or moved
-    to another: without any one of `members` the others can. `path` are the operators, with their places, from one
-    demand to where it meets the others, `reason` what is wrong there."""
+    """A minimal set of demands and operators' limits that cannot hold together unless a split dim is gathered, or moved
+    to another dim. Without any one of `members` the others can. `path` are the operators, with their lines, from one
+    demand to where it contradicts the others; `reason` says what is wrong there."""
 
     members: tuple[str, ...]
     path: tuple[str, ...]
@@ -138,9 +141,11 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Assumption:
-    """What a plan assumes of a size of the inputs, which the `dims` share: it is split evenly at multiples of `even`,
-    needs `least` elements, and a multiple of `only` (1: any). At other sizes another plan is made, unless a constraint
-    demands the split."""
+    """What a plan assumes of a size of the inputs, in elements, which all `dims` have.
+
+    The plan splits the size evenly at multiples of `even`. It is legal from `least` elements on, and at multiples of
+    `only` (1: any). At other sizes the compiler makes another plan, unless a constraint demands the split.
+    """
 
     dims: tuple[str, ...]
     size: int
@@ -149,7 +154,7 @@ class Assumption:
     only: int
 
     def holds(self, size: int) -> bool:
-        """Whether the plan can be adopted at this size."""
+        """Whether the plan can be reused at this size."""
         return size >= self.least and size % self.only == 0
 
     def __str__(self) -> str:
@@ -163,7 +168,7 @@ class Assumption:
 
 
 class Explainer(Protocol):
-    """What a plan asks to answer questions: it knows the program and the problem that was solved."""
+    """Answers a plan's questions: it has the program and the problem that was solved."""
 
     def why(self, name: str, /) -> Why: ...
 
@@ -182,7 +187,7 @@ def _signed(seconds: float) -> str:
 
 def _steps(steps: Sequence[Conversion]) -> str:
     if not steps:
-        return "as it lies"
+        return "as it is"
     return ", ".join(
         f"{s.kind} over {s.axis}" + (f" of {in_bytes(s.sent)}" if s.sent else "") + f" in {in_seconds(s.seconds)}"
         for s in steps
@@ -190,15 +195,15 @@ def _steps(steps: Sequence[Conversion]) -> str:
 
 
 def _changes(verb: str, conversions: Sequence[Conversion]) -> list[tuple[str, ...]]:
-    """One row for all conversions of a kind, a value and a place; the dearest first."""
+    """One row for all conversions of one kind, value and line; the most expensive first."""
     groups: dict[tuple[str, ...], list[Conversion]] = {}
     for one in conversions:
         groups.setdefault((one.value, one.kind, one.axis, one.phase, one.place), []).append(one)
     ordered = sorted(groups.items(), key=lambda item: -sum(c.seconds for c in item[1]))
     return [
         (
-            verb, value, f"{kind} over {axis}", phase, f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
-            in_seconds(sum(c.seconds for c in found)), place,
+            verb, value, f"{kind} over {axis}", phase, f"x{len(group)}", in_bytes(sum(c.sent for c in group)),
+            in_seconds(sum(c.seconds for c in group)), place,
         )
-        for (value, kind, axis, phase, place), found in ordered
+        for (value, kind, axis, phase, place), group in ordered
     ]  # fmt: skip

@@ -11,8 +11,8 @@ from shardc.rules.factors.strategy import make
 
 
 def graph_after(c: Compilation) -> str:
-    """The program as the last pass left it: the captured program with the layouts that are known of its values; once it
-    is resharded, the lowered graph; after `codegen`, the generated code."""
+    """The program as the last pass left it. Up to `assign`, this is the captured program with the layouts that are
+    known; from `reshard` on, the lowered graph; after `codegen`, the generated code."""
     if c.has("code"):
         return c.code()
     if c.has("lowered"):
@@ -24,7 +24,7 @@ def graph_after(c: Compilation) -> str:
 
 
 def _spread(c: Compilation) -> dict[fx.Node, Layout]:
-    """The layouts of values as constraints spread, by node."""
+    """The layouts of values after constraints have spread, by node."""
     axes = c.spread.axes
     return {node: value.form.layout_on(tuple(axes[value.key])) for node, value in c.factored.values.items()}
 

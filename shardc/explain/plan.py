@@ -1,4 +1,4 @@
-"""The plan: what was chosen, what it costs, and how sure we are. `print(plan)` is how people read it."""
+"""The plan: what the solver chose, what it costs, and what is proved about it. `print(plan)` is how people read it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardc.ir.report import Columns, Report, Section
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor of interest to the user, with its layout."""
+    """A parameter or an input, with its layout."""
 
     role: str
     name: str
@@ -34,8 +34,8 @@ class Placed:
 class Tried:
     """An operator without a rule of its own: the `rule` that trial found for it.
 
-    Where none of its dims may be split, `replicated` says why, and every rank runs it whole, in `seconds`, after its
-    operands were gathered, in `gather_seconds`, for which a rank sends `gathered` bytes.
+    Where none of its dims may be split, `replicated` says why. Then every rank runs it whole, in `seconds`. Before
+    that, its operands are gathered in `gather_seconds`, and a rank sends `gathered` bytes.
     """
 
     operator: str
@@ -49,10 +49,11 @@ class Tried:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs under `lower_bound`.
+    """Layouts, conversions, predicted seconds, and the proof: no plan in the search space costs less than
+    `lower_bound`.
 
-    `cost` is the solver's objective, `compute` plus conversions; `phases` are CPU-seconds of the compiler; `notes` tell
-    what the user should know (dims that could not be split, conflicting constraints).
+    `cost` is the solver's objective, `compute` plus conversions, in seconds a step. `phases` are CPU-seconds of the
+    compiler. `notes` say what the user should know (dims that are padded, constraints that conflict).
     """
 
     mesh: Mesh
@@ -68,44 +69,53 @@ class Plan:
     phases: dict[str, float]
     tried: tuple[Tried, ...] = ()
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
-    """Answers questions about the plan; it holds the whole problem, so it is not saved with the plan."""
+    """Answers questions about the plan. It has the whole problem, so it is not saved with the plan."""
     memory: Memory = field(default_factory=Memory)
     hidden: float = 0.0
-    """Seconds of conversions beneath which something is computed."""
+    """Seconds of conversions during which the rank computes."""
 
     def why(self, value: str) -> Why:
-        """Why `value` lies as it does: who makes it, how every reader reads it and what conversions that takes, and the
-        second-best layout. `value` is the path of a parameter or of a module (its output), `input:0`, or a name in
-        `graph("reshard")`. Raises ShardcError, with near names, for a value that is not there."""
+        """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
+        what the second-best layout costs.
+
+        `value` is the path of a parameter or of a module (its output), `input:0`, or a name in `graph("reshard")`.
+        Raises ShardcError, with near names, for a value that is not there, and for a plan loaded from a file.
+        """
         return self._explained().why(value)
 
     def why_not(self, value: str, layout: Spec) -> WhyNot:
-        """What the best plan would cost in which `value` lies as `layout`, written as plans print it
-        (`f32[256@tp, 64]`) or as constraints are (`("tp", None)`, `tp,-`); or what stands against it. Solves again."""
+        """What the best plan with another `layout` of `value` would cost, or what forbids it. Solves the problem again.
+
+        `layout` is written as plans print it (`f32[256@tp, 64]`), or as constraints are (`("tp", None)`, `tp,-`).
+        Raises LayoutError for a layout that the value cannot have, and ShardcError as `why` does.
+        """
         return self._explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Which demands (constraints, outputs that come back whole) and operators' limits cannot hold together unless a
-        split dim is gathered or moved: minimal sets, no two with a constraint in common. Empty where what was demanded
-        costs no more than the reduction of partial sums."""
+        split dim is gathered or moved. The sets are minimal, and no two have a constraint in common. There are none
+        where the demands cost no more than the reduction of partial sums."""
         return self._explained().conflicts()
 
     def assumes(self) -> tuple[Assumption, ...]:
-        """At which other sizes of the inputs the plan would do, and where it would pad; one a size that is split."""
+        """At which other sizes of the inputs the plan is legal, and where it would pad: one entry for every size that
+        is split."""
         return self._explained().assumes()
 
     def check(self) -> float:
-        """Proves anew, in seconds a step, what every plan of the search space costs at least, by a certificate and by
-        code that shares nothing with the search (`shardc.solver.proof.certificate.check`).
+        """Prove again a lower bound of the cost of every plan in the search space, in seconds a step. The proof uses a
+        certificate, and code that shares nothing with the search (`shardc.solver.proof.certificate.check`).
 
-        Plans of many equal layers hold their certificate; for others it is made when first asked for. Where that takes
-        too long, it proves less than `lower_bound`, which the search has proved; never more than `cost`."""
+        Plans of many equal layers come with their certificate. For others the first call makes it. Where that takes too
+        long, the bound is less than `lower_bound`, which the search has proved. It is never more than `cost`.
+        """
         return self._explained().checked()
 
     def _explained(self) -> Explainer:
         if self.explainer is None:
             raise ShardcError(
-                "this plan was loaded from a file, without the problem that it solves; compile the model again"
+                "this plan was loaded from a file, without the problem that it solves; compile the model again, and "
+                "ask that plan"
             )
         return self.explainer
 
@@ -119,11 +129,12 @@ class Plan:
 
     @property
     def predicted(self) -> float:
-        """Seconds of compute and of the conversions that were emitted, less what is hidden: how long a rank runs.
+        """How long a rank runs in a step: seconds of compute and of the conversions that were emitted, less what is
+        hidden.
 
-        This may lie below `cost`, which charges in full every conversion of a value, though several can share steps,
-        and every conversion but a gradient's, though more is hidden. Or above: `cost` charges gradients their share of
-        buckets that it takes to hold all of their kind, and takes all of backward to hide them.
+        This may be less than `cost`. `cost` charges every conversion of a value in full, though several can share
+        steps, and hides none but those of gradients. It may also be more: for gradients, `cost` assumes that a bucket
+        holds all of their dtype, and that all of backward hides them.
         """
         return self.compute + sum(c.seconds for c in self.conversions) - self.hidden
 
@@ -159,7 +170,7 @@ class Plan:
             return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
         why, more = "it charges in full the steps that conversions share", ", and hides none but gradients"
         if self.predicted > self.cost:
-            why, more = "it takes buckets to hold more gradients than they do", ", and all of backward to hide them"
+            why, more = "it assumes fuller buckets than there are", ", and that all of backward hides them"
         why += more if self.hidden else ""
         return [
             f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
@@ -173,10 +184,10 @@ class Plan:
         largest = sorted(memory.parts.items(), key=lambda part: -part[1])
         parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
         budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
-        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.half}: {parts}"]
+        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.phase}: {parts}"]
 
     def _tensors(self) -> Columns:
-        """Roles, names and layouts in columns; repeated layers once, with their count."""
+        """Roles, names and layouts in columns. Repeated layers have one line, with their count."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for one in self.placed:
             pattern = re.sub(r"\.\d+\.", ".*.", one.name)
@@ -196,15 +207,15 @@ class Plan:
             return Columns([["nothing"]], "<")
         rows = [
             (
-                phase, kind, f"over {axis}", f"x{len(found)}", in_bytes(sum(c.sent for c in found)),
-                in_seconds(sum(c.seconds for c in found)), f"first: {found[0].place or found[0].name}",
+                phase, kind, f"over {axis}", f"x{len(group)}", in_bytes(sum(c.sent for c in group)),
+                in_seconds(sum(c.seconds for c in group)), f"first: {group[0].place or group[0].name}",
             )
-            for (phase, kind, axis), found in groups.items()
+            for (phase, kind, axis), group in groups.items()
         ]  # fmt: skip
         for axis, sent in self.bytes_per_axis.items():
-            found = [c for c in self.conversions if c.axis == axis and c.sent]
-            seconds = in_seconds(sum(c.seconds for c in found))
-            rows.append(("total", "", f"over {axis}", f"x{len(found)}", in_bytes(sent), seconds, ""))
+            group = [c for c in self.conversions if c.axis == axis and c.sent]
+            seconds = in_seconds(sum(c.seconds for c in group))
+            rows.append(("total", "", f"over {axis}", f"x{len(group)}", in_bytes(sent), seconds, ""))
         return Columns(rows, "<<<>>><")
 
     def _tried(self) -> Columns:
@@ -212,7 +223,7 @@ class Plan:
         for one in self.tried:
             if not one.replicated:
                 groups.setdefault((one.operator, one.rule), []).append(one)
-        rows = [(name, rule, f"x{len(own)}", f"first: {own[0].place}") for (name, rule), own in groups.items()]
+        rows = [(name, rule, f"x{len(group)}", f"first: {group[0].place}") for (name, rule), group in groups.items()]
         return Columns(rows, "<<><")
 
     def _replicated(self) -> Columns:
@@ -222,10 +233,10 @@ class Plan:
                 groups.setdefault((one.operator, one.replicated), []).append(one)
         rows = [
             (
-                name, f"x{len(own)}", in_seconds(sum(one.seconds for one in own)),
-                f"and gathers of {in_bytes(sum(one.gathered for one in own))}",
-                in_seconds(sum(one.gather_seconds for one in own)), f"first: {own[0].place}", why,
+                name, f"x{len(group)}", in_seconds(sum(one.seconds for one in group)),
+                f"and gathers of {in_bytes(sum(one.gathered for one in group))}",
+                in_seconds(sum(one.gather_seconds for one in group)), f"first: {group[0].place}", why,
             )
-            for (name, why), own in groups.items()
+            for (name, why), group in groups.items()
         ]  # fmt: skip
         return Columns(rows, "<>><><<")

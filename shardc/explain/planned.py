@@ -1,4 +1,4 @@
-"""From a compilation to its plan: what is sent, what it costs, and who answers questions about it."""
+"""From a compilation to its plan: layouts, conversions, costs, notes, and what answers questions about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardc.runtime.collectives.collective import AnyCollective
 
 
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
-    """The plan of a compilation, of which every pass left a snapshot."""
+    """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
     conversions, compute, schedule = _conversions(graph, c.pace, c.titles), _compute(c), c.schedule
     cost, bound = compute + sum(one.seconds for one in conversions) - schedule.hidden, 0.0
@@ -55,7 +55,7 @@ def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
 
 
 def _padded(c: Compilation, graph: fx.Graph) -> list[str]:
-    """Dims of parameters and inputs that the plan pads."""
+    """A note for every dim of a parameter or an input that the plan pads."""
     notes: list[str] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for port, node in zip(c.program.inputs, placeholders, strict=True):
@@ -71,7 +71,8 @@ def _padded(c: Compilation, graph: fx.Graph) -> list[str]:
 
 
 def _tried(resharded: Compilation) -> tuple[Tried, ...]:
-    """Operators without a rule. The graph is written again for them: they are few."""
+    """Entries for operators without a rule. They need the resharded graph, which is written again where there are
+    any."""
     if all(op.learned is None for op in resharded.factored.ops):
         return ()
     graph = resharded.lowered.read()
@@ -79,8 +80,8 @@ def _tried(resharded: Compilation) -> tuple[Tried, ...]:
     return tried(resharded.network, resharded.assignment, graph, conversions)
 
 
-def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tuple[Conversion, ...]:
-    """All that is sent, and the local steps of conversions, in order."""
+def _conversions(graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str]) -> tuple[Conversion, ...]:
+    """All collectives, and the local steps of conversions, in the order of the graph."""
     conversions: list[Conversion] = []
 
     def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
@@ -91,14 +92,14 @@ def _conversions(graph: fx.Graph, pace: Pace, titles: Mapping[Key, str]) -> tupl
         chosen = chosen_of(node)
         if chosen is not None:
             for kind, axis, moved, seconds in pace.operator(chosen)[1]:
-                add(node, kind, axis, moved, seconds, titles.get((chosen.op.node, 0), node.name))
+                add(node, kind, axis, moved, seconds, value_names.get((chosen.op.node, 0), node.name))
             continue
         step = pace.step(node)
         if step is not None:
             facts = lowered(node)
             assert facts.base is not None
             more = f" and {len(facts.members) - 1} more" if facts.members else ""
-            add(node, step[0], str(node.kwargs["axis"]), *step[1:], titles[facts.base] + more)
+            add(node, step[0], str(node.kwargs["axis"]), *step[1:], value_names[facts.base] + more)
     return tuple(conversions)
 
 
@@ -108,7 +109,7 @@ def _nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _compute(c: Compilation) -> float:
-    """Seconds that a rank computes in a step."""
+    """Seconds of compute of a rank in a step."""
     total = 0.0
     for op in c.factored.ops:
         strategy = c.assignment.strategies[op.node]
@@ -117,11 +118,11 @@ def _compute(c: Compilation) -> float:
 
 
 def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Questions:
-    """What the plan asks when it is asked."""
+    """The object that answers questions about the plan."""
     decided = snapshots["schedule"]
 
     def price(other: Assignment) -> Priced:
-        """What another assignment sends and computes, with buckets as this one has them."""
+        """The conversions and the compute of another assignment, with the buckets of this plan."""
         again = [*part("reshard", "localize"), *part("bucket", "bucket")]
         c = run(again, replace(decided, assignment=other, draft=None))
         return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)

@@ -1,7 +1,7 @@
-"""Why: what a plan answers about one value, from the problem that was solved.
+"""Why: answers about the layout of one value, from the problem that was solved.
 
-plan.why("up.weight")                        who makes it, how it is read, what that takes, and the next best
-plan.why_not("up.weight", "f32[64, 64@tp]")  its variable is restricted, and the problem solved again
+plan.why("up.weight")                        which operator makes it, who reads it and how, and the next best layout
+plan.why_not("up.weight", "f32[64, 64@tp]")  the solver may choose this layout only, and solves again
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, value_of, where
 from shardc.ir.splits import Splits, apply
-from shardc.passes.propagate import Constraint, demanded_leaves
+from shardc.planning.constraints import Constraint, demanded_leaves
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
@@ -37,14 +37,15 @@ from shardc.solver.solve import Solution
 if TYPE_CHECKING:
     from shardc.explain.conflicts import ConflictFinder
 
-_ADOPTED = "the plan was adopted from other sizes"
+_REUSED = "the plan was reused from other sizes"
 Priced = tuple[tuple[Conversion, ...], float]
+"""The conversions that an assignment emits, and its seconds of compute."""
 
 
 @dataclass(eq=False)
 class Questions:
-    """Answers questions about one plan. `solution` is None for a plan that was adopted from other sizes; `price` gives
-    the conversions that an assignment emits, and its compute; `titles` are the names of base values."""
+    """Answers questions about one plan. `solution` is None for a plan that was reused from other sizes; `price` gives
+    the conversions that an assignment emits, and its seconds of compute; `value_names` are the names of base values."""
 
     network: CostNetwork
     assignment: Assignment
@@ -54,48 +55,51 @@ class Questions:
     conversions: tuple[Conversion, ...]
     compute: float
     price: Callable[[Assignment], Priced]
-    titles: Mapping[Key, str]
+    value_names: Mapping[Key, str]
     ops: dict[fx.Node, Op] = field(init=False)
     _proof: Solved | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.ops = {op.node: op for op in self.network.factored.ops}
-        self._names = {title: key for key, title in self.titles.items()}
+        self._key_of = {name: key for key, name in self.value_names.items()}
 
     def why(self, name: str) -> Why:
+        """Why a value has its layout. Raises ShardcError, with near names, for a value that is not there."""
         value = self._find(name)
         node = value.key[0]
         op, strategy = self.ops[node], self.assignment.strategies[node]
-        made = self._made(value.key)
+        layout = self._layout_made(value.key)
         tensor = self.network.class_of(value.key)
-        shared = self.assignment.shares.get(value.key, made)
+        shared = self.assignment.shares.get(value.key, layout)
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
         runner_up, missing = self._runner_up(name, value)
         return Why(
-            name, self._text(value, made), self._maker(op), splits_text(op, strategy),
+            name, self._text(value, layout), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
-            self._steps(value, made, shared, where(node)) if shared in tensor.index else (),
+            self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
+        """What another layout of a value would cost, or what forbids it. Raises ShardcError for a value that is not
+        there or a search that takes too long, and LayoutError for a layout that the value cannot have."""
         value = self._find(name)
-        wanted = self._wanted(name, value, layout)
-        chosen = self._made(value.key)
-        if wanted(chosen):
+        matches = self._matcher(name, value, layout)
+        chosen = self._layout_made(value.key)
+        if matches(chosen):
             text = self._text(value, chosen)
             return WhyNot(name, text, text)
         self._solved()
-        keep = np.array([wanted(splits) for splits in self._domain(value.key)], dtype=bool)
+        keep = np.array([matches(splits) for splits in self._domain(value.key)], dtype=bool)
         if not keep.any():
-            return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, wanted))
+            return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, matches))
         return self._forced(name, value, keep, layout)
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """The minimal sets of what was demanded that cannot hold together without conversions."""
-        found = self.clashes().found()
-        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in found)
+        """The minimal sets of demands and limits that cannot hold together without conversions."""
+        conflicts = self.conflict_finder().minimal_conflicts()
+        return tuple(Conflict(one.members, tuple(map(self._step, one.path)), one.reason) for one in conflicts)
 
     def assumes(self) -> tuple[Assumption, ...]:
         """What the plan assumes of the sizes of the inputs."""
@@ -109,8 +113,8 @@ class Questions:
         """The problem that was solved, and the certificate of its solution."""
         return self._solved().certified()
 
-    def clashes(self) -> ConflictFinder:
-        """The model of what was demanded."""
+    def conflict_finder(self) -> ConflictFinder:
+        """The model of what the user and the network demand, for z3."""
         from shardc.explain.conflicts import ConflictFinder, Demand  # z3 takes a while to import
 
         factored, demands = self.network.factored, list[Demand]()
@@ -123,41 +127,49 @@ class Questions:
 
     def _step(self, op: Op) -> str:
         place = where(op.node)
-        return f"{self._title((op.node, 0))} ({place})" if place else self._title((op.node, 0))
+        return f"{self._name_of((op.node, 0))} ({place})" if place else self._name_of((op.node, 0))
 
     def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
-        """The best plan in which the value lies in any other layout."""
+        """The best plan in which the value has any other layout; or None, and why there is none."""
         if self.solution is None:
-            return None, f"not known: {_ADOPTED}"
-        made = self._text(value, self._made(value.key))
-        keep = np.array([self._text(value, splits) != made for splits in self._domain(value.key)], dtype=bool)
+            return None, f"not known: {_REUSED}"
+        current = self._text(value, self._layout_made(value.key))
+        keep = np.array([self._text(value, splits) != current for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
             return self._forced(name, value, keep, ""), ""
-        held = [c.label for c in self.constraints if c.key == value.key]
-        if held:
-            return None, f"no other layout is legal with {' and '.join(held)}"
-        return None, "mode='propagate' decided it: nothing was compared" if self.mode == "propagate" else ""
+        labels = [c.label for c in self.constraints if c.key == value.key]
+        if labels:
+            return None, f"no other layout is legal with {' and '.join(labels)}"
+        return (
+            None,
+            "mode='propagate' chose it by the constraints alone, and compared nothing"
+            if self.mode == "propagate"
+            else "",
+        )
 
     def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
-        """Solve again with some values of the variable forbidden, and compare. Layout "": whatever the solver takes."""
+        """Solve again with only the strategies in `keep` for the value's maker, and compare. Layout "": any of them."""
         solution = self._solved().solution
-        chosen = self._text(value, self._made(value.key))
+        chosen = self._text(value, self._layout_made(value.key))
         problem = self.network.problem()
         variable = self.network.variable_of(value.key[0])
         problem.unary[variable] = np.where(keep, problem.unary[variable], np.inf)
         try:
-            found = self._solved().again(problem)
+            second = self._solved().again(problem)
         except InfeasibleError as error:
             return WhyNot(name, layout or "anything else", chosen, conflict=str(error))
         except TimeoutError as error:
-            raise ShardcError(f"{name} as {layout}: no plan was found within {TIME_LIMIT:.0f} CPU-seconds") from error
-        other = self.network.assignment(found.choice)
+            raise ShardcError(
+                f"{name} as {layout or 'anything else'}: the solver found no plan within {TIME_LIMIT:.0f} CPU-seconds; "
+                "ask about a smaller model, or a mesh with fewer axes"
+            ) from error
+        other = self.network.assignment(second.choice)
         conversions, compute = self.price(other)
         op = self.ops[value.key[0]]
         splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
         return WhyNot(
-            name, self._text(value, splits), chosen, found.cost - solution.cost, solution.cost,
-            compute - self.compute, *self._difference(conversions), proven=found.exact and solution.exact,
+            name, self._text(value, splits), chosen, second.cost - solution.cost, solution.cost,
+            compute - self.compute, *self._difference(conversions), proven=second.exact and solution.exact,
         )  # fmt: skip
 
     def _difference(self, other: Sequence[Conversion]) -> tuple[tuple[Conversion, ...], tuple[Conversion, ...]]:
@@ -167,20 +179,20 @@ class Questions:
             return one.value, one.kind, one.axis, one.sent, one.phase, one.place
 
         def beyond(these: Sequence[Conversion], those: Sequence[Conversion]) -> tuple[Conversion, ...]:
-            left, found = Counter(map(identity, those)), list[Conversion]()
+            left, extra = Counter(map(identity, those)), list[Conversion]()
             for one in these:
                 if left[identity(one)]:
                     left[identity(one)] -= 1
                 else:
-                    found.append(one)
-            return tuple(found)
+                    extra.append(one)
+            return tuple(extra)
 
         return beyond(other, self.conversions), beyond(self.conversions, other)
 
     def _solved(self) -> Solved:
-        """What was solved. Raises ShardcError where the plan was adopted from other sizes."""
+        """The problem and its solution. Raises ShardcError where the plan was reused from other sizes."""
         if self.solution is None:
-            raise ShardcError(f"{_ADOPTED}: nothing else was priced; ask one compiled without dynamic=")
+            raise ShardcError(f"{_REUSED}: no other layout was priced; ask a plan compiled without dynamic=")
         if self._proof is None:
             self._proof = Solved(self.network, self.solution)
         return self._proof
@@ -201,18 +213,18 @@ class Questions:
         if name in outputs:
             return values[outputs[name]]
         printed = name.removeprefix("%")
-        if printed in self._names:
-            return self.network.factored.base[self._names[printed]]
-        known = list(dict.fromkeys([*ports, *outputs, *self._names]))
+        if printed in self._key_of:
+            return self.network.factored.base[self._key_of[printed]]
+        known = list(dict.fromkeys([*ports, *outputs, *self._key_of]))
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ShardcError(
-            f'no value is named {name!r}{hint}. Values are named by the paths of parameters and modules, as "input:0", '
-            'or as graph("reshard") prints them'
+            f'no value is named {name!r}{hint}. Name a value by the path of a parameter or a module, as "input:0", '
+            'or as graph("reshard") prints it'
         )
 
-    def _wanted(self, name: str, value: Value, text: str) -> Callable[[Splits], bool]:
-        """The test for the layout that the user wrote down. Raises LayoutError where it cannot be one of the value."""
+    def _matcher(self, name: str, value: Value, text: str) -> Callable[[Splits], bool]:
+        """The test whether a layout is the one that the user wrote. Raises LayoutError if the value cannot have it."""
         mesh, shape = self.network.mesh, self._shape(value)
         if "[" in text:
             layout = Layout.parse(text)
@@ -222,13 +234,13 @@ class Questions:
             goal = layout.simplify(mesh)
             partial = dict(goal.partial)
             return lambda splits: (
-                (lies := self._layout(value, splits)).dims == goal.dims and dict(lies.partial) == partial
+                (layout := self._layout(value, splits)).dims == goal.dims and dict(layout.partial) == partial
             )
         dims = self._checked(name, parse(text), shape, self._now(value))
 
         def test(splits: Splits) -> bool:
-            held = [tuple(a for atom in dim for a in atom.axes) for dim in self._layout(value, splits).dims]
-            return not splits.partial and all(w is None or w == h for w, h in zip(dims, held, strict=True))
+            axes = [tuple(a for atom in dim for a in atom.axes) for dim in self._layout(value, splits).dims]
+            return not splits.partial and all(w is None or w == h for w, h in zip(dims, axes, strict=True))
 
         return test
 
@@ -246,42 +258,44 @@ class Questions:
             raise LayoutError(f"mesh {self.network.mesh} has no axis {unknown!r}; it has {', '.join(names)}")
         return [None if dim is None else tuple(a for a in dim if sizes[a] > 1) for dim in dims]
 
-    def _obstacle(self, value: Value, wanted: Callable[[Splits], bool]) -> str:
-        """Why no strategy of the maker gives the layout."""
+    def _obstacle(self, value: Value, matches: Callable[[Splits], bool]) -> str:
+        """Why no strategy of the operator that makes a value gives it the layout."""
         op, index = self.ops[value.key[0]], value.key[1]
         options = self.network.options_of(op)
         everything = [make(options.shape, s, index, self.network.mesh) for s in options.strategies]
-        held = [c.label for c in self.constraints if c.key == value.key]
-        if any(map(wanted, everything)):
-            if held:
-                return f"against it stands {' and '.join(held)}; drop it, or change it"
+        labels = [c.label for c in self.constraints if c.key == value.key]
+        if any(map(matches, everything)):
+            if labels:
+                return f"forbidden by {' and '.join(labels)}; drop it, or change it"
             if self.mode == "propagate":
                 return "mode='propagate' decides layouts by the constraints alone; ask a plan of mode='auto'"
             written = (port := self._port(op.node)) is not None and port.role is Role.BUFFER
-            kept = "it is written in place and so kept whole" if written else "no slices of it give that"
-            return f"{self._title(value.key)} cannot be split like that: {kept}"
+            reason = (
+                "it is written in place and so kept whole" if written else "local slices of it cannot give that layout"
+            )
+            return f"{self._name_of(value.key)} cannot be split like that: {reason}"
         legal = dict.fromkeys(self._text(value, splits) for splits in self._domain(value.key))
         shown = ", ".join(list(legal)[:6]) + (f" and {len(legal) - 6} more" if len(legal) > 6 else "")
         whole = [f for f in op.factors if f.whole and f.size > 1]
         limit = f"; {', '.join(f'{f.name} ({f.size})' for f in whole)} stay whole in its rule" if whole else ""
         return (
-            f"{self._maker(op)} ({where(op.node) or 'no place in your code'}) makes {shown}{limit}. "
-            "What it makes can be converted: shardc.constrain in the code puts the conversion there"
+            f"{self._maker(op)} ({where(op.node) or 'not in your code'}) makes {shown}{limit}. "
+            "To convert its result, call shardc.constrain on it in your code"
         )
 
     def _domain(self, key: Key) -> Iterator[Splits]:
-        """The layouts that the strategies of a value's maker give it."""
+        """The layouts that the strategies of the operator that makes a value give it."""
         op = self.ops[key[0]]
         shape, mesh = self.network.options_of(op).shape, self.network.mesh
         for strategy in self.network.variables[self.network.variable_of(key[0])].domain:
             assert isinstance(strategy, Strategy)
             yield make(shape, strategy, key[1], mesh)
 
-    def _made(self, key: Key) -> Splits:
+    def _layout_made(self, key: Key) -> Splits:
         return make(self.assignment.shapes[key[0]], self.assignment.strategies[key[0]], key[1], self.network.mesh)
 
-    def _found(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
-        """The layout in which a reader finds a value: under a budget, backward finds what was kept."""
+    def _layout_read(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
+        """The layout from which a reader converts a value: under a budget, backward reads the kept value."""
         chosen = self.assignment
         if chosen.forward is None or reader in chosen.forward or key[0] not in chosen.forward:
             return shared
@@ -294,8 +308,8 @@ class Questions:
                 if operand.value.key == key:
                     strategy = self.assignment.strategies[op.node]
                     needed = demand(self.assignment.shapes[op.node], strategy, index, mesh)
-                    start = self._found(key, shared, op.node)
-                    yield self._reader(value, start, needed, self._title((op.node, 0)), op.node)
+                    start = self._layout_read(key, shared, op.node)
+                    yield self._reader(value, start, needed, self._name_of((op.node, 0)), op.node)
         parameters = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
         for index, (port, node) in enumerate(zip(program.outputs, program.results, strict=True)):
             if node is None or self.network.factored.values[node].key != key:
@@ -303,49 +317,52 @@ class Questions:
             gradient = port.role is Role.GRADIENT and port.name in parameters
             if gradient:
                 stored = Splits(self.assignment.strategies[parameters[port.name]].split)
-                own = self.network.factored.values[node]
-                needed = self.network.gradient_demand(own, parameters[port.name], stored)
-                title = f"gradient of {port.name}"
+                gradient_value = self.network.factored.values[node]
+                needed = self.network.gradient_demand(gradient_value, parameters[port.name], stored)
+                reader_name = f"gradient of {port.name}"
             else:
-                needed, title = self.assignment.outputs[index], f"{port.role.value} {port.name or port.index}"
-            yield self._reader(value, shared, needed, title, node, gradient)
+                needed, reader_name = self.assignment.outputs[index], f"{port.role.value} {port.name or port.index}"
+            yield self._reader(value, shared, needed, reader_name, node, gradient)
         if (port := self._port(key[0])) is not None and port.role is Role.PARAMETER:
             yield from self._gradients(value, port.name)
 
     def _gradients(self, value: Value, parameter: str) -> Iterator[Reader]:
-        """How the gradient of a parameter comes to lie as its parameter does."""
+        """How the gradient of a parameter is converted to the layout of its parameter."""
         program, network = self.network.factored.program, self.network
         for port, node in zip(program.outputs, program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT and port.name == parameter:
-                own = network.factored.values[node]
-                made = network.factored.base[own.key]
+                gradient_value = network.factored.values[node]
+                base_value = network.factored.base[gradient_value.key]
                 stored = Splits(self.assignment.strategies[value.key[0]].split)
-                needed = network.gradient_demand(own, value.key[0], stored)
-                shared = self.assignment.shares.get(own.key, self._made(own.key))
-                steps = self._steps(made, shared, needed, where(own.key[0]), gradient=True)
-                title = f"its gradient, from {self._title(own.key)}"
-                yield Reader(title, self._text(own, needed), steps, "backward", where(own.key[0]))
+                needed = network.gradient_demand(gradient_value, value.key[0], stored)
+                shared = self.assignment.shares.get(gradient_value.key, self._layout_made(gradient_value.key))
+                steps = self._steps(base_value, shared, needed, where(gradient_value.key[0]), gradient=True)
+                reader_name = f"its gradient, from {self._name_of(gradient_value.key)}"
+                yield Reader(
+                    reader_name, self._text(gradient_value, needed), steps, "backward", where(gradient_value.key[0])
+                )
 
     def _reader(
-        self, value: Value, shared: Splits, needed: Splits, title: str, node: fx.Node, gradient: bool = False
+        self, value: Value, shared: Splits, needed: Splits, reader_name: str, node: fx.Node, gradient: bool = False
     ) -> Reader:
         steps = self._steps(value, shared, needed, where(node), gradient)
-        return Reader(title, self._text(value, needed), steps, origin_of(node).phase, where(node))
+        return Reader(reader_name, self._text(value, needed), steps, origin_of(node).phase, where(node))
 
     def _steps(
         self, value: Value, start: Splits, end: Splits, place: str, gradient: bool = False
     ) -> tuple[Conversion, ...]:
-        """The conversions between two layouts of the value; those of a gradient cost their shares of buckets."""
-        found: list[Conversion] = []
+        """The conversions between two layouts of the value. Those of a gradient run in buckets, and cost their
+        share."""
+        conversions: list[Conversion] = []
         network, mesh = self.network, self.network.mesh
         tensor = network.gradient_class(value.key) if gradient else network.class_of(value.key)
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
             kind, moved = step.collective, tensor.operand_bytes(start, after, step)
             seconds, sent = tensor.step_seconds(step, moved), kind.sent(mesh.sizes[step.axis], moved)
-            found.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._title(value.key)))
+            conversions.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._name_of(value.key)))
             start = after
-        return tuple(found)
+        return tuple(conversions)
 
     def _layout(self, value: Value, splits: Splits) -> Layout:
         return value.form.layout_on(splits.axes, splits.partial).simplify(self.network.mesh)
@@ -356,17 +373,17 @@ class Questions:
         return describe(tensor, self._layout(value, splits))
 
     def _now(self, value: Value) -> str:
-        return self._text(value, self._made(value.key))
+        return self._text(value, self._layout_made(value.key))
 
     def _shape(self, value: Value) -> tuple[int, ...]:
-        return self._layout(value, self._made(value.key)).shape
+        return self._layout(value, self._layout_made(value.key)).shape
 
     def _port(self, node: fx.Node) -> Port | None:
         program = self.network.factored.program
         return next((p for p, n in zip(program.inputs, program.placeholders, strict=True) if n is node), None)
 
-    def _title(self, key: Key) -> str:
-        return self.titles.get(key, key[0].name)
+    def _name_of(self, key: Key) -> str:
+        return self.value_names.get(key, key[0].name)
 
     def _maker(self, op: Op) -> str:
         port = self._port(op.node)
@@ -374,8 +391,8 @@ class Questions:
 
 
 def _words(constraint: Constraint) -> str:
-    """A constraint as the user wrote it, which may speak of many values: of every layer of a kind, or a line of code
-    that runs several times."""
+    """A constraint as the user wrote it. One text may name many values: those of every layer, or of a line of code that
+    runs several times."""
     node, spec = constraint.key[0], spec_text(constraint.dims)
     if node.op == "placeholder":
         return f"{constraint.label.partition(' on ')[0]} = {spec}"

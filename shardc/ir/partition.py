@@ -1,10 +1,9 @@
-"""The two functions that a lowered graph becomes: what runs in forward and in backward, in order, what forward leaves
-for backward, and after which node each value is let go."""
+"""The two functions that a lowered graph becomes: what runs in forward and in backward, in order, and what forward
+leaves for backward."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,15 +58,3 @@ def partition(graph: fx.Graph, program: Program) -> Partition:
         given, [n for n in nodes if n in forward], outputs, saved if gradients else [],
         tangents, [n for n in nodes if n in backward], gradients,
     )  # fmt: skip
-
-
-def spent(nodes: Sequence[fx.Node], kept: Iterable[fx.Node | None]) -> dict[fx.Node, list[fx.Node]]:
-    """Per node of a function the values of which it is the last reader, and that are not `kept`; a value that nobody
-    reads is spent at once."""
-    last: dict[fx.Node, fx.Node] = {n: user for user in nodes for n in (*user.all_input_nodes, user)}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    stays = set(kept)
-    for value, user in last.items():
-        if value not in stays:
-            found.setdefault(user, []).append(value)
-    return found

@@ -1,7 +1,7 @@
-"""A compilation: what is known of one program, and what a pass is.
+"""A compilation: what the compiler knows of one program, and what a pass is.
 
 c = Compilation(call, mesh, options)
-c = normalize.run(capture.run(c))     # a pass gives a new record, and leaves the one that it was given as it was
+c = normalize.run(capture.run(c))     # a pass returns a new record, and leaves the old one as it was
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardc.solver.solve import Solution
 
 
 class _NotYet:
-    """What stands in a field before the pass that fills it has run."""
+    """Stands in a field until the pass that fills it has run."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no pass has filled this field of the compilation yet: it has no {name!r}")
@@ -34,7 +34,7 @@ _LATER: Any = _NotYet()
 
 
 class Draft(NamedTuple):
-    """What `assign` wrote of a candidate to measure the memory that it holds: `reshard` need not write it again."""
+    """A candidate that `assign` resharded to measure its memory, so that `reshard` need not do it again."""
 
     assignment: Assignment
     resharded: GraphVersion
@@ -42,11 +42,11 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What `schedule` decided: no bucket holds more than `most` bytes, and collectives that would hold back others stay
-    `apart` from buckets, or not.
+    """The decision of `schedule`: a bucket holds at most `most` bytes, and with `apart`, collectives that would delay
+    others stay out of buckets.
 
-    `order` lists the nodes of `bucketed` as they run, with the places where collectives are awaited. `memory` is what a
-    rank holds then, `seconds` the time of a step, `hidden` the seconds of collectives that nobody waits for.
+    `order` lists the nodes of `bucketed` as they run, and where collectives are awaited. `memory` is the peak that a
+    rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes.
     """
 
     localized: GraphVersion
@@ -61,10 +61,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What was asked, and what each pass has added. A field that no pass has filled yet refuses to be read.
+    """The call to compile, and what each pass has added. Reading a field that no pass has filled yet raises
+    AttributeError.
 
-    `reuse` is the compilation of the same program at other sizes, `reuse_at`, whose strategies are taken over where
-    they fit; `solution` is then None. `seconds` are the CPU-seconds of every pass.
+    `reuse` is the compilation of the same program at other sizes (`reuse_at`, in words). Its strategies are used where
+    they fit; `solution` is then None. `titles` are names of values for people. `seconds` are the CPU-seconds of every
+    pass.
     """
 
     call: ModelCall
@@ -104,7 +106,7 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Pass:
-    """One step of the compiler: `run` gives a new compilation. Its docstring, in the pass's file, shows the program
+    """One step of the compiler: `run` returns a new compilation. The docstring of the pass's file shows the program
     before and after."""
 
     name: str
@@ -112,9 +114,10 @@ class Pass:
 
 
 def compiler_pass(run: Callable[[Compilation], Compilation]) -> Pass:
-    """The pass that a function is."""
+    """Make a pass of a function; the pass has its name."""
     return Pass(run.__name__, run)
 
 
 def names_of(passes: Sequence[Pass]) -> tuple[str, ...]:
+    """The names of passes, in their order."""
     return tuple(one.name for one in passes)

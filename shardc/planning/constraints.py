@@ -1,4 +1,8 @@
-"""Constraints: what the user demands of values, by path or by `shardc.constrain`, and how that spread."""
+"""Constraints: what the user demands of the layouts of values, and how these demands spread to other values.
+
+constraints={"up.weight": ("tp", None)}      tp splits dim 0 of the parameter, nothing splits dim 1
+y = shardc.constrain(y, "dp,-")              dp splits dim 0 of this value
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ Axes = tuple[str, ...]
 
 
 class ParameterDemand(NamedTuple):
-    """The axes of every dim (None: open) that are demanded of a parameter, and by whom."""
+    """A demand on a parameter: the axes of every dim (None: open), and `label`, which says who demands them."""
 
     port: Port
     dims: tuple[Dim, ...]
@@ -35,7 +39,7 @@ class ParameterDemand(NamedTuple):
 
 @dataclass(frozen=True)
 class Constraint:
-    """One demand of the user on one value: the axes of every dim (None: open), and where the user made it."""
+    """One demand on one value: the axes of every dim (None: open), and `label`, which says where the user made it."""
 
     key: Key
     value: Value
@@ -45,14 +49,15 @@ class Constraint:
 
 @dataclass
 class Spread:
-    """Per base value and leaf: the axes, and whether the user fixed them. `conflicts` are told in the plan."""
+    """Constraints after propagation: per base value and leaf, the axes, and whether the user fixed them. `conflicts`
+    are sentences that the plan prints."""
 
     axes: dict[Key, list[Axes]]
     fixed: dict[Key, list[bool]]
     conflicts: list[str] = field(default_factory=list[str])
 
     def accepts(self) -> dict[Key, Accepts]:
-        """What the solver may choose: the leaves that the user fixed as they are."""
+        """Which layouts the solver may choose: those with the leaves that the user fixed."""
 
         def fixed_only(axes: list[Axes], fixed: list[bool]) -> Accepts:
             return lambda s: not s.partial and all(not f or h == a for h, a, f in zip(s.axes, axes, fixed, strict=True))
@@ -60,15 +65,16 @@ class Spread:
         return {key: fixed_only(axes, self.fixed[key]) for key, axes in self.axes.items() if any(self.fixed[key])}
 
     def wishes(self) -> dict[Key, tuple[Accepts, ...]]:
-        """How every value should lie: all leaves as propagated; where its producer cannot make that (a random mask is
-        drawn whole), leaves as propagated or whole. The user's own demands are in `accepts`."""
+        """Which layouts every value should have, best first: all leaves as propagated; then, for a producer that
+        cannot make that (a random mask is drawn whole), leaves as propagated or whole. `accepts` has what the user
+        fixed."""
 
         def like(axes: list[Axes], or_whole: bool) -> Accepts:
             def test(splits: Splits) -> bool:
                 pending = {axis for axis, _ in splits.partial}
-                # an axis that still holds partial sums will split the value where it is reduced
-                wanted = [tuple(a for a in held if a not in pending) for held in axes]
-                pairs = zip(splits.axes, wanted, strict=True)
+                # an axis with partial sums splits the value later, where the sums are reduced
+                goal = [tuple(a for a in leaf_axes if a not in pending) for leaf_axes in axes]
+                pairs = zip(splits.axes, goal, strict=True)
                 return all(have == want or (or_whole and not have) for have, want in pairs)
 
             return test
@@ -77,18 +83,24 @@ class Spread:
 
 
 def collect(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) -> list[Constraint]:
-    """The user's constraints: `demands` on parameters, and every `constrain` in the code. Raises what does not fit."""
+    """The user's constraints: `demands` on parameters, and every `constrain` in the code.
+
+    Raises LayoutError for a constraint with another number of dims, an unknown axis or one used twice; InfeasibleError
+    for a dim that is too small, and for constraints that contradict each other.
+    """
     program = factored.program
     nodes = {port: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
-    found = [Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in demands]
+    constraints = [
+        Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in demands
+    ]
     for op in factored.ops:
         if op.node.target is torch.ops.shardc.constrain.default:
             label = f"constrain(..., {op.node.args[1]}) at {where(op.node)}"
-            found.append(Constraint(op.results[0].key, op.results[0].value, parse(str(op.node.args[1])), label))
-    for constraint in found:
+            constraints.append(Constraint(op.results[0].key, op.results[0].value, parse(str(op.node.args[1])), label))
+    for constraint in constraints:
         _check(constraint, mesh)
-    _refuse_contradictions(found, mesh)
-    return found
+    _refuse_contradictions(constraints, mesh)
+    return constraints
 
 
 def _check(constraint: Constraint, mesh: Mesh) -> None:
@@ -137,39 +149,42 @@ def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
 
 
 def demanded_leaves(factored: Factored, mesh: Mesh, constraint: Constraint) -> Iterator[tuple[int, Axes]]:
-    """The leaves of its value that a constraint fixes, with their axes. Raises InfeasibleError for one too small."""
+    """The leaves of its value that a constraint fixes, with their axes. Raises InfeasibleError for a leaf that is too
+    small."""
     position = {ref: i for i, ref in enumerate(factored.leaves(factored.base[constraint.key]))}
     for dim, axes in zip(constraint.value.dims, constraint.dims, strict=True):
         if axes is not None:
             leaves = factored.atoms.leaves(dim)
-            for ref, held in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
-                yield position[ref], held
+            for ref, leaf_axes in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
+                yield position[ref], leaf_axes
 
 
 def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constraint: Constraint) -> list[Axes]:
-    """Deal a dim's axes to its atoms, major first: an atom takes axes until it is wholly split."""
+    """The axes of every atom of a dim. Axes go to atoms from the major one on; an atom takes axes until each rank has
+    one element of it."""
     active = [a for a in axes if mesh.sizes[a] > 1]
-    held: list[Axes] = [() for _ in leaves]
+    dealt: list[Axes] = [() for _ in leaves]
     atom = 0
     for axis in active:
-        while atom < len(leaves) - 1 and factored.atoms.size(leaves[atom]) == mesh.ways(held[atom]):
+        while atom < len(leaves) - 1 and factored.atoms.size(leaves[atom]) == mesh.ways(dealt[atom]):
             atom += 1
         size = factored.atoms.size(leaves[atom])
-        if not mesh.splits(size, (*held[atom], axis)):
+        if not mesh.splits(size, (*dealt[atom], axis)):
             pieces = " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
             raise InfeasibleError(
                 f"{constraint.label}: the model uses this dim as {pieces}, and its piece of {size} has fewer elements "
                 f"than axis {axis!r} has ranks ({mesh.sizes[axis]}); use a smaller axis, or split another dim"
             )
-        held[atom] += (axis,)
-    return held
+        dealt[atom] += (axis,)
+    return dealt
 
 
 def parameter_demands(
     program: Program, model: nn.Module, constraints: Mapping[str, Spec], mesh: Mesh
 ) -> tuple[ParameterDemand, ...]:
-    """What `constraints` demand of parameters, by any of their names, each demand once; and DTensors stay as they are
-    stored. Raises ConstraintError for a pattern that matches nothing, or that cannot be read."""
+    """The demands of `constraints` on parameters, by any of their names, each once; and for every parameter that is a
+    DTensor, its stored layout. Raises ConstraintError for a pattern that matches nothing, or a spec that cannot be
+    read."""
     specs = {pattern: _spec(pattern, spec) for pattern, spec in constraints.items()}
     paths = [path for path, _ in model.named_modules() if path]
     ports = [port for port in program.inputs if port.role is Role.PARAMETER]
@@ -182,7 +197,7 @@ def parameter_demands(
 
 
 def module_constraints(constraints: Mapping[str, Spec], model: nn.Module) -> dict[str, Spec]:
-    """The constraints that name a module: they are on its output."""
+    """The constraints whose pattern names a module: they hold for its output."""
     paths = [path for path, _ in model.named_modules() if path]
     return {pattern: spec for pattern, spec in constraints.items() if any(fnmatchcase(path, pattern) for path in paths)}
 
@@ -195,7 +210,7 @@ def _spec(pattern: str, spec: Spec) -> tuple[Dim, ...]:
 
 
 def _stored(model: nn.Module, ports: list[Port], mesh: Mesh) -> list[ParameterDemand]:
-    """Parameters that are DTensors already stay as they are stored."""
+    """A parameter that is a DTensor keeps the layout in which it is stored."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     demands: list[ParameterDemand] = []
     for port in ports:
@@ -211,7 +226,7 @@ def _match_parameters(
     ports: Sequence[Port], constraints: dict[str, tuple[Dim, ...]], module_paths: Sequence[str]
 ) -> list[ParameterDemand]:
     """Which parameters each pattern names. Raises ConstraintError, with near names, for one that matches nothing."""
-    found: list[ParameterDemand] = []
+    demands: list[ParameterDemand] = []
     for pattern, dims in constraints.items():
         matched = [port for port in ports if fnmatchcase(port.name, pattern)]
         if not matched and not any(fnmatchcase(path, pattern) for path in module_paths):
@@ -220,5 +235,5 @@ def _match_parameters(
             raise ConstraintError(
                 f"constraint {pattern!r} matches no parameter and no module; nearest: {', '.join(near)}"
             )
-        found += [ParameterDemand(port, dims, f"constraints[{pattern!r}] on {port.name}") for port in matched]
-    return found
+        demands += [ParameterDemand(port, dims, f"constraints[{pattern!r}] on {port.name}") for port in matched]
+    return demands

@@ -1,7 +1,7 @@
-"""From a factored program to the cost network: who the variables are, what they cost, and what the edges charge.
+"""From a factored program to the cost network: its variables, their costs, and what the edges charge.
 
 operator, placeholder   a strategy   costs its compute
-share of a value        a layout     costs nothing; the edge from its producer pays what all its users share
+share of a value        a layout     costs nothing; the edge from its producer charges what all its readers share
 output                  a layout     whole on every rank, or any that is not partial
 
 minimise  sum of compute  +  sum over edges of the cheapest conversion between what is made and what is demanded
@@ -28,6 +28,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, value_of
 from shardc.ir.splits import Splits
 from shardc.planning.strategies import OperatorOptions
+from shardc.planning.variables import Domain, Variable
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
 from shardc.solver.problem import Problem, zeros
@@ -36,32 +37,12 @@ Accepts = Callable[[Splits], bool]
 
 
 @dataclass
-class Domain:
-    """The values of an operator's variable: strategies, their seconds, and per operand and result the layouts (by their
-    index in the tensor class) that each demands and makes."""
-
-    strategies: list[Strategy]
-    seconds: np.ndarray
-    operands: list[np.ndarray]
-    results: list[np.ndarray]
-
-
-@dataclass
-class Variable:
-    """One variable: `domain` says what its values mean, a `Strategy` (operators) or `Splits` (shares, outputs)."""
-
-    name: str
-    domain: list[Strategy] | list[Splits]
-    unary: np.ndarray
-
-
-@dataclass
 class Assignment:
-    """What was chosen: a strategy per operator, the layout in which a value is shared, the layout of every output.
+    """A solution: a strategy per operator, the layout that the readers of a value share, the layout of every output.
 
-    Under a memory budget also, per value of forward that backward reads, the layout in which it is kept until then (or
-    made again), and that in which its readers in backward share it. `forward` holds what runs in forward; None without
-    a budget, when backward takes whatever forward made.
+    Under a memory budget, `kept` and `regathered` are, per value of forward that backward reads, the layout in which it
+    is kept until then (or made again), and the layout that its readers in backward share. `forward` is what runs in
+    forward. Without a budget it is None: backward reads whatever forward made.
     """
 
     strategies: dict[fx.Node, Strategy]
@@ -75,8 +56,8 @@ class Assignment:
 
 @dataclass(eq=False)
 class CostNetwork:
-    """Builds the problem for one program on one mesh. `accepts` filters the layouts of base values (constraints);
-    of `wishes` the first that leaves a choice is granted."""
+    """Builds the problem for one program on one mesh. `accepts` says which layouts of base values constraints allow. Of
+    the `wishes` for a value, the first that any strategy fulfils is granted."""
 
     factored: Factored
     mesh: Mesh
@@ -108,14 +89,14 @@ class CostNetwork:
         self._output_variable: dict[int, int] = {}
 
     def share(self, other: CostNetwork) -> None:
-        """Use the strategies and conversions that another network of the same program on the same mesh worked out."""
+        """Use the strategies and conversions that another network of the same program on the same mesh has computed."""
         self._classes, self._class_of, self._gradient_classes = other._classes, other._class_of, other._gradient_classes
         self._options, self._distinct = other._options, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
         self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
 
     def problem(self) -> Problem:
-        """What the solver is asked; the caller may change it."""
+        """The problem for the solver, as a copy that the caller may change."""
         whole = self._whole
         return Problem([*whole.unary], {**whole.edges}, whole.names)
 
@@ -127,7 +108,7 @@ class CostNetwork:
         return problem
 
     def assignment(self, choice: list[int]) -> Assignment:
-        """Read a solution back."""
+        """The meaning of a solution: `choice` holds an index into every variable's domain."""
 
         def pick(variable: int) -> Strategy | Splits:
             return self.variables[variable].domain[choice[variable]]
@@ -144,6 +125,7 @@ class CostNetwork:
         return self._op_variable[node]
 
     def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
+        """The layouts of tensors with atoms of these sizes and elements of `itemsize` bytes, and their conversions."""
         key = (sizes, itemsize)
         if key not in self._classes:
             self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device)
@@ -156,18 +138,21 @@ class CostNetwork:
         return self._class_of[key]
 
     def gradient_class(self, key: Key) -> TensorClass:
-        """The tensor class of a base value on its way to the layout of the parameter whose gradient it is, where
-        collectives run in buckets."""
+        """The tensor class of a base value that is a gradient: collectives that convert it to the layout of its
+        parameter run in buckets, and cost less."""
         sizes, dtype = self.factored.sizes(key), _tensor_of(key).dtype
         if (sizes, dtype) not in self._gradient_classes:
-            made = TensorClass(sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype])
-            self._gradient_classes[sizes, dtype] = made
+            tensor_class = TensorClass(
+                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype]
+            )
+            self._gradient_classes[sizes, dtype] = tensor_class
         return self._gradient_classes[sizes, dtype]
 
     @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
-        """By dtype, all gradients among which the collectives of each are shared, and what hides them: backward, if
-        every operator is divided as far as it can be."""
+        """By dtype, the gradients that share collectives in buckets, and the seconds a byte of backward that hide
+        them. The model assumes that all of a dtype are in buckets, and that every operator of backward is split as far
+        as it can be."""
         sizes: dict[torch.dtype, list[float]] = {}
         for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT:
@@ -177,7 +162,7 @@ class CostNetwork:
         total = sum(map(sum, sizes.values()))
         backward = [op for op in self.factored.ops if origin_of(op.node).phase == "backward"]
         beneath = sum(self.options_of(op).least for op in backward) / total if total else 0.0
-        return {dtype: Sharing(buckets, tuple(found), beneath) for dtype, found in sizes.items()}
+        return {dtype: Sharing(buckets, tuple(bytes_of_each), beneath) for dtype, bytes_of_each in sizes.items()}
 
     def build(self) -> None:
         """Make the variables and edges."""
@@ -194,7 +179,7 @@ class CostNetwork:
         self._add_outputs()
 
     def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
-        """The variables between a value and its readers, if it has any need of them."""
+        """Add the variables between a value and its readers: a share, where several read it."""
         if users > 1 and (port is None or port.role is Role.PARAMETER):
             self._share_variable[key] = self._add_share(key)
 
@@ -232,8 +217,8 @@ class CostNetwork:
             self._parameters.add(variable)
         for operand, demanded in zip(op.operands, domain.operands, strict=True):
             self._connect(operand.value.key, variable, demanded)
-        for result, made in zip(op.results, domain.results, strict=True):
-            self._source[result.key] = variable, made
+        for result, layouts in zip(op.results, domain.results, strict=True):
+            self._source[result.key] = variable, layouts
         return domain
 
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
@@ -243,16 +228,16 @@ class CostNetwork:
         if identity in self._domains:
             return self._domains[identity]
         if keep is None:
-            found = Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
+            domain = Domain(options.strategies, options.seconds, options.operand_layouts, options.result_layouts)
         else:
-            found = Domain(
+            domain = Domain(
                 [options.strategies[i] for i in keep],
                 options.seconds[keep],
                 [self._intern(layouts[keep]) for layouts in options.operand_layouts],
                 [self._intern(layouts[keep]) for layouts in options.result_layouts],
             )
-        self._domains[identity] = found
-        return found
+        self._domains[identity] = domain
+        return domain
 
     def _kept(self, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
@@ -282,7 +267,8 @@ class CostNetwork:
         return keep
 
     def _storable(self, value: Value) -> Accepts:
-        """What a DTensor holds: one chunk of every dim, axes in an order that DTensor has, nothing partial."""
+        """Accepts what a DTensor can store: one chunk of every dim, axes in an order that DTensor has, nothing
+        partial."""
 
         def stored(splits: Splits, layout: Layout) -> bool:
             if splits.partial or any(len(dim) > 1 for dim in layout.simplify(self.mesh).dims):
@@ -296,7 +282,7 @@ class CostNetwork:
         return self._remembered("stored", value, stored)
 
     def _sliceable(self, value: Value) -> Accepts:
-        """What local slices of the global tensor give: what enters a generated module."""
+        """Accepts what local slices of the global tensor give, for inputs of a generated module."""
 
         def sliced(_: Splits, layout: Layout) -> bool:
             try:
@@ -308,7 +294,7 @@ class CostNetwork:
         return self._remembered("sliced", value, sliced)
 
     def _remembered(self, question: str, value: Value, answer: Callable[[Splits, Layout], bool]) -> Accepts:
-        """The answer for values of one form is asked for once."""
+        """Accepts as `answer` does, which is asked once for all values of one form."""
 
         def test(splits: Splits) -> bool:
             key = question, value.form, splits
@@ -322,13 +308,13 @@ class CostNetwork:
         return self._arrays.setdefault(array.tobytes(), array)
 
     def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
-        """Charge `variable` for turning a base value into the layouts it demands. All that a parameter demands of a
-        value is that it lies as its gradient."""
-        source, made = self._source_of(key)
+        """Charge `variable` for converting a base value to the layouts that it demands. What a parameter demands is its
+        gradient in its layout, and that conversion runs in buckets."""
+        source, layouts = self._source_of(key)
         tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
-        identity = (id(tensor), id(made), id(demanded))
+        identity = (id(tensor), id(layouts), id(demanded))
         if identity not in self._tables:
-            self._tables[identity] = tensor.seconds[np.ix_(made, demanded)]
+            self._tables[identity] = tensor.seconds[np.ix_(layouts, demanded)]
         self._edges.append((source, variable, self._tables[identity]))
 
     def _source_of(self, key: Key) -> tuple[int, np.ndarray]:
@@ -338,7 +324,7 @@ class CostNetwork:
     def _add_share(self, key: Key) -> int:
         tensor = self.class_of(key)
         every = self._intern(np.arange(len(tensor.layouts)))
-        variable = self._variable(f"{title_of(key)} shared", tensor.layouts, zeros(len(tensor.layouts)))
+        variable = self._variable(f"{name_of(key)} shared", tensor.layouts, zeros(len(tensor.layouts)))
         self._connect(key, variable, every)
         self._source[key] = variable, every
         return variable
@@ -362,15 +348,15 @@ class CostNetwork:
             self._output_variable[index] = variable
 
     def _tie_gradient(self, value: Value, parameter: fx.Node) -> None:
-        """A gradient is demanded in the layout in which its parameter is stored."""
+        """Charge a parameter for converting its gradient to its layout."""
         self._connect(value.key, self._op_variable[parameter], self._gradient_layouts(value, parameter))
 
     def _gradient_layouts(self, value: Value, parameter: fx.Node) -> np.ndarray:
         tensor, stored = self.class_of(value.key), self.variables[self._op_variable[parameter]].domain
         key = id(tensor), id(stored), value.form
         if key not in self._demands:
-            made = [Splits(s.split) for s in stored]  # type: ignore[union-attr]
-            demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in made]
+            layouts = [Splits(s.split) for s in stored]  # type: ignore[union-attr]
+            demanded = [tensor.index[self.gradient_demand(value, parameter, splits)] for splits in layouts]
             self._demands[key] = self._intern(np.array(demanded))
         return self._demands[key]
 
@@ -385,15 +371,15 @@ def _tensor_of(key: Key) -> torch.Tensor:
     return producer[key[1]] if isinstance(producer, (tuple, list)) else producer
 
 
-def title_of(key: Key) -> str:
-    """A name for a base value, unlike all others."""
+def name_of(key: Key) -> str:
+    """A name for a base value, unique in the program."""
     return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
 
 
 def base_demand(value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
     """The layout of a base value when the leaves of its view `value` are split by `axes`."""
-    found: list[tuple[str, ...]] = [() for _ in value.form.base]
-    for place, held in zip(value.form.places, axes, strict=True):
+    base_axes: list[tuple[str, ...]] = [() for _ in value.form.base]
+    for place, leaf_axes in zip(value.form.places, axes, strict=True):
         if place is not None:
-            found[place] = held
-    return Splits(tuple(found))
+            base_axes[place] = leaf_axes
+    return Splits(tuple(base_axes))

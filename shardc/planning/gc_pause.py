@@ -1,4 +1,4 @@
-"""Python's cyclic collector, and when it has nothing to do."""
+"""Python's cyclic garbage collector, and how to pause it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_paused() -> Generator[None]:
-    """Python's cyclic collector pauses: graphs grow and stay, so it would walk over them again and again for nothing,
-    which is half the time of a deep model. What was made goes to the oldest generation, without one last walk."""
+    """Pause Python's cyclic collector. The compiler makes graphs that grow and stay, and the collector would walk over
+    them again and again: half the time of a deep model. At the end, all objects go to the oldest generation without a
+    walk."""
     enabled = gc.isenabled()
     gc.disable()
     try:

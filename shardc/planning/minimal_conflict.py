@@ -1,7 +1,8 @@
-"""Why nothing is legal: a smallest set of requests that contradict each other, by z3.
+"""Why no layout is legal: a minimal set of requests that contradict each other, found by z3.
 
-The model knows layouts and no costs. Tied values form one group and share their split. Per group, dim `d` and axis
-`a`:
+    w: (tp, -)  and  w: (-, tp)     contradict each other: an axis splits one dim of a value
+
+The model has layouts and no costs. Tied values form one group and share their split. Per group, dim `d` and axis `a`:
 
 * `split[d, a]`: axis `a` splits dim `d`; an axis splits at most one dim of a value;
 * `major[d, a, b]`: where both split `d`, `a` stands before `b`;
@@ -25,7 +26,7 @@ from shardc.errors import ConstraintError
 
 @dataclass(frozen=True)
 class LayoutRequest:
-    """What was asked for, in the user's words (`label`), of one value."""
+    """One request for the layout of one value; `label` says it in the user's words."""
 
     label: str
     value: str
@@ -38,7 +39,11 @@ def minimal_conflict(
     requests: Sequence[LayoutRequest],
     ties: Sequence[tuple[str, str]] = (),
 ) -> list[LayoutRequest] | None:
-    """None if the requests can be met together; else a minimal set of them that cannot, in the order given."""
+    """A minimal set of the requests that cannot be met together, in their order; None if all can.
+
+    `shapes` are those of the values, `mesh` the sizes of its axes, `ties` pairs of values that share their split.
+    Raises ConstraintError for a request or a tie that names no value or no axis, or has another number of dims.
+    """
     _check_names(shapes, mesh, requests, ties)
     model = _Legality(shapes, mesh, ties)
     literals = [model.add(request, i) for i, request in enumerate(requests)]
@@ -53,7 +58,7 @@ def minimal_conflict(
 
 
 class _Legality:
-    """The solver with the rules of layouts; groups of tied values enter when a request speaks of them."""
+    """The solver with the rules of layouts. A group of tied values is added when a request names one of them."""
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], mesh: Mapping[str, int], ties: Sequence[tuple[str, str]]
@@ -86,9 +91,9 @@ class _Legality:
         for dim, axes in enumerate(request.dims):
             if axes is None:
                 continue
-            wanted = [self.split(group, dim, a) if a in axes else z3.Not(self.split(group, dim, a)) for a in self.mesh]
-            wanted += [self.major(group, dim, a, b) for a, b in itertools.combinations(axes, 2)]
-            self.solver.add(*(z3.Implies(literal, fact) for fact in wanted))
+            facts = [self.split(group, dim, a) if a in axes else z3.Not(self.split(group, dim, a)) for a in self.mesh]
+            facts += [self.major(group, dim, a, b) for a, b in itertools.combinations(axes, 2)]
+            self.solver.add(*(z3.Implies(literal, fact) for fact in facts))
         return literal
 
     def _add_group(self, group: str) -> None:
@@ -105,7 +110,7 @@ class _Legality:
                 self.solver.add(z3.Or(*(z3.Not(self.split(group, dim, axis)) for axis in axes)))
 
     def conflict(self, literals: Sequence[z3.BoolRef], subset: Sequence[int]) -> list[int] | None:
-        """None if these requests are feasible together, else those of them in z3's core."""
+        """The requests of `subset` that are in z3's core; None if all of them are feasible together."""
         outcome = self.solver.check(*(literals[i] for i in subset))
         if outcome == z3.sat:
             return None
@@ -132,7 +137,7 @@ def _check_names(
     requests: Sequence[LayoutRequest],
     ties: Sequence[tuple[str, str]],
 ) -> None:
-    """What is no conflict of requests but a mistake in one: say so at once."""
+    """Raise ConstraintError for a mistake in one request or tie, which is no conflict of several."""
     for a, b in ties:
         if a not in shapes or b not in shapes:
             raise ConstraintError(f"tie {a!r} = {b!r}: no such value; tie values of the program")
@@ -140,13 +145,15 @@ def _check_names(
             raise ConstraintError(f"tie {a!r} = {b!r}: {len(shapes[a])} and {len(shapes[b])} dims cannot share a split")
     for request in requests:
         if request.value not in shapes:
-            raise ConstraintError(f"{request.label}: no value is named {request.value!r}")
+            raise ConstraintError(f"{request.label}: no value is named {request.value!r}; name one of the program")
         rank = len(shapes[request.value])
         if len(request.dims) != rank:
-            raise ConstraintError(f"{request.label}: {len(request.dims)} dims given, {request.value!r} has {rank}")
+            raise ConstraintError(
+                f"{request.label}: {len(request.dims)} dims given, {request.value!r} has {rank}; give one entry per dim"
+            )
         for axes in request.dims:
             unknown = sorted(set(axes or ()) - set(mesh))
             if unknown:
                 raise ConstraintError(f"{request.label}: no mesh axis {unknown[0]!r}; there are {', '.join(mesh)}")
             if axes is not None and len(set(axes)) < len(axes):
-                raise ConstraintError(f"{request.label}: an axis splits a dim once, got {axes}")
+                raise ConstraintError(f"{request.label}: an axis splits a dim once, got {axes}; name each axis once")

@@ -1,17 +1,17 @@
-"""The cost network under a memory budget: what forward leaves for backward is a choice of its own.
+"""The cost network under a memory budget: it also chooses what forward keeps for backward.
 
-Without a budget, backward reads what forward made, in whatever layouts there are. With one, every value that crosses
-has two variables more:
+Without a budget, backward reads what forward made, in whatever layouts there are. With one, every value of forward that
+backward reads has two more variables:
 
     operator of forward     a strategy, and whether backward runs it again
     share of a value        a layout, for its readers in forward
-    kept value              a layout in which backward finds it (kept since forward, or made again), or that it is gone
-    share in backward       a layout, for its readers in backward: a split value is kept so, and regathered once
+    kept value              a layout in which it is kept until backward, or made again there; or that it is gone
+    share in backward       a layout, for its readers in backward: a value that is kept split is gathered again once
 
 An operator that runs again reads what is kept of its operands, and pays its time and their conversions a second time.
 (Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022, "Reducing activation
-recomputation in large transformer models".) Beside the costs the network records what every choice holds in memory,
-from which operator to which (`shardc/solver/loads.py`).
+recomputation in large transformer models".) Besides costs, the network records how many bytes every choice holds, from
+which operator to which: the memory terms (`shardc/solver/loads.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.memory import NO_STATES, States
 from shardc.ir.program import Port, Role
 from shardc.ir.splits import Splits
-from shardc.planning.cost_network import Assignment, CostNetwork, Domain, title_of
+from shardc.planning.cost_network import Assignment, CostNetwork, name_of
 from shardc.planning.run_order import RunOrder
+from shardc.planning.variables import Domain
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, workspace
 from shardc.solver.loads import Load, Loads
@@ -41,52 +42,53 @@ GONE = Splits((), (("gone", ""),))
 
 @dataclass(eq=False)
 class RecomputeNetwork(CostNetwork):
-    """The network under a memory budget. `recompute` offers operators to run again; `states` is what the optimizer
-    holds of every parameter."""
+    """The network under a memory budget. With `recompute`, operators of forward may run again in backward. `states`
+    says how many bytes the optimizer holds for an element of a parameter."""
 
     recompute: bool = True
     states: States = NO_STATES
-    _held: list[Load] = field(default_factory=list[Load])
+    _loads: list[Load] = field(default_factory=list[Load])
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.schedule = RunOrder(self.factored)
         self._reader = 0  # the position of the reader that is being connected
-        self._keeping: dict[Key, Source] = {}
-        self._regathered: dict[Key, Source] = {}
-        self._made: dict[object, tuple[Array, object]] = {}
+        self._kept_variables: dict[Key, Source] = {}
+        self._regathered_variables: dict[Key, Source] = {}
+        self._arrays_derived: dict[object, tuple[Array, object]] = {}
 
     def widened(self, narrow: RecomputeNetwork, choice: Sequence[int]) -> list[int]:
-        """The choice of a network in which nothing runs again, as one of this network. What that one lacks is gone or,
-        for what is shared, in the layout that costs least beside the rest."""
+        """A choice of this network from one of `narrow`, in which nothing runs again. Values of kept values that
+        `narrow` lacks are gone; shares that it lacks take the layout that costs least beside the other choices."""
         known = {variable.name: x for variable, x in zip(narrow.variables, choice, strict=True)}
-        found = [known.get(variable.name, len(variable.domain) - 1) for variable in self.variables]
+        values = [known.get(variable.name, len(variable.domain) - 1) for variable in self.variables]
         missing = {v for v, variable in enumerate(self.variables) if variable.name not in known}
         beside: dict[int, Array] = {}
         for one, other, table in self._edges:
             if one in missing and other not in missing:
-                beside[one] = beside.get(one, 0.0) + table[:, found[other]]
+                beside[one] = beside.get(one, 0.0) + table[:, values[other]]
             elif other in missing and one not in missing:
-                beside[other] = beside.get(other, 0.0) + table[found[one]]
+                beside[other] = beside.get(other, 0.0) + table[values[one]]
         for v, seconds in beside.items():
             if self.variables[v].domain[-1] != GONE:
-                found[v] = int(seconds.argmin())
-        return found
+                values[v] = int(seconds.argmin())
+        return values
 
     def memory_terms(self) -> Loads:
-        """What every choice holds, over the schedule."""
-        return Loads(self.schedule.length, self._held)
+        """The bytes that every choice holds, over the positions of the run order."""
+        return Loads(self.schedule.length, self._loads)
 
     def assignment(self, choice: list[int]) -> Assignment:
-        found = super().assignment(choice)
-        found.forward = frozenset(self.schedule.forward)
-        for key, (variable, _) in self._keeping.items():
+        """The meaning of a solution, with what forward keeps for backward."""
+        chosen = super().assignment(choice)
+        chosen.forward = frozenset(self.schedule.forward)
+        for key, (variable, _) in self._kept_variables.items():
             layouts = self.class_of(key).layouts
             if choice[variable] < len(layouts):
-                found.kept[key] = layouts[choice[variable]]
-        for key, (variable, _) in self._regathered.items():
-            found.regathered[key] = self.class_of(key).layouts[choice[variable]]
-        return found
+                chosen.kept[key] = layouts[choice[variable]]
+        for key, (variable, _) in self._regathered_variables.items():
+            chosen.regathered[key] = self.class_of(key).layouts[choice[variable]]
+        return chosen
 
     def _add_op(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         self._reader = self.schedule.position[op.node]
@@ -101,7 +103,7 @@ class RecomputeNetwork(CostNetwork):
         return domain
 
     def _hold_workspace(self, op: Op, variable: int, domain: Domain) -> None:
-        """What the body of each strategy allocates for itself is held while the operator runs, and runs again."""
+        """Record the workspace of every strategy: it is held while the operator runs, and again while it runs again."""
         shape = self.options_of(op).shape
         if not any(one.workspace for one in shape.variants):
             return
@@ -126,29 +128,32 @@ class RecomputeNetwork(CostNetwork):
         return self._domains[id(once)]
 
     def _crosses(self, key: Key) -> bool:
-        """Whether backward reads a value of forward, or may do so to run an operator again."""
+        """Whether backward reads a value of forward, or may read it to run an operator again."""
         return bool(self._readers(key)[1]) or (self.recompute and key in self.schedule.reread)
 
     def _readers(self, key: Key) -> tuple[list[int], list[int]]:
         return self.schedule.readers.get(key, ([], []))
 
     def _hold_result(self, key: Key, variable: int, port: Port | None) -> None:
-        """A parameter is held throughout, with its optimizer's state; another value until it was read or shared."""
-        here, (_, made) = self._reader, self._source[key]
+        """Record the memory of a result. A parameter is held throughout, with its optimizer's state; another value
+        until its last reader, or until it was converted to the layout that its readers share."""
+        here, (_, layouts) = self._reader, self._source[key]
         tensor = self.class_of(key)
-        held = self._taken(tensor, made)
+        sizes = self._bytes_of(tensor, layouts)
         if port is not None and port.role is not Role.TANGENT:
             if port.role is Role.PARAMETER:
                 factor = 1.0 + self.states(tensor.itemsize) / tensor.itemsize
-                held = self._derived(factor, (held,), lambda: held * factor)
-            self._hold(variable, None, held, 0, self.schedule.length - 1)
+                sizes = self._derived(factor, (sizes,), lambda: sizes * factor)
+            self._hold(variable, None, sizes, 0, self.schedule.length - 1)
             return
         forward, backward = self._readers(key)
         in_forward = key[0] in self.schedule.forward
         readers = forward if in_forward else backward
         shared = (in_forward and forward and self._crosses(key)) or len(readers) > 1
         last = max(readers, default=here)
-        self._hold(variable, None, held, here, here if shared and port is None else last)  # else its share is held
+        self._hold(
+            variable, None, sizes, here, here if shared and port is None else last
+        )  # from then on the shared layout is held
 
     def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
         if port is not None and port.role is not Role.PARAMETER:
@@ -160,40 +165,50 @@ class RecomputeNetwork(CostNetwork):
         maker = self._source[key]
         if readers and (crosses or len(readers) > 1):
             variable = self._share_variable[key] = self._add_share(key)
-            tensor, (source, made) = self.class_of(key), maker
+            tensor, (source, layouts) = self.class_of(key), maker
             if port is None:
                 self._hold(variable, None, tensor.bytes, self._reader + 1, max(readers))
-            else:  # the parameter itself is held all the time
-                copies = self._copies(tensor, made, self._source[key][1])
+            else:  # the parameter itself is held throughout
+                copies = self._copies(tensor, layouts, self._source[key][1])
                 self._hold(source, variable, copies, min(readers), max(readers))
         if crosses:
             self._add_kept(key, maker, port)
 
     def _add_kept(self, key: Key, maker: Source, port: Port | None) -> None:
-        """What backward finds of a value: its layout, or (the last value) that it is gone."""
+        """Add the variable of a kept value: its layout in backward, or (the last entry of the domain) that it is
+        gone."""
         tensor, backward = self.class_of(key), self._readers(key)[1]
         layouts: list[Splits] = [*tensor.layouts] if backward else [*tensor.layouts, GONE]
-        variable = self._variable(f"{title_of(key)} kept", layouts, zeros(len(layouts)))
+        variable = self._variable(f"{name_of(key)} kept", layouts, zeros(len(layouts)))
         every = self._intern(np.arange(len(tensor.layouts)))
-        self._keeping[key] = variable, every
-        source, made = maker
+        self._kept_variables[key] = variable, every
+        source, maker_layouts = maker
         again = self._runs_again(source)
         gone = not backward
 
         def again_only() -> Array:
-            table = tensor.seconds[np.ix_(made, every)].copy()
-            table[: len(made) // 2] = 0.0
+            table = tensor.seconds[np.ix_(maker_layouts, every)].copy()
+            table[: len(maker_layouts) // 2] = 0.0
             return _with_gone(table, gone, 0.0)
 
         if key in self._share_variable:
-            shared, held = self._source[key]
-            self._edges.append((shared, variable, self._derived(("shared", gone), (tensor, held), lambda: _with_gone(
-                tensor.seconds[held], gone, 0.0))))  # fmt: skip
+            shared, shared_layouts = self._source[key]
+
+            def from_share() -> Array:
+                return _with_gone(tensor.seconds[shared_layouts], gone, 0.0)
+
+            table = self._derived(("shared", gone), (tensor, shared_layouts), from_share)
+            self._edges.append((shared, variable, table))
             if again:
-                self._edges.append((source, variable, self._derived(("again", gone), (tensor, made), again_only)))
+                table = self._derived(("again", gone), (tensor, maker_layouts), again_only)
+                self._edges.append((source, variable, table))
         else:
-            self._edges.append((source, variable, self._derived(("made", gone), (tensor, made), lambda: _with_gone(
-                tensor.seconds[np.ix_(made, every)], gone, 0.0))))  # fmt: skip
+
+            def from_maker() -> Array:
+                return _with_gone(tensor.seconds[np.ix_(maker_layouts, every)], gone, 0.0)
+
+            table = self._derived(("made", gone), (tensor, maker_layouts), from_maker)
+            self._edges.append((source, variable, table))
         self._hold_kept(key, maker, port, gone)
         if backward and len(backward) + (self.recompute and key in self.schedule.reread) > 1:
             self._regather(key, variable)
@@ -204,31 +219,32 @@ class RecomputeNetwork(CostNetwork):
 
     def _regather(self, key: Key, kept: int) -> None:
         tensor, backward = self.class_of(key), self._readers(key)[1]
-        variable = self._variable(f"{title_of(key)} shared in backward", tensor.layouts, zeros(len(tensor.layouts)))
-        every = self._keeping[key][1]
+        variable = self._variable(f"{name_of(key)} shared in backward", tensor.layouts, zeros(len(tensor.layouts)))
+        every = self._kept_variables[key][1]
         self._edges.append((kept, variable, tensor.seconds))
         first = min(*backward, self.schedule.reread.get(key, backward)[0])
         self._hold(kept, variable, self._copies(tensor, every, every), first, max(backward))
-        self._regathered[key] = variable, every
+        self._regathered_variables[key] = variable, every
 
     def _hold_kept(self, key: Key, maker: Source, port: Port | None, gone: bool) -> None:
-        """A kept value is held from its last reader in forward on, one that is made again from its first in backward;
-        both until the last."""
-        tensor, (variable, every), (source, made) = self.class_of(key), self._keeping[key], maker
+        """Record the memory of a kept value, until its last reader: from its last reader in forward on, or, where it
+        is made again, from its first reader in backward on."""
+        tensor, (variable, every), (source, maker_layouts) = self.class_of(key), self._kept_variables[key], maker
         forward, backward = self._readers(key)
         last = max(forward, default=self._reader)
         first, end = self.schedule.rerun.get(key[0], 0), max([*backward, *self.schedule.reread.get(key, ())])
-        if port is not None:  # the parameter itself is held all the time
-            self._hold(source, variable, _with_gone(self._copies(tensor, made, every), gone, 0.0), last + 1, end)
+        if port is not None:  # the parameter itself is held throughout
+            copies = _with_gone(self._copies(tensor, maker_layouts, every), gone, 0.0)
+            self._hold(source, variable, copies, last + 1, end)
         elif self._runs_again(source):
-            half = len(made) // 2
+            once = len(maker_layouts) // 2
 
             def rows(kept: bool) -> Array:
-                table = np.zeros((len(made), len(every)))
-                table[slice(half) if kept else slice(half, None)] = tensor.bytes
+                table = np.zeros((len(maker_layouts), len(every)))
+                table[slice(once) if kept else slice(once, None)] = tensor.bytes
                 return _with_gone(table, gone, 0.0)
 
-            parts = (tensor, made)
+            parts = (tensor, maker_layouts)
             self._hold(source, variable, self._derived(("kept", gone), parts, lambda: rows(True)), last + 1, end)
             self._hold(source, variable, self._derived(("repeated", gone), parts, lambda: rows(False)), first, end)
         else:
@@ -236,31 +252,31 @@ class RecomputeNetwork(CostNetwork):
             self._hold(variable, None, sizes, last + 1, end)
 
     def _source_of(self, key: Key) -> Source:
-        """Readers in backward find what was kept."""
-        if self._reader > self.schedule.border and key in self._keeping:
-            return self._regathered.get(key, self._keeping[key])
+        """Readers in backward read the kept value."""
+        if self._reader > self.schedule.border and key in self._kept_variables:
+            return self._regathered_variables.get(key, self._kept_variables[key])
         return self._source[key]
 
     def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
         super()._connect(key, variable, demanded)
-        source, made = self._source_of(key)
-        self._hold(source, variable, self._copies(self.class_of(key), made, demanded), self._reader, self._reader)
+        source, layouts = self._source_of(key)
+        self._hold(source, variable, self._copies(self.class_of(key), layouts, demanded), self._reader, self._reader)
 
     def _connect_again(self, op: Op, key: Key, variable: int, demanded: np.ndarray) -> None:
-        """An operator that runs again reads what is kept of its operands, as backward does."""
-        source, layouts = self._regathered.get(key) or self._keeping.get(key, self._source[key])
-        tensor, half = self.class_of(key), len(demanded) // 2
+        """Charge an operator that runs again for its operands: it reads the kept values, as backward does."""
+        source, layouts = self._regathered_variables.get(key) or self._kept_variables.get(key, self._source[key])
+        tensor, once = self.class_of(key), len(demanded) // 2
         gone = len(self.variables[source].domain) > len(layouts)
 
         def table() -> Array:
             seconds = tensor.seconds[np.ix_(layouts, demanded)].copy()
             seconds = np.vstack([seconds, np.full((int(gone), len(demanded)), np.inf)])
-            seconds[:, :half] = 0.0
+            seconds[:, :once] = 0.0
             return seconds
 
         def copies() -> Array:
             table = self._copies(tensor, layouts, demanded).copy()
-            table[:, :half] = 0.0
+            table[:, :once] = 0.0
             return np.vstack([table, np.zeros((int(gone), len(demanded)))])
 
         parts, at = (tensor, layouts, demanded), self.schedule.rerun[op.node]
@@ -279,35 +295,35 @@ class RecomputeNetwork(CostNetwork):
             self._hold(variable, None, sizes, self.schedule.border + 1, self.schedule.length - 1)
 
     def _tie_gradient(self, value: Value, parameter: fx.Node) -> None:
-        """Gradients are held to the end, in the layout of their parameter."""
+        """Charge and record a gradient: it is held to the end, in the layout of its parameter."""
         before, self._reader = self._reader, self.schedule.position[value.key[0]]
         super()._tie_gradient(value, parameter)
         tensor = self.class_of(value.key)
-        sizes = self._taken(tensor, self._gradient_layouts(value, parameter))
+        sizes = self._bytes_of(tensor, self._gradient_layouts(value, parameter))
         self._hold(self._op_variable[parameter], None, sizes, self._reader + 1, self.schedule.length - 1)
         self._reader = before
 
-    def _copies(self, tensor: TensorClass, made: np.ndarray, wanted: np.ndarray) -> Array:
-        """The bytes of a copy in the layout that is wanted, where that is not the one there is."""
-        return self._derived("copies", (tensor, made, wanted), lambda: np.where(
-            made[:, None] == wanted[None, :], 0.0, tensor.bytes[wanted]))  # fmt: skip
+    def _copies(self, tensor: TensorClass, start: np.ndarray, end: np.ndarray) -> Array:
+        """The bytes of a copy in layout `end`, 0 where `start` is that layout."""
+        return self._derived("copies", (tensor, start, end), lambda: np.where(
+            start[:, None] == end[None, :], 0.0, tensor.bytes[end]))  # fmt: skip
 
-    def _taken(self, tensor: TensorClass, made: np.ndarray) -> Array:
-        return self._derived("bytes", (tensor, made), lambda: tensor.bytes[made])
+    def _bytes_of(self, tensor: TensorClass, layouts: np.ndarray) -> Array:
+        return self._derived("bytes", (tensor, layouts), lambda: tensor.bytes[layouts])
 
     def _derived(self, what: object, parts: tuple[object, ...], make: Callable[[], Array]) -> Array:
-        """The array made of these parts; the same object every time."""
+        """The array that `make` computes from these parts; the same object every time."""
         key = (what, *map(id, parts))
-        if key not in self._made:
-            self._made[key] = make(), parts
-        return self._made[key][0]
+        if key not in self._arrays_derived:
+            self._arrays_derived[key] = make(), parts
+        return self._arrays_derived[key][0]
 
     def _hold(self, one: int, other: int | None, table: Array, start: int, end: int) -> None:
         if other is not None and other < one:
             one, other, table = other, one, self._derived("turned", (table,), lambda: np.ascontiguousarray(table.T))
-        self._held.append(Load(one, other, table, start, end))
+        self._loads.append(Load(one, other, table, start, end))
 
 
 def _with_gone(table: Array, gone: bool, cost: float) -> Array:
-    """The table with a column more for a value that is not kept."""
+    """The table with one more column, for a value that is not kept."""
     return np.hstack([table, np.full((len(table), 1), cost)]) if gone else table

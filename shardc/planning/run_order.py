@@ -1,15 +1,17 @@
-"""When operators run, when values are read, and what may be run again.
+"""When operators run, when values are read, and what may run again.
 
 Generated code runs all of forward, then all of backward. An operator of forward may run a second time in backward, just
-before one of its results is first read there. What it reads must be there by then: kept, or made again itself. To know
-how long such values are held without knowing what else runs again, forward is cut into *windows*, and a window is made
-again from what was kept at its waist:
+before one of its results is first read there. Its operands must be there by then: kept, or made again themselves.
+
+How long such values are held must not depend on what else runs again. So forward is cut into *windows*, and a window is
+made again from what was kept at its waist:
 
     embedding | norm q k v attention proj add  norm up gelu down add | norm q k v ... add | norm head loss
               ^ window                                                ^ window             ^ window
 
-Waists are places that a single value crosses. Stretches between waists that repeat in turns (attention, MLP, attention,
-...) are one window together, as Chen et al. 2016 ("Training deep nets with sublinear memory cost") segment by layers.
+A waist is a position that a single value crosses. Stretches between waists that repeat in turns (attention, MLP,
+attention, ...) are one window together, as Chen et al. 2016 ("Training deep nets with sublinear memory cost") segment
+by layers.
 """
 
 from __future__ import annotations
@@ -23,27 +25,26 @@ from shardc.ir.program import Program, Role, forward_part, value_of
 from shardc.rules.factors.factored import Factored, Key, Op
 
 _EVERYWHERE, _MASK = 8, 3
-"""Readers from which on a value (what a decoder reads of its encoder), or an input (a mask), does not count at
-waists."""
+"""How many readers a value (an encoder's output in a decoder), or an input (a mask), has at least if it does not count
+at waists."""
 _OURS = frozenset({"shardc::attention"})
 _TURNS = 8  # stretches that one window consists of, at most
 
 
 class RunOrder:
-    """The order of operators, positions `0 .. length - 1`: forward up to `border`, then backward, with a position of
-    its own (`rerun`) for every operator of forward that may run again, before the first of backward that it would
-    serve.
+    """The order of operators at positions `0 .. length - 1`: forward up to `border`, then backward.
 
-    `readers` has, per base value, the positions of what reads it in forward and in backward; outputs are read at the
-    end of forward. `reread` tells, per value that operators which may run again read, when the first and the last of
-    them would.
+    An operator of forward that may run again also has a position in backward (`rerun`), before the first operator that
+    would read its result. `readers` are, per base value, the positions of its readers in forward and in backward;
+    outputs are read at the end of forward. `reread` are, per value, the positions of the first and the last operator
+    that would read it to run again.
     """
 
     def __init__(self, factored: Factored) -> None:
         program = factored.program
         self.forward = forward_part(program.graph, program.outputs, program.results)
-        given = zip(program.placeholders, program.inputs, strict=True)
-        self.forward |= {node for node, port in given if port.role is not Role.TANGENT}
+        ports = zip(program.placeholders, program.inputs, strict=True)
+        self.forward |= {node for node, port in ports if port.role is not Role.TANGENT}
         order = sorted(factored.ops, key=lambda op: op.node not in self.forward)
         self.border = sum(op.node in self.forward for op in order) - 1
         self.position = {op.node: place for place, op in enumerate(order)}
@@ -53,58 +54,62 @@ class RunOrder:
                 self._read(operand.value.key, self.position[op.node])
         for port, node in zip(program.outputs, program.results, strict=True):
             if node is not None:
-                key = factored.values[node].key  # a gradient is laid as its parameter as soon as it is there
+                key = factored.values[
+                    node
+                ].key  # a gradient is converted to its parameter's layout as soon as it is made
                 self._read(key, self.position[key[0]] if port.role is Role.GRADIENT else self.border)
         self.rerun: dict[fx.Node, int] = {}
         self.reread: dict[Key, tuple[int, int]] = {}
         self.length = len(order)
-        self._insert(order, self._wanted(order[: self.border + 1], program))
+        self._insert(order, self._repeatable(order[: self.border + 1], program))
 
     def _read(self, key: Key, position: int) -> None:
         self.readers.setdefault(key, ([], []))[position > self.border].append(position)
 
-    def _wanted(self, forward: Sequence[Op], program: Program) -> dict[int, list[Op]]:
-        """Per position of backward the operators that would run again for what stands there, in order: those that read
-        nothing else by then, that forward reads in their own window only, and that give the same again."""
+    def _repeatable(self, forward: Sequence[Op], program: Program) -> dict[int, list[Op]]:
+        """Per position of backward, the operators that may run again just before it, in order. Such an operator gives
+        the same result again, and forward reads its results in its own window only."""
         window = _windows(forward, self.readers, program)
-        first: dict[Key, int] = {}  # when a value is wanted
-        found: dict[int, list[Op]] = {}
+        first: dict[Key, int] = {}  # where backward first reads a value
+        repeatable: dict[int, list[Op]] = {}
         for op in reversed(forward):
             if not (_pure(op) and self._stays(op, window)):
                 continue
             readers = [place for result in op.results for place in self.readers.get(result.key, ([], []))[1]]
-            wanted = min([*readers, *(first[r.key] for r in op.results if r.key in first)], default=None)
-            if wanted is not None:
-                found.setdefault(wanted, []).insert(0, op)
+            position = min([*readers, *(first[r.key] for r in op.results if r.key in first)], default=None)
+            if position is not None:
+                repeatable.setdefault(position, []).insert(0, op)
                 for operand in op.operands:
-                    first[operand.value.key] = min(wanted, first.get(operand.value.key, wanted))
-        return found
+                    first[operand.value.key] = min(position, first.get(operand.value.key, position))
+        return repeatable
 
     def _stays(self, op: Op, window: Sequence[int]) -> bool:
         """Whether forward reads the results of an operator in its own window only."""
-        own = window[self.position[op.node]]
-        return all(window[place] == own for r in op.results for place in self.readers.get(r.key, ([], []))[0])
+        number = window[self.position[op.node]]
+        return all(window[place] == number for r in op.results for place in self.readers.get(r.key, ([], []))[0])
 
-    def _insert(self, order: Sequence[Op], wanted: Mapping[int, Sequence[Op]]) -> None:
-        """Give what may run again positions of its own."""
-        places, position = list(range(self.border + 1)), self.border + 1
+    def _insert(self, order: Sequence[Op], repeatable: Mapping[int, Sequence[Op]]) -> None:
+        """Insert positions for the operators that may run again, and renumber those of backward."""
+        renumbered, position = list(range(self.border + 1)), self.border + 1
         for place in range(self.border + 1, len(order)):
-            for op in wanted.get(place, ()):
+            for op in repeatable.get(place, ()):
                 self.rerun[op.node] = position
                 for key in {operand.value.key for operand in op.operands}:
                     self.reread[key] = self.reread.get(key, (position,))[0], position
                 position += 1
-            places.append(position)
+            renumbered.append(position)
             position += 1
         self.length = position
-        self.position = {node: places[place] for node, place in self.position.items()}
+        self.position = {node: renumbered[place] for node, place in self.position.items()}
         self.readers = {
-            key: (forward, [places[place] for place in backward]) for key, (forward, backward) in self.readers.items()
+            key: (forward, [renumbered[place] for place in backward])
+            for key, (forward, backward) in self.readers.items()
         }
 
 
 def _pure(op: Op) -> bool:
-    """Whether an operator, of torch's or ours, gives the same again: it draws nothing and changes nothing."""
+    """Whether an operator of torch or of shardc gives the same result when it runs again: it draws no random numbers
+    and writes to nothing."""
     target = op.node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
@@ -123,8 +128,8 @@ def _windows(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int
 
 
 def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
-    """The positions before which a single value crosses, of inputs that are real numbers and what parameters had a part
-    in."""
+    """The positions that a single value crosses, counted among floating-point inputs and values that depend on
+    parameters."""
     ports = dict(zip(program.placeholders, program.inputs, strict=True))
     learned: set[Key] = set()
     crossing = [0] * (len(forward) + 1)
@@ -137,8 +142,8 @@ def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]
             learned.update(results)
         elif port is not None and any(tensor.is_floating_point() for tensor in _tensors(op.node)):
             many = _MASK
-        places = [readers.get(key, ([], []))[0] for key in results]
-        for last in (max(each, default=0) for each in places if len(each) < many):
+        readers_of_results = [readers.get(key, ([], []))[0] for key in results]
+        for last in (max(each, default=0) for each in readers_of_results if len(each) < many):
             for place in range(position + 1, last + 1):
                 crossing[place] += 1
     return [place for place in range(1, len(forward)) if crossing[place] == 1]
@@ -155,7 +160,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 
 
 def _turns(kinds: Sequence[Hashable]) -> tuple[int, int]:
-    """Where the longest run begins in which stretches repeat in turns, and how many take turns."""
+    """The longest run of stretches that repeat in turns: its first stretch, and how many stretches take turns."""
     best, first, turns = 0, 0, 1
     for count in range(1, _TURNS + 1):
         length = 0

@@ -1,4 +1,4 @@
-"""What was solved for a plan, to prove it anew or to solve it once more with something forbidden."""
+"""The problem that was solved for a plan: to prove its bound anew, or to solve it again with some choices forbidden."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Solved:
         self._proved = -math.inf
 
     def certified(self) -> tuple[Problem, Certificate]:
-        """The problem, and the certificate of its solution: that which came with it if it proves what the search did,
-        else one made now."""
+        """The problem, and a certificate of its solution. That of the search is used if it proves as much as the search
+        did; else one is made now."""
         if self._certificate is None:
             with gc_paused():
                 self._certify()
@@ -38,13 +38,13 @@ class Solved:
         target = Target(self.solution.cost, TOLERANCE * magnitude(self.problem, self.solution.choice))
         self._take(self.solution.certificate)
         if self.solution.lower_bound - self._proved > target.tolerance:
-            made, before = self._made(target), (self._certificate, self._proved)
-            self._take(made)
+            proved, before = self._prove(target), (self._certificate, self._proved)
+            self._take(proved)
             if self._proved < before[1]:
                 self._certificate, self._proved = before
 
     def checked(self) -> float:
-        """The lower bound that the certificate proves."""
+        """The lower bound, in seconds a step, that the certificate proves."""
         self.certified()
         return self._proved
 
@@ -59,8 +59,8 @@ class Solved:
             )
 
     def again(self, problem: Problem) -> Solution:
-        """The best choice at costs that were changed, within the same bound on memory. Raises InfeasibleError, and
-        TimeoutError if none was found in time."""
+        """The best choice of `problem`, whose costs were changed, within the same bound on memory. Raises
+        InfeasibleError if there is none, and TimeoutError if the search did not end within TIME_LIMIT CPU-seconds."""
         relaxed = self.solution.relaxation
         with gc_paused():
             if relaxed is None:
@@ -74,7 +74,7 @@ class Solved:
                     f"that holds less"
                 ) from error
 
-    def _made(self, target: Target) -> Certificate:
+    def _prove(self, target: Target) -> Certificate:
         relaxed = self.solution.relaxation
         if relaxed is None:
             return prove(self.problem, target, time.process_time() + TIME_LIMIT, self.solution.certificate)

@@ -1,6 +1,10 @@
-"""Every strategy of an operator, with the layouts that each demands and makes, and its seconds.
+"""Every strategy of an operator, with the layouts that it demands and makes, and its seconds.
 
-An operator's options depend only on its `Shape`, so they are derived once per shape and shared by all its repetitions.
+    mm [m, k] x [k, n]  on dp=2,tp=2    dp splits m, tp splits n:  demands [m@dp, k] and [k, n@tp], makes [m@dp, n@tp]
+                                        tp splits k:               demands [m, k@tp] and [k@tp, n], makes +sum@tp
+                                        ...
+
+The options of an operator depend on its `Shape` only, so all operators of one shape share them.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ class OperatorOptions:
 
     @cached_property
     def strategies(self) -> list[Strategy]:
+        """All strategies of the shape whose results are partial under one reduction at most."""
         return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
 
     @cached_property
@@ -84,7 +89,7 @@ class OperatorOptions:
         return {}
 
     def compute_of(self, strategy: Strategy) -> float:
-        """Compute seconds of one strategy; what an operator makes from nothing is written all the same."""
+        """Compute seconds of one strategy. An operator without operands still takes the time to write its result."""
         if strategy not in self._computes:
             self._computes[strategy] = self._compute_of(strategy) if self.shape.computes else 0.0
         return self._computes[strategy]
@@ -98,7 +103,7 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
     free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
     choices = [(), *free, *shape.bundles, *(f"group {g}" for g in range(len(shape.linear)))]
     options: list[list[tuple[int, ...] | str]] = [choices if ways > 1 else [()] for _, ways in mesh.axes]
-    # a tuple: those factors are split; str: that linear group passes
+    # a tuple: the axis splits these factors; a str: the axis's partial sums pass through this linear group
 
     @cache
     def splits(factor: int, axes: tuple[str, ...]) -> bool:
@@ -110,12 +115,12 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
 
     for choice in itertools.product(*options):
         passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
-        held: dict[int, tuple[str, ...]] = {}
+        axes_of: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
             for factor in c if isinstance(c, tuple) else ():
-                held[factor] = (*held.get(factor, ()), axis)
-        if all(splits(factor, axes) for factor, axes in held.items()):
-            orders = [itertools.permutations(held[i]) if i in held else ((),) for i in range(len(shape.factors))]
+                axes_of[factor] = (*axes_of.get(factor, ()), axis)
+        if all(splits(factor, axes) for factor, axes in axes_of.items()):
+            orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
             for order in itertools.product(*orders):
                 for variant in variants(order):
                     yield Strategy(order, passes, variant=variant)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.trace import capture, flatten
+from shardc.capture.inputs import flatten
+from shardc.capture.trace import capture
 from shardc.ir.facts import captured, origin_of
 from shardc.ir.program import Constant, Program, Role, value_of
 

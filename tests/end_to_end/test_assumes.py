@@ -1,4 +1,4 @@
-"""What plans assume of sizes, against the sizes at which their strategies are in fact adopted."""
+"""What plans assume of sizes, against the sizes at which their strategies are in fact reused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shardc import constrain
 from shardc.api import Compiled
 from shardc.errors import InfeasibleError
 from shardc.explain.plan import Plan
+from shardc.ir.model_call import ModelCall
 
 
 @torch.library.custom_op("shardc_tests::evenly_assumed", mutates_args=())
@@ -63,19 +64,19 @@ def answers(function: Callable[[Tensor], Tensor]) -> tuple[Compiled, Plan]:
 
 
 @pytest.mark.parametrize("function", [batch, two_splits, evenly, flattened])
-def test_sizes_at_which_a_plan_is_adopted(function: Callable[[Tensor], Tensor]) -> None:
+def test_sizes_at_which_a_plan_is_reused(function: Callable[[Tensor], Tensor]) -> None:
     compiled, plan = answers(function)
     (assumed,) = [a for a in plan.assumes() if "input:0 dim 0" in a.dims]
     for size in range(2, 26):
-        call = shardc.compiled.Call(Function(function), (torch.zeros(size, 6, 8),), {})
+        call = ModelCall(Function(function), (torch.zeros(size, 6, 8),), {})
         try:
             notes = compiled.at(call).plan.notes
         except InfeasibleError:  # what was demanded of it needs more elements
             assert size < assumed.least
             continue
-        adopted = size == 24 or any("the layouts were planned at batch=24" in note for note in notes)
-        assert adopted == assumed.holds(size), f"{size}: {assumed}"
-        if adopted and size % assumed.even == 0:
+        reused = size == 24 or any("the layouts were planned at batch=24" in note for note in notes)
+        assert reused == assumed.holds(size), f"{size}: {assumed}"
+        if reused and size % assumed.even == 0:
             assert not any("is padded" in note for note in notes)
 
 

@@ -143,7 +143,7 @@ KINDS = {
     "a window over the dim": Case(window, (told("?,a"), "aten.max_pool2d_with_indices.default at test_conflicts.py:")),
     "a gradient that follows its parameter": Case(
         gradient,
-        ("constraints['weight'] = -,-", told("a,-"), "the gradient of weight lies as weight does"),
+        ("constraints['weight'] = -,-", told("a,-"), "the gradient of weight has the layout of weight"),
         {"weight": (None, None)},
     ),
     "a buffer that is written in place": Case(buffer, (told("a,-"), "the buffer kept is written in place")),
@@ -173,10 +173,10 @@ def test_conflict(kind: str) -> None:
     assert len(conflict.members) == len(case.members)
     assert case.where in str(conflict)
     assert isinstance(plan.explainer, Questions)
-    clashes = plan.explainer.clashes()
-    assert clashes.core(conflict.members) is not None
+    finder = plan.explainer.conflict_finder()
+    assert finder.core(conflict.members) is not None
     for member in conflict.members:
-        assert clashes.core([m for m in conflict.members if m != member]) is None
+        assert finder.core([m for m in conflict.members if m != member]) is None
 
 
 @pytest.fixture

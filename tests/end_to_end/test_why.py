@@ -17,6 +17,7 @@ from shardc.cli import main
 from shardc.errors import LayoutError, ShardcError
 from shardc.explain.plan import Plan
 from shardc.ir.constrain import parse
+from shardc.ir.model_call import ModelCall
 
 X = torch.zeros(64, 256)
 NAMES = ("up.weight", "down.weight", "input:0", "up", "down", "relu")
@@ -77,7 +78,7 @@ def test_layouts_are_read_as_they_are_printed(plan: Plan) -> None:
 def test_a_value_that_is_not_there(plan: Plan) -> None:
     with pytest.raises(ShardcError, match=r"no value is named 'up.weigth'; nearest: up.weight"):
         plan.why("up.weigth")
-    with pytest.raises(ShardcError, match=r"no value is named '\xe4'\. Values are named by"):
+    with pytest.raises(ShardcError, match=r"no value is named '\xe4'\. Name a value by the path"):
         plan.why_not("\xe4", "-,-")
 
 
@@ -100,7 +101,7 @@ def test_a_layout_that_cannot_be(plan: Plan, layout: str, message: str) -> None:
 def test_what_stands_against_a_layout() -> None:
     plan = planned(constraints={"up.weight": ("tp", None)})
     answer = plan.why_not("up.weight", "-,tp")
-    assert answer.conflict == "against it stands constraints['up.weight'] on up.weight; drop it, or change it"
+    assert answer.conflict == "forbidden by constraints['up.weight'] on up.weight; drop it, or change it"
     assert plan.why("up.weight").runner_up is None
     assert "no other layout is legal with constraints['up.weight']" in str(plan.why("up.weight"))
 
@@ -123,17 +124,17 @@ def test_a_buffer_that_is_written_in_place() -> None:
 
 def test_propagate_mode_compares_nothing() -> None:
     plan = planned(mode="propagate", constraints={"up.weight": ("tp", None)})
-    assert "mode='propagate' decided it" in str(plan.why("down.weight"))
+    assert "mode='propagate' chose it by the constraints alone" in str(plan.why("down.weight"))
     assert "ask a plan of mode='auto'" in plan.why_not("down.weight", "tp,-").conflict
 
 
-def test_adopted_plans_say_so() -> None:
+def test_reused_plans_say_so() -> None:
     compiled = shardc.compile(MLP(8, 32), "dp=2", (torch.zeros(4, 8),), dynamic={"x": {0: "batch"}})
     compiled(torch.zeros(6, 8))
-    adopted = compiled.at(shardc.compiled.Call(MLP(8, 32), (torch.zeros(6, 8),), {})).plan
-    assert "adopted from other sizes" in str(adopted.why("up.weight"))
-    with pytest.raises(ShardcError, match="adopted from other sizes"):
-        adopted.why_not("up.weight", "dp,-" if "@" not in adopted.why("up.weight").layout else "-,-")
+    reused = compiled.at(ModelCall(MLP(8, 32), (torch.zeros(6, 8),), {})).plan
+    assert "reused from other sizes" in str(reused.why("up.weight"))
+    with pytest.raises(ShardcError, match="reused from other sizes"):
+        reused.why_not("up.weight", "dp,-" if "@" not in reused.why("up.weight").layout else "-,-")
 
 
 def test_a_saved_plan_has_no_problem_with_it(plan: Plan) -> None:

@@ -1,1 +1,1 @@
-"""Everything private to torch and transformers that tracing leans on, each with its reason."""
+"""Everything private to torch and transformers that capture uses: by whom it patches, each use with its reason."""

@@ -1,4 +1,7 @@
-"""Functions of torch that branch on values, or make results of unknown size, where the same can be said without."""
+"""Patches for a trace: functions of torch that branch on values, written so that they do not.
+
+torch.cov(x, fweights=w)    # torch checks the values of w first, here the program checks them when it runs
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from shardc.runtime.kernels.checks import checked, confirmed
 def _gaussian_nll_loss(
     x: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
-    """torch's own, with its check made when the program runs."""
+    """As torch computes it, but the program checks `var` when it runs."""
     if not isinstance(var, Tensor):
         if var < 0:
             raise ValueError("var has negative entry/entries")
@@ -26,10 +29,10 @@ def _gaussian_nll_loss(
         var = var.unsqueeze(-1)
     elif var.shape not in (x.shape, (*x.shape[:-1], 1)):
         raise ValueError("var is of incorrect size")
-    own: Tensor = confirmed(var, ~(var < 0).any(), "var has negative entry/entries").clone()
-    with torch.no_grad():  # the bound is no part of the gradient
-        own.clamp_(min=eps)
-    loss = 0.5 * (own.log() + (x - target) ** 2 / own)
+    bounded: Tensor = confirmed(var, ~(var < 0).any(), "var has negative entry/entries").clone()
+    with torch.no_grad():  # torch takes no gradient of the bound
+        bounded.clamp_(min=eps)
+    loss = 0.5 * (bounded.log() + (x - target) ** 2 / bounded)
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)
     match reduction:
@@ -44,16 +47,16 @@ def _gaussian_nll_loss(
 
 
 def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
-    """Which elements go together depends on their number alone."""
+    """Which elements are combined depends on their number alone, so the indices are constants."""
     choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
     if x.dim() != 1 or r < 1:
         return torch.combinations(x, r, with_replacement)
-    places = list(choose(range(x.shape[0]), r))
-    return x[torch.tensor(places, dtype=torch.int64, device=x.device).reshape(-1, r)]
+    chosen = list(choose(range(x.shape[0]), r))
+    return x[torch.tensor(chosen, dtype=torch.int64, device=x.device).reshape(-1, r)]
 
 
 def _lstsq(a: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
-    """Of matrices of full rank, by the same QR; the other drivers measure the rank."""
+    """With driver "gels", which requires full rank, by QR as torch computes it. The other drivers measure the rank."""
     rows, columns = a.shape[-2:]
     vector = b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1])
     if driver != "gels" or a.numel() == 0 or vector:
@@ -66,12 +69,12 @@ def _lstsq(a: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | No
         x = q @ torch.linalg.solve_triangular(r.mH, b, upper=False)
     x = checked(x, deficient, "torch.linalg.lstsq", a.dim() == 2)
     residuals = (b - a @ x).abs().square().sum(-2) if rows > columns else a.new_empty(0)
-    made: Any = torch.return_types
-    return made.linalg_lstsq((x, residuals, a.new_empty(0, dtype=torch.int64), a.new_empty(0)))
+    return_types: Any = torch.return_types
+    return return_types.linalg_lstsq((x, residuals, a.new_empty(0, dtype=torch.int64), a.new_empty(0)))
 
 
 def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
-    """torch's own, with its checks of the weights made when the program runs."""
+    """As torch computes it, but the program checks the weights when it runs."""
     x = x.reshape(1, -1) if x.dim() < 2 else x
     if not (x.is_floating_point() or x.is_complex()) or x.numel() == 0:
         return torch.cov(x, correction=correction, fweights=fweights, aweights=aweights)
@@ -89,12 +92,13 @@ def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, awei
 
 
 def _weights(fweights: Tensor | None, aweights: Tensor | None) -> Tensor | None:
-    """The product of those there are; none may be negative, nor all zero."""
+    """The product of the weights that are there, or None. The program checks that none is negative, nor all are
+    zero."""
     product = None
-    for own in (fweights, aweights):
-        if own is not None:
-            own = confirmed(own, (own >= 0).all(), "cov: weights cannot be negative")
-            product = own if product is None else product * own
+    for weights in (fweights, aweights):
+        if weights is not None:
+            weights = confirmed(weights, (weights >= 0).all(), "cov: weights cannot be negative")
+            product = weights if product is None else product * weights
     return product if product is None else confirmed(product, product.sum() != 0, "cov: weights sum to zero")
 
 
@@ -107,7 +111,7 @@ def _corrcoef(x: Tensor) -> Tensor:
     return torch.complex(c.real.clamp(-1, 1), c.imag.clamp(-1, 1)) if c.is_complex() else c.clamp(-1, 1)
 
 
-RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll_loss,
     torch.combinations: _combinations,
     torch.linalg.lstsq: _lstsq,
@@ -116,4 +120,4 @@ RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.corrcoef: _corrcoef,
     torch.Tensor.corrcoef: _corrcoef,
 }
-"""Functions of torch, and what is called in their place."""
+"""Functions of torch, and what `Provenance` calls in their place."""

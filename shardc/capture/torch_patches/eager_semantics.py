@@ -1,4 +1,7 @@
-"""Where a trace by torch computes something else than eager mode does, or stops without need: put right meanwhile."""
+"""Patches for a trace: where torch's tracer computes something else than eager mode, or stops without need.
+
+y = torch.bernoulli(x, 0.3)     # a trace draws in the order of memory; the patch draws as eager mode does
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ aten = torch.ops.aten
 
 
 @contextmanager
-def corrected() -> Generator[None]:
-    """Trace in here; everything is set back at the end."""
+def patched() -> Generator[None]:
+    """Trace in here. At the end every patch is taken back."""
     with ExitStack() as stack:
+        # torch registers its decompositions of recurrent layers with this helper inside, and has no other handle on it.
         stack.enter_context(patch.object(rnn, "_rnn_helper", _recurrent_layers))
-        # The comparison of a mask with the causal one branches on values; the mask itself says the same.
+        # torch compares a mask with the causal one, and branches on the outcome. The mask gives the same result.
         stack.enter_context(patch.object(nn.modules.transformer, "_detect_is_causal_mask", _is_causal))
         stack.enter_context(_whole(aten.multilabel_margin_loss_forward.default))
         yield
@@ -31,7 +35,11 @@ def corrected() -> Generator[None]:
 
 @contextmanager
 def _whole(operator: OpOverload) -> Generator[None]:
-    """Not decomposed: torch's decomposition of this one counts labels that are not there."""
+    """Trace `operator` as it is: torch's decomposition of it counts labels that are not there.
+
+    AOTAutograd decomposes what has a Python kernel under Autograd, whatever table of decompositions it is given. So the
+    kernel is taken out, and the cache of dispatched kernels emptied, before and after.
+    """
     kernel = operator.py_kernels.pop(DispatchKey.Autograd)
     operator._dispatch_cache.clear()
     try:
@@ -53,36 +61,37 @@ def _recurrent_layers(
     x = x.transpose(0, 1) if batch_first else x
     final: list[Any] = []
     for index in range(layers):
-        own, state, back, back_state = rnn.params_hiddens(params, hidden, index, bidirectional)
-        made, last = layer(x, state, own, has_biases)
+        layer_params, state, back_params, back_state = rnn.params_hiddens(params, hidden, index, bidirectional)
+        output, last = layer(x, state, layer_params, has_biases)
         final.append(last)
         if bidirectional:
-            backwards, last = layer(x, back_state, back, has_biases, reverse=True)
+            backwards, last = layer(x, back_state, back_params, has_biases, reverse=True)
             final.append(last)
-            made = torch.cat([made, backwards], -1)
-        x = torch.dropout(made, dropout, train) if train and dropout and index < layers - 1 else made
+            output = torch.cat([output, backwards], -1)
+        x = torch.dropout(output, dropout, train) if train and dropout and index < layers - 1 else output
     return x.transpose(0, 1) if batch_first else x, final
 
 
 def _random(x: torch.Tensor, *bounds: int | None, **kwargs: Any) -> torch.Tensor:
-    """The overload with two bounds is called "from", which no traced code can spell."""
+    """torch calls the overload with two bounds "from", a keyword of Python, so generated code cannot call it."""
     if len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
         return torch.Tensor.random_(x, bounds[1] - bounds[0], **kwargs).add_(bounds[0])
     return torch.Tensor.random_(x, *bounds, **kwargs)
 
 
 def _bernoulli(x: torch.Tensor, *chance: float, **kwargs: Any) -> torch.Tensor:
-    """With a number as chance this draws in logical order, and the method in place in the order of memory; ATen has
-    one operator for both."""
+    """With a number as chance, torch.bernoulli draws in logical order, and bernoulli_ in the order of memory. ATen has
+    one operator for both, so the draw is made into a contiguous tensor."""
     if not chance and "p" not in kwargs:
         return torch.bernoulli(x, **kwargs)
     return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(*chance, **kwargs)
 
 
 def _where(x: torch.Tensor, key: Any, value: Any, accumulate: bool = False) -> torch.Tensor | None:
-    """`x` with one value (or one per element of the dims beyond the mask's) where a mask says so. None for other keys.
+    """`x` with `value` where a mask is true; None if `key` is no mask, or `value` has one element per true element.
 
-    Autograd asks which elements were written, and their number is only known when the program runs.
+    `value` is one number, or one per element of the dims after the mask's. Autograd's formula for such a write counts
+    the elements that were written, and their number is only known when the program runs.
     """
     mask = key[0] if isinstance(key, (tuple, list)) and len(key) == 1 else key
     if not (isinstance(mask, torch.Tensor) and mask.dtype is torch.bool and isinstance(value, torch.Tensor)):
@@ -116,7 +125,7 @@ def _put_in_place(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulat
 
 
 def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
-    """Autograd's formula for a value that is a tensor asks for the different indices among `index`."""
+    """Autograd's formula for a value that is a tensor counts the different indices in `index`, which a trace cannot."""
     if not isinstance(value, torch.Tensor) or not x.dim():
         return torch.index_fill(x, dim, index, value)
     marked = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
@@ -124,7 +133,7 @@ def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.T
     return torch.where(mask, value.to(x.dtype), x)
 
 
-RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
+PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.random_: _random,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,
@@ -134,6 +143,6 @@ RESPELLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.index_put_: _put_in_place,
     torch.index_fill: _fill,
     torch.Tensor.index_fill: _fill,
-    **data_dependent.RESPELLED,
+    **data_dependent.PATCHES,
 }
-"""Functions of torch, and what is called in their place."""
+"""Functions of torch, and what `Provenance` calls in their place."""

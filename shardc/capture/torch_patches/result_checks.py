@@ -1,7 +1,7 @@
-"""Checks that an operator makes of its own result, as values of the graph.
+"""Checks that an operator makes of its result, as values of the graph.
 
-`torch.linalg.inv` is a factorisation and a check that it worked. A trace threads tokens through such checks, so that
-they are neither dropped nor moved; here the result itself goes through its check:
+`torch.linalg.inv` is a factorisation and a check that it worked. A trace threads tokens through such checks, so that no
+pass drops or moves them. Here the result itself goes through its check:
 
     %inv, %info = linalg_inv_ex(%x)                                       %inv, %info = linalg_inv_ex(%x)
     %token1, _ = with_effects(%token, _linalg_check_errors, %info)   ->   %sure = checked(%inv, %info, "linalg.inv")
@@ -14,6 +14,8 @@ import operator
 
 import torch
 from torch import fx
+
+# AOTAutograd marks tokens among inputs and outputs with these classes only, and threads them with this operator.
 from torch._functorch._aot_autograd import descriptors
 from torch._higher_order_ops.effects import with_effects
 
@@ -27,7 +29,7 @@ _TOKENS = (descriptors.ForwardTokenAOTInput, descriptors.BackwardTokenAOTInput)
 _TOKENS_OUT = (descriptors.ForwardTokenAOTOutput, descriptors.BackwardTokenAOTOutput)
 
 
-def settle(traced: fx.GraphModule) -> None:
+def replace_checks(traced: fx.GraphModule) -> None:
     """Replace every check in a traced graph, and take its tokens out of inputs and outputs, in place.
 
     Raises CaptureError for other operators with effects (printing and the like).
@@ -42,7 +44,7 @@ def settle(traced: fx.GraphModule) -> None:
     output.meta["desc"] = type(described)([described[i] for i in kept])
     for node in reversed(list(graph.nodes)):
         if node.target is with_effects:
-            _settle(graph, node)
+            _replace(graph, node)
     for node in reversed(list(graph.nodes)):
         dead = node.op == "placeholder" and isinstance(node.meta["desc"], _TOKENS)
         if dead or (node.target is with_effects or _of_effects(node)):
@@ -53,7 +55,7 @@ def _of_effects(node: fx.Node) -> bool:
     return node.target is operator.getitem and node.args[0].target is with_effects  # type: ignore[union-attr]
 
 
-def _settle(graph: fx.Graph, node: fx.Node) -> None:
+def _replace(graph: fx.Graph, node: fx.Node) -> None:
     """Send the first used result of the operator that `node` checks through `checked`."""
     _, target, *arguments = node.args
     if target is not aten._linalg_check_errors.default:
@@ -62,7 +64,7 @@ def _settle(graph: fx.Graph, node: fx.Node) -> None:
     source: fx.Node = info.args[0]  # type: ignore[union-attr]
     results = [user for user in source.users if user is not info and user.target is operator.getitem]
     if not results:
-        return  # nothing of what is checked is used
+        return  # the program uses no result that is checked
     result = min(results, key=lambda user: user.args[1])  # type: ignore[arg-type]
     readers = list(result.users)
     with graph.inserting_after(max(info, result)):  # type: ignore[type-var]

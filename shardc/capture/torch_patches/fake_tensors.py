@@ -1,0 +1,75 @@
+"""Fake tensors: shapes, strides and dtypes without values, on which the model runs while it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+# `mode.from_tensor` names every symbolic size after a source; this one needs no Python frame that the size came from.
+from torch._dynamo.source import ConstantSource
+
+# torch has no public fake tensors: torch.export makes them of its own inputs, and gives no mode to make more.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+)
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+"""What fake tensors raise where the program asks for a value that only a run would know."""
+
+
+def fake_mode(dynamic: bool = False) -> FakeTensorMode:
+    """A mode that makes fake tensors; their shapes may hold symbols if `dynamic`. Real tensors that the program made
+    itself (constants) may meet them."""
+    if not dynamic:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False)
+
+
+def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
+    """A fake CPU tensor with shape, strides and dtype of `tensor`, which may be on meta; nothing is allocated."""
+    # `mode.from_tensor` would keep the device, and a model on meta or cuda is traced as one on the CPU
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, empty, torch.device("cpu"))
+
+
+def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int], name: str) -> FakeTensor:
+    """Like `fake_like`, with symbols for the sizes of `dims`."""
+    chosen = set(dims)
+    kinds = [DimDynamic.DYNAMIC if dim in chosen else DimDynamic.STATIC for dim in range(tensor.ndim)]
+    real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return mode.from_tensor(
+        real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=ConstantSource(name)
+    )
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a fake tensor."""
+    return isinstance(value, FakeTensor)
+
+
+def require_equal(one: int | torch.SymInt, other: int | torch.SymInt) -> None:
+    """Make a guard of "these sizes are equal", so that the trace uses one symbol for both."""
+    torch._check(one == other)  # `assert` would ask for the answer, and fix the symbols to the sizes of this call
+
+
+def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are equal whatever their symbols stand for. The question adds no guard to the trace."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether a trace failed because the program looked at the values of its tensors."""
+    # some operators raise a plain RuntimeError, which only its words tell from others
+    return isinstance(error, DATA_DEPENDENT) or "Cannot call item()" in str(error) or "data-dependent" in str(error)

@@ -1,0 +1,85 @@
+"""Provenance during a trace: each operator learns the module and the source line that called it.
+
+y = self.up(x)    # model.py:41, in layers.0.mlp    ->    %mm.meta["nn_module_stack"] = ("layers.0.mlp", "model.py:41")
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+from torch.overrides import TorchFunctionMode
+
+from shardc.capture.torch_patches.attention import attention
+from shardc.capture.torch_patches.eager_semantics import PATCHES
+from shardc.capture.user_frames import source_line
+
+
+class Provenance(TorchFunctionMode):
+    """Writes module path and source line of every operator into the node metadata, and calls what stands in `PATCHES`
+    for a function of torch.
+
+    fx copies `nn_module_stack` to each node, and AOTAutograd copies it on to the backward nodes of the same operator
+    (as `fwd_nn_module_stack`). No other key of the metadata takes that way. Here it holds the pair (module path, source
+    line). `after` is called with the path and the output of every module, and may return another output.
+    """
+
+    def __init__(self, module: nn.Module, after: Callable[[str, Any], Any]) -> None:
+        super().__init__()
+        self.stack: list[str] = [""]
+        """The paths of the modules that are running, the innermost last."""
+        self._paths = {id(part): path for path, part in module.named_modules()}
+        self._after = after
+        self._attention = F.scaled_dot_product_attention
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
+            return func(*args, **kwargs)
+        func = PATCHES.get(func, func)
+        meta = fx_traceback.current_meta  # fx has no public way to write into it
+        before = meta.get("nn_module_stack")
+        meta["nn_module_stack"] = (self.stack[-1], source_line(sys._getframe(1)))
+        try:
+            return attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+        finally:
+            meta["nn_module_stack"] = before
+
+    @contextmanager
+    def tracking(self) -> Generator[None]:
+        """Follow the modules of the model, and see every operator. Global hooks: the model itself is not touched."""
+
+        def enter(part: nn.Module, _: Any) -> None:
+            path = self._paths.get(id(part))
+            if path is not None:
+                self.stack.append(path)
+
+        def leave(part: nn.Module, _: Any, output: Any) -> Any:
+            path = self._paths.get(id(part))
+            if path is None:
+                return None
+            replaced = self._after(path, output)
+            while len(self.stack) > 1 and self.stack.pop() != path:  # skips what an exception left behind
+                pass
+            return replaced
+
+        with ExitStack() as stack:
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(enter).remove)
+            stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
+            # nn.MultiheadAttention calls attention from inside torch, where function modes do not see it.
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            stack.enter_context(fx_traceback.preserve_node_meta())
+            yield
+
+
+def provenance_of(node: fx.Node) -> tuple[str, str] | None:
+    """(module path, source line) of a traced node, if the trace knows them."""
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")

@@ -1,0 +1,42 @@
+"""Global switches of torch during a trace: each makes torch, or a library on top of it, take the path that traces."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, nullcontext
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from shardc.capture.torch_patches import transformers
+from shardc.capture.torch_patches.eager_semantics import patched
+
+
+@contextmanager
+def tracing_flags(module: nn.Module) -> Generator[None]:
+    """Set the switches for a trace of `module`. At the end, also after an error, they are as they were, and so are the
+    states of torch's and Python's random generators."""
+    generator, python_random = torch.get_rng_state(), random.getstate()
+    with ExitStack() as stack:
+        # Libraries ask this flag before they branch on values; torch sets it in its own compilers only. (The exporting
+        # flag would not do: transformers drops is_causal where it is set.)
+        stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", True))
+        # AOTAutograd traces in anomaly mode, which formats a Python stack per operator. Provenance knows the lines, so
+        # the switch is replaced by one that does nothing. The user's own anomaly mode would look for nan in fakes.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
+        # With mkldnn, recurrent layers become fused CPU operators, whose backward no rule can split. The public switch,
+        # torch.backends.mkldnn.flags, also sets precisions.
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(patched())
+        if "transformers" in sys.modules:
+            stack.enter_context(transformers.patched(module))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(generator)
+            random.setstate(python_random)

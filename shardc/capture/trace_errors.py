@@ -1,0 +1,33 @@
+"""What a failed trace tells the user: the module and the line in their code, what torch says, and the way out."""
+
+from __future__ import annotations
+
+import linecache
+
+from shardc.capture.torch_patches.fake_tensors import is_data_dependent
+from shardc.capture.user_frames import failing_frame
+from shardc.errors import CaptureError
+
+
+def explained(error: Exception, path: str) -> CaptureError:
+    """The CaptureError for a failed trace in the module at `path`: where in the user's code, what, and the way out."""
+    innermost = failing_frame(error.__traceback__)
+    place, code = f"module {path!r}" if path else "the model", ""
+    if innermost is not None:
+        filename, line = innermost[0].f_code.co_filename, innermost[1]
+        place += f", {filename}:{line}"
+        text = linecache.getline(filename, line).strip()
+        code = f"\n    {text}" if text else ""
+    if is_data_dependent(error):
+        return CaptureError(
+            f"{place}: the program branches on, or takes a shape from, a value that is only known when it runs. "
+            "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in. "
+            f"({type(error).__name__}){code}"
+        )
+    if "entirely functional graph" in str(error):
+        return CaptureError(
+            f"{place}: the model writes in place to a tensor that is neither a buffer nor an input, so the write would "
+            "be lost: register the tensor with register_buffer"
+        )
+    reason = next(iter(str(error).splitlines()), "")
+    return CaptureError(f"{place}: the model cannot be traced: {type(error).__name__}: {reason}{code}")
