@@ -71,23 +71,25 @@ def multinomial(weights: Tensor, count: int, *, strides: Sequence[int], d0: Part
 
 
 def poisson(rates: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Poisson numbers, of the shape of `rates`."""
     return torch.poisson(_as_eager(rates, strides), _generator(current())).contiguous().to(rates.device)
 
 
 def binomial(counts: Tensor, chances: Tensor, *, strides: Sequence[int]) -> Tensor:
-    """Numbers of successes; both operands have the same shape and strides."""
+    """Numbers of successes in `counts` attempts. Both operands have the same shape and strides."""
     generator = _generator(current())
     successes = torch.binomial(_as_eager(counts, strides), _as_eager(chances, strides), generator)
     return successes.contiguous().to(counts.device)
 
 
 def standard_gamma(shapes: Tensor, *, strides: Sequence[int]) -> Tensor:
-    """Gamma with rate one."""
+    """Gamma samples with rate one, of the shape of `shapes`."""
     samples = torch.ops.aten._standard_gamma.default(_as_eager(shapes, strides), _generator(current()))
     return samples.contiguous().to(shapes.device)
 
 
 def sample_dirichlet(concentrations: Tensor, *, strides: Sequence[int]) -> Tensor:
+    """Dirichlet samples: the last dim of `concentrations` is that of the distribution."""
     samples = torch.ops.aten._sample_dirichlet.default(_as_eager(concentrations, strides), _generator(current()))
     return samples.contiguous().to(concentrations.device)
 

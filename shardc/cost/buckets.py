@@ -7,7 +7,7 @@ All times are seconds, and all sizes are bytes. The two lines are the α-β mode
 the copy into the buffer, which reads and writes every byte once.
 
 A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill as few buckets as hold
-them, all equally. An operand that takes no longer by itself stays by itself. The solver charges an operand its share of
+them, all equally. An operand that gains nothing by a bucket stays alone. The solver charges an operand its share of
 a bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
 """
 
@@ -82,12 +82,12 @@ class Buckets:
 class Sharing:
     """What a gradient costs among others. `gradients` are the bytes of all gradients of its dtype, each unsplit.
 
-    Backward computes for `beneath` seconds a byte of all gradients. That much of a gradient's sending time is hidden.
+    Backward computes for `backward` seconds a byte of all gradients. That much of a gradient's sending time is hidden.
     """
 
     buckets: Buckets
     gradients: tuple[float, ...]
-    beneath: float = 0.0
+    backward: float = 0.0
     _fills: dict[tuple[AnyCollective, str, float], float] = field(
         default_factory=dict[tuple[AnyCollective, str, float], float]
     )
@@ -117,7 +117,7 @@ class Sharing:
     def exposed(self, seconds: np.ndarray, floor: np.ndarray, whole: float) -> np.ndarray:
         """The seconds of conversions of a gradient of `whole` bytes that backward cannot hide, elementwise.
 
-        Nothing can hide the `floor` of each. A gradient hides beneath its share of backward, which is proportional to
+        Nothing can hide the `floor` of each. A gradient hides behind its share of backward, which is proportional to
         its bytes, so all gradients together hide no more seconds than backward computes.
         """
-        return np.maximum(floor, seconds - self.beneath * whole)
+        return np.maximum(floor, seconds - self.backward * whole)

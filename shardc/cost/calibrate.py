@@ -40,7 +40,7 @@ from shardc.runtime.mesh.distributed import DistributedMesh, local_mesh
 SIZES = tuple(4**k for k in range(5, 12))
 """Bytes of the local operand: 1 KiB to 4 MiB."""
 
-BENEATH = (2**16, 2**20)
+OVERLAP_SIZES = (2**16, 2**20)
 """Bytes of the local operands of the all-reduces by which overlap is measured."""
 
 LONGEST = 1.0
@@ -237,7 +237,7 @@ class _Benchmark:
 
     def overlapping(self, axis: str) -> tuple[float, float]:
         """The `overlap` (0 to 1) and `stall` (seconds) of a link, fitted to the visible time of all-reduces."""
-        times = [self.visible(axis, size) for size in BENEATH]
+        times = [self.visible(axis, size) for size in OVERLAP_SIZES]
         weights = [1 / math.sqrt(alone) for alone, _ in times]
         rows = [(weight, weight * alone) for weight, (alone, _) in zip(weights, times, strict=True)]
         stall, part = nnls(rows, [weight * visible for weight, (_, visible) in zip(weights, times, strict=True)])[0]
@@ -347,8 +347,8 @@ def _level(level: str, link: Link, fits: Mapping[str, Sequence[Fit]]) -> list[st
     whose = "device" if level == "inside" else "node"
     remark = "those of all_reduce below" if level in fits else "not measured: this run had no such link"
     rows = [f"[{level}] # s a hop, bytes/s a {whose}; {remark}", *_pair(link)]
-    reach = " and ".join(map(str, BENEATH))
-    rows.append(f"overlap = {link.overlap:.2f} # of all-reduces of {reach} bytes, beneath products of matrices")
+    reach = " and ".join(map(str, OVERLAP_SIZES))
+    rows.append(f"overlap = {link.overlap:.2f} # of all-reduces of {reach} bytes, beside products of matrices")
     rows.append(f"stall = {link.stall:.4g} # s, for each of them in addition")
     for part, links, source in (("measured", link.measured, level), ("spanning", link.spanning, "spanning")):
         errors = {one.collective: one for one in fits.get(source, ())}
@@ -377,7 +377,7 @@ def table(measured: Measured) -> str:
     for level, fits in measured.fits.items():
         link = device.inside if level == "inside" else device.between
         if level != "spanning":
-            rows.append(f"{level:<8} {link.overlap:.0%} of a collective's time can hide beneath what is computed")
+            rows.append(f"{level:<8} {link.overlap:.0%} of a collective's time can hide behind computing")
             rows[-1] += f", except {link.stall * 1e6:.1f} us of each"
         for one in fits:
             fitted = (link.spanning if level == "spanning" else link.measured)[one.collective]

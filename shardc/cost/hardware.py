@@ -3,14 +3,14 @@
 memory = 80e9                # bytes a device
 memory_bandwidth = 3.35e12   # bytes a second
 launch = 3e-6                # seconds: no kernel takes less
-start = 6.6e-6               # seconds that a collective takes besides its hops
+start = 6.6e-6               # seconds that a collective takes in addition to its hops
 devices_per_node = 8
 [flops]                      # per second, by dtype
 bfloat16 = 989e12
 [inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
 latency = 1.9e-6
 bandwidth = 370e9
-overlap = 0.9                # optional: the part of a collective's time in which the device can compute, else 0
+overlap = 0.9                # optional, else 0: the part of a collective's time in which the device can compute
 stall = 0                    # optional: seconds that the device loses with each that runs beside what it computes
 [between]                    # between nodes: bytes a second that one node sends, by all its network cards together
 latency = 4e-6

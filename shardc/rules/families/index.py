@@ -19,6 +19,7 @@ def _one(size: int, name: str) -> str:
 
 @rule(aten.embedding.default)
 def embedding(table: torch.Tensor, indices: torch.Tensor, *_: object) -> Rule:
+    """Rows v of the table split: the ranks' results add up. Features d and indices split freely."""
     rows = " ".join(letters(indices, "i"))
     return parse(f"v d, #v {rows} -> {rows} d", [{0}])
 
@@ -164,6 +165,7 @@ def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
 def index_put(
     x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
 ) -> Rule:
+    """As `index`. Masks keep everything whole, and index dims split only if values accumulate."""
     used = [t for t in indices if t is not None]
     if any(t.dtype in (torch.bool, torch.uint8) for t in used):
         every = [x, *used, values]

@@ -79,6 +79,7 @@ rule(aten.cummin.default)(_running_extreme(scans.cummin))
 
 @rule(aten.sort.default, aten.sort.stable)
 def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Rule:
+    """`dim` stays whole."""
     del descending, stable
     names = mark(letters(x), [dim])
     return parse(f"{names} -> {names}, {names}")

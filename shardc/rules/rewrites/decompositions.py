@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 
 def mean(b: Builder, x: fx.Node, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> fx.Node:
+    """The sum over `dim`, divided by the global number of elements."""
     dims = dims_of(x, dim)
     wide = b.wide(x if dtype is None else b.cast(x, dtype))  # a sum of halves may overflow where the mean does not
     return b(aten.div.Tensor, b(aten.sum.dim_IntList, wide, dims, keepdim), count_of(x, dims))
@@ -31,6 +32,7 @@ def mean_all(b: Builder, x: fx.Node, dtype: Any = None) -> fx.Node:
 
 
 def var(b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False) -> fx.Node:
+    """The mean squared offset from the mean, over the global number of elements less `correction`."""
     dims, x = dims_of(x, dim), b.wide(x)
     offset = b(aten.sub.Tensor, x, mean(b, x, dims, True))
     total = b(aten.sum.dim_IntList, b(aten.mul.Tensor, offset, offset), dims, keepdim)
@@ -86,6 +88,7 @@ def constant(value: float | None, shaped: bool) -> Callable[..., fx.Node]:
 
 
 def glu(b: Builder, x: fx.Node, dim: int = -1) -> fx.Node:
+    """The first half of `dim`, times the sigmoid of the second (Dauphin et al. 2017)."""
     value, gate = _halves(b, x, dim)
     return b(aten.mul.Tensor, value, b(aten.sigmoid.default, gate))
 
@@ -196,6 +199,7 @@ def batch_norm_backward(
     running_var: fx.Node | None,
     saved_mean: fx.Node | None, saved_inverse: fx.Node | None, training: bool, eps: float, mask: Sequence[bool],
 ) -> tuple[fx.Node | None, ...]:  # fmt: skip
+    """The gradients of x, weight and bias (Ioffe and Szegedy 2015, section 3), over the global batch."""
     grad, x = b.wide(grad), b.wide(x)
     dims = [d for d in range(value_of(x).dim()) if d != 1]
     count = count_of(x, dims)
@@ -245,6 +249,7 @@ def group_norm_backward(
     b: Builder, grad: fx.Node, x: fx.Node, average: fx.Node, inverse: fx.Node, weight: fx.Node | None, batch: int,
     channels: int, space: int, groups: int, mask: Sequence[bool],
 ) -> tuple[fx.Node | None, ...]:  # fmt: skip
+    """The gradients of x, weight and bias; None for those that `mask` leaves out."""
     shape, inner = [int(n) for n in value_of(x).shape], channels // groups
     full, flat = [batch, groups, inner, space], [batch, groups, 1, 1]
     average, inverse = b(aten.view.default, average, flat), b(aten.view.default, inverse, flat)

@@ -29,11 +29,13 @@ def _spread(b: Builder, grad: fx.Node, values: fx.Node, reduction: int) -> fx.No
 
 
 def mse(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN) -> fx.Node:
+    """(x - target)²."""
     offset = b(aten.sub.Tensor, x, target)
     return _reduced(b, b(aten.mul.Tensor, offset, offset), reduction)
 
 
 def mse_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduction: int) -> fx.Node:
+    """2 (x - target)."""
     offset = b(aten.sub.Tensor, x, target)
     return b(aten.mul.Tensor, b(aten.mul.Tensor, offset, 2), _spread(b, grad, offset, reduction))
 
@@ -58,6 +60,7 @@ def smooth_l1_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, r
 
 
 def huber(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN, delta: float = 1.0) -> fx.Node:
+    """Half the squared error up to `delta`, and linear beyond (Huber 1964)."""
     size = b(aten.abs.default, b(aten.sub.Tensor, x, target))
     near = b(aten.mul.Tensor, b(aten.mul.Tensor, size, size), 0.5)
     far = b(aten.mul.Tensor, b(aten.sub.Tensor, size, 0.5 * delta), delta)

@@ -97,6 +97,7 @@ def bernoulli(b: Builder, x: fx.Node, chance: fx.Node | float | None = None) -> 
 
 
 def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node]:
+    """Results: `x` with dropped elements zero and the others scaled, and the mask of the elements that stay."""
     shape = value_of(x).shape
     if train is False or probability == 0:
         return x, b.full(x, shape, True, torch.bool)

@@ -197,7 +197,7 @@ class Checker:
             pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
             if all(close(a, b, precision(whole), kind) for a, b in zip(present, pieces, strict=True)):
                 outcomes.add(dim)
-        # a result that is equal in all runs tells nothing about its operands
+        # a result that is equal in all runs cannot show how it depends on the operands
         if self.varies[index] or self.brief:
             if all(close(part, whole, precision(whole), kind) for part in present):
                 outcomes.add("same")

@@ -93,6 +93,7 @@ def close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: InputKind 
 
 
 def all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
+    """`close` for each pair of two lists of results."""
     return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
 
 

@@ -29,7 +29,7 @@ class _Told(calibrate._Benchmark):  # pyright: ignore[reportPrivateUsage]  # its
         return self.told[size]
 
 
-SHORT, LONG = calibrate.BENEATH
+SHORT, LONG = calibrate.OVERLAP_SIZES
 
 
 @pytest.mark.parametrize(
