@@ -1,7 +1,7 @@
 """What generated code needs to run: meshes, collectives, slicing, random numbers, attention, the executable.
 
-Imports torch and nothing else of shardc, so that a saved module runs without the compiler. Generated code may call what
-the modules of `collectives` and `kernels` name in `__all__`: a new module is found, and listed nowhere.
+This package imports torch and nothing else of shardc, so that a saved module runs without the compiler. Generated code
+may call what the modules of `collectives` and `kernels` name in `__all__`. A new module there needs no other entry.
 """
 
 import importlib
@@ -47,18 +47,20 @@ __all__ = [
 
 
 def _called_by_generated_code(package: ModuleType) -> dict[str, object]:
-    """What the modules of a package name in `__all__`. Raises ImportError where two of them use one name."""
+    """The objects that the modules of a package name in `__all__`. ImportError where two modules use one name."""
     named: dict[str, object] = {}
     for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
         loaded = importlib.import_module(f"{package.__name__}.{module}")
         for name in loaded.__all__:
             if globals().get(name, named.get(name)) not in (None, getattr(loaded, name)):
-                raise ImportError(f"two modules of shardc.runtime call something {name!r}; one is {loaded.__name__}")
+                raise ImportError(
+                    f"two modules of shardc.runtime name {name!r} in __all__; rename it in {loaded.__name__}"
+                )
             named[name] = getattr(loaded, name)
     return named
 
 
 for _package in (collectives, kernels):
-    _found = _called_by_generated_code(_package)
-    globals().update(_found)
-    __all__ += [name for name in _found if name not in __all__]  # pyright: ignore[reportUnsupportedDunderAll]  # found
+    _exported = _called_by_generated_code(_package)
+    globals().update(_exported)
+    __all__ += [name for name in _exported if name not in __all__]  # pyright: ignore[reportUnsupportedDunderAll]

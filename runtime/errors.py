@@ -1,4 +1,4 @@
-"""What goes wrong on a rank, and how it is told: rank, axis and collective, line of generated code."""
+"""Errors on a rank: each names the rank, the axis and collective, and the line of generated code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-GENERATED = "__shardc_generated__"  # a global by which generated modules are known in tracebacks
+GENERATED = "__shardc_generated__"  # a global that marks generated modules, so that tracebacks can be searched for them
 _HIDDEN = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(torch.__file__)))
 
 
@@ -18,11 +18,11 @@ class ShardcError(Exception):
 
 
 class RankError(ShardcError, RuntimeError):
-    """A run that failed on a rank, or that was asked for something which it cannot give.
+    """A run that failed on a rank, or a request to the runtime that it cannot fulfil.
 
-    `rank` is the rank that failed first (None where no rank was running), `axis` the mesh axis of the collective that
-    was under way (None outside of collectives), `line` the line of generated code, with its trailing comment ("" where
-    there is none).
+    `rank` is the rank that failed first (None if no rank was running). `axis` is the mesh axis of the collective under
+    way (None outside of collectives). `line` is the line of generated code with its trailing comment ("" if there is
+    none).
     """
 
     def __init__(self, message: str, *, rank: int | None = None, axis: str | None = None, line: str = "") -> None:
@@ -33,8 +33,11 @@ class RankError(ShardcError, RuntimeError):
 
 
 def generated_line(traceback: TracebackType | None) -> tuple[str, str]:
-    """`("file.py:41", "h = all_reduce(h, axis='tp')  # mlp, model.py:12")`: the innermost line of `traceback` in a
-    generated module, else the innermost that is neither torch's nor this package's. Empty where there is none."""
+    """Place and text of the line that failed: `("file.py:41", "h = all_reduce(h, axis='tp')  # mlp, model.py:12")`.
+
+    It is the innermost line of `traceback` in a generated module, else the innermost that is neither torch's nor this
+    package's. Both are empty if there is none.
+    """
     place, line, is_generated = "", "", False
     while traceback is not None:
         code = traceback.tb_frame.f_code
@@ -52,7 +55,7 @@ def rank_error(
 ) -> RankError:
     """The RankError for `error`, which ended `rank` while `operation` = (collective, axis) was under way.
 
-    A RankError that names its rank is handed through unchanged.
+    A RankError that names its rank is returned unchanged.
     """
     if isinstance(error, RankError) and error.rank is not None:
         return error
@@ -63,7 +66,7 @@ def rank_error(
         text += f" in {operation[0]} over axis {operation[1]!r}"
     if place:
         text += f" at {place}: {line}"
-    kind = "" if isinstance(error, RankError) else f"{type(error).__name__}: "
-    result = RankError(f"{text}\n  {kind}{error}", rank=rank, axis=operation[1] if operation else None, line=line)
+    prefix = "" if isinstance(error, RankError) else f"{type(error).__name__}: "
+    result = RankError(f"{text}\n  {prefix}{error}", rank=rank, axis=operation[1] if operation else None, line=line)
     result.__cause__ = error
     return result

@@ -1,1 +1,1 @@
-"""The collectives of generated code, one a module; `collective.py` says what each of them tells about itself."""
+"""The collectives of generated code, one per module. `collective.py` defines the facts that each one provides."""

@@ -1,4 +1,4 @@
-"""All-gather: every rank gets the chunks of all."""
+"""All-gather: every rank gets the chunks of all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["all_gather"]
 
 
 class _AllGather(Collective[Arguments, Result]):
-    """Transports take any shape and give `(n, *shape)`."""
+    """Transports take any shape and return `(n, *shape)`."""
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return torch.stack(list(operands))
@@ -25,29 +25,32 @@ class _AllGather(Collective[Arguments, Result]):
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         return moved(operand.unsqueeze(0), group, lambda rows: OPS.all_gather_into_tensor(rows, group.size, group.name))
 
-    def sent(self, ways: int, size: float) -> float:
-        return (ways - 1) * size
+    def sent(self, ranks: int, size: float) -> float:
+        return (ranks - 1) * size
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        dim, size = told["dim"], told.get("size")
-        return resized(shape, dim, shape[dim] * ways if size is None else size)
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        dim, size = keywords["dim"], keywords.get("size")
+        return resized(shape, dim, shape[dim] * ranks if size is None else size)
 
-    def result_bytes(self, ways: int, size: float) -> float:
-        return size * ways
+    def result_bytes(self, ranks: int, size: float) -> float:
+        return size * ranks
 
-    def joins(self, told: Mapping[str, Any]) -> bool:
-        return bool(told["dim"])
+    def joins(self, keywords: Mapping[str, Any]) -> bool:
+        return bool(keywords["dim"])
 
-    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
-        return result if told["dim"] and not started else 0
+    def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+        return result if keywords["dim"] and not started else 0
 
-    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
+    def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
         return {"dim": 0}
 
 
 @_AllGather
 def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> Started[Tensor]:
-    """The chunks of all ranks side by side: dim grows n times, less the padding beyond its `size`."""
+    """The chunks of all ranks side by side along `dim`, which grows n times, or to `size` if padding is cut off.
+
+    RankError where the mesh has no such axis, or `x` no such dim.
+    """
     context = current()
     if context.size(axis) == 1:
         return done(x.contiguous())

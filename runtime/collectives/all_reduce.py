@@ -1,4 +1,4 @@
-"""All-reduce: the reduction over the ranks, whole on every rank."""
+"""All-reduce: every rank gets the whole reduction over the ranks."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ class _AllReduce(Collective[Arguments, Result]):
     def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
         return c10d.reduced(operand, group, op, lambda x, how: c10d.OPS.all_reduce(x, how, group.name))
 
-    def sent(self, ways: int, size: float) -> float:
-        return 2 * (ways - 1) / ways * size
+    def sent(self, ranks: int, size: float) -> float:
+        return 2 * (ranks - 1) / ranks * size
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
         return shape
 
 
 @_AllReduce
 def all_reduce(x: Tensor, *, axis: str, op: str = "sum") -> Started[Tensor]:
-    """The reduction over the ranks, whole on every rank."""
+    """The reduction over the ranks by `op`, whole on every rank; the shape stays.
+
+    RankError where the mesh has no such axis, or `op` is none of sum, max, min, prod.
+    """
     context = current()
     check_op(op)
     if context.size(axis) == 1:

@@ -1,4 +1,4 @@
-"""Several all-reduces as one."""
+"""Several all-reduces as one, over a flat buffer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["all_reduce_bucket"]
 class _AllReduceBucket(Bucket[Arguments, Result]):
     of = all_reduce
 
-    def members(self, told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         return [{}] * count
 
 
 @_AllReduceBucket
 def all_reduce_bucket(parts: Sequence[Tensor], *, axis: str, op: str = "sum") -> Started[tuple[Tensor, ...]]:
-    """`all_reduce` of every tensor, in one."""
+    """`all_reduce` of every tensor in `parts`, in one collective. RankError unless all have one dtype."""
     check_dtype(parts)
     check_op(op)
     context = current()

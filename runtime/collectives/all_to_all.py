@@ -1,4 +1,4 @@
-"""All-to-all: every rank sends a chunk to each; a split moves from one dim to another."""
+"""All-to-all: every rank sends a chunk to every other, which moves a split from one dim to another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["all_to_all"]
 
 
 class _AllToAll(Collective[Arguments, Result]):
-    """Transports take and give `(n, *chunk)`."""
+    """Transports take and return `(n, *chunk)`."""
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return torch.stack([operand[position] for operand in operands])
@@ -26,33 +26,33 @@ class _AllToAll(Collective[Arguments, Result]):
         even = [1] * group.size
         return moved(operand, group, lambda rows: OPS.all_to_all_single(rows, even, even, group.name))
 
-    def sent(self, ways: int, size: float) -> float:
-        return (ways - 1) / ways * size
+    def sent(self, ranks: int, size: float) -> float:
+        return (ranks - 1) / ranks * size
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        dim, size = told["concat_dim"], told.get("size")
-        padded = self.padded(shape, ways, told)
-        split = resized(padded, told["split_dim"], padded[told["split_dim"]] // ways)
-        return resized(split, dim, split[dim] * ways if size is None else size)
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        dim, size = keywords["concat_dim"], keywords.get("size")
+        padded = self.padded(shape, ranks, keywords)
+        split = resized(padded, keywords["split_dim"], padded[keywords["split_dim"]] // ranks)
+        return resized(split, dim, split[dim] * ranks if size is None else size)
 
-    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        chunk = told.get("chunk")
-        return shape if chunk is None else resized(shape, told["split_dim"], chunk * ways)
+    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        chunk = keywords.get("chunk")
+        return shape if chunk is None else resized(shape, keywords["split_dim"], chunk * ranks)
 
-    def holds(self, told: Mapping[str, Any]) -> Held:
-        return Held.COPY if told["split_dim"] else Held.OPERAND
+    def holds(self, keywords: Mapping[str, Any]) -> Held:
+        return Held.COPY if keywords["split_dim"] else Held.OPERAND
 
-    def joins(self, told: Mapping[str, Any]) -> bool:
-        return bool(told["concat_dim"])
+    def joins(self, keywords: Mapping[str, Any]) -> bool:
+        return bool(keywords["concat_dim"])
 
-    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+    def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
         return 0 if started else result
 
     def dims(self, source: int | None, target: int | None) -> dict[str, int]:
         assert source is not None and target is not None, (source, target)
         return {"split_dim": target, "concat_dim": source}
 
-    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
+    def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
         return {"split_dim": 0, "concat_dim": 0}
 
 
@@ -60,8 +60,11 @@ class _AllToAll(Collective[Arguments, Result]):
 def all_to_all(
     x: Tensor, *, split_dim: int, concat_dim: int, axis: str, chunk: int | None = None, size: int | None = None
 ) -> Started[Tensor]:
-    """Moves a split from `concat_dim` to `split_dim`: `split_dim` shrinks n times (or to `chunk`), `concat_dim` grows n
-    times (less the padding beyond `size`)."""
+    """Moves a split from `concat_dim` to `split_dim`.
+
+    `split_dim` shrinks n times, or to `chunk` elements with padding. `concat_dim` grows n times, or to `size` elements
+    without its padding. RankError where a dim or the axis does not exist, or `split_dim` does not split evenly.
+    """
     context = current()
     n = context.size(axis)
     if n == 1:

@@ -1,7 +1,7 @@
-"""Buckets: several tensors of one dtype go through one collective, over a flat buffer that holds one after another.
+"""Buckets: several tensors of one dtype go through one collective, over a flat buffer that holds them in order.
 
-Every element is reduced over the same ranks as by a collective of its own. What comes back are pieces of one buffer:
-its memory is free when nobody holds any of them.
+Every element is reduced over the same ranks as without a bucket. The results are views of one buffer. Its memory is
+free once nobody holds any of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ __all__: list[str] = []
 
 
 class Bucket(Collective[Arguments, Result]):
-    """Runs several collectives of one kind as one, over a buffer. What it costs, `single` tells; what is asked about
-    one of its members takes the keywords that `members` tells."""
+    """Runs several calls of one collective, its members, as one call over a buffer.
+
+    `single` gives the cost of that call. `members` gives the keywords that each member would have by itself.
+    """
 
     of: AnyCollective
     """The collective of its members."""
@@ -38,11 +40,11 @@ class Bucket(Collective[Arguments, Result]):
         return self.of
 
     @abstractmethod
-    def members(self, told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-        """The keywords that each of `count` members would have by itself, axis and reduction apart."""
+    def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+        """The keywords that each of `count` members would have by itself, without axis and reduction."""
 
     def keywords(self, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The keywords of a bucket whose members would have had these; they agree on axis and reduction."""
+        """The keywords of a bucket, from those of its members. All members have one axis and one reduction."""
         return {name: members[0][name] for name in ("axis", "op") if name in members[0]}
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
@@ -51,23 +53,23 @@ class Bucket(Collective[Arguments, Result]):
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         return self.of.c10d(operand, group, op)
 
-    def sent(self, ways: int, size: float) -> float:
-        return self.of.sent(ways, size)
+    def sent(self, ranks: int, size: float) -> float:
+        return self.of.sent(ranks, size)
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        return self.of.shape(shape, ways, told)
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        return self.of.shape(shape, ranks, keywords)
 
-    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        return self.of.padded(shape, ways, told)
+    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        return self.of.padded(shape, ranks, keywords)
 
-    def result_bytes(self, ways: int, size: float) -> float:
-        return self.of.result_bytes(ways, size)
+    def result_bytes(self, ranks: int, size: float) -> float:
+        return self.of.result_bytes(ranks, size)
 
-    def holds(self, told: Mapping[str, Any]) -> Held:
+    def holds(self, keywords: Mapping[str, Any]) -> Held:
         return Held.NOTHING if self.of.works_on_copy else Held.COPY
 
-    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
-        return 0 if started and self.holds(told) is Held.COPY else operand
+    def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+        return 0 if started and self.holds(keywords) is Held.COPY else operand
 
 
 def check_dtype(parts: Sequence[Tensor]) -> None:
@@ -75,11 +77,14 @@ def check_dtype(parts: Sequence[Tensor]) -> None:
     dtypes = {part.dtype for part in parts}
     if len(dtypes) != 1:
         names = ", ".join(sorted(map(str, dtypes))) or "none at all"
-        raise RankError(f"a bucket holds tensors of one dtype, not {names}")
+        raise RankError(f"a bucket holds tensors of one dtype, not {names}: use a bucket for each dtype")
 
 
 def pieces(buffer: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Views of the buffer, one after another. (Not by `split`, whose results may not be written to.)"""
+    """Views of the flat `buffer` with these shapes, one after another.
+
+    (`torch.split` would not do: autograd forbids writing to its results.)
+    """
     views: list[Tensor] = []
     start = 0
     for shape in shapes:

@@ -1,4 +1,4 @@
-"""Tensors in n chunks along one dim, and chunks side by side."""
+"""Cutting a tensor into n chunks along one dim, and putting chunks side by side."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ __all__: list[str] = []
 def check_dim(x: Tensor, dim: int) -> None:
     """RankError for a dim that `x` lacks."""
     if not 0 <= dim < x.dim():
-        raise RankError(f"dim {dim} is not a dim of a tensor of shape {tuple(x.shape)}")
+        raise RankError(f"a tensor of shape {tuple(x.shape)} has no dim {dim}")
 
 
 def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
-    """`(n, *chunk)`: the n chunks of dim, stacked; of `chunk` elements, the last ones padded, or even ones."""
+    """`(n, *chunk)`: the n chunks of `dim`, stacked.
+
+    Chunks are even, or have `chunk` elements, the last ones padded with zeros. RankError if even ones do not exist.
+    """
     check_dim(x, dim)
     if chunk is not None:
         x = padded(x, dim, n * chunk)
     if x.shape[dim] % n:
-        raise RankError(f"dim {dim} of shape {tuple(x.shape)} does not split evenly into {n} chunks")
+        raise RankError(
+            f"dim {dim} of shape {tuple(x.shape)} does not split evenly into {n} chunks: give the size of a chunk"
+        )
     return x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0)
 
 

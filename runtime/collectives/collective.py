@@ -1,4 +1,4 @@
-"""What a collective is: one object that owns all there is to know about it.
+"""What a collective is: one object that knows its transports, result shape, bytes sent, workspace and costs.
 
     all_reduce(g, axis="dp")                   generated code calls it: it is started and awaited at once
     s = all_reduce.start(g, axis="dp")         or starts it as soon as the operand is made
@@ -6,10 +6,10 @@
     r = wait(s)                                where the result is first read
     all_reduce.sent(8, 1024)                   the planner asks it for the bytes that a rank sends
 
-Every rank starts the same ones in the same order. `dim` is a tensor's dim, `axis` a mesh axis with n ranks. Each finds
-the running rank by itself, so the code is the same on every rank. All results are contiguous.
+Every rank starts the same collectives in the same order. `dim` is a tensor's dim, `axis` a mesh axis with n ranks. A
+collective looks up the running rank itself, so the code is the same on every rank. All results are contiguous.
 
-To add a collective: write its module here, with the function in `__all__`, and its formulas into the table of
+To add a collective, write its module here, with the function in `__all__`, and add its formulas to the table in
 `shardc/cost/collectives.py`.
 """
 
@@ -40,7 +40,7 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Started(Generic[Result]):
-    """A collective under way. `land` waits for it and gives its result; it is called once."""
+    """A collective under way. `land` waits for it and returns its result; call it once."""
 
     land: Callable[[], Result]
 
@@ -51,7 +51,7 @@ def wait(started: Started[Result]) -> Result:
 
 
 def done(result: Result) -> Started[Result]:
-    """What there is nothing to wait for."""
+    """A collective that is over already: there is nothing to wait for."""
     return Started(lambda: result)
 
 
@@ -65,20 +65,20 @@ class Held(Enum):
 
 
 class Collective(ABC, Generic[Arguments, Result]):
-    """A collective: the function that generated code calls, and what the planner and the meshes ask about it.
+    """A collective: the function that generated code calls, and the facts that the planner and the meshes need.
 
-    Decorates the function that starts it. In all methods `ways` is the number n of ranks on the axis, `told` the
-    keyword arguments of a call. Sizes are bytes.
+    Decorates the function that starts it. In all methods, `ranks` is the number n of ranks on the axis, and `keywords`
+    are the keyword arguments of a call. Sizes are bytes.
     """
 
     local = False
-    """Whether it sends nothing."""
+    """Whether it is local: it sends nothing."""
     works_on_copy = False
-    """Whether it copies its operand into the result at the start, so that it need not hold the operand."""
+    """Whether it copies its operand into the result at the start, and so need not hold the operand."""
     keeps_part = False
     """Whether it reads only the chunk of its operand that it keeps."""
     bucket: Bucket[..., Any] | None = None
-    """What runs several of this one as one; None where there is nothing that does."""
+    """The bucket that runs several calls of this collective as one; None if there is none."""
 
     def __init__(self, begin: Callable[Arguments, Started[Result]]) -> None:
         self._begin = begin
@@ -96,62 +96,71 @@ class Collective(ABC, Generic[Arguments, Result]):
     def __repr__(self) -> str:
         return f"<collective {self.name}>"
 
-    def __reduce__(self) -> str:  # copied and pickled by name: it is told by identity
+    def __reduce__(self) -> str:  # copied and pickled by name, because collectives are compared by identity
         return self.name
 
     @property
     def single(self) -> AnyCollective:
-        """The collective that runs, over a buffer where this one is a bucket: it tells what this one costs."""
+        """The collective that runs and is priced: that of the members if this one is a bucket, else itself."""
         return self
 
     @abstractmethod
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
-        """The virtual transport: from what all ranks of the axis brought, in order, what the rank at `position` gets.
-        `op` is what `Context.start` was given."""
+        """The virtual transport: the result of the rank at `position`, from the operands of all ranks of the axis.
+
+        Operands are in the order of the ranks. `op` is that of `Context.start`.
+        """
 
     @abstractmethod
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-        """Start torch's functional collective on a group; what is returned waits for it and gives what arrives."""
+        """Start torch's functional collective on a group. The returned function waits for it and returns its result."""
 
     @abstractmethod
-    def sent(self, ways: int, size: float) -> float:
-        """Bytes that one rank sends if its local operand has `size`: the least that any algorithm can do with an
-        operand too long for its latency to matter, whatever the backend does."""
+    def sent(self, ranks: int, size: float) -> float:
+        """Bytes that one rank sends if its local operand has `size` bytes.
+
+        This is the least that any algorithm sends for a long operand (docs/design/costs.md), whatever the backend does.
+        """
 
     @abstractmethod
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
         """The shape of the result of a call whose operand has `shape`."""
 
-    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        """The shape of what is sent: that of the operand, padded to whole chunks."""
+    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        """The shape of the tensor that is sent: the operand, padded to whole chunks."""
         return shape
 
-    def result_bytes(self, ways: int, size: float) -> float:
-        """Bytes of the result of an operand of `size`, where nothing is padded."""
+    def result_bytes(self, ranks: int, size: float) -> float:
+        """Bytes of the result if the operand has `size` bytes and nothing is padded."""
         return size
 
-    def holds(self, told: Mapping[str, Any]) -> Held:
-        """What it holds while it is under way."""
+    def holds(self, keywords: Mapping[str, Any]) -> Held:
+        """The memory that it holds while it is under way."""
         return Held.NOTHING if self.works_on_copy else Held.OPERAND
 
-    def joins(self, told: Mapping[str, Any]) -> bool:
-        """Whether what arrives is put side by side along another dim than the first, into new memory."""
+    def joins(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether it copies what arrives into new memory, because chunks go side by side along another dim than 0."""
         return False
 
-    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
-        """Bytes that it allocates and frees again while it runs, where `operand` and `result` are the bytes of the
-        storages of both (of a bucket, of all of its operands); of one that is `started`, while it starts: what it
-        `holds` is not counted again."""
+    def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+        """Bytes that it allocates and frees again while it runs.
+
+        `operand` and `result` are the bytes of their storages (for a bucket, of all its operands together). With
+        `started`, only what it frees before it is under way counts, not what it `holds`.
+        """
         return 0
 
     def dims(self, source: int | None, target: int | None) -> dict[str, int]:
-        """The keywords of a call that takes the axis from dim `source` and puts it on `target`; either may be None."""
+        """The keywords of a call that moves the axis from dim `source` to dim `target`; either may be None."""
         dim = target if source is None else source
         return {} if dim is None else {"dim": dim}
 
-    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
-        """Keywords, besides the axis, of a call on a vector whose length n divides, by which it is timed; it is to
-        move everything at least `near` ranks on, where that can be told."""
+    def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
+        """Keywords, other than the axis, of the call that `shardc calibrate` times.
+
+        Its operand is a vector whose length n divides. Where a keyword decides how far data goes, it goes at least
+        `near` ranks on.
+        """
         return {}
 
 
@@ -159,7 +168,7 @@ AnyCollective = Collective[..., Any]
 
 
 class Local(Collective[Arguments, Result]):
-    """A step that sends nothing: every rank makes its result from what it has."""
+    """A step that sends nothing: every rank computes its result from its own operand."""
 
     local = True
 
@@ -169,5 +178,5 @@ class Local(Collective[Arguments, Result]):
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         raise RankError(f"{self.name} is local: nothing is sent")
 
-    def sent(self, ways: int, size: float) -> float:
+    def sent(self, ranks: int, size: float) -> float:
         return 0.0

@@ -1,4 +1,4 @@
-"""Permute: every rank sends all it has to one other. The bodies of operators use it; no conversion needs it."""
+"""Permute: every rank sends its whole operand to one other. Bodies of operators use it; conversions do not."""
 
 from __future__ import annotations
 
@@ -16,35 +16,40 @@ __all__ = ["permute"]
 
 
 class _Permute(Collective[Arguments, Result]):
-    """Transports give the operand of the rank whose position `op` names at the own one, as in "1 2 0"."""
+    """With `op` "1 2 0", rank 0 gets the operand of rank 1, rank 1 that of rank 2, and rank 2 that of rank 0."""
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return operands[int(op.split()[position])].clone()
 
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         sources = [int(source) for source in op.split()]
-        wanted, reader = sources[group.position], sources.index(group.position)
-        taken, given = ([int(rank == at) for rank in range(group.size)] for at in (wanted, reader))
-        arrived = moved(operand.unsqueeze(0), group, lambda rows: OPS.all_to_all_single(rows, taken, given, group.name))
+        source, target = sources[group.position], sources.index(group.position)
+        receives, sends = ([int(rank == other) for rank in range(group.size)] for other in (source, target))
+        arrived = moved(
+            operand.unsqueeze(0), group, lambda rows: OPS.all_to_all_single(rows, receives, sends, group.name)
+        )
         return lambda: arrived().squeeze(0)
 
-    def sent(self, ways: int, size: float) -> float:
-        return size if ways > 1 else 0.0
+    def sent(self, ranks: int, size: float) -> float:
+        return size if ranks > 1 else 0.0
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
         return shape
 
-    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
-        return {"sources": [(place + near) % ways for place in range(ways)]}
+    def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
+        return {"sources": [(place + near) % ranks for place in range(ranks)]}
 
 
 @_Permute
 def permute(x: Tensor, *, axis: str, sources: Sequence[int]) -> Started[Tensor]:
-    """The operand of the rank whose coordinate is `sources[own coordinate]`; `sources` has every coordinate once."""
+    """The rank at coordinate i gets the operand of the rank at coordinate `sources[i]`.
+
+    RankError unless `sources` has every coordinate of `axis` once.
+    """
     context = current()
     n = context.size(axis)
     if sorted(sources) != list(range(n)):
-        raise RankError(f"sources {list(sources)} are not the {n} coordinates of axis {axis!r} in some order")
+        raise RankError(f"sources must be the {n} coordinates of axis {axis!r} in some order, not {list(sources)}")
     if n == 1:
         return done(x.contiguous())
     return context.start(permute, axis, x, op=" ".join(map(str, sources)))

@@ -1,4 +1,4 @@
-"""Reduce-scatter: the reduction over the ranks, of which every rank keeps its own chunk."""
+"""Reduce-scatter: every rank gets its chunk of the reduction over the ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["reduce_scatter"]
 
 
 class _ReduceScatter(Collective[Arguments, Result]):
-    """Transports take `(n, *chunk)` and give `chunk`."""
+    """Transports take `(n, *chunk)` and return `chunk`."""
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return reduced([operand[position] for operand in operands], op)
@@ -28,33 +28,36 @@ class _ReduceScatter(Collective[Arguments, Result]):
         )
         return lambda: arrived().squeeze(0)
 
-    def sent(self, ways: int, size: float) -> float:
-        return (ways - 1) / ways * size
+    def sent(self, ranks: int, size: float) -> float:
+        return (ranks - 1) / ranks * size
 
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        dim, chunk = told["dim"], told.get("chunk")
-        return resized(shape, dim, shape[dim] // ways if chunk is None else chunk)
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        dim, chunk = keywords["dim"], keywords.get("chunk")
+        return resized(shape, dim, shape[dim] // ranks if chunk is None else chunk)
 
-    def padded(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
-        chunk = told.get("chunk")
-        return shape if chunk is None else resized(shape, told["dim"], chunk * ways)
+    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
+        chunk = keywords.get("chunk")
+        return shape if chunk is None else resized(shape, keywords["dim"], chunk * ranks)
 
-    def result_bytes(self, ways: int, size: float) -> float:
-        return size / ways
+    def result_bytes(self, ranks: int, size: float) -> float:
+        return size / ranks
 
-    def holds(self, told: Mapping[str, Any]) -> Held:
-        return Held.COPY if told["dim"] else Held.OPERAND
+    def holds(self, keywords: Mapping[str, Any]) -> Held:
+        return Held.COPY if keywords["dim"] else Held.OPERAND
 
-    def workspace(self, told: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
-        return operand if told["dim"] and not started else 0
+    def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
+        return operand if keywords["dim"] and not started else 0
 
-    def sample(self, ways: int, near: int = 1) -> dict[str, Any]:
+    def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
         return {"dim": 0}
 
 
 @_ReduceScatter
 def reduce_scatter(x: Tensor, *, dim: int, axis: str, op: str = "sum", chunk: int | None = None) -> Started[Tensor]:
-    """The reduction over the ranks, of which every rank keeps its own chunk: dim shrinks n times, or to `chunk`."""
+    """The rank's chunk of the reduction over the ranks: `dim` shrinks n times, or to `chunk` elements with padding.
+
+    RankError where `dim`, `axis` or `op` do not exist, or `dim` does not split evenly.
+    """
     context = current()
     n = context.size(axis)
     check_op(op)

@@ -1,4 +1,4 @@
-"""Several reduce-scatters as one."""
+"""Several reduce-scatters as one, over a flat buffer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["reduce_scatter_bucket"]
 class _ReduceScatterBucket(Bucket[Arguments, Result]):
     of = reduce_scatter
 
-    def members(self, told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-        sizes = told.get("sizes", [None] * count)
-        return [{"dim": dim, "chunk": size} for dim, size in zip(told["dims"], sizes, strict=True)]
+    def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+        sizes = keywords.get("sizes", [None] * count)
+        return [{"dim": dim, "chunk": size} for dim, size in zip(keywords["dims"], sizes, strict=True)]
 
     def keywords(self, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        told: dict[str, Any] = {"dims": [member["dim"] for member in members], **super().keywords(members)}
+        keywords: dict[str, Any] = {"dims": [member["dim"] for member in members], **super().keywords(members)}
         if any("chunk" in member for member in members):
-            told["sizes"] = [member.get("chunk") for member in members]
-        return told
+            keywords["sizes"] = [member.get("chunk") for member in members]
+        return keywords
 
 
 @_ReduceScatterBucket
@@ -42,21 +42,27 @@ def reduce_scatter_bucket(
     op: str = "sum",
     sizes: Sequence[int | None] | None = None,
 ) -> Started[tuple[Tensor, ...]]:
-    """`reduce_scatter` of every tensor along its own of `dims`, into a chunk of its own of `sizes`, in one."""
+    """`reduce_scatter` of every tensor in `parts`, in one collective.
+
+    Tensor i is split along `dims[i]`, into chunks of `sizes[i]` elements (None: even chunks). RankError unless all have
+    one dtype, and dims and sizes match the tensors.
+    """
     check_dtype(parts)
     check_op(op)
     context = current()
-    n, wanted = context.size(axis), [None] * len(parts) if sizes is None else sizes
-    if not len(parts) == len(dims) == len(wanted):
-        raise RankError(f"a bucket of {len(parts)} tensors has {len(dims)} dims and {len(wanted)} sizes")
+    n, chunk_sizes = context.size(axis), [None] * len(parts) if sizes is None else sizes
+    if not len(parts) == len(dims) == len(chunk_sizes):
+        raise RankError(
+            f"a bucket of {len(parts)} tensors needs as many dims and sizes, not {len(dims)} and {len(chunk_sizes)}"
+        )
     if n == 1:
-        scattered = zip(parts, dims, wanted, strict=True)
+        scattered = zip(parts, dims, chunk_sizes, strict=True)
         return done(tuple(reduce_scatter(part, dim=dim, axis=axis, op=op, chunk=size) for part, dim, size in scattered))
-    own = [chunks(part, dim, n, size) for part, dim, size in zip(parts, dims, wanted, strict=True)]
-    shapes = [one.shape[1:] for one in own]
+    stacked = [chunks(part, dim, n, size) for part, dim, size in zip(parts, dims, chunk_sizes, strict=True)]
+    shapes = [one.shape[1:] for one in stacked]
     buffer = parts[0].new_empty(n, sum(map(math.prod, shapes)))
     start = 0
-    for one, shape in zip(own, shapes, strict=True):
+    for one, shape in zip(stacked, shapes, strict=True):
         buffer[:, start : start + math.prod(shape)].view(one.shape).copy_(one)
         start += math.prod(shape)
     return context.start(reduce_scatter, axis, buffer, lambda reduced: pieces(reduced, shapes), op)

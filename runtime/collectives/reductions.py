@@ -1,4 +1,4 @@
-"""The reductions of collectives, as both kinds of mesh run them."""
+"""The reductions of collectives, on virtual meshes and under torch.distributed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ REDUCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "min": (torch.minimum, "min"),
     "prod": (torch.mul, "product"),
 }
-"""By name: the function of two tensors, and what torch.distributed calls it."""
+"""By name, the function of two tensors and torch.distributed's name."""
 
 
 def check_op(op: str) -> None:
-    """RankError for a reduction that there is none of."""
+    """RankError unless `op` is the name of a reduction."""
     if op not in REDUCTIONS:
-        raise RankError(f"no reduction {op!r}: one of {', '.join(REDUCTIONS)}")
+        raise RankError(f"there is no reduction {op!r}; use one of {', '.join(REDUCTIONS)}")
 
 
 def reduced(operands: Sequence[Tensor], op: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""To partial: what is whole on every rank, as addends whose reduction it is. Local: nothing is sent."""
+"""To partial: a tensor that is whole on every rank becomes addends of itself. Local: nothing is sent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["to_partial"]
 
 
 class _ToPartial(Local[Arguments, Result]):
-    def shape(self, shape: Sizes, ways: int, told: Mapping[str, Any]) -> Sizes:
+    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
         return shape
 
 
 @_ToPartial
 def to_partial(x: Tensor, *, axis: str, op: str = "sum") -> Started[Tensor]:
-    """A value that is whole on every rank, as one that an all-reduce with `op` would bring back. Local.
+    """Addends of `x`, which is whole on every rank: an all-reduce with `op` would bring `x` back. Local.
 
-    sum and prod: the value on the first rank, the identity on the others. max and min: the value itself, everywhere.
+    sum and prod: `x` on the first rank, the identity on the others. max and min: `x` on every rank. RankError where
+    `axis` or `op` do not exist.
     """
     context = current()
     context.size(axis)

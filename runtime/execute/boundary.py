@@ -1,4 +1,4 @@
-"""The two ways over the edge of a generated module: from the user's tensors to a rank's, and back.
+"""How tensors enter and leave a generated module: from the user's tensors to a rank's, and back.
 
 | | virtual mesh | torch.distributed |
 | --- | --- | --- |
@@ -31,21 +31,21 @@ class Boundary(ABC):
         self.mesh = mesh
 
     def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
-        """The part of the user's `value` that `rank` works on."""
+        """The part of the user's `value` that `rank` works on: a tensor of the slot's local shape."""
         return cut(value.detach(), slot.cuts, self.mesh.coordinates(rank), self.mesh.axes)
 
     def enter_tangent(self, slot: Slot, tangent: Tensor | None, rank: int) -> Tensor:
-        """The rank's part of a tangent; zeros where there is none."""
+        """The rank's part of a tangent (the gradient of an output); zeros where there is none."""
         if tangent is None:
             tangent = torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype), device=self.mesh.device(rank))
         return self.enter(slot, tangent, rank)
 
     @abstractmethod
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
-        """The user's tensor from the values of the local ranks."""
+        """The user's tensor, of the slot's global shape, from the values of the local ranks."""
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
-        """A gradient from `leave` as the user's tensor, whose type is `kind`, takes it."""
+        """A gradient from `leave`, in the form that autograd expects for a user's tensor of type `kind`."""
         return gradient
 
     def store(self, target: Tensor, value: Tensor) -> None:
@@ -54,7 +54,7 @@ class Boundary(ABC):
 
     @abstractmethod
     def check_gradient(self, slot: Slot, value: Tensor) -> None:
-        """RankError if the gradient of `slot` could not be given to the user's `value`."""
+        """RankError if the user's `value` could not hold the gradient of `slot`."""
 
 
 class _Virtual(Boundary):
@@ -75,10 +75,16 @@ class _Distributed(Boundary):
             return super().enter(slot, value.to(self.mesh.device(rank)), rank)
         expected = placements(slot.cuts, slot.shape, self.mesh.axes)
         if value.device_mesh != self.mesh.device_mesh:
-            raise RankError(f"{slot} is a DTensor on the mesh {value.device_mesh}, not on {self.mesh.device_mesh}")
+            raise RankError(
+                f"{slot} is a DTensor on the mesh {value.device_mesh}, but the module runs on {self.mesh.device_mesh}: "
+                "distribute it on that mesh"
+            )
         if not _same(value.placements, expected, self.mesh):
             if slot.role == "parameter":
-                raise RankError(f"{slot} is stored as {value.placements}, but the module works on {expected}")
+                raise RankError(
+                    f"{slot} is stored as {value.placements}, but the module works on {expected}: store it so with "
+                    "`distribute` and `swap_in`"
+                )
             value = value.redistribute(self.mesh.device_mesh, expected)
         local = value.to_local().detach()
         for dim, size in enumerate(local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1]):
@@ -86,14 +92,14 @@ class _Distributed(Boundary):
         return local.contiguous()
 
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
-        # A parameter is a DTensor even where it is whole, and its gradient must be what it is.
+        # A parameter is a DTensor even where it is whole, and autograd wants a gradient of the same type.
         if slot.cuts or slot.role == "gradient":
             return from_local(parts[0].detach(), slot, self.mesh)
         return parts[0].detach()
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
         if isinstance(gradient, DTensor) and not issubclass(kind, DTensor):
-            return gradient.to_local()  # whole on every rank: `check_gradient` saw to that
+            return gradient.to_local()  # whole on every rank, as `check_gradient` made sure
         return gradient
 
     def store(self, target: Tensor, value: Tensor) -> None:
@@ -106,16 +112,16 @@ class _Distributed(Boundary):
     def check_gradient(self, slot: Slot, value: Tensor) -> None:
         if slot.cuts and not isinstance(value, DTensor):
             raise RankError(
-                f"{slot.name} is a plain tensor that wants a gradient, but each rank only has its part of it: "
+                f"{slot.name} is a plain tensor that requires a gradient, but each rank has only its part of it: "
                 "make it a DTensor with `distribute` and `swap_in`"
             )
 
 
 def _same(one: Sequence[Placement], other: Sequence[Placement], mesh: RuntimeMesh) -> bool:
-    """Whether two placements store the same: on an axis of one rank they all do."""
-    return all(a == b for a, b, ways in zip(one, other, mesh.axes.values(), strict=True) if ways > 1)
+    """Whether two placements store the same on every rank. On an axis of one rank, all placements do."""
+    return all(a == b for a, b, ranks in zip(one, other, mesh.axes.values(), strict=True) if ranks > 1)
 
 
 def boundary(mesh: RuntimeMesh) -> Boundary:
-    """The boundary that fits the mesh."""
+    """The boundary of a virtual or of a distributed mesh."""
     return _Distributed(mesh) if isinstance(mesh, DistributedMesh) else _Virtual(mesh)

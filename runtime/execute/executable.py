@@ -1,4 +1,4 @@
-"""Runs a generated module on a mesh: cuts what goes in, pastes what comes out, and ties backward into autograd."""
+"""Runs a generated module on a mesh: cuts its inputs, pastes its outputs, and ties its backward into autograd."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Fallback = Callable[[frozenset[int]], "Executable"]
 def load(path_or_source: str | Path) -> ModuleType:
     """The generated module in a file, or in a source text (any string with a line break).
 
-    Its lines are registered with linecache, so that tracebacks show the code that ran even if the file changed since.
+    The lines are registered with linecache, so that tracebacks show the code that ran, even if the file has changed.
     """
     if isinstance(path_or_source, str) and "\n" in path_or_source:
         source = path_or_source
@@ -46,7 +46,7 @@ def load(path_or_source: str | Path) -> ModuleType:
 
 @dataclass
 class _Forward:
-    """What one forward run gave: flat outputs, new buffer values by name, and per local rank the saved values."""
+    """Results of one forward run: flat outputs, new buffer values by name, and the saved values of each local rank."""
 
     outputs: list[Tensor]
     mutations: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Executable:
         setattr(module, GENERATED, True)  # also where it was imported as any other file
         axes: dict[str, int] = module.MESH
         if mesh is not None and mesh.axes != axes:
-            raise RankError(f"the module was generated for the mesh {axes}, not {mesh.axes}")
+            raise RankError(f"the module was generated for the mesh {axes}, not {mesh.axes}: compile it for that mesh")
         self.mesh: RuntimeMesh = local_mesh(axes) if mesh is None else mesh
         self.inputs: tuple[Slot, ...] = tuple(module.INPUTS)
         self.outputs: tuple[Slot, ...] = tuple(slot for slot in module.OUTPUTS if slot.role == "output")
@@ -74,19 +74,20 @@ class Executable:
     def run(
         self, state: Mapping[str, Tensor], inputs: Sequence[Tensor], fallback: Fallback | None = None
     ) -> list[Tensor]:
-        """The program's flat outputs, tied into autograd if gradients are on and something wants one.
+        """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
 
         `state` maps the names of parameters, buffers and constants to tensors: global ones on a virtual mesh; DTensors
-        or global ones under torch.distributed. `inputs` are the flat inputs, by index. Outputs and gradients: see
-        `shardc.runtime.execute.boundary`. Buffers and inputs that the program changes are changed in place.
+        or global ones under torch.distributed. `inputs` are the flat inputs, by index. For outputs and gradients see
+        `shardc.runtime.execute.boundary`. The program changes its buffers and inputs in place, as the model does.
 
-        `fallback` is asked, with the indices of all outputs that got a gradient, for an executable with a backward from
-        them, where this one's backward does not start from all. Without it that is a RankError.
+        Where an output gets a gradient from which this executable's backward does not start, `run` calls `fallback`
+        with the indices of all outputs that got one. It returns an executable whose backward starts from them. Without
+        a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot.
         """
         tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
         names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
-        wanted = torch.is_grad_enabled() and hasattr(self.module, "backward")
-        if not (wanted and any(tensor.requires_grad for tensor in tensors)):
+        recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
+        if not (recording and any(tensor.requires_grad for tensor in tensors)):
             result = self._forward(names)
             self._mutate(result.mutations, names)
             return result.outputs
@@ -99,8 +100,10 @@ class Executable:
         return outputs
 
     def bind(self, model_or_state: nn.Module | Mapping[str, Tensor]) -> Callable[..., list[Tensor]]:
-        """A callable that takes the flat inputs, in order, and gives the flat outputs, with the parameters and buffers
-        of a model (looked up at every call) or of a state dict."""
+        """A callable from the flat inputs, in order, to the flat outputs.
+
+        It runs with the parameters and buffers of a model, looked up at every call, or with those of a state dict.
+        """
 
         def call(*inputs: Tensor) -> list[Tensor]:
             state = model_or_state
@@ -114,12 +117,12 @@ class Executable:
     def _argument(self, slot: Slot, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         if slot.role == "input":
             if slot.index >= len(inputs):
-                raise RankError(f"{slot} is missing: {len(inputs)} inputs were given")
+                raise RankError(f"{slot} is missing: the call has {len(inputs)} inputs")
             tensor = inputs[slot.index]
         elif slot.name in state:
             tensor = state[slot.name]
         else:
-            raise RankError(f"{slot} is not in the state")
+            raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
         slot.check(tensor)
         return tensor
 
@@ -129,9 +132,9 @@ class Executable:
                 self._boundary.store(targets[name], value)
 
     def _forward(self, values: Mapping[str, Tensor]) -> _Forward:
-        # Values are saved for backward as they were: a buffer that changes after forward goes in as a copy.
-        kept = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
-        values = {**values, **kept}
+        # Backward needs the values from before the run, so a buffer that the run changes goes in as a copy.
+        copies = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
+        values = {**values, **copies}
 
         def arguments(rank: int) -> tuple[Tensor, ...]:
             return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
@@ -149,13 +152,15 @@ class Executable:
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
 
     def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, from the tangents by output index; tangents that are absent are zeros. The lists of saved
-        values are emptied, so that each value is freed after its last use."""
+        """Gradients by name, from the tangents by output index. Absent tangents count as zeros.
+
+        The generated code empties the lists of saved values, so that each value is freed after its last use.
+        """
 
         def arguments(rank: int) -> tuple[Any, ...]:
-            given = saved[self.mesh.ranks.index(rank)]
-            given += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
-            return (given,)
+            values = saved[self.mesh.ranks.index(rank)]
+            values += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
+            return (values,)
 
         results = self.mesh.run(self.module.backward, arguments)
         gradients: dict[str, Tensor] = {}
@@ -180,12 +185,12 @@ class _Differentiable(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         names = [slot.name for slot in executable.inputs]
         values = dict(zip(names, tensors, strict=True))
-        # The same draws, should the fallback run the forward again.
+        # If the fallback runs the forward again, it must draw the same random numbers.
         ctx.random_state = torch.get_rng_state() if executable.random and fallback is not None else None
         ctx.before = {name: values[name].clone() for name in mutations_of(executable)} if fallback is not None else {}
         result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
         mutations.update(result.mutations)
-        # Tensors go through save_for_backward, so that they are released with the graph and guarded against changes.
+        # save_for_backward releases tensors with the graph and raises where one was changed in place.
         flat = [value for saved in result.saved for value in saved if isinstance(value, Tensor)]
         again = [] if fallback is None else [value for name, value in values.items() if name not in ctx.before]
         ctx.save_for_backward(*flat, *again)
@@ -207,25 +212,25 @@ class _Differentiable(torch.autograd.Function):
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
             ctx.maybe_clear_saved_tensors()
         saved = [[tensors.popleft() if value is None else value[0] for value in kept] for kept in ctx.kept]
-        given = {
+        arrived = {
             slot.index: tangent
             for slot, tangent in zip(executable.outputs, tangents, strict=True)
             if tangent is not None
         }
-        uncovered = given.keys() - {slot.index for slot in executable.tangents}
+        uncovered = arrived.keys() - {slot.index for slot in executable.tangents}
         if not uncovered:
-            gradients = executable._backward(saved, given)  # pyright: ignore[reportPrivateUsage]
+            gradients = executable._backward(saved, arrived)  # pyright: ignore[reportPrivateUsage]
         elif ctx.fallback is None:
             raise RankError(
                 f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
-                f"{sorted(slot.index for slot in executable.tangents)}"
+                f"{sorted(slot.index for slot in executable.tangents)}: detach the others"
             )
         else:
             rest = [name for name in ctx.names if name not in ctx.before]
             values = {**ctx.before, **dict(zip(rest, tensors, strict=True))}
-            gradients = _again(ctx.fallback(frozenset(given)), values, given, ctx.random_state)
-        wanted = zip(ctx.names, ctx.needs_input_grad[3:], strict=True)
-        grads = [gradients.get(name) if need else None for name, need in wanted]
+            gradients = _again(ctx.fallback(frozenset(arrived)), values, arrived, ctx.random_state)
+        needs = zip(ctx.names, ctx.needs_input_grad[3:], strict=True)
+        grads = [gradients.get(name) if need else None for name, need in needs]
         return (None, None, None, *map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
 
 
@@ -241,7 +246,7 @@ def _again(
     """Gradients by another executable: its forward from the original values and random state, then its backward."""
     missing = tangents.keys() - {slot.index for slot in executable.tangents}
     if missing:
-        raise RankError(f"the fallback's backward does not start from output {min(missing)} either")
+        raise RankError(f"the backward of the fallback does not start from output {min(missing)} either")
     before = torch.get_rng_state()
     if state is not None:
         torch.set_rng_state(state)

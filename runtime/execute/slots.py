@@ -1,7 +1,7 @@
-"""What goes in and out of a generated module: the slots, and the way between a global tensor and its local parts.
+"""Inputs and outputs of a generated module: the slots, and the cuts between a global tensor and its local parts.
 
-`cuts` lead from the global tensor to a rank's: `(dim, outer, axis)` in order means: view dim as `(outer, rest)`, keep
-of `rest` the chunk numbered by the rank's coordinate on the axis, merge again.
+A cut `(dim, outer, axis)` views `dim` as `(outer, rest)`, keeps one chunk of `rest`, and merges the two again. The
+rank's coordinate on the axis is the number of its chunk. Cuts apply one after the other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Cuts = tuple[tuple[int, int, str], ...]
 class Slot:
     """One input, output, tangent or gradient of a generated module.
 
-    `role` and `name` say what it is to the user, `index` is the position among the flat inputs or outputs; `shape` is
-    global, `dtype` a name such as "float32"; without `cuts` it is whole on every rank.
+    `role` ("parameter", "input", ...) and `name` say what it is to the user. `index` is its position among the flat
+    inputs or outputs. `shape` is global, `dtype` a name such as "float32". Without `cuts` it is whole on every rank.
     """
 
     role: str
@@ -51,12 +51,15 @@ class Slot:
 def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]) -> Tensor:
     """The part of the global `tensor` that the rank at `coordinates` holds. Contiguous; without cuts not a copy.
 
-    Where a dim does not split evenly the last parts are padded with zeros.
+    Where a dim does not split evenly, the last parts are padded with zeros. RankError where a dim does not divide by
+    the cut's `outer`.
     """
     for dim, outer, axis in cuts:
         n, size = axes[axis], tensor.shape[dim]
         if size % outer:
-            raise RankError(f"dim {dim} of {tuple(tensor.shape)} does not fall into {outer} blocks ({axis})")
+            raise RankError(
+                f"dim {dim} of {tuple(tensor.shape)} does not split into {outer} blocks, as axis {axis!r} needs"
+            )
         chunk = -(-size // outer // n)
         blocks = padded(tensor.unflatten(dim, (outer, size // outer)), dim + 1, chunk * n)
         tensor = blocks.narrow(dim + 1, coordinates[axis] * chunk, chunk).flatten(dim, dim + 1)
@@ -64,7 +67,7 @@ def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mappin
 
 
 def padded(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """`tensor` with zeros at the end of `dim` up to `size` elements; itself where it has them."""
+    """`tensor` with zeros at the end of `dim`, up to `size` elements; `tensor` itself if it has as many."""
     missing = size - tensor.shape[dim]
     if not missing:
         return tensor
@@ -74,15 +77,15 @@ def padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> Tensor:
-    """The global tensor of `shape` from the local ones of all ranks, numbered row-major over `axes`, less padding.
+    """The global tensor of `shape`, without padding, from the local tensors of all ranks, row-major over `axes`.
 
-    Ranks that hold the same part must hold the same values: the part of the lowest is taken. RankError if the parts do
-    not make up `shape`.
+    Ranks with the same part must hold the same values: `paste` reads the lowest rank's. RankError if the parts do not
+    make up `shape`.
     """
     shapes = local_shapes(shape, cuts, axes)
     if tuple(parts[0].shape) != shapes[-1]:
-        own = tuple(parts[0].shape)
-        raise RankError(f"local parts of shape {own} do not paste to {tuple(shape)}: that takes {shapes[-1]}")
+        local = tuple(parts[0].shape)
+        raise RankError(f"local parts of shape {local} do not paste to {tuple(shape)}: they must be {shapes[-1]}")
 
     def build(level: int, coordinates: dict[str, int]) -> Tensor:
         if level == len(cuts):
@@ -100,7 +103,7 @@ def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mappi
 
 
 def local_shapes(shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """The shape before every cut, and the local shape, padding included, after the last."""
+    """The shape before every cut and, last, the local shape after all cuts, padding included."""
     shapes = [tuple(shape)]
     for dim, outer, axis in cuts:
         local = list(shapes[-1])
@@ -112,7 +115,7 @@ def local_shapes(shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> l
 def valid_shape(
     shape: Sequence[int], cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]
 ) -> tuple[int, ...]:
-    """The local shape without padding, of cuts that DTensor can store: these pad a dim at its end alone."""
+    """The local shape without padding, for cuts that DTensor can store. Such cuts pad a dim only at its end."""
     valid = list(shape)
     for (dim, _, axis), local in zip(cuts, local_shapes(shape, cuts, axes)[1:], strict=True):
         even = valid[dim] % axes[axis] == 0
@@ -122,22 +125,24 @@ def valid_shape(
 
 
 def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tuple[Placement, ...]:
-    """DTensor placements, one per mesh axis, that store on every rank exactly what `cut` gives.
+    """DTensor placements, one per mesh axis, that store on every rank exactly what `cut` returns.
 
-    DTensor splits in the order of the mesh's axes; `_StridedShard(dim, split_factor=outer)` is our cut with `outer`.
-    So the cuts are brought into mesh order. RankError where a cut of an uneven dim is not its last, an axis is used
-    twice, no such order exists, or DTensor could not put the global tensor together again.
+    DTensor splits in the order of the mesh's axes, so the cuts are brought into that order. A cut `(dim, outer, axis)`
+    is `_StridedShard(dim, split_factor=outer)`.
+
+    RankError where a cut of an uneven dim is not its last, where an axis is used twice, where the cuts have no such
+    order, or where DTensor could not put the global tensor together again.
     """
     result: dict[str, Placement] = {}
     if len({axis for _, _, axis in cuts}) < len(cuts):
-        raise RankError(f"an axis is used twice in the cuts {cuts}")
+        raise RankError(f"the cuts {cuts} use an axis twice: each axis may cut a tensor once")
     for dim in {dim for dim, _, _ in cuts}:
-        own = [(outer, axis) for at, outer, axis in cuts if at == dim and axes[axis] > 1]
-        ordered = _in_mesh_order(own, dim, shape, axes)
+        dim_cuts = [(outer, axis) for at, outer, axis in cuts if at == dim and axes[axis] > 1]
+        ordered = _in_mesh_order(dim_cuts, dim, shape, axes)
         if not _reassembles(ordered, axes):
             raise RankError(
-                f"DTensor stores dim {dim} of {tuple(shape)} cut as {own} but would put it together wrongly: beyond a "
-                "plain order of axes it allows one cut within blocks per dim, by the last of the axes that cut it"
+                f"DTensor stores dim {dim} of {tuple(shape)} cut as {dim_cuts} but would put it together wrongly: "
+                "beyond a plain order of axes it allows one cut within blocks per dim, by the last axis that cuts it"
             )
         for outer, axis in ordered:
             result[axis] = Shard(dim) if outer == 1 else _StridedShard(dim, split_factor=outer)
@@ -145,15 +150,19 @@ def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tup
 
 
 def cuts_of(placements: Sequence[Placement], shape: Sequence[int], axes: Mapping[str, int]) -> Cuts:
-    """The inverse of `placements`: cuts in the order of the mesh's axes. RankError for Partial, and for shards of a dim
-    that is uneven already."""
+    """The inverse of `placements`: cuts in the order of the mesh's axes.
+
+    RankError for Partial, and for a shard of a dim that an earlier axis has split unevenly.
+    """
     cuts: list[tuple[int, int, str]] = []
     local, uneven = list(shape), set[int]()
     for (axis, n), placement in zip(axes.items(), placements, strict=True):
         if isinstance(placement, Replicate):
             continue
         if not isinstance(placement, (Shard, _StridedShard)):
-            raise RankError(f"{placement} on axis {axis!r} is no split of the tensor and has no cuts")
+            raise RankError(
+                f"{placement} on axis {axis!r} does not split the tensor: redistribute it to Shard or Replicate"
+            )
         outer = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         dim = placement.dim % len(local) if local else 0
         even = bool(local) and local[dim] % (outer * n) == 0
@@ -168,7 +177,7 @@ def cuts_of(placements: Sequence[Placement], shape: Sequence[int], axes: Mapping
 def _in_mesh_order(
     cuts: list[tuple[int, str]], dim: int, shape: Sequence[int], axes: Mapping[str, int]
 ) -> list[tuple[int, str]]:
-    """The `(outer, axis)` of one dim, in the order of the mesh's axes, that amount to `cuts`."""
+    """The `(outer, axis)` of one dim, in the order of the mesh's axes, that store the same as `cuts`."""
     used = [axis for _, axis in cuts]
     ordered = [axis for axis in axes if axis in used]
     if used == ordered:
@@ -192,10 +201,10 @@ def _in_mesh_order(
 
 
 def _reassembles(ordered: list[tuple[int, str]], axes: Mapping[str, int]) -> bool:
-    """Whether DTensor finds the way back (`full_tensor`, `redistribute`) from these splits, in mesh order, of one dim.
+    """Whether DTensor can assemble (`full_tensor`, `redistribute`) one dim from these splits, in mesh order.
 
-    Found by trial over gloo: it reads `_StridedShard` as an order of the axes; where that stands for outer blocks,
-    DTensor raises or, with two of them, gives wrong values without a word.
+    Trials over gloo show that it reads `_StridedShard` as an order of the axes. Where the placement stands for outer
+    blocks instead, DTensor raises or, with two of them, silently returns wrong values.
     """
     if all(outer == 1 for outer, _ in ordered[:-1]):
         return True
@@ -217,8 +226,10 @@ def _not_expressible(dim: int, shape: Sequence[int], outer: int, axis: str, n: i
 def _split(
     factors: list[tuple[int, str | None]], outer: int, axis: str, n: int, dim: int, shape: Sequence[int]
 ) -> list[tuple[int, str | None]]:
-    """`factors` (product: the global dim, major to minor) with one cut more: `(n, axis)` put in at the place
-    that has `outer` blocks of the local dim before it. Factors that carry an axis have left the local dim."""
+    """`factors` with one more cut: `(n, axis)` goes where `outer` blocks of the local dim stand before it.
+
+    The product of `factors`, major to minor, is the global dim. Those that carry an axis are not in the local dim.
+    """
     result: list[tuple[int, str | None]] = []
     ahead, placed = outer, False
     for size, name in factors:

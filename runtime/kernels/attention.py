@@ -1,10 +1,15 @@
 """Attention as one operator with one backward, whatever the device: what the compiler captures, splits and emits.
 
-Layout: q `[batch, heads, q_length, head_dim]`, k `[batch, heads, length, head_dim]`, v `[batch, heads, length,
-value_dim]`, a mask (bool: True takes part; float: added to the scores) that broadcasts to `[batch, heads, q_length,
-length]`. In memory the result lies as in eager mode: as q in what flash kernels take. Most often q has the heads of
-a position side by side, and joining them is a view. Gradients always lie so. logsumexp is contiguous `[batch, heads,
-q_length]`, float32 unless q is float64.
+Shapes:
+
+    q          [batch, heads, q_length, head_dim]
+    k          [batch, heads, length, head_dim]
+    v          [batch, heads, length, value_dim]
+    mask       broadcasts to [batch, heads, q_length, length]; bool: True takes part; float: added to the scores
+    logsumexp  [batch, heads, q_length], contiguous, float32 unless q is float64
+
+The result has the strides that eager mode gives it: those of q, where flash kernels take the operands. Most often q has
+the heads of a position side by side in memory, so that joining the heads is a view. Gradients always have this layout.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as something to add to the scores, 4-D."""
+    """The mask as a 4-D tensor to add to the scores."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -36,7 +41,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with the elements of a row side by side: the flash kernel reads past the end of any other."""
+    """`x` with the elements of a row side by side in memory. The flash kernel reads out of bounds otherwise."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -45,13 +50,16 @@ def _by_position(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _laid(out: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+def _as_eager(out: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+    """`out` with the strides of eager mode's result."""
     return _by_position(out) if _heads_inside(q, out.shape[-1], mask) else out.contiguous()
 
 
 def _heads_inside(q: Tensor, width: int, mask: Tensor | None) -> bool:
-    """Whether eager mode's result has the heads of a position side by side in memory: as q has them, in what its flash
-    kernels take."""
+    """Whether eager mode's result has the heads of a position side by side in memory.
+
+    It has if q has, and if eager mode's flash kernels take the operands.
+    """
     return q.stride(1) < q.stride(2) and width == q.shape[-1] and (mask is None or mask.dim() in (2, 4))
 
 
@@ -67,7 +75,7 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bo
 
 
 def scores_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, ahead: int = 0) -> Tensor:
-    """`scale * q @ k^T + mask`; `ahead`: by how much the first query is further on than the first key."""
+    """`scale * q @ k^T + mask`. The first query is `ahead` positions after the first key."""
     dtype = compute_dtype(q.dtype)
     scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-2, -1)) * scale
     bias = _bias(mask, dtype)
@@ -80,7 +88,7 @@ def scores_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: fl
 
 
 def seen(logsumexp: Tensor) -> Tensor:
-    """The log-sum-exp with zeros, as the CPU's kernel has them, for rows where everything is masked."""
+    """The log-sum-exp, with zeros for rows where everything is masked, as the CPU's kernel returns it."""
     return logsumexp.masked_fill(logsumexp == -_INFINITY, 0.0)
 
 
@@ -109,17 +117,18 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`softmax(scale * q @ k^T + mask) @ v` and the logsumexp of the scores.
 
-    `causal`: query i sees keys 0 to i. A mask gets no gradient. Rows that see nothing give zeros.
+    Returns the result `[batch, heads, q_length, value_dim]` and logsumexp. With `causal`, query i sees keys 0 to i.
+    Rows that see nothing give zeros. A mask gets no gradient: RankError if it requires one.
     """
     if _has_kernel(q, k, v, mask, causal):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
         )
-        return _laid(out, q, mask), logsumexp.contiguous()
+        return _as_eager(out, q, mask), logsumexp.contiguous()
     scores = scores_of(q, k, mask, causal, scale)
     logsumexp = seen(torch.logsumexp(scores, -1))
     out = torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype)
-    return _laid(out, q, mask), logsumexp
+    return _as_eager(out, q, mask), logsumexp
 
 
 @torch.library.custom_op("shardc::attention_backward", mutates_args=())
@@ -145,8 +154,8 @@ def attention_backward(
 
 
 def _empty_by_position(x: Tensor, size: int | None = None) -> Tensor:
-    batch, heads, length, own = x.shape
-    return x.new_empty((batch, length, heads, own if size is None else size)).transpose(1, 2)
+    batch, heads, length, width = x.shape
+    return x.new_empty((batch, length, heads, width if size is None else size)).transpose(1, 2)
 
 
 @attention.register_fake
@@ -174,7 +183,9 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask, causal, scale = inputs
     if mask is not None and mask.requires_grad:
-        raise RankError("shardc::attention gives no gradient for its mask: detach it, or write the attention out")
+        raise RankError(
+            "shardc::attention gives no gradient for its mask: detach it, or write attention with matmul and softmax"
+        )
     ctx.save_for_backward(q, k, v, mask, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.causal, ctx.scale = causal, scale

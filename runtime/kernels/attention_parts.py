@@ -1,7 +1,7 @@
-"""Attention of which a rank holds a part of the queries, of the keys and values, or of both.
+"""Attention where a rank holds part `r` of the queries, part `s` of the keys and values, or both.
 
-A part `r` is of the queries, a part `s` of keys and values. Over split keys only each query's log-sum-exp and its own
-result travel; over split queries nothing does.
+Shapes are those of `shardc.runtime.kernels.attention`. Over split keys, the ranks all-reduce only each query's
+log-sum-exp and result. Over split queries, they send nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def attention_in_parts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, *, r: Part | None = None,
     s: Part | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`shardc::attention`: the result and the log-sum-exp of the scores, both complete."""
+    """`shardc::attention`: the result and the log-sum-exp of the scores, both complete.
+
+    The results of the parts are weighed by their log-sum-exp (Dao et al. 2022, section 3.1).
+    """
     scores = _scores(q, k, mask, causal, scale, r, s)
     logsumexp = torch.logsumexp(scores, -1)
     values = (s.fill(v, 2, 0) if s else v).to(scores.dtype)
@@ -39,7 +42,7 @@ def attention_in_parts_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
     scale: float, *, r: Part | None = None, s: Part | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`shardc::attention_backward`: this rank's addends of the gradients that sum over what is split."""
+    """`shardc::attention_backward`: where a gradient sums over a split dim, this rank's addend of it."""
     if s is not None:
         k, v = s.fill(k, 2, 0), s.fill(v, 2, 0)
     if r is not None:
@@ -50,7 +53,7 @@ def attention_in_parts_backward(
 def _scores(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, r: Part | None, s: Part | None
 ) -> Tensor:
-    """The scores of the rank's queries and keys; padding holds no keys, and its queries see none."""
+    """The scores of the rank's queries and keys. Keys and queries in the padding are masked."""
     scores = scores_of(q, k, mask, causal, scale, (r.start if r else 0) - (s.start if s else 0))
     scores = s.fill(scores, 3, _NOTHING) if s else scores
     return r.fill(scores, 2, _NOTHING) if r else scores

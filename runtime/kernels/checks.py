@@ -1,4 +1,4 @@
-"""What a program checks of its values while it runs, and what happens when it does not hold."""
+"""Checks of values while the program runs: each returns its operand, or raises."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ aten = torch.ops.aten
 
 @torch.library.custom_op("shardc::checked", mutates_args=())
 def checked(x: Tensor, info: Tensor, name: str, is_matrix: bool) -> Tensor:
-    """`x`, a result of the factorisation called `name`, whose `info` says per matrix whether it worked.
+    """`x`, a result of the factorisation called `name`. Its `info` is an integer per matrix, 0 if it worked.
 
-    Raises torch.linalg.LinAlgError, as the operator itself does, where it did not. `is_matrix`: `x` is no batch.
+    Raises torch.linalg.LinAlgError, as the operator itself does, if it failed. `is_matrix` says that `x` is not a
+    batch.
     """
     aten._linalg_check_errors(info, name, is_matrix=is_matrix)
     return x.clone()
@@ -24,7 +25,7 @@ def checked(x: Tensor, info: Tensor, name: str, is_matrix: bool) -> Tensor:
 
 @torch.library.custom_op("shardc::confirmed", mutates_args=())
 def confirmed(x: Tensor, good: Tensor, message: str) -> Tensor:
-    """`x`, where `good`, a single truth value, holds. Raises ValueError with the message where it does not."""
+    """`x` if `good`, a single boolean, is true. Raises ValueError with `message` if not."""
     if not bool(good):
         raise ValueError(message)
     return x.clone()

@@ -1,5 +1,7 @@
-"""Matrices that are made column by column, of which the mesh splits the columns: a solve, or a product of reflections,
-against the rank's columns of the identity. Nothing is sent: every rank holds all of the operands.
+"""Matrices whose columns can be computed one by one, and are split over the mesh.
+
+Each is a solve, or a product of reflections, applied to the rank's columns of the identity. Every rank holds all
+operands, so nothing is sent.
 """
 
 from __future__ import annotations
@@ -28,5 +30,5 @@ def _identity(x: Tensor, j: Part) -> Tensor:
     """The rank's columns of an identity matrix with the rows and the batch of `x`; zeros as padding."""
     rows = torch.arange(x.shape[-2], device=x.device)
     columns = torch.arange(j.start, j.start + j.length, device=x.device)
-    own = (rows[:, None] == columns).to(x.dtype)
-    return own.expand(*x.shape[:-2], *own.shape).contiguous()
+    identity = (rows[:, None] == columns).to(x.dtype)
+    return identity.expand(*x.shape[:-2], *identity.shape).contiguous()

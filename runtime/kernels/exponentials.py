@@ -1,7 +1,7 @@
-"""Softmax and log-sum-exp over a dim that the mesh splits: only the extremes and the sums travel.
+"""Softmax and log-sum-exp over a dim that the mesh splits: ranks exchange only the maximum and the sum of each row.
 
-Each has two variants. Two all-reduces wait for the network twice, and send the same however many ranks there are. One
-all-gather waits once, and every rank receives two numbers a row from every other.
+Each has two variants. Two all-reduces wait for the network twice; the bytes do not grow with the number of ranks. One
+all-gather waits once; every rank receives two numbers a row from every other rank.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ def log_softmax_gathered(x: Tensor, dim: int, half_to_float: bool, *, s: Part) -
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
-    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros. Two
+    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows that are all -inf give zeros. Two
     all-reduces."""
     return _safe_softmax(_reduced, x, dim, dtype, s)
 
 
 def safe_softmax_gathered(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, s: Part) -> Tensor:
-    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows of nothing but -inf give zeros. One
+    """`aten._safe_softmax` over `dim`, of which this rank holds part `s`: rows that are all -inf give zeros. One
     all-gather."""
     return _safe_softmax(_gathered, x, dim, dtype, s)
 
 
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
-    """`aten.logsumexp` over the dims `dim`, of some of which this rank holds parts; two all-reduces a part."""
+    """`aten.logsumexp` over the dims `dim`; this rank holds parts of some. Two all-reduces for each part."""
     return _logsumexp(_reduced, x, dim, keepdim, parts)
 
 
 def logsumexp_gathered(x: Tensor, dim: Sequence[int], keepdim: bool = False, **parts: Part) -> Tensor:
-    """`aten.logsumexp` over the dims `dim`, of some of which this rank holds parts; one all-gather a part."""
+    """`aten.logsumexp` over the dims `dim`; this rank holds parts of some. One all-gather for each part."""
     return _logsumexp(_gathered, x, dim, keepdim, parts)
 
 
 Finite = Callable[[Tensor], Tensor]
-"""Puts zero in place of the maxima that nothing can be taken less of."""
+"""Replaces infinite maxima by zero, so that they can be subtracted."""
 Statistics = Callable[[Tensor, tuple[int, ...], Mapping[int, Part], Finite], tuple[Tensor, Tensor]]
-"""The maximum of each row over all parts, made finite, and the sum of the exponentials of the row less that. The parts
-are by dim."""
+"""From a tensor, its reduced dims and the parts by dim: the finite maximum m of each row over all parts, and the sum of
+exp(row - m)."""
 
 
 def _reduced(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], finite: Finite) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _gathered(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], fi
     for dim, part in parts.items():
         tops, totals = part.gather(torch.stack([top, total]), dim % wide.dim() + 1)
         top = tops.amax(dim, keepdim=True)
-        total = (totals * torch.exp(tops - finite(top))).sum(dim, keepdim=True)  # of nothing but -inf: 0 times 0
+        total = (totals * torch.exp(tops - finite(top))).sum(dim, keepdim=True)  # 0 * 0 for a row that is all -inf
     return finite(top), total
 
 
@@ -113,27 +113,27 @@ def _log_softmax(statistics: Statistics, x: Tensor, dim: int, half_to_float: boo
 
 
 def _safe_softmax(statistics: Statistics, x: Tensor, dim: int, dtype: torch.dtype | None, s: Part) -> Tensor:
-    given = x if dtype is None else x.to(dtype)
-    shifted, scale = _exponents(statistics, given, dim, False, s)
-    return (torch.exp(shifted) / scale.masked_fill(scale == 0, 1)).to(given.dtype)
+    x = x if dtype is None else x.to(dtype)
+    shifted, scale = _exponents(statistics, x, dim, False, s)
+    return (torch.exp(shifted) / scale.masked_fill(scale == 0, 1)).to(x.dtype)
 
 
 def _logsumexp(
     statistics: Statistics, x: Tensor, dim: Sequence[int], keepdim: bool, parts: Mapping[str, Part]
 ) -> Tensor:
-    dims, placed = tuple(dim), by_dim(parts)
+    dims, parts_by_dim = tuple(dim), by_dim(parts)
     wide = widened(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
-    for place, part in placed.items():
+    for place, part in parts_by_dim.items():
         wide = part.fill(wide, place, float("-inf"))
-    top, total = statistics(wide, dims, placed, lambda top: top.masked_fill(top.isinf(), 0))
+    top, total = statistics(wide, dims, parts_by_dim, lambda top: top.masked_fill(top.isinf(), 0))
     result = torch.log(total) + top
     result = result.to(x.dtype) if x.is_floating_point() else result
     return result if keepdim else result.squeeze(dims)
 
 
 def _exponents(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> tuple[Tensor, Tensor]:
-    """`x` less its global maximum, and the global sum of the exponentials of that, which is zero only in rows of
-    nothing but -inf."""
+    """`x - m` with the global maximum m of each row, and the global sum of exp(x - m): 0 only if the row is all
+    -inf."""
     wide = s.fill(x.float() if half_to_float else widened(x), dim, float("-inf"))
     top, total = statistics(wide, (dim,), {dim: s}, lambda top: top.masked_fill(top == float("-inf"), 0))
     return wide - top, total

@@ -1,5 +1,5 @@
-"""Indices into a dim that is split: rebased to the own chunk, with one dummy row that takes all the others. And masks
-for the padding of dims that do not divide."""
+"""Indices into a split dim: rebased to the rank's chunk, with one dummy row for all indices into other chunks. And
+masks for the padding of dims that do not split evenly."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ aten = torch.ops.aten
 
 
 def rebase(indices: Tensor, *, part: Part, wrap: bool = False) -> Tensor:
-    """Indices into a global dim → indices into the rank's part of it; those outside become its length, the dummy row.
+    """Indices into a global dim → indices into the rank's part of it.
 
-    `wrap`: they may count from the end, below zero. An index outside of the global dim is an error, as on a single
-    device: no rank would have the row, and it would read as zeros.
+    Indices into other parts become the part's length, which is the dummy row. With `wrap`, negative indices count from
+    the end. An index outside of the global dim raises RuntimeError, as on a single device: no rank would have the row,
+    and it would read as zeros.
     """
     inside = (indices >= (-part.size if wrap else 0)) & (indices < part.size)
     aten._assert_async.msg(inside.all(), f"index out of range: the dim has {part.size} elements")
@@ -27,7 +28,7 @@ def rebase(indices: Tensor, *, part: Part, wrap: bool = False) -> Tensor:
 
 
 def fill(x: Tensor, *, dim: int, part: Part, value: float, outer: int = 1) -> Tensor:
-    """`x` with `value` in the padding of the part in `dim`, which is `(outer, part, rest)`."""
+    """`x` with `value` in the padding of `part`, where `dim` is `(outer, part, rest)`, major to minor."""
     if outer == 1 and x.shape[dim] == part.length:
         return part.fill(x, dim, value)
     blocks = x.unflatten(dim, (outer, part.length, x.shape[dim] // outer // part.length))
@@ -35,7 +36,7 @@ def fill(x: Tensor, *, dim: int, part: Part, value: float, outer: int = 1) -> Te
 
 
 def pad_dummy(x: Tensor, *, dim: int) -> Tensor:
-    """`x` with one row of zeros appended to `dim`: the row that `rebase` sends foreign indices to."""
+    """`x` with one row of zeros appended to `dim`: the dummy row of `rebase`."""
     shape = list(x.shape)
     shape[dim] = 1
     return torch.cat([x, x.new_zeros(shape)], dim)

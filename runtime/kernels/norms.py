@@ -1,6 +1,6 @@
-"""Layer and RMS norms over dims that the mesh splits: only the sums of each row travel.
+"""Layer and RMS norms over dims that the mesh splits: ranks all-reduce only the sums of each row.
 
-The normalised dims are the last ones of `x`; a part `d2` is the rank's part of dim 2 of `x`.
+The normalised dims are the last dims of `x`. Part `d2` is the rank's part of dim 2 of `x`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def layer_norm(
     result = result if weight is None else result * weight
     result = result if bias is None else result + bias
     stored = wide.dtype
-    if x.device.type == "cpu":  # whose kernel keeps the statistics in the type of the parameters
+    if x.device.type == "cpu":  # the CPU kernel keeps the statistics in the dtype of the parameters
         stored = x.dtype if weight is None else weight.dtype
     return result.to(x.dtype), mean.to(stored), inverse.to(stored)
 
@@ -49,7 +49,7 @@ def layer_norm_backward(
     grad: Tensor, x: Tensor, normalized: Sequence[int], mean: Tensor, inverse: Tensor, weight: Tensor | None,
     bias: Tensor | None, mask: Sequence[bool], **parts: Part,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`aten.native_layer_norm_backward`; `mask` says which gradients are wanted: of x, of weight, of bias."""
+    """`aten.native_layer_norm_backward`; `mask` says which gradients to compute: of x, of weight, of bias."""
     upper, dims, count = widened(grad), _last(x, normalized), math.prod(normalized)
     normal = (widened(x) - mean) * inverse
     batch = list(range(x.dim() - len(dims)))
@@ -67,7 +67,7 @@ def layer_norm_backward(
 
 
 def _total(x: Tensor, dims: list[int], parts: Mapping[str, Part], shift: int = 0) -> Tensor:
-    """The global sum over `dims`, kept as dims of size one; `shift` dims were added in front."""
+    """The global sum over `dims`, kept as dims of size one. `x` has `shift` dims in front of those of the parts."""
     for place, part in by_dim(parts).items():
         x = part.fill(x, place + shift, 0)
     total = x.sum(dims, keepdim=True)

@@ -1,4 +1,4 @@
-"""A dim that the mesh splits, as the running rank sees it: where its part starts, and collectives over all parts."""
+"""A dim that the mesh splits, as the running rank sees it: the rank's part, and collectives over all parts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Part"]
 
 @dataclass(frozen=True, repr=False)
 class Part:
-    """A dim of global `size` split over mesh `axes`, major to minor; parts are whole multiples of `unit` elements.
+    """A dim of global `size`, split over mesh `axes`, major to minor. The size of a part is a multiple of `unit`.
 
-    Every axis deals out chunks of equal size, the last of which may be short or empty where the dim does not divide:
-    the rank's part is then padded to the chunk's size at its end.
+    `Part(("tp",), 10)` on four ranks gives chunks of 3, 3, 3 and 1 elements. A short or empty chunk is padded at its
+    end, so the local dim has the same size on every rank.
     """
 
     axes: tuple[str, ...]
@@ -35,7 +35,7 @@ class Part:
 
     @property
     def count(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return math.prod(current().size(axis) for axis in self.axes)
 
     @property
@@ -58,7 +58,7 @@ class Part:
 
     @property
     def valid(self) -> int:
-        """Elements of the local dim that are no padding; they come first."""
+        """Elements of the local dim without padding. They come first."""
         return self._extent()[2]
 
     @property
@@ -69,7 +69,7 @@ class Part:
         return [(start, valid) for start, _, valid in extents]
 
     def _extent(self, coordinates: Mapping[str, int] | None = None) -> tuple[int, int, int]:
-        """Start, length and valid elements of the part at `coordinates`, the rank's own without."""
+        """Start, length and valid elements of the part at `coordinates`; None: of the rank's part."""
         context = current()
         start, chunk, valid = 0, self.size // self.unit, self.size // self.unit
         for axis in self.axes:
@@ -79,7 +79,7 @@ class Part:
         return start * self.unit, chunk * self.unit, valid * self.unit
 
     def fill(self, x: Tensor, dim: int, value: float) -> Tensor:
-        """`x` with `value` in the padding of its local `dim`; among truth values what is above zero is true."""
+        """`x` with `value` in the padding of its local `dim`. For booleans, a value above zero is true."""
         if self.size == self.length * self.count:
             return x
         shape = [1] * x.dim()
@@ -101,11 +101,12 @@ class Part:
         return x
 
     def shifted(self, x: Tensor, by: int) -> Tensor:
-        """The `x` of the part that lies `by` parts before this one, round the end. The dim is split by one axis."""
+        """The `x` of the part `by` parts before this one; the first part follows the last. The dim is split by one
+        axis."""
         (axis,), count = self.axes, self.count
         return permute(x, axis=axis, sources=[(place - by) % count for place in range(count)]) if by % count else x
 
 
 def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:
-    """The parts that a body got as keywords `d0`, `d1`, ...: those of its first operand's dims of that number."""
+    """The parts that a body gets as keywords `d0`, `d1`, ..., by the number of the dim."""
     return {int(name[1:]): part for name, part in parts.items()}

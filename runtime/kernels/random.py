@@ -1,8 +1,10 @@
 """Random numbers that do not depend on the mesh: every rank draws the global tensor from the same stream.
 
-Each function here draws what its namesake of torch draws on the CPU, from the run's generator, and advances it as that
-does. They take and give global tensors, or, where they are told of parts `d0`, `d1`, ... of the dims of that number,
-the rank's part: every rank goes through the whole stream, block by block, and keeps its own.
+Each function draws the same numbers as torch's function of that name on the CPU, from the run's generator, and advances
+it as much. Operands and results are global tensors. With parts `d0`, `d1`, ... of the dims of that number, they are the
+rank's part: every rank goes through the whole stream, block by block, and keeps its part.
+
+All functions raise RankError in a run without a random generator.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ __all__ = ["binomial", "draw", "multinomial", "poisson", "randperm", "rrelu", "s
 
 def _generator(context: Context) -> torch.Generator:
     if context.generator is None:
-        raise RankError("this run has no random generator: the generated module must say RANDOM = True")
+        raise RankError("this run has no random generator: set RANDOM = True in the generated module")
     return context.generator
 
 
@@ -36,8 +38,8 @@ def draw(
 ) -> Tensor:
     """A tensor filled by torch's in-place method `distribution` ("uniform", "normal", "bernoulli", ...).
 
-    `shape` is global. Eager mode draws in the order in which its result lies in memory: `strides` are those of that
-    result where it is not contiguous. What is returned is contiguous in any case.
+    `shape` is global. Eager mode draws in the order in which its result is laid out in memory. So `strides` are those
+    of eager mode's result if it is not contiguous. The returned tensor is always contiguous.
     """
     context = current()
     stream = Stream(distribution, parameters, dtype, _generator(context))
@@ -51,17 +53,17 @@ def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
 
 
 def multinomial(weights: Tensor, count: int, *, strides: Sequence[int], d0: Part | None = None) -> Tensor:
-    """`count` indices a row, by weight, with replacement. `strides`, here and below: those that the operand has in
-    eager mode.
+    """`count` indices a row, by weight, with replacement: `[rows, count]` from weights `[rows, choices]`.
 
-    With `d0` the weights are the rank's part of the rows, and so are the indices.
+    `strides`, here and below, are those of the operand in eager mode. With `d0`, weights and indices are the rank's
+    part of the rows.
     """
     generator = _generator(current())
     if d0 is None:
-        return torch.multinomial(_laid(weights, strides), count, True, generator=generator).to(weights.device)
+        return torch.multinomial(_as_eager(weights, strides), count, True, generator=generator).to(weights.device)
     rows, result = weights[: d0.valid].cpu(), torch.zeros(d0.length, count, dtype=torch.int64)
     numbers, before = Stream("uniform", (0.0, 1.0), torch.float64, generator), min(d0.start, d0.size)
-    numbers.skip(before * count)  # one for every index
+    numbers.skip(before * count)  # torch draws one number for every index
     if d0.valid:
         result[: d0.valid] = torch.multinomial(rows, count, True, generator=generator)
     numbers.skip((d0.size - before - d0.valid) * count)
@@ -69,38 +71,40 @@ def multinomial(weights: Tensor, count: int, *, strides: Sequence[int], d0: Part
 
 
 def poisson(rates: Tensor, *, strides: Sequence[int]) -> Tensor:
-    return torch.poisson(_laid(rates, strides), _generator(current())).contiguous().to(rates.device)
+    """Poisson numbers, of the shape of `rates`."""
+    return torch.poisson(_as_eager(rates, strides), _generator(current())).contiguous().to(rates.device)
 
 
 def binomial(counts: Tensor, chances: Tensor, *, strides: Sequence[int]) -> Tensor:
-    """Numbers of successes; both operands have the same shape and strides."""
+    """Numbers of successes in `counts` attempts. Both operands have the same shape and strides."""
     generator = _generator(current())
-    made = torch.binomial(_laid(counts, strides), _laid(chances, strides), generator)
-    return made.contiguous().to(counts.device)
+    successes = torch.binomial(_as_eager(counts, strides), _as_eager(chances, strides), generator)
+    return successes.contiguous().to(counts.device)
 
 
 def standard_gamma(shapes: Tensor, *, strides: Sequence[int]) -> Tensor:
-    """Gamma with rate one."""
-    made = torch.ops.aten._standard_gamma.default(_laid(shapes, strides), _generator(current()))
-    return made.contiguous().to(shapes.device)
+    """Gamma samples with rate one, of the shape of `shapes`."""
+    samples = torch.ops.aten._standard_gamma.default(_as_eager(shapes, strides), _generator(current()))
+    return samples.contiguous().to(shapes.device)
 
 
 def sample_dirichlet(concentrations: Tensor, *, strides: Sequence[int]) -> Tensor:
-    made = torch.ops.aten._sample_dirichlet.default(_laid(concentrations, strides), _generator(current()))
-    return made.contiguous().to(concentrations.device)
+    """Dirichlet samples: the last dim of `concentrations` is that of the distribution."""
+    samples = torch.ops.aten._sample_dirichlet.default(_as_eager(concentrations, strides), _generator(current()))
+    return samples.contiguous().to(concentrations.device)
 
 
 def rrelu(x: Tensor, lower: float, upper: float, *, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A leaky relu and its slopes: random where `x` is not positive, else one. Only these slopes are drawn."""
-    laid, noise = _laid(x, strides), torch.empty(x.shape, dtype=x.dtype)
-    made = torch.ops.aten.rrelu_with_noise.default(laid, noise, lower, upper, True, _generator(current()))
-    return made.contiguous().to(x.device), noise.to(x.device)
+    """A leaky relu and its slopes. Slopes are drawn where `x` is not positive, and one elsewhere."""
+    operand, noise = _as_eager(x, strides), torch.empty(x.shape, dtype=x.dtype)
+    result = torch.ops.aten.rrelu_with_noise.default(operand, noise, lower, upper, True, _generator(current()))
+    return result.contiguous().to(x.device), noise.to(x.device)
 
 
-def _laid(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """`x` on the CPU, in memory as eager mode has it."""
+def _as_eager(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """`x` on the CPU, with the strides of eager mode."""
     return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype).copy_(x)
 
 
 DRAWS = frozenset({draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu})
-"""The functions that move the random stream."""
+"""The functions that advance the random stream."""

@@ -1,8 +1,8 @@
 """The random stream of one in-place method, as torch's CPU kernels draw it, in pieces of any length.
 
-Most kernels draw one element after the other. `normal_` of a contiguous tensor of 16 elements or more goes by groups of
-16, and draws the last 16 elements once more where the groups do not come out even. Some draw all elements at once, by
-a library: their tensor must be drawn whole before a part can be taken.
+Most kernels draw one element after the other. `normal_` on a contiguous tensor of 16 elements or more draws groups of
+16; if the number of elements is not a multiple of 16, it draws the last 16 elements once more. Some kernels draw all
+elements at once with a library. Then every rank must draw the whole tensor to get its part.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BLOCK = 1 << 20
 """Elements that are drawn at a time; a multiple of the group."""
 
 GROUP = 16
-"""Normal numbers are drawn in groups of so many."""
+"""Elements in a group of normal numbers."""
 
 SERIAL = frozenset({"uniform", "normal", "cauchy", "log_normal", "geometric", "random"})
-"""What is drawn element by element, or group by group."""
+"""Methods that draw element by element, or group by group."""
 
 
 class Stream:
-    """A method of filling (`uniform`, `normal`, ...) with its parameters, for one type, from one generator."""
+    """An in-place random method (`uniform`, `normal`, ...) with its parameters, for one dtype, from one generator."""
 
     def __init__(
         self, distribution: str, parameters: Sequence[float], dtype: torch.dtype, generator: torch.Generator
@@ -37,7 +37,7 @@ class Stream:
 
     @property
     def serial(self) -> bool:
-        """Whether pieces one after the other are what a whole tensor would be."""
+        """Whether drawing a tensor in pieces gives the same numbers as drawing it whole."""
         return self.distribution in SERIAL and not self.dtype.is_complex
 
     def fill(self, x: Tensor) -> Tensor:
@@ -45,15 +45,16 @@ class Stream:
         return getattr(x, f"{self.distribution}_")(*self.parameters, generator=self.generator)
 
     def skip(self, count: int) -> None:
-        """Go past `count` elements, of a serial method that knows no groups."""
+        """Skip `count` elements. The method must be serial and without groups."""
         for start in range(0, count, BLOCK):
             self.fill(torch.empty(min(BLOCK, count - start), dtype=self.dtype))
 
 
 class _Pieces:
-    """The `total` elements of a tensor in the order of its memory, drawn in blocks and handed out piece by piece.
+    """The `total` elements of a tensor in the order of its memory, drawn in blocks and returned piece by piece.
 
-    `contiguous`: whether the tensor is, in eager mode."""
+    `contiguous` says whether the tensor is contiguous in eager mode.
+    """
 
     def __init__(self, stream: Stream, total: int, contiguous: bool) -> None:
         self._stream = stream
@@ -65,20 +66,25 @@ class _Pieces:
         """The next `count` elements."""
         while len(self._ready) < count:
             self._ready = torch.cat([self._ready, self._block()])
-        taken, self._ready = self._ready.split([count, len(self._ready) - count])
-        return taken
+        piece, self._ready = self._ready.split([count, len(self._ready) - count])
+        return piece
 
     def _block(self) -> Tensor:
-        # the last block takes a short rest along: its last group is drawn over what comes before
+        # a short rest joins the last block, because the last group is drawn over the elements before it
         size = self._left if self._left < BLOCK + GROUP else BLOCK
         self._left -= size
         if self._grouped or size < GROUP:
             return self._stream.fill(torch.empty(size, dtype=self._stream.dtype))
-        return self._stream.fill(torch.empty(size, 2, dtype=self._stream.dtype)[:, 0])  # gaps keep it from groups
+        return self._stream.fill(
+            torch.empty(size, 2, dtype=self._stream.dtype)[:, 0]
+        )  # strides of 2 keep torch from drawing groups
 
 
 def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, parts: Mapping[int, Part]) -> Tensor:
-    """The part, contiguous and with zeros as padding, of a tensor of that global shape and those strides in memory."""
+    """The rank's part of a random tensor of global `shape`; contiguous, with zeros as padding.
+
+    `strides` are those of the global tensor in eager mode, None if it is contiguous. `parts` are by dim.
+    """
     shape, like = tuple(shape), torch.empty(tuple(shape), dtype=stream.dtype, device="meta")
     if strides is not None:
         like = torch.empty_strided(shape, tuple(strides), dtype=stream.dtype, device="meta")
@@ -89,11 +95,11 @@ def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, 
     local = [parts[d].length if d in parts else n for d, n in enumerate(shape)]
     inside = tuple(slice(0, span.stop - span.start) for span in spans)
     if not parts or not stream.serial:
-        made = stream.fill(torch.empty_strided(shape, like.stride(), dtype=stream.dtype))
+        whole = stream.fill(torch.empty_strided(shape, like.stride(), dtype=stream.dtype))
         if not parts:
-            return made.contiguous()
+            return whole.contiguous()
         result = torch.zeros(local, dtype=stream.dtype)
-        result[inside] = made[tuple(spans)]
+        result[inside] = whole[tuple(spans)]
         return result
     result = torch.zeros(local, dtype=stream.dtype)
     order = sorted(range(len(shape)), key=lambda d: -like.stride(d))
@@ -103,8 +109,11 @@ def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, 
 
 
 def _walk(pieces: _Pieces, target: Tensor | None, shape: Sequence[int], spans: Sequence[slice]) -> None:
-    """Go through a tensor of `shape`, major dim first, and put what lies within `spans` into `target` (None: nothing
-    does), in pieces of whole rows that are no larger than a block, if a row is."""
+    """Draw a tensor of `shape`, major dim first, and write the elements within `spans` to `target`.
+
+    `target` is None if no element is within `spans`. A piece has as many whole rows as fit into a block. Larger rows
+    are drawn in turn.
+    """
     count, row = shape[0], math.prod(shape[1:])
     first, last = spans[0].start, spans[0].stop
     if row > BLOCK:

@@ -1,4 +1,4 @@
-"""Types too narrow to add up in: torch's kernels compute with them in float32, and so do ours."""
+"""Dtypes too narrow for sums: torch's kernels compute with them in float32, and so do those of the runtime."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in the type in which torch's kernels compute with it."""
+    """`x` in the dtype in which torch's kernels compute with it."""
     return x.float() if x.dtype in LOW else x

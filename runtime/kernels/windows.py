@@ -1,7 +1,7 @@
-"""Convolution and pooling along dims that the mesh splits evenly, each over one axis: only the rows that windows share
-with the neighbouring parts travel.
+"""Convolution and pooling along dims that the mesh splits evenly, each over one axis.
 
-A part `h0` is of the first spatial dim, `h1` of the second; a part `g` is of the groups of a convolution.
+A rank sends only the rows that windows of the neighbouring parts see (the halo). Part `h0` is of the first spatial dim,
+`h1` of the second, `g` of the groups of a convolution. Shapes are torch's: `[batch, channels, *space]`.
 """
 
 from __future__ import annotations
@@ -44,33 +44,36 @@ class Window:
 
     @property
     def reach(self) -> int:
-        """Rows from the first that an output sees to the last."""
+        """The number of rows from the first to the last that an output sees."""
         return (self.kernel - 1) * self.dilation + 1
 
     @property
     def before(self) -> int:
-        """Rows of the part before that a part's outputs see, where the input is `stride` times the output."""
+        """Rows of the previous part that a part's outputs see, if the input has `stride` times the rows of the
+        output."""
         return self.padding
 
     @property
     def after(self) -> int:
-        """Rows of the part after that a part's outputs see."""
+        """Rows of the next part that a part's outputs see."""
         return max(self.reach - self.stride - self.padding, 0)
 
     @property
     def spare(self) -> int:
-        """Rows at the end of a part that no output of it sees: strides may be longer than windows."""
+        """Rows at the end of a part that none of its outputs sees, because strides may be longer than windows."""
         return max(self.padding + self.stride - self.reach, 0)
 
     def counts(self, size: int, out: int) -> list[int]:
-        """The numbers of even parts of `size` input rows, and of `out` output rows, in which only neighbours share
-        windows. None where the parts of the two would drift apart."""
+        """The numbers of even parts of `size` input rows and `out` output rows in which only neighbours share windows.
+
+        Empty unless the input has `stride` times the rows of the output: else the parts of the two drift apart.
+        """
         if size != self.stride * out:
             return []
         return [n for n in range(2, out + 1) if out % n == 0 and max(self.before, self.after) <= size // n]
 
     def extended(self, x: Tensor, dim: int, part: Part, fill: float) -> Tensor:
-        """The part's input rows between those of its neighbours that it sees; beyond the ends there is `fill`."""
+        """The part's input rows, between the rows of its neighbours that it sees. Beyond the ends, rows hold `fill`."""
         pieces = [x]
         if self.before:
             rows = part.shifted(x.narrow(dim, x.shape[dim] - self.before, self.before), 1)
@@ -81,39 +84,39 @@ class Window:
         return torch.cat(pieces, dim) if len(pieces) > 1 else x
 
     def folded(self, x: Tensor, dim: int, part: Part) -> Tensor:
-        """The transpose of `extended`: rows beyond the part's are added to its neighbours', or dropped at the ends."""
+        """The transpose of `extended`: rows of the neighbours are added to theirs; rows beyond the ends are dropped."""
         chunk = x.shape[dim] - self.before - self.after
-        own = x.narrow(dim, self.before, chunk).clone()
+        result = x.narrow(dim, self.before, chunk).clone()
         if self.before:
             rows = x.narrow(dim, 0, self.before)
             rows = part.shifted(torch.zeros_like(rows) if part.index == 0 else rows, -1)
-            own.narrow(dim, chunk - self.before, self.before).add_(rows)
+            result.narrow(dim, chunk - self.before, self.before).add_(rows)
         if self.after:
             rows = x.narrow(dim, self.before + chunk, self.after)
             rows = part.shifted(torch.zeros_like(rows) if part.index == part.count - 1 else rows, 1)
-            own.narrow(dim, 0, self.after).add_(rows)
-        return own
+            result.narrow(dim, 0, self.after).add_(rows)
+        return result
 
 
 class _Windows:
-    """The windows of the last `rank` dims of a call, some of which are split."""
+    """The windows of one call over its last `rank` dims, some of which are split."""
 
     def __init__(
         self, rank: int, parts: Mapping[str, Part], kernel: Ints, stride: Ints, padding: Ints, dilation: Ints = 1
     ) -> None:
         self.kernel, self.stride, self.padding, self.dilation = (
-            each(given, rank) for given in (kernel, stride or kernel, padding, dilation)
+            each(setting, rank) for setting in (kernel, stride or kernel, padding, dilation)
         )
-        given = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        self.windows = [Window(*one) for one in given]
-        """One a dim, so that dim -1 is the last of them."""
+        settings = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        self.windows = [Window(*one) for one in settings]
+        """One for each dim, so that dim -1 is the last of them."""
         self.split = {int(name[1:]) - rank: part for name, part in parts.items() if name[0] == "h"}
         """Parts by dim, counted from the end."""
         self.local = [0 if i - rank in self.split else p for i, p in enumerate(self.padding)]
-        """The padding that the local call still has to add."""
+        """The padding of the local call, by dim: none along a split dim, where `extended` adds it."""
 
     def extended(self, x: Tensor, fill: float = 0) -> Tensor:
-        """The operand with just the rows that the rank's outputs see."""
+        """The operand with exactly the rows that the rank's outputs see."""
         for dim, part in sorted(self.split.items()):
             x = self.windows[dim].extended(x, dim % x.dim(), part, fill)
         for dim in self.split:
@@ -121,7 +124,7 @@ class _Windows:
         return x
 
     def folded(self, x: Tensor) -> Tensor:
-        """What was made for the rows that the rank's outputs see, added up on the ranks that hold them."""
+        """The transpose of `extended`: every rank gets the sum of all ranks' values for the rows that it holds."""
         for dim in self.split:
             x = torch.nn.functional.pad(x, [0, 0] * (-1 - dim) + [0, self.windows[dim].spare])
         for dim, part in sorted(self.split.items(), reverse=True):
@@ -136,10 +139,11 @@ class _Windows:
             sizes[dim] += window.before + window.after - window.spare
         return sizes
 
-    def divisor(self, shape: Sequence[int], out: Tensor, padded: bool, given: int | None) -> Tensor | int:
-        """By what the sums that average pooling makes of an input of local `shape` are divided."""
-        if given is not None:
-            return given
+    def divisor(self, shape: Sequence[int], out: Tensor, padded: bool, override: int | None) -> Tensor | int:
+        """The divisors of average pooling over an input of local `shape`; `override` is the divisor that the caller
+        set."""
+        if override is not None:
+            return override
         result = torch.ones((), dtype=out.dtype, device=out.device)
         for dim, window in zip(range(-len(self.windows), 0), self.windows, strict=True):
             part, rows = self.split.get(dim), out.shape[dim]
@@ -152,13 +156,13 @@ class _Windows:
         return result
 
     def first(self, dim: int, size: int) -> int:
-        """The global number of the first row of `extended`, of which the rank itself holds `size`."""
+        """The global index of the first row of `extended`, if the rank holds `size` rows."""
         return self.split[dim].index * size - self.windows[dim].before if dim in self.split else 0
 
 
-def each(given: Ints, rank: int) -> list[int]:
-    """One number a dim; torch takes one for all."""
-    listed = [given] if isinstance(given, int) else list(given)
+def each(numbers: Ints, rank: int) -> list[int]:
+    """One number for each of `rank` dims; like torch, `each` accepts one number for all."""
+    listed = [numbers] if isinstance(numbers, int) else list(numbers)
     return listed if len(listed) == rank else listed * rank
 
 
@@ -166,7 +170,7 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, transposed: bool,
     output_padding: Ints, groups: int, **parts: Part,
 ) -> Tensor:  # fmt: skip
-    """`aten.convolution`; transposed, its windows lie over the output."""
+    """`aten.convolution`. If it is transposed, its windows are over the output."""
     rank = x.dim() - 2
     windows = _Windows(rank, parts, weight.shape[2:], stride, padding, dilation)
     groups //= parts["g"].count if "g" in parts else 1
@@ -183,7 +187,7 @@ def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Ints, padding: Ints,
     dilation: Ints, transposed: bool, output_padding: Ints, groups: int, mask: Sequence[bool], **parts: Part,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`aten.convolution_backward`; the gradients of weight and bias are the rank's addends along split space."""
+    """`aten.convolution_backward`. If space is split, the gradients of weight and bias are the rank's addends."""
     rank = x.dim() - 2
     windows = _Windows(rank, parts, weight.shape[2:], stride, padding, dilation)
     groups //= parts["g"].count if "g" in parts else 1
@@ -194,7 +198,7 @@ def convolution_backward(
         wide = [mask[0], mask[1], False]
         grad_x, grad_weight, _ = aten.convolution_backward(windows.extended(grad), x, weight, None, *more, wide)
         return grad_x if mask[0] else None, grad_weight if mask[1] else None, grad_bias
-    # the gradient of x reads of x no more than its shape
+    # the gradient of x reads only the shape of x
     seen = windows.extended(x) if mask[1] else x.new_empty(windows.shape(x))
     grad_x, grad_weight, _ = aten.convolution_backward(grad, seen, weight, None, *more, [mask[0], mask[1], False])
     return windows.folded(grad_x) if mask[0] else None, grad_weight if mask[1] else None, grad_bias
@@ -217,7 +221,7 @@ def max_pool3d(
 
 
 def _max_pool(pool: Callable[..., Any], windows: _Windows, x: Tensor, ceil: bool) -> tuple[Tensor, Tensor]:
-    """Indices count the elements of the global plane. Where all that a window sees is -inf torch names the first."""
+    """Indices count the elements of the global plane. If a window sees only -inf, torch returns its first index."""
     lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
     seen, rank = windows.extended(x, lowest), len(windows.kernel)
     values, places = pool(seen, windows.kernel, windows.stride, windows.local, windows.dilation, ceil)
@@ -250,27 +254,27 @@ def _max_pool_backward(grad: Tensor, x: Tensor, windows: _Windows, indices: Tens
     sizes = [x.shape[d] * (windows.split[d].count if d in windows.split else 1) for d in range(-rank, 0)]
     number = torch.zeros_like(indices)
     for dim, place in zip(range(-rank, 0), _unraveled(indices, sizes), strict=True):
-        own = place - windows.first(dim, x.shape[dim])
-        # what pads another dim holds no place
-        number = number * shape[dim] + own.clamp(0, shape[dim] - 1)
+        local = place - windows.first(dim, x.shape[dim])
+        # an index into the padding of another dim is out of range
+        number = number * shape[dim] + local.clamp(0, shape[dim] - 1)
     result = grad.new_zeros(shape)
     flat = result.flatten(-rank).scatter_add(-1, number.flatten(-rank), grad.flatten(-rank))
     return windows.folded(flat.view(shape))
 
 
 def _unraveled(places: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    found: list[Tensor] = []
+    indices: list[Tensor] = []
     for size in reversed(sizes):
-        found.insert(0, places % size)
+        indices.insert(0, places % size)
         places = torch.div(places, size, rounding_mode="floor")
-    return found
+    return indices
 
 
 def avg_pool2d(
     x: Tensor, kernel: Ints, stride: Ints = (), padding: Ints = 0, ceil: bool = False, padded: bool = True,
     divisor: int | None = None, **parts: Part,
 ) -> Tensor:  # fmt: skip
-    """`aten.avg_pool2d`; `padded`: zeros that pad count."""
+    """`aten.avg_pool2d`. With `padded`, the average counts the zeros of the padding."""
     return _avg_pool(aten.avg_pool2d, _Windows(2, parts, kernel, stride, padding), x, ceil, padded, divisor)
 
 
@@ -278,7 +282,7 @@ def avg_pool3d(
     x: Tensor, kernel: Ints, stride: Ints = (), padding: Ints = 0, ceil: bool = False, padded: bool = True,
     divisor: int | None = None, **parts: Part,
 ) -> Tensor:  # fmt: skip
-    """`aten.avg_pool3d`; `padded`: zeros that pad count."""
+    """`aten.avg_pool3d`. With `padded`, the average counts the zeros of the padding."""
     return _avg_pool(aten.avg_pool3d, _Windows(3, parts, kernel, stride, padding), x, ceil, padded, divisor)
 
 
@@ -314,5 +318,5 @@ def _avg_pool_backward(
 ) -> Tensor:  # fmt: skip
     spread = grad / windows.divisor(x.shape, grad, padded, divisor)
     like = spread.new_empty(windows.shape(x))
-    made = pool(spread, like, windows.kernel, windows.stride, windows.local, ceil, True, 1)
-    return windows.folded(made)
+    gradient = pool(spread, like, windows.kernel, windows.stride, windows.local, ceil, True, 1)
+    return windows.folded(gradient)

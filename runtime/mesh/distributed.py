@@ -26,16 +26,19 @@ from shardc.runtime.mesh.virtual import VirtualMesh
 
 
 def _let_workers_end() -> None:
-    """Gloo's threads drop the tensors of a collective only after its result was seen. Where that drop meets the end of
-    the interpreter, the process aborts (pytorch/pytorch#190489), even after destroy_process_group."""
+    """Give gloo's threads time to release the tensors of the last collective.
+
+    They may release them after its result was read. If the interpreter ends meanwhile, the process aborts
+    (pytorch/pytorch#190489), even after destroy_process_group.
+    """
     time.sleep(0.1)
 
 
 class DistributedMesh(RuntimeMesh):
     """One rank per process of the default process group, which must be initialised and as large as the mesh.
 
-    `device_type` is "cpu" (gloo) or "cuda" (nccl, the device of LOCAL_RANK). `device_mesh` is torch's. The groups of
-    the axes get the timeout of the default group.
+    `device_type` is "cpu" (gloo) or "cuda" (nccl, the device of LOCAL_RANK). `device_mesh` is torch's DeviceMesh. The
+    groups of the axes get the timeout of the default group. RankError unless the group has one process per rank.
     """
 
     def __init__(self, axes: Mapping[str, int], device_type: str) -> None:
@@ -45,7 +48,10 @@ class DistributedMesh(RuntimeMesh):
         world = dist.get_world_size()
         if world != self.size:
             names = ", ".join(f"{name}={size}" for name, size in self.axes.items())
-            raise RankError(f"the mesh {names} has {self.size} ranks, but torch.distributed runs {world} processes")
+            raise RankError(
+                f"the mesh {names} has {self.size} ranks, but torch.distributed runs {world} processes: "
+                "start one process per rank"
+            )
         self.rank: int = dist.get_rank()
         self.ranks = (self.rank,)
         if device_type == "cuda":
@@ -66,10 +72,10 @@ class DistributedMesh(RuntimeMesh):
         self._adopt_timeout()
 
     def _adopt_timeout(self) -> None:
-        """New groups start with torch's default of 10 to 30 minutes, whatever the default group was told."""
-        kind = torch.device(self._device.type)
+        """Give the groups the timeout of the default group; torch's own default for new ones is 10 to 30 minutes."""
+        device = torch.device(self._device.type)
         default: Any = dist.group.WORLD
-        timeout = default._get_backend(kind).options._timeout
+        timeout = default._get_backend(device).options._timeout
         for group in self._groups.values():
             dist.distributed_c10d._set_pg_timeout(timeout, group)  # pyright: ignore[reportPrivateUsage]
 
@@ -80,7 +86,10 @@ class DistributedMesh(RuntimeMesh):
     def run(
         self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
     ) -> list[Result]:
-        """See `Mesh.run`: one result, that of this process. A peer that dies ends it within the group's timeout."""
+        """See `RuntimeMesh.run`. Returns one result, that of this process.
+
+        If another process dies, the run ends with an error within the group's timeout.
+        """
         state = self._broadcast(torch.get_rng_state()) if random else None
         context = Context(self, self.rank, state)
         result = context.call(function, arguments)
@@ -97,7 +106,7 @@ class DistributedMesh(RuntimeMesh):
         return state.cpu()
 
     def agreed(self, source: str) -> str:
-        """See `Mesh.agreed`. Every rank must come here."""
+        """See `RuntimeMesh.agreed`. Every rank must call it."""
         box = [source]
         try:
             dist.broadcast_object_list(box, 0)
@@ -108,13 +117,16 @@ class DistributedMesh(RuntimeMesh):
     def begin(
         self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
     ) -> Callable[[], Tensor]:
-        """See `Mesh.begin`. What is under way is gloo's, or on NCCL's stream."""
+        """See `RuntimeMesh.begin`. Gloo's threads, or NCCL's stream, run the collective."""
         return collective.c10d(operand, self._ranks_of[axis], op)
 
 
 def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
-    """A DistributedMesh under torchrun (RANK and WORLD_SIZE are set) or where torch.distributed is initialised, else a
-    VirtualMesh. Initialises the process group if need be: nccl and the device of LOCAL_RANK with CUDA, else gloo."""
+    """The mesh for this process: distributed under torchrun, else virtual.
+
+    It is a DistributedMesh if RANK and WORLD_SIZE are set, or torch.distributed is initialised. The process group is
+    initialised if necessary: with CUDA, nccl on the device of LOCAL_RANK; else gloo.
+    """
     started_by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not dist.is_initialized():
         if not started_by_torchrun:
@@ -124,7 +136,7 @@ def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
             dist.init_process_group("nccl")
         else:
             dist.init_process_group("gloo")
-    # process groups are scarce: every program on the same axes shares one mesh
+    # process groups are scarce, so all programs on the same axes share one mesh
     world, identity = dist.group.WORLD, tuple(axes.items())
     if _MESHES.get(identity, (None, None))[0] is not world:
         _MESHES[identity] = world, DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
@@ -135,7 +147,7 @@ _MESHES: dict[tuple[tuple[str, int], ...], tuple[object, DistributedMesh]] = {}
 
 
 def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
-    """The DTensor of the slot's global shape whose part on this rank is `local`, less its padding."""
+    """The DTensor of the slot's global shape whose part on this rank is `local` without its padding."""
     valid = valid_shape(slot.shape, slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
     if valid != tuple(local.shape):
         local = local[tuple(slice(size) for size in valid)].contiguous()
@@ -151,9 +163,10 @@ def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
 
 
 def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Parameter:
-    """The full `parameter` as a DTensor parameter that stores, on this rank, a copy of its own cut only.
+    """The full `parameter` as a DTensor parameter that stores a copy of the rank's part only.
 
-    Every rank must hold the same full values. RankError where the shape does not fit, or DTensor cannot store the cuts.
+    Every rank must hold the same full values. RankError if the shape or dtype is not the slot's, or if DTensor cannot
+    store the cuts.
     """
     slot.check(parameter)
     with torch.no_grad():
@@ -163,13 +176,12 @@ def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Param
 
 
 def swap_in(replacements: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Put each (parameter, DTensor)'s DTensor wherever a dict, list or set holds the parameter: in modules, and in
-    optimizers created earlier.
+    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set holds the parameter.
 
-    Local variables and tuples still hold the old one. RankError where an optimizer already has state for a parameter
-    (which has the old shape).
+    So modules, and optimizers created earlier, get the DTensors. Local variables and tuples still hold the old
+    parameters. RankError if an optimizer already has state for a parameter, since that state has the old shape.
     """
-    # torch.utils.swap_tensors would keep the object, but refuses: a DTensor has slots that a Parameter lacks.
+    # torch.utils.swap_tensors would keep the object, but it refuses, since a DTensor has slots that a Parameter lacks.
     new = {id(old): dtensor for old, dtensor in replacements}
     holders: list[Any] = [h for h in gc.get_referrers(*(old for old, _ in replacements)) if type(h) in _HOLDERS]
     for holder in holders:
@@ -185,7 +197,7 @@ _HOLDERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def _replace(holder: Any, new: Mapping[int, nn.Parameter]) -> None:
-    """Put the new parameters in the places of the old ones, which are told apart by identity."""
+    """Replace the old parameters in one container by the new ones, comparing by identity."""
     if isinstance(holder, set):
         for item in [item for item in holder if id(item) in new]:  # type: ignore[misc]
             holder.remove(item)

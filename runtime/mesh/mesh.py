@@ -1,4 +1,4 @@
-"""The mesh as generated code meets it: named axes, the running rank, and how its collectives start."""
+"""The mesh as generated code sees it: named axes, the running rank, and the start of its collectives."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _running = threading.local()
 class RuntimeMesh(ABC):
     """Named axes and the ranks on them, numbered row-major: the first axis is the slowest.
 
-    `axes` maps names to sizes; `ranks` are those that run in this process; `traffic` is the bytes that one rank has
-    sent since the last `reset`, per axis, as collectives tell by `Collective.sent`.
+    `axes` maps names to sizes. `ranks` are those that run in this process. `traffic` is the number of bytes, per axis,
+    that one rank has sent since the last `reset`, by `Collective.sent`. RankError for an axis without ranks.
     """
 
     def __init__(self, axes: Mapping[str, int]) -> None:
@@ -41,7 +41,7 @@ class RuntimeMesh(ABC):
         self.traffic = dict.fromkeys(self.axes, 0.0)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where `rank` stands on each axis."""
+        """The coordinate of `rank` on each axis."""
         result: dict[str, int] = {}
         for name, size in reversed(self.axes.items()):
             rank, result[name] = divmod(rank, size)
@@ -55,32 +55,37 @@ class RuntimeMesh(ABC):
     def run(
         self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
     ) -> list[Result]:
-        """Call `function(*arguments(rank))` on every local rank; the results, in the order of `ranks`.
+        """Call `function(*arguments(rank))` on every local rank; return the results in the order of `ranks`.
 
-        Runs without recording gradients. With `random`, every rank draws from its own copy of torch's default CPU
-        generator (under torch.distributed: rank 0's), and the default generator is left in the state after the draws.
-        A failure on any rank raises one RankError.
+        Gradients are not recorded. With `random`, every rank draws from its own copy of torch's default CPU generator
+        (under torch.distributed: of rank 0's), and the default generator then moves past the draws. A failure on any
+        rank raises one RankError.
         """
 
     @abstractmethod
     def begin(
         self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
     ) -> Callable[[], Tensor]:
-        """Start the transport of one collective, for `shardc.runtime.collectives`; what is returned waits for its end
-        and gives what arrives. Shapes, and what `op` is, are the collective's affair."""
+        """Start the transport of one collective; the returned function waits for its end and returns its result.
+
+        Only `shardc.runtime.collectives` calls it. The collective defines the shapes and the meaning of `op`.
+        """
 
     def agreed(self, source: str) -> str:
-        """What all processes take for `source`: that of the first."""
+        """The `source` of the first process, on all processes."""
         return source
 
     def count(self, collective: AnyCollective, axis: str, operand: Tensor) -> None:
-        """Add to `traffic` what one rank sends in this collective."""
+        """Add to `traffic` the bytes that one rank sends in this collective."""
         self.traffic[axis] += collective.sent(self.axes[axis], operand.numel() * operand.element_size())
 
 
 class Context:
-    """The running rank: its mesh, coordinates and device, the run's random generator (None where the run draws
-    nothing), and `operation`, the (collective, axis) under way, for messages."""
+    """The running rank: its mesh, coordinates and device.
+
+    `generator` is the run's random generator, None if the run draws no random numbers. `operation` is the
+    (collective, axis) under way, for error messages.
+    """
 
     def __init__(self, mesh: RuntimeMesh, rank: int, state: Tensor | None) -> None:
         self.mesh = mesh
@@ -96,7 +101,7 @@ class Context:
     def size(self, axis: str) -> int:
         """The number of ranks on `axis`; RankError where the mesh has no such axis."""
         if axis not in self.mesh.axes:
-            raise RankError(f"the mesh has no axis {axis!r}, only {', '.join(self.mesh.axes)}")
+            raise RankError(f"the mesh has no axis {axis!r}; it has {', '.join(self.mesh.axes)}")
         return self.mesh.axes[axis]
 
     @overload
@@ -113,26 +118,26 @@ class Context:
         finish: Callable[[Tensor], Any] = lambda moved: moved,
         op: str = "",
     ) -> Started[Any]:
-        """Start one collective (see `Mesh.begin`) and count its bytes; it gives what `finish` makes of what arrives."""
+        """Start one collective (see `RuntimeMesh.begin`) and count its bytes. Its result is `finish(what arrives)`."""
         self.operation = (collective.name, axis)
         if self.rank == self.mesh.ranks[0]:
             self.mesh.count(collective, axis, operand)
         operand = operand.contiguous()
         arrive = self.mesh.begin(self, collective, axis, operand, op)
         self.operation = None
-        held = [] if collective.works_on_copy else [operand]  # the others read their operand until they end
+        operands = [] if collective.works_on_copy else [operand]  # transports without a copy read it until they end
 
         def land() -> Any:
             self.operation = (collective.name, axis)
             moved = arrive()
             self.operation = None
-            held.clear()
+            operands.clear()
             return finish(moved)
 
         return Started(land)
 
     def call(self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]]) -> Result:
-        """`function(*arguments(rank))` with this context as the running one; every exception becomes a RankError."""
+        """Call `function(*arguments(rank))` as the running rank of this thread. Every exception becomes a RankError."""
         try:
             with entered(self), torch.no_grad():
                 return function(*arguments(self.rank))
@@ -141,10 +146,12 @@ class Context:
 
 
 def current() -> Context:
-    """The rank that runs in this thread; RankError outside of `Mesh.run`."""
+    """The rank that runs in this thread; RankError outside of `RuntimeMesh.run`."""
     context: Context | None = getattr(_running, "context", None)
     if context is None:
-        raise RankError("no rank is running in this thread: generated code runs inside Mesh.run or an Executable")
+        raise RankError(
+            "no rank is running in this thread: call generated code through RuntimeMesh.run or an Executable"
+        )
     return context
 
 

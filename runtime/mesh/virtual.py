@@ -1,4 +1,4 @@
-"""A mesh whose ranks are threads of this process, so that every plan runs, and fails, the same way on a laptop."""
+"""A mesh whose ranks are threads of this process, so that a plan runs and fails on a laptop as it does on a cluster."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 
 
 class _Aborted(Exception):
-    """Another rank failed; this one only stops."""
+    """Another rank failed, so this one stops."""
 
 
 class _Run:
-    """What the ranks of one run share: one lock, and per group the operands of the collective under way."""
+    """State that the ranks of one run share: one lock, and per group the operands of the collective under way."""
 
     def __init__(self, size: int) -> None:
         self.condition = threading.Condition()
@@ -30,7 +30,7 @@ class _Run:
         self.groups: dict[tuple[str, tuple[int, ...]], _Group] = {}
 
     def check_stuck(self) -> None:
-        """With the lock held: abort if nobody is left who could end the waiting of the others."""
+        """Abort if all running ranks wait for each other. The caller holds the lock."""
         if self.waiting and len(self.waiting) == self.running:
             self.failed = True
             self.condition.notify_all()
@@ -46,12 +46,12 @@ class _Group:
 
 
 class VirtualMesh(RuntimeMesh):
-    """Every rank is a thread of this process; reductions go in rank order, so results are deterministic."""
+    """Every rank is a thread of this process. Reductions go in rank order, so results are deterministic."""
 
     def __init__(self, axes: Mapping[str, int], device_type: str = "cpu") -> None:
         super().__init__(axes)
         self._device = torch.device(device_type)
-        # Threads are kept from run to run: a new thread makes torch start a new pool of OpenMP threads.
+        # Threads live from run to run, because torch starts a new pool of OpenMP threads for each new thread.
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="rank")
         self._one_at_a_time = threading.Lock()
         self._run = _Run(self.size)
@@ -63,7 +63,7 @@ class VirtualMesh(RuntimeMesh):
     def run(
         self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
     ) -> list[Result]:
-        """See `Mesh.run`. If several ranks fail, the error is that of the lowest."""
+        """See `RuntimeMesh.run`. If several ranks fail, the error is that of the lowest."""
         with self._one_at_a_time:
             self._run = run = _Run(self.size)
             state = torch.get_rng_state() if random else None
@@ -85,7 +85,7 @@ class VirtualMesh(RuntimeMesh):
             futures = [self._threads.submit(work, context) for context in contexts]
             errors = [error for error in (future.exception() for future in futures) if error is not None]
             if errors:
-                # Those that were merely stopped are no news, unless all of them are: then they waited for each other.
+                # Report a rank that failed by itself. If there is none, all ranks waited for each other: report any.
                 raise next((error for error in errors if not isinstance(error.__cause__, _Aborted)), errors[0])
             if contexts[0].generator is not None:
                 torch.set_rng_state(contexts[0].generator.get_state())
@@ -94,7 +94,7 @@ class VirtualMesh(RuntimeMesh):
     def begin(
         self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str
     ) -> Callable[[], Tensor]:
-        """See `Mesh.begin`. The collective runs to its end at once."""
+        """See `RuntimeMesh.begin`. The collective runs to its end at once."""
         others = tuple(index for name, index in context.coordinates.items() if name != axis)
         position = context.coordinates[axis]
         label = f"{collective.name}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"
@@ -105,7 +105,7 @@ class VirtualMesh(RuntimeMesh):
     def _meet(
         self, rank: int, key: tuple[str, tuple[int, ...]], position: int, label: str, operand: Tensor
     ) -> list[Tensor]:
-        """Wait for all ranks of the group; what each of them brought."""
+        """Wait for all ranks of the group; return their operands in order."""
         run = self._run
         with run.condition:
             group = run.groups.setdefault(key, _Group(self.axes[key[0]]))
@@ -123,12 +123,15 @@ class VirtualMesh(RuntimeMesh):
                 while group.round == this_round and not run.failed:
                     run.condition.wait()
                 if group.round == this_round:
-                    raise _Aborted(f"a peer on axis {key[0]!r} never came to {label}")
+                    raise _Aborted(f"another rank on axis {key[0]!r} never started {label}")
             complete = group.complete
             group.fetched += 1
-            if group.fetched == group.size:  # what it holds could be freed now
+            if group.fetched == group.size:  # nobody reads the operands any more
                 group.complete, group.fetched = [], 0
         labels = [label for label, _ in complete]
         if len(set(labels)) > 1:
-            raise RankError(f"the ranks of axis {key[0]!r} disagree on the collective: {', '.join(labels)}")
+            raise RankError(
+                f"the ranks of axis {key[0]!r} disagree on the collective: {', '.join(labels)}. "
+                "All must start the same one"
+            )
         return [operand for _, operand in complete]

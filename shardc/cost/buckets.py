@@ -1,11 +1,14 @@
-"""Buckets: small collectives of one kind over one axis run as one, over a flat buffer, and pay its latency once.
+"""Buckets: several small all-reduces (say) over one axis run as one, over a flat buffer, and pay its latency once.
 
     alone       launch + start + latency + B · per_byte                     for each operand of B bytes
     in buckets  the same, once a bucket, + launch + 2 B / memory_bandwidth  to copy its operands into the buffer
 
-A bucket is full where its collective is within `SLACK` of what its bytes take alone. Operands fill as few buckets as
-hold them, equally; one that takes no longer by itself stays by itself. The solver charges an operand its share of a
-bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
+All times are seconds, and all sizes are bytes. The two lines are the α-β model of `shardc/cost/collectives.py`, plus
+the copy into the buffer, which reads and writes every byte once.
+
+A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill as few buckets as hold
+them, all equally. An operand that gains nothing by a bucket stays alone. The solver charges an operand its share of
+a bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
 """
 
 from __future__ import annotations
@@ -25,91 +28,96 @@ SLACK = 0.05
 
 @dataclass(frozen=True)
 class Buckets:
-    """What buckets cost on one mesh. Sizes are bytes of local operands; no bucket is meant to hold more than `most`."""
+    """What buckets cost on one mesh. Sizes are bytes of local operands. No bucket is meant to hold more than `most`."""
 
     mesh: Mesh
     device: Hardware
     most: float = math.inf
 
-    def alone(self, kind: AnyCollective, axis: str, size: float) -> float:
+    def alone(self, collective: AnyCollective, axis: str, size: float) -> float:
         """Seconds of one collective by itself."""
-        return self.device.collective_seconds(kind, size, self.mesh, axis)
+        return self.device.collective_seconds(collective, size, self.mesh, axis)
 
-    def seconds(self, kind: AnyCollective, axis: str, size: float) -> float:
+    def seconds(self, collective: AnyCollective, axis: str, size: float) -> float:
         """Seconds of a bucket of `size` bytes in all: its collective and the copy that fills it."""
-        return self.alone(kind, axis, size) + self.device.launch + 2.0 * size / self.device.memory_bandwidth
+        return self.alone(collective, axis, size) + self.device.launch + 2.0 * size / self.device.memory_bandwidth
 
-    def full(self, kind: AnyCollective, axis: str) -> float:
-        """The bytes from which on latency is at most `SLACK` of a collective's transfer, at the rate of the backend's
-        best algorithm for long operands; or the most that a bucket may hold."""
-        lines = self.device.collective_lines(kind, self.mesh, axis)
+    def full(self, collective: AnyCollective, axis: str) -> float:
+        """Bytes of a full bucket: the least size at which latency is at most `SLACK` of the transfer, and never more
+        than `most`. The transfer runs at the rate of the backend's best algorithm for long operands."""
+        lines = self.device.collective_lines(collective, self.mesh, axis)
         allowed = (1.0 + SLACK) * min(line.per_byte for line in lines)
-        near = (line.latency / (allowed - line.per_byte) for line in lines if line.per_byte < allowed)
-        return min(*near, self.most, math.inf)
+        sizes = (line.latency / (allowed - line.per_byte) for line in lines if line.per_byte < allowed)
+        return min(*sizes, self.most, math.inf)
 
-    def fill(self, kind: AnyCollective, axis: str, sizes: Sequence[float]) -> float:
-        """The bytes of every bucket where operands of `sizes` fill buckets equally; 0 where none is worth one."""
-        most = min(self.full(kind, axis), sum(sizes))
-        total = sum(size for size in sizes if self.joins(kind, axis, size, most))
+    def fill(self, collective: AnyCollective, axis: str, sizes: Sequence[float]) -> float:
+        """Bytes of every bucket if operands of `sizes` bytes fill buckets equally; 0 if no bucket saves time."""
+        most = min(self.full(collective, axis), sum(sizes))
+        total = sum(size for size in sizes if self.joins(collective, axis, size, most))
         return total / math.ceil(total / most) if total else 0.0
 
-    def joins(self, kind: AnyCollective, axis: str, size: float, fill: float) -> bool:
+    def joins(self, collective: AnyCollective, axis: str, size: float, fill: float) -> bool:
         """Whether an operand takes less time in a bucket of `fill` bytes than alone."""
-        return self.saved(kind, axis, size, fill) > 0.0
+        return self.saved(collective, axis, size, fill) > 0.0
 
-    def hidden(self, kind: AnyCollective, axis: str, size: float, fill: float) -> float:
-        """What part of the time of an operand's collective, or of its bucket's, a rank can compute in."""
-        seconds = self.alone(kind, axis, fill if self.joins(kind, axis, size, fill) else size)
+    def hidden(self, collective: AnyCollective, axis: str, size: float, fill: float) -> float:
+        """The part (0 to 1) of an operand's collective, or of its bucket's, during which the rank can compute."""
+        seconds = self.alone(collective, axis, fill if self.joins(collective, axis, size, fill) else size)
         return self.device.hidden(self.mesh, axis, seconds) / seconds if seconds else 0.0
 
-    def least(self, kind: AnyCollective, axis: str, size: float, fill: float) -> float:
+    def least(self, collective: AnyCollective, axis: str, size: float, fill: float) -> float:
         """Seconds that an operand adds: alone, or its share of a bucket of `fill` bytes."""
-        alone = self.alone(kind, axis, size)
-        return min(alone, self._share(kind, axis, size, fill)) if fill else alone
+        alone = self.alone(collective, axis, size)
+        return min(alone, self._share(collective, axis, size, fill)) if fill else alone
 
-    def saved(self, kind: AnyCollective, axis: str, size: float, fill: float) -> float:
-        """Seconds that an operand takes less in a bucket of `fill` bytes than alone."""
-        return self.alone(kind, axis, size) - self._share(kind, axis, size, fill) if fill else 0.0
+    def saved(self, collective: AnyCollective, axis: str, size: float, fill: float) -> float:
+        """Seconds that a bucket of `fill` bytes saves for an operand, compared with a collective of its own."""
+        return self.alone(collective, axis, size) - self._share(collective, axis, size, fill) if fill else 0.0
 
-    def _share(self, kind: AnyCollective, axis: str, size: float, fill: float) -> float:
-        return self.seconds(kind, axis, fill) * size / fill
+    def _share(self, collective: AnyCollective, axis: str, size: float, fill: float) -> float:
+        return self.seconds(collective, axis, fill) * size / fill
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a gradient costs among others: `gradients` are the bytes of all of its dtype, each whole. Backward computes
-    for `beneath` seconds a byte of all gradients, and so much of what a gradient takes to send is hidden."""
+    """What a gradient costs among others. `gradients` are the bytes of all gradients of its dtype, each unsplit.
+
+    Backward computes for `backward` seconds a byte of all gradients. That much of a gradient's sending time is hidden.
+    """
 
     buckets: Buckets
     gradients: tuple[float, ...]
-    beneath: float = 0.0
+    backward: float = 0.0
     _fills: dict[tuple[AnyCollective, str, float], float] = field(
         default_factory=dict[tuple[AnyCollective, str, float], float]
     )
 
-    def seconds(self, kind: AnyCollective, axis: str, size: float, part: float) -> float:
-        """Seconds that a collective adds whose operand of `size` bytes is `part` of a whole gradient: alone, or its
-        share of a bucket. Every other gradient is taken to be split as this one is."""
-        return self.buckets.least(kind, axis, size, self._fill(kind, axis, part))
+    def seconds(self, collective: AnyCollective, axis: str, size: float, part: float) -> float:
+        """Seconds that a collective adds: alone, or its share of a bucket. Its operand has `size` bytes, which is
+        `part` (0 to 1) of the whole gradient. The model assumes that every other gradient is split in the same way."""
+        return self.buckets.least(collective, axis, size, self._fill(collective, axis, part))
 
-    def hidden(self, kind: AnyCollective, axis: str, size: float, part: float) -> float:
-        """What part of such a collective's time, or of its bucket's, backward can hide: but for the rank's own work,
-        and for what is sent last, when backward has ended."""
-        fill = self._fill(kind, axis, part) if kind.bucket is not None else 0.0
-        sent = fill if self.buckets.joins(kind, axis, size, fill) else size
+    def hidden(self, collective: AnyCollective, axis: str, size: float, part: float) -> float:
+        """The part (0 to 1) of such a collective's time, or of its bucket's, that backward can hide.
+
+        Two things stay visible: the time that the rank's cores spend on the collective, and the bucket that is sent
+        last, when backward has ended.
+        """
+        fill = self._fill(collective, axis, part) if collective.bucket is not None else 0.0
+        sent = fill if self.buckets.joins(collective, axis, size, fill) else size
         last = min(sent / (part * sum(self.gradients)), 1.0)
-        return self.buckets.hidden(kind, axis, size, fill) * (1.0 - last)
+        return self.buckets.hidden(collective, axis, size, fill) * (1.0 - last)
 
-    def _fill(self, kind: AnyCollective, axis: str, part: float) -> float:
-        key = kind, axis, part
+    def _fill(self, collective: AnyCollective, axis: str, part: float) -> float:
+        key = collective, axis, part
         if key not in self._fills:
-            self._fills[key] = self.buckets.fill(kind, axis, [part * whole for whole in self.gradients])
+            self._fills[key] = self.buckets.fill(collective, axis, [part * whole for whole in self.gradients])
         return self._fills[key]
 
-    def exposed(self, seconds: np.ndarray, own: np.ndarray, whole: float) -> np.ndarray:
-        """What is left of the `seconds` of conversions of a gradient of `whole` bytes when backward has hidden what it
-        can of them; no fewer than `own`, which nothing can hide.
+    def exposed(self, seconds: np.ndarray, floor: np.ndarray, whole: float) -> np.ndarray:
+        """The seconds of conversions of a gradient of `whole` bytes that backward cannot hide, elementwise.
 
-        Every gradient hides beneath its share of backward, by its bytes: all together, no more than backward computes.
+        Nothing can hide the `floor` of each. A gradient hides behind its share of backward, which is proportional to
+        its bytes, so all gradients together hide no more seconds than backward computes.
         """
-        return np.maximum(own, seconds - self.beneath * whole)
+        return np.maximum(floor, seconds - self.backward * whole)

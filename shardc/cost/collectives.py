@@ -1,17 +1,19 @@
-"""Collectives: what each algorithm of a backend costs on one mesh axis.
+"""Collectives: the seconds that each algorithm of a backend takes on one mesh axis.
 
-Every algorithm is a line over the bytes B of the local operand, `seconds = latency + B · per_byte`; of those that the
-hardware file lists for a kind, the backend is taken to run the fastest. With n ranks on the axis, `near` of them in
-each of `nodes` nodes (n = near · nodes); α, β the latency and bandwidth inside a node; α', β' between nodes, where β'
-is the node's uplink divided by the rings that run through it at the same time; β* the slower of the links in use:
+Every algorithm is a line over the bytes B of the local operand: `seconds = latency + B · per_byte`. The hardware file
+lists algorithms for each collective, and the model assumes that the backend runs the fastest of them.
 
-    one way round (P)   (n-nodes)α + (nodes-1)α' + (n-1)·chunk/β*       a chunk passes nodes-1 hops between nodes
+The axis has n ranks, `near` of them in each of `nodes` nodes (n = near · nodes). α and β are the latency (seconds a
+hop) and the bandwidth (bytes a second) inside a node. α' and β' are those between nodes, where β' is the uplink of a
+node divided by the number of rings that share it. β* is the slower of the links in use:
+
+    once round (P)      (n-nodes)α + (nodes-1)α' + (n-1)·chunk/β*       a chunk passes nodes-1 hops between nodes
     all_gather          ring          P(B)
                         direct        max(α, α') + max((near-1)·B/β, (n-near)·near·B/β')
                         hierarchical  across nodes P(B), every device its own ring; then inside P(nodes·B)
     reduce_scatter      ring          P(B/n)
                         hierarchical  inside P(B/near); then across nodes P(B/n)
-                        all_reduce    the ring of an all-reduce, of which each rank keeps its part
+                        all_reduce    the ring of an all-reduce; each rank then keeps its chunk
     all_reduce          ring          2 P(B/n)
                         tree          2((near-1)α + ⌈log2 nodes⌉α') + 2·B/β*
                         star          2·max(α, α') + 2(n-1)·B/β*
@@ -21,11 +23,16 @@ is the node's uplink divided by the rings that run through it at the same time; 
                         torus         n/2·α + n/4·B/β
     permute             direct        max(α, α') + B/β or, where it crosses, near·B/β'
 
-Sources. Ring, pairwise: Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH",
-2005. Latency of rings over nodes, and tree: NCCL's tuning (src/graph/tuning.cc; double binary trees after Sanders,
-Speck, Träff 2009, a chain inside the node). Rings share the uplink: Singh et al., AxoNN, 2024. Star, for links where
-latency rules: TPI-LLM, 2024. Torus: n ranks send B/n a mean distance of n/4 over 2n one-way links. Gloo: all_reduce and
-all_gather are rings, all_to_all is pairwise, and torch's reduce_scatter over gloo is an all-reduce and a copy.
+Sources:
+
+- Ring and pairwise: Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH", 2005.
+- Latency of rings over nodes, and trees: NCCL, src/graph/tuning.cc. Its trees are double binary trees (Sanders, Speck,
+  Träff 2009) between nodes and a chain inside a node.
+- Rings share the uplink: Singh et al., AxoNN, 2024.
+- Star, for links where latency dominates: TPI-LLM, 2024.
+- Torus: n ranks send B/n over a mean distance of n/4, on 2n one-way links.
+- Gloo: all_reduce and all_gather are rings, all_to_all is pairwise, and torch's reduce_scatter over gloo is an
+  all-reduce and a copy.
 """
 
 from __future__ import annotations
@@ -58,13 +65,16 @@ class Line:
         return self.latency + size * self.per_byte
 
     def of(self, part: float) -> Line:
-        """The line over B of an algorithm that is given B * part."""
+        """The line over B of an algorithm whose operand has `B * part` bytes."""
         return Line(self.latency, self.per_byte * part)
 
 
 class Wires(NamedTuple):
-    """One mesh axis as its links see it: `near` of its ranks in each of `nodes` nodes; seconds a hop inside a node and
-    between nodes, and seconds a byte: of one device inside, and of one ring on its share of the uplink between."""
+    """One mesh axis as its links see it: `near` of its ranks are in each of `nodes` nodes.
+
+    `inside` and `between` are seconds a hop and seconds a byte: of one device inside a node, and of one ring on its
+    share of the uplink between nodes.
+    """
 
     near: int
     nodes: int
@@ -72,7 +82,7 @@ class Wires(NamedTuple):
     between: Line
 
     @property
-    def ways(self) -> int:
+    def ranks(self) -> int:
         """Ranks on the axis."""
         return self.near * self.nodes
 
@@ -90,14 +100,14 @@ class Wires(NamedTuple):
 
     @property
     def across(self) -> Wires:
-        """The part between nodes, if every device of a node runs a ring of its own: they share what one ring had."""
+        """The axis between nodes, if every device of a node runs its own ring. They share what one ring had."""
         return Wires(1, self.nodes, self.inside, self.between.of(self.near))
 
 
 def _round(wires: Wires) -> Line:
-    """One way round the ring, over the bytes of the chunk that every rank passes on."""
-    latency = (wires.ways - wires.nodes) * wires.inside.latency + (wires.nodes - 1) * wires.between.latency
-    return Line(latency, (wires.ways - 1) * wires.slowest.per_byte)
+    """Once round the ring, as a line over the bytes of the chunk that every rank passes on."""
+    latency = (wires.ranks - wires.nodes) * wires.inside.latency + (wires.nodes - 1) * wires.between.latency
+    return Line(latency, (wires.ranks - 1) * wires.slowest.per_byte)
 
 
 def _twice(line: Line) -> Line:
@@ -105,7 +115,7 @@ def _twice(line: Line) -> Line:
 
 
 def _all_reduce_ring(wires: Wires) -> Line:
-    return _twice(_round(wires).of(1 / wires.ways))
+    return _twice(_round(wires).of(1 / wires.ranks))
 
 
 def _all_reduce_tree(wires: Wires) -> Line:
@@ -116,7 +126,7 @@ def _all_reduce_tree(wires: Wires) -> Line:
 
 def _all_reduce_star(wires: Wires) -> Line:
     slowest = wires.slowest
-    return _twice(Line(slowest.latency, (wires.ways - 1) * slowest.per_byte))
+    return _twice(Line(slowest.latency, (wires.ranks - 1) * slowest.per_byte))
 
 
 def _all_reduce_hierarchical(wires: Wires) -> list[Line]:
@@ -126,7 +136,7 @@ def _all_reduce_hierarchical(wires: Wires) -> list[Line]:
 
 def _all_gather_direct(wires: Wires) -> Line:
     inside = (wires.near - 1) * wires.inside.per_byte
-    across = (wires.ways - wires.near) * wires.near * wires.between.per_byte
+    across = (wires.ranks - wires.near) * wires.near * wires.between.per_byte
     return Line(wires.slowest.latency, max(inside, across))
 
 
@@ -135,18 +145,18 @@ def _all_gather_hierarchical(wires: Wires) -> Line:
 
 
 def _reduce_scatter_hierarchical(wires: Wires) -> Line:
-    return _round(wires.local).of(1 / wires.near) + _round(wires.across).of(1 / wires.ways)
+    return _round(wires.local).of(1 / wires.near) + _round(wires.across).of(1 / wires.ranks)
 
 
 def _all_to_all_pairwise(wires: Wires) -> Line:
-    far = wires.ways - wires.near
+    far = wires.ranks - wires.near
     latency = (wires.near - 1) * wires.inside.latency + far * wires.between.latency
-    return Line(latency, _all_gather_direct(wires).per_byte / wires.ways)
+    return Line(latency, _all_gather_direct(wires).per_byte / wires.ranks)
 
 
 def _all_to_all_torus(wires: Wires) -> Line:
     slowest = wires.slowest
-    return Line(wires.ways / 2 * slowest.latency, wires.ways / 4 * slowest.per_byte)
+    return Line(wires.ranks / 2 * slowest.latency, wires.ranks / 4 * slowest.per_byte)
 
 
 def _permute(wires: Wires) -> Line:
@@ -162,7 +172,7 @@ ALGORITHMS: dict[AnyCollective, dict[str, Formula]] = {
         "hierarchical": _all_gather_hierarchical,
     },
     reduce_scatter: {
-        "ring": lambda wires: _round(wires).of(1 / wires.ways),
+        "ring": lambda wires: _round(wires).of(1 / wires.ranks),
         "hierarchical": _reduce_scatter_hierarchical,
         all_reduce.name: _all_reduce_ring,
     },
@@ -176,19 +186,21 @@ ALGORITHMS: dict[AnyCollective, dict[str, Formula]] = {
     all_to_all: {"pairwise": _all_to_all_pairwise, "torus": _all_to_all_torus},
     permute: {"direct": _permute},
 }
-"""Per collective the algorithms that a hardware file may list, as functions from the wiring to lines."""
+"""Per collective the algorithms that a hardware file may list, as functions of the wiring."""
 
 BY_NAME: dict[str, AnyCollective] = {collective.name: collective for collective in ALGORITHMS}
-"""Collectives as hardware files name them."""
+"""Collectives by the names that hardware files use."""
 
-TEXTBOOK: dict[AnyCollective, tuple[str, ...]] = {kind: (next(iter(found)),) for kind, found in ALGORITHMS.items()}
-"""What a backend of which nothing is known runs: rings, and exchanges by pairs."""
+TEXTBOOK: dict[AnyCollective, tuple[str, ...]] = {
+    collective: (next(iter(algorithms)),) for collective, algorithms in ALGORITHMS.items()
+}
+"""What an unknown backend is assumed to run: rings and pairwise exchanges."""
 
 
-def lines(kind: AnyCollective, algorithms: tuple[str, ...], wires: Wires) -> list[Line]:
-    """The lines of the algorithms that a backend chooses among."""
-    found: list[Line] = []
+def lines(collective: AnyCollective, algorithms: tuple[str, ...], wires: Wires) -> list[Line]:
+    """The lines of the algorithms that a backend chooses among; one algorithm may have several."""
+    result: list[Line] = []
     for name in algorithms:
-        made = ALGORITHMS[kind][name](wires)
-        found += made if isinstance(made, list) else [made]
-    return found
+        line = ALGORITHMS[collective][name](wires)
+        result += line if isinstance(line, list) else [line]
+    return result

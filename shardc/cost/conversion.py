@@ -1,10 +1,10 @@
-"""Layout conversions: the steps there are, what each sends and costs, and the cheapest path between any two layouts.
+"""Layout conversions: the possible steps, what each sends and costs, and the cheapest path between any two layouts.
 
-One table serves the solver (which adds up its entries) and lowering (which walks its paths), so the price of a
+The solver adds up the entries of one table, and lowering walks the paths of the same table. So the price of a
 conversion is the price of exactly the collectives that are emitted.
 
-What a collective costs is in `shardc/cost/collectives.py`. Inside the bodies of operators there is also permute, where
-every rank sends to one other.
+`shardc/cost/collectives.py` has the cost of each collective. Permute, where every rank sends to one other, is no step
+of a conversion: only the bodies of operators use it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shardc.runtime.collectives.collective import AnyCollective
 
 
 def step_seconds(collective: AnyCollective, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
-    """Seconds of one step whose local operand has `operand_bytes`."""
+    """Seconds of one step over `axis` whose local operand has `operand_bytes` bytes; a local step costs a copy."""
     if collective.local:
         return device.launch + operand_bytes / device.memory_bandwidth
     if mesh.sizes[axis] == 1:
@@ -38,8 +38,8 @@ def step_seconds(collective: AnyCollective, axis: str, operand_bytes: float, mes
 class TensorClass:
     """All layouts of tensors with the same atoms and bytes an element, and the cheapest conversion between any two.
 
-    `seconds[i, j]` is what converting layout i to layout j adds to a step. For gradients, `sharing` prices the steps
-    that run in buckets, and tells what of them backward hides.
+    `seconds[i, j]` is the time that converting layout i to layout j adds to a training step. For gradients, `sharing`
+    prices the steps that run in buckets, and gives the part of them that backward hides.
     """
 
     sizes: tuple[int, ...]
@@ -59,7 +59,7 @@ class TensorClass:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """Per layout the bytes that a rank holds."""
+        """Bytes that a rank holds, per layout."""
         return np.array([self.local_bytes(splits) for splits in self.layouts])
 
     def local_bytes(self, splits: Splits) -> float:
@@ -68,14 +68,14 @@ class TensorClass:
 
     @cached_property
     def _moves(self) -> dict[int, dict[int, tuple[float, Step]]]:
-        """Per layout, the layouts one step away with the seconds and the step."""
+        """Per layout, the layouts one step away, each with the seconds of that step and the step."""
         moves: dict[int, dict[int, tuple[float, Step]]] = {}
         for i, splits in enumerate(self.layouts):
-            found: dict[int, tuple[float, Step]] = {}
+            neighbours: dict[int, tuple[float, Step]] = {}
             for step in steps(splits, self.sizes, self.mesh, self.ops):
                 after = apply(splits, step, self.mesh)
-                found[self.index[after]] = self.step_seconds(step, self.operand_bytes(splits, after, step)), step
-            moves[i] = found
+                neighbours[self.index[after]] = self.step_seconds(step, self.operand_bytes(splits, after, step)), step
+            moves[i] = neighbours
         return moves
 
     def step_seconds(self, step: Step, moved: float) -> float:
@@ -86,15 +86,15 @@ class TensorClass:
         return step_seconds(step.collective, step.axis, moved, self.mesh, self.device)
 
     def operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
-        """Bytes of a step's local operand, padded to chunks of the atom that it splits."""
+        """Bytes of a step's local operand, padded so that the atom which the step splits falls into even chunks."""
         if step.collective.keeps_part:
-            return self.local_bytes(after)  # it writes only what it keeps
+            return self.local_bytes(after)  # the rank writes only the chunk that it keeps
         size = self.local_bytes(before)
         if step.target is None or not size:
             return size
-        atom, held = self.sizes[step.target], before.axes[step.target]
-        chunk = self.mesh.chunk(atom, (*held, step.axis))
-        return size / self.mesh.chunk(atom, held) * chunk * self.mesh.sizes[step.axis]
+        atom, axes = self.sizes[step.target], before.axes[step.target]
+        chunk = self.mesh.chunk(atom, (*axes, step.axis))
+        return size / self.mesh.chunk(atom, axes) * chunk * self.mesh.sizes[step.axis]
 
     @cached_property
     def seconds(self) -> np.ndarray:
@@ -104,25 +104,25 @@ class TensorClass:
 
     @cached_property
     def _cheapest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Between any two layouts the seconds of the cheapest conversion; and for how many of them, of a gradient,
-        nothing can hide it."""
+        """Seconds of the cheapest conversion between any two layouts, and how many of these seconds backward cannot
+        hide if the tensor is a gradient. Shortest paths after Floyd 1962 and Warshall 1962."""
         table = np.full((len(self.layouts),) * 2, np.inf)
         np.fill_diagonal(table, 0.0)
-        own = table.copy()
-        for i, found in self._moves.items():
-            for j, (cost, step) in found.items():
+        visible = table.copy()
+        for i, neighbours in self._moves.items():
+            for j, (cost, step) in neighbours.items():
                 table[i, j] = cost
-                own[i, j] = cost * (1.0 - self._hideable(i, j, step))
+                visible[i, j] = cost * (1.0 - self._hideable(i, j, step))
         through = np.empty_like(table)
-        for k in range(len(table)):  # Floyd-Warshall
+        for k in range(len(table)):
             np.add(table[:, k, None], table[None, k, :], out=through)
             if self.sharing is not None:
-                own = np.where(through < table, own[:, k, None] + own[None, k, :], own)
+                visible = np.where(through < table, visible[:, k, None] + visible[None, k, :], visible)
             np.minimum(table, through, out=table)
-        return table, own
+        return table, visible
 
     def _hideable(self, before: int, after: int, step: Step) -> float:
-        """What part of a step's time backward can hide, of a gradient."""
+        """The part (0 to 1) of a step's time that backward can hide; 0 unless the tensor is a gradient."""
         if self.sharing is None or step.collective.local:
             return 0.0
         moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
@@ -131,7 +131,10 @@ class TensorClass:
         return self.sharing.hidden(step.collective, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
-        """The steps of the conversion that is cheapest where nothing hides it; there its price is that of `seconds`."""
+        """The steps of the cheapest conversion from `start` to `end`.
+
+        Cheapest before anything is hidden: without `sharing`, the steps cost exactly `seconds[start, end]`.
+        """
         if (start, end) not in self._paths:
             self._paths[start, end] = self._path(start, end)
         return self._paths[start, end]
@@ -142,28 +145,30 @@ class TensorClass:
 
     def _path(self, start: Splits, end: Splits) -> list[Step]:
         first, goal = self.index[start], self.index[end]
-        # breadth first: where moves are free, the cheapest may go in a circle
-        ways: dict[int, list[Step]] = {first: []}
+        # breadth first, because a walk along cheapest moves may go in a circle where moves are free
+        routes: dict[int, list[Step]] = {first: []}
         queue, seconds = deque([first]), self._cheapest[0]
-        while goal not in ways:
+        while goal not in routes:
             here = queue.popleft()
             totals = {j: cost + seconds[j, goal] for j, (cost, _) in self._moves[here].items()}
             least = min(totals.values())
-            for there in sorted(j for j, total in totals.items() if total == least and j not in ways):
-                ways[there] = [*ways[here], self._moves[here][there][1]]
+            for there in sorted(j for j, total in totals.items() if total == least and j not in routes):
+                routes[there] = [*routes[here], self._moves[here][there][1]]
                 queue.append(there)
-        return ways[goal]
+        return routes[goal]
 
 
 def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Splits]:
     options = [
-        [None, *ops, *range(len(sizes))] if ways > 1 else [None] for _, ways in mesh.axes
-    ]  # None: whole; str: partial; int: splits that atom
+        [None, *ops, *range(len(sizes))] if ranks > 1 else [None] for _, ranks in mesh.axes
+    ]  # None leaves the tensor whole, a str makes it partial, an int splits that atom
     for choice in itertools.product(*options):
         partial = tuple((axis, c) for axis, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
         if len({op for _, op in partial}) > 1:
             continue
-        held = [tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == atom) for atom in range(len(sizes))]
-        if all(map(mesh.splits, sizes, held)):
-            for order in itertools.product(*(itertools.permutations(axes) for axes in held)):
+        splitting = [
+            tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == atom) for atom in range(len(sizes))
+        ]
+        if all(map(mesh.splits, sizes, splitting)):
+            for order in itertools.product(*(itertools.permutations(axes) for axes in splitting)):
                 yield Splits(tuple(order), partial)

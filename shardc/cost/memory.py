@@ -1,4 +1,4 @@
-"""Bytes as people write them, and what optimizers hold of every parameter."""
+"""Amounts of memory as people write them, and the bytes that optimizers hold for every parameter."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "adam"
 
 def bytes_of(amount: float | str) -> float:
     """`"80GB"` (10^9), `"24 GiB"` (2^30) or a number, in bytes. Raises ShardcError for anything else."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
     try:
-        assert found is not None
-        size = float(found[1]) * UNITS[found[2].upper()]
+        assert match is not None
+        size = float(match[1]) * UNITS[match[2].upper()]
     except (AssertionError, ValueError, KeyError):
         raise ShardcError(
-            f"memory={amount!r} is no amount of memory; write '80GB', '24 GiB' or a number of bytes"
+            f"memory={amount!r} is not an amount of memory; write '80GB', '24 GiB' or a number of bytes"
         ) from None
     if size <= 0.0:
-        raise ShardcError(f"memory={amount!r} leaves no memory at all")
+        raise ShardcError(f"memory={amount!r} leaves no memory; write an amount above zero, such as '80GB'")
     return size
 
 
 @dataclass(frozen=True)
 class States:
-    """What an optimizer holds of every parameter: so many copies, and so many bytes an element."""
+    """What an optimizer holds for every parameter: `copies` of its size and dtype, and `bytes` more an element."""
 
     copies: int = 0
     bytes: float = 0.0
@@ -48,8 +48,11 @@ NO_STATES = States()
 
 
 def states_of(optimizer: str | float | None) -> States:
-    """What an optimizer holds, by its name in `STATES`, or by its bytes an element (mixed precision: 12 for Adam with a
-    master copy in float32); None holds nothing. Raises ShardcError for a name that is not known."""
+    """What an optimizer holds for every parameter.
+
+    `optimizer` is a name from `STATES`, or a number of bytes an element (12 for mixed-precision Adam with a master copy
+    in float32), or None for nothing. Raises ShardcError for an unknown name.
+    """
     if optimizer is None:
         return NO_STATES
     if isinstance(optimizer, (int, float)):

@@ -1,6 +1,6 @@
 """Operator rules as data, one family a file. Importing this package registers them all."""
 
-# the custom operators must exist before their rules name them
+# importing these registers the custom operators, which rules name
 import shardc.ir.constrain  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.kernels.attention  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.kernels.checks  # noqa: F401  # pyright: ignore[reportUnusedImport]

@@ -1,4 +1,4 @@
-"""Rules for operators of the user: `shardc.rule(my_op, "m k, k n -> m n")`. A rule is tried before it is believed."""
+"""Rules for operators of the user: `shardc.rule(my_op, "m k, k n -> m n")`. Each is checked on small inputs first."""
 
 from __future__ import annotations
 
@@ -34,41 +34,43 @@ def rule(
     sizes: Mapping[int, Size] | None = None,
     example: Sequence[Any] | None = None,
 ) -> None:
-    """Say how an operator of `torch.library` may be split, for calls with the ranks that `text` has.
+    """Say how an operator of `torch.library` may be split, for calls whose tensors have as many dims as in `text`.
 
-    In `"m k, k n -> m n"` every letter is a factor: cut it in all operands that carry it, and the results are cut
-    likewise, or, where they do not carry it, parts of a sum (`k:max`, `k:min`, `k:prod` of another reduction). `s!` is
-    never split, `1` is a dim of size one, `_` an absent operand or result. `linear`: groups of operands, by position
-    among the tensors, in which the operator is additive when the others are fixed. `reads`: per result, the operands
-    that it depends on (default: all). `sizes`: per position of an integer argument, the factor whose size it is, or of
-    a list, its factors.
+    In `"m k, k n -> m n"` every letter is a factor. If all operands that carry a factor are cut along it, the results
+    that carry it are cut likewise. The others are parts of a sum, or of another reduction: `k:max`, `k:min`, `k:prod`.
+    `s!` is never split, `1` is a dim of size one, `_` an absent operand or result.
 
-    Operators of the backward are operators too; each has its own rule. Several texts may be given to one operator;
-    where none fits a call, a rule is sought by trial.
+    - `linear`: groups of operands, by position among the tensors, in which the operator is additive if the other
+      operands are fixed.
+    - `reads`: for each result, the operands that it depends on (default: all).
+    - `sizes`: by position of an integer argument, the factor whose size it is; of a list, its factors.
 
-    The rule is tried on small inputs. Where these cannot be made up from the text (arguments without defaults, indices,
-    integers that must fit each other), `example` gives the positional arguments of a call. Raises RuleError if a claim
-    does not hold, with the factor, and the values that differ.
+    Operators of the backward are operators too; each needs a rule. An operator may have several rules. If none fits a
+    call, shardc looks for a rule by trial.
+
+    The rule is checked on small inputs. `example` has the positional arguments of a call for operators whose inputs
+    cannot be made up from the text: those with arguments without defaults, with indices, or with integers that must fit
+    each other. RuleError if a claim does not hold, with the factor and the values that differ.
     """
     overload = _overload(operator)
     if maker_of(overload) is not None:
-        raise RuleError(f"{overload} has a rule in shardc, which knows more than its text can say")
-    refused = refusal(overload)
-    if refused:
-        raise RuleError(f"{overload} can have no rule: {refused}")
-    given = parse(text, linear, reads, sizes, even=True)  # what padding holds is not tried
-    if given.indices or given.parted:
+        raise RuleError(f"{overload} already has a rule in shardc, which a text cannot replace: leave yours out")
+    reason = refusal(overload)
+    if reason:
+        raise RuleError(f"{overload} cannot have a rule: {reason}")
+    parsed = parse(text, linear, reads, sizes, even=True)  # the checker does not try padding
+    if parsed.indices or parsed.parted:
         raise RuleError(f"rule {text!r} of {overload}: `#` and `~` need more than a text; see shardc/rules/notation.py")
-    _check(overload, given, text, example)
-    _GIVEN.setdefault(overload, []).insert(0, given)
+    _check(overload, parsed, text, example)
+    _GIVEN.setdefault(overload, []).insert(0, parsed)
 
 
 def given_rule(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> Rule | None:
-    """The user's rule for one call; None if there is none that fits its ranks and sizes."""
+    """The user's rule for one call; None if no rule fits the shapes of its tensors."""
     rules = _GIVEN.get(operator, [])
     call = SampleCall.of(operator, args, kwargs) if rules else None
-    made = results if isinstance(results, (tuple, list)) else [results]
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in made]
+    results = results if isinstance(results, (tuple, list)) else [results]
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in results]
     return next((rule for rule in rules if call is not None and not _misfit(rule, call.actual, shapes)), None)
 
 
@@ -78,11 +80,11 @@ def _overload(operator: Any) -> OpOverload:
     if isinstance(operator, OpOverloadPacket):
         names = operator.overloads()
         if len(names) != 1:
-            raise RuleError(f"{operator} has the overloads {', '.join(names)}: give each its rule")
+            raise RuleError(f"{operator} has the overloads {', '.join(names)}: give each one a rule")
         return getattr(operator, names[0])
     if isinstance(operator, OpOverload):
         return operator
-    raise RuleError(f"{operator!r} is no operator of torch.library; wrap the function with torch.library.custom_op")
+    raise RuleError(f"{operator!r} is not an operator of torch.library: wrap the function with torch.library.custom_op")
 
 
 def _misfit(rule: Rule, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int] | None]) -> str:
@@ -109,42 +111,43 @@ def _misfit(rule: Rule, operands: Sequence[Sequence[int]], results: Sequence[Seq
     return ""
 
 
-def _check(operator: OpOverload, given: Rule, text: str, example: Sequence[Any] | None) -> None:
+def _check(operator: OpOverload, rule: Rule, text: str, example: Sequence[Any] | None) -> None:
     """RuleError if the operator does not do what the rule claims."""
     title = f"rule {text!r} of {operator}"
-    args = list(example) if example is not None else _made_up(operator, given, title)
+    args = list(example) if example is not None else _made_up(operator, rule, title)
     call = SampleCall.of(operator, args, {})
-    found = sample_calls(call)
-    if not found:
+    samples = sample_calls(call)
+    if not samples:
         raise RuleError(f"{title} cannot be checked: {_complaint(call)}. Pass example=(...), the arguments of a call")
-    misfit = _misfit(given, found[-1].actual, found[-1].results)
+    misfit = _misfit(rule, samples[-1].actual, samples[-1].results)
     if misfit:
         raise RuleError(f"{title} does not fit a call with shapes {list(call.actual)}: {misfit}")
-    (told,) = survivors(lambda _: _verdict(given, found, example), [None], patience=300.0)
-    if told is None:
+    (problem,) = survivors(lambda _: _verdict(rule, samples, example), [None], patience=300.0)
+    if problem is None:
         raise RuleError(f"{title} cannot be checked: the operator does not survive a trial. Pass example=(...)")
-    if told:
-        raise RuleError(f"{title}{told}")
+    if problem:
+        raise RuleError(f"{title}{problem}")
 
 
-def _verdict(given: Rule, found: Sequence[SampleCall], example: Sequence[Any] | None) -> str:
+def _verdict(rule: Rule, samples: Sequence[SampleCall], example: Sequence[Any] | None) -> str:
     """What is wrong with the claim; empty if nothing is."""
     with undisturbed():
         try:
-            benches = list(_benches(found))
-            if not benches and example is not None:
-                benches = [Checker(found[-1], example=list(_tensors(example)))]
+            checkers = list(_checkers(samples))
+            if not checkers and example is not None:
+                checkers = [Checker(samples[-1], example=list(_tensors(example)))]
         except Unfit as error:
-            return f": the operator can have no rule: {error}"
+            return f": the operator cannot have a rule: {error}"
         except Unrunnable:
-            benches = []
-        if not benches:
+            checkers = []
+        if not checkers:
             return " cannot be checked: the operator does not run on made-up inputs. Pass example=(...)"
-        return next(filter(None, (_Claim(bench, given).check() for bench in benches)), "")
+        return next(filter(None, (_Claim(checker, rule).check() for checker in checkers)), "")
 
 
-def _benches(found: Sequence[SampleCall]) -> Iterator[Checker]:
-    for call in found:
+def _checkers(samples: Sequence[SampleCall]) -> Iterator[Checker]:
+    """A checker for each sample call that runs on made-up inputs."""
+    for call in samples:
         with suppress(Unrunnable):
             yield Checker(call)
 
@@ -157,20 +160,20 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)  # type: ignore[arg-type]
 
 
-def _made_up(operator: OpOverload, given: Rule, title: str) -> list[Any]:
-    """Arguments that fit the rule: tensors of its shapes, the sizes that it names, defaults for the rest."""
-    names = dict.fromkeys(n for dims in (*given.operands, *given.results) if dims for n in dims if n)
+def _made_up(operator: OpOverload, rule: Rule, title: str) -> list[Any]:
+    """Arguments that fit the rule: tensors of its shapes, sizes where it names them, else the schema's defaults."""
+    names = dict.fromkeys(n for dims in (*rule.operands, *rule.results) if dims for n in dims if n)
     size = {name: _SIZES[i % len(_SIZES)] for i, name in enumerate(names)}
 
     def shape(dims: Dims) -> list[int]:
         return [size[name] if name is not None else 1 for name in dims]
 
-    operands = iter(given.operands)
+    operands = iter(rule.operands)
     args: list[Any] = []
     for position, argument in enumerate(operator._schema.arguments):
-        kind = str(argument.type)
-        meaning = given.sizes.get(position)
-        if kind in ("Tensor", "Optional[Tensor]"):
+        type_ = str(argument.type)
+        meaning = rule.sizes.get(position)
+        if type_ in ("Tensor", "Optional[Tensor]"):
             dims = next(operands, None)
             args.append(None if dims is None else torch.empty(shape(dims)))
         elif isinstance(meaning, str):
@@ -178,16 +181,16 @@ def _made_up(operator: OpOverload, given: Rule, title: str) -> list[Any]:
         elif isinstance(meaning, tuple):
             args.append([n if isinstance(n, int) else size[n] for n in meaning])
         elif meaning is not None:
-            args.append(shape(given.results[meaning] or ()))
+            args.append(shape(rule.results[meaning] or ()))
         elif argument.has_default_value():
             args.append(argument.default_value)
         else:
-            raise RuleError(f"{title}: nothing tells what to pass for {argument.name!r}; pass example=(...)")
+            raise RuleError(f"{title}: the rule does not say what to pass for {argument.name!r}; pass example=(...)")
     return args
 
 
 def _complaint(call: SampleCall) -> str:
-    """What the operator's fake kernel says about a call that it does not accept."""
+    """The error of the operator's fake kernel on a call that cannot be run, or why it is too large."""
     try:
         with FakeTensorMode():
             call.run([torch.empty(s, dtype=d) for s, d in zip(call.shapes, call.dtypes, strict=True)])
@@ -197,37 +200,37 @@ def _complaint(call: SampleCall) -> str:
 
 
 class _Claim:
-    """What a rule says about one specimen, factor by factor."""
+    """The claims of a rule about one sample call, factor by factor."""
 
-    def __init__(self, bench: Checker, rule: Rule) -> None:
-        self.bench, self.rule = bench, rule
+    def __init__(self, checker: Checker, rule: Rule) -> None:
+        self.checker, self.rule = checker, rule
         self.operands = [names for names in rule.operands if names is not None]
 
     def check(self) -> str:
-        """What does not hold; empty if all does."""
-        held: list[tuple[Cut, list[How]]] = []
+        """What does not hold; empty if everything holds."""
+        confirmed: list[tuple[Cut, list[How]]] = []
         for name in self._factors():
             cut, hows = self._cut(name), self._hows(name)
-            told = self.bench.difference([cut], [hows])
-            if told:
-                return f": factor {name} does not hold. {told}"
-            held.append((cut, hows))
-        for one, other in itertools.combinations(held, 2):
-            told = self.bench.difference([one[0], other[0]], [one[1], other[1]])
-            if told:
-                return f": two of its factors do not hold together. {told}"
-        wrong = next((group for group in self.rule.linear if not self.bench.additive(group)), None)
+            problem = self.checker.difference([cut], [hows])
+            if problem:
+                return f": factor {name} does not hold. {problem}"
+            confirmed.append((cut, hows))
+        for one, other in itertools.combinations(confirmed, 2):
+            problem = self.checker.difference([one[0], other[0]], [one[1], other[1]])
+            if problem:
+                return f": two of its factors do not hold together. {problem}"
+        wrong = next((group for group in self.rule.linear if not self.checker.additive(group)), None)
         return "" if wrong is None else f": it is not linear in operands {set(wrong)}: f(a + b) is not f(a) + f(b)"
 
     def _factors(self) -> list[str]:
-        """The factors that may be split, where the specimen has more than one element of them."""
-        found: dict[str, None] = {}
-        for names, shape in zip(self.operands, self.bench.call.shapes, strict=True):
-            found |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
-        for names, shape in zip(self.rule.results, self.bench.call.results, strict=True):
+        """The factors that may be split and have more than one element in the sample call."""
+        factors: dict[str, None] = {}
+        for names, shape in zip(self.operands, self.checker.call.shapes, strict=True):
+            factors |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
+        for names, shape in zip(self.rule.results, self.checker.call.results, strict=True):
             if names is not None and shape is not None:
-                found |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
-        return [name for name in found if name not in self.rule.whole]
+                factors |= {n: None for n, size in zip(names, shape, strict=True) if n and size > 1}
+        return [name for name in factors if name not in self.rule.whole]
 
     def _hows(self, name: str) -> list[How]:
         return [
@@ -243,7 +246,7 @@ class _Claim:
 
     def _cut(self, name: str) -> Cut:
         carriers = tuple(names.index(name) if name in names else None for names in self.operands)
-        scaled = {path for path in self.bench.call.given if self._sized(path[0], path[1], name)}
+        scaled = {path for path in self.checker.call.given if self._sized(path[0], path[1], name)}
         additive = frozenset.intersection(*self.rule.linear) if self.rule.linear else frozenset[int]()
         reduces = any(self._reduced(name, i) for i in range(len(self.rule.results)))
         shares = frozenset(k for k in additive if carriers[k] is None) if reduces else frozenset[int]()

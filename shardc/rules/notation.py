@@ -3,21 +3,26 @@
     "m k, k n -> m n"        letters are factors; one that no result carries is reduced there: the result is P(sum)
     "a k:max -> a"           a reduction other than sum
     "a s! -> a s!"           s stays whole on every axis
-    "a s~ -> a s~"           s is parted: where it is split, the body of a `Variant` runs in the operator's place; it
-                             gets the keyword s, a runtime `Part`, and talks to the other parts itself. A result that
-                             does not carry s comes out complete, with `s:sum~` partial
-    "v d, #v i -> i d"       operand 1 holds indices into factor v: when v is split they are rebased to the rank's
-                             chunk and those outside point at a dummy row (taking: the row is zero, the result P;
-                             putting: the row is dropped)
-    "1"                      a dim of size one;  "_" an operand or result that is absent
-    "-> n"                   a text that begins with the arrow has no operands; " -> n" has one of no dims
+    "a s~ -> a s~"           s is parted: where it is split, the body of a `Variant` runs in the operator's place. The
+                             body gets the keyword s, a runtime `Part`, and communicates with the other parts. A
+                             result without s is complete; with `s:sum~` it is partial
+    "v d, #v i -> i d"       operand 1 holds indices into factor v. If v is split, they are rebased to the rank's chunk.
+                             Indices into other chunks point at a dummy row. It reads as zeros, so that the result is
+                             partial; what is written to it is dropped
+    "1"                      a dim of size one
+    "_"                      an absent operand or result
+    "-> n"                   a text that begins with the arrow has no operands; " -> n" has one without dims
 
-`linear` are groups of operands: with exactly the group's operands partial, the results are partial. An operand that
-is in every group is additive: it must be partial where a factor is summed (the bias of addmm), unless it is among the
-`multiplied`, of which every part of the sum needs the whole (a gradient alone in its group). `reads` lists the
-operands that each result depends on; a result is partial over a factor only if it reads an operand that carries it.
-`sizes` maps the position of a size-like argument to the result whose (local) shape it is, to the factor whose local
-size it is, or to the factors (and plain numbers) of a list of sizes."""
+`linear` lists groups of operands. If exactly the operands of a group are partial, the results are partial. An operand
+in every group is additive: where a factor is summed, it must be partial (the bias of addmm). The exceptions are listed
+as `multiplied`: every part of the sum needs the whole operand (a gradient alone in its group).
+
+`reads` lists, for each result, the operands that it depends on. A result is partial over a factor only if it reads an
+operand that carries the factor.
+
+`sizes` is for arguments that are sizes and become local. It maps the position of an argument to the result whose shape
+it is, to the factor whose size it is, or, for a list, to the factors (and plain numbers) of its entries.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +46,7 @@ Body = Callable[..., Any]
 class Send:
     """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
 
-    It is sent only where the parted factor is in `parts` parts, if given, and the factors `beside` are split too.
+    It is sent only where the parted factor is in `parts` parts (None: any number), and the factors `beside` are split.
     """
 
     collective: AnyCollective
@@ -54,7 +59,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a body allocates for itself and frees again: `elements` for every local point of `factors`, of `itemsize`
+    """Memory that a body allocates and frees again: `elements` for every local point of `factors`, of `itemsize`
     bytes."""
 
     factors: tuple[str, ...]
@@ -69,10 +74,14 @@ class Variant:
         Variant("all_gather", softmax_gathered, {"s": [Send(all_gather, rows, 4, elements=2)]})
         Variant("ring", ring_attention, {"s": [...]}, together=(("r", "s"),))
 
-    `sends` says per parted factor what the body sends where that factor is split. `together` holds groups of parted
-    factors: an axis that splits one factor of a group splits them all, and the body gets a `Part` for each. An operand
-    or result that carries several factors of a group is split along the one that the group names first. A variant with
-    groups runs only where one of its groups is split. Variants that cost the same are equal, whatever their bodies."""
+    `sends` lists, per parted factor, the collectives of the body if that factor is split.
+
+    `together` holds groups of parted factors. An axis that splits one factor of a group splits them all, and the body
+    gets a `Part` for each. An operand or result with several factors of a group is split along the one that the group
+    names first. A variant with groups runs only where one of its groups is split.
+
+    Variants that cost the same are equal, whatever their bodies.
+    """
 
     name: str
     body: Body = field(compare=False)
@@ -83,7 +92,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Rule:
-    """An operator's factors for one call: `operands` and `results` hold a dim's factor name, None for size one."""
+    """An operator's factors for one call. `operands` and `results` hold the factor name of each dim, None for size one.
+
+    The module's docstring explains the fields up to `sizes`, and `parse` the others.
+    """
 
     operands: tuple[Dims | None, ...]
     results: tuple[Dims | None, ...]
@@ -102,12 +114,12 @@ class Rule:
     repeated: bool = False
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name."""
+        """The variant called `name`."""
         return next(variant for variant in self.variants if variant.name == name)
 
 
 ONLY = "parted"
-"""The name of a variant that is the only one of its rule."""
+"""The name of the variant of a rule that has just one."""
 
 
 def parse(
@@ -124,14 +136,19 @@ def parse(
     multiplied: Iterable[int] = (),
     repeated: bool = False,
 ) -> Rule:
-    """Read the notation above. `flops`: matrix products, two flops per point of the factors named, as `m k n`.
-    `body` with what it `sends` is the only variant; a rule that has several lists them as `variants`. `parts`: the
-    numbers of parts that a parted factor admits; it is then split by one axis only. `even`: nothing is split unevenly,
-    because the operator may fail on what padding holds. `repeated`: every rank makes all of the results, whatever is
-    split, and keeps its part."""
+    """The rule that `text`, in the notation above, and the other arguments describe.
+
+    - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors.
+    - `body` with its `sends` is the only variant. A rule with several variants lists them as `variants`.
+    - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
+    - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
+    - `repeated`: every rank computes all results, whatever is split, and keeps its part.
+
+    RuleError if the text cannot be read, or its variants do not fit it.
+    """
     left, arrow, right = text.partition("->")
     if not arrow:
-        raise RuleError(f"rule {text!r} has no '->'")
+        raise RuleError(f"rule {text!r} has no '->' between operands and results")
     whole: set[str] = set()
     parted: set[str] = set()
     reductions: dict[str, str] = {}
@@ -148,7 +165,9 @@ def parse(
     def factor(word: str) -> str | None:
         match = re.fullmatch(r"(\w+)(?::(\w+))?([!~]?)", word)
         if not match:
-            raise RuleError(f"cannot read {word!r} in rule {text!r}")
+            raise RuleError(
+                f"cannot read {word!r} in rule {text!r}; a dim is written as k, k:max, k! or k~, see notation.py"
+            )
         name, reduction, mark = match.groups()
         if name == "1":
             return None
@@ -177,7 +196,7 @@ def parse(
         tuple(flops),
         frozenset(parted),
         tuple(variants),
-        {name: frozenset(given) for name, given in (parts or {}).items()},
+        {name: frozenset(counts) for name, counts in (parts or {}).items()},
         even,
         frozenset(multiplied),
         repeated,
@@ -188,19 +207,21 @@ def _check_variants(
     text: str, variants: Sequence[Variant], parted: set[str], results: Sequence[Dims | None],
     reductions: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """RuleError if variants have no names of their own, or groups of factors that one axis cannot split together."""
+    """RuleError if two variants share a name, or one axis cannot split a group of factors together."""
     seen: set[str] = set()
     for variant in variants:
         if not variant.name or variant.name in seen:
-            raise RuleError(f"rule {text!r} has a variant without a name of its own: {variant.name!r}")
+            raise RuleError(f"rule {text!r} has a variant whose name is empty or used twice: {variant.name!r}")
         seen.add(variant.name)
         title = f"variant {variant.name!r} of rule {text!r}"
         grouped = [name for group in variant.together for name in group]
         unknown = [name for name in grouped if name not in parted]
         if unknown:
-            raise RuleError(f"{title} splits {unknown[0]} together, which is no parted factor of it: mark it with `~`")
+            raise RuleError(f"{title} splits {unknown[0]} together, which is not a parted factor: mark it with `~`")
         if len(grouped) != len(set(grouped)) or any(len(group) < 2 for group in variant.together):
-            raise RuleError(f"{title} splits {variant.together} together: a group has two factors or more, all its own")
+            raise RuleError(
+                f"{title} splits {variant.together} together: groups have two or more factors and share none"
+            )
         for group in variant.together:
             for index, dims in enumerate(results):
                 summed = [name for name in group if name in reductions and name not in (dims or ())]
@@ -219,7 +240,7 @@ _FAMILIES: list[tuple[Callable[[OpOverload], bool], Callable[[OpOverload], Maker
 
 
 def rule(*operators: OpOverload | Callable[..., Any]) -> Callable[[Maker], Maker]:
-    """Register `maker(*args, **kwargs) -> Rule` (fake tensors in place of values) for operators; one owner each."""
+    """Register `maker(*args, **kwargs) -> Rule` for operators; it gets fake tensors. RuleError for a second rule."""
 
     def register(maker: Maker) -> Maker:
         for operator in operators:
@@ -231,14 +252,14 @@ def rule(*operators: OpOverload | Callable[..., Any]) -> Callable[[Maker], Maker
     return register
 
 
-def fixed(*operators: OpOverload, text: str, **given: Any) -> None:
-    """Register a rule whose text is the same for every call."""
-    parsed = parse(text, **given)
+def fixed(*operators: OpOverload, text: str, **options: Any) -> None:
+    """Register a rule that is the same for every call; `options` are those of `parse`."""
+    parsed = parse(text, **options)
     rule(*operators)(lambda *_args, **_kwargs: parsed)
 
 
 def family(belongs: Callable[[OpOverload], bool]) -> Callable[[Callable[[OpOverload], Maker]], None]:
-    """Register a maker of makers for every operator without a rule of its own that `belongs`."""
+    """Register a function from operator to maker, for every operator without a rule for which `belongs` is true."""
 
     def register(make: Callable[[OpOverload], Maker]) -> None:
         _FAMILIES.append((belongs, make))
@@ -247,7 +268,7 @@ def family(belongs: Callable[[OpOverload], bool]) -> Callable[[Callable[[OpOverl
 
 
 def named(name: str) -> Callable[[Maker], Maker]:
-    """Register a rule for an operator of another package, by name: `transformers.grouped_mm_fallback.default`."""
+    """Register a maker for an operator of another package, by name: `transformers.grouped_mm_fallback.default`."""
 
     def register(maker: Maker) -> Maker:
         _NAMED[name] = maker
@@ -257,7 +278,7 @@ def named(name: str) -> Callable[[Maker], Maker]:
 
 
 def maker_of(operator: Any) -> Maker | None:
-    """The rule maker of `operator`, None when it has no rule."""
+    """The rule maker of `operator`, None if it has no rule."""
     if operator in _RULES or not isinstance(operator, OpOverload):  # functions of the runtime may have rules too
         return _RULES.get(operator)
     if str(operator) in _NAMED:
@@ -266,21 +287,21 @@ def maker_of(operator: Any) -> Maker | None:
 
 
 def registered() -> list[str]:
-    """The names of all operators that have a rule of their own."""
+    """The names of all operators with a rule, except those of families."""
     return [*(str(o) if isinstance(o, OpOverload) else o.__name__ for o in _RULES), *_NAMED]
 
 
 def letters(value: torch.Tensor, prefix: str = "d") -> list[str]:
-    """One factor name a dim; `1` where the size is one, so that it never counts as a factor."""
+    """One factor name for each dim; `1` if its size is one, so that it never counts as a factor."""
     return [f"{prefix}{i}" if size != 1 else "1" for i, size in enumerate(value.shape)]
 
 
 def mark(names: list[str], dims: Iterable[int], sign: str = "!") -> str:
-    """The names as rule text, with the given dims kept whole, or marked with another sign."""
+    """The names as rule text; those of `dims` get the `sign`, which by default keeps them whole."""
     chosen = {d % len(names) for d in dims} if names else set[int]()
     return " ".join(f"{n}{sign}" if i in chosen and n != "1" else n for i, n in enumerate(names))
 
 
 def adds(x: torch.Tensor) -> bool:
-    """Whether parts of `x` may be summed after its type has changed: the sum of booleans is a disjunction."""
+    """Whether addends of `x` still sum to it after a cast: the sum of booleans is a disjunction, so theirs do not."""
     return x.dtype is not torch.bool

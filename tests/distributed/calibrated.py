@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from shardc.cost import calibrate as calibration
-from shardc.cost.calibrate import _Bench, calibrate, layout_of_processes, toml
+from shardc.cost.calibrate import _Benchmark, calibrate, layout_of_processes, toml
 from shardc.cost.hardware import hardware
 from shardc.ir.mesh import Mesh
 from shardc.runtime import DistributedMesh, all_reduce, local_mesh
@@ -19,7 +19,7 @@ calibration.BLOCKS, calibration.BLOCK = 3, 0.02  # a factor of two is asked of i
 
 def predicted_over_measured() -> float:
     """Of an all-reduce of a size that was not among those measured; the same on all ranks."""
-    size, seconds = _Bench(mesh).collective(all_reduce, "local", 600_000)
+    size, seconds = _Benchmark(mesh).point(all_reduce, "local", 600_000)
     ratio = measured.device.collective_seconds(all_reduce, size, Mesh.parse("local=2"), "local") / seconds
     return float(all_reduce(torch.tensor(ratio), axis="local")) / mesh.size
 

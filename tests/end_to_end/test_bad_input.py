@@ -208,7 +208,7 @@ def test_control_flow_on_data_names_the_line() -> None:
 def test_unknown_names_of_options() -> None:
     with pytest.raises(ShardcError, match="mode='fast' is not known; it is one of auto, propagate"):
         compile_mlp(mode="fast")
-    with pytest.raises(ShardcError, match=r"no hardware called 'tpu'; known are a100, .*cpu, h100"):
+    with pytest.raises(ShardcError, match=r"no hardware called 'tpu'; write one of a100, .*cpu, h100"):
         compile_mlp(hardware="tpu")
     with pytest.raises(ShardcError, match="outputs='some' is not known; it is one of full, sharded"):
         compile_mlp(outputs="some")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from shardc.rules.notation import Rule, Send, Variant, Workspace, parse, rule
-from shardc.runtime import Part
+from shardc.runtime import Part, all_gather
 
 SCRATCH = 1000
 """Elements a column that the roomy variant allocates for itself."""
@@ -63,14 +63,14 @@ TEXT = "i~ d, j~ d, i~ j~ -> i~ d"
 @rule(torch.ops.paired.prefix_mix.default)
 def _(x: Tensor, y: Tensor, w: Tensor) -> Rule:
     del y, w
-    sends = {"j": [Send("all_gather", ("j", "d"), x.element_size())]}
+    sends = {"j": [Send(all_gather, ("j", "d"), x.element_size())]}
     return parse(TEXT, variants=[Variant("gathered", prefix_mix_in_parts, sends, together=(("i", "j"),))])
 
 
 @rule(torch.ops.paired.prefix_mix_two_ways.default)
 def _(x: Tensor, y: Tensor, w: Tensor) -> Rule:
     del y, w
-    sent = Send("all_gather", ("j", "d"), x.element_size())
+    sent = Send(all_gather, ("j", "d"), x.element_size())
     room = (Workspace(("d",), x.element_size(), SCRATCH),)
     pair = (("i", "j"),)
     return parse(TEXT, variants=[

@@ -1,9 +1,11 @@
-"""Atoms: the indivisible pieces into which views cut dims, found by one walk over the program.
+"""Atoms: the indivisible pieces into which views cut dims. One walk over the program finds them.
 
-Dims that an operator ties together share a piece of a union-find; where a view merges or splits dims the pieces are
-split. At the end every dim of every value is a list of leaves. A `Ref` names a piece of one dim of one base value:
-the dim's slot and the path of halves that leads to the piece. A view holds the refs of its base, so where each of its
-dims came from is never lost."""
+Dims that an operator ties together share a piece of a union-find. Where a view merges or splits dims, their pieces are
+split. In the end, every dim of every value is a list of leaves, the atoms.
+
+A `Ref` names a piece of one dim of one base value, by the dim's slot and the path of halves to the piece. A view holds
+refs of its base, so it is always known which dims of the base its dims come from.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,11 @@ class Atoms:
         return piece
 
     def piece(self, ref: Ref) -> int:
-        """The number of the piece that a ref names: dims that are tied have the same."""
+        """The number of the piece that a ref names. Tied dims have the same number."""
         return self._at(ref)
 
     def size(self, ref: Ref) -> int:
+        """Elements of the piece that a ref names."""
         return self._size[self._at(ref)]
 
     def leaves(self, refs: Sequence[Ref]) -> list[Ref]:
@@ -70,7 +73,7 @@ class Atoms:
         return major + minor
 
     def sizes(self, ref: Ref) -> tuple[int, ...]:
-        """Those of the leaves below a ref, major to minor."""
+        """The sizes of the leaves below a ref, major to minor."""
         return self._sizes(self._at(ref))
 
     def _sizes(self, piece: int) -> tuple[int, ...]:
@@ -85,7 +88,7 @@ class Atoms:
         self._halves[piece] = (self._piece(self._size[piece] // minor), self._piece(minor))
 
     def unify(self, one: Sequence[Ref], other: Sequence[Ref]) -> bool:
-        """Make two dims of equal size consist of the same atoms. False when no common refinement exists."""
+        """Make two dims of equal size consist of the same atoms. False if they have no common refinement."""
         if len(one) == len(other) == 1 and self._joined(self._at(one[0]), self._at(other[0])):
             return True
         while True:
@@ -107,13 +110,13 @@ class Atoms:
                 return len(a) == len(b)
 
     def _joined(self, one: int, other: int) -> bool:
-        """Make two pieces one, if that is all there is to do: neither has to be split otherwise than it is."""
+        """Make two pieces one, if neither has to be split any further for that; else False."""
         if one == other:
             return True
         if self._size[one] != self._size[other]:
             return False
         halves, others = self._halves[one], self._halves[other]
-        if halves and others:  # from the minor end, as `unify` goes
+        if halves and others:  # minor half first, in the order of `unify`
             if not all(self._joined(self._find(halves[k]), self._find(others[k])) for k in (1, 0)):
                 return False
         elif others:
@@ -122,27 +125,27 @@ class Atoms:
         return True
 
     def regroup(self, refs: Sequence[Ref], shape: Sequence[int]) -> list[list[Ref]] | None:
-        """Deal the pieces of a value out to the dims of a view of it; None when a dim would cut across a piece."""
+        """The pieces of a value, as dims of a view with `shape`. None if a dim would cut across a piece."""
         dims: list[list[Ref]] = []
         rest = self.leaves(refs)
         for size in reversed([int(s) for s in shape]):
             dim: list[Ref] = []
-            have = 1
-            while have < size:
-                if not rest or size % have:
+            covered = 1
+            while covered < size:
+                if not rest or size % covered:
                     return None
                 ref = rest.pop()
-                piece, need = self._at(ref), size // have
+                piece, need = self._at(ref), size // covered
                 if self._halves[piece] is None and self._size[piece] > need:
                     if self._size[piece] % need:
                         return None
                     self.split(ref, need)
-                if self._halves[piece]:  # what stands twice may also have been split where it stood first
+                if self._halves[piece]:  # a piece that occurs twice may have been split at its first occurrence
                     rest += self._gathered(ref, piece)
                     continue
                 dim.append(ref)
-                have *= self._size[piece]
-            if have != size:
+                covered *= self._size[piece]
+            if covered != size:
                 return None
             dims.append(dim[::-1])
         return dims[::-1]

@@ -1,13 +1,14 @@
 """A program seen through its rules: every operator with the atoms that its operands and results share.
 
-Views are no operators here. A value that is a view keeps refs into its base value, so a strategy's demand on a view
-is a demand on the base, and the solver never meets a view.
+Views do not count as operators. A view keeps refs into its base value, so if a strategy demands a layout of a view, it
+demands one of the base. The solver never sees a view.
 
     %h = mm(%x, %w)            x: (0: 32) (1: 64)    w: (0: 64) (1: 16)    h: (0: 32) (1: 16)
     %v = view(%h, [32, 4, 4])  h: (0: 32) (1: 4, 2: 4), now that its last dim is two atoms; v: (0: 32) (1: 4) (2: 4)
 
-Layers repeat: equal values have one `Form`, equal operators one `Kind`, and what depends on nothing else is worked out
-once."""
+Layers repeat. Equal values share one `Form`, and equal operators one `Kind`, so that facts which depend only on these
+are computed once.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +28,18 @@ from shardc.rules.trial.trial import Learned
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What the values of equal layers have in common: per dim the atoms it consists of, each with its place among those
-    of the base value (None: it is not one of them) and its size; and the sizes of the base value's atoms. Equal forms
-    of one program are one object."""
+    """The atoms of a value, shared by the values of equal layers. Equal forms of one program are one object.
+
+    `dims` lists the atoms of each dim as (place, size), where place is the index among the atoms of the base value, or
+    None for an atom that the base value lacks. `base` lists the sizes of the base value's atoms.
+    """
 
     dims: tuple[tuple[tuple[int | None, int], ...], ...]
     base: tuple[int, ...]
 
     @cached_property
     def atoms(self) -> tuple[tuple[int | None, int], ...]:
-        """Those of all dims, in order."""
+        """The atoms of all dims, in order."""
         return tuple(atom for dim in self.dims for atom in dim)
 
     @cached_property
@@ -45,7 +48,7 @@ class Form:
 
     @cached_property
     def flat(self) -> Form:
-        """That of a view in which every atom is a dim."""
+        """The form of a view in which every atom is a dim."""
         return Form(tuple([(atom,) for atom in self.atoms]), self.base)
 
     @cached_property
@@ -53,16 +56,16 @@ class Form:
         return {}
 
     def split_by(self, axes: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-        """The axes of its atoms where those of the base value are split by `axes`, and no others."""
+        """The axes of its atoms, if `axes` split the atoms of the base value and no other atom is split."""
         return tuple([() if place is None else axes[place] for place in self.places])
 
     def layout(self, axes: Sequence[tuple[str, ...]], partial: tuple[tuple[str, str], ...] = ()) -> Layout:
-        """The layout of a value whose atoms are split by `axes`, one entry each."""
+        """The layout of a value whose atoms are split by `axes`, one entry for each atom."""
         rest = iter(axes)
         return _layout(tuple([tuple([(size, next(rest)) for _, size in dim]) for dim in self.dims]), partial)
 
     def layout_on(self, axes: tuple[tuple[str, ...], ...], partial: tuple[tuple[str, str], ...] = ()) -> Layout:
-        """The same where `axes` are those of the base value's atoms."""
+        """The layout of a value whose base value's atoms are split by `axes`."""
         if (axes, partial) not in self._layouts:
             self._layouts[axes, partial] = self.layout(self.split_by(axes), partial)
         return self._layouts[axes, partial]
@@ -70,8 +73,10 @@ class Form:
 
 @dataclass(slots=True)
 class Value:
-    """A tensor of the program: `key` is the base value it views (its own if it is no view), `dims` its refs per dim.
-    `form` tells what its atoms are, when they are final."""
+    """A tensor of the program. `key` names its base value: the value that it views, or itself. `dims` are refs per dim.
+
+    `form` has its atoms, once they are final.
+    """
 
     key: Key
     dims: list[list[Ref]]
@@ -80,7 +85,7 @@ class Value:
 
 @dataclass(slots=True)
 class Operand:
-    """One tensor argument of an operator: the graph node passed, its value, and the factor of each of its dims."""
+    """One tensor argument of an operator: the graph node, its value, and the factor of each dim."""
 
     node: fx.Node
     value: Value
@@ -89,7 +94,7 @@ class Operand:
 
 @dataclass(slots=True)
 class Result:
-    """One tensor that an operator makes."""
+    """One tensor that an operator returns: its key, its value, and the factor of each dim."""
 
     key: Key
     value: Value
@@ -98,8 +103,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Parting:
-    """How a parted factor may be split: the `size` of the dim it stands for, and the numbers of parts that one axis may
-    make of it (None: any, over any axes)."""
+    """How a parted factor may be split.
+
+    `size` is that of the dim. `parts` are the allowed numbers of parts, made by one axis (None: any, by any axes).
+    """
 
     size: int
     parts: frozenset[int] | None
@@ -107,7 +114,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class Factor:
-    """An atom of an operator: piece number `index` of the factor called `name` in its rule."""
+    """An atom of an operator: piece number `index` of the factor that its rule calls `name`."""
 
     name: str
     index: int
@@ -118,9 +125,11 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """What operators of equal layers have in common: their factors as atoms, and per operand, then per result, which of
-    them each of its atoms is, if any. Operators of one program have the same kind, as an object, if they are the same
-    call but for the values that they are given: of one rule, with the same literals, types and forms."""
+    """Facts that the operators of equal layers share: their factors as atoms, and the factor of each tensor's atoms.
+
+    `carried` lists, per operand and then per result, the index of the factor that each of its atoms is (None: it is no
+    factor). Operators of one program share one object if they have the same rule, literals, dtypes and forms.
+    """
 
     factors: list[Factor]
     carried: list[list[int | None]]
@@ -128,8 +137,8 @@ class Kind:
 
 @dataclass(slots=True)
 class Op:
-    """An operator (or placeholder) with its rule; `learned` if trial found the rule. It has a kind when the atoms are
-    final."""
+    """An operator (or placeholder) with its rule. `learned` is set if trial found the rule, and `kind` once the atoms
+    are final."""
 
     node: fx.Node
     rule: Rule
@@ -149,7 +158,7 @@ class Op:
 
 @dataclass
 class Factored:
-    """`ops` in graph order, placeholders first; `values` for every tensor node; `base` the refs of every base value."""
+    """A program with its atoms: `ops` in graph order, `values` of every tensor node, and `base` values by key."""
 
     program: Program
     atoms: Atoms
@@ -169,5 +178,5 @@ class Factored:
 def _layout(
     dims: tuple[tuple[tuple[int, tuple[str, ...]], ...], ...], partial: tuple[tuple[str, str], ...]
 ) -> Layout:  # fmt: skip
-    """Equal layouts are one object: a deep model has few, and what is derived from one is derived once."""
+    """Equal layouts are one object, since a deep model has few, so that facts derived from one are computed once."""
     return Layout(tuple(tuple(Atom(*atom) for atom in dim) or (Atom(1),) for dim in dims), partial)

@@ -1,4 +1,4 @@
-"""Factor a program: one walk that ties the dims of values through the rules of operators, down to common atoms."""
+"""Factor a program: one walk ties the dims of values through the rules of operators, down to common atoms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ VIEWS = frozenset(
 
 
 def factor(program: Program) -> Factored:
-    """Walk the program once, tie dims through the rules, then read off every operator's factors."""
+    """Tie the dims of the program through its rules, in one walk, then read off every operator's factors.
+
+    RuleError, with the place in the user's code, if an operator has no rule and none can be learned.
+    """
     return _Walk(program).run()
 
 
@@ -41,7 +44,9 @@ class _Walk:
         self.base: dict[Key, Value] = {}
         self.ops: list[Op] = []
         self.rules: dict[Any, tuple[Rule, Learned | None]] = {}
-        self.calls: dict[Any, tuple[Rule, Learned | None]] = {}  # by identity of values, which equal layers share
+        self.calls: dict[
+            Any, tuple[Rule, Learned | None]
+        ] = {}  # by the identity of values, since equal layers share theirs
         self.inputs: dict[str, Rule] = {}
         self.ties: dict[tuple[int, ...], list[tuple[str, list[tuple[int, int]]]]] = {}
         self.stuck: dict[tuple[int, frozenset[str]], Rule] = {}
@@ -67,12 +72,12 @@ class _Walk:
             self._operator(node, *self._rule(node))
 
     def _rule(self, node: fx.Node) -> tuple[Rule, Learned | None]:
-        """The rule of a call, and how it was found if by trial. Calls of the same form have the same."""
+        """The rule of a call, and what trial learned if it has no other. Calls of the same form share it."""
         call = id(node.target), frozen(node.args), frozen(node.kwargs), id(value_of(node))
-        found = self.calls.get(call)
-        if found is None:
-            found = self.calls[call] = self._rule_of(node)
-        return found
+        rule = self.calls.get(call)
+        if rule is None:
+            rule = self.calls[call] = self._rule_of(node)
+        return rule
 
     def _rule_of(self, node: fx.Node) -> tuple[Rule, Learned | None]:
         form = node.target, repr(fx.map_arg((node.args, dict(node.kwargs)), _form)), repr(_form(node))
@@ -82,14 +87,17 @@ class _Walk:
         maker = maker_of(node.target)
         rule = maker(*args, **kwargs) if maker else given_rule(node.target, args, kwargs, value_of(node))
         if rule is not None:
-            self.rules[form] = replace(rule), None  # of its own: what has this rule has the same literals
+            self.rules[form] = (
+                replace(rule),
+                None,
+            )  # a copy, so that operators with this very object have the same literals
         else:
-            found = _tried(node, args, kwargs)
-            self.rules[form] = found.rule(), found
+            answer = _tried(node, args, kwargs)
+            self.rules[form] = answer.rule(), answer
         return self.rules[form]
 
     def _view(self, node: fx.Node) -> bool:
-        """Express a view in the refs of what it views; False when it cuts across an atom (it becomes an operator)."""
+        """Express a view in the refs of its base. False if it cuts across an atom; it then becomes an operator."""
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         value, shape = self.values[source], value_of(node).shape
         if node.target is aten.permute.default:
@@ -110,12 +118,14 @@ class _Walk:
     def _dim(self, size: int) -> list[Ref]:
         return [self.atoms.new(size)] if size != 1 else []
 
-    def _operator(self, node: fx.Node, rule: Rule, found: Learned | None = None) -> None:
-        given = tensor_arguments(node)
+    def _operator(self, node: fx.Node, rule: Rule, learned: Learned | None = None) -> None:
+        arguments = tensor_arguments(node)
         expected = [names for names in rule.operands if names is not None]
-        if len(given) != len(expected):
-            raise RuleError(f"{node.target} has {len(given)} tensor operands, its rule {len(expected)} ({where(node)})")
-        operands = [Operand(n, self.values[n], names) for n, names in zip(given, expected, strict=True)]
+        if len(arguments) != len(expected):
+            raise RuleError(
+                f"{node.target} has {len(arguments)} tensor operands, its rule {len(expected)} ({where(node)})"
+            )
+        operands = [Operand(n, self.values[n], names) for n, names in zip(arguments, expected, strict=True)]
         outputs = value_of(node)
         outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         results: list[Result] = []
@@ -128,10 +138,10 @@ class _Walk:
                 results.append(Result((node, index), value, names))
         if isinstance(value_of(node), torch.Tensor) and results:
             self.values[node] = results[0].value
-        self.ops.append(Op(node, self._tie(rule, operands, results), operands, results, learned=found))
+        self.ops.append(Op(node, self._tie(rule, operands, results), operands, results, learned=learned))
 
     def _tie(self, rule: Rule, operands: list[Operand], results: list[Result]) -> Rule:
-        """Unify the dims that share a factor; a factor whose dims admit no common atoms stays whole."""
+        """Unify the dims that share a factor. A factor whose dims have no common atoms stays whole."""
         items = [*operands, *results]
         key = id(rule), *[result.key[1] for result in results]
         if key not in self.ties:
@@ -140,7 +150,7 @@ class _Walk:
         for name, places in self.ties[key]:
             first, *others = [dim for item, place in places if (dim := items[item].value.dims[place])] or [[]]
             for dim in others:
-                # dims of a window may have different sizes, and no atoms in common: its body sees to what goes where
+                # dims of a window may have different sizes and share no atoms; the body assigns rows to ranks
                 if name in rule.parts and self._size(first) != self._size(dim):
                     continue
                 if not self.atoms.unify(first, dim):
@@ -161,7 +171,7 @@ class _Walk:
                     self.atoms.unify(one, other)
 
     def _settle(self) -> None:
-        """Say what values and operators consist of, now that the atoms are final."""
+        """Set the forms of values and the kinds of operators, now that the atoms are final."""
         sizes, base = self.atoms.sizes, self.base
         forms: dict[object, Form] = {}
         plain: dict[object, Form] = {}
@@ -172,13 +182,15 @@ class _Walk:
             value.form = plain[dims]
         views: dict[object, Form] = {}
         for value in self.values.values():
-            own = base[value.key]
-            if own is not value:
-                first = next((dim[0][0] for dim in own.dims if dim), 0)  # slots of equal values are equal from here
+            viewed = base[value.key]
+            if viewed is not value:
+                first = next(
+                    (dim[0][0] for dim in viewed.dims if dim), 0
+                )  # equal values have equal slots, counted from here
                 refs = [tuple([(slot - first, path, sizes((slot, path))) for slot, path in dim]) for dim in value.dims]
-                key = own.form, *refs
+                key = viewed.form, *refs
                 if key not in views:
-                    views[key] = self._form_of(value, own, forms)
+                    views[key] = self._form_of(value, viewed, forms)
                 value.form = views[key]
         kinds: dict[object, Kind] = {}
         for op in self.ops:
@@ -188,7 +200,7 @@ class _Walk:
             op.kind = kinds[key]
 
     def _form_of(self, value: Value, base: Value, forms: dict[object, Form]) -> Form:
-        """The form of a value, one of `forms`, to which it is added if it is new."""
+        """The form of a value: one of `forms`, or a new one that is added to them."""
         leaves, size = self.atoms.leaves, self.atoms.size
         places = {leaf: place for place, leaf in enumerate([leaf for dim in base.dims for leaf in leaves(dim)])}
         dims = tuple([tuple([(places.get(leaf), size(leaf)) for leaf in leaves(dim)]) for dim in value.dims])
@@ -200,18 +212,19 @@ class _Walk:
 
 def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]]]]:
     """The factors that several dims carry, each with the dims by item and place."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for item, own in enumerate(items):
-        for place, name in enumerate(own.names):
+    dims_of: dict[str, list[tuple[int, int]]] = {}
+    for item, entry in enumerate(items):
+        for place, name in enumerate(entry.names):
             if name is not None:
-                found.setdefault(name, []).append((item, place))
-    return [(name, places) for name, places in found.items() if len(places) > 1]
+                dims_of.setdefault(name, []).append((item, place))
+    return [(name, places) for name, places in dims_of.items() if len(places) > 1]
 
 
 def _alike(op: Op) -> object:
-    """What is equal for operators of one kind. A rule is that of one form of a call: it tells literals and types."""
-    own = value_of(op.node).dtype if op.node.op == "placeholder" else None
-    return id(op.rule), own, *[id(o.value.form) for o in op.operands], *[id(r.value.form) for r in op.results]
+    """A key that is equal for operators of one kind. A rule belongs to one form of call, so it implies literals and
+    dtypes."""
+    dtype = value_of(op.node).dtype if op.node.op == "placeholder" else None
+    return id(op.rule), dtype, *[id(o.value.form) for o in op.operands], *[id(r.value.form) for r in op.results]
 
 
 def _kind(op: Op) -> Kind:
@@ -247,7 +260,7 @@ def _pieces(rule: Rule, name: str, dims: list[list[int]]) -> list[Factor]:
 
 
 def _form(node: fx.Node) -> Any:
-    """All that rules ask of a value."""
+    """Everything that rules may read of a value."""
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -258,34 +271,34 @@ def _form(node: fx.Node) -> Any:
 
 
 def _tried(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Learned:
-    """The rule found by trial for an operator that has none; RuleError where there can be none."""
+    """What trial learned about an operator without a rule. RuleError if there can be no rule."""
     place = f" ({where(node)})" if where(node) else ""
     if not isinstance(node.target, OpOverload):
         raise RuleError(
-            f"{node.target}{place} is no operator of torch.library (one that changes its arguments is wrapped like "
-            "this): write this part of the model with operators, custom ones with mutates_args=()"
+            f"{node.target}{place} is not an operator of torch.library (torch wraps one that changes its arguments "
+            "like this): write this part of the model with operators, custom ones with mutates_args=()"
         )
-    found = learned(node.target, args, kwargs)
-    if found.refused:
+    answer = learned(node.target, args, kwargs)
+    if answer.refused:
         raise RuleError(
-            f"no rule for operator {node.target}{place}, and none can be found: {found.refused}. Write this part of "
+            f"no rule for operator {node.target}{place}, and none can be found: {answer.refused}. Write this part of "
             "the model with operators that have rules, or give it one with shardc.rule"
         )
-    return found
+    return answer
 
 
 def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a call, in order, lists flattened, absent ones left out."""
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
 
     def add(arguments: Iterable[Any]) -> None:
         for argument in arguments:
             if isinstance(argument, fx.Node):
                 if isinstance(value_of(argument), torch.Tensor):
-                    found.append(argument)
+                    nodes.append(argument)
             elif isinstance(argument, (list, tuple)):
                 add(argument)  # type: ignore[arg-type]
 
     add(node.args)
     add(node.kwargs.values())
-    return found
+    return nodes

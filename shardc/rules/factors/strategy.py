@@ -1,7 +1,8 @@
-"""A strategy for one operator: what every mesh axis does there, and which variant runs. An axis splits one factor (or
-a group that the variant splits together), or nothing, or lets partials pass.
+"""A strategy for one operator: what every mesh axis does there, and which variant runs.
 
-What a strategy demands of the operands, what it makes, sends and computes depends on the operator's `Shape` alone.
+An axis splits one factor (or a group that the variant splits together), or it splits nothing, or partial operands pass
+to partial results over it. The layouts of operands and results, the bytes sent and the flops of a strategy depend only
+on the operator's `Shape`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ PLAIN = ""
 
 
 class Strategy(NamedTuple):
-    """Per factor the axes that split it, major to minor; per passing axis the linear group that is partial on it;
-    whether backward runs the operator again, instead of keeping what it made; and the name of the variant that runs."""
+    """What every mesh axis does in one operator.
+
+    `split` lists, per factor, the axes that split it, major to minor. `passes` lists axes over which a linear group of
+    operands is partial, with the index of the group. With `again`, backward recomputes the results instead of keeping
+    them. `variant` names the variant that runs.
+    """
 
     split: tuple[tuple[str, ...], ...]
     passes: tuple[tuple[str, int], ...] = ()
@@ -37,7 +42,7 @@ class Strategy(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """One operand or result: its base value's atoms, and per own leaf (base atom or None, factor or None)."""
+    """One operand or result: the sizes of its base value's atoms, and (base atom or None, factor or None) per leaf."""
 
     sizes: tuple[int, ...]
     itemsize: int
@@ -46,19 +51,19 @@ class Side:
 
     @cached_property
     def factors(self) -> tuple[int | None, ...]:
-        """Per base atom the factor that it is, or None."""
-        own = {base: factor for base, factor in self.leaves if base is not None and factor is not None}
-        return tuple(map(own.get, range(len(self.sizes))))
+        """For each base atom, the factor that it is, or None."""
+        factor_of = {base: factor for base, factor in self.leaves if base is not None and factor is not None}
+        return tuple(map(factor_of.get, range(len(self.sizes))))
 
     @cached_property
     def carried(self) -> frozenset[int]:
-        """The factors that its dims are."""
+        """The factors of its dims."""
         return frozenset(factor for _, factor in self.leaves if factor is not None)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that an operator's strategies and costs depend on, and what every one of its strategies asks of it."""
+    """All facts on which an operator's strategies and costs depend. Operators of one kind have equal shapes."""
 
     factors: tuple[Factor, ...]
     operands: tuple[Side, ...]
@@ -69,22 +74,22 @@ class Shape:
     flops: tuple[str, ...]
     dtype: torch.dtype
     complete: frozenset[str]
-    """Parted factors whose body makes complete results."""
+    """Parted factors over which the body completes the results."""
     indices: frozenset[int]
-    """Operands that hold indices, or numbers that count as such: garbage in their padding would be out of range."""
+    """Operands that hold indices, or may: garbage in their padding would be out of range."""
     computes: bool
-    """Whether it is an operator; a placeholder costs nothing."""
+    """Whether it is an operator, and no placeholder, which costs nothing."""
     even: bool
-    """Whether padding could make the operator fail, so that no factor may be split unevenly."""
+    """Whether padding could make the operator fail. Then no factor may be split unevenly."""
     multiplied: frozenset[int]
-    """Operands that are not additive though they are in every linear group."""
+    """Operands that are in every linear group and yet not additive."""
     repeated: bool
-    """Whether every rank makes all of the results and keeps its part."""
+    """Whether every rank computes all results and keeps its part."""
     variants: tuple[Variant, ...]
 
     @cached_property
     def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Per variant the groups of factors that one axis splits together, but for those that are not all there."""
+        """For each variant, the groups of factors that one axis splits together. Incomplete groups are left out."""
         major = {factor.name: i for i, factor in enumerate(self.factors) if factor.index == 0 and not factor.whole}
         return {
             variant.name: tuple(
@@ -104,12 +109,12 @@ class Shape:
 
     @cached_property
     def reduced(self) -> dict[int, str]:
-        """The factors over which some result is reduced, and how."""
-        return {factor: op for made in self.reduced_in for factor, op in made.items()}
+        """The factors over which some result is reduced, with the reduction."""
+        return {factor: op for factors in self.reduced_in for factor, op in factors.items()}
 
     @cached_property
     def reduced_in(self) -> tuple[dict[int, str], ...]:
-        """Per result the factors over which it is reduced, and how."""
+        """For each result, the factors over which it is reduced, with the reduction."""
         return tuple(self._reduced_in(result) for result in range(len(self.results)))
 
     def _reduced_in(self, result: int) -> dict[int, str]:
@@ -120,7 +125,7 @@ class Shape:
 
     @cached_property
     def addends(self) -> tuple[frozenset[int], ...]:
-        """Per operand the factors that make it a sum of parts where they are split."""
+        """For each operand, the factors that make it partial if they are split."""
         return tuple(
             frozenset(i for i in self.reduced if self.factors[i].name not in side.names)
             if self.linear and k not in self.multiplied and all(k in group for group in self.linear)
@@ -130,23 +135,23 @@ class Shape:
 
     @cached_property
     def filled(self) -> tuple[dict[int, float], ...]:
-        """Per operand the factors along whose padding it must be filled, and with what (see `masks`)."""
+        """For each operand, the factors along which its padding must be filled, and the values (see `masks`)."""
         return tuple(self._filled(k, side) for k, side in enumerate(self.operands))
 
     def _filled(self, operand: int, side: Side) -> dict[int, float]:
-        found: dict[int, float] = {}
+        values: dict[int, float] = {}
         for position, factor in enumerate(self.factors):
             if factor.parting or factor.name not in side.names:
-                continue  # a parted factor's body sees to its padding
+                continue  # the body of a parted factor fills its padding
             if position in self.reduced:
-                found[position] = IDENTITY[self.reduced[position]]
+                values[position] = IDENTITY[self.reduced[position]]
             elif operand in self.indices:
-                found[position] = 0.0
-        return found
+                values[position] = 0.0
+        return values
 
     @cached_property
     def products(self) -> tuple[tuple[int, ...], ...]:
-        """Per product of the operator's arithmetic its factors."""
+        """For each matrix product of the operator, its factors."""
         return tuple(
             tuple(i for i, f in enumerate(self.factors) if f.name in product.split()) for product in self.flops
         )
@@ -155,11 +160,11 @@ class Shape:
     def mixes(self) -> bool:
         """Whether some strategy could make a result partial by two reductions."""
         passing = {"sum"} if self.linear else set[str]()
-        return any(len(passing.union(made.values())) > 1 for made in self.reduced_in)
+        return any(len(passing.union(factors.values())) > 1 for factors in self.reduced_in)
 
 
 def shape_of(op: Op) -> Shape:
-    """The shape of an operator in a program: the same for all of its kind."""
+    """The shape of an operator in a program. Operators of one kind have equal ones."""
     outputs = value_of(op.node)
     outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     carried = iter(op.kind.carried)
@@ -183,14 +188,17 @@ def shape_of(op: Op) -> Shape:
 
 
 def _integers(op: Op) -> frozenset[int]:
-    """The integer operands of an operator that is not elementwise. Truth values have extremes, as floats do."""
+    """The integer operands of an operator that is not elementwise.
+
+    Booleans count only without reductions, since max and min of booleans have an identity, like those of floats.
+    """
     if len({op.rule.results[0], *op.rule.operands}) == 1 and not op.rule.parted:
         return frozenset()
-    kinds = [value_of(operand.node).dtype for operand in op.operands]
+    dtypes = [value_of(operand.node).dtype for operand in op.operands]
     extremes = bool(op.rule.reductions)
     return frozenset(
         i
-        for i, dtype in enumerate(kinds)
+        for i, dtype in enumerate(dtypes)
         if not (dtype.is_floating_point or dtype.is_complex or (extremes and dtype is torch.bool))
     )
 
@@ -205,8 +213,11 @@ IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
 
 
 def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[int, float]:
-    """The factors along whose padding an operand must be filled before the operator runs, and with what: those that it
-    carries unevenly and that the operator reduces (the identity), and all in operands of indices (0, a valid index)."""
+    """The factors along which an operand's padding must be filled before the operator runs, with the values.
+
+    Only unevenly split factors count. Factors that the operator reduces get the identity of the reduction. The others
+    get 0, a valid index, if the operand holds indices.
+    """
     return {
         position: value
         for position, value in shape.filled[operand].items()
@@ -215,7 +226,7 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
 
 
 def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
-    """The collectives inside the body of a strategy, each with its axis and the bytes of the local operand."""
+    """The collectives in the body of a strategy's variant, each with its axis and the bytes of its local operand."""
     variant = shape.variant_of(strategy)
     if variant is None:
         return
@@ -225,7 +236,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCol
             if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
                 continue
             pairs = zip(shape.factors, strategy.split, strict=True)
-            size = math.prod(mesh.chunk(f.size, held) for f, held in pairs if f.name in send.factors)
+            size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
             for axis in reversed(axes):
                 yield send.collective, axis, size
@@ -233,7 +244,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCol
 
 
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
-    """Bytes that the body of a strategy allocates for itself and frees again."""
+    """Bytes that the body of a strategy's variant allocates and frees again."""
     variant = shape.variant_of(strategy)
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
 
@@ -244,8 +255,10 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
-    """Per factor the axes that split it in something that carries the factors `carried`: of a group that the variant
-    splits together, only the first of these."""
+    """For each factor, the axes that split it in a tensor or product with the factors `carried`.
+
+    Of a group that the variant splits together, only the first of the carried factors is split.
+    """
     groups = shape.groups.get(strategy.variant)
     if not groups:
         return strategy.split
@@ -254,7 +267,10 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
 
 
 def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
-    """The floating-point operations that a rank does for an operator, and the bytes that it reads and writes."""
+    """The flops that a rank computes for an operator, and the bytes that it reads and writes.
+
+    A product counts two flops for every point of its factors. Padding and masks count.
+    """
 
     def chunks(carried: Collection[int]) -> list[int]:
         split = split_of(shape, strategy, carried)
@@ -274,49 +290,52 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
 
 
 def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
-    """Elements of a side that a rank reads or writes; a dim that is expanded is read once."""
-    found = 1
+    """Elements of an operand or result that a rank reads or writes. An expanded dim is read once."""
+    elements = 1
     for size, factor in zip(side.sizes, side.factors, strict=True):
-        # the factor's size is a divisor of the dim's, if it is that of a window
-        found *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
-    return found
+        # the factor of a window has a size that divides the dim's
+        elements *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
+    return elements
 
 
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
-    """Whether an operator of this shape has the strategy; its factors must be the strategy's."""
+    """Whether an operator of this shape may run with the strategy, whose `split` has one entry for each factor."""
     splits = all(splittable(shape, i, axes, mesh) for i, axes in enumerate(strategy.split))
     runs = strategy.variant in variants_of(shape, strategy.split)
     return splits and runs and one_reduction(shape, strategy, mesh)
 
 
 def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """The variants that may run an operator split so: the plain one alone where no parted factor is."""
+    """The variants that may run with this split: only the plain one if no parted factor is split."""
     if not any(factor.parting and axes for factor, axes in zip(shape.factors, split, strict=True)):
         return (PLAIN,)
     return tuple(variant.name for variant in shape.variants if _runs(shape, variant, split))
 
 
 def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether the factors of each group are split alike, and otherwise no axis splits two factors."""
+    """Whether the factors of each group are split alike, and no axis splits two factors that share no group."""
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
-    axes = [axis for i, held in enumerate(split) if i not in later for axis in held]
+    axes = [axis for i, split_by in enumerate(split) if i not in later for axis in split_by]
     used = not variant.together or any(split[group[0]] for group in groups)
     return alike and used and len(axes) == len(set(axes))
 
 
 def one_reduction(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
-    """A tensor is partial by one reduction at most."""
+    """Whether every result is partial by at most one reduction."""
     if not shape.mixes:
         return True
-    made = [make(shape, strategy, k, mesh) for k in range(len(shape.results))]
-    return all(len({op for _, op in splits.partial}) < 2 for splits in made)
+    results = [make(shape, strategy, k, mesh) for k in range(len(shape.results))]
+    return all(len({op for _, op in splits.partial}) < 2 for splits in results)
 
 
 def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -> bool:
-    """Whether `axes` may split a factor. With padding where nothing mixes the padding in: the factor is parted, or not
-    reduced, or reduced by an operator that makes zero of zeros."""
+    """Whether `axes` may split a factor.
+
+    They may split it unevenly if padding cannot change a result: the factor is parted, or not reduced, or its padding
+    can be filled with the identity of the reduction.
+    """
     factor = shape.factors[position]
     parting = factor.parting
     if axes and parting is not None and parting.parts is not None:
@@ -333,7 +352,7 @@ def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -
 
 
 def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits:
-    """The layout in which a strategy needs an operand's base value."""
+    """The layout that a strategy demands of an operand's base value."""
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
     for factor in shape.addends[operand]:
         partial |= dict.fromkeys(strategy.split[factor], "sum")
@@ -341,7 +360,7 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
 
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
-    """The layout in which a strategy makes a result."""
+    """The layout of a result under a strategy."""
     partial = {axis: "sum" for axis, _ in strategy.passes}
     for factor, op in shape.reduced_in[result].items():
         partial |= dict.fromkeys(strategy.split[factor], op)

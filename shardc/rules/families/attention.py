@@ -1,6 +1,7 @@
-"""Scaled dot-product attention as one operator: batch and heads pass, and queries where the mask is not causal.
+"""Scaled dot-product attention as one operator. Batch, heads and, without a causal mask, queries split freely.
 
-Under a causal mask queries are the parted factor r, and keys are always the parted factor s."""
+With a causal mask, queries are the parted factor r. Keys are always the parted factor s.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ def _query(causal: bool) -> str:
 
 
 def _flops(products: list[str], causal: bool) -> list[str]:
-    """Products of keys' dim d and of values' dim e."""
+    """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
     return [f"b h {_query(causal)} s {inner}" for inner in products]
 
 
@@ -36,7 +37,7 @@ def _named(x: torch.Tensor, text: str) -> str:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
 ) -> Rule:
-    """Over split keys, every part's results are weighed by their log-sum-exp."""
+    """Over split keys, the body weighs the result of each part by its log-sum-exp."""
     del scale
     query = "r~" if causal else "q"
     result = _named(q, f"b h {query} 1").rsplit(" ", 1)[0]
@@ -59,10 +60,10 @@ def attention_backward(
     del scale
     query, keys = "r:sum~" if causal else "q", "s:sum~"
     queries, keyed, values = _named(q, f"b h {query} d!"), _named(k, f"b h {keys} d!"), _named(v, f"b h {keys} e!")
-    made, grads = _named(out, f"b h {query} e!"), _named(grad, f"b h {query} e!")
+    outputs, grads = _named(out, f"b h {query} e!"), _named(grad, f"b h {query} e!")
     summed = _named(logsumexp, f"b h {query}")
     return parse(
-        f"{grads}, {queries}, {keyed}, {values}{_mask(mask, query, keys)}, {made}, {summed}"
+        f"{grads}, {queries}, {keyed}, {values}{_mask(mask, query, keys)}, {outputs}, {summed}"
         f" -> {queries}, {keyed}, {values}",
         [{0}], flops=_flops(["d", "d", "d", "e", "e"], causal), body=attention_parts.attention_in_parts_backward,
         multiplied=[0],

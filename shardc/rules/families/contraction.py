@@ -1,4 +1,4 @@
-"""Matrix products: the contracted factor reduces, every product is linear in each side alone."""
+"""Matrix products: the contracted factor is reduced, and a product is linear in each operand alone."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def baddbmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
 
 @rule(aten._grouped_mm.default)
 def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None, *_: object) -> Rule:
-    """One product a group; `offsets` say where groups end in the flat dim, so that dim and the groups stay whole."""
+    """One product for each group. `offsets` are the ends of the groups in the flat dim; it and the groups stay
+    whole."""
     left = {3: "g! m k", 2: "m! k" if weight.dim() == 3 else "m k!"}[x.dim()]
     right = {3: "g! k n", 2: "k n!" if x.dim() == 3 else "k! n"}[weight.dim()]
-    made = "g! m n" if x.dim() == weight.dim() else "m! n" if x.dim() == 2 else "m n!"
+    result = "g! m n" if x.dim() == weight.dim() else "m! n" if x.dim() == 2 else "m n!"
     if offsets is None:
-        left, right, made = "g m k", "g k n", "g m n"
-    # the kernel wants strides of whole 16 bytes: a dim is split only if up to 16 ranks get such parts of it
+        left, right, result = "g m k", "g k n", "g m n"
+    # the kernel needs strides of whole 16 bytes, so a dim is split only if parts for up to 16 ranks have such strides
     unit = 16 * 16 // x.element_size()
     m, k, n = int(x.shape[-2]), int(x.shape[-1]), int(weight.shape[-1])
     stuck = {name for name, size in (("m", m), ("k", k), ("n", n)) if size % unit}
     if offsets is None:
         stuck = set[str]()
-    text = f"{left}, {right}{', g!' if offsets is not None else ''} -> {made}"
+    text = f"{left}, {right}{', g!' if offsets is not None else ''} -> {result}"
     text = " ".join(
         f"{word.rstrip(',')}!{',' * word.endswith(',')}" if word.rstrip(",") in stuck else word for word in text.split()
     )
@@ -57,7 +58,7 @@ def grouped_fallback_backward(x: torch.Tensor, weight: torch.Tensor, offsets: to
 
 
 def _ones(text: str, *operands: torch.Tensor | None) -> str:
-    """The text with `1` for every factor of size one."""
+    """`text` with `1` in place of every factor of size one."""
     left, right = text.split(" -> ")
     sizes: dict[str, int] = {}
     for names, x in zip(left.split(", "), operands, strict=False):
@@ -71,5 +72,5 @@ def _ones(text: str, *operands: torch.Tensor | None) -> str:
 
 
 def _bias(bias: torch.Tensor, names: str) -> str:
-    own = names[len(names) - bias.dim() :]
-    return " ".join("1" if size == 1 else name for size, name in zip(bias.shape, own, strict=True))
+    dims = names[len(names) - bias.dim() :]
+    return " ".join("1" if size == 1 else name for size, name in zip(bias.shape, dims, strict=True))

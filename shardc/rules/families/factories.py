@@ -1,4 +1,4 @@
-"""Operators that make tensors from nothing: each rank makes its part."""
+"""Operators without tensor operands: each rank makes its part of the result."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def constant_like(x: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> 
 
 
 @rule(aten.arange.start_step, aten.arange.default, aten.arange.start)
-def arange(*given: Any, **_: Any) -> Rule:
-    numbers = [g for g in given if isinstance(g, (int, float))]
+def arange(*arguments: Any, **_: Any) -> Rule:
+    numbers = [g for g in arguments if isinstance(g, (int, float))]
     count = len(torch.arange(*numbers, device="meta"))
     return parse(f"-> {'n~' if count != 1 else '1'}", body=moves.arange)
 

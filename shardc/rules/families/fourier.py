@@ -1,4 +1,4 @@
-"""Fourier transforms: the dims that are transformed stay whole, the others are free."""
+"""Fourier transforms: transformed dims stay whole, the others split freely."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def complex_to_complex(x: torch.Tensor, dim: Sequence[int], *_: object) -> Rule:
 
 @rule(aten._fft_r2c.default)
 def real_to_complex(x: torch.Tensor, dim: Sequence[int], _: int, onesided: bool) -> Rule:
-    """Of a real signal's spectrum a good half is made."""
+    """Of a dim of n real numbers, the one-sided spectrum has n // 2 + 1 elements."""
     return _halved(x, dim, x.shape[dim[-1]] // 2 + 1 if onesided else x.shape[dim[-1]])
 
 
@@ -29,7 +29,7 @@ def complex_to_real(x: torch.Tensor, dim: Sequence[int], _: int, size: int) -> R
 
 
 def _halved(x: torch.Tensor, dim: Sequence[int], size: int) -> Rule:
-    """The last of the dims has `size` elements afterwards."""
+    """The rule of a transform after which the last of `dim` has `size` elements."""
     before = mark(letters(x), dim).split()
     after = [*before]
     after[dim[-1] % x.dim()] = "h!" if size != 1 else "1"

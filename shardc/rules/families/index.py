@@ -1,4 +1,4 @@
-"""Operators that take or put rows by index. A split table answers with its own rows; see `#v` in notation.py."""
+"""Operators that read or write rows by index. A rank reads and writes the rows of its part; see `#v` in notation.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def _one(size: int, name: str) -> str:
 
 @rule(aten.embedding.default)
 def embedding(table: torch.Tensor, indices: torch.Tensor, *_: object) -> Rule:
+    """Rows v of the table split: the ranks' results add up. Features d and indices split freely."""
     rows = " ".join(letters(indices, "i"))
     return parse(f"v d, #v {rows} -> {rows} d", [{0}])
 
@@ -26,7 +27,7 @@ def embedding(table: torch.Tensor, indices: torch.Tensor, *_: object) -> Rule:
 @rule(aten.embedding_dense_backward.default)
 def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: int, *rest: Any) -> Rule:
     names = " ".join(letters(indices, "i"))
-    if rest and rest[0] >= 0:  # the padding index cannot be rebased; decompositions.py masks it instead
+    if rest and rest[0] >= 0:  # the padding index cannot be rebased; rewrites/decompositions.py masks it instead
         return parse(f"{names} d, {names} -> v! d", [{0}])
     if len(rest) > 1 and rest[1]:  # scaling by frequency counts the indices of the whole batch
         whole = " ".join(f"{n}!" if n != "1" else n for n in letters(indices, "i"))
@@ -36,22 +37,23 @@ def embedding_dense_backward(grad: torch.Tensor, indices: torch.Tensor, rows: in
 
 
 def _along(x: torch.Tensor, dim: int, index: torch.Tensor) -> tuple[str, str]:
-    """Texts of a table and of an index tensor that agree in size but for `dim`; dims where they differ stay whole."""
-    table, taken = letters(x), letters(index, "i" if x.dim() != index.dim() else "d")
+    """Texts of a table and an index tensor. They split along dims of equal size and along `dim`; other dims stay
+    whole."""
+    table, indexed = letters(x), letters(index, "i" if x.dim() != index.dim() else "d")
     if x.dim() != index.dim():  # one of them is a single element without dims
-        return _whole(" ".join(table)), _whole(" ".join(taken))
+        return _whole(" ".join(table)), _whole(" ".join(indexed))
     for i, (a, b) in enumerate(zip(x.shape, index.shape, strict=True)):
         if i == dim % x.dim():
-            table[i], taken[i] = _one(int(a), "v"), _one(int(b), "j")
+            table[i], indexed[i] = _one(int(a), "v"), _one(int(b), "j")
         elif a != b:
-            table[i], taken[i] = _one(int(a), f"t{i}!"), _one(int(b), f"j{i}!")
-    return " ".join(table), " ".join(taken)
+            table[i], indexed[i] = _one(int(a), f"t{i}!"), _one(int(b), f"j{i}!")
+    return " ".join(table), " ".join(indexed)
 
 
 @rule(aten.gather.default)
 def gather(x: torch.Tensor, dim: int, index: torch.Tensor, *_: object, **__: object) -> Rule:
-    table, taken = _along(x, dim, index)
-    return parse(f"{table}, {_indexed(table)}{taken} -> {taken}", [{0}])
+    table, indexed = _along(x, dim, index)
+    return parse(f"{table}, {_indexed(table)}{indexed} -> {indexed}", [{0}])
 
 
 @rule(aten.scatter_add.default)
@@ -90,7 +92,7 @@ def _whole(text: str) -> str:
 
 
 def _pointlike(*tensors: torch.Tensor) -> Rule | None:
-    """The rule of a call whose table is a single element without dims: then all operands are."""
+    """The rule of a call whose operands are all single elements without dims; None if they are not."""
     if tensors[0].dim():
         return None
     return parse(f"{', '.join(' '.join(letters(t)) for t in tensors)} -> ", [{0, 2}] if len(tensors) > 2 else [{0}])
@@ -112,7 +114,7 @@ def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Rule:
 def scatter_reduce(
     x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *_: object, **__: object
 ) -> Rule:
-    """Whatever the reduction, a rank that owns rows of the table may reduce what is put there."""
+    """With any reduction, a rank can reduce what is written to its rows of the table."""
     table, put = _along(x, dim, index)
     put = " ".join(f"{n}!" if n == "j" else n for n in put.split())
     if source.shape != index.shape:
@@ -145,16 +147,17 @@ def index_add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tens
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
-    """One index tensor: its dim may be split. Several: their dims stay whole, index dims and the other dims pass."""
+    """With one index tensor, the indexed dim may be split; with several, those dims stay whole. Other dims split
+    freely."""
     used = [t for t in indices if t is not None]
     if any(t.dtype is torch.bool for t in used):
-        raise RuleError("indexing with a boolean mask makes a shape that depends on the data; use torch.where")
-    table, taken, where_ = _fancy(x, indices)
+        raise RuleError("indexing with a boolean mask gives a shape that depends on the data; use torch.where")
+    table, kept, where_ = _fancy(x, indices)
     broadcast = torch.broadcast_shapes(*(t.shape for t in used))
     names = [_one(int(n), f"i{k}") for k, n in enumerate(broadcast)]
     operands = [" ".join(_align(t, names)) for t in used]
     mark_ = "#v " if len(used) == 1 and "v" in table else ""
-    result = [*taken[:where_], *names, *taken[where_:]]
+    result = [*kept[:where_], *names, *kept[where_:]]
     return parse(f"{' '.join(table)}, {mark_}{', '.join(operands)} -> {' '.join(result)}", [{0}])
 
 
@@ -162,6 +165,7 @@ def index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Rule:
 def index_put(
     x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
 ) -> Rule:
+    """As `index`. Masks keep everything whole, and index dims split only if values accumulate."""
     used = [t for t in indices if t is not None]
     if any(t.dtype in (torch.bool, torch.uint8) for t in used):
         every = [x, *used, values]
@@ -174,7 +178,7 @@ def index_put(
         names = [f"{n}!" if n != "1" else n for n in names]
     full = [*kept[:where_], *names, *kept[where_:]]
     sizes = [1] * (len(full) - values.dim()) + list(values.shape)
-    # values broadcast over an index dim are added once an index: ranks that split it would need them whole
+    # values that broadcast over an index dim are added for each index, so they must be whole where it is split
     stuck = {n for n, size in zip(full, sizes, strict=True) if size == 1 and n in names and n != "1"}
     names = [f"{n}!" if n in stuck and not n.endswith("!") else n for n in names]
     operands = [" ".join(_align(t, names)) for t in used]
@@ -186,7 +190,7 @@ def index_put(
 
 @rule(aten.multilabel_margin_loss_forward.default)
 def multilabel_margin_loss(x: torch.Tensor, target: torch.Tensor, reduction: int) -> Rule:
-    """The labels of a row end at the first -1."""
+    """Rows split if nothing is reduced. The classes stay whole, because the labels of a row end at the first -1."""
     rows = x.dim() == 2 and reduction == 0
     names = f"n{'' if rows else '!'} c!" if x.dim() == 2 else "c!" if x.dim() else ""
     return parse(f"{names}, {names} -> {'n' if rows else ''}, {names}")
@@ -194,14 +198,14 @@ def multilabel_margin_loss(x: torch.Tensor, target: torch.Tensor, reduction: int
 
 @rule(aten.multilabel_margin_loss_backward.default)
 def multilabel_margin_loss_backward(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> Rule:
-    """The marks of what is a target are checked, so padding may not hold anything; a mean divides by all the rows."""
+    """Even splits only, because the kernel checks its marks of targets; rows stay whole where a mean divides by all."""
     each = grad.dim() == 1
     names = ["", "c!", f"n{'' if each else '!'} c!"][x.dim()]
     return parse(f"{'n' if each else ''}, {names}, {names}, {names} -> {names}", [{0}], even=True)
 
 
 def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], int]:
-    """Names of the table's dims, of those that pass, and where the index dims stand in the result."""
+    """Names of the table's dims and of those without an index, and the position of the index dims in the result."""
     table, places = letters(x), [i for i, t in enumerate(indices) if t is not None]
     single = len(places) == 1
     for i in places:
@@ -212,8 +216,8 @@ def _fancy(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> tuple[lis
 
 
 def _align(t: torch.Tensor, names: list[str]) -> list[str]:
-    own = names[len(names) - t.dim() :]
-    return ["1" if n == 1 else name for n, name in zip(t.shape, own, strict=True)]
+    dims = names[len(names) - t.dim() :]
+    return ["1" if n == 1 else name for n, name in zip(t.shape, dims, strict=True)]
 
 
 @rule(aten.segment_reduce.default)
@@ -221,7 +225,7 @@ def segment_reduce(
     data: torch.Tensor, reduce: str, *, lengths: torch.Tensor | None = None, offsets: torch.Tensor | None = None,
     axis: int = 0, **_: Any,
 ) -> Rule:  # fmt: skip
-    """Segments lie along `axis`, which stays whole; of the dims before it every row has its own lengths."""
+    """Segments run along `axis`, which stays whole. Every row of the dims before it has other lengths."""
     del reduce
     left, bounds, right = _segments(data, lengths, offsets, axis)
     return parse(f"{left}, {bounds} -> {right}", even=axis > 0)  # padded lengths would not add up
@@ -240,12 +244,12 @@ def segment_reduce_backward(
 def _segments(
     data: torch.Tensor, lengths: torch.Tensor | None, offsets: torch.Tensor | None, axis: int
 ) -> tuple[str, str, str]:
-    """Texts of the data, of the lengths or offsets, and of the result."""
-    given = lengths if lengths is not None else offsets
-    assert given is not None
+    """Rule texts of the data, of the lengths or offsets, and of the result."""
+    limits = lengths if lengths is not None else offsets
+    assert limits is not None
     names = letters(data)
     before, after = names[:axis], names[axis + 1 :]
-    count = int(given.shape[-1]) - (lengths is None)
-    bounds = [*before, _one(int(given.shape[-1]), "b!")]
+    count = int(limits.shape[-1]) - (lengths is None)
+    bounds = [*before, _one(int(limits.shape[-1]), "b!")]
     left = [*before, _one(int(data.shape[axis]), "s!"), *after]
     return " ".join(left), " ".join(bounds), " ".join([*before, _one(count, "o!"), *after])

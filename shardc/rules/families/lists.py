@@ -1,4 +1,4 @@
-"""Lists: of the places that are not zero, and of the distances of all pairs of points."""
+"""Lists: of the positions of nonzero elements, and of the distances of all pairs of points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @rule(aten.nonzero_static.default)
 def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> Rule:
-    """Parts of the first dim tell each other how many places they have found."""
+    """The parts of the first dim gather the numbers of their nonzero elements."""
     del fill_value
     names = mark(letters(x), range(1, x.dim())).split()
     if names and names[0] != "1":
@@ -28,7 +28,7 @@ def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> Rule:
 
 @rule(aten._pdist_forward.default)
 def pair_distances(x: torch.Tensor, *_: object) -> Rule:
-    """The points stay whole: every pair counts."""
+    """The points stay whole, because every pair is computed. Coordinates split."""
     points, coordinates, pairs = _points(x)
     sent = [Send(all_reduce, ("k",), x.element_size())]
     text = f"{points} {coordinates.replace('d', 'd~')} -> {pairs}"
@@ -37,12 +37,12 @@ def pair_distances(x: torch.Tensor, *_: object) -> Rule:
 
 @rule(aten._pdist_backward.default)
 def pair_distances_backward(grad: torch.Tensor, x: torch.Tensor, *_: object) -> Rule:
-    """With the distances known every coordinate is by itself."""
+    """Given the distances, every coordinate is independent of the others."""
     points, coordinates, pairs = _points(x)
     return parse(f"{pairs}, {points} {coordinates}, {pairs} -> {points} {coordinates}", [{0}])
 
 
 def _points(x: torch.Tensor) -> Sequence[str]:
-    """The words of points, coordinates and pairs."""
+    """The rule texts of points, coordinates and pairs."""
     count, coordinates = x.shape
     return ("n!" if count != 1 else "1"), ("d" if coordinates != 1 else "1"), ("k!" if count != 2 else "1")

@@ -1,5 +1,5 @@
-"""Operators on matrices. Factorisations keep matrices whole and split batches of them; the columns of a right-hand
-side, or of what is made column by column, are free."""
+"""Operators on matrices. Factorisations split batches and keep each matrix whole. Columns split freely if they are
+those of a right-hand side, or if the result is computed column by column."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ aten = torch.ops.aten
 
 
 def _words(x: torch.Tensor, *tail: str) -> str:
-    """Rule text of a tensor whose last dims are called `tail`. Those before are batches, which are broadcast: they are
-    counted from the last."""
+    """Rule text of a tensor whose last dims are called `tail`.
+
+    The dims before are batch dims. Their names count from the last one, because batch dims broadcast.
+    """
     batch = x.dim() - len(tail)
     names = [*(f"b{batch - i}" for i in range(batch)), *tail]
     return " ".join(name if size != 1 else "1" for name, size in zip(names, x.shape, strict=True))
 
 
 def _plain(x: torch.Tensor, dims: int) -> torch.Tensor:
-    """Something with the batch of the matrices `x` and `dims` more dims, none of size one."""
+    """A tensor with the batch dims of the matrices `x` and `dims` more dims, none of size one."""
     return x.new_empty([*x.shape[:-2], *[2] * dims])
 
 
@@ -34,8 +36,8 @@ def lu_factor(x: torch.Tensor, **_: Any) -> Rule:
 
 @rule(aten.lu_unpack.default)
 def permutation(x: torch.Tensor, pivots: torch.Tensor, data: bool = True, *_: object) -> Rule:
-    """Where the triangles are asked for it is decomposed: what is left is the permutation. Padded pivots would name
-    rows that are not there."""
+    """The permutation; a call that wants the triangles is decomposed. Padded pivots would name rows that do not
+    exist."""
     rows = x.new_empty([*x.shape[:-1], x.shape[-2]])
     least = min(x.shape[-2:])
     sides = [_words(x[..., :least], "r!", "l!"), _words(x[..., :least, :], "u!", "c!")] if data else ["e!", "f!"]
@@ -45,7 +47,7 @@ def permutation(x: torch.Tensor, pivots: torch.Tensor, data: bool = True, *_: ob
 
 @rule(aten._linalg_svd.default)
 def singular_values(x: torch.Tensor, full: bool = False, vectors: bool = True, **_: object) -> Rule:
-    """Vectors from the left, values, vectors from the right. What padding holds would not be factorised."""
+    """Results: left vectors, values, right vectors. Even splits only, because padding may not have a factorisation."""
     *batch, rows, columns_ = x.shape
     least = min(rows, columns_)
     left = x.new_empty([*batch, rows, rows if full else least])
@@ -58,8 +60,8 @@ def singular_values(x: torch.Tensor, full: bool = False, vectors: bool = True, *
 @rule(aten._linalg_eigh.default)
 def eigenvalues(x: torch.Tensor, uplo: str = "L", vectors: bool = True) -> Rule:
     del uplo
-    made = _words(x, "r!", "c!") if vectors else "e!"
-    return parse(f"{_words(x, 'm!', 'n!')} -> {_words(x[..., 0], 'k!')}, {made}", even=True)
+    sides = _words(x, "r!", "c!") if vectors else "e!"
+    return parse(f"{_words(x, 'm!', 'n!')} -> {_words(x[..., 0], 'k!')}, {sides}", even=True)
 
 
 @rule(aten.geqrf.default)
@@ -76,9 +78,9 @@ def householder_product(x: torch.Tensor, tau: torch.Tensor) -> Rule:
 
 @rule(aten.ormqr.default)
 def reflected(x: torch.Tensor, tau: torch.Tensor, other: torch.Tensor, left: bool = True, *_: object) -> Rule:
-    """The product of reflections from the left takes the other side's columns one by one, from the right its rows."""
-    made = _words(other, *(("r!", "c") if left else ("r", "c!")))
-    return parse(f"{_words(x, 'm!', 'n!')}, {_words(tau, 'k!')}, {made} -> {made}", [{2}])
+    """Reflections from the left act on each column of `other` separately, from the right on each row."""
+    result = _words(other, *(("r!", "c") if left else ("r", "c!")))
+    return parse(f"{_words(x, 'm!', 'n!')}, {_words(tau, 'k!')}, {result} -> {result}", [{2}])
 
 
 @rule(aten.cholesky_inverse.default)
@@ -88,23 +90,23 @@ def cholesky_inverse(x: torch.Tensor, *_: object) -> Rule:
 
 @rule(aten._linalg_solve_ex.default)
 def solve(x: torch.Tensor, other: torch.Tensor, *, left: bool = True, **_: object) -> Rule:
-    """Results: solution, LU, pivots, info; the last three are of the matrix alone."""
+    """Results: solution, LU, pivots, info. The last three depend on the matrix alone."""
     vector = other.dim() == 1 or (other.dim() == x.dim() - 1 and other.shape == x.shape[:-1])
     side, solved = ("m!",), ("n!",)
     if not vector:
         side, solved = (("m!", "j"), ("n!", "j")) if left else (("j", "n!"), ("j", "m!"))
     batch = torch.broadcast_shapes(x.shape[:-2], other.shape[: other.dim() - len(side)])
-    made = x.new_empty([*batch, *other.shape[other.dim() - len(side) :]])
+    solution = x.new_empty([*batch, *other.shape[other.dim() - len(side) :]])
     matrix, right = _words(x, "m!", "n!"), _words(other, *side)
     factors = f"{matrix}, {_words(x[..., 0], 'k!')}, {_words(_plain(x, 0))}"
-    return parse(f"{matrix}, {right} -> {_words(made, *solved)}, {factors}", reads=[{0, 1}, {0}, {0}, {0}])
+    return parse(f"{matrix}, {right} -> {_words(solution, *solved)}, {factors}", reads=[{0, 1}, {0}, {0}, {0}])
 
 
 @rule(aten.triangular_solve.default)
 def triangular_solve(other: torch.Tensor, x: torch.Tensor, *_: object) -> Rule:
-    """Results: solution, and a copy of the matrix, both with the batch of both."""
+    """Results: the solution and a copy of the matrix, both with the broadcast batch dims."""
     batch = torch.broadcast_shapes(x.shape[:-2], other.shape[:-2])
-    made, copy = x.new_empty([*batch, *other.shape[-2:]]), x.new_empty([*batch, *x.shape[-2:]])
+    solution, copy = x.new_empty([*batch, *other.shape[-2:]]), x.new_empty([*batch, *x.shape[-2:]])
     matrix = ("m!", "n!")
-    text = f"{_words(other, 'c!', 'j')}, {_words(x, *matrix)} -> {_words(made, 'r!', 'j')}, {_words(copy, *matrix)}"
+    text = f"{_words(other, 'c!', 'j')}, {_words(x, *matrix)} -> {_words(solution, 'r!', 'j')}, {_words(copy, *matrix)}"
     return parse(text, reads=[{0, 1}, {1}])

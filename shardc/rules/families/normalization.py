@@ -1,4 +1,4 @@
-"""Layer and RMS norms as whole operators: batch dims pass, and where the normalised dims are split sums travel."""
+"""Layer and RMS norms as whole operators. Batch dims split freely; over split normalised dims, ranks reduce sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _layer(x: torch.Tensor, normalized: Sequence[int]) -> tuple[str, str, str]:
-    """Rule text of the batch dims, of the normalised dims, and of ones in their place."""
+    """Rule texts of the batch dims, of the normalised dims, and of dims of size one in their place."""
     names = letters(x)
     cut = len(names) - len(normalized)
     inner = names[cut:]
@@ -23,7 +23,7 @@ def _layer(x: torch.Tensor, normalized: Sequence[int]) -> tuple[str, str, str]:
 
 
 def _sends(x: torch.Tensor, normalized: Sequence[int], count: int, together: int = 1) -> dict[str, list[Send]]:
-    """`count` sums over every normalised dim, of `together` numbers a row."""
+    """`count` all-reduces over every normalised dim, of `together` numbers a row."""
     names = letters(x)
     cut = len(names) - len(normalized)
     rest = tuple(n for n in names[:cut] if n != "1")

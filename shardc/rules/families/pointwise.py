@@ -1,4 +1,4 @@
-"""Elementwise operators: every dim is a factor, dims of size one broadcast; tables say which partial operands pass."""
+"""Elementwise operators: every dim is a factor, and dims of size one broadcast. Tables list their linear groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardc.rules.notation import Rule, adds, family, parse
 aten = torch.ops.aten
 
 TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.complex.default)
-"""Linear in both tensor operands at once: P + P -> P; P + B and P + scalar are no sums of parts."""
+"""Linear in both tensor operands at once: P + P -> P. P + B and P + scalar are not."""
 
 EACH = (aten.mul.Tensor,)
 """Linear in each operand alone: P * B -> P."""
@@ -29,7 +29,7 @@ BACKWARD = (
 """Linear in the gradient, which comes first."""
 
 MOVES = (aten.clone.default, aten.positive.default, aten.alias.default, torch.ops.shardc.constrain.default)
-"""What is passed on unchanged may be parts of anything, booleans too."""
+"""Operators that return their operand unchanged, so that it may be partial with any dtype."""
 
 _FIRST = (
     *BACKWARD, aten.div.Tensor, aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default,
@@ -45,13 +45,13 @@ GROUPS: Mapping[OpOverload, tuple[set[int], ...]] = {
     aten.addcmul.default: ({0, 1}, {0, 2}),
     aten.addcdiv.default: ({0, 1},),
 }
-"""Groups of operands in which the others are linear."""
+"""The linear groups of the other operators."""
 
 FAILING = (
     aten.floor_divide.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.div.Tensor_mode, aten.pow.Tensor_Tensor,
     aten.remainder.Scalar_Tensor, aten.pow.Scalar,
 )  # fmt: skip
-"""Of integers these raise where padding happens to hold a zero or a negative number."""
+"""With integers, these raise if padding holds a zero or a negative number."""
 
 UNTAGGED = (
     aten.native_dropout_backward.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor,
@@ -64,13 +64,14 @@ UNTAGGED = (
 
 
 def tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    """The tensors among the arguments of a call, in order, lists flattened."""
+    result: list[torch.Tensor] = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
-            found.append(argument)
+            result.append(argument)
         elif isinstance(argument, (list, tuple)):
-            found += tensors(argument)
-    return found
+            result += tensors(argument)
+    return result
 
 
 def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Rule:
@@ -80,8 +81,8 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
     names = [f"d{i}" if size != 1 else "1" for i, size in enumerate(shape)]
 
     def dims(x: torch.Tensor) -> str:
-        own = names[len(names) - x.dim() :]
-        return " ".join("1" if size == 1 else name for size, name in zip(x.shape, own, strict=True))
+        aligned = names[len(names) - x.dim() :]
+        return " ".join("1" if size == 1 else name for size, name in zip(x.shape, aligned, strict=True))
 
     results = [" ".join(names)] * len(operator._schema.returns)
     return parse(
@@ -97,7 +98,7 @@ def _groups(
     if operator in MOVES:
         return [{0}]
     if operator is aten._to_copy.default:
-        # a cast of parts is a part of the cast only between floats, and a narrowing one would round each part
+        # the sum of cast addends is the cast sum only between floats, and a narrowing cast would round each addend
         source, target = operands[0].dtype, keywords.get("dtype") or operands[0].dtype
         widens = source.is_floating_point and target.is_floating_point and target.itemsize > source.itemsize
         return [{0}] if source == target or widens else []
@@ -110,7 +111,7 @@ def _groups(
     else:
         groups = list(GROUPS.get(operator, ()))
     same = len({x.dtype for x in operands}) == 1 and all(isinstance(a, torch.Tensor) for a in arguments)
-    # booleans sum to their disjunction, which is lost once they count as numbers
+    # booleans sum to their disjunction, which is lost in operators that count them as numbers
     return [g for g in groups if all(adds(operands[i]) for i in g) or (same and operator in (*EACH, aten.where.self))]
 
 

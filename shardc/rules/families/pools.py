@@ -1,7 +1,8 @@
-"""Pooling: batch and channels split, and space where its windows are regular, as in window.py; else it stays whole.
+"""Pooling: batch and channels split. Space splits if its windows are regular, as in window.py; else it stays whole.
 
-Those that take indices as operands look them up without a check, so none of them may be left to a trial on made-up
-inputs."""
+Every pool with index operands needs a rule here. Their kernels do not check the indices, so a trial on made-up inputs
+could crash.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +25,31 @@ _PLANES = {
     aten.fractional_max_pool2d_backward.default: 2,
     aten.fractional_max_pool3d_backward.default: 3,
 }
-"""Pools with indices whose windows are not regular, and the number of their spatial dims."""
+"""Pools with indices and irregular windows, with the number of their spatial dims."""
 
 
 def _space(x: torch.Tensor, spatial: int, name: str) -> str:
-    """The operand's dims before space, then spatial ones called so."""
+    """Rule text of `x`: the dims before space, then `spatial` whole dims called `name`."""
     batch = letters(x)[: x.dim() - spatial]
     return " ".join([*batch, *(f"{name}{i}!" if n != 1 else "1" for i, n in enumerate(x.shape[x.dim() - spatial :]))])
 
 
-def _made(x: torch.Tensor, spatial: int) -> str:
-    """The dims of a result of which only the batch is known; sizes of one are none to split, whatever they are."""
+def _result(x: torch.Tensor, spatial: int) -> str:
+    """Rule text of a result with the batch dims of `x` and `spatial` whole dims of unknown size."""
     return " ".join([*letters(x)[: x.dim() - spatial], *(f"y{i}!" for i in range(spatial))])
 
 
 def _forward(spatial: int) -> Any:
     def maker(x: torch.Tensor, *_: Any) -> Rule:
-        return parse(f"{_space(x, spatial, 'x')} -> {_made(x, spatial)}, {_made(x, spatial)}")
+        return parse(f"{_space(x, spatial, 'x')} -> {_result(x, spatial)}, {_result(x, spatial)}")
 
     return maker
 
 
 def _backward(spatial: int) -> Any:
     def maker(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> Rule:
-        made = _space(grad, spatial, "y")
-        return parse(f"{made}, {_space(x, spatial, 'x')}, {made} -> {_space(x, spatial, 'x')}", [{0}])
+        gradient = _space(grad, spatial, "y")
+        return parse(f"{gradient}, {_space(x, spatial, 'x')}, {gradient} -> {_space(x, spatial, 'x')}", [{0}])
 
     return maker
 
@@ -58,29 +59,29 @@ for _operator, _spatial in _PLANES.items():
 
 
 @rule(aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default)
-def fractional_max_pool(x: torch.Tensor, kernel: Any, *given: Any) -> Rule:
-    """The samples say where windows begin, per picture and channel; one picture may come without a batch dim."""
+def fractional_max_pool(x: torch.Tensor, kernel: Any, *rest: Any) -> Rule:
+    """The samples say where windows begin, for each image and channel. A single image may have no batch dim."""
     spatial, batch = len(kernel), letters(x)[: x.dim() - len(kernel)]
     samples = " ".join([*(["1"] * (2 - len(batch))), *batch, "s!"])
-    made = _made(x, spatial)
-    return parse(f"{_space(x, spatial, 'x')}, {samples} -> {made}, {made}")
+    result = _result(x, spatial)
+    return parse(f"{_space(x, spatial, 'x')}, {samples} -> {result}, {result}")
 
 
 @rule(aten.max_unpool2d.default, aten.max_unpool3d.default)
 def max_unpool(x: torch.Tensor, indices: torch.Tensor, size: Any, *_: Any) -> Rule:
     before = _space(x, len(size), "x")
-    return parse(f"{before}, {before} -> {_made(x, len(size))}", [{0}])
+    return parse(f"{before}, {before} -> {_result(x, len(size))}", [{0}])
 
 
 def _adaptive_avg_pool(spatial: int) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, *_: Any) -> Rule:
-        return parse(f"{_space(x, spatial, 'x')} -> {_made(x, spatial)}", [{0}])
+        return parse(f"{_space(x, spatial, 'x')} -> {_result(x, spatial)}", [{0}])
 
     return maker
 
 
 def _adaptive_avg_pool_backward(spatial: int) -> Callable[..., Rule]:
-    """Linear in the gradient; of the input only the shape is read."""
+    """Linear in the gradient; reads only the shape of the input."""
 
     def maker(grad: torch.Tensor, x: torch.Tensor) -> Rule:
         return parse(f"{_space(grad, spatial, 'y')}, {_space(x, spatial, 'x')} -> {_space(x, spatial, 'x')}", [{0}])
@@ -97,17 +98,18 @@ rule(aten._adaptive_avg_pool3d_backward.default)(_adaptive_avg_pool_backward(3))
 def _pool(
     operator: Callable[..., Any], rank: int, x: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, *more: Any
 ) -> tuple[Space, list[str]]:
-    """The space of a pooling call, and the names of the other dims. `more` begins with the dilation if there is one."""
+    """The space of a pooling call, and the names of the other dims. `more` starts with the dilation, if there is
+    one."""
     out = operator(torch.empty(x.shape, device="meta"), kernel, stride, padding, *more)
     out = out if isinstance(out, torch.Tensor) else out[0]
     dilation = more[0] if more and not isinstance(more[0], bool) else 1
-    settings = (each(given, rank) for given in (kernel, stride or kernel, padding, dilation))
+    settings = (each(setting, rank) for setting in (kernel, stride or kernel, padding, dilation))
     windows = [Window(*one) for one in zip(*settings, strict=True)]
     return Space(x.shape[-rank:], out.shape[-rank:], windows), letters(x)[: x.dim() - rank]
 
 
 def _sides(space: Space, batch: list[str]) -> tuple[str, str]:
-    """Rule text of what is pooled and of the result."""
+    """Rule texts of the operand and of the result."""
     names = space.names(space.wide, "x"), space.names(space.narrow, "y")
     return " ".join([*batch, *names[0]]), " ".join([*batch, *names[1]])
 
@@ -149,7 +151,7 @@ def _avg_pool(operator: Callable[..., Any], rank: int, body: Body) -> Callable[.
 
 
 def _avg_pool_backward(operator: Callable[..., Any], rank: int, body: Body) -> Callable[..., Rule]:
-    """Linear in the gradient; of the input only the shape is read."""
+    """Linear in the gradient; reads only the shape of the input."""
 
     def maker(
         grad: torch.Tensor, x: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, ceil: bool, *_: Any

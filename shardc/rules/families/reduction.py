@@ -1,4 +1,4 @@
-"""Reductions: those whose parts combine elementwise are partial, the others talk to the other parts themselves."""
+"""Reductions. Results that combine elementwise are partial; for the others, a body exchanges data between the parts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ aten = torch.ops.aten
 
 
 def _chosen(x: torch.Tensor, dim: Any) -> set[int]:
-    """The dims that are reduced: all where none is named."""
+    """The reduced dims: all if `dim` names none."""
     dims: list[int] = [dim] if isinstance(dim, int) else list(dim or ())
     return {d % x.dim() for d in dims} if dims and x.dim() else set(range(x.dim()))
 
 
 def _kept(names: list[str], chosen: set[int], keepdim: bool) -> list[str]:
-    """The result's dims."""
+    """Names of the result's dims."""
     return [("1" if i in chosen else n) for i, n in enumerate(names) if keepdim or i not in chosen]
 
 
 def _reduce(reduction: str, truth: bool = False) -> Callable[..., Rule]:
-    """`truth`: the largest of some zeros and ones is one if any is, and of no other numbers is the infinity that fills
-    padding true or false as it should be."""
+    """A maker for a reduction. `truth` marks `any` and `all`, which are max and min of booleans.
+
+    Of numbers, these split evenly only, because the infinity that would fill padding counts as true.
+    """
 
     def maker(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> Rule:
         names, chosen = letters(x), _chosen(x, dim)
@@ -51,21 +53,23 @@ rule(aten.all.dim, aten.all.dims, aten.all.default)(_reduce("min", truth=True))
 
 
 def parted(x: torch.Tensor, dims: set[int]) -> tuple[str, tuple[str, ...]]:
-    """Rule text of a tensor whose `dims` are parted, and the names of its other factors."""
+    """Rule text of a tensor with parted `dims`, and the names of its other factors."""
     names = letters(x)
     return mark(names, dims, "~"), tuple(n for i, n in enumerate(names) if i not in dims and n != "1")
 
 
 def stats_size(x: torch.Tensor) -> int:
-    """Bytes an element of what bodies that widen halves send."""
+    """Bytes of an element that a body sends if it computes with float16 and bfloat16 in float32."""
     return max(x.element_size(), 4) if x.is_floating_point() else torch.get_default_dtype().itemsize
 
 
 def row_statistics(
     reduced: Body, gathered: Body, parted: Iterable[str], rest: tuple[str, ...], x: torch.Tensor
 ) -> list[Variant]:
-    """The variants of what needs each row's maximum and its sum of exponentials: all-reduce one after the other, or
-    gather both at once."""
+    """The two variants of an operator that needs each row's maximum and sum of exponentials.
+
+    `reduced` all-reduces one after the other. `gathered` all-gathers both at once.
+    """
     names, size = [*parted], stats_size(x)
     one, both = Send(all_reduce, rest, size), Send(all_gather, rest, size, elements=2)
     return [
@@ -81,8 +85,10 @@ def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> Rul
     if x.is_complex():
         return parse(f"{mark(letters(x), chosen)} -> {right}")
     left, rest = parted(x, chosen)
-    ways = row_statistics(exponentials.logsumexp, exponentials.logsumexp_gathered, [f"d{i}" for i in chosen], rest, x)
-    return parse(f"{left} -> {right}", variants=ways)
+    variants = row_statistics(
+        exponentials.logsumexp, exponentials.logsumexp_gathered, [f"d{i}" for i in chosen], rest, x
+    )
+    return parse(f"{left} -> {right}", variants=variants)
 
 
 def _place(body: Body) -> Callable[..., Rule]:
@@ -101,7 +107,7 @@ rule(aten.argmin.default)(_place(extremes.argmin))
 
 
 def along(x: torch.Tensor, dim: int) -> tuple[list[str], tuple[str, ...]]:
-    """Names of a tensor's dims of which `dim` is the parted factor s, and the names of the other factors."""
+    """Names of a tensor's dims, where `dim` is the parted factor s, and the names of the other factors."""
     names = letters(x)
     if names:
         names[dim] = "s~" if x.shape[dim] != 1 else "1"
@@ -124,7 +130,7 @@ rule(aten.min.dim)(_extreme(extremes.min_along))
 
 @rule(aten.median.dim, aten.nanmedian.dim, aten.mode.default)
 def typical(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Rule:
-    """The dim is sorted, so it stays whole."""
+    """The kernel sorts `dim`, so it stays whole."""
     names, chosen = letters(x), _chosen(x, dim)
     right = " ".join(_kept(names, chosen, keepdim))
     return parse(f"{mark(names, chosen)} -> {right}, {right}")
@@ -132,7 +138,7 @@ def typical(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Rule:
 
 @rule(aten.hash_tensor.default)
 def hash_tensor(x: torch.Tensor, dim: Sequence[int] = (), *, keepdim: bool = False, mode: int = 0) -> Rule:
-    """The exclusive or of the elements' bits, as 64-bit integers."""
+    """The exclusive or of the elements' bits; ranks gather 64-bit integers."""
     chosen = _chosen(x, dim)
     left, rest = parted(x, chosen if mode == 0 else set())
     right = " ".join(_kept(letters(x), chosen, keepdim))
@@ -142,7 +148,7 @@ def hash_tensor(x: torch.Tensor, dim: Sequence[int] = (), *, keepdim: bool = Fal
 
 @rule(aten.topk.default)
 def topk(x: torch.Tensor, k: int, dim: int = -1, *_: object) -> Rule:
-    """Where a part's candidates would be most of the dim, it stays whole."""
+    """The dim stays whole if a part's `k` candidates would be more than half of it."""
     names, rest = along(x, dim)
     after = [*names]
     if names:
@@ -155,6 +161,6 @@ def topk(x: torch.Tensor, k: int, dim: int = -1, *_: object) -> Rule:
 
 @rule(aten.histc.default)
 def histc(x: torch.Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Rule:
-    """Counts add up; without given bounds the bins depend on the extremes of all elements."""
+    """Counts add up. Without bounds, the bins depend on the extremes of all elements, so all dims stay whole."""
     names = " ".join(letters(x)) if low != high else mark(letters(x), range(x.dim()))
     return parse(f"{names} -> {'o!' if bins != 1 else '1'}", even=True)

@@ -1,4 +1,4 @@
-"""Reading between the points of a grid: every sample is taken by itself, from an input that is whole in space."""
+"""Interpolation between grid points: samples are independent, and the space of the input stays whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ aten = torch.ops.aten
 
 
 def _texts(x: torch.Tensor, grid: torch.Tensor) -> tuple[str, str, str]:
-    """Texts of the input, of the grid, and of the samples: batch and channels pass, and so do the samples' places."""
+    """Rule texts of the input, of the grid, and of the samples. Batch, channels and the places of samples split
+    freely."""
     batch, channels, *space = (int(n) for n in x.shape)
     places = [int(n) for n in grid.shape[1:-1]]
 
@@ -30,8 +31,8 @@ def _texts(x: torch.Tensor, grid: torch.Tensor) -> tuple[str, str, str]:
 
 @rule(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
 def grid_sampler(x: torch.Tensor, grid: torch.Tensor, *_: object) -> Rule:
-    source, points, made = _texts(x, grid)
-    return parse(f"{source}, {points} -> {made}", [{0}])
+    source, points, samples = _texts(x, grid)
+    return parse(f"{source}, {points} -> {samples}", [{0}])
 
 
 @rule(aten.grid_sampler_2d_backward.default, aten.grid_sampler_3d_backward.default)
@@ -39,8 +40,8 @@ def grid_sampler_backward(
     grad: torch.Tensor, x: torch.Tensor, grid: torch.Tensor, mode: int, padding: int, corners: bool,
     mask: Sequence[bool] = (True, True),
 ) -> Rule:  # fmt: skip
-    """The input's gradient sums over the samples, the grid's over the channels; torch always makes the latter."""
+    """The gradient of the input sums over samples, that of the grid over channels. torch always computes the latter."""
     del grad, mode, padding, corners
-    source, points, made = _texts(x, grid)
+    source, points, samples = _texts(x, grid)
     results = f"{source if mask[0] else '_'}, {points}"
-    return parse(f"{made}, {source}, {points} -> {results}", [{0}], reads=[{0, 2}, {0, 1, 2}])
+    return parse(f"{samples}, {source}, {points} -> {results}", [{0}], reads=[{0, 2}, {0, 1, 2}])

@@ -51,8 +51,8 @@ rule(aten._log_softmax_backward_data.default)(_softmax_backward(exponentials.log
 def _scan(body: Body, linear: bool = False) -> Callable[..., Rule]:
     def maker(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Rule:
         names, rest = along(x, dim)
-        made = dtype or (x.dtype if x.is_floating_point() or x.is_complex() else torch.int64)
-        sent, text = Send(all_gather, rest, 4 if made in LOW else made.itemsize), " ".join(names)
+        result_dtype = dtype or (x.dtype if x.is_floating_point() or x.is_complex() else torch.int64)
+        sent, text = Send(all_gather, rest, 4 if result_dtype in LOW else result_dtype.itemsize), " ".join(names)
         return parse(f"{text} -> {text}", [{0}] if linear and adds(x) else [], body=body, sends={"s": [sent]})
 
     return maker
@@ -79,6 +79,7 @@ rule(aten.cummin.default)(_running_extreme(scans.cummin))
 
 @rule(aten.sort.default, aten.sort.stable)
 def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Rule:
+    """`dim` stays whole."""
     del descending, stable
     names = mark(letters(x), [dim])
     return parse(f"{names} -> {names}, {names}")

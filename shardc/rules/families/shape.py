@@ -1,5 +1,8 @@
-"""Operators that move elements within a dim (slice, cat, pad, flip). Where such a dim is split every rank moves what it
-holds: taking from it gives addends of the result, putting into it needs nothing of the others."""
+"""Operators that move elements within a dim (slice, cat, pad, flip).
+
+Where such a dim is split, every rank moves the elements that it holds. Reading from the dim gives addends of the
+result. Writing into it needs nothing from other ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from shardc.runtime.kernels import moves, shifts
 
 aten = torch.ops.aten
 MANY = 4
-"""More operands than this are joined whole: each that may be split multiplies the strategies."""
+"""`cat` of more operands keeps the dim whole, because each operand that may be split multiplies the strategies."""
 
 
 def _named(x: torch.Tensor, dim: int, name: str) -> list[str]:
-    """Names of a tensor's dims, `dim` called otherwise."""
+    """Names of a tensor's dims, where `dim` is called `name`."""
     names = letters(x)
     if names and x.shape[dim] != 1:
         names[dim] = name
@@ -84,9 +87,9 @@ def cat(parts: Sequence[torch.Tensor], dim: int = 0) -> Rule:
 def _parts(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> Rule:
     results: list[list[str]] = []
     for k, size in enumerate(sizes):
-        own = letters(x)
-        own[dim] = f"o{k}!" if size != 1 else "1"
-        results.append(own)
+        names = letters(x)
+        names[dim] = f"o{k}!" if size != 1 else "1"
+        results.append(names)
     return parse(f"{_text(_named(x, dim, 's:sum~'))} -> {_text(*results)}", [{0}], body=moves.split_along)
 
 
@@ -130,7 +133,7 @@ def pad(x: torch.Tensor, amounts: Sequence[int], value: float = 0) -> Rule:
 
 
 def divisors(size: int) -> list[int]:
-    """The numbers of even parts of a dim."""
+    """The numbers of even parts, two or more, of a dim of `size` elements."""
     return [n for n in range(2, size + 1) if size % n == 0]
 
 
@@ -143,16 +146,16 @@ def _around(x: torch.Tensor, dim: int) -> tuple[str, ...]:
 def flip(x: torch.Tensor, dims: Sequence[int]) -> Rule:
     chosen = {d % x.dim() for d in dims}
     names = mark(letters(x), chosen, "~")
-    own = tuple(n for n in letters(x) if n != "1")
+    factors = tuple(n for n in letters(x) if n != "1")
     return parse(
         f"{names} -> {names}", [{0}], body=shifts.flip, parts={f"d{i}": divisors(x.shape[i]) for i in chosen},
-        sends={f"d{i}": [Send(permute, own, x.element_size())] for i in chosen},
+        sends={f"d{i}": [Send(permute, factors, x.element_size())] for i in chosen},
     )  # fmt: skip
 
 
 @rule(aten.roll.default)
 def roll(x: torch.Tensor, by: int | Sequence[int], dims: int | Sequence[int] = ()) -> Rule:
-    """Without dims the flattened tensor is rolled."""
+    """Without dims, the flattened tensor is rolled, so all dims stay whole."""
     amounts = [by] if isinstance(by, int) else list(by)
     chosen = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
     if not chosen or len(set(chosen)) < len(chosen):
@@ -174,7 +177,7 @@ def roll(x: torch.Tensor, by: int | Sequence[int], dims: int | Sequence[int] = (
 
 @rule(aten.repeat.default)
 def repeat(x: torch.Tensor, times: Sequence[int]) -> Rule:
-    """Dims that are not repeated pass, and copies along new dims may be made where they belong."""
+    """Dims that are not repeated split freely. New dims split too: a rank makes the copies of its part."""
     names, added = letters(x), len(times) - x.dim()
     repeated = [i for i in range(x.dim()) if times[i + added] != 1]
     after = [f"o{i}" if n != 1 else "1" for i, n in enumerate(times[:added])]
@@ -203,7 +206,7 @@ def diagonal_backward(grad: torch.Tensor, sizes: Sequence[int], offset: int, dim
 
 
 def _resized(x: torch.Tensor, dims: Sequence[int], sizes: Sequence[int]) -> tuple[str, str]:
-    """Rule text of an operand and of a result whose `dims` have other sizes."""
+    """Rule texts of an operand, and of a result whose `dims` have other sizes."""
     names, chosen = letters(x), {d % x.dim() for d in dims}
     after = [f"o{i}!" if i in chosen else n for i, n in enumerate(names)]
     return mark(names, dims), " ".join("1" if sizes[i] == 1 else n for i, n in enumerate(after))
@@ -239,7 +242,7 @@ rule(aten.triu.default)(_triangle(moves.triu))
 
 @rule(aten.view.default)
 def opaque_view(x: torch.Tensor, size: Sequence[int]) -> Rule:
-    """A view that cuts across atoms: only the leading and the last dims that it leaves alone pass."""
+    """A view that cuts across atoms. Only the leading and trailing dims that it does not change split freely."""
     shape = [int(s) for s in size]
     if -1 in shape:
         shape[shape.index(-1)] = x.numel() // -math.prod(shape)
@@ -256,7 +259,7 @@ def opaque_view(x: torch.Tensor, size: Sequence[int]) -> Rule:
 
 @rule(torch.ops.shardc.retile.default)
 def retile(x: torch.Tensor, dims: Sequence[int]) -> Rule:
-    """The identity whose `dims` have other atoms before and after."""
+    """The identity, where `dims` have other atoms before and after."""
     before, after = letters(x), letters(x)
     for dim in dims:
         before[dim], after[dim] = f"i{dim}!", f"o{dim}!"
@@ -265,7 +268,7 @@ def retile(x: torch.Tensor, dims: Sequence[int]) -> Rule:
 
 @rule(torch.ops.shardc.checked.default)
 def checked(x: torch.Tensor, info: torch.Tensor, *_: object) -> Rule:
-    """Every rank sees whether all matrices could be factorised, so that all stop together."""
+    """`info` stays whole, so that every rank sees all failures and all ranks stop together."""
     names = " ".join(letters(x))
     return parse(f"{names}, {mark(letters(info, 'i'), range(info.dim()))} -> {names}")
 

@@ -1,7 +1,7 @@
-"""Convolution: batch, channels, groups and space split. Along split space, rows travel between neighbours.
+"""Convolution: batch, channels, groups and space split. Along split space, ranks send rows to their neighbours.
 
-Space splits where the input is the stride times the output, which keeps the parts of the two abreast: evenly, each dim
-over one axis, in parts no smaller than what they share.
+A spatial dim splits if the input has `stride` times the rows of the output, so that parts of both stay aligned. It
+splits evenly, over one axis, into parts that are no smaller than the rows that neighbours share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _one(size: int, name: str) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """The spatial dims of one call: sizes of the side over which the windows lie, and of the other."""
+    """The spatial dims of one call: sizes of the side that windows run over (`wide`), and of the other (`narrow`)."""
 
     wide: Sequence[int]
     narrow: Sequence[int]
@@ -35,26 +35,27 @@ class Space:
 
     @property
     def parts(self) -> dict[str, list[int]]:
-        """The dims that may be split, and into how many parts."""
+        """The dims that may be split, with the allowed numbers of parts."""
         sizes = zip(self.windows, self.wide, self.narrow, strict=True)
         counts = {f"h{i}": window.counts(int(size), int(out)) for i, (window, size, out) in enumerate(sizes)}
-        return {name: found for name, found in counts.items() if found}
+        return {name: numbers for name, numbers in counts.items() if numbers}
 
     def names(self, sizes: Sequence[int], name: str, reduced: str = "") -> list[str]:
-        """Rule text of one side; dims that stay whole are called `name`."""
+        """Rule text of one side, dim by dim. Dims that stay whole are called `name` with their number."""
         split = self.parts
         return [
             f"h{i}{reduced}~" if f"h{i}" in split else _one(int(size), f"{name}{i}!") for i, size in enumerate(sizes)
         ]
 
     def sends(self, around: Sequence[str], itemsize: int, scale: int = 1) -> dict[str, list[Send]]:
-        """What extending the wide side, or folding it, sends: of every point of `around`, `scale` elements a row.
+        """The collectives by which a body extends or folds the wide side: `scale` elements a row, for each point of
+        `around`.
 
-        Dim after dim, each with what the dims before it were extended by.
+        Dims are extended one after the other. The rows of a later dim include the halo of the earlier ones.
         """
-        found: dict[str, list[Send]] = {name: [] for name in self.parts}
-        shared = {name: self.windows[int(name[1:])] for name in found}
-        whole = [f"x{i}" for i, n in enumerate(self.wide) if n != 1 and f"h{i}" not in found]
+        result: dict[str, list[Send]] = {name: [] for name in self.parts}
+        shared = {name: self.windows[int(name[1:])] for name in result}
+        whole = [f"x{i}" for i, n in enumerate(self.wide) if n != 1 and f"h{i}" not in result]
         kept = tuple(name for name in (*around, *whole) if name != "1")
         for name, window in shared.items():
             earlier = [other for other in shared if other < name]
@@ -65,14 +66,17 @@ class Space:
                 for rows in (window.before, window.after):
                     if rows * elements:
                         factors = (*kept, *others)
-                        found[name].append(Send(permute, factors, itemsize, rows * elements, beside=extended))
-        return found
+                        result[name].append(Send(permute, factors, itemsize, rows * elements, beside=extended))
+        return result
 
 
 @dataclass(frozen=True)
 class _Channels:
-    """Names of input channels, output channels, and the weight's two channel dims; `parts` of the groups; how many
-    channels of input and of output there are for every point of their factor."""
+    """Names of the input channels `c`, the output channels `o`, and the weight's two channel dims.
+
+    `parts` are the allowed numbers of parts of groups. `inputs` and `outputs` are the channels for each point of the
+    channels' factor.
+    """
 
     c: str
     o: str
@@ -92,9 +96,9 @@ def _channels(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: i
     if groups == 1:
         c, o = _one(inputs, "c"), _one(outputs, "o")
         return _Channels(c, o, *((c, o) if transposed else (o, c)), {})
-    if groups == inputs == outputs:  # depthwise: one factor runs through everything, and the group count follows it
+    if groups == inputs == outputs:  # depthwise: all channel dims are one factor, which is also the number of groups
         return _Channels("g", "g", "g", "1", {})
-    # else the groups are split in the body: channel dims of several sizes are split alike
+    # else the body splits the groups: channel dims of different sizes are split alike
     parts, common = {"g": [n for n in range(2, groups + 1) if groups % n == 0]}, math.gcd(inputs, outputs)
     second = _one(int(weight.shape[1]), "u!")
     return _Channels("g~", "g~", "g~", second, parts, inputs // common, outputs // common)
@@ -105,7 +109,7 @@ def _convolved(
     transposed: bool,
 ) -> Space:  # fmt: skip
     rank = x.dim() - 2
-    settings = (each(given, rank) for given in (weight.shape[2:], stride, padding, dilation))
+    settings = (each(setting, rank) for setting in (weight.shape[2:], stride, padding, dilation))
     windows = [Window(*one) for one in zip(*settings, strict=True)]
     return Space(out, x.shape[2:], windows) if transposed else Space(x.shape[2:], out, windows)
 
@@ -115,7 +119,7 @@ def _kernel(weight: torch.Tensor) -> str:
 
 
 def _products(n: str, channels: _Channels, weight: torch.Tensor, narrow: list[str]) -> list[str]:
-    """What is multiplied: the weight, once for every row of the side that is no wider."""
+    """The matrix products: the weight, once for every row of the narrow side."""
     kept, count = [n, channels.o, channels.second, *narrow], channels.outputs
     if channels.first == channels.c:
         kept = [n, channels.c, channels.second, *narrow]
@@ -129,8 +133,8 @@ def convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
     transposed: bool, output_padding: Ints, groups: int,
 ) -> Rule:  # fmt: skip
-    given = (torch.empty(t.shape, device="meta") for t in (x, weight))
-    out = aten.convolution(*given, None, stride, padding, dilation, transposed, output_padding, groups).shape[2:]
+    metas = (torch.empty(t.shape, device="meta") for t in (x, weight))
+    out = aten.convolution(*metas, None, stride, padding, dilation, transposed, output_padding, groups).shape[2:]
     space, channels = (
         _convolved(x, weight, out, stride, padding, dilation, transposed),
         _channels(x, weight, transposed, groups),
@@ -153,15 +157,15 @@ def convolution_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_sizes: Sequence[int] | None, stride: Ints,
     padding: Ints, dilation: Ints, transposed: bool, output_padding: Ints, groups: int, mask: Sequence[bool],
 ) -> Rule:  # fmt: skip
-    """The gradient of x reads grad and weight, that of the weight grad and x, that of the bias grad alone."""
+    """The gradient of x reads grad and weight; that of the weight, grad and x; that of the bias, only grad."""
     del output_padding
     space = _convolved(x, weight, grad.shape[2:], stride, padding, dilation, transposed)
     channels, n = _channels(x, weight, transposed, groups), _one(int(x.shape[0]), "n")
     names = ("y", "x") if transposed else ("x", "y")
     inner, outer = space.names(x.shape[2:], names[0], ":sum"), space.names(grad.shape[2:], names[1], ":sum")
-    taken, made = f"{n} {channels.c} {' '.join(inner)}", f"{n} {channels.o} {' '.join(outer)}"
+    inputs, outputs = f"{n} {channels.c} {' '.join(inner)}", f"{n} {channels.o} {' '.join(outer)}"
     table = f"{channels.first} {channels.second} {_kernel(weight)}"
-    results = [taken if mask[0] else "_", table if mask[1] else "_", channels.o if mask[2] else "_"]
+    results = [inputs if mask[0] else "_", table if mask[1] else "_", channels.o if mask[2] else "_"]
     sizes: dict[int, Size] = {9: "g"} if channels.depthwise else {}
     if bias_sizes:
         sizes[3] = 2 if mask[2] else (channels.o if channels.o in ("o", "g") else int(bias_sizes[0]),)
@@ -170,14 +174,14 @@ def convolution_backward(
     times = 1 if transposed else int(mask[0]) + int(mask[1])
     products = _products(n, channels, weight, inner if transposed else outer)
     return parse(
-        f"{made}, {taken}, {table} -> {', '.join(results)}", [{0}], reads=[{0, 2}, {0, 1}, {0}], sizes=sizes,
+        f"{outputs}, {inputs}, {table} -> {', '.join(results)}", [{0}], reads=[{0, 2}, {0, 1}, {0}], sizes=sizes,
         flops=products * 2, body=bodies.convolution_backward, parts={**space.parts, **channels.parts},
         sends={name: sent * times for name, sent in once.items()},
     )  # fmt: skip
 
 
 def _resampled(x: torch.Tensor) -> tuple[str, str]:
-    """Rule text of an operand and a result that share batch and channels."""
+    """Rule texts of an operand and of a result with the same batch and channels."""
     names = letters(x)
     whole = " ".join(f"{n}!" if n != "1" else n for n in names[2:])
     return f"{' '.join(names[:2])} {whole}", " ".join([*names[:2], *(f"y{i}!" for i in range(len(names) - 2))])

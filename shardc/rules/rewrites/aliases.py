@@ -1,4 +1,4 @@
-"""Operators that say in one word what others say in several; nothing here is computed in another way."""
+"""Operators that are shorthand for a few others, which do the same arithmetic."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def extreme(operator: Any) -> Callable[[Builder, fx.Node], fx.Node]:
 
 
 def truth(operator: Any) -> Callable[..., fx.Node | None]:
-    """`any` and `all` of numbers as those of truth values, which have an identity to fill padding with."""
+    """`any` and `all` of numbers, as those of booleans, which have an identity to fill padding with."""
 
-    def decomposition(b: Builder, x: fx.Node, *given: Any) -> fx.Node | None:
+    def decomposition(b: Builder, x: fx.Node, *rest: Any) -> fx.Node | None:
         if value_of(x).dtype is torch.bool:
             return None
-        return b(operator, b(aten.ne.Scalar, x, 0), *given)
+        return b(operator, b(aten.ne.Scalar, x, 0), *rest)
 
     return decomposition
 
 
 def addbmm(b: Builder, x: fx.Node, first: fx.Node, second: fx.Node, *, beta: float = 1, alpha: float = 1) -> fx.Node:
-    """With beta 0 torch does not read `x`: what is not finite in it is no part of the result."""
+    """With beta 0, torch does not read `x`, so infinities and NaN in it do not reach the result."""
     total = b(aten.sum.dim_IntList, b(aten.bmm.default, first, second), [0], False)
     total = total if alpha == 1 else b(aten.mul.Tensor, total, alpha)
     if beta == 0:
@@ -43,7 +43,7 @@ def trilinear(
     b: Builder, first: fx.Node, second: fx.Node, third: fx.Node, expand_first: Sequence[int],
     expand_second: Sequence[int], expand_third: Sequence[int], summed: Sequence[int], _: int = 1,
 ) -> fx.Node:  # fmt: skip
-    """The product of three, each with dims of size one put in, summed over `summed`."""
+    """The product of three tensors, each unsqueezed at its `expand` dims, summed over the dims `summed`."""
     product: fx.Node | None = None
     for x, dims in ((first, expand_first), (second, expand_second), (third, expand_third)):
         for dim in sorted(dims):
@@ -54,7 +54,7 @@ def trilinear(
 
 
 def put(b: Builder, x: fx.Node, index: fx.Node, source: fx.Node, accumulate: bool = False) -> fx.Node:
-    """Writing into the flattened tensor."""
+    """`index_put` into the flattened tensor."""
     shape = [int(n) for n in value_of(x).shape]
     flat, index, source = (b(aten.view.default, t, [value_of(t).numel()]) for t in (x, index, source))
     return b(aten.view.default, b(aten.index_put.default, flat, [index], source, accumulate), shape)
@@ -65,52 +65,16 @@ def prod(b: Builder, x: fx.Node, *, dtype: torch.dtype | None = None) -> fx.Node
     return b(aten.prod.dim_int, flat, 0, False, dtype=dtype)
 
 
-def as_strided(
-    b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
-) -> fx.Node | None:
-    """Strides over memory as indices into the flattened tensor, which is what memory holds if `x` lies plainly."""
-    index = _places(b, x, size, stride, offset or 0)
-    return None if index is None else b(aten.index.Tensor, _flat(b, x), [index])
-
-
-def as_strided_scatter(
-    b: Builder, x: fx.Node, source: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
-) -> fx.Node | None:
-    index = _places(b, x, size, stride, offset or 0)
-    if index is None:
-        return None
-    put = b(aten.index_put.default, _flat(b, x), [index], source)
-    return b(aten.view.default, put, [int(n) for n in value_of(x).shape])
-
-
-def _flat(b: Builder, x: fx.Node) -> fx.Node:
-    return b(aten.view.default, x, [value_of(x).numel()])
-
-
-def _places(b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int) -> fx.Node | None:
-    """Where in the flattened `x` every element of the strided view lies; None if that is no place of `x` itself."""
-    value = value_of(x)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if not value.is_contiguous() or value.storage_offset() or 0 in size or last >= value.numel():
-        return None
-    place = b.full(x, [1] * len(size), offset, torch.int64)
-    for dim, (count, step) in enumerate(zip(size, stride, strict=True)):
-        if count > 1:
-            own = b(aten.mul.Tensor, b.arange(x, count), step)
-            shape = [count if d == dim else 1 for d in range(len(size))]
-            place = b(aten.add.Tensor, place, b(aten.view.default, own, shape))
-    return place
-
-
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.max.default: extreme(aten.amax.default),
     aten.min.default: extreme(aten.amin.default),
-    **{operator: truth(operator) for kind in (aten.any, aten.all) for operator in (kind.default, kind.dim, kind.dims)},
+    **{
+        operator: truth(operator)
+        for packet in (aten.any, aten.all)
+        for operator in (packet.default, packet.dim, packet.dims)
+    },
     aten.addbmm.default: addbmm,
     aten._trilinear.default: trilinear,
     aten.put.default: put,
     aten.prod.default: prod,
-    aten.as_strided.default: as_strided,
-    aten.as_strided_copy.default: as_strided,
-    aten.as_strided_scatter.default: as_strided_scatter,
 }

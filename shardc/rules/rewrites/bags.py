@@ -1,7 +1,7 @@
 """Embedding bags as a lookup and a sum over every bag, so that rows, words and features may all be split.
 
-A bag is a stretch of the flat indices, from its offset to the next. Where the bags were given as a matrix (offsets in
-even steps) the stretches are a dim of their own; else every index is counted to the bag in which its position lies.
+A bag is a range of the flat indices, from its offset to the next. If the offsets have even steps, as those of a matrix
+of bags, the indices are viewed as a matrix. Else the bag of every index is computed from its position.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from shardc.rules.rewrites.builder import Builder
 
 aten = torch.ops.aten
 SUM, MEAN, MAX = 0, 1, 2
-"""torch's numbers of modes."""
+"""The modes, as torch numbers them."""
 
 
 class _Bags:
-    """`count` bags over flat `indices`; `words` is the length of each where all are equal, else None."""
+    """`count` bags over flat `indices`. `words` is the length of a bag if all have the same, else None."""
 
     def __init__(self, b: Builder, indices: fx.Node, offsets: fx.Node, count: int, padding: int) -> None:
         self.b, self.indices, self.count = b, indices, count
@@ -42,7 +42,7 @@ class _Bags:
         return self.b(aten.unsqueeze.default, x, 1)
 
     def real(self, rows: fx.Node, weights: fx.Node | None = None) -> fx.Node:
-        """`rows`, one an index, with zeros for padding, and weighed."""
+        """`rows`, one for each index, with zeros for padding, multiplied by the weights."""
         if self._real is not None:
             mask = self.b(aten._to_copy.default, self._real, dtype=value_of(rows).dtype)
             rows = self.b(aten.mul.Tensor, rows, self._column(mask))
@@ -56,7 +56,7 @@ class _Bags:
         return b(aten.index_add.default, b.zeros(rows, [self.count, width]), 0, self._bag, rows)
 
     def spread(self, bags: fx.Node) -> fx.Node:
-        """For every index the row of its bag."""
+        """For every index, the row of its bag."""
         b, width = self.b, int(value_of(bags).shape[1])
         if self.words is None:
             return b(aten.index_select.default, bags, 0, self._bag)
@@ -64,11 +64,11 @@ class _Bags:
         return b(aten.view.default, b(aten.clone.default, wide), [self.total, width])
 
     def sizes(self, like: fx.Node) -> fx.Node:
-        """How many indices every bag holds, padding aside, as a column of the type of `like`."""
+        """The number of indices in every bag without padding, as a column of the dtype of `like`."""
         return self.gathered(self.real(self.b.full(like, [self.total, 1], 1)))
 
     def matrix(self) -> tuple[fx.Node, fx.Node]:
-        """Candidates of every bag (or the same for all) and which of them belong to it."""
+        """Candidate indices of every bag (or the same for all bags), and a mask of those in the bag."""
         b = self.b
         if self.words is not None:
             shape = [self.count, self.words]
@@ -86,18 +86,18 @@ def embedding_bag(
     b: Builder, table: fx.Node, indices: fx.Node, offsets: fx.Node, by_frequency: bool = False, mode: int = SUM,
     sparse: bool = False, weights: fx.Node | None = None, last_offset: bool = False, padding: int = -1,
 ) -> tuple[fx.Node, ...] | None:  # fmt: skip
-    """Of the results that only the backward reads, the last is made: per bag and feature the index that won."""
+    """The results for backward are zeros, except the last in mode MAX: the index of the maximum per bag and feature."""
     if by_frequency or sparse:
         return None
     bags = _Bags(b, indices, offsets, int(value_of(offsets).shape[0]) - last_offset, padding)
     unread = [b.full(indices, [int(n) for n in like.shape], 0) for like in b.result[1:]]
     if mode == MAX:
-        made, won = _extremes(b, table, bags)
-        return made, *unread[:2], won
-    made = bags.gathered(bags.real(b(aten.embedding.default, table, indices), weights))
+        output, won = _extremes(b, table, bags)
+        return output, *unread[:2], won
+    output = bags.gathered(bags.real(b(aten.embedding.default, table, indices), weights))
     if mode == MEAN:
-        made = b(aten.div.Tensor, made, b(aten.clamp_min.default, bags.sizes(table), 1))
-    return made, *unread
+        output = b(aten.div.Tensor, output, b(aten.clamp_min.default, bags.sizes(table), 1))
+    return output, *unread
 
 
 def _extremes(b: Builder, table: fx.Node, bags: _Bags) -> tuple[fx.Node, fx.Node]:
@@ -131,7 +131,7 @@ def weights_backward(
     b: Builder, grad: fx.Node, table: fx.Node, indices: fx.Node, offsets: fx.Node, bag_of: fx.Node, mode: int,
     padding: int = -1,
 ) -> fx.Node:  # fmt: skip
-    """The gradient of the weight of every index; only sums have weights."""
+    """The gradient of the weight of every index. Only mode SUM has weights."""
     del bag_of, mode
     bags = _Bags(b, indices, offsets, int(value_of(grad).shape[0]), padding)
     products = b(aten.mul.Tensor, bags.spread(grad), b(aten.embedding.default, table, indices))
@@ -139,16 +139,17 @@ def weights_backward(
 
 
 @rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
-def whole(table: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, *given: Any) -> Rule:
-    """What is not decomposed, because its gradient counts how often rows are used: torch's own counts, so be it."""
-    every = (table, indices, offsets, *given)
+def whole(table: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, *rest: Any) -> Rule:
+    """The rule of calls that are not decomposed, because their gradient needs the counts of rows: all dims stay
+    whole."""
+    every = (table, indices, offsets, *rest)
     operands = [_whole(x, f"o{i}d") for i, x in enumerate(every) if isinstance(x, torch.Tensor)]
-    return parse(f"{', '.join(operands)} -> b! f!, i!, c!, {'w! x!' if MAX in given[1:2] else 'w!'}")
+    return parse(f"{', '.join(operands)} -> b! f!, i!, c!, {'w! x!' if MAX in rest[1:2] else 'w!'}")
 
 
 @rule(aten._embedding_bag_backward.default)
-def whole_backward(*given: Any) -> Rule:
-    operands = [_whole(x, f"o{i}d") for i, x in enumerate(given) if isinstance(x, torch.Tensor)]
+def whole_backward(*arguments: Any) -> Rule:
+    operands = [_whole(x, f"o{i}d") for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
     return parse(f"{', '.join(operands)} -> v! f!", [{0}])
 
 

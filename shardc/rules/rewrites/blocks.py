@@ -1,5 +1,7 @@
-"""Operators that cut or join a dim in equal blocks, said with views: the dim becomes blocks x rest, of which only the
-blocks matter to the operator. So the rest may be split as it is, as in the halves of a gated layer or a fused qkv."""
+"""Operators that cut or join a dim in equal blocks, as views: the dim becomes blocks x rest.
+
+The operator then works on the blocks, and the rest splits freely, as in the halves of a gated layer or a fused qkv.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def cat(b: Builder, parts: Sequence[fx.Node], dim: int = 0) -> fx.Node | None:
 
 
 def repeat(b: Builder, x: fx.Node, times: Sequence[int]) -> fx.Node:
-    """A dim that is repeated becomes times x dim; all copies are made at once."""
+    """A repeated dim becomes times x dim. One clone makes all copies."""
     shape = [1] * (len(times) - len(_shape(x))) + _shape(x)
     single = [n for size in shape for n in (1, size)]
     copied = [n for count, size in zip(times, shape, strict=True) for n in (int(count), size)]
@@ -88,7 +90,7 @@ def repeat(b: Builder, x: fx.Node, times: Sequence[int]) -> fx.Node:
 
 
 def adaptive_avg_pool(rank: int, pool: Any) -> Callable[..., fx.Node | None]:
-    """Where every output sees a block of its own, the average of blocks; of one block, the mean."""
+    """Average pooling of blocks, if the input divides evenly by the output; the mean, if there is just one block."""
 
     def decomposition(b: Builder, x: fx.Node, size: Sequence[int]) -> fx.Node | None:
         space = _shape(x)[-rank:]

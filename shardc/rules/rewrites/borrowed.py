@@ -1,8 +1,8 @@
-"""torch's own decompositions, for operators that have neither a rule nor a decomposition of ours.
+"""torch's decompositions, for operators that have neither a rule nor a decomposition in shardc.
 
     %y = addr(%b, %u, %v)      ->   %o = mul(view(%u, [8, 1]), %v);  %y = add(%b, %o)
 
-Only whole bodies are taken: if anything in one has no rule in the end, the operator stays as it is.
+If any operator in a decomposition has no rule in the end, the original operator stays.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ from shardc.ir.program import call, value_of
 aten = torch.ops.aten
 
 KEPT = ("attention", "batch_norm", "dropout", "rrelu", "multilabel_margin")
-"""Parts of names of operators that are never taken apart: their backward reads what only the fused forward gives, or
-they draw random numbers, or torch's body computes something else."""
+"""Parts of the names of operators that are never decomposed. Their backward reads results of the fused forward, or they
+draw random numbers, or torch's decomposition computes something else."""
 
 
 def body_of(node: fx.Node) -> fx.Graph | None:
-    """The decomposition of a call as a graph of canonical operators, its placeholders the call's tensors in order.
+    """The decomposition of a call as a graph of canonical operators.
 
-    None if torch has none that can be used. The output is the call's result: a node, or a tuple of nodes and None.
+    Its placeholders are the call's tensors, in order. Its output is the call's result: a node, or a tuple of nodes and
+    None. None if torch has no usable decomposition.
     """
     target = node.target
-    if not isinstance(target, OpOverload) or not _may_be_taken(target):
+    if not isinstance(target, OpOverload) or not _decomposable(target):
         return None
-    decomposition = decomposition_table.get(target) or getattr(target, "impl_aten", None)  # prims know theirs
+    decomposition = decomposition_table.get(target) or getattr(target, "impl_aten", None)  # prims carry theirs
     if decomposition is None:
         return None
     try:
         traced = _trace(decomposition, node)
-    except Exception:  # written for other tensors than these
+    except Exception:  # a decomposition may raise anything on tensors that it does not support
         return None
     return _canonical(traced)
 
 
-def _may_be_taken(target: OpOverload) -> bool:
+def _decomposable(target: OpOverload) -> bool:
     name = target._schema.name
     random = torch.Tag.nondeterministic_seeded in target.tags
     return not (random or target._schema.is_mutable or any(part in name for part in KEPT))
 
 
 def _trace(decomposition: Callable[..., Any], node: fx.Node) -> fx.GraphModule:
-    """The body on the call's fake values; constants in it become attributes."""
+    """The decomposition, traced on the call's fake values. Its constants become attributes."""
     fakes: list[FakeTensor] = []
     fx.map_arg((node.args, node.kwargs), lambda n: fakes.append(value_of(n)))
 
@@ -69,7 +70,7 @@ def _trace(decomposition: Callable[..., Any], node: fx.Node) -> fx.GraphModule:
 
 
 def _plain(argument: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """An argument with tensors in place of nodes, in lists that may be written to, as decompositions do."""
+    """An argument with tensors in place of nodes. Lists are copied, since decompositions may write to them."""
     if isinstance(argument, fx.Node):
         return next(tensors)
     if isinstance(argument, (list, tuple)):
@@ -79,7 +80,7 @@ def _plain(argument: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
-    """The traced graph in canonical spelling; None if it holds more than operators and single numbers."""
+    """The traced graph in canonical operators; None if it has more than operators and single numbers."""
     rewriter = Rewriter({})
     for old in traced.graph.nodes:
         if old.op == "placeholder":
@@ -101,7 +102,8 @@ def _canonical(traced: fx.GraphModule) -> fx.Graph | None:
 
 
 def _constant(graph: fx.Graph, number: torch.Tensor) -> fx.Node:
-    known = number.constant if isinstance(number, FakeTensor) else number  # a fake constant remembers its value
+    # a fake tensor made from a constant keeps its value
+    known = number.constant if isinstance(number, FakeTensor) else number
     arguments = list(number.shape), known.item()  # type: ignore[union-attr]
     node = call(graph, aten.full.default, arguments, {"dtype": number.dtype, "device": number.device})
     describe(node, Captured(aten.full.default(*arguments, dtype=number.dtype, device=number.device)))

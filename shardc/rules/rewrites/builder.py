@@ -1,4 +1,4 @@
-"""What decompositions build with: a graph to add operators to, and the sizes of what is there."""
+"""The builder by which decompositions add operators to a graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Values:
-    """The fake values of calls. Equal layers have the same values, so that theirs are made once."""
+    """The fake values of calls. Equal layers have equal calls, so their values are computed once."""
 
     def __init__(self) -> None:
         self._made: dict[Any, tuple[Any, Any]] = {}
@@ -27,8 +27,11 @@ class Values:
     def __call__(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = target, frozen(args), frozen(kwargs)
         if key not in self._made:
-            given = fx.map_arg((args, kwargs), value_of)
-            self._made[key] = target(*given[0], **given[1]), given  # alive, so that identities last
+            inputs = fx.map_arg((args, kwargs), value_of)
+            self._made[key] = (
+                target(*inputs[0], **inputs[1]),
+                inputs,
+            )  # keep the inputs alive, because keys use their identities
         return self._made[key][0]
 
 
@@ -41,9 +44,9 @@ class Builder:
         self._values = values
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        made = self._values(target, args, kwargs)  # a call that is refused leaves no node
+        value = self._values(target, args, kwargs)  # first, so that a call which raises leaves no node
         new = call(self._graph, target, args, kwargs)
-        self._describe(new, made)
+        self._describe(new, value)
         return new
 
     def _describe(self, new: fx.Node, value: Any) -> None:
@@ -51,16 +54,16 @@ class Builder:
 
     @property
     def result(self) -> Any:
-        """The fake value of what is being replaced."""
+        """The fake value of the operator that is being replaced."""
         return value_of(self._node)
 
     @property
     def place(self) -> str:
-        """Where in the user's code the operator stands that is being replaced."""
+        """The place in the user's code of the operator that is being replaced."""
         return where(self._node)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A function of the runtime whose results are like those of the operator that it replaces."""
+        """A call of a function of the runtime, whose results have the shapes and dtypes of the replaced operator's."""
         new = call(self._graph, function, args, kwargs)
         self._describe(new, self.result)
         return new
@@ -73,8 +76,11 @@ class Builder:
         self, distribution: str, *parameters: float, dtype: torch.dtype | None = None,
         strides: Sequence[int] | None = None, shape: Sequence[int] | None = None,
     ) -> fx.Node:  # fmt: skip
-        """Random numbers, of the shape of the result unless another is given; eager draws in the order in which its
-        result lies in memory."""
+        """Random numbers of `shape`, or of the shape of the result.
+
+        Eager mode draws in the order of its result's memory. `strides` are those of that result if they are not those
+        of the replaced operator's.
+        """
         like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
         shape, dtype = [int(n) for n in like.shape] if shape is None else list(shape), dtype or like.dtype
         strides = [int(n) for n in like.stride()] if strides is None else list(strides)
@@ -85,7 +91,7 @@ class Builder:
         return new
 
     def full(self, like: fx.Node, shape: Sequence[int], value: float, dtype: torch.dtype | None = None) -> fx.Node:
-        """A constant on the device of `like`, in its type unless another is given."""
+        """A constant on the device of `like`, in `dtype` or that of `like`."""
         fake = value_of(like)
         keywords = {"dtype": dtype or fake.dtype, "device": fake.device}
         new = call(self._graph, aten.full.default, (list(shape), value), keywords)
@@ -96,7 +102,7 @@ class Builder:
         return self.full(like, shape, 0)
 
     def view(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
-        """A view; where eager's memory does not allow one, of a copy."""
+        """A view of `x`, or of a copy if the strides of eager mode do not allow one."""
         try:
             return self(aten.view.default, x, list(shape))
         except (RuntimeError, ValueError):
@@ -115,11 +121,12 @@ class Builder:
         return x if value_of(x).dtype == dtype else self(aten._to_copy.default, x, dtype=dtype)
 
     def wide(self, x: fx.Node) -> fx.Node:
-        """`x` in the type in which torch's kernels compute with it."""
+        """`x` in the dtype in which torch's kernels compute with it."""
         return self.cast(x, torch.float32) if value_of(x).dtype in LOW else x
 
 
 def dims_of(x: fx.Node, dims: Any) -> list[int]:
+    """`dims` of `x`, counted from the front; all dims for None and []."""
     rank = value_of(x).dim()
     if dims is None or dims == []:
         return list(range(rank))
@@ -127,4 +134,5 @@ def dims_of(x: fx.Node, dims: Any) -> list[int]:
 
 
 def count_of(x: fx.Node, dims: Sequence[int]) -> int:
+    """The number of global elements along `dims`."""
     return math.prod(int(value_of(x).shape[d]) for d in dims)

@@ -1,7 +1,8 @@
-"""Operators rewritten into others before layouts are chosen, each with global counts, so that any dim may be split.
+"""Decompositions: operators rewritten into others before layouts are chosen. Counts are global, so any dim may be
+split.
 
-A decomposition takes a `Builder` and the operator's arguments and returns the node (or a tuple of nodes) that replaces
-its result; None leaves the operator alone. `normalize` casts what it returns to the operator's own type.
+A decomposition takes a `Builder` and the operator's arguments. It returns the node (or a tuple of nodes) that replaces
+the result, or None to leave the operator alone. `normalize` casts the nodes to the dtypes of the operator's results.
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ import torch
 from torch import fx
 
 from shardc.ir.program import value_of
-from shardc.rules.rewrites import aliases as spellings
-from shardc.rules.rewrites import bags, blocks, losses, randomness
-from shardc.rules.rewrites import factorisations as linear
-from shardc.rules.rewrites import scatter_views as written
+from shardc.rules.rewrites import aliases, bags, blocks, factorisations, losses, randomness, scatter_views
 from shardc.rules.rewrites.builder import Builder, count_of, dims_of
 
 aten = torch.ops.aten
 
 
 def mean(b: Builder, x: fx.Node, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> fx.Node:
+    """The sum over `dim`, divided by the global number of elements."""
     dims = dims_of(x, dim)
     wide = b.wide(x if dtype is None else b.cast(x, dtype))  # a sum of halves may overflow where the mean does not
     return b(aten.div.Tensor, b(aten.sum.dim_IntList, wide, dims, keepdim), count_of(x, dims))
@@ -33,6 +32,7 @@ def mean_all(b: Builder, x: fx.Node, dtype: Any = None) -> fx.Node:
 
 
 def var(b: Builder, x: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False) -> fx.Node:
+    """The mean squared offset from the mean, over the global number of elements less `correction`."""
     dims, x = dims_of(x, dim), b.wide(x)
     offset = b(aten.sub.Tensor, x, mean(b, x, dims, True))
     total = b(aten.sum.dim_IntList, b(aten.mul.Tensor, offset, offset), dims, keepdim)
@@ -58,14 +58,14 @@ def std_mean(
 def vector_norm(
     b: Builder, x: fx.Node, order: float | None = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> fx.Node:
-    """The norm of any order; infinite orders are extremes."""
+    """The norm of any order. Those of infinite order are extremes."""
     dims, order = dims_of(x, dim), 2.0 if order is None else float(order)
     size = b(aten.abs.default, b.wide(x if dtype is None else b.cast(x, dtype)))
     if order in (float("inf"), float("-inf")):
         return b(aten.amax.default if order > 0 else aten.amin.default, size, dims, keepdim)
     if order == 0:
-        there = b(aten._to_copy.default, b(aten.ne.Scalar, size, 0), dtype=value_of(size).dtype)
-        return b(aten.sum.dim_IntList, there, dims, keepdim)
+        nonzero = b(aten._to_copy.default, b(aten.ne.Scalar, size, 0), dtype=value_of(size).dtype)
+        return b(aten.sum.dim_IntList, nonzero, dims, keepdim)
     if order == 1:
         return b(aten.sum.dim_IntList, size, dims, keepdim)
     if order == 2:
@@ -75,19 +75,20 @@ def vector_norm(
 
 
 def constant(value: float | None, shaped: bool) -> Callable[..., fx.Node]:
-    """`new_zeros` and its kin read no value: as a constant they need no operand, in whatever layout that lies.
+    """`new_zeros` and the like read no element of their operand. As constants they do not demand a layout of it.
 
-    `value` None: it is given in the call. `shaped`: so is the shape.
+    The fill value is an argument of the call if `value` is None, and the shape is one if `shaped`.
     """
 
-    def decomposition(b: Builder, x: fx.Node, *given: Any, dtype: torch.dtype | None = None, **_: Any) -> fx.Node:
-        shape = [int(n) for n in (given[0] if shaped else value_of(x).shape)]
-        return b.full(x, shape, given[int(shaped)] if value is None else value, dtype)
+    def decomposition(b: Builder, x: fx.Node, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> fx.Node:
+        shape = [int(n) for n in (rest[0] if shaped else value_of(x).shape)]
+        return b.full(x, shape, rest[int(shaped)] if value is None else value, dtype)
 
     return decomposition
 
 
 def glu(b: Builder, x: fx.Node, dim: int = -1) -> fx.Node:
+    """The first half of `dim`, times the sigmoid of the second (Dauphin et al. 2017)."""
     value, gate = _halves(b, x, dim)
     return b(aten.mul.Tensor, value, b(aten.sigmoid.default, gate))
 
@@ -106,7 +107,7 @@ def _halves(b: Builder, x: fx.Node, dim: int) -> tuple[fx.Node, fx.Node]:
 
 
 def log_sigmoid(b: Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The second result is a buffer for the backward, which only the CPU fills."""
+    """The second result is a buffer for backward, which is empty except on the CPU."""
     buffer = b(aten.exp.default, b(aten.neg.default, b(aten.abs.default, x)))
     result = b(aten.sub.Tensor, b(aten.clamp_max.default, x, 0), b(aten.log1p.default, buffer))
     return result, buffer if value_of(x).device.type == "cpu" else b.zeros(x, [0])
@@ -115,7 +116,7 @@ def log_sigmoid(b: Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 def index_put(
     b: Builder, x: fx.Node, indices: Sequence[fx.Node | None], values: fx.Node, accumulate: bool = False
 ) -> fx.Node | None:
-    """Writing one value where a mask says so is a `where`."""
+    """Writing a single value under a boolean mask is a `where`."""
     mask = indices[0]
     if len(indices) != 1 or mask is None or value_of(mask).dtype is not torch.bool or value_of(values).numel() != 1:
         return None
@@ -128,7 +129,7 @@ def index_put(
 def embedding_dense_backward(
     b: Builder, grad: fx.Node, indices: fx.Node, rows: int, padding: int = -1, by_frequency: bool = False
 ) -> fx.Node | None:
-    """The row of the padding index gets no gradient: mask it, so that the index need not be rebased on every rank."""
+    """The row of the padding index gets no gradient. Masking it avoids rebasing that index on every rank."""
     if padding < 0:
         return None
     real = b(aten.unsqueeze.default, b(aten.ne.Scalar, indices, padding), value_of(indices).dim())
@@ -140,9 +141,9 @@ def batch_norm(
     b: Builder, x: fx.Node, weight: fx.Node | None, bias: fx.Node | None, running_mean: fx.Node | None,
     running_var: fx.Node | None, training: bool, momentum: float, eps: float,
 ) -> tuple[fx.Node, ...]:  # fmt: skip
-    """Ioffe and Szegedy 2015 over the global batch.
+    """Batch normalization (Ioffe and Szegedy 2015, algorithm 1) over the global batch.
 
-    Results: output, mean, 1/deviation, new running mean and variance.
+    Results: output, mean, 1/deviation, new running mean, new running variance.
     """
     x = b.wide(x)
     dims = [d for d in range(value_of(x).dim()) if d != 1]
@@ -179,9 +180,9 @@ def batch_norm_with_update(
     b: Builder, x: fx.Node, weight: fx.Node | None, bias: fx.Node | None, running_mean: fx.Node, running_var: fx.Node,
     momentum: float, eps: float,
 ) -> tuple[fx.Node, ...]:  # fmt: skip
-    """As in training; the fourth result is memory that only some kernels' backward wants."""
-    made = batch_norm(b, x, weight, bias, running_mean, running_var, True, momentum, eps)
-    return *made[:3], b.full(x, [0], 0, torch.uint8), *made[3:]
+    """`batch_norm` in training. The fourth result is memory for the backward of other kernels; empty here."""
+    results = batch_norm(b, x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return *results[:3], b.full(x, [0], 0, torch.uint8), *results[3:]
 
 
 def _blend(b: Builder, old: fx.Node, new: fx.Node, momentum: float) -> fx.Node:
@@ -198,6 +199,7 @@ def batch_norm_backward(
     running_var: fx.Node | None,
     saved_mean: fx.Node | None, saved_inverse: fx.Node | None, training: bool, eps: float, mask: Sequence[bool],
 ) -> tuple[fx.Node | None, ...]:  # fmt: skip
+    """The gradients of x, weight and bias (Ioffe and Szegedy 2015, section 3), over the global batch."""
     grad, x = b.wide(grad), b.wide(x)
     dims = [d for d in range(value_of(x).dim()) if d != 1]
     count = count_of(x, dims)
@@ -226,7 +228,7 @@ def group_norm(
     b: Builder, x: fx.Node, weight: fx.Node | None, bias: fx.Node | None, batch: int, channels: int, space: int,
     groups: int, eps: float,
 ) -> tuple[fx.Node, ...]:  # fmt: skip
-    """Results: output, mean and 1/deviation per sample and group."""
+    """Group normalization (Wu and He 2018). Results: output, mean and 1/deviation per sample and group."""
     shape, inner = [int(n) for n in value_of(x).shape], channels // groups
     wide = b(aten.view.default, b.wide(x), [batch, groups, inner, space])
     average = mean(b, wide, [2, 3], True)
@@ -247,6 +249,7 @@ def group_norm_backward(
     b: Builder, grad: fx.Node, x: fx.Node, average: fx.Node, inverse: fx.Node, weight: fx.Node | None, batch: int,
     channels: int, space: int, groups: int, mask: Sequence[bool],
 ) -> tuple[fx.Node | None, ...]:  # fmt: skip
+    """The gradients of x, weight and bias; None for those that `mask` leaves out."""
     shape, inner = [int(n) for n in value_of(x).shape], channels // groups
     full, flat = [batch, groups, inner, space], [batch, groups, 1, 1]
     average, inverse = b(aten.view.default, average, flat), b(aten.view.default, inverse, flat)
@@ -271,7 +274,7 @@ def rms_norm_backward(
     b: Builder, grad: fx.Node, x: fx.Node, normalized: Sequence[int], inverse: fx.Node, weight: fx.Node | None,
     mask: Sequence[bool],
 ) -> tuple[fx.Node | None, fx.Node | None]:  # fmt: skip
-    """Of y = x / rms(x) * weight; `inverse` is 1 / rms."""
+    """The gradients of x and weight, where y = x / rms(x) * weight and `inverse` is 1 / rms(x)."""
     batch = value_of(x).dim() - len(normalized)
     upper, normal = b.wide(grad), b(aten.mul.Tensor, b.wide(x), inverse)
     weight_grad = None
@@ -286,7 +289,7 @@ def rms_norm_backward(
 
 
 def weight_norm(b: Builder, direction: fx.Node, size: fx.Node, dim: int = 0) -> tuple[fx.Node, fx.Node]:
-    """A weight of given norms along all dims but `dim`, and the norms that it had."""
+    """`direction` scaled to norms `size` along all dims but `dim` (Salimans and Kingma 2016), and its norms before."""
     rest = [d for d in range(value_of(direction).dim()) if d != dim]
     norms = b.cast(vector_norm(b, direction, 2, rest, True), b.result[1].dtype)
     return b(aten.mul.Tensor, direction, b(aten.div.Tensor, size, norms)), norms
@@ -304,7 +307,7 @@ def weight_norm_backward(
 
 
 def repeat_interleave(b: Builder, times: fx.Node, *, output_size: int | None = None) -> fx.Node | None:
-    """The index of every copy: the first of the running totals that exceeds its place. Needs to be told the total."""
+    """The index of every copy: the number of running totals up to its position. None unless `output_size` is set."""
     if output_size is None:
         return None
     ends = b(aten.cumsum.default, times, 0)
@@ -329,7 +332,7 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten._weight_norm_interface.default: weight_norm,
     aten._weight_norm_interface_backward.default: weight_norm_backward,
     aten.repeat_interleave.Tensor: repeat_interleave,
-    # what is left empty holds zeros here
+    # empty tensors hold zeros here, so that all ranks have equal ones
     aten.new_zeros.default: constant(0, True),
     aten.new_ones.default: constant(1, True),
     aten.new_full.default: constant(None, True),
@@ -342,11 +345,11 @@ DECOMPOSITIONS: dict[Any, Decomposition] = {
     aten.embedding_dense_backward.default: embedding_dense_backward,
     **blocks.DECOMPOSITIONS,
     **losses.DECOMPOSITIONS,
-    **spellings.DECOMPOSITIONS,
-    **linear.DECOMPOSITIONS,
+    **aliases.DECOMPOSITIONS,
+    **factorisations.DECOMPOSITIONS,
     **randomness.DECOMPOSITIONS,
     **bags.DECOMPOSITIONS,
-    **written.DECOMPOSITIONS,
+    **scatter_views.DECOMPOSITIONS,
     aten._fused_rms_norm_backward.default: rms_norm_backward,
     aten.native_group_norm.default: group_norm,
     aten.native_group_norm_backward.default: group_norm_backward,

@@ -1,8 +1,9 @@
-"""Determinants, by a factorisation and elementwise operators on its diagonal; and what else is a factorisation and
-cheaper operators on its factors, which may be split where it stays whole.
+"""Operators as a factorisation and cheaper operators on its factors: determinants, inverses, LU, QR, pseudoinverses.
 
-torch's own kernels of determinants factorise the matrix or its transpose, whichever lies plainly in memory, and the
-backward goes by how the matrix lay on the single device. Here the choice is made once, when the program is planned.
+The factorisation keeps matrices whole; the operators on its factors may be split.
+
+torch's kernels of determinants factorise the matrix or its transpose, whichever is column-major, and their backward
+uses the same choice. Here the choice is made when the program is planned, from the strides of eager mode.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def sign_and_logarithm(b: Builder, x: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _factorised(b: Builder, x: fx.Node) -> tuple[fx.Node, ...]:
-    """LU, pivots, the diagonal of U, and what the row exchanges do to the sign: 1 or -1."""
+    """LU, pivots, the diagonal of U, and the sign of the row exchanges: 1 or -1."""
     value = value_of(x)
     rank, size = value.dim(), int(value.shape[-1])
     if value.is_contiguous() and not value.is_complex():
         x = b(aten.permute.default, x, [*range(rank - 2), rank - 1, rank - 2])
-    made = b(aten.linalg_lu_factor_ex.default, x)
-    factors, pivots = b(operator.getitem, made, 0), b(operator.getitem, made, 1)
+    results = b(aten.linalg_lu_factor_ex.default, x)
+    factors, pivots = b(operator.getitem, results, 0), b(operator.getitem, results, 1)
     diagonal = b(aten.diagonal.default, factors, 0, -2, -1)
     places = b(aten.add.Tensor, b.arange(x, size), 1)
     moved = b(aten._to_copy.default, b(aten.ne.Tensor, pivots, places), dtype=torch.int64)
@@ -51,20 +52,20 @@ def _factorised(b: Builder, x: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def inverse(b: Builder, x: fx.Node, *, check_errors: bool = False) -> tuple[fx.Node, fx.Node]:
-    """As in ATen: the solution for the columns of the identity. Results: the inverse, and whether there is one."""
+    """The solution for the columns of the identity, as in ATen. Results: the inverse, and info (0 if it exists)."""
     value = value_of(x)
     size = int(value.shape[-1])
     places = b.arange(x, size)
     ones = b.cast(b(aten.eq.Tensor, b.view(places, [size, 1]), places), value.dtype)
     batch = [int(n) for n in value.shape]
-    made = b(aten._linalg_solve_ex.default, x, b(aten.expand.default, ones, batch), check_errors=check_errors)
-    return b.item(made, 0), b.item(made, 3)
+    results = b(aten._linalg_solve_ex.default, x, b(aten.expand.default, ones, batch), check_errors=check_errors)
+    return b.item(results, 0), b.item(results, 3)
 
 
 def lu(b: Builder, x: fx.Node, *, pivot: bool = True) -> tuple[fx.Node, ...]:
-    """Results: permutation, lower and upper triangle."""
-    made = b(aten.linalg_lu_factor_ex.default, x, pivot=pivot)
-    return _unpacked(b, b(operator.getitem, made, 0), b(operator.getitem, made, 1), pivot)
+    """Results: permutation, lower triangle, upper triangle."""
+    results = b(aten.linalg_lu_factor_ex.default, x, pivot=pivot)
+    return _unpacked(b, b(operator.getitem, results, 0), b(operator.getitem, results, 1), pivot)
 
 
 def lu_unpack(
@@ -87,13 +88,13 @@ def _unpacked(b: Builder, factors: fx.Node, pivots: fx.Node, permutation: bool) 
 
 
 def qr(b: Builder, x: fx.Node, mode: str = "reduced") -> tuple[fx.Node, fx.Node] | None:
-    """Reflections, whose product is made column by column, and a triangle."""
+    """Results: the product of Householder reflections, whose columns split freely, and the upper triangle."""
     value = value_of(x)
     rank, (rows, columns) = value.dim(), (int(n) for n in value.shape[-2:])
     if value.numel() == 0:
         return None
-    made = b(aten.geqrf.default, x)
-    packed, scales = b.item(made, 0), b.item(made, 1)
+    results = b(aten.geqrf.default, x)
+    packed, scales = b.item(results, 0), b.item(results, 1)
     wide = rows if mode == "complete" else min(rows, columns)
     triangle = b(aten.triu.default, b(aten.slice.Tensor, packed, rank - 2, 0, wide))
     if mode == "r":
@@ -107,21 +108,21 @@ def qr(b: Builder, x: fx.Node, mode: str = "reduced") -> tuple[fx.Node, fx.Node]
 def pinv(
     b: Builder, x: fx.Node, *, atol: fx.Node | None = None, rtol: fx.Node | None = None, hermitian: bool = False
 ) -> fx.Node | None:
-    """Singular values, or eigenvalues, and a product of the vectors, as in ATen."""
+    """The product of scaled singular vectors (eigenvectors if `hermitian`), as in ATen."""
     value = value_of(x)
     if value.is_complex() or value.numel() == 0:
         return None
     rank = value.dim()
     atol, rtol = _tolerances(b, x, atol, rtol)
     if hermitian:
-        made = b(aten._linalg_eigh.default, x)
-        values, left = b.item(made, 0), b.item(made, 1)
+        results = b(aten._linalg_eigh.default, x)
+        values, left = b.item(results, 0), b.item(results, 1)
         sizes, right = b(aten.abs.default, values), left
         largest = b(aten.amax.default, sizes, [-1], True)
     else:
-        made = b(aten._linalg_svd.default, x)
-        left, values = b.item(made, 0), b.item(made, 1)
-        sizes, right = values, b(aten.permute.default, b.item(made, 2), _turned(rank))
+        results = b(aten._linalg_svd.default, x)
+        left, values = b.item(results, 0), b.item(results, 1)
+        sizes, right = values, b(aten.permute.default, b.item(results, 2), _turned(rank))
         largest = b(aten.slice.Tensor, values, rank - 2, 0, 1)
     least = b(aten.mul.Tensor, b(aten.unsqueeze.default, rtol, value_of(rtol).dim()), largest)
     least = b(aten.maximum.default, b(aten.unsqueeze.default, atol, value_of(atol).dim()), least)
@@ -132,7 +133,7 @@ def pinv(
 
 
 def _tolerances(b: Builder, x: fx.Node, atol: fx.Node | None, rtol: fx.Node | None) -> tuple[fx.Node, fx.Node]:
-    """Absolute and relative, with torch's defaults."""
+    """The absolute and the relative tolerance, with torch's defaults."""
     value = value_of(x)
     if rtol is None:
         rtol = b.full(x, [], torch.finfo(value.dtype).eps * max(value.shape[-2:]), torch.float64)
@@ -143,11 +144,12 @@ def _tolerances(b: Builder, x: fx.Node, atol: fx.Node | None, rtol: fx.Node | No
 
 
 def _turned(rank: int) -> list[int]:
+    """The dims of a batch of matrices, with the last two exchanged."""
     return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _product(b: Builder, left: fx.Node, right: fx.Node) -> fx.Node:
-    """Of two matrices, or of batches of the same shape."""
+    """The product of two matrices, or of two batches with the same batch dims."""
     *batch, rows, inner = (int(n) for n in value_of(left).shape)
     columns = int(value_of(right).shape[-1])
     if not batch:

@@ -1,4 +1,4 @@
-"""Losses as elementwise operators, sums and a division by the global count."""
+"""Losses as elementwise operators, sums, and a division by the global number of elements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardc.rules.rewrites.builder import Builder
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1
-"""torch's numbers of reductions; 2 is the sum."""
+"""The reductions, as torch numbers them; 2 is the sum."""
 
 
 def _reduced(b: Builder, values: fx.Node, reduction: int) -> fx.Node:
@@ -24,22 +24,24 @@ def _reduced(b: Builder, values: fx.Node, reduction: int) -> fx.Node:
 
 
 def _spread(b: Builder, grad: fx.Node, values: fx.Node, reduction: int) -> fx.Node:
-    """What the gradient of the reduced loss is to each element of `values`."""
+    """The gradient of each element of `values`, from that of the reduced loss."""
     return b(aten.div.Tensor, grad, value_of(values).numel()) if reduction == MEAN else grad
 
 
 def mse(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN) -> fx.Node:
+    """(x - target)²."""
     offset = b(aten.sub.Tensor, x, target)
     return _reduced(b, b(aten.mul.Tensor, offset, offset), reduction)
 
 
 def mse_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduction: int) -> fx.Node:
+    """2 (x - target)."""
     offset = b(aten.sub.Tensor, x, target)
     return b(aten.mul.Tensor, b(aten.mul.Tensor, offset, 2), _spread(b, grad, offset, reduction))
 
 
 def smooth_l1(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN, beta: float = 1.0) -> fx.Node:
-    """Huber's loss over beta; with beta 0 the absolute error."""
+    """The Huber loss divided by beta; with beta 0, the absolute error (Girshick 2015, equation 3)."""
     size = b(aten.abs.default, b(aten.sub.Tensor, x, target))
     if beta == 0:
         return _reduced(b, size, reduction)
@@ -58,6 +60,7 @@ def smooth_l1_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, r
 
 
 def huber(b: Builder, x: fx.Node, target: fx.Node, reduction: int = MEAN, delta: float = 1.0) -> fx.Node:
+    """Half the squared error up to `delta`, and linear beyond (Huber 1964)."""
     size = b(aten.abs.default, b(aten.sub.Tensor, x, target))
     near = b(aten.mul.Tensor, b(aten.mul.Tensor, size, size), 0.5)
     far = b(aten.mul.Tensor, b(aten.sub.Tensor, size, 0.5 * delta), delta)
@@ -70,7 +73,7 @@ def huber_backward(b: Builder, grad: fx.Node, x: fx.Node, target: fx.Node, reduc
 
 
 def bce(b: Builder, x: fx.Node, target: fx.Node, weight: fx.Node | None = None, reduction: int = MEAN) -> fx.Node:
-    """Logarithms are clamped at -100, as in torch, so that a certain and wrong answer costs a finite amount."""
+    """Logarithms are clamped at -100, as in torch, so that the loss of a certain but wrong answer is finite."""
     yes = b(aten.clamp_min.default, b(aten.log.default, x), -100)
     no = b(aten.clamp_min.default, b(aten.log1p.default, b(aten.neg.default, x)), -100)
     # (target - 1) * no - target * yes
@@ -106,7 +109,7 @@ def bce_logits(
 def nll(
     b: Builder, x: fx.Node, target: fx.Node, weight: fx.Node | None, reduction: int, ignore: int
 ) -> tuple[fx.Node, fx.Node]:
-    """The second result is the weight of the targets that are not ignored (without a reduction: 0)."""
+    """The second result is the total weight of targets that are not ignored; 0 without a reduction."""
     single = value_of(x).dim() == 1
     if single:
         x, target = b(aten.unsqueeze.default, x, 0), b(aten.view.default, target, [1])
@@ -114,7 +117,7 @@ def nll(
     picked = b(aten.squeeze.dim, b(aten.gather.default, x, 1, index), 1)
     real = _real(b, x, target, valid, weight)
     zeros = b.zeros(x, value_of(picked).shape)
-    # where, not a product: an ignored target may sit on a log-probability of -inf
+    # a product would give NaN where an ignored target has a log-probability of -inf
     losses = b(aten.neg.default, b(aten.where.self, valid, picked, zeros))
     if weight is not None:
         losses = b(aten.mul.Tensor, losses, real)
@@ -138,7 +141,7 @@ def nll_backward(
         scaled = b(aten.view.default, scaled, [1])
     if weight is not None:
         scaled = b(aten.mul.Tensor, _real(b, x, target, valid, weight), scaled)
-    # where, not a product: with every target ignored the mean divides by zero
+    # a product would give NaN where every target is ignored, because the mean divides by zero
     rows = b(aten.where.self, valid, scaled, b.zeros(x, value_of(target).shape))
     shape = [int(n) for n in value_of(x).shape]
     rows = b.cast(b(aten.unsqueeze.default, rows, 1), value_of(x).dtype)
@@ -147,7 +150,7 @@ def nll_backward(
 
 
 def _targets(b: Builder, target: fx.Node, ignore: int) -> tuple[fx.Node, fx.Node]:
-    """Which targets count, and the targets as indices along the class dim, ignored ones as 0."""
+    """A mask of the targets that count, and the targets as indices along the class dim, with 0 for ignored ones."""
     valid = b(aten.ne.Scalar, target, ignore)
     safe = b(aten.where.self, valid, target, b.zeros(target, value_of(target).shape))
     return valid, b(aten.unsqueeze.default, safe, 1)
@@ -158,8 +161,8 @@ def _real(b: Builder, x: fx.Node, target: fx.Node, valid: fx.Node, weight: fx.No
     if weight is None:
         return b(aten._to_copy.default, valid, dtype=value_of(x).dtype)
     zeros = b.zeros(target, value_of(target).shape)
-    taken = b(aten.index.Tensor, weight, [b(aten.where.self, valid, target, zeros)])
-    return b(aten.where.self, valid, taken, b.zeros(weight, value_of(target).shape))
+    weights = b(aten.index.Tensor, weight, [b(aten.where.self, valid, target, zeros)])
+    return b(aten.where.self, valid, weights, b.zeros(weight, value_of(target).shape))
 
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {

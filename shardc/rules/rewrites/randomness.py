@@ -1,5 +1,8 @@
-"""Random operators, rewritten so that every mesh draws the single-device stream: the global tensor, of which a rank may
-keep its part. Every rank goes through the whole stream, so that a split saves memory and what follows, not the draw."""
+"""Random operators, rewritten so that every mesh draws the same numbers as a single device.
+
+Every rank goes through the stream of the global tensor, and may keep only its part. So a split saves memory and later
+work, but not the drawing.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def randperm(count: int, **_: Any) -> Rule:
 
 @rule(random.multinomial)
 def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
-    """Every rank goes through the random numbers of all rows; it looks into the weights of its own."""
+    """Every rank goes through the random numbers of all rows, and uses the weights of its rows only."""
     *rows, last = letters(weights)
     batch = mark(rows, range(len(rows)), "~")
     column = f"{last}!" if last != "1" else "1"
@@ -54,16 +57,16 @@ def _whole(x: torch.Tensor) -> str:
 
 
 def _filled(distribution: str, *defaults: float) -> Decomposition:
-    """Of a functionalised in-place method: its operand gives the shape, the parameters are numbers."""
+    """The decomposition of a functionalised in-place method: its operand has the shape, its parameters are numbers."""
 
-    def decomposition(b: Builder, x: fx.Node, *given: float) -> fx.Node:
-        return b.draw(distribution, *given, *defaults[len(given) :], strides=_strides(x))
+    def decomposition(b: Builder, x: fx.Node, *parameters: float) -> fx.Node:
+        return b.draw(distribution, *parameters, *defaults[len(parameters) :], strides=_strides(x))
 
     return decomposition
 
 
 def _made(distribution: str, *parameters: float) -> Decomposition:
-    """Of a factory or its `_like`: shape and type are those of the result, the parameters are known."""
+    """The decomposition of a factory or its `_like`: the parameters of its distribution are fixed."""
 
     def decomposition(b: Builder, *_: Any, **__: Any) -> fx.Node:
         return b.draw(distribution, *parameters)
@@ -71,21 +74,21 @@ def _made(distribution: str, *parameters: float) -> Decomposition:
     return decomposition
 
 
-def randint(b: Builder, *given: Any, **_: Any) -> fx.Node:
-    """`given`: `[low,] high, size` or `x, [low,] high`."""
-    bounds = [number for number in given if isinstance(number, int)]
+def randint(b: Builder, *arguments: Any, **_: Any) -> fx.Node:
+    """`arguments`: `[low,] high, size` or `x, [low,] high`."""
+    bounds = [number for number in arguments if isinstance(number, int)]
     return b.draw("random", *([0] * (2 - len(bounds))), *bounds)
 
 
 def normal(b: Builder, mean: fx.Node | float, std: fx.Node | float = 1.0, *_: Any, **__: Any) -> fx.Node:
-    """Tensors of means or deviations shift and scale a standard normal one."""
+    """If mean or deviation is a tensor, it shifts or scales a standard normal tensor."""
     if not isinstance(mean, fx.Node) and not isinstance(std, fx.Node):
         return b.draw("normal", mean, std)
     return b(aten.add.Tensor, b(aten.mul.Tensor, b.draw("normal", 0.0, 1.0), std), mean)
 
 
 def bernoulli(b: Builder, x: fx.Node, chance: fx.Node | float | None = None) -> fx.Node:
-    """Without a chance `x` holds the chances; a tensor of chances is compared with uniform numbers, as in torch."""
+    """Without `chance`, `x` holds the chances. A tensor of chances is compared with uniform numbers, as in torch."""
     if isinstance(chance, (int, float)):
         return b.draw("bernoulli", chance, strides=_strides(x))
     chances, strides = (x, None) if chance is None else (chance, _strides(x))
@@ -94,6 +97,7 @@ def bernoulli(b: Builder, x: fx.Node, chance: fx.Node | float | None = None) -> 
 
 
 def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | None = True) -> tuple[fx.Node, fx.Node]:
+    """Results: `x` with dropped elements zero and the others scaled, and the mask of the elements that stay."""
     shape = value_of(x).shape
     if train is False or probability == 0:
         return x, b.full(x, shape, True, torch.bool)
@@ -109,8 +113,8 @@ def rrelu_with_noise(
 ) -> tuple[fx.Node, fx.Node]:  # fmt: skip
     if not training:
         return b(aten.leaky_relu.default, x, (lower + upper) / 2), noise
-    made = b.run(random.rrelu, x, lower, upper, strides=_strides(x))
-    return b.item(made, 0), b.item(made, 1)
+    results = b.run(random.rrelu, x, lower, upper, strides=_strides(x))
+    return b.item(results, 0), b.item(results, 1)
 
 
 def rrelu_backward(
@@ -122,27 +126,27 @@ def rrelu_backward(
 
 
 def _sampled(function: Callable[..., Any]) -> Decomposition:
-    """Of an operator whose draws depend on the values of its operands."""
+    """The decomposition of an operator whose draws depend on the values of its operands."""
 
-    def decomposition(b: Builder, *given: Any) -> fx.Node:
-        return b.run(function, *given, strides=_strides(given[0]))
+    def decomposition(b: Builder, *operands: Any) -> fx.Node:
+        return b.run(function, *operands, strides=_strides(operands[0]))
 
     return decomposition
 
 
 def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool = False) -> fx.Node:
-    """Without replacement as in ATen: where the weight is largest beside an exponential number of its own."""
+    """Without replacement, as in ATen: the indices with the largest ratio of weight to an exponential random number."""
     value = value_of(weights)
     if replacement and count > 1:
         return b.run(random.multinomial, weights, count, strides=_strides(weights))
     lowest, highest = (b(operator, weights, [-1], False) for operator in (aten.amin.default, aten.amax.default))
-    some = b(aten.logical_and.default, b(aten.gt.Scalar, highest, 0), b(aten.lt.Scalar, highest, float("inf")))
-    good = b(aten.all.default, b(aten.logical_and.default, b(aten.ge.Scalar, lowest, 0), some))
-    message = "multinomial: of the weights of a row one must be above 0, and none below it or without bound"
-    sure = b(torch.ops.shardc.confirmed.default, weights, good, message)
+    bounded = b(aten.logical_and.default, b(aten.gt.Scalar, highest, 0), b(aten.lt.Scalar, highest, float("inf")))
+    good = b(aten.all.default, b(aten.logical_and.default, b(aten.ge.Scalar, lowest, 0), bounded))
+    message = "multinomial: every row needs a weight above 0, and no weight may be negative or infinite"
+    checked = b(torch.ops.shardc.confirmed.default, weights, good, message)
     shape = [int(n) for n in value.shape]
     chances = b.draw("exponential", 1.0, dtype=value.dtype, strides=_strides(weights), shape=shape)
-    scores = b(aten.div.Tensor, sure, chances)
+    scores = b(aten.div.Tensor, checked, chances)
     if count == 1:
         return b(aten.argmax.default, scores, -1, True)
     return b.item(b(aten.topk.default, scores, count), 1)
@@ -153,11 +157,12 @@ def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:
 
 
 def _strides(x: fx.Node) -> list[int]:
-    """Those of the tensor in which eager draws, for the operand `x`: its own unless elements share memory."""
+    """The strides of the tensor into which eager mode draws for the operand `x`: those of `x`, unless elements
+    overlap."""
     value = value_of(x)
-    own = captured(x).strides or value.stride()
-    shared = any(stride == 0 and n > 1 for n, stride in zip(value.shape, own, strict=True))
-    return [int(n) for n in (torch.empty_like(value).stride() if shared else own)]
+    strides = captured(x).strides or value.stride()
+    shared = any(stride == 0 and n > 1 for n, stride in zip(value.shape, strides, strict=True))
+    return [int(n) for n in (torch.empty_like(value).stride() if shared else strides)]
 
 
 DECOMPOSITIONS: Mapping[Any, Decomposition] = {

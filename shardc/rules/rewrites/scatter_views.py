@@ -1,4 +1,4 @@
-"""Views that a trace writes back into what they view: slices, diagonals, and `as_strided`, whose memory it knows."""
+"""Views that a trace reads, or writes back into their base: slices, selections, diagonals, and `as_strided`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Window:
-    """The elements that a call names, as places in the operand's memory, which starts at 0."""
+    """The elements that a strided view selects, as offsets in the operand's memory, which starts at 0."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -28,7 +28,7 @@ class _Window:
 
     @property
     def order(self) -> list[int] | None:
-        """The dims from major to minor if the window covers a memory without gaps or overlap, else None."""
+        """The dims from major to minor if the elements have neither gaps nor overlap in memory, else None."""
         dims = sorted(range(len(self.size)), key=lambda d: (-self.stride[d], -self.size[d]))
         expected = 1
         for dim in reversed(dims):
@@ -38,7 +38,7 @@ class _Window:
         return dims
 
     def places(self, b: Builder, like: fx.Node) -> fx.Node:
-        """The places as an index tensor of the window's shape."""
+        """The offsets as an index tensor of the window's shape."""
         total = b.full(like, [1] * len(self.size), self.start, torch.int64)
         for dim, (n, stride) in enumerate(zip(self.size, self.stride, strict=True)):
             shape = [n if d == dim else 1 for d in range(len(self.size))]
@@ -50,46 +50,49 @@ class _Window:
 def as_strided(
     b: Builder, x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> fx.Node | None:
-    found = _window(x, size, stride, offset)
-    if found is None:
+    selection = _window(x, size, stride, offset)
+    if selection is None:
         return None
-    window, order = found
+    window, order = selection
     flat = _flat(b, x, order)
     dims = window.order
     if dims is not None and window.start == 0 and math.prod(window.size) == value_of(x).numel():
-        made = b.view(flat, [window.size[d] for d in dims])
-        return b(aten.permute.default, made, [dims.index(d) for d in range(len(dims))])
+        viewed = b.view(flat, [window.size[d] for d in dims])
+        return b(aten.permute.default, viewed, [dims.index(d) for d in range(len(dims))])
     return b(aten.index.Tensor, flat, [window.places(b, x)])
 
 
 def as_strided_scatter(
     b: Builder, x: fx.Node, source: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> fx.Node | None:
-    found = _window(x, size, stride, offset)
-    if found is None:
+    selection = _window(x, size, stride, offset)
+    if selection is None:
         return None
-    window, order = found
+    window, order = selection
     dims = window.order
     if dims is not None and window.start == 0 and math.prod(window.size) == value_of(x).numel():
         flat = b.view(b(aten.permute.default, source, dims), [value_of(x).numel()])
     else:
         flat = b(aten.index_put.default, _flat(b, x, order), [window.places(b, x)], source)
-    made = b.view(flat, [int(value_of(x).shape[d]) for d in order])
-    return b(aten.permute.default, made, [order.index(d) for d in range(len(order))])
+    viewed = b.view(flat, [int(value_of(x).shape[d]) for d in order])
+    return b(aten.permute.default, viewed, [order.index(d) for d in range(len(order))])
 
 
 def _window(
     x: fx.Node, size: Sequence[int], stride: Sequence[int], offset: int | None
 ) -> tuple[_Window, list[int]] | None:
-    """The call's window and the order of the operand's dims in memory; None where that memory is not the operand's."""
+    """The call's window, and the operand's dims from major to minor in memory.
+
+    None if the operand has gaps in memory, or the window reaches beyond it.
+    """
     value = value_of(x)
     strides = captured(x).strides or value.stride()
-    own = _Window(tuple(int(n) for n in value.shape), tuple(int(n) for n in strides), 0).order
+    order = _Window(tuple(int(n) for n in value.shape), tuple(int(n) for n in strides), 0).order
     start = 0 if offset is None else offset - int(value.storage_offset())
     reach = start + sum((n - 1) * step for n, step in itertools.zip_longest(size, stride))
-    if own is None or start < 0 or reach >= value.numel() or 0 in size:
+    if order is None or start < 0 or reach >= value.numel() or 0 in size:
         return None
-    return _Window(tuple(size), tuple(stride), start), own
+    return _Window(tuple(size), tuple(stride), start), order
 
 
 def _flat(b: Builder, x: fx.Node, order: list[int]) -> fx.Node:
@@ -133,6 +136,7 @@ def _along(b: Builder, vector: fx.Node, dim: int, sizes: Sequence[int]) -> fx.No
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.as_strided.default: as_strided,
+    aten.as_strided_copy.default: as_strided,
     aten.as_strided_scatter.default: as_strided_scatter,
     aten.slice_scatter.default: slice_scatter,
     aten.select_scatter.default: select_scatter,

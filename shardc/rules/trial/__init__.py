@@ -1,1 +1,1 @@
-"""Rules found by trial: an operator without a rule runs on small inputs, whole and in parts."""
+"""Rules by trial: an operator without a rule runs on small inputs, whole and in parts."""

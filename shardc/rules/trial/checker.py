@@ -1,8 +1,9 @@
-"""The bench on which hypotheses about an operator are tried: cut the operands, run the parts, put them together.
+"""The checker tests hypotheses about an operator: it cuts the operands, runs the parts, and puts the results together.
 
-A hypothesis holds if the parts recombine to the results on every kind of inputs that the operator accepts, for every
-way to cut: at even and uneven points, in two and in three, down to single elements, and in every other element, since
-an axis may split the minor part of a dim."""
+A hypothesis holds if the parts recombine to the results for every kind of input that the operator accepts and for every
+partition. Partitions have two or three parts, even and uneven ones, down to single elements. Some take every other
+element, since an axis may split the minor part of a dim.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ from shardc.runtime.kernels.widening import LOW
 
 
 def unchecked(call: SampleCall) -> bool:
-    """Whether integers may be indices into memory that nobody checks: of compiled operators, torch's own too."""
+    """Whether integers may be indices that the operator does not check. Compiled operators, also torch's, may not."""
     return any(map(_counts, call.dtypes)) and call.operator._schema.name not in OPDEFS
 
 
 @contextmanager
 def undisturbed() -> Generator[None]:
-    """For a trial: the program's random stream stays where it is, and tiny operators do not wait for threads."""
+    """For a trial: keep the program's random stream, and run on one thread, which is fastest for tiny operators."""
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -39,7 +40,8 @@ def undisturbed() -> Generator[None]:
 
 
 class Cut(NamedTuple):
-    """Which dim of every operand is cut, which integer arguments shrink along, which whole operands come as addends."""
+    """A hypothetical factor: the dim of every operand that is cut (`carriers`, None: it stays whole), the integer
+    arguments that become the part's size (`scaled`), and the whole operands that become addends (`shares`)."""
 
     carriers: tuple[int | None, ...]
     scaled: frozenset[Path] = frozenset()
@@ -47,7 +49,7 @@ class Cut(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One kind of inputs, the operands drawn, and the results on them."""
+    """A kind of input, operands of that kind, and the results on them."""
 
     kind: InputKind
     operands: list[Tensor]
@@ -55,28 +57,30 @@ class Run(NamedTuple):
 
 
 class Unrunnable(Exception):
-    """The operator accepts no inputs that can be made up for it."""
+    """The operator accepts no made-up inputs."""
 
 
 class Unfit(Exception):
-    """The operator is no function of the values of its operands: no rule can describe it."""
+    """The results do not depend on the values of the operands alone, so no rule can describe the operator."""
 
 
 def partitions(size: int) -> list[Partition]:
-    """Ways to cut the elements of a dim, in order of how much they tell."""
+    """Partitions of the elements of a dim, most telling first."""
     every = list(range(size))
-    found = [[every[:-1], every[-1:]], [every[:1], every[1:]], [every[::2], every[1::2]]]
+    result = [[every[:-1], every[-1:]], [every[:1], every[1:]], [every[::2], every[1::2]]]
     if size % 2 == 0:
-        found.append([every[: size // 2], every[size // 2 :]])
+        result.append([every[: size // 2], every[size // 2 :]])
     if size > 2:
-        found += [[every[:1], every[1:-1], every[-1:]], [every[::3], every[1::3], every[2::3]]]
-    return [p for i, p in enumerate(found) if p not in found[:i]]
+        result += [[every[:1], every[1:-1], every[-1:]], [every[::3], every[1::3], every[2::3]]]
+    return [p for i, p in enumerate(result) if p not in result[:i]]
 
 
 class Checker:
-    """A specimen, the inputs that it accepts, and its results on them. `brief`: one kind of inputs, two ways to cut.
+    """A sample call, the inputs that it accepts, and its results on them.
 
-    `example`: operands of the user, for operators that do not take made-up ones; what is tried on them is a claim.
+    `brief` means one kind of input and two partitions. `example` has operands of the user, for operators that do not
+    accept made-up ones; then the checker only checks the user's rule. Unrunnable if the operator accepts no inputs,
+    Unfit if no rule can describe it.
     """
 
     def __init__(self, call: SampleCall, *, brief: bool = False, example: Sequence[Tensor] | None = None) -> None:
@@ -117,27 +121,27 @@ class Checker:
     def results(
         self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None
     ) -> list[Tensor | None] | None:
-        """What the operator makes of the operands; None if it does not take them."""
+        """The results on the operands; None if the operator does not accept them."""
         try:
             with torch.no_grad():
                 return self.call.run(operands, numbers)
-        except Exception:  # whatever it raises on operands that it does not like
+        except Exception:  # an operator may raise anything on operands that it does not accept
             return None
 
     def _refuse_unfit(self) -> None:
         for run in self.runs[:2]:
             again = self.results(run.operands)
             if again is None or not all_close(again, run.results, 0.0):
-                raise Unfit("two runs on equal operands differ: it draws random numbers or keeps a state")
+                raise Unfit("two runs on equal operands differ, so it draws random numbers or keeps state")
             turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in run.operands]
             other = self.results(turned)
             if other is not None and not all_close(other, run.results, 1e-3):
-                raise Unfit("its results depend on how its operands lie in memory")
+                raise Unfit("its results depend on the strides of its operands")
 
     def options(self, cut: Cut) -> list[set[How]] | None:
-        """Per result all that the cut may do to it; None if some result cannot be had from the parts."""
+        """For each result, all effects that the cut may have; None if the parts do not give some result."""
         size, unproven = self._size(cut), self._unproven(cut)
-        found: list[set[How]] | None = None
+        options: list[set[How]] | None = None
         for partition in partitions(size)[: 2 if self.brief else None]:
             if not self._plausible(cut, partition):
                 return None
@@ -146,16 +150,16 @@ class Checker:
                 if cells is None:
                     return None
                 seen = [
-                    self._outcomes(i, whole, [made[i] for made in cells.values()], partition, run.kind, unproven)
+                    self._outcomes(i, whole, [results[i] for results in cells.values()], partition, run.kind, unproven)
                     for i, whole in enumerate(run.results)
                 ]
-                found = seen if found is None else [a & b for a, b in zip(found, seen, strict=True)]
-                if not all(found):
+                options = seen if options is None else [a & b for a, b in zip(options, seen, strict=True)]
+                if not all(options):
                     return None
-        return found
+        return options
 
     def _plausible(self, cut: Cut, partition: Partition) -> bool:
-        """Whether the meta kernel accepts the parts: real ones may run past the end of operands that do not fit."""
+        """Whether the meta kernel accepts the parts. Real kernels may read out of bounds if operands do not fit."""
         for part in partition:
             shapes = [[*shape] for shape in self.call.shapes]
             for shape, dim in zip(shapes, cut.carriers, strict=True):
@@ -165,7 +169,9 @@ class Checker:
             pairs = zip(shapes, self.dtypes, strict=True)
             try:
                 self.call.run([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs], numbers)
-            except NotImplementedError:  # there is no such kernel to object: the real one will be run and compared
+            except (
+                NotImplementedError
+            ):  # there is no meta kernel; the real one will run, and its results will be compared
                 return True
             except Exception:
                 return False
@@ -182,72 +188,79 @@ class Checker:
     ) -> set[How]:  # fmt: skip
         if whole is None:
             return {"same"} if all(part is None for part in parts) else set()
-        made = [part for part in parts if part is not None]
-        if len(made) != len(parts):
+        present = [part for part in parts if part is not None]
+        if len(present) != len(parts):
             return set()
-        found: set[How] = set()
+        outcomes: set[How] = set()
         size = sum(map(len, partition))
         for dim in (d for d, n in enumerate(whole.shape) if n == size):
             pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
-            if all(close(a, b, precision(whole), kind) for a, b in zip(made, pieces, strict=True)):
-                found.add(dim)
-        # a result that is never anything else (no NaN, no error) tells nothing about where it comes from
+            if all(close(a, b, precision(whole), kind) for a, b in zip(present, pieces, strict=True)):
+                outcomes.add(dim)
+        # a result that is equal in all runs cannot show how it depends on the operands
         if self.varies[index] or self.brief:
-            if all(close(part, whole, precision(whole), kind) for part in made):
-                found.add("same")
+            if all(close(part, whole, precision(whole), kind) for part in present):
+                outcomes.add("same")
             folds = () if unproven or whole.dtype is torch.bool or whole.dtype in LOW else FOLDS
             numeric = {"max", "min"} if whole.is_complex() else set[str]()
-            found |= {how for how in folds if how not in numeric and combines(how, made, whole, kind)}
-        return found
+            outcomes |= {how for how in folds if how not in numeric and combines(how, present, whole, kind)}
+        return outcomes
 
     def _unproven(self, cut: Cut) -> bool:
-        """Whether the factor runs over integers of which only those were tried that may be indices."""
+        """Whether operands that carry the factor hold integers, of which the trial only tried valid indices."""
         carried = (d for d, dim in zip(self.dtypes, cut.carriers, strict=True) if dim is not None)
         return unchecked(self.call) and self.example is None and any(map(_counts, carried))
 
-    def cells(self, run: Run, cuts: Sequence[Cut], ways: Sequence[Partition]) -> dict[Cell, list[Tensor | None]] | None:
-        """The results of every rank of the mesh that `ways` makes; None where the operator refuses its part."""
-        operands = [self._parts(k, x, cuts, ways) for k, x in enumerate(run.operands)]
-        found: dict[Cell, list[Tensor | None]] = {}
-        for cell in itertools.product(*(range(len(way)) for way in ways)):
-            numbers = dict(self.call.numbers)
-            for cut, way, i in zip(cuts, ways, cell, strict=True):
-                numbers |= dict.fromkeys(cut.scaled, len(way[i]))
-            made = self.results([parts(cell) for parts in operands], numbers)
-            if made is None or len(made) != len(run.results):
-                return None
-            found[cell] = made
-        return found
+    def cells(
+        self, run: Run, cuts: Sequence[Cut], partitions: Sequence[Partition]
+    ) -> dict[Cell, list[Tensor | None]] | None:
+        """The results of every rank, on a mesh with one axis for each of `partitions`.
 
-    def _parts(self, k: int, x: Tensor, cuts: Sequence[Cut], ways: Sequence[Partition]) -> Callable[[Cell], Tensor]:
-        """What every rank holds of operand `k`."""
+        None if the operator does not accept the operands of some rank.
+        """
+        operands = [self._parts(k, x, cuts, partitions) for k, x in enumerate(run.operands)]
+        results_of: dict[Cell, list[Tensor | None]] = {}
+        for cell in itertools.product(*(range(len(partition)) for partition in partitions)):
+            numbers = dict(self.call.numbers)
+            for cut, partition, i in zip(cuts, partitions, cell, strict=True):
+                numbers |= dict.fromkeys(cut.scaled, len(partition[i]))
+            results = self.results([parts(cell) for parts in operands], numbers)
+            if results is None or len(results) != len(run.results):
+                return None
+            results_of[cell] = results
+        return results_of
+
+    def _parts(
+        self, k: int, x: Tensor, cuts: Sequence[Cut], partitions: Sequence[Partition]
+    ) -> Callable[[Cell], Tensor]:
+        """The part of operand `k` that a rank holds, by the rank's cell."""
         shared = [i for i, cut in enumerate(cuts) if k in cut.shares]
-        addends = self.addends(x, math.prod(len(ways[i]) for i in shared))
+        addends = self.addends(x, math.prod(len(partitions[i]) for i in shared))
 
         def part(cell: Cell) -> Tensor:
-            which = 0
+            number = 0
             for i in shared:
-                which = which * len(ways[i]) + cell[i]
-            own = addends[which]
-            for cut, way, i in zip(cuts, ways, cell, strict=True):
+                number = number * len(partitions[i]) + cell[i]
+            local = addends[number]
+            for cut, partition, i in zip(cuts, partitions, cell, strict=True):
                 dim = cut.carriers[k]
-                own = own if dim is None else own.index_select(dim, torch.tensor(way[i]))
-            return own
+                local = local if dim is None else local.index_select(dim, torch.tensor(partition[i]))
+            return local
 
         return part
 
     def addends(self, x: Tensor, count: int) -> list[Tensor]:
         """Random tensors that sum to `x`."""
         scale = float(x.abs().nan_to_num(0.0, 0.0, 0.0).max()) if x.numel() and count > 1 else 1.0
-        found: list[Tensor] = []
+        terms: list[Tensor] = []
         for _ in range(count - 1):
             noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64) * (scale or 1.0)
-            found.append(noise.to(x.dtype))
-        return [*found, x - sum(found) if found else x]
+            terms.append(noise.to(x.dtype))
+        return [*terms, x - sum(terms) if terms else x]
 
     def additive(self, group: frozenset[int]) -> bool:
         """Whether the operator is additive in the operands of `group` together."""
-        told, enough = 0, 4 if self.example is None else 1
+        telling, enough = 0, 4 if self.example is None else 1
         for run in self.runs:
             rest, mixed = run.operands, run.kind.floats == "mixed"
             if run.kind.floats == "special":  # infinite addends of one operand, the others finite
@@ -256,15 +269,15 @@ class Checker:
                 terms = {k: self._terms(run, k, rest[k]) for k in group}
                 if not self._sums(rest, terms, run.kind):
                     return False
-            told += run.kind.floats in ("signed", "large", "small", "huge") and _tells(run)
-        return told >= enough
+            telling += run.kind.floats in ("signed", "large", "small", "huge") and _tells(run)
+        return telling >= enough
 
     def _terms(self, run: Run, k: int, x: Tensor) -> list[Tensor]:
         if run.kind.floats == "special":
             return [run.operands[k], x]
         if run.kind.floats != "mixed":
             return self.addends(x, 3)
-        # around a threshold: addends and sum lie within a few powers of ten of each other
+        # for thresholds: addends and sum differ by at most a few powers of ten
         first = x * torch.randn(x.shape, generator=self._generator, dtype=torch.float64).mul(3).to(x.dtype)
         return [first, x - first]
 
@@ -275,49 +288,52 @@ class Checker:
         if whole is None or any(part is None or len(part) != len(whole) for part in parts):
             return False
         for index, total in enumerate(whole):
-            made = [part[index] for part in parts if part is not None]
-            if total is None and all(one is None for one in made):
+            present = [part[index] for part in parts if part is not None]
+            if total is None and all(one is None for one in present):
                 continue
             if total is None or not (total.is_floating_point() or total.is_complex()) or total.dtype in LOW:
                 return False
-            if not self.varies[index] or not combines("sum", made, total, kind):
+            if not self.varies[index] or not combines("sum", present, total, kind):
                 return False
         return True
 
     def difference(self, cuts: Sequence[Cut], hows: Sequence[Sequence[How]]) -> str:
-        """What goes wrong when one or several cuts at once do to the results what `hows` say, per cut; empty if
-        nothing does."""
+        """What goes wrong if the cuts, applied together, have the effects `hows` on the results; empty if nothing does.
+
+        `hows` has one sequence for each cut, with one entry for each result.
+        """
         several = len(cuts) > 1
         each = [(partitions(self._size(cut))[1:3] or partitions(2)) if several else partitions(self._size(cut))
                 for cut in cuts]  # fmt: skip
-        for ways in itertools.islice(itertools.product(*each), 4 if several else None):
+        for chosen in itertools.islice(itertools.product(*each), 4 if several else None):
             for run in self.runs[:: 3 if several else 1]:
-                cells = self.cells(run, cuts, ways)
+                cells = self.cells(run, cuts, chosen)
                 if cells is None:
-                    return f"Cut into {' and '.join(map(str, ways))}, the operator refuses its part"
+                    return f"Cut into {' and '.join(map(str, chosen))}, the operator does not accept a part"
                 for index, whole in enumerate(run.results):
-                    values = {cell: made[index] for cell, made in cells.items()}
-                    told = wrong(whole, values, [how[index] for how in hows], ways, run.kind)
-                    if told:
-                        return f"Cut into {' and '.join(map(str, ways))}, result {index} {told}"
+                    values = {cell: results[index] for cell, results in cells.items()}
+                    problem = wrong(whole, values, [how[index] for how in hows], chosen, run.kind)
+                    if problem:
+                        return f"Cut into {' and '.join(map(str, chosen))}, result {index} {problem}"
         return ""
 
 
 def _counts(dtype: torch.dtype) -> bool:
+    """Whether a dtype is of signed integers."""
     return not (dtype.is_floating_point or dtype.is_complex) and dtype.is_signed
 
 
 def _types(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, ...]]:
-    """The operands' types to try, the most precise first."""
+    """The dtypes of the operands to try, most precise first."""
     widest = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
-    found = [
+    candidates = [
         tuple(torch.float64 if d.is_floating_point else widest.get(d, d) for d in dtypes),
         tuple(torch.float32 if d in LOW else d for d in dtypes),
         tuple(dtypes),
     ]
-    return [types for i, types in enumerate(found) if types not in found[:i]]
+    return [types for i, types in enumerate(candidates) if types not in candidates[:i]]
 
 
 def _tells(run: Run) -> bool:
-    """Whether at least one result is mostly finite numbers."""
+    """Whether at least one result consists mostly of finite numbers."""
     return any(x is not None and x.numel() and bool(x.isfinite().double().mean() > 0.5) for x in run.results)

@@ -1,5 +1,8 @@
-"""Trials that may crash: compiled kernels, torch's own too, believe that shapes fit each other and that integers are
-indices in range, and parts of a call are calls that nobody foresaw. They run in a child of this process: it may die."""
+"""Trials run in a child process, because they may crash.
+
+Compiled kernels, also torch's, may assume that shapes fit each other and that indices are in range. A trial calls them
+with parts of operands, for which nobody made them.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ Answer = TypeVar("Answer")
 
 
 def survivors(function: Callable[[Item], Answer], items: Sequence[Item], patience: float = 60.0) -> list[Answer | None]:
-    """`function` of every item, an answer that can be pickled; None for an item on which the process dies or raises.
+    """`function(item)` for every item; None for an item on which the child process dies or raises.
 
-    After `patience` seconds without an answer the child is taken to hang: a lock may have been held when it was forked.
+    Answers must be picklable. A child that does not answer for `patience` seconds is killed: it may hang on a lock that
+    another thread held when it was forked.
     """
     answers: list[Answer | None] = [None] * len(items)
     start = 0
@@ -34,7 +38,9 @@ def _child(function: Callable[[Item], Answer], items: Sequence[Item]) -> tuple[i
     """A child that works through the items and writes its answers to the pipe."""
     pipe, end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the child uses no threads, and may hang
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # forking with threads is safe enough: the child uses none, and may hang
         child = os.fork()
     if child:
         os.close(end)
@@ -42,11 +48,11 @@ def _child(function: Callable[[Item], Answer], items: Sequence[Item]) -> tuple[i
     try:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of a broken heap
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc writes to stderr when the heap is broken
         for item in items:
             try:
                 answer = pickle.dumps(function(item))
-            except Exception:  # whatever an operator raises
+            except Exception:  # an operator may raise anything
                 answer = pickle.dumps(None)
             os.write(end, len(answer).to_bytes(4, "big") + answer)
     finally:
@@ -54,7 +60,7 @@ def _child(function: Callable[[Item], Answer], items: Sequence[Item]) -> tuple[i
 
 
 def _collect(child: int, pipe: int, answers: list[Answer | None], start: int, patience: float) -> int:
-    """Read answers until the child ends; how many there were."""
+    """Read answers until the child ends; their number."""
     count = 0
     with os.fdopen(pipe, "rb", buffering=0) as stream:
         while select.select([stream], [], [], patience)[0]:

@@ -1,8 +1,9 @@
-"""What trial has learned, remembered: in this process for every operator, on disk for those that torch ships.
+"""A cache of the rules that trials learned: in this process for every operator, on disk for those of torch.
 
-The key holds everything that the answer depends on: schema, types, sizes and all other arguments, the version of torch
-and the code of the trial itself. Operators of the user are learned anew in every process: their schema does not tell
-that their code has changed."""
+The key has everything that the answer depends on: schema, dtypes, sizes and all other arguments, the version of torch,
+and the code of the trial itself. Operators of the user are learned again in every process, since their schema does not
+change with their code.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +26,17 @@ _KNOWN: dict[str, Learned] = {}
 
 
 def learned(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Learned:
-    """The rule of one call of an operator that has none, found by trial (a fraction of a second) or remembered."""
+    """What trial knows about one call of an operator without a rule. A trial takes a fraction of a second."""
     key = _key(SampleCall.of(operator, args, kwargs))
     if key not in _KNOWN:
         path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         shipped = operator.namespace in ("aten", "prims")
-        found = _read(path, key) if shipped else None
-        if found is None:
-            found = learn(operator, args, kwargs)
+        answer = _read(path, key) if shipped else None
+        if answer is None:
+            answer = learn(operator, args, kwargs)
             if shipped:
-                _write(path, key, found)
-        _KNOWN[key] = found
+                _write(path, key, answer)
+        _KNOWN[key] = answer
     return _KNOWN[key]
 
 
@@ -46,7 +47,7 @@ def _key(call: SampleCall) -> str:
 
 @functools.cache
 def _code() -> str:
-    """A hash of the trial's own code."""
+    """A hash of the code of the trial."""
     modules = (checker, guard, recombine, sample_call, trial)
     text = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     return hashlib.sha256(text).hexdigest()[:16]
@@ -57,43 +58,43 @@ def _folder() -> Path:
 
 
 def _read(path: Path, key: str) -> Learned | None:
-    """What a file remembers; None if it is not there, damaged, or about something else."""
+    """The answer in a file; None if the file is missing, damaged, or has another key."""
     try:
-        told = json.loads(path.read_text())
-        if told["key"] != key:
+        data = json.loads(path.read_text())
+        if data["key"] != key:
             return None
-        reads = told["reads"]
-        sizes = {int(p): tuple(size) if isinstance(size, list) else size for p, size in told["sizes"].items()}
-        found = Learned(
-            told["text"],
-            tuple(frozenset(group) for group in told["linear"]),
+        reads = data["reads"]
+        sizes = {int(p): tuple(size) if isinstance(size, list) else size for p, size in data["sizes"].items()}
+        answer = Learned(
+            data["text"],
+            tuple(frozenset(group) for group in data["linear"]),
             tuple(frozenset(group) for group in reads) if reads is not None else None,
             sizes,
-            told["replicated"],
-            told["refused"],
+            data["replicated"],
+            data["refused"],
         )
-        if not found.refused:
-            found.rule()  # reads the text
-        return found
-    except Exception:  # whatever is wrong with the file, the operator is tried again
+        if not answer.refused:
+            answer.rule()  # reads the text
+        return answer
+    except Exception:  # after any error in the file, the operator is tried again
         return None
 
 
-def _write(path: Path, key: str, found: Learned) -> None:
-    """Remember on disk, as one step, so that no other process reads half a file; a disk that is full is no error."""
-    told = {
+def _write(path: Path, key: str, answer: Learned) -> None:
+    """Write an answer in one atomic step, so that no other process reads half a file. A full disk is not an error."""
+    data = {
         "key": key,
-        "text": found.text,
-        "linear": [sorted(group) for group in found.linear],
-        "reads": [sorted(group) for group in found.reads] if found.reads is not None else None,
-        "sizes": {str(p): size for p, size in found.sizes.items()},
-        "replicated": found.replicated,
-        "refused": found.refused,
+        "text": answer.text,
+        "linear": [sorted(group) for group in answer.linear],
+        "reads": [sorted(group) for group in answer.reads] if answer.reads is not None else None,
+        "sizes": {str(p): size for p, size in answer.sizes.items()},
+        "replicated": answer.replicated,
+        "refused": answer.refused,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(told))
+        part.write_text(json.dumps(data))
         part.replace(path)
     except OSError:
         return

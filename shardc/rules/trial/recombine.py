@@ -1,4 +1,4 @@
-"""Whether parts are the whole: how results of parts combine, and how near is near enough."""
+"""How results of parts combine to the whole result, and which differences count as rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ FOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul,
 }  # fmt: skip
 How = int | str
-"""What a cut does to a result: the dim that it cuts, `same` on every part, or how the parts combine."""
+"""The effect of a cut on a result: the number of the dim that it cuts, `"same"` if all parts are equal, or the
+reduction by which the parts combine."""
 
 Partition = list[list[int]]
 Cell = tuple[int, ...]
@@ -22,25 +23,28 @@ _PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, 
 
 
 def wrong(
-    whole: Tensor | None, values: Mapping[Cell, Tensor | None], hows: Sequence[How], ways: Sequence[Partition],
+    whole: Tensor | None, values: Mapping[Cell, Tensor | None], hows: Sequence[How], partitions: Sequence[Partition],
     kind: InputKind,
 ) -> str:  # fmt: skip
-    """Where the parts of a result, put together as `hows` say, are not the whole; empty if they are."""
-    kinds = {str(how) for how in hows if how in FOLDS}
-    if whole is None or len(kinds) > 1:  # no strategy makes a result that is partial in two ways
+    """The first difference between the whole result and its parts, combined as `hows` say; empty if there is none.
+
+    `values` has the result of every rank by its cell: its index on each axis, one for each of `partitions`.
+    """
+    reductions = {str(how) for how in hows if how in FOLDS}
+    if whole is None or len(reductions) > 1:  # no strategy makes a result that is partial in two ways
         return ""
-    fold = next(iter(kinds), "max")
+    fold = next(iter(reductions), "max")
     groups: dict[Cell, list[Tensor | None]] = {}
     for cell, value in values.items():
         place = tuple(-1 if how in FOLDS else i for how, i in zip(hows, cell, strict=True))
         groups.setdefault(place, []).append(value)
-    for place, made in groups.items():
+    for place, parts in groups.items():
         piece = whole
-        for how, way, i in zip(hows, ways, place, strict=True):
+        for how, partition, i in zip(hows, partitions, place, strict=True):
             if isinstance(how, int):
-                piece = piece.index_select(how, torch.tensor(way[i]))
-        if not combines(fold, made, piece, kind):
-            return _shown(fold, made, piece)
+                piece = piece.index_select(how, torch.tensor(partition[i]))
+        if not combines(fold, parts, piece, kind):
+            return _shown(fold, parts, piece)
     return ""
 
 
@@ -48,9 +52,9 @@ def _shown(fold: str, parts: Sequence[Tensor | None], piece: Tensor) -> str:
     shapes = [None if part is None else tuple(part.shape) for part in parts]
     if any(part is None or part.shape != piece.shape or part.dtype != piece.dtype for part in parts):
         return f"has parts of shape {shapes}, which should be {tuple(piece.shape)} of {piece.dtype}"
-    made = [part for part in parts if part is not None]
-    total = made[0]
-    for part in made[1:]:
+    present = [part for part in parts if part is not None]
+    total = present[0]
+    for part in present[1:]:
         total = FOLDS[fold](total, part)
     exact = not (piece.is_floating_point() or piece.is_complex())
     error = (total != piece).double() if exact else (total - piece).abs().nan_to_num(math.inf)
@@ -59,13 +63,16 @@ def _shown(fold: str, parts: Sequence[Tensor | None], piece: Tensor) -> str:
 
 
 def precision(x: Tensor) -> float:
-    """The relative error that a result may have; 0 where only equal will do."""
+    """The relative error that a result may have; 0 if it must be equal."""
     return _PRECISION.get(x.dtype, 0.0)
 
 
 def _near(a: Tensor, b: Tensor, scale: Tensor, tolerance: float, kind: InputKind) -> bool:
-    """Elementwise: within `tolerance` of `scale`; what rounding leaves of sums that cancel is forgiven, where no
-    magnitudes are mixed that this would hide."""
+    """Whether elements of `a` and `b` differ by at most `tolerance` times `scale`.
+
+    Sums that cancel leave rounding errors, so a small part of the largest scale is added to every scale. That would
+    hide errors of small elements among mixed magnitudes, so it is not done for such inputs.
+    """
     same = (a == b) | ((a != a) & (b != b))
     sizes = scale.nan_to_num(0.0, 0.0, 0.0)
     floor = 0.0
@@ -75,7 +82,7 @@ def _near(a: Tensor, b: Tensor, scale: Tensor, tolerance: float, kind: InputKind
 
 
 def close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: InputKind = KINDS[0]) -> bool:
-    """Whether two results (None: absent) are equal up to a relative error."""
+    """Whether two results (None: absent) are equal up to a relative error of `tolerance`."""
     if a is None or b is None:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -86,20 +93,21 @@ def close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: InputKind 
 
 
 def all_close(one: Sequence[Tensor | None], other: Sequence[Tensor | None], tolerance: float) -> bool:
+    """`close` for each pair of two lists of results."""
     return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
 
 
 def combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: InputKind) -> bool:
-    """Whether the parts, summed or folded as `how` says, are the whole."""
-    made = [part for part in parts if part is not None]
-    if len(made) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in made):
+    """Whether the reduction `how` of the parts is the whole."""
+    present = [part for part in parts if part is not None]
+    if len(present) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in present):
         return False
-    total, scale = made[0], whole.abs() if whole.dtype.is_signed else whole
-    for part in made[1:]:
+    total, scale = present[0], whole.abs() if whole.dtype.is_signed else whole
+    for part in present[1:]:
         total = FOLDS[how](total, part)
     if not (whole.is_floating_point() or whole.is_complex()):
         return torch.equal(total, whole)
-    if how == "sum":  # sums of large parts cancel: what is lost is relative to the parts
-        total = torch.where((total != total) & whole.isinf(), whole, total)  # and infinite ones leave no number at all
-        scale = torch.stack([scale, *(part.abs() for part in made)]).amax(0)
+    if how == "sum":  # sums of large parts cancel, so rounding errors are relative to the parts
+        total = torch.where((total != total) & whole.isinf(), whole, total)  # inf - inf is NaN
+        scale = torch.stack([scale, *(part.abs() for part in present)]).amax(0)
     return _near(total, whole, scale, precision(whole), kind)

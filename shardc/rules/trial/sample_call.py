@@ -1,7 +1,8 @@
-"""Specimens: a call of an operator with its tensors taken out, made small, and run on inputs of many kinds.
+"""Sample calls: a call of an operator without its tensors, made small, and run on inputs of many kinds.
 
-The sizes of a call are shrunk (or grown, so that a dim of two can be cut in three) one by one: whatever the operator's
-fake kernel accepts, and answers with results that changed consistently, is as good a call as the original."""
+The sizes of a call are shrunk one by one (or grown, so that a dim of two can be cut in three). A smaller call is as
+good as the original if the operator's fake kernel accepts it, and the shapes of its results change consistently.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +19,28 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 Path = tuple[int, int | None]
-"""Where an integer argument stands: its position, and its place in the list that stands there."""
+"""The position of an integer argument, and its index if the argument is a list."""
 
 MOST_ELEMENTS = 1 << 18
-"""A specimen with more elements, operands and results together, is not run."""
+"""A sample call with more elements, operands and results together, does not run."""
 
 _SIZES = ((4, 6, 5, 7, 8, 9, 10, 12, 16, 24, 32), (6, 9, 5, 10, 7, 12, 14, 4, 8, 18, 48))
-"""Small sizes, in order of preference, of two specimens; what holds for one must hold for the other."""
+"""Small sizes of two sample calls, in order of preference. What holds for one must hold for the other."""
 
 
 class SampleOperand(NamedTuple):
-    """Stands in an argument list for tensor number `number`."""
+    """Placeholder in an argument list for tensor number `number`."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class SampleCall:
-    """A call of `operator`: `args` and `kwargs` hold an `Operand` in place of every tensor.
+    """A call of `operator`: `args` and `kwargs` hold a `SampleOperand` in place of every tensor.
 
-    `actual` and `shapes` are the operands' shapes as the program has them, and as this specimen has them; `numbers` the
-    integers among the positional arguments of this specimen, `given` those of the program.
+    `actual` are the shapes of the operands in the program, `shapes` those in this sample. `given` are the integers
+    among the positional arguments in the program, `numbers` those in this sample. `results` are the shapes of the
+    results.
     """
 
     operator: OpOverload
@@ -53,24 +55,27 @@ class SampleCall:
 
     @staticmethod
     def of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SampleCall:
-        """Take the tensors (fake ones will do) out of a call."""
-        found: list[Tensor] = []
+        """The sample of a call with the sizes of the program. Its tensors may be fake."""
+        tensors: list[Tensor] = []
 
         def take(value: Any) -> Any:
             if isinstance(value, Tensor):
-                found.append(value)
-                return SampleOperand(len(found) - 1)
+                tensors.append(value)
+                return SampleOperand(len(tensors) - 1)
             if isinstance(value, (list, tuple)):
                 return [take(item) for item in value]
             return value
 
         template = tuple(take(value) for value in args), {name: take(value) for name, value in kwargs.items()}
-        shapes = tuple(tuple(int(n) for n in x.shape) for x in found)
+        shapes = tuple(tuple(int(n) for n in x.shape) for x in tensors)
         numbers = dict(_numbers(template[0]))
-        return SampleCall(operator, *template, tuple(x.dtype for x in found), shapes, numbers, shapes, numbers)
+        return SampleCall(operator, *template, tuple(x.dtype for x in tensors), shapes, numbers, shapes, numbers)
 
     def run(self, operands: Sequence[Tensor], numbers: Mapping[Path, int] | None = None) -> list[Tensor | None]:
-        """The results on the given operands, with `numbers` in place of this specimen's."""
+        """The results on these operands. `numbers` replaces the integers of this sample.
+
+        TypeError if the operator returns something other than tensors and None.
+        """
         numbers = self.numbers if numbers is None else numbers
 
         def put(value: Any, path: Path) -> Any:
@@ -82,29 +87,30 @@ class SampleCall:
 
         args = [put(value, (i, None)) for i, value in enumerate(self.args)]
         kwargs = {name: put(value, (-1, None)) for name, value in self.kwargs.items()}
-        made = self.operator(*args, **kwargs)
-        made = list(made) if isinstance(made, (tuple, list)) else [made]
-        if not all(one is None or isinstance(one, Tensor) for one in made):
-            raise TypeError("it returns something that is no tensor")
-        return made
+        results = self.operator(*args, **kwargs)
+        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        if not all(one is None or isinstance(one, Tensor) for one in results):
+            raise TypeError("it returns something that is not a tensor")
+        return results
 
     def fake(self) -> tuple[tuple[int, ...] | None, ...] | None:
-        """The shapes of the results as the fake kernel tells them; None if it does not accept the call."""
+        """The shapes of the results, from the fake kernel; None if it does not accept the call."""
         try:
             with _quiet(), FakeTensorMode(), torch.no_grad():
-                made = self.run([torch.empty(s, dtype=d) for s, d in zip(self.shapes, self.dtypes, strict=True)])
-            return tuple(None if x is None else tuple(int(n) for n in x.shape) for x in made)
-        except Exception:  # whatever the operator raises on a call that it does not like
+                results = self.run([torch.empty(s, dtype=d) for s, d in zip(self.shapes, self.dtypes, strict=True)])
+            return tuple(None if x is None else tuple(int(n) for n in x.shape) for x in results)
+        except Exception:  # an operator may raise anything on a call that it does not accept
             return None
 
     @property
     def elements(self) -> int:
+        """The number of elements of all operands and results."""
         return sum(math.prod(shape) for shape in (*self.shapes, *(s for s in self.results if s is not None)))
 
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without torch's log of calls that a fake kernel refuses: refusing is what it is asked for here."""
+    """Silence torch's log of calls that a fake kernel does not accept, because here many are expected."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -122,18 +128,21 @@ def _numbers(args: Sequence[Any]) -> Iterator[tuple[Path, int]]:
 
 
 def sample_calls(call: SampleCall) -> list[SampleCall]:
-    """The call at small sizes, in two ways, then at its own; those that are too large to run are left out."""
+    """The call at two sets of small sizes, then at its original sizes. Samples too large to run are left out."""
     shapes = call.fake()
     if shapes is None:
         return []
     call = replace(call, results=shapes)
-    found = [_small(call, order) for order in _SIZES]
-    unique = [s for i, s in enumerate([*found, call]) if s.shapes not in [t.shapes for t in [*found, call][:i]]]
-    return [specimen for specimen in unique if specimen.elements <= MOST_ELEMENTS]
+    samples = [*(_small(call, order) for order in _SIZES), call]
+    unique = [s for i, s in enumerate(samples) if s.shapes not in [t.shapes for t in samples[:i]]]
+    return [sample for sample in unique if sample.elements <= MOST_ELEMENTS]
 
 
 def _small(call: SampleCall, order: Sequence[int]) -> SampleCall:
-    """Replace one size after the other by a small one; two at once where they hang together (a dim and its half)."""
+    """The call with every size replaced by a small one, one after the other.
+
+    Two sizes change at once if one divides the other, as a dim and its half.
+    """
     sizes = sorted({n for shape in call.actual for n in shape if n > 1}, reverse=True)
     chosen: dict[int, int] = {}
     best = call
@@ -155,9 +164,9 @@ def _small(call: SampleCall, order: Sequence[int]) -> SampleCall:
                 low, high = sorted((size, other))
                 changes += [{low: n, high: n * (high // low)} for n in order if n < low]
         for change in changes:
-            specimen = attempt(change)
-            if specimen is not None:
-                best, chosen = specimen, {**chosen, **change}
+            sample = attempt(change)
+            if sample is not None:
+                best, chosen = sample, {**chosen, **change}
                 break
     return best
 
@@ -165,21 +174,21 @@ def _small(call: SampleCall, order: Sequence[int]) -> SampleCall:
 def _resized(
     call: SampleCall, mapping: Mapping[int, int], numbers: Mapping[Path, int], change: Mapping[int, int]
 ) -> SampleCall | None:
-    """The call with other sizes, if the operator takes them and its results change alike.
+    """The call with other sizes, if the operator accepts them and the shapes of its results change alike.
 
-    An integer that equals a size may or may not be that size: a small one is first taken for something else.
+    An integer argument that equals a size may or may not be that size. A small one is first assumed not to be.
     """
     shapes = tuple(tuple(mapping.get(n, n) for n in shape) for shape in call.actual)
     moved = {path: change[n] for path, n in call.given.items() if n in change}
     variants = [{**numbers, **moved}, numbers] if all(n > 8 for n in change) else [numbers, {**numbers, **moved}]
     for variant in variants if moved else [numbers]:
-        specimen = replace(call, shapes=shapes, numbers=variant)
-        results = specimen.fake()
+        sample = replace(call, shapes=shapes, numbers=variant)
+        results = sample.fake()
         if results is None or len(results) != len(call.results):
             continue
         pairs = zip(call.results, results, strict=True)
         if all(_consistent(before, after, mapping) for before, after in pairs):
-            return replace(specimen, results=results)
+            return replace(sample, results=results)
     return None
 
 
@@ -192,7 +201,7 @@ def _consistent(before: tuple[int, ...] | None, after: tuple[int, ...] | None, m
 
 
 class InputKind(NamedTuple):
-    """A kind of inputs: floats by name, integers by name, the share of true among booleans."""
+    """A kind of input: floats by name, integers by name, and the share of true among booleans."""
 
     floats: str
     integers: str
@@ -215,18 +224,18 @@ KINDS = (
     InputKind("signed", "wide", 0.5),
     InputKind("definite", "index", 0.5),
 )
-"""Signs, magnitudes far apart, all of them mixed (a threshold must be met from both sides), ties, a domain of (0, 1),
-infinities and NaN, positive definite matrices; integers that may be indices, that count from the end, and that are
-plain numbers."""
+"""Floats: both signs, magnitudes far apart and mixed (so that both sides of a threshold occur), ties, the domain (0,
+1), infinities and NaN, positive definite matrices. Integers: valid indices, indices that may count from the end,
+others."""
 
 SCALES = {"signed": 1.0, "large": 30.0, "small": 1e-3, "tiny": 1e-15, "huge": 1e5, "vast": 1e25}
-"""Kinds of floats of both signs, by their magnitude."""
+"""Kinds of floats with both signs, with their magnitude."""
 
 
 def draw(call: SampleCall, kind: InputKind, dtypes: Sequence[torch.dtype], generator: torch.Generator) -> list[Tensor]:
-    """Random operands for a specimen, of the given types."""
+    """Random operands for a sample call, with these dtypes."""
     sizes = [n for shape in call.shapes for n in shape if n > 1]
-    # as indices, integers must fit any dim, also of a result whose size an argument gives
+    # indices must be in range for any dim, also for that of a result whose size is an argument
     limit = min([*sizes, *(n for n in call.numbers.values() if n > 1)], default=4)
     return [_one(s, d, kind, limit, generator) for s, d in zip(call.shapes, dtypes, strict=True)]
 

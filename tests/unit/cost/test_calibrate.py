@@ -19,17 +19,17 @@ PLAIN = Hardware("plain", {"float32": 1e12}, 1e12, 0.0, 8, Link(1e-6, 100e9), Li
 GOOD = (Path(__file__).parents[3] / "shardc/cost/hardware/h100.toml").read_text()
 
 
-class _Told(calibrate._Bench):  # pyright: ignore[reportPrivateUsage]  # its measurements, without processes
+class _Told(calibrate._Benchmark):  # pyright: ignore[reportPrivateUsage]  # its measurements, without processes
     """Seconds of all-reduces alone, and what they add to computing, by size."""
 
     def __init__(self, seconds: dict[int, tuple[float, float]]) -> None:
         self.told = seconds
 
-    def left(self, axis: str, size: int) -> tuple[float, float]:
+    def visible(self, axis: str, size: int) -> tuple[float, float]:
         return self.told[size]
 
 
-SHORT, LONG = calibrate.BENEATH
+SHORT, LONG = calibrate.OVERLAP_SIZES
 
 
 @pytest.mark.parametrize(

@@ -35,19 +35,23 @@ def test_our_files_load_and_name_the_source_of_every_number(name: str) -> None:
     [
         ("[inside]", "[within]", r"lacks the table \[inside\]"),
         ("memory_bandwidth =", "bandwidth =", "lacks memory_bandwidth"),
-        ("latency = 1.9e-6", "latency = 'fast'", "inside.latency is 'fast', not a number"),
+        ("latency = 1.9e-6", "latency = 'fast'", "inside.latency is 'fast'; it must be a number"),
         ("bandwidth = 370e9", "bandwidth = -1", "inside.bandwidth is -1; it must be above zero"),
-        ("overlap = 0.9 ", "overlap = 9 ", "between.overlap is 9.0; it is a part, from 0 to 1"),
+        ("overlap = 0.9 ", "overlap = 9 ", "between.overlap is 9.0; it must be from 0 to 1"),
         ("overlap = 0.9 ", "stall = -1e-6 ", "between.stall is -1e-06"),
         ("devices_per_node = 8", "devices_per_node = 8.5", "devices_per_node is 8.5, not a whole number"),
         ("float32 =", "float31 =", "lacks flops.float32"),
         ('"tree"', '"shrub"', "algorithms.all_reduce is .*'shrub'.*some of ring, tree, star, direct, hierarchical"),
-        ("all_reduce = [", "allreduce = [", "no collective is called 'allreduce'; they are all_gather,"),
+        ("all_reduce = [", "allreduce = [", "no collective is called 'allreduce'; write one of all_gather,"),
         ("[between]", "[inside.measured.gather]\nlatency = 1\nbandwidth = 1\n[between]", "measured names gather"),
         ("[between]", "profile = [[2, 1.0], [1, 1.0]]\n[between]", r"inside\.profile is .* by ascending bytes"),
         ("[between]", "profile = [3]\n[between]", r"inside\.profile is \[3\]"),
-        ("[between]", "[inside.spanning.permute]\nlatency = 1\nbandwidth = 1\n[between]", "spanning is not read"),
-        ("[flops]", "[flops", "h100.toml is no TOML"),
+        (
+            "[between]",
+            "[inside.spanning.permute]\nlatency = 1\nbandwidth = 1\n[between]",
+            "spanning is not read; move it to",
+        ),
+        ("[flops]", "[flops", "h100.toml is not TOML"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_message(tmp_path: Path, before: str, after: str, message: str) -> None:

@@ -133,7 +133,7 @@ def test_what_is_no_operator_or_has_a_rule() -> None:
         shardc.rule(torch.relu, "a -> a")  # type: ignore[arg-type]
     with pytest.raises(RuleError, match="has a rule in shardc"):
         shardc.rule(torch.ops.aten.mm.default, "m k, k n -> m n")
-    with pytest.raises(RuleError, match=r"overloads .*give each its rule"):
+    with pytest.raises(RuleError, match=r"overloads .*give each one a rule"):
         shardc.rule(torch.ops.aten.histogram, "a -> a")
 
 

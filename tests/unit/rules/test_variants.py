@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from brute_force import Call, Sample
-from rule_samples import real
 
+from checks.brute_force import Call
+from samples.calls.sample import Sample, real
 from samples.paired_operator import SCRATCH, prefix_mix_in_parts
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
 from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.strategy import PLAIN, Strategy, demand, legal, make, variants_of, work, workspace
 from shardc.rules.notation import ONLY, Send, Variant, parse
-from shardc.runtime import VirtualMesh
+from shardc.runtime import VirtualMesh, all_reduce
 
 aten = torch.ops.aten
 PAIR: Any = torch.ops.paired.prefix_mix.default
@@ -167,13 +167,13 @@ def test_variants_that_differ_in_their_body_alone_are_one_shape() -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "two of one name": ("s~ -> s~", {"variants": [Variant("x", body), Variant("x", body)]}, "name of its own: 'x'"),
-    "no name": ("s~ -> s~", {"variants": [Variant("", body)]}, "name of its own: ''"),
+    "two of one name": ("s~ -> s~", {"variants": [Variant("x", body), Variant("x", body)]}, "or used twice: 'x'"),
+    "no name": ("s~ -> s~", {"variants": [Variant("", body)]}, "name is empty or used twice: ''"),
     "body twice": ("s~ -> s~", {"variants": [Variant("x", body)], "body": body}, "has a body and variants"),
     "unknown": ("r~, s~ -> r~", {"variants": [Variant("x", body, together=(("r", "t"),))]}, "splits t together"),
     "not parted": ("r, s~ -> r", {"variants": [Variant("x", body, together=(("r", "s"),))]}, "splits r together"),
-    "alone": ("r~ -> r~", {"variants": [Variant("x", body, together=(("r",),))]}, "two factors or more"),
-    "twice": ("r~, s~ -> r~", {"variants": [Variant("x", body, together=(("r", "r"),))]}, "two factors or more"),
+    "alone": ("r~ -> r~", {"variants": [Variant("x", body, together=(("r",),))]}, "two or more factors"),
+    "twice": ("r~, s~ -> r~", {"variants": [Variant("x", body, together=(("r", "r"),))]}, "two or more factors"),
     "partial": (
         "r~, s:sum~ -> r~", {"variants": [Variant("x", body, together=(("r", "s"),))]}, "would both split result 0",
     ),
@@ -189,7 +189,7 @@ def test_what_is_refused(case: str) -> None:
 
 
 def test_a_body_is_the_only_variant() -> None:
-    sends = {"s": [Send("all_reduce", (), 8)]}
+    sends = {"s": [Send(all_reduce, (), 8)]}
     rule = parse("s~ -> s~", body=prefix_mix_in_parts, sends=sends)
     assert [(v.name, v.body, v.sends) for v in rule.variants] == [(ONLY, prefix_mix_in_parts, sends)]
     assert rule.variant(ONLY) is rule.variants[0]

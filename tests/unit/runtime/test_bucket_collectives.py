@@ -75,7 +75,7 @@ def test_what_is_no_bucket() -> None:
     for given, words in (
         (lambda: all_reduce_bucket([one, one.double()], axis="a"), "one dtype, not torch.float32, torch.float64"),
         (lambda: all_reduce_bucket([], axis="a"), "one dtype, not none at all"),
-        (lambda: all_reduce_bucket([one], axis="a", op="mean"), "no reduction 'mean'"),
+        (lambda: all_reduce_bucket([one], axis="a", op="mean"), "there is no reduction 'mean'"),
         (lambda: all_reduce_bucket([one], axis="b"), "no axis 'b'"),
         (lambda: reduce_scatter_bucket([one, one], dims=[0], axis="a"), "2 tensors has 1 dims and 2 sizes"),
         (lambda: reduce_scatter_bucket([one[:3]], dims=[0], axis="a"), "does not split evenly into 2 chunks"),

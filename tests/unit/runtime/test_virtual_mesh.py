@@ -148,7 +148,7 @@ def test_failures_in_collectives_name_axis_and_line():
         "    all_reduce(x[: 2 + current().rank], axis='a')  # different\n"
     )
     mesh = VirtualMesh({"a": 2})
-    for name, words in (("uneven", "evenly"), ("alone", "never came"), ("different", "disagree")):
+    for name, words in (("uneven", "evenly"), ("alone", "never started"), ("different", "disagree")):
         with pytest.raises(RankError, match=words) as caught:
             mesh.run(getattr(module, name), lambda _: (torch.ones(5),))
         assert f"# {name}" in str(caught.value)
