@@ -7,20 +7,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from shardc.analysis.memory import peak_in_order
-from shardc.cost.hardware import Hardware
 from shardc.errors import InfeasibleError, ShardcError
-from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
-from shardc.planning.cost_network import Accepts, CostNetwork
+from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
-from shardc.rules.factors.factored import Factored, Key
 from shardc.solver import tuning
 from shardc.solver.capacity import Frontier
 from shardc.solver.loads import Relaxation
@@ -46,7 +42,7 @@ def assign(c: Compilation) -> Compilation:
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
     """The strategies that were chosen at other sizes, if they are legal here and hold no more than the budget."""
-    network = CostNetwork(c.factored, c.mesh, c.options.device, c.spread.accepts(), c.options.outputs == "full")
+    network = CostNetwork(c.factored, c.mesh, c.options.device, replace(_demands(c), wishes={}))
     assignment = reuse_strategies(network, before.factored, before.assignment)
     if assignment is None:
         return None
@@ -76,7 +72,8 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
     network reckons. Raises InfeasibleError if nothing fits."""
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
-        made = RecomputeNetwork(*_asked(c), recompute=recompute, states=c.options.states)
+        asked = c.factored, c.mesh, c.options.device, _demands(c)
+        made = RecomputeNetwork(*asked, recompute=recompute, states=c.options.states)
         if like is not None:
             made.share(like)
         return _built(made)
@@ -141,15 +138,13 @@ def _within(frontier: Frontier, bound: float) -> Solution:
 
 def network_of(c: Compilation) -> CostNetwork:
     """The cost network. Raises InfeasibleError where a variable has no value left."""
-    return _built(CostNetwork(*_asked(c)))
+    return _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c)))
 
 
-def _asked(
-    c: Compilation,
-) -> tuple[Factored, Mesh, Hardware, Mapping[Key, Accepts], bool, Mapping[Key, Sequence[Accepts]]]:
-    """What every network of a program is made of."""
+def _demands(c: Compilation) -> LayoutDemands:
+    """What the user's constraints demand of layouts, and in `propagate` mode what they spread to."""
     wishes = c.spread.wishes() if c.options.mode == "propagate" else {}
-    return c.factored, c.mesh, c.options.device, c.spread.accepts(), c.options.outputs == "full", wishes
+    return LayoutDemands(c.spread.accepts(), c.options.outputs == "full", wishes)
 
 
 def _built(network: AnyNetwork) -> AnyNetwork:

@@ -133,7 +133,7 @@ class ConflictFinder:
         program, factored = self.network.factored.program, self.network.factored
         ports = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
         for port, node in zip(program.outputs, program.results, strict=True):
-            if node is None or (port.role is Role.OUTPUT and not self.network.whole_outputs):
+            if node is None or (port.role is Role.OUTPUT and not self.network.demands.whole_outputs):
                 continue
             value = factored.values[node]
             size = len(value.form.base)

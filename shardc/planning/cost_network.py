@@ -54,17 +54,24 @@ class Assignment:
     forward: frozenset[fx.Node] | None = None
 
 
+@dataclass(frozen=True)
+class LayoutDemands:
+    """What is demanded of layouts. `accepts` says which layouts of base values constraints allow; with `whole_outputs`
+    every rank gets all of every output. Of the `wishes` for a value, the first that any strategy fulfils is granted."""
+
+    accepts: Mapping[Key, Accepts] = field(default_factory=dict[Key, Accepts])
+    whole_outputs: bool = True
+    wishes: Mapping[Key, Sequence[Accepts]] = field(default_factory=dict[Key, Sequence[Accepts]])
+
+
 @dataclass(eq=False)
 class CostNetwork:
-    """Builds the problem for one program on one mesh. `accepts` says which layouts of base values constraints allow. Of
-    the `wishes` for a value, the first that any strategy fulfils is granted."""
+    """Builds the problem for one program on one mesh. see `LayoutDemands`."""
 
     factored: Factored
     mesh: Mesh
     device: Hardware
-    accepts: Mapping[Key, Accepts]
-    whole_outputs: bool
-    wishes: Mapping[Key, Sequence[Accepts]] = field(default_factory=dict[Key, Sequence[Accepts]])
+    demands: LayoutDemands
     variables: list[Variable] = field(default_factory=list[Variable])
 
     def __post_init__(self) -> None:
@@ -241,18 +248,22 @@ class CostNetwork:
 
     def _kept(self, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
-        if port is None and not self.accepts and not self.wishes:
+        if port is None and not self.demands.accepts and not self.demands.wishes:
             return None
         tests: list[tuple[int, Accepts]] = [
-            (k, self.accepts[result.key]) for k, result in enumerate(op.results) if result.key in self.accepts
+            (k, self.demands.accepts[result.key])
+            for k, result in enumerate(op.results)
+            if result.key in self.demands.accepts
         ]
         if frozen:
             tests.append((0, lambda splits: not any(splits.axes)))
-        if port is not None and (port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.whole_outputs)):
+        if port is not None and (
+            port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.demands.whole_outputs)
+        ):
             tests.append((0, self._storable(op.results[0].value)))
         elif port is not None:
             tests.append((0, self._sliceable(op.results[0].value)))
-        if not tests and not self.wishes:
+        if not tests and not self.demands.wishes:
             return None
 
         def passing(among: Sequence[int], k: int, ok: Accepts) -> list[int]:
@@ -262,7 +273,7 @@ class CostNetwork:
         for k, ok in tests:
             keep = passing(keep, k, ok)
         for k, result in enumerate(op.results):
-            granted = (passing(keep, k, wish) for wish in self.wishes.get(result.key, ()))
+            granted = (passing(keep, k, wish) for wish in self.demands.wishes.get(result.key, ()))
             keep = next(filter(None, granted), keep)
         return keep
 
@@ -340,7 +351,7 @@ class CostNetwork:
                 self._tie_gradient(value, parameters[port.name])
                 continue
             tensor = self.class_of(value.key)
-            whole = self.whole_outputs or port.role is not Role.OUTPUT
+            whole = self.demands.whole_outputs or port.role is not Role.OUTPUT
             storable = self._storable(value)
             domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
             variable = self._variable(f"output {index}", domain, zeros(len(domain)))

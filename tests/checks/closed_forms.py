@@ -27,7 +27,7 @@ from shardc.ir.splits import Splits
 from shardc.passes.normalize import normalized
 from shardc.passes.propagate import spread
 from shardc.planning.constraints import ParameterDemand, collect
-from shardc.planning.cost_network import CostNetwork
+from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.rules.factors.factored import Factored
 from shardc.rules.factors.factoring import factor
 from shardc.solver.solve import solve
@@ -125,7 +125,7 @@ def optimum(
         shape = tuple(value_of(op.node).shape)
         if is_product(op.node) and shape in products:
             accepts[op.node, 0] = products[shape].__eq__
-    network = CostNetwork(factored, mesh, BYTES, accepts, False)
+    network = CostNetwork(factored, mesh, BYTES, LayoutDemands(accepts, whole_outputs=False))
     network.build()
     return solve(network.problem()).cost
 

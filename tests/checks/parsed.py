@@ -58,7 +58,7 @@ from shardc.passes.pipeline import NAMES, PIPELINE
 from shardc.passes.propagate import propagate
 from shardc.planning.compilation import Compilation, Schedule
 from shardc.planning.constraints import parameter_demands
-from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.planning.cost_network import Assignment, CostNetwork, LayoutDemands
 from shardc.planning.run_order import RunOrder
 from shardc.rules.factors.factored import Key, Op
 
@@ -203,7 +203,9 @@ def _model_of(program: Program) -> nn.Module:
 
 def _assigned(c: Compilation, graph: Sequence[Line], rest: Sequence[Line]) -> Compilation:
     """The compilation with the choice that the graph and the lines after it tell."""
-    network = CostNetwork(c.factored, c.mesh, c.options.device, {}, c.options.outputs == "full")
+    network = CostNetwork(
+        c.factored, c.mesh, c.options.device, LayoutDemands(whole_outputs=c.options.outputs == "full")
+    )
     network.build()
     assignment = network.assignment([0] * len(network.variables))  # whose every choice is replaced
     cells = {one.name: one for one in map(assigned, (line for line in graph if line.text.startswith("%")))}
@@ -239,7 +241,7 @@ def _output_key(c: Compilation, index: int) -> Key:
     return c.factored.values[node].key
 
 
-def _told(c: Compilation, network: CostNetwork, assignment: Assignment, line: Line) -> None:
+def _told(c: Compilation, network: CostNetwork, LayoutDemands, assignment: Assignment, line: Line) -> None:
     """One line after the graph: a share, an output, a value that backward finds kept or made again."""
     match = _CHOSEN.fullmatch(line.text)
     if match is None:

@@ -17,7 +17,7 @@ from shardc.capture.trace import capture
 from shardc.cost.hardware import Hardware, Link, hardware
 from shardc.ir.mesh import Mesh
 from shardc.passes.normalize import normalized
-from shardc.planning.cost_network import CostNetwork
+from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.rules.factors.factoring import factor
 from shardc.solver.problem import Problem
 from shardc.solver.proof.certificate import check
@@ -86,7 +86,7 @@ def by_milp(problem: Problem) -> float:
 def test_optimum_equals_an_independent_milp(sizes: tuple[int, int, int], mesh: str, device: Hardware) -> None:
     batch, width, hidden = sizes
     program = normalized(capture(Mlp(width, hidden), (torch.zeros(batch, width),)))
-    network = CostNetwork(factor(program), Mesh.parse(mesh), device, {}, True)
+    network = CostNetwork(factor(program), Mesh.parse(mesh), device, LayoutDemands())
     network.build()
     problem = network.problem()
     solution = solve(problem)
