@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import shardc
 from samples.models import MODELS, loss_of
 from samples.odd_sizes import DIVIDES, Decoder
-from shardc.capture import trace as capture_module
+from shardc.capture.model_trace import ModelTrace
 from shardc.errors import ShardcError
 
 BATCH_AND_SEQUENCE = {0: "batch", 1: "seq"}
@@ -30,8 +30,8 @@ def train(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Te
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One element a trace of the model."""
     found: list[object] = []
-    real = capture_module._Trace.run
-    monkeypatch.setattr(capture_module._Trace, "run", lambda self: (found.append(self), real(self))[1])
+    real = ModelTrace.run
+    monkeypatch.setattr(ModelTrace, "run", lambda self: (found.append(self), real(self))[1])
     return found
 
 
