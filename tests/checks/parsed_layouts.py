@@ -25,7 +25,7 @@ from shardc.ir.program import Port, Program, Role, name_of
 from shardc.ir.splits import Splits
 from shardc.ir.versions import GraphVersion
 from shardc.planning.cost_network import CostNetwork
-from shardc.planning.strategies import Options
+from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Form, Key, Op
 from shardc.rules.factors.factoring import VIEWS, factor
 from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make, shape_of, split_of
@@ -86,7 +86,7 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
             if result.key[1] in given.results
         )
 
-    strategies = Options(shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
+    strategies = OperatorOptions(shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
     body = given.node.target if not isinstance(given.node.target, torch._ops.OpOverload) else None
     fitting = [one for one in strategies if agrees(one) and (body is None or _body(shape, one) is body)]
     lies = ", ".join(str(laid(node).simplify(mesh)) for node in operands)
