@@ -26,9 +26,10 @@ from shardc.ir.splits import Splits
 from shardc.ir.versions import GraphVersion
 from shardc.planning.cost_network import CostNetwork
 from shardc.planning.strategies import OperatorOptions
+from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Form, Key, Op
 from shardc.rules.factors.factoring import VIEWS, factor
-from shardc.rules.factors.strategy import Chosen, Shape, Strategy, demand, make, shape_of, split_of
+from shardc.rules.factors.strategy import Shape, Strategy, demand, make, shape_of, split_of
 from shardc.rules.notation import maker_of, registered
 from shardc.runtime import Part
 

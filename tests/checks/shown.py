@@ -22,7 +22,7 @@ from shardc.ir.layout import Layout, describe
 from shardc.ir.printing import columns, in_bytes, in_seconds
 from shardc.ir.program import Port, Role
 from shardc.ir.splits import Splits
-from shardc.ir.versions import Line
+from shardc.ir.versions import GraphLine
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
@@ -98,11 +98,11 @@ def _with_places(lines: list[str], places: list[str]) -> list[str]:
     return [f"{line:<{width}}  # {place}" if place else line for line, place in zip(lines, places, strict=True)]
 
 
-def _backward(line: Line) -> bool:
+def _backward(line: GraphLine) -> bool:
     return line.node.op == "call_function" and line.meta["facts"].origin.phase == "backward"
 
 
-def _return(c: Compilation, line: Line) -> str:
+def _return(c: Compilation, line: GraphLine) -> str:
     def one(port: Port, node: fx.Node | None) -> str:
         value = "None" if node is None else f"%{node.name}"
         told = {Role.GRADIENT: f"gradient of {port.name}: ", Role.MUTATION: f"new {port.name}: "}
