@@ -27,8 +27,9 @@ from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
 from shardc.rules.factors.atoms import Ref
+from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.factored import Factored, Key, Op, Value
-from shardc.rules.factors.strategy import chosen_of, make
+from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.bucket import Bucket
 
 Cells = tuple[str, ...]
