@@ -15,7 +15,7 @@ assert isinstance(mesh, DistributedMesh)
 calibration.SIZES, calibration.BLOCKS, calibration.BLOCK = calibration.SIZES[:2], 1, 0.005
 measured = calibrate(mesh, "apart")
 assert [*measured.fits] == ["inside", "between", "spanning"]
-assert all([one.kind for one in fits] == [*ALGORITHMS] for fits in measured.fits.values())
+assert all([one.collective for one in fits] == [*ALGORITHMS] for fits in measured.fits.values())
 if mesh.rank == 0:
     path = Path(sys.argv[1])
     path.write_text(toml(measured))
