@@ -53,8 +53,7 @@ def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if node.op != "call_function":
             continue
         if node.target in IDENTITIES:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            graph.erase_node(node)
+            _bypass(graph, node)
         elif (chosen := chosen_of(node)) is not None:  # a view too, where it cuts across atoms
             op, strategy = chosen.op, chosen.strategy
             key = op.kind, strategy
@@ -67,6 +66,15 @@ def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             # a squeeze names no sizes, and would also drop a dim of which the rank holds one element
             node.target = aten.expand.default if node.target is aten.expand.default else aten.view.default
     return graph
+
+
+def _bypass(graph: fx.Graph, node: fx.Node) -> None:
+    """Let the readers of an identity read its operand; where forward was to keep the one, it keeps the other."""
+    operand: fx.Node = node.args[0]  # type: ignore[assignment]
+    if lowered(node).kept:
+        describe(operand, replace(lowered(operand), kept=True))
+    node.replace_all_uses_with(operand)
+    graph.erase_node(node)
 
 
 IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.default)

@@ -241,7 +241,7 @@ def _output_key(c: Compilation, index: int) -> Key:
     return c.factored.values[node].key
 
 
-def _told(c: Compilation, network: CostNetwork, LayoutDemands, assignment: Assignment, line: Line) -> None:
+def _told(c: Compilation, network: CostNetwork, assignment: Assignment, line: Line) -> None:
     """One line after the graph: a share, an output, a value that backward finds kept or made again."""
     match = _CHOSEN.fullmatch(line.text)
     if match is None:

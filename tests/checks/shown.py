@@ -220,6 +220,6 @@ def decision(c: Compilation) -> str:
     wrapped = textwrap.wrap(order, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     wrapped = [line.replace(WAIT, "wait ") for line in wrapped]
     return "\n".join([
-        *lines, "order", *wrapped, f"memory {in_bytes(chosen.memory.peak)}, most of it in {chosen.memory.half}",
+        *lines, "order", *wrapped, f"memory {in_bytes(chosen.memory.peak)}, most of it in {chosen.memory.phase}",
         f"time {in_seconds(chosen.seconds)}, and {in_seconds(max(chosen.hidden, 0.0))} of collectives hidden in it",
     ]) + "\n"  # fmt: skip
