@@ -59,10 +59,11 @@ def _lowered(c: Compilation) -> tuple[Compilation, float]:
     """A candidate with the draft of its code, and the bytes that this holds at most without buckets and overlap."""
     from shardc.passes.pipeline import LOWERING, run  # the list of passes names this one
 
-    localized = run(LOWERING, c).lowered
+    candidate = run(LOWERING, c)
+    localized = candidate.lowered
     assert localized.source is not None
     peak = peak_in_order(localized.read(), c.program, c.mesh, c.options.states)
-    return replace(c, draft=Draft(c.assignment, localized.source)), peak
+    return replace(c, draft=Draft(c.assignment, localized.source, candidate.titles)), peak
 
 
 def assign_within(c: Compilation, budget: float) -> Compilation:

@@ -18,7 +18,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -70,16 +70,9 @@ class _Source:
         self.results: list[fx.Node | None] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         self.names: dict[fx.Node, str] = {}
         self.imports = _imports(graph)
-        self.bodies = _bodies(graph)
-        taken = {
-            *re.findall(r"\w+", HEADER),
-            *self.imports,
-            *(name for _, name in self.bodies),
-            *dir(builtins),
-            *keyword.kwlist,
-            "forward",
-            "backward",
-        }
+        header = re.findall(r"\w+", HEADER)
+        taken = {*header, *self.imports, *dir(builtins), *keyword.kwlist, "forward", "backward"}
+        self.bodies = _bodies(graph, taken)
         for node in graph.nodes:
             name, count = node.name, 0
             while name in taken or not name.isidentifier():
@@ -97,7 +90,7 @@ class _Source:
                 axes=self.mesh.sizes,
                 random=random_,
                 imports=_listed(self.imports),
-                bodies="".join(f"from {module} import {name}\n" for module, name in self.bodies),
+                bodies="".join(map(_imported, self.bodies.items())),
             ),
             self._slots("INPUTS", [(n, p) for n, p in self._inputs() if p.role is not Role.TANGENT]),
             self._slots("OUTPUTS", [(r, p) for p, r in self._ports() if p.role is not Role.GRADIENT]),
@@ -185,7 +178,7 @@ class _Source:
         shown = [self._show(a) for a in node.args]
         shown += [f"{k}={'current().device' if k == 'device' else self._show(v)}" for k, v in keywords.items()]
         start = ".start" if is_started(node) else ""
-        return f"{_callee(node)}{start}({', '.join(shown)})"
+        return f"{_callee(node, self.bodies)}{start}({', '.join(shown)})"
 
     def _show(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -198,13 +191,13 @@ class _Source:
         return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
 
 
-def _callee(node: fx.Node) -> str:
+def _callee(node: fx.Node, bodies: Mapping[object, str]) -> str:
     target = node.target
     if target is torch.ops.aten.view.default:
         return "aten.reshape.default"  # a rank's part need not have the strides that the global view relied on
     if isinstance(target, torch._ops.OpOverload):
         return str(target) if str(target).startswith("aten.") else f"torch.ops.{target}"
-    return target.__name__  # type: ignore[union-attr]
+    return bodies.get(target) or target.__name__  # type: ignore[union-attr]
 
 
 def _imports(graph: fx.Graph) -> list[str]:
@@ -216,12 +209,27 @@ def _imports(graph: fx.Graph) -> list[str]:
     return sorted(names, key=lambda name: (name[0].islower(), name))
 
 
-def _bodies(graph: fx.Graph) -> list[tuple[str, str]]:
-    """The functions that a graph calls and that are not ours, by module: bodies of variants that users wrote."""
-    calls = [n.target for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
-    functions = [call for call in calls if not isinstance(call, torch._ops.OpOverload)]
-    places = {(str(function.__module__), str(function.__name__)) for function in functions}  # type: ignore[union-attr]
-    return sorted(place for place in places if not place[0].startswith("shardc.runtime"))
+def _bodies(graph: fx.Graph, taken: set[str]) -> dict[object, str]:
+    """The functions that a graph calls and that are not ours, which are bodies of variants that users wrote, with the
+    names under which they are imported: their own, unless another has it."""
+    calls: list[Any] = [n.target for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+    functions = {call for call in calls if not isinstance(call, torch._ops.OpOverload)}
+    users = [function for function in functions if not function.__module__.startswith("shardc.runtime")]
+    names: dict[object, str] = {}
+    for function in sorted(users, key=lambda function: (function.__module__, function.__name__)):
+        name, count = function.__name__, 0
+        while name in taken:
+            count += 1
+            name = f"{function.__name__}_{count}"
+        taken.add(name)
+        names[function] = name
+    return names
+
+
+def _imported(body: tuple[Any, str]) -> str:
+    function, name = body
+    alias = "" if name == function.__name__ else f" as {name}"
+    return f"from {function.__module__} import {function.__name__}{alias}\n"
 
 
 def _listed(names: list[str]) -> str:

@@ -39,7 +39,6 @@ from shardc.analysis.timeline import Clock, Flight, Order, Times
 from shardc.ir.facts import describe, dtype_of, laid, lowered
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
-from shardc.ir.versions import GraphVersion
 from shardc.passes.bucket import passes_on
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.collectives.collective import Held, wait
@@ -53,7 +52,7 @@ sooner: predictions may be off."""
 def overlap(c: Compilation) -> Compilation:
     """Write the order of the schedule, and the waits."""
     order = c.schedule.order
-    return replace(c, lowered=GraphVersion.of(_rewritten(c.lowered.take(), order)))
+    return replace(c, lowered=c.lowered.derived("overlap", lambda graph: _rewritten(graph, order)))
 
 
 def ordered(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
@@ -300,8 +299,10 @@ def _worthwhile(order: Order, times: Times) -> Order:
     return [(node, awaited) for place, (node, awaited) in enumerate(order) if not awaited or worth(node, place)]
 
 
-def _rewritten(graph: fx.Graph, order: Order) -> fx.Graph:
+def _rewritten(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> fx.Graph:
     """The nodes of forward, then of backward, in order, with the waits; written in place."""
+    by_name = {node.name: node for node in graph.nodes}
+    order = [(by_name[name], awaited) for name, awaited in names]
     ran = {node for node, _ in order}
     rest = [node for node in graph.nodes if node.op == "call_function" and node not in ran]
     here = next(node for node in graph.nodes if node.op != "placeholder")

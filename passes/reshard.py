@@ -47,10 +47,9 @@ def reshard(c: Compilation) -> Compilation:
     """Write the layouts of the assignment."""
     network, assignment = c.network, c.assignment
     if c.draft is not None and c.draft.assignment is assignment:
-        lowered = c.draft.resharded
-    else:
-        lowered = GraphVersion(lambda: resharded(network, assignment))
-    return replace(c, lowered=lowered, titles=titles_of(c.program, lowered.read()))
+        return replace(c, lowered=c.draft.resharded, titles=c.draft.titles)
+    version = GraphVersion(lambda: resharded(network, assignment))
+    return replace(c, lowered=version, titles=titles_of(c.program, version.read()))
 
 
 def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:

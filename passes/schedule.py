@@ -74,7 +74,8 @@ class _Scheduler:
             memory, order = memories.memory(*orders), [*orders[0], *orders[1]]
             self.least = min(self.least, memory.peak)
             if memory.peak <= self.budget:
-                chosen = Schedule(c.lowered, version, most, apart, order, memory, *timed(order, times))
+                names = tuple((node.name, awaited) for node, awaited in order)
+                chosen = Schedule(c.lowered, version, most, apart, names, memory, *timed(order, times))
                 if what == "nothing" or chosen.hidden >= 0.0:  # what is started may stall more than it hides
                     return chosen, joined, beneath
         return None, joined, beneath

@@ -202,13 +202,11 @@ def _shard_function(function: Callable[..., Any], request: Request) -> Any:
 
 
 def _compile_function(options: Callable[Keywords, Options]) -> Compile[Keywords]:
-    _compile.__name__ = "compile"
-    return as_keywords(_compile, Options)
+    return as_keywords("compile", _compile, Options)
 
 
 def _shard_decorator(options: Callable[Keywords, ShardOptions]) -> Shard[Keywords]:
-    _shard.__name__ = "shard"
-    return as_keywords(_shard, ShardOptions)
+    return as_keywords("shard", _shard, ShardOptions)
 
 
 compile = _compile_function(Options)

@@ -185,7 +185,7 @@ class Family:
         start = time.process_time()
         program = self._template.at(sizes)
         seconds = {**seconds, "sizes": time.process_time() - start}
-        c = replace(self._captured, call=asked.call, program=program, seconds=seconds)
+        c = replace(self._captured, program=program, seconds=seconds)
         snapshots = {"capture": c}
         run(PIPELINE[1:], replace(c, reuse=self._planned, reuse_at=self._planned_at), snapshots)
         if self._planned is None:

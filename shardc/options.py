@@ -161,9 +161,11 @@ def _is_choice(hint: Any) -> bool:
     return getattr(hint, "__origin__", None) is Literal
 
 
-def as_keywords(function: Callable[..., Any], options: type[Options]) -> Any:
-    """`function(..., options)` as a function that takes the fields of `options` as keywords. Its signature shows them;
-    for type checkers, give the result a Protocol over the ParamSpec of `options`."""
+def as_keywords(name: str, function: Callable[..., Any], options: type[Options]) -> Any:
+    """`function(..., options)` as a function called `name` that takes the fields of `options` as keywords.
+
+    Its signature shows them; for type checkers, give the result a Protocol over the ParamSpec of `options`.
+    """
     names = [one.name for one in fields(options)]
 
     @wraps(function)
@@ -173,11 +175,12 @@ def as_keywords(function: Callable[..., Any], options: type[Options]) -> Any:
         if unknown is not None:
             near = difflib.get_close_matches(unknown, [*known, *names], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(names)}"
-            raise TypeError(f"{function.__name__}() has no option {unknown!r}{hint}")
+            raise TypeError(f"{name}() has no option {unknown!r}{hint}")
         return function(*args, **kwargs, options=options(**given))
 
     parameters = [one for one in inspect.signature(function).parameters.values() if one.name != "options"]
     known = [one.name for one in parameters]
     keywords = [one for one in inspect.signature(options).parameters.values()]
     called.__signature__ = inspect.signature(function).replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
+    called.__name__ = called.__qualname__ = name  # pickle finds it by this name in its module
     return called

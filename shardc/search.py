@@ -217,8 +217,7 @@ def _search_mesh(model: nn.Module, devices: int, example_inputs: Inputs, options
 
 
 def _search_function(options: Callable[Keywords, SearchOptions]) -> SearchMesh[Keywords]:
-    _search_mesh.__name__ = "search_mesh"
-    return as_keywords(_search_mesh, SearchOptions)
+    return as_keywords("search_mesh", _search_mesh, SearchOptions)
 
 
 search_mesh = _search_function(SearchOptions)

@@ -35,6 +35,7 @@ class GraphVersion:
     def __init__(self, write: Callable[[], fx.Graph], graph: fx.Graph | None = None) -> None:
         self._write = write
         self._graph = graph
+        self._was_written = graph is not None
         self._lines: list[GraphLine] | None = None
         self._last: tuple[Hashable, GraphVersion] | None = None
         self.source: GraphVersion | None = None  # the version that this one is derived from
@@ -50,7 +51,13 @@ class GraphVersion:
         """The graph of this version, to look at."""
         if self._graph is None:
             self._graph = self._write()
+            self._was_written = True
         return self._graph
+
+    def write(self) -> None:
+        """Write the graph now, unless it was written before: it may have been taken since."""
+        if not self._was_written:
+            self.read()
 
     def take(self) -> fx.Graph:
         """The graph of this version, for a pass that writes the next one into it."""

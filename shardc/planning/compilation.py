@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shardc.analysis.memory import Memory
-from shardc.analysis.timeline import Order, Pace
+from shardc.analysis.timeline import Pace
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
 from shardc.ir.program import Program
@@ -38,6 +38,7 @@ class Draft(NamedTuple):
 
     assignment: Assignment
     resharded: GraphVersion
+    titles: Mapping[Key, str]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Schedule:
     bucketed: GraphVersion
     most: float
     apart: bool
-    order: Order
+    order: Sequence[tuple[str, bool]]
     memory: Memory
     seconds: float
     hidden: float

@@ -213,6 +213,12 @@ def _check_variants(
         if not variant.name or variant.name in seen:
             raise RuleError(f"rule {text!r} has a variant whose name is empty or used twice: {variant.name!r}")
         seen.add(variant.name)
+        place = getattr(variant.body, "__qualname__", "")
+        if "<" in place and not variant.body.__module__.startswith("shardc.runtime"):
+            raise RuleError(
+                f"rule {text!r}: the body of variant {variant.name!r} is {place}, which generated code cannot import; "
+                "write it as a function of its module"
+            )
         title = f"variant {variant.name!r} of rule {text!r}"
         grouped = [name for group in variant.together for name in group]
         unknown = [name for name in grouped if name not in parted]

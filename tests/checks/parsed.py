@@ -42,7 +42,6 @@ from checks.parsed_layouts import NoStrategy, made_splits, printed_splits, print
 from checks.parsed_lines import Assigned, Line, assigned
 from checks.shown import graph_of, shown
 from shardc.analysis.memory import Memory
-from shardc.analysis.timeline import Order
 from shardc.cost.hardware import Hardware, hardware
 from shardc.cost.memory import bytes_of
 from shardc.errors import LayoutError
@@ -271,7 +270,7 @@ def _lowered(
     c = Compilation(ModelCall(nn.Module(), (), {}), mesh, options, program=program, lowered=version)
     if case.name not in ("bucket", "overlap"):
         return c
-    most, apart, order = math.inf, False, list[tuple[Any, bool]]()
+    most, apart, order = math.inf, False, list[tuple[str, bool]]()
     nodes = by_name(version)
     below = ""  # the line below which the others stand
     for line in rest:
@@ -287,15 +286,15 @@ def _lowered(
         below = below if line.text.startswith("  ") else line.text
     # what `bucket` and `overlap` do not read of a schedule is left out
     other = GraphVersion.of(version.read())
-    schedule = Schedule(other, other, most, apart, cast(Order, order), cast(Memory, None), 0.0, 0.0)
+    schedule = Schedule(other, other, most, apart, order, cast(Memory, None), 0.0, 0.0)
     return replace(c, schedule=schedule)
 
 
-def _order(line: Line, nodes: Any) -> Order:
-    found: Order = []
+def _order(line: Line, nodes: Any) -> list[tuple[str, bool]]:
+    found: list[tuple[str, bool]] = []
     for item in line.text.strip().strip(",").split(", "):
         name = item.removeprefix("wait ").removeprefix("%")
         if name not in nodes:
             line.refuse(f"{item}: the graph has no %{name}")
-        found.append((nodes[name], item.startswith("wait ")))
+        found.append((name, item.startswith("wait ")))
     return found

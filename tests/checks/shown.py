@@ -216,7 +216,7 @@ def decision(c: Compilation) -> str:
     for bucket in buckets:
         names = ", ".join(f"%{user.name}" for user in bucket.node.users)
         lines.append(f"  %{bucket.node.name} joins {names}")
-    order = ", ".join(f"{WAIT if awaited else ''}%{node.name}" for node, awaited in chosen.order)
+    order = ", ".join(f"{WAIT if awaited else ''}%{name}" for name, awaited in chosen.order)
     wrapped = textwrap.wrap(order, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     wrapped = [line.replace(WAIT, "wait ") for line in wrapped]
     return "\n".join([

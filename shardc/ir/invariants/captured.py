@@ -34,7 +34,7 @@ def facts_are_captured(checked: Checked) -> Iterator[Broken]:
             yield Broken(
                 node, f"has {'no facts' if facts is None else f'facts of another stage, {type(facts).__name__}'}"
             )
-        elif not isinstance(facts.value, (torch.Tensor, tuple, list, torch.SymInt)):
+        elif not isinstance(facts.value, (torch.Tensor, tuple, list, torch.SymInt, torch.SymFloat, torch.SymBool)):
             yield Broken(node, f"has the value {facts.value!r}, which is no tensor")
 
 
