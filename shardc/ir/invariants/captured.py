@@ -95,15 +95,15 @@ def gradients_pair_with_inputs(checked: Checked) -> Iterator[Broken]:
 
 
 @invariant
-def mutations_pair_with_buffers(checked: Checked) -> Iterator[Broken]:
-    """Every mutation is the new value of a buffer, and has its shape and dtype."""
-    buffers = {port.name: node for port, node in checked.inputs if port.role is Role.BUFFER}
+def mutations_pair_with_what_they_change(checked: Checked) -> Iterator[Broken]:
+    """Every mutation is the new value of a buffer or an input, and has its shape and dtype."""
+    changed = {port.name: node for port, node in checked.inputs if port.role in (Role.BUFFER, Role.INPUT)}
     for port, node in checked.outputs:
         if port.role is Role.MUTATION:
-            if port.name not in buffers:
-                yield Broken(node, f"is the new value of {port.name!r}, which is no buffer")
+            if port.name not in changed:
+                yield Broken(node, f"is the new value of {port.name!r}, which is neither buffer nor input")
             else:
-                yield from _pairs(node, buffers[port.name], "buffer")
+                yield from _pairs(node, changed[port.name], port.role.value)
 
 
 def _pairs(node: fx.Node, other: fx.Node, what: str) -> Iterator[Broken]:
@@ -125,5 +125,5 @@ def _shown(value: Described | None) -> str:
 
 CAPTURED: tuple[Invariant, ...] = (
     inputs_come_first, facts_are_captured, values_are_inferred, forward_reads_nothing_of_backward,
-    tangents_pair_with_outputs, gradients_pair_with_inputs, mutations_pair_with_buffers,
+    tangents_pair_with_outputs, gradients_pair_with_inputs, mutations_pair_with_what_they_change,
 )  # fmt: skip

@@ -178,7 +178,8 @@ def test_a_mutation_of_what_is_no_buffer() -> None:
     outputs[place] = Port(Role.MUTATION, "norm.weight")
     normed.program = replace(normed.program, outputs=outputs)
     node: Any = normed.graph.output_node().args[0][place]  # type: ignore[index]
-    assert_breaks(normed, at_capture.mutations_pair_with_buffers, node, "'norm.weight', which is no buffer")
+    said = "'norm.weight', which is neither buffer nor input"
+    assert_breaks(normed, at_capture.mutations_pair_with_what_they_change, node, said)
 
 
 def test_several_values_where_there_is_one(mlp: Left) -> None:
