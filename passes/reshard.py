@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from shardc.ir.facts import Key, Lowered, Origin, describe, laid, lowered, origin, origin_of
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Program, Role, call, value_of
+from shardc.ir.program import Port, Program, Role, call, tensor_of, value_of
 from shardc.ir.splits import Splits, Step, apply
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
@@ -64,15 +64,8 @@ def titles_of(program: Program, graph: fx.Graph) -> dict[Key, str]:
 
 
 def resharded(network: CostNetwork, assignment: Assignment) -> fx.Graph:
-    """The graph with layouts and conversions. Node metadata: `layout`, `dtype`, `base` (the key of the base
-    value), `op` and `strategy` on operators."""
+    """The graph with layouts and conversions; every node has `Lowered` facts, every operator its `Chosen` strategy."""
     return _Rewrite(network, assignment).run()
-
-
-def _tensor(key: Key) -> torch.Tensor:
-    """The fake tensor of a base value."""
-    value = value_of(key[0])
-    return value[key[1]] if isinstance(value, (tuple, list)) else value
 
 
 class _Part:
@@ -189,7 +182,7 @@ class _Rewrite:
                 continue
             node = call(self.graph, operator.getitem, (new, result.key[1])) if several else new
             layout = result.value.form.layout_on(splits.axes, splits.partial)
-            dtype = _tensor(result.key).dtype
+            dtype = tensor_of(result.key).dtype
             describe(node, Lowered(place, dtype, layout, result.key, None if several else chosen))
             self.here.held[result.key] = {splits: node}
             self.here.origin[result.key] = splits
@@ -306,7 +299,7 @@ class _Rewrite:
     def _view(self, node: fx.Node, key: Key, form: Form, splits: Splits) -> fx.Node:
         layout = form.layout_on(splits.axes, splits.partial)
         new = call(self.graph, aten.view.default, (node, list(layout.shape)))
-        describe(new, Lowered(self._origin(self.now or key[0]), _tensor(key).dtype, layout, key))
+        describe(new, Lowered(self._origin(self.now or key[0]), tensor_of(key).dtype, layout, key))
         return new
 
     def _emit(self, node: fx.Node, key: Key, form: Form, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
@@ -320,7 +313,7 @@ class _Rewrite:
         stands = self._origin(reader if key[0].op == "placeholder" else key[0])
         if self.forward is None:
             stands = origin(stands.module, stands.source, origin_of(reader).phase)
-        describe(new, Lowered(stands, _tensor(key).dtype, form.layout_on(after.axes, after.partial), key))
+        describe(new, Lowered(stands, tensor_of(key).dtype, form.layout_on(after.axes, after.partial), key))
         uneven = self._uneven(node, new, step, place)
         if uneven:
             new.kwargs = {**keywords, **uneven}

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
-from shardc.ir.facts import captured, origin_of
+from shardc.ir.facts import Key, captured, origin_of
 from shardc.ir.versions import GraphVersion
 from shardc.runtime.kernels.random import DRAWS
 
@@ -86,6 +86,12 @@ class Constant:
 def value_of(node: fx.Node) -> Any:
     """The fake value (global shape and dtype) that capture recorded for `node`."""
     return captured(node).value
+
+
+def tensor_of(key: Key) -> torch.Tensor:
+    """The fake tensor of a value that is one tensor."""
+    value = value_of(key[0])
+    return value[key[1]] if isinstance(value, (tuple, list)) else value
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:

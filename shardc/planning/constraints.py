@@ -20,7 +20,7 @@ from shardc.errors import ConstraintError, InfeasibleError, LayoutError
 from shardc.ir.constrain import Dim, Spec, parse, serialise, spec_text
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Program, Role, value_of, where
+from shardc.ir.program import Port, Program, Role, tensor_of, where
 from shardc.ir.splits import Splits
 from shardc.planning.cost_network import Accepts
 from shardc.rules.factors.atoms import Ref
@@ -104,7 +104,7 @@ def collect(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) 
 
 
 def _check(constraint: Constraint, mesh: Mesh) -> None:
-    shape = tuple(int(n) for n in _tensor(constraint.key).shape)
+    shape = tuple(int(n) for n in tensor_of(constraint.key).shape)
     if len(constraint.dims) != len(shape):
         raise LayoutError(
             f"{constraint.label}: {len(constraint.dims)} entr{'y' if len(constraint.dims) == 1 else 'ies'} "
@@ -129,18 +129,13 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
             )
 
 
-def _tensor(key: Key) -> torch.Tensor:
-    value = value_of(key[0])
-    return value[key[1]] if isinstance(value, (tuple, list)) else value
-
-
 def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     if len({c.key for c in constraints}) == len(constraints):
         return  # no value has two
     from shardc.planning.minimal_conflict import LayoutRequest, minimal_conflict  # z3 takes a while to import
 
     names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
-    shapes = {names[c.key]: tuple(int(n) for n in _tensor(c.key).shape) for c in constraints}
+    shapes = {names[c.key]: tuple(int(n) for n in tensor_of(c.key).shape) for c in constraints}
     requests = [LayoutRequest(c.label, names[c.key], c.dims) for c in constraints]
     core = minimal_conflict(shapes, mesh.sizes, requests)
     if core:

@@ -25,7 +25,7 @@ from shardc.errors import LayoutError
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Role, value_of
+from shardc.ir.program import Port, Role, tensor_of
 from shardc.ir.splits import Splits
 from shardc.planning.strategies import OperatorOptions
 from shardc.planning.variables import Domain, Variable
@@ -141,13 +141,13 @@ class CostNetwork:
     def class_of(self, key: Key) -> TensorClass:
         """The tensor class of a base value."""
         if key not in self._class_of:
-            self._class_of[key] = self.tensor_class(self.factored.sizes(key), _tensor_of(key).element_size())
+            self._class_of[key] = self.tensor_class(self.factored.sizes(key), tensor_of(key).element_size())
         return self._class_of[key]
 
     def gradient_class(self, key: Key) -> TensorClass:
         """The tensor class of a base value that is a gradient: collectives that convert it to the layout of its
         parameter run in buckets, and cost less."""
-        sizes, dtype = self.factored.sizes(key), _tensor_of(key).dtype
+        sizes, dtype = self.factored.sizes(key), tensor_of(key).dtype
         if (sizes, dtype) not in self._gradient_classes:
             tensor_class = TensorClass(
                 sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype]
@@ -163,7 +163,7 @@ class CostNetwork:
         sizes: dict[torch.dtype, list[float]] = {}
         for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT:
-                tensor = _tensor_of(self.factored.values[node].key)
+                tensor = tensor_of(self.factored.values[node].key)
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
@@ -374,12 +374,6 @@ class CostNetwork:
     def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
         """The layout of the gradient's base value when the parameter is stored as `stored`."""
         return base_demand(value, stored.axes)
-
-
-def _tensor_of(key: Key) -> torch.Tensor:
-    """The fake tensor of a base value."""
-    producer = value_of(key[0])
-    return producer[key[1]] if isinstance(producer, (tuple, list)) else producer
 
 
 def name_of(key: Key) -> str:

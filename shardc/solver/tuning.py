@@ -88,12 +88,12 @@ ENTRIES_PER_EDGE = 20_000
 REPEATED_ENTRIES = 2048
 """Entries of a table from which on looking for equal rows and columns pays."""
 
-LEAP_GROWTH, LEAP_SHRINK = 2.0, 0.25
-"""Factors of the next leap's length after one that helped, and one that did not. Half and double
+EXTRAPOLATION_GROWTH, EXTRAPOLATION_SHRINK = 2.0, 0.25
+"""Factors of the next extrapolation's length after one that helped, and one that did not. Half and double
 change the entries read by 12 % at most."""
 
-LEAP_LEAST, LEAP_MOST = 1.0, 64.0
-"""The shortest and the longest leap, in changes of a sweep. A shortest leap of 0.5 made sweeps read 1.5 times the
+EXTRAPOLATION_LEAST, EXTRAPOLATION_MOST = 1.0, 64.0
+"""The shortest and the longest extrapolation, in changes of a sweep. A shortest of 0.5 made sweeps read 1.5 times the
 entries in one network, one of 2 twice; the longest is insensitive."""
 
 # -- Triplets (bounds/triplets.py) -------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ SEARCH_SWEEPS = 400
 """Sweeps of a search between two attempts at something else. Insensitive."""
 
 LOOK_EVERY = 2
-"""Rounds of sweeps between two looks for a choice. A look takes less than a sweep. It was 5 before sweeps leapt.
+"""Rounds of sweeps between two looks for a choice. A look takes less than a sweep. It was 5 before sweeps extrapolated.
 With 1, sweeps read 1.15 and 0.76 times the entries in two networks; with 4, 1.11 and 1.36 times."""
 
 SEARCH_STALLED, SEARCH_STALLED_TRIPLETS = 2e-2, 1e-3
@@ -181,7 +181,7 @@ GATHER_TABLE = 4096
 GATHER_SHRINK = 0.5
 """Part of all entries that gathering may leave at most to be worth building the smaller network."""
 
-DIVE_AGAIN = 0.5
+RESTRICTED_SEARCH_AGAIN = 0.5
 """Part of the gap at the last restricted search from which on it is done again. It was 0.1 at first."""
 
 CLOSING = 0.5

@@ -222,7 +222,7 @@ class _Trial:
 
         chosen: list[Split] = []
         for split in sorted(splits, key=order):
-            if any(_clash(split, other) for other in chosen) or self._sizes([*chosen, split]) is None:
+            if any(_conflicting(split, other) for other in chosen) or self._sizes([*chosen, split]) is None:
                 continue
             pairs = all(self._together([split, other]) for other in chosen)
             if pairs and _reads([*chosen, split], len(self.call.results)) is not None:
@@ -334,7 +334,7 @@ def _chosen(options: Sequence[set[How]]) -> tuple[How, ...] | None:
     return tuple(hows)
 
 
-def _clash(one: Split, other: Split) -> bool:
+def _conflicting(one: Split, other: Split) -> bool:
     """Whether two factors use the same dim of an operand or result, or the same integer."""
     operands = any(a is not None and a == b for a, b in zip(one.cut.carriers, other.cut.carriers, strict=True))
     results = any(isinstance(a, int) and a == b for a, b in zip(one.hows, other.hows, strict=True))

@@ -4,12 +4,12 @@ In a deep network a sweep is slow to settle what two far ends hand each other: f
 messages by about what the last one did, or by a fixed part of that.
 
 Messages prove a bound whatever they are (`certificate.py`). So after two sweeps the change that they made is made
-again, `factor` times over (a *leap*). If the sweep that follows is worth more than one without it, the leap stands and
+again, `factor` times over. If the sweep that follows is worth more than one without this, the extrapolation stands and
 the next one is longer; else it is undone.
 
-    bound after sweeps 1.0, 1.1; a leap of 4 changes, and a sweep: 1.5 > 1.1 + 0.1, so it stands, and the next is of 8
+    bound after sweeps 1.0, 1.1; 4 changes more, and a sweep: 1.5 > 1.1 + 0.1, so they stand, and 8 are next
 
-Where there are triplets, loans move as well, and messages alone do not get far: no leaps then.
+Where there are triplets, loans move as well, and messages alone do not get far: nothing is extrapolated then.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class _Messages:
 
 
 class Extrapolation:
-    """Rounds of sweeps; it remembers how far the last leaps could go."""
+    """Rounds of sweeps; it remembers how far the last extrapolation could go."""
 
     SWEEPS = 3
     """Sweeps of a round."""
 
     def __init__(self) -> None:
-        self.factor = tuning.LEAP_LEAST
+        self.factor = tuning.EXTRAPOLATION_LEAST
 
     def round(self, bound: Bound) -> float:
-        """Two sweeps, and one more after a leap; returns the bound, which does not fall."""
+        """Two sweeps, and one more after an extrapolation; returns the bound, which does not fall."""
         before = _Messages.of(bound)
         first = bound.sweep()
         lower = bound.sweep()
@@ -58,8 +58,8 @@ class Extrapolation:
         bound.to_first = [new + self.factor * (new - old) for old, new in pairs]
         further = bound.sweep()
         if further > lower + (lower - first):
-            self.factor = min(self.factor * tuning.LEAP_GROWTH, tuning.LEAP_MOST)
+            self.factor = min(self.factor * tuning.EXTRAPOLATION_GROWTH, tuning.EXTRAPOLATION_MOST)
             return further
         now.restore(bound)
-        self.factor = max(self.factor * tuning.LEAP_SHRINK, tuning.LEAP_LEAST)
+        self.factor = max(self.factor * tuning.EXTRAPOLATION_SHRINK, tuning.EXTRAPOLATION_LEAST)
         return lower

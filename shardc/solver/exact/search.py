@@ -73,9 +73,9 @@ class Search:
 
     def _swept(self, stall: float) -> bool:
         """Sweep and prune until closed (True) or stalled: gaining less than `stall` of the gap between two looks."""
-        before, tried, leaps = -math.inf, math.inf, Extrapolation()
+        before, tried, extrapolation = -math.inf, math.inf, Extrapolation()
         for turn in range(1, tuning.SEARCH_SWEEPS // Extrapolation.SWEEPS + 1):
-            leaps.round(self.bound)
+            extrapolation.round(self.bound)
             if turn % tuning.LOOK_EVERY:
                 continue
             self._offer(descend(self.bound, self.bound.decode()))

@@ -150,10 +150,10 @@ class Prover:
         whether to look for a choice, if that is not as it was at first."""
         searching = self.searching if searching is None else searching
         most = tuning.PROOF_SWEEPS if most is None else most
-        before, gathered, leaps = -math.inf, math.inf, Extrapolation()
+        before, gathered, extrapolation = -math.inf, math.inf, Extrapolation()
         for turn in range(1, tuning.PROOF_SWEEPS // Extrapolation.SWEEPS + 1):
             last = self.lower
-            self.lower = leaps.round(self.bound)
+            self.lower = extrapolation.round(self.bound)
             look = turn % tuning.LOOK_EVERY == 0
             if look and searching:
                 self._offer()
@@ -194,7 +194,7 @@ class Prover:
         self.take(descend(self.whole, [int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
         self.searched_gap = self.searched_gap or gap
-        if self.choice is None or gap > tuning.DIVE_AGAIN * self.searched_gap:
+        if self.choice is None or gap > tuning.RESTRICTED_SEARCH_AGAIN * self.searched_gap:
             return
         self.searched_gap = gap
         incumbent = [int(place[x]) for place, x in zip(self.places, self.choice, strict=True)]
