@@ -40,7 +40,7 @@ from shardc.runtime.collectives.collective import AnyCollective
 
 _CASTS = (torch.ops.aten._to_copy.default,)
 
-Kind = tuple[AnyCollective, str, str, torch.dtype]
+BucketKind = tuple[AnyCollective, str, str, torch.dtype]
 """What collectives of one bucket have in common: which they are, axis, reduction, dtype."""
 
 
@@ -176,10 +176,10 @@ def _single(node: fx.Node) -> AnyCollective:
     return collective.single
 
 
-def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]]:
+def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[BucketKind, list[fx.Node]]:
     """Of the collectives that are left the first kind of which none waits for another kind; where all do, the first
     kind of which some need not wait."""
-    kinds: dict[Kind, list[fx.Node]] = {}
+    kinds: dict[BucketKind, list[fx.Node]] = {}
     for node in before:
         axis, op = str(node.kwargs["axis"]), str(node.kwargs.get("op", "sum"))
         kinds.setdefault((_single(node), axis, op, dtype_of(node)), []).append(node)
@@ -190,7 +190,7 @@ def _next(before: Mapping[fx.Node, fx.Node | None]) -> tuple[Kind, list[fx.Node]
 
 
 def _divided(
-    kind: Kind, nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], later: Mapping[fx.Node, float],
+    kind: BucketKind, nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], later: Mapping[fx.Node, float],
     buckets: Buckets,
 ) -> list[list[fx.Node]]:  # fmt: skip
     """The buckets that collectives of one kind fill, in the order in which their operands are made."""

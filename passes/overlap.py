@@ -58,11 +58,11 @@ def overlap(c: Compilation) -> Compilation:
 def ordered(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
     without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin."""
-    forward, backward = (_Function(half, ready, times, fetch).order() for half in (run.forward, run.backward))
+    forward, backward = (_StreamOrder(half, ready, times, fetch).order() for half in (run.forward, run.backward))
     return _worthwhile(forward, times), _worthwhile(backward, times)
 
 
-class _Function:
+class _StreamOrder:
     """Puts the nodes of forward, or of backward, into a new order."""
 
     def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool) -> None:
