@@ -35,8 +35,8 @@ def assign(c: Compilation) -> Compilation:
             return reused
     if c.options.budget is not None:
         return assign_within(c, c.options.budget)
-    network = network_of(c)
-    solution = solved(network.problem(), tuning.TIME_LIMIT)
+    network = c.network if c.has("network") else network_of(c)
+    solution = solved(network.problem(), c.time_limit)
     return replace(c, network=network, assignment=network.assignment(solution.choice), solution=solution)
 
 

@@ -87,14 +87,14 @@ class _Engine:
         call = ModelCall(module, args, kwargs, hooks=False)
         with TRACING:
             key = (call_key(module, leaves, named_dims(self.request.options.dynamic, call)), str(spec))
-            self.last = found = self._get(key, call)
+            self.last = program = self._get(key, call)
 
         def fallback(outputs: frozenset[int]) -> Executable:
             """Backward starts from outputs that were taken for mere results: compile for exactly these."""
             with torch.enable_grad(), TRACING:
-                return self._get(key, replace(call, differentiable=found.leaves_of(outputs))).executable
+                return self._get(key, replace(call, differentiable=program.leaves_of(outputs))).executable
 
-        return found.run(leaves, fallback)
+        return program.run(leaves, fallback)
 
     def _get(self, key: Any, call: ModelCall) -> Compiled:
         identity = (key, call.differentiable)
@@ -118,18 +118,18 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
     """What a sharded class has beyond the original: a forward that compiles, and `plan`, `code`, `graph`."""
 
     def engine(self: nn.Module) -> _Engine:
-        found = self.__dict__.get("_shardc")
-        if found is None:
-            found = self.__dict__["_shardc"] = _Engine(request)
-        return found
+        state = self.__dict__.get("_shardc")
+        if state is None:
+            state = self.__dict__["_shardc"] = _Engine(request)
+        return state
 
     def sharded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = engine(self)
+        state = engine(self)
         if torch.compiler.is_dynamo_compiling():
             return forward(self, *args, **kwargs)
         with TRACING:  # another thread's capture is none of ours
-            traced = own.capturing or torch.compiler.is_compiling()
-        return forward(self, *args, **kwargs) if traced else own.call(self, args, kwargs)
+            traced = state.capturing or torch.compiler.is_compiling()
+        return forward(self, *args, **kwargs) if traced else state.call(self, args, kwargs)
 
     sharded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     sharded_forward.__doc__ = forward.__doc__

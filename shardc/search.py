@@ -22,7 +22,7 @@ from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
-from shardc.passes.assign import network_of, solved
+from shardc.passes.assign import network_of
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
@@ -171,16 +171,16 @@ def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
     try:
         c = run(part("retile", "propagate"), c)
         network = network_of(c)
-        problem = network.problem()
-        bound = check(problem, Certificate({}))
+        bound = check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
-        if c.options.budget is not None:
-            return _within(run(part("assign", "assign"), c), start)
-        solution = solved(problem, time_limit)
+        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit))
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
-    stored, memory = _stored(network, network.assignment(solution.choice)), c.options.device.memory
+    if c.options.budget is not None:
+        return _within(c, start)
+    assert c.solution is not None
+    solution, stored, memory = c.solution, _stored(c.network, c.assignment), c.options.device.memory
     remark = f"more than the {in_bytes(memory)} of a device" if stored > memory else ""
     return Candidate(mesh, solution.cost, solution.lower_bound, stored, time.process_time() - start, remark)
 

@@ -127,8 +127,4 @@ def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conve
         c = run(again, replace(decided, assignment=other, draft=None))
         return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)
 
-    c = decided
-    return Questions(
-        c.network, c.assignment, c.solution, c.options.mode, c.constraints, tuple(conversions), compute, price,
-        c.titles,
-    )  # fmt: skip
+    return Questions(decided, tuple(conversions), compute, price)

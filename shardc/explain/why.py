@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,14 +25,14 @@ from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, value_of, where
 from shardc.ir.splits import Splits, apply
+from shardc.planning.compilation import Compilation
 from shardc.planning.constraints import Constraint, demanded_leaves
-from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.planning.cost_network import Assignment
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, demand, make
 from shardc.solver.problem import Problem
 from shardc.solver.proof.certificate import Certificate
-from shardc.solver.solve import Solution
 
 if TYPE_CHECKING:
     from shardc.explain.conflicts import ConflictFinder
@@ -44,22 +44,19 @@ Priced = tuple[tuple[Conversion, ...], float]
 
 @dataclass(eq=False)
 class Questions:
-    """Answers questions about one plan. `solution` is None for a plan that was reused from other sizes; `price` gives
-    the conversions that an assignment emits, and its seconds of compute; `value_names` are the names of base values."""
+    """Answers questions about the plan of a compilation, which sends `conversions` and computes for `compute` seconds.
+    `price` gives the conversions that another assignment emits, and its seconds of compute."""
 
-    network: CostNetwork
-    assignment: Assignment
-    solution: Solution | None
-    mode: str
-    constraints: Sequence[Constraint]
+    c: Compilation
     conversions: tuple[Conversion, ...]
     compute: float
     price: Callable[[Assignment], Priced]
-    value_names: Mapping[Key, str]
     ops: dict[fx.Node, Op] = field(init=False)
     _proof: Solved | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.network, self.assignment, self.solution = self.c.network, self.c.assignment, self.c.solution
+        self.mode, self.constraints, self.value_names = self.c.options.mode, self.c.constraints, self.c.titles
         self.ops = {op.node: op for op in self.network.factored.ops}
         self._key_of = {name: key for key, name in self.value_names.items()}
 

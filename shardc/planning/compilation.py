@@ -20,6 +20,7 @@ from shardc.options import Options
 from shardc.planning.constraints import Constraint, ParameterDemand, Spread
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.rules.factors.factored import Factored, Key
+from shardc.solver import tuning
 from shardc.solver.solve import Solution
 
 
@@ -66,14 +67,15 @@ class Compilation:
     AttributeError.
 
     `reuse` is the compilation of the same program at other sizes (`reuse_at`, in words). Its strategies are used where
-    they fit; `solution` is then None. `titles` are names of values for people. `seconds` are the CPU-seconds of every
-    pass.
+    they fit; `solution` is then None. `titles` are names of values for people. `time_limit` are the
+    CPU-seconds that the solver may take without a bound on memory, `seconds` the CPU-seconds of every pass.
     """
 
     call: ModelCall
     mesh: Mesh
     options: Options
     dims: Dims = field(default_factory=dict[int, Mapping[int, str]])
+    time_limit: float = field(default_factory=lambda: tuning.TIME_LIMIT)
     reuse: Compilation | None = None
     reuse_at: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -49,11 +49,11 @@ class Chosen:
     def _layout(self, value: Value, side: Side, splits: Splits) -> Layout:
         """The layout of a value whose base value lies as `splits`; of a dim that a view expands, only factors tell."""
         split = split_of(self.shape, self.strategy, side.carried)
-        own = [
+        axes_of_atoms = [
             splits.axes[base] if base is not None else () if factor is None else split[factor]
             for base, factor in side.leaves
         ]
-        return value.form.layout(own, splits.partial)
+        return value.form.layout(axes_of_atoms, splits.partial)
 
     def sums(self, axis: str, operands: frozenset[int]) -> bool:
         """Whether it may read just these operands as addends over an axis: they are a linear group, or those that the
@@ -64,12 +64,12 @@ class Chosen:
 
     def parts(self) -> dict[str, Part]:
         """The parted factors that the strategy splits, as their body gets them."""
-        found: dict[str, Part] = {}
+        parts: dict[str, Part] = {}
         for factor, axes in zip(self.op.factors, self.strategy.split, strict=True):
             if factor.parting is not None and axes:
                 size, window = factor.parting.size, factor.parting.parts is not None
-                found[factor.name] = Part(axes, size, 1 if window else size // factor.size)
-        return found
+                parts[factor.name] = Part(axes, size, 1 if window else size // factor.size)
+        return parts
 
     def runs(self) -> tuple[Any, Mapping[str, Part]]:
         """What a rank runs in its place: the body of the variant where parted factors are split, told of the parts."""
