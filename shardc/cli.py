@@ -88,12 +88,21 @@ class PlanCommand:
 
 
 @dataclass(frozen=True)
-class ExplainCommand:
-    """Tell which demands conflict, or why a value lies as it does."""
+class OnMesh:
+    """A command that compiles a file for one mesh."""
 
     file: UserFile
     mesh: Annotated[str, AXES]
     options: Annotated[Options, FLAT]
+
+    def compiled(self) -> Compiled:
+        return _compiled(self.file, self.mesh, self.options)
+
+
+@dataclass(frozen=True)
+class ExplainCommand(OnMesh):
+    """Tell which demands conflict, or why a value has its layout."""
+
     why: Annotated[str | None, arg(metavar="VALUE", help_behavior_hint="(without it: conflicts)")] = None
     """A parameter, a module (its output), input:0, or a printed name."""
     layout: Annotated[str | None, arg(metavar="LAYOUT", help_behavior_hint="(like 'f32[256@tp, 64]' or 'tp,-')")] = None
@@ -102,7 +111,7 @@ class ExplainCommand:
     def run(self) -> int:
         if self.layout is not None and self.why is None:
             raise ShardcError("--layout says how a value should lie; name the value with --why")
-        plan = _compiled(self.file, self.mesh, self.options).plan
+        plan = self.compiled().plan
         if self.why is None:
             show("\n\n".join(map(str, plan.conflicts())) or "what was demanded needs no split dim gathered or moved")
         else:
@@ -111,19 +120,16 @@ class ExplainCommand:
 
 
 @dataclass(frozen=True)
-class CompileCommand:
+class CompileCommand(OnMesh):
     """Print the generated code, or the graph after a pass."""
 
-    file: UserFile
-    mesh: Annotated[str, AXES]
-    options: Annotated[Options, FLAT]
     print_after: Annotated[str | None, PASS, arg(help_behavior_hint="")] = None
     """Print the graph as this pass leaves it."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="OUT.PY", help_behavior_hint="")] = None
     """Write the generated code here."""
 
     def run(self) -> int:
-        program = _compiled(self.file, self.mesh, self.options)
+        program = self.compiled()
         if self.print_after is not None:
             show(program.graph(self.print_after))
         if self.output is not None:
@@ -138,12 +144,8 @@ class CompileCommand:
 
 
 @dataclass(frozen=True)
-class RunCommand:
+class RunCommand(OnMesh):
     """Run one step on the mesh (virtual, or under torchrun) and compare it with a single device."""
-
-    file: UserFile
-    mesh: Annotated[str, AXES]
-    options: Annotated[Options, FLAT]
 
     def run(self) -> int:
         torch.manual_seed(0)

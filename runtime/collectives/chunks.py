@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,3 +44,18 @@ def joined(parts: Tensor, dim: int, size: int | None) -> Tensor:
 def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     """The shape with another size of `dim`."""
     return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+class KeepsChunk:
+    """The sizes of a collective whose result is the rank's chunk along `dim`."""
+
+    def shape(self, shape: tuple[int, ...], ranks: int, keywords: Mapping[str, Any]) -> tuple[int, ...]:
+        dim, chunk = keywords["dim"], keywords.get("chunk")
+        return resized(shape, dim, shape[dim] // ranks if chunk is None else chunk)
+
+    def padded(self, shape: tuple[int, ...], ranks: int, keywords: Mapping[str, Any]) -> tuple[int, ...]:
+        chunk = keywords.get("chunk")
+        return shape if chunk is None else resized(shape, keywords["dim"], chunk * ranks)
+
+    def result_bytes(self, ranks: int, size: float) -> float:
+        return size / ranks

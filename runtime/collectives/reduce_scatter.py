@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from shardc.runtime.collectives import c10d
-from shardc.runtime.collectives.chunks import chunks, resized
-from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Sizes, Started, done
+from shardc.runtime.collectives.chunks import KeepsChunk, chunks
+from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Started, done
 from shardc.runtime.collectives.reductions import check_op, reduced
 from shardc.runtime.mesh.mesh import current
 
 __all__ = ["reduce_scatter"]
 
 
-class _ReduceScatter(Collective[Arguments, Result]):
+class _ReduceScatter(KeepsChunk, Collective[Arguments, Result]):
     """Transports take `(n, *chunk)` and return `chunk`."""
 
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
@@ -30,17 +30,6 @@ class _ReduceScatter(Collective[Arguments, Result]):
 
     def sent(self, ranks: int, size: float) -> float:
         return (ranks - 1) / ranks * size
-
-    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
-        dim, chunk = keywords["dim"], keywords.get("chunk")
-        return resized(shape, dim, shape[dim] // ranks if chunk is None else chunk)
-
-    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
-        chunk = keywords.get("chunk")
-        return shape if chunk is None else resized(shape, keywords["dim"], chunk * ranks)
-
-    def result_bytes(self, ranks: int, size: float) -> float:
-        return size / ranks
 
     def holds(self, keywords: Mapping[str, Any]) -> Held:
         return Held.COPY if keywords["dim"] else Held.OPERAND

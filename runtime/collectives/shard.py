@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.chunks import check_dim, chunks, resized
-from shardc.runtime.collectives.collective import Arguments, Local, Result, Sizes, Started, done
+from shardc.runtime.collectives.chunks import KeepsChunk, check_dim, chunks
+from shardc.runtime.collectives.collective import Arguments, Local, Result, Started, done
 from shardc.runtime.mesh.mesh import current
 
 __all__ = ["shard"]
 
 
-class _Shard(Local[Arguments, Result]):
+class _Shard(KeepsChunk, Local[Arguments, Result]):
     keeps_part = True
-
-    def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
-        dim, chunk = keywords["dim"], keywords.get("chunk")
-        return resized(shape, dim, shape[dim] // ranks if chunk is None else chunk)
-
-    def padded(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:
-        chunk = keywords.get("chunk")
-        return shape if chunk is None else resized(shape, keywords["dim"], chunk * ranks)
-
-    def result_bytes(self, ranks: int, size: float) -> float:
-        return size / ranks
 
 
 @_Shard

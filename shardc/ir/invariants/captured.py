@@ -11,7 +11,7 @@ from torch import fx
 
 from shardc.ir.facts import FACTS, Captured, origin_of
 from shardc.ir.invariants.inference import Described, Failure, inferred
-from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, quoted
+from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, of_another_stage, quoted
 from shardc.ir.program import Role, value_of
 
 
@@ -26,15 +26,11 @@ def inputs_come_first(checked: Checked) -> Iterator[Broken]:
 @invariant
 def facts_are_captured(checked: Checked) -> Iterator[Broken]:
     """Every node but the output has captured facts: a fake value, several, or a size, and where it comes from."""
+    yield from of_another_stage(checked, Captured)
+    values = (torch.Tensor, tuple, list, torch.SymInt, torch.SymFloat, torch.SymBool)
     for node in checked.nodes:
         facts = node.meta.get(FACTS)
-        if node.op == "output":
-            continue
-        if not isinstance(facts, Captured):
-            yield Broken(
-                node, f"has {'no facts' if facts is None else f'facts of another stage, {type(facts).__name__}'}"
-            )
-        elif not isinstance(facts.value, (torch.Tensor, tuple, list, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(facts, Captured) and not isinstance(facts.value, values):
             yield Broken(node, f"has the value {facts.value!r}, which is no tensor")
 
 

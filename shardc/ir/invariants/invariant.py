@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import fx
 
-from shardc.ir.facts import FACTS, Captured, lowered
+from shardc.ir.facts import FACTS, Captured, ChosenStrategy, lowered
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
@@ -62,6 +62,12 @@ class Checked:
     @cached_property
     def calls(self) -> list[fx.Node]:
         return [node for node in self.nodes if node.op == "call_function"]
+
+    @cached_property
+    def operators(self) -> list[tuple[fx.Node, ChosenStrategy]]:
+        """The operators of a lowered program, with their strategies."""
+        chosen = ((node, lowered(node).operator) for node in self.calls)
+        return [(node, strategy) for node, strategy in chosen if strategy is not None]
 
     @cached_property
     def operands(self) -> dict[fx.Node, list[fx.Node]]:
@@ -142,6 +148,15 @@ def arguments_of(argument: Any) -> Iterator[fx.Node]:
     elif isinstance(argument, (list, tuple)):
         for item in argument:  # pyright: ignore[reportUnknownVariableType]
             yield from arguments_of(item)
+
+
+def of_another_stage(checked: Checked, kind: type) -> Iterator[Broken]:
+    """The nodes but the output whose facts are not of a kind."""
+    for node in checked.nodes:
+        facts = node.meta.get(FACTS)
+        if node.op != "output" and not isinstance(facts, kind):
+            has = "no facts" if facts is None else f"facts of another stage, {type(facts).__name__}"
+            yield Broken(node, f"has {has}")
 
 
 def quoted(nodes: Iterable[fx.Node]) -> str:

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from shardc.ir.facts import FACTS, Lowered, laid, lowered
 from shardc.ir.invariants.conversions import conversion_of, misplaced, missized
-from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, quoted
+from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, of_another_stage, quoted
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Role, value_of
@@ -33,15 +33,10 @@ _AS_ITS_OPERAND = (wait, indexing.fill, indexing.rebase, indexing.pad_dummy, ind
 @invariant
 def facts_are_lowered(checked: Checked) -> Iterator[Broken]:
     """Every node but the output has lowered facts, with layout and dtype, or it has several results."""
+    yield from of_another_stage(checked, Lowered)
     for node in checked.nodes:
         facts = node.meta.get(FACTS)
-        if node.op == "output":
-            continue
-        if not isinstance(facts, Lowered):
-            yield Broken(
-                node, f"has {'no facts' if facts is None else f'facts of another stage, {type(facts).__name__}'}"
-            )
-        elif facts.layout is None or facts.dtype is None:
+        if isinstance(facts, Lowered) and (facts.layout is None or facts.dtype is None):
             wrong = next((one for one in node.users if one.target not in (operator.getitem, wait)), None)
             if wrong is not None:
                 yield Broken(node, f"has no layout or no dtype, and %{wrong.name} reads it as one tensor")
@@ -167,10 +162,7 @@ def _flat(layout: Layout) -> Layout:
 @invariant
 def partial_values_are_summed(checked: Checked) -> Iterator[Broken]:
     """Partial values are read by operators that are linear in them only, by views, and by conversions."""
-    for node in checked.calls:
-        chosen = lowered(node).operator
-        if chosen is None:
-            continue
+    for node, chosen in checked.operators:
         places: dict[tuple[str, str], set[int]] = {}
         for place, operand in enumerate(checked.operands[node]):
             for partial in laid(operand).partial:
@@ -184,10 +176,7 @@ def partial_values_are_summed(checked: Checked) -> Iterator[Broken]:
 @invariant
 def operands_lie_as_demanded(checked: Checked) -> Iterator[Broken]:
     """Every operand of an operator lies as its strategy demands."""
-    for node in checked.calls:
-        chosen = lowered(node).operator
-        if chosen is None:
-            continue
+    for node, chosen in checked.operators:
         wanted = checked.once(("demanded", chosen.alike), lambda c=chosen: c.operand_layouts(checked.mesh))
         operands = checked.operands[node]
         if len(wanted) != len(operands):

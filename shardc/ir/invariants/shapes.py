@@ -103,14 +103,12 @@ def only_what_runs_is_left(checked: Checked) -> Iterator[Broken]:
 def split_factors_have_their_body(checked: Checked) -> Iterator[Broken]:
     """An operator one of whose parted factors is split has given way to the body of its variant, which is told of the
     parts; every other operator is what it was."""
-    for node in checked.calls:
-        chosen = lowered(node).operator
-        if chosen is not None:
-            target, parts = checked.once(("runs", chosen.alike), chosen.runs)
-            if node.target != target:
-                yield Broken(node, f"runs {node.target}, its strategy {target}")
-            elif any(node.kwargs.get(name) != part for name, part in parts.items()):
-                yield Broken(node, f"is to be told of {parts}, and is told {dict(node.kwargs)}")
+    for node, chosen in checked.operators:
+        target, parts = checked.once(("runs", chosen.alike), chosen.runs)
+        if node.target != target:
+            yield Broken(node, f"runs {node.target}, its strategy {target}")
+        elif any(node.kwargs.get(name) != part for name, part in parts.items()):
+            yield Broken(node, f"is to be told of {parts}, and is told {dict(node.kwargs)}")
 
 
 GLOBAL: tuple[Invariant, ...] = (global_shapes_follow, conversions_keep_the_value)

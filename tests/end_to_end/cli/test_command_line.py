@@ -127,7 +127,7 @@ def test_a_new_field_is_a_flag_and_a_keyword_without_another_edit(capsys: pytest
     def told(what: str, options: MoreOptions) -> tuple[str, int]:
         return what, options.depth
 
-    assert as_keywords(told, MoreOptions)("it", depth=7) == ("it", 7)
+    assert as_keywords("asked", told, MoreOptions)("it", depth=7) == ("it", 7)
 
 
 def test_compiling_does_not_load_the_command_line() -> None:
@@ -196,9 +196,9 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 y.py", "Unrecognized options: y.py"),
         ("plan x.py --mesh tp=2 --memry 80GB", "Perhaps you meant: --memory BYTES For full"),
         ("plan x.py --mesh tp=2 --memory", "Missing value for argument '--memory'"),
-        ("plan x.py --mesh tp=2 --memory lots", "memory='lots' is no amount of memory; write '80GB'"),
+        ("plan x.py --mesh tp=2 --memory lots", "memory='lots' is not an amount of memory; write '80GB'"),
         ("plan x.py --mesh tp=2 --optimizer adm", "optimizer='adm' is not known; it is one of sgd"),
-        ("plan x.py --mesh tp=2 --hardware h10", "no hardware called 'h10'; known are"),
+        ("plan x.py --mesh tp=2 --hardware h10", "no hardware called 'h10'; write one of"),
         ("plan x.py --mesh tp=2 --mode aut", "'aut' for argument '--mode'. Expected one of ('auto', 'propagate')"),
         ("plan x.py --mesh tp=2 --outputs no", "Expected one of ('full', 'sharded')"),
         ("plan x.py --mesh tp=2 --on-unknown no", "Expected one of ('replicate', 'error')"),
