@@ -81,5 +81,6 @@ def test_every_strategy(name: str) -> None:
 
 
 def test_every_rule_has_a_sample() -> None:
-    without = [name for name in registered() if name not in SAMPLES]
+    ours = [name for name in registered() if not name.startswith("paired.")]  # the toys of other tests of this process
+    without = [name for name in ours if name not in SAMPLES]
     assert without == [], "add a sample in tests/samples/calls"
