@@ -139,5 +139,5 @@ def test_checkpointed_dropout_is_drawn_once() -> None:
 def test_a_generator_of_its_own_is_refused() -> None:
     own = torch.Generator().manual_seed(0)
     model = shard(Program(lambda w: w * torch.rand(8, 4, generator=own)), mesh="a=2")
-    with pytest.raises(CaptureError, match="draws from a torch.Generator"):
+    with pytest.raises(CaptureError, match=r"draws from a torch\.Generator"):
         run(model)
