@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
@@ -16,7 +16,7 @@ from shardc.capture.inputs import call_key, flatten
 from shardc.compiled import TRACING, Compiled, compiled
 from shardc.errors import MeshError, ShardcError
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import ModelCall
+from shardc.ir.model_call import Inputs, ModelCall
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
 
@@ -30,7 +30,6 @@ def _default_mesh() -> Mesh:
 
 
 Keywords = ParamSpec("Keywords")
-Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 class Compile(Protocol[Keywords]):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol
+from typing import ParamSpec, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
 from shardc.inspect.progress import tracked, working
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import ModelCall
+from shardc.ir.model_call import Inputs, ModelCall
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
@@ -33,7 +33,6 @@ from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
 
 Keywords = ParamSpec("Keywords")
-Inputs = tuple[Any, ...] | Mapping[str, Any]
 CONSTRAIN = torch.ops.shardc.constrain.default
 
 

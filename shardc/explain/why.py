@@ -23,7 +23,7 @@ from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNo
 from shardc.ir.constrain import Dim, parse, spec_text
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, describe
-from shardc.ir.program import Port, Role, value_of, where
+from shardc.ir.program import Port, Role, tensor_of, where
 from shardc.ir.splits import Splits, apply
 from shardc.planning.compilation import Compilation
 from shardc.planning.constraints import Constraint, demanded_leaves
@@ -365,9 +365,7 @@ class Questions:
         return value.form.layout_on(splits.axes, splits.partial).simplify(self.network.mesh)
 
     def _text(self, value: Value, splits: Splits) -> str:
-        producer = value_of(value.key[0])
-        tensor = producer[value.key[1]] if isinstance(producer, (tuple, list)) else producer
-        return describe(tensor, self._layout(value, splits))
+        return describe(tensor_of(value.key), self._layout(value, splits))
 
     def _now(self, value: Value) -> str:
         return self._text(value, self._layout_made(value.key))

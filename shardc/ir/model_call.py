@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+"""Example inputs: positional ones, or keywords."""
+
 Dynamic = Mapping[str, Mapping[int, str]]
 """Per argument the names of its dims that change from call to call."""
 
@@ -27,7 +30,7 @@ class ModelCall:
     hooks: bool = True
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> ModelCall:
+    def of(model: nn.Module, example_inputs: Inputs) -> ModelCall:
         """The call with positional inputs (a tuple) or keyword inputs (a mapping)."""
         if isinstance(example_inputs, Mapping):
             return ModelCall(model, (), dict(example_inputs))

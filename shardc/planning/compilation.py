@@ -119,8 +119,3 @@ class Pass:
 def compiler_pass(run: Callable[[Compilation], Compilation]) -> Pass:
     """Make a pass of a function; the pass has its name."""
     return Pass(run.__name__, run)
-
-
-def names_of(passes: Sequence[Pass]) -> tuple[str, ...]:
-    """The names of passes, in their order."""
-    return tuple(one.name for one in passes)
