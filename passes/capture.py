@@ -31,7 +31,7 @@ def capture(c: Compilation) -> Compilation:
         grad=torch.is_grad_enabled(),
         differentiable=call.differentiable,
         constraints=module_constraints(constraints, call.model),
-        hooks=call.hooks,
+        function=call.function,
         dynamic=c.dims,
     )
     demands = parameter_demands(program, call.model, constraints, c.mesh)

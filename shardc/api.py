@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import torch
@@ -72,7 +73,9 @@ class _Engine:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.capturing = False
-        self.compiled: dict[Any, Compiled] = {}
+        self.inside = False
+        """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
+        self.compiled: dict[Any, list[Compiled]] = {}
         self.last: Compiled | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -81,11 +84,13 @@ class _Engine:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Engine, (self.request,)
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         leaves, spec = flatten((args, kwargs))
-        call = ModelCall(module, args, kwargs, hooks=False)
+        call = ModelCall(module, args, kwargs, function=forward)
         with TRACING:
-            key = (call_key(module, leaves, named_dims(self.request.options.dynamic, call)), str(spec))
+            key = (call_key(leaves, named_dims(self.request.options.dynamic, call)), str(spec))
             self.last = program = self._get(key, call)
 
         def fallback(outputs: frozenset[int]) -> Executable:
@@ -93,15 +98,24 @@ class _Engine:
             with torch.enable_grad(), TRACING:
                 return self._get(key, replace(call, differentiable=program.leaves_of(outputs))).executable
 
-        return program.run(leaves, fallback)
+        return program.run(leaves, (args, kwargs), fallback)
 
     def _get(self, key: Any, call: ModelCall) -> Compiled:
-        identity = (key, call.differentiable)
+        """The program of a call: one whose guards hold, or a new one."""
+        programs = self.compiled.setdefault((key, call.differentiable), [])
+        for index, program in enumerate(programs):
+            if not program.broken():
+                if index:  # the next call is probably another of this program
+                    programs.insert(0, programs.pop(index))
+                return self._captured(program.at, call)
+        programs.insert(0, self._captured(compiled, call, *self.request))
+        return programs[0].at(call)
+
+    def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
+        """Call what may capture the model: its forward is the plain one meanwhile."""
         self.capturing = True
         try:
-            if identity not in self.compiled:
-                self.compiled[identity] = compiled(call, *self.request)
-            return self.compiled[identity].at(call)
+            return function(*args)
         finally:
             self.capturing = False
 
@@ -113,6 +127,23 @@ class _Engine:
         return self.last
 
 
+class _Forward:
+    """The forward of a sharded class, which compiles. A forward set on an object does not replace it: that is what is
+    captured then."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
+        return self.function if module is None else MethodType(self.function, module)
+
+    def __set__(self, module: nn.Module, forward: Any) -> None:
+        vars(module)["forward"] = forward
+
+    def __delete__(self, module: nn.Module) -> None:
+        del vars(module)["forward"]
+
+
 def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
     """What a sharded class has beyond the original: a forward that compiles, and `plan`, `code`, `graph`."""
 
@@ -122,18 +153,28 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
             state = self.__dict__["_shardc"] = _Engine(request)
         return state
 
+    def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state, given = engine(self), vars(self).get("forward")
+        if given is None or state.inside:
+            return forward(self, *args, **kwargs)
+        state.inside = True
+        try:
+            return given(*args, **kwargs)
+        finally:
+            state.inside = False
+
     def sharded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = engine(self)
-        if torch.compiler.is_dynamo_compiling():
-            return forward(self, *args, **kwargs)
         with TRACING:  # another thread's capture is none of ours
             traced = state.capturing or torch.compiler.is_compiling()
-        return forward(self, *args, **kwargs) if traced else state.call(self, args, kwargs)
+        plain = MethodType(plain_forward, self)
+        return plain(*args, **kwargs) if traced else state.call(self, plain, args, kwargs)
 
+    plain_forward.__wrapped__ = forward  # type: ignore[attr-defined]
     sharded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     sharded_forward.__doc__ = forward.__doc__
     return {
-        "forward": sharded_forward,
+        "forward": _Forward(torch.compiler.disable(sharded_forward)),  # torch.compile around it calls it as it is
         "compiled": property(lambda self: engine(self).result(), doc="The program of the last call."),
         "plan": property(lambda self: engine(self).result().plan, doc="The plan of the last call."),
         "code": property(lambda self: engine(self).result().code, doc="The generated code of the last call."),

@@ -24,7 +24,7 @@ from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
-from shardc.ir.program import Constant
+from shardc.ir.program import Constant, Program, Role
 from shardc.options import Options
 from shardc.passes.pipeline import NAMES, PIPELINE, part, run
 from shardc.planning.compilation import Compilation, Pass
@@ -49,6 +49,7 @@ class Compiled:
         self._family = family
         self._agreed: str | None = None
         self._executable: Executable | None = None
+        self._state: list[tuple[str, dict[str, Tensor], str]] | None = None
 
     @property
     def code(self) -> str:
@@ -82,23 +83,42 @@ class Compiled:
             self._executable = executable
         return self._executable
 
-    def run(self, leaves: list[Any], fallback: Callable[[frozenset[int]], Executable] | None = None) -> Any:
-        """Run on flat inputs; returns what the program returns, in its own structure."""
+    def _registries(self) -> list[tuple[str, dict[str, Tensor], str]]:
+        """Where the parameters and buffers of the program stand: name, the registry of their module, the name there."""
+        if self._state is None:
+            parts = dict(self._module.named_modules(remove_duplicate=False))
+            used = {port.name for port in self._last.program.inputs if port.role in (Role.PARAMETER, Role.BUFFER)}
+            self._state = []
+            for name in used:
+                path, _, key = name.rpartition(".")
+                held = vars(parts[path])
+                self._state.append((name, held["_parameters" if key in held["_parameters"] else "_buffers"], key))
+        return self._state
+
+    def broken(self) -> str:
+        """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
+        aside = self._last.program.aside
+        return aside.broken() if aside is not None else ""
+
+    def run(
+        self, leaves: list[Any], arguments: Any, fallback: Callable[[frozenset[int]], Executable] | None = None
+    ) -> Any:
+        """Run on flat inputs, those of `arguments` (args and kwargs). Returns what the program returns, in its own
+        structure, and leaves behind what the program leaves behind."""
         program = self._last.program
         with TRACING:
             executable = self.executable
-            state: dict[str, Tensor] = dict(self._module.named_parameters(remove_duplicate=False))
-            state |= dict(self._module.named_buffers(remove_duplicate=False))
+            state = {name: registry[key] for name, registry, key in self._registries()}
         meta = next((name for name, t in state.items() if t.is_meta), None)
         if meta is not None:
             raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
-        outputs = executable.run(state | program.constants, leaves, fallback)
+        state |= program.constants | {name: place.get() for name, place in program.standing.items()}
+        outputs = executable.run(state, leaves, fallback)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
-        made = [leaf.value if isinstance(leaf, Constant) else outputs[leaf] for leaf in program.out_leaves]
-        return pytree.tree_unflatten(made, program.out_spec)
+        return _returned(program, outputs, leaves, arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0])
+        return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
 
     def at(self, call: ModelCall) -> Compiled:
         """The program for the sizes of a call: this one, unless sizes are dynamic."""
@@ -108,6 +128,21 @@ class Compiled:
     def leaves_of(self, outputs: frozenset[int]) -> frozenset[int]:
         """The flat positions in the user's output of the graph outputs numbered `outputs`."""
         return frozenset(i for i, leaf in enumerate(self._last.program.out_leaves) if leaf in outputs)
+
+
+def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], arguments: Any) -> Any:
+    """What the user's program returns, made of the outputs of ours; and what it leaves behind is left behind."""
+    values: list[Any] = [
+        leaf.value if isinstance(leaf, Constant) else outputs[leaf] if isinstance(leaf, int) else None
+        for leaf in program.out_leaves
+    ]
+    if program.aside is not None:
+        run = program.aside.run(values, leaves, arguments)
+        for index, leaf in enumerate(program.out_leaves):
+            if not isinstance(leaf, (int, Constant)):
+                values[index] = leaf.make(run)
+        program.aside.replay(run)
+    return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
 
 
 def _check_same_program(executable: Executable, planned: ModuleType) -> None:

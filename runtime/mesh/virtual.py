@@ -68,28 +68,40 @@ class VirtualMesh(RuntimeMesh):
             self._run = run = _Run(self.size)
             state = torch.get_rng_state() if random else None
             contexts = [Context(self, rank, state) for rank in self.ranks]
-
-            def work(context: Context) -> Result:
-                try:
-                    return context.call(function, arguments)
-                except BaseException:
-                    with run.condition:
-                        run.failed = True
-                        run.condition.notify_all()
-                    raise
-                finally:
-                    with run.condition:
-                        run.running -= 1
-                        run.check_stuck()
-
-            futures = [self._threads.submit(work, context) for context in contexts]
-            errors = [error for error in (future.exception() for future in futures) if error is not None]
-            if errors:
-                # Report a rank that failed by itself. If there is none, all ranks waited for each other: report any.
-                raise next((error for error in errors if not isinstance(error.__cause__, _Aborted)), errors[0])
+            if self.size == 1:  # a thread of its own costs more than a small program
+                results = [contexts[0].call(function, arguments)]
+            else:
+                results = self._in_threads(run, contexts, function, arguments)
             if contexts[0].generator is not None:
                 torch.set_rng_state(contexts[0].generator.get_state())
-            return [future.result() for future in futures]
+            return results
+
+    def _in_threads(
+        self,
+        run: _Run,
+        contexts: list[Context],
+        function: Callable[..., Result],
+        arguments: Callable[[int], tuple[Any, ...]],
+    ) -> list[Result]:
+        def work(context: Context) -> Result:
+            try:
+                return context.call(function, arguments)
+            except BaseException:
+                with run.condition:
+                    run.failed = True
+                    run.condition.notify_all()
+                raise
+            finally:
+                with run.condition:
+                    run.running -= 1
+                    run.check_stuck()
+
+        futures = [self._threads.submit(work, context) for context in contexts]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        if errors:
+            # Report a rank that failed by itself. If there is none, all ranks waited for each other: report any.
+            raise next((error for error in errors if not isinstance(error.__cause__, _Aborted)), errors[0])
+        return [future.result() for future in futures]
 
     def begin(
         self, context: Context, collective: AnyCollective, axis: str, operand: Tensor, op: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -13,35 +13,65 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.side_effects.replay import holds_tensors
 from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves and structure. Dataclasses are opened, also those that nobody registered with torch."""
+    """Leaves and structure. Dataclasses are opened, and other objects with tensors in their attributes, also those
+    whose classes nobody registered with torch."""
     leaves, spec = pytree.tree_flatten(tree)
-    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
-    if not unknown and not transformers.register_caches(leaves):
-        return leaves, spec
-    for cls in unknown:
-        pytree.register_dataclass(cls)
+    closed = {type(leaf): leaf for leaf in leaves if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)}
+    if not closed or not transformers.register_caches(leaves):
+        closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
+        for cls in closed:
+            if dataclasses.is_dataclass(cls):
+                pytree.register_dataclass(cls)
+            else:
+                pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
+        if not closed:
+            return leaves, spec
     return flatten(tree)
 
 
-def refuse_opaque(leaves: Iterable[Any]) -> None:
-    """Raise CaptureError for an object that pytree does not open: the program would keep the tensors inside as
-    constants."""
-    for leaf in leaves:
-        contents: list[Any] = []
-        if not isinstance(leaf, Tensor):
-            contents = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]  # type: ignore[misc]
-        if isinstance(leaf, np.ndarray) or any(isinstance(item, Tensor) for item in contents):
+_LEAVES = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor, nn.Parameter}
+)
+
+
+def _opens(leaf: Any) -> bool:
+    if dataclasses.is_dataclass(leaf):
+        return not isinstance(leaf, type)
+    return hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, Enum) and holds_tensors(leaf)
+
+
+def _attributes(value: Any) -> tuple[list[Any], Any]:
+    return list(vars(value).values()), tuple(vars(value))
+
+
+def _object(cls: type, values: Iterable[Any], names: Any) -> Any:
+    made = cls.__new__(cls)
+    vars(made).update(zip(names, values, strict=True))
+    return made
+
+
+def opaque(arguments: Any) -> list[tuple[str, Any]]:
+    """The objects among the arguments that pytree does not open, by name: the program is for these very objects.
+
+    Raises CaptureError for an array, whose values would become part of the program.
+    """
+    objects: list[tuple[str, Any]] = []
+    for index, leaf in enumerate(flatten(arguments)[0]):
+        if isinstance(leaf, np.ndarray):
             raise CaptureError(
-                f"an input of type {type(leaf).__name__} holds values that would be burned into the program: pass "
-                "tensors, in tuples, lists, dicts or dataclasses, or register its class with "
-                "torch.utils._pytree.register_pytree_node"
+                f"input {index} is a NumPy array of shape {leaf.shape}, whose values would be burned into the program: "
+                "pass a tensor, torch.from_numpy(array)"
             )
+        if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor):
+            objects.append((f"input {index}", leaf))
+    return objects
 
 
 def refuse_foreign(constant: Tensor) -> None:
@@ -65,19 +95,15 @@ def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -
                 )
 
 
-def call_key(
-    module: nn.Module, leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None
-) -> tuple[Any, ...]:
-    """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
+def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
+    """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the inputs
+    but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
-    known: dict[int, tuple[Any, bool]] = {}
-    attributes = tuple(_attributes(part, part is module, known) for part in module.modules())
-    state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )
-    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), inputs, attributes, state
+    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), inputs
 
 
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
@@ -89,55 +115,3 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
     return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
-
-
-_NOT_SETTINGS = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
-_NAMED = (type, FunctionType, BuiltinFunctionType)
-_LONG = 1000
-"""Lists and dicts with more elements are compared by identity and length: to read them all would take too long."""
-
-
-def _attributes(part: nn.Module, root: bool, known: dict[int, tuple[Any, bool]]) -> tuple[Any, ...]:
-    """What forward may read of a module besides its state: its class, its settings, and the numbers of its hooks.
-
-    torch gives no number to two hooks. Hooks of the root are not part of the program. Tensors that are no state are
-    compared by identity.
-    """
-    attributes = vars(part)
-    hooks = () if root else tuple(tuple(attributes[name]) for name in _HOOKS)
-    return type(part), hooks, tuple((k, _setting(v, known)[0]) for k, v in attributes.items() if k not in _NOT_SETTINGS)
-
-
-def _setting(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
-    """A value that forward may read, as a key, and whether the key is complete: whether it says all of the value.
-
-    Lists, dicts and objects made of plain values (configurations) are compared by their contents. Of any other object
-    only the class counts: a trainer or a logger, say, changes all the time, and the program does not depend on it.
-    """
-    if isinstance(value, Tensor):
-        return id(value), True
-    if isinstance(value, _PLAIN):
-        return (type(value), repr(value)), True
-    if isinstance(value, _NAMED):
-        return value, True
-    if id(value) not in known:  # the model keeps all values alive, so that no two have one id
-        known[id(value)] = type(value), False  # also ends circles
-        known[id(value)] = _compound(value, known)
-    return known[id(value)]
-
-
-def _compound(value: Any, known: dict[int, tuple[Any, bool]]) -> tuple[Any, bool]:
-    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
-        if len(value) > _LONG:
-            return (type(value), id(value), len(value)), True
-        items: Iterable[Any] = (*value, *value.values()) if isinstance(value, Mapping) else value
-        pairs = [_setting(item, known) for item in items]
-        return (type(value), tuple(key for key, _ in pairs)), all(complete for _, complete in pairs)
-    if isinstance(value, functools.partial):
-        return _compound((value.func, value.args, value.keywords), known)
-    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
-        return type(value), False
-    key, complete = _setting(vars(value), known)
-    return (type(value), key) if complete else type(value), complete

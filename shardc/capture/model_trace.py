@@ -16,18 +16,31 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.inputs import flatten, refuse_opaque
+from shardc.capture.inputs import flatten
+from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
+from shardc.capture.side_effects.guards import Guards
+from shardc.capture.side_effects.holders import Holder, Place
+from shardc.capture.side_effects.replay import (
+    Describer,
+    Given,
+    Kept,
+    Result,
+    SideEffect,
+    Standing,
+    Value,
+    holds_tensors,
+)
+from shardc.capture.side_effects.snapshot import Change
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
-from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, require_equal
-from shardc.capture.torch_patches.module_internals import refresh_flat_weights
+from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, is_traced, require_equal
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
 from shardc.capture.trace_errors import explained
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
-from shardc.ir.program import Constant, Port, Role
+from shardc.ir.program import Constant, Made, Port, Role
 
 
 class ModelTrace:
@@ -46,17 +59,16 @@ class ModelTrace:
         grad: bool,
         differentiable: frozenset[int] | None,
         constraints: dict[str, Spec],
-        hooks: bool,
+        function: Callable[..., Any],
         dynamic: Mapping[int, Mapping[int, str]],
         watch: Watch | None,
     ) -> None:
         self.watch = watch
         self.state, self.grad, self.differentiable = state, grad, differentiable
-        self.call: Callable[..., Any] = state.module if hooks else state.module.forward
+        self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
         self.leaves, self.in_spec = flatten((args, kwargs))
-        refuse_opaque(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
             StateEntry(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
@@ -66,9 +78,16 @@ class ModelTrace:
         hidden = watch.hidden() if watch else set[nn.Module]()
         self.visible_slots = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.owners)]
         self.hides = len(self.visible_slots) < len(self.slots)
+        self._buffers = {
+            (id(registry(part, Role.BUFFER)), key): slot.fake
+            for slot in self.visible_slots
+            if slot.port.role is Role.BUFFER
+            for part, key in slot.owners
+        }
         self._tie(dynamic)
         self.out_spec: pytree.TreeSpec | None = None
-        self.out_leaves: list[int | Constant] = []
+        self.out_leaves: list[int | Constant | Made] = []
+        self.effects: tuple[SideEffect, ...] = ()
         self.attached: set[int] = set()
         self.met: set[str] = set()
         self.provenance = Provenance(state.module, self._constrained)
@@ -110,53 +129,94 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.role is Role.INPUT:
                     leaves[slot.port.index] = tensor_of[slot.port]
-                for part, key in slot.owners:
-                    registry(part, slot.port.role)[key] = tensor_of.get(slot.port, slot.fake)
-            refresh_flat_weights(self.state.module)
+                for place in slot.places:
+                    place.set(tensor_of.get(slot.port, slot.fake))
+            self.state.uncache()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+            watched = Watched(self.state.reachable, (args, kwargs))
             with self.provenance, self.watch.installed() if self.watch else nullcontext():
                 output = self.call(*args, **kwargs)
+            changes = watched.changes(self._is_buffer)
+            if changes and self.watch:
+                self.watch.refuse("the model leaves something behind")
             self._write_back(tensors)
-        return self._flat_outputs(output)
+            return self._flat_outputs(output, changes, tensors)
+
+    def _is_buffer(self, holder: Holder, key: Any) -> bool:
+        """Whether a change is one of a buffer to a value of its own form, which `_write_back` makes."""
+        entry = self._buffers.get((id(holder.target), key))
+        now = holder.get().get(key)
+        return entry is not None and now is not None and now.shape == entry.shape and now.dtype == entry.dtype
 
     def _write_back(self, tensors: Sequence[Tensor]) -> None:
-        """Write into a buffer what the model assigned to it, so that the tracer sees a mutation."""
+        """Write into a buffer what the model assigned to it, so that the tracer sees a mutation. A value of another
+        form is left behind as any other is."""
         for slot, tensor in zip(self.visible_slots, tensors, strict=True):
             if slot.port.role is Role.BUFFER:
                 part, key = slot.owners[0]
                 now = registry(part, Role.BUFFER).get(key)
-                if now is not tensor:
-                    if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
-                        raise CaptureError(
-                            f"the model replaces its buffer {slot.port.name} by {_brief(now)}, but it was "
-                            f"{_brief(tensor)}; a buffer must keep its shape and dtype"
-                        )
+                if now is not None and now is not tensor and now.shape == tensor.shape and now.dtype == tensor.dtype:
                     tensor.copy_(now.detach())
 
-    def _flat_outputs(self, output: Any) -> tuple[Tensor, ...]:
+    def _flat_outputs(self, output: Any, changes: list[Change], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors among the outputs and among what the model leaves behind; notes what is made of them."""
+        slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
         leaves, self.out_spec = flatten(output)
-        chosen = self._differentiable(leaves)
-        positions: dict[tuple[int, bool], int] = {}
+        positions: dict[int, int] = {}
+
+        def described(tensor: Tensor) -> Value:
+            slot = slots.get(id(tensor))
+            if slot is not None:
+                return Given(slot.port.index) if slot.port.role is Role.INPUT else Standing(slot.places[0])
+            if not is_traced(tensor):
+                return Kept(tensor)
+            if id(tensor) not in positions:
+                positions[id(tensor)] = len(leaves)
+                leaves.append(tensor)
+            return Result(positions[id(tensor)])
+
+        describer = Describer(described, self.state.reachable.holds)
+        made: dict[int, Value] = {}
+        for index, leaf in enumerate(list(leaves)):
+            if isinstance(leaf, Tensor):
+                positions.setdefault(id(leaf), index)
+                if id(leaf) in slots or not is_traced(leaf):
+                    made[index] = described(leaf)
+            elif holds_tensors(leaf):
+                made[index] = describer.describe(leaf)
+        self.effects = effects_of(changes, describer)
+        return self._chosen_outputs(leaves, made)
+
+    def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Value]) -> tuple[Tensor, ...]:
+        chosen = self._differentiable(leaves, made)
+        known: dict[tuple[int, bool], int] = {}
         tensors: list[Tensor] = []
         self.out_leaves, self.attached = [], set[int]()
         for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
-                self.out_leaves.append(Constant(leaf))
+            if index in made or not isinstance(leaf, Tensor):
+                self.out_leaves.append(made.get(index) or Constant(leaf))
                 continue
             key = (id(leaf), index in chosen)
-            if key not in positions:
-                positions[key] = len(tensors)
+            if key not in known:
+                known[key] = len(tensors)
                 # A copy, so that no output is a view of an input or of another; the rewriter drops it again.
                 tensors.append((leaf if index in chosen else leaf.detach()).clone())
-            self.out_leaves.append(positions[key])
+            self.out_leaves.append(known[key])
             if leaf.requires_grad:
-                self.attached.add(positions[key])
+                self.attached.add(known[key])
         return tuple(tensors)
 
-    def _differentiable(self, leaves: list[Any]) -> frozenset[int]:
-        able = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    def _differentiable(self, leaves: list[Any], made: Mapping[int, Value]) -> frozenset[int]:
+        assert self.out_spec is not None
+        able = {
+            i: leaf
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.requires_grad and i not in made
+        }
         if self.differentiable is None:
-            return frozenset(i for i, leaf in able.items() if leaf.ndim == 0) or frozenset(able)
+            scalars = frozenset(i for i, leaf in able.items() if leaf.ndim == 0)
+            returned = frozenset(i for i in able if i < self.out_spec.num_leaves)
+            return scalars | (frozenset() if returned & scalars else returned)
         wrong = sorted(self.differentiable - able.keys()) if self.grad else []
         if wrong:
             raise CaptureError(
@@ -185,6 +245,11 @@ class ModelTrace:
                     self.met.add(pattern)
         return pytree.tree_unflatten(leaves, spec)
 
+    def aside(self, standing: Mapping[str, Place]) -> Beside:
+        """What the program does beside computing, and under which conditions it is that of a call."""
+        live = live_holders(self.effects, (place.holder for place in standing.values()))
+        return Beside(Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects)
+
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""
         named = [*self.state.tied, *(name for _, name in self.state.names.values())]
@@ -195,7 +260,3 @@ class ModelTrace:
                     f"constraint {pattern!r} has no effect: {', '.join(paths[:3])} never runs in this call, or returns "
                     f"no tensor. Constrain parameters ({paths[0]}.weight), or a value in the code with shardc.constrain"
                 )
-
-
-def _brief(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"

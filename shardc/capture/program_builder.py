@@ -12,6 +12,7 @@ from shardc.capture import canonical, provenance
 from shardc.capture.inputs import refuse_foreign, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
+from shardc.capture.side_effects.holders import Place
 from shardc.capture.torch_patches.aot_autograd import input_index, output_kinds, tangent_index
 from shardc.capture.torch_patches.fake_tensors import fake_like, is_fake
 from shardc.errors import CaptureError
@@ -29,11 +30,14 @@ class ProgramBuilder:
         self.rewriter = canonical.Rewriter(self.origins)
         self.inputs: list[Port] = []
         self.constants: dict[str, Tensor] = {}
+        self.standing: dict[str, Place] = {}
+        """Where those of the constants stand that something holds."""
 
     def program(self) -> Program:
         """The canonical program, with the ports of its inputs and results."""
         graph = self.traced.graph
         ports, values = self._results()
+        self.written = {port.name for port in ports if port.role is Role.MUTATION}
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
@@ -55,6 +59,8 @@ class ProgramBuilder:
             constants=self.constants,
             tied=dict(self.trace.state.tied),
             attached=frozenset(self.trace.attached),
+            standing=self.standing,
+            aside=self.trace.aside(self.standing),
         )
 
     def _results(self) -> tuple[list[Port], list[fx.Node | None]]:
@@ -81,12 +87,17 @@ class ProgramBuilder:
     def _placeholders(self, nodes: list[fx.Node]) -> None:
         left = {self._port(old): old for old in self.traced.graph.nodes if old.op == "placeholder"}
         like = {form(slot.fake): left[slot.port].meta["val"] for slot in self.trace.visible_slots if self.trace.hides}
+        needed = {operand for node in nodes for operand in node.all_input_nodes}
         for slot in self.trace.slots:
             old = left.pop(slot.port, None)
+            if slot.port.role is Role.CONSTANT:
+                if old not in needed and slot.port.name not in self.written:
+                    continue
+                self.constants[slot.port.name] = slot.places[0].get()
+                self.standing[slot.port.name] = slot.places[0]
             self._input(slot.port, old, old.meta["val"] if old else like[form(slot.fake)])
         for port, old in left.items():
             self._input(port, old, old.meta["val"])
-        needed = {operand for node in nodes for operand in node.all_input_nodes}
         for old in self.traced.graph.nodes:
             if old.op == "get_attr" and old in needed:
                 self._constant(old)
@@ -123,7 +134,7 @@ class ProgramBuilder:
         if self.trace.hides and is_fake(value):
             raise Unlike("a tensor of a layer that is skipped is used elsewhere")
         refuse_foreign(value)
-        name = f"constant:{len(self.constants)}"
+        name = f"constant:{len(self.trace.state.standing) + len(self.constants) - len(self.standing)}"
         self.constants[name] = value
         if "val" not in old.meta:
             old.meta["val"] = fake_like(self.trace.mode, value)

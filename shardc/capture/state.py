@@ -1,40 +1,47 @@
-"""The state of a model while it is captured: each tensor once, and what restores the model afterwards."""
+"""The state of a model while it is captured: each tensor once, where it stands, and what restores the model afterwards.
+
+self.table = torch.ones(8)      # no buffer, but forward reads it: a CONSTANT whose value goes into every run
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import operator
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from shardc.capture.repeated_layers import EVERY
+from shardc.capture.side_effects.code import makes_tensors
+from shardc.capture.side_effects.holders import Place
+from shardc.capture.side_effects.reachable import Reachable
+from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.ir.program import Port, Role
 
 
 @dataclasses.dataclass(frozen=True)
 class StateEntry:
-    """One argument of the traced function: its port, its fake tensor, and the `owners` that hold it, each as a module
-    and the name in its registry."""
+    """One argument of the traced function: its port, its fake tensor, the places where it stands, and the `owners` that
+    hold it, each as a module and the name in its registry."""
 
     port: Port
     fake: Tensor
+    places: tuple[Place, ...] = ()
     owners: tuple[tuple[nn.Module, str], ...] = ()
 
 
 class State:
-    """The tensors of a model, each once, and what restores the model to what it was.
+    """The tensors of a model, each once, and what restores all that its code can reach.
 
-    `left` names the attributes, by module path, that the model changed while it was captured. `tied` maps further
-    names of a tensor to its first.
+    `tied` maps further names of a tensor to its first. `standing` are the places of tensors that are neither parameters
+    nor buffers. `objects` are further things that the call hands to the model, by name.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, objects: Iterable[tuple[str, Any]] = ()) -> None:
         self.module = module
-        self.left: dict[str, None] = {}
+        self.reachable = Reachable([("model", module), *objects])
+        self.before = Snapshot(self.reachable.holders)
         self.tied: dict[str, str] = {}
         self.names: dict[int, tuple[Role, str]] = {}
         self.tensors: dict[int, Tensor] = {}
@@ -44,6 +51,13 @@ class State:
                 for key, tensor in registry(part, role).items():
                     if tensor is not None:
                         self._add(role, f"{path}.{key}" if path else key, part, key, tensor)
+        self.standing: dict[str, Place] = {}
+        for places in self.reachable.tensors.values():
+            tensor = places[0].get()
+            if id(tensor) not in self.names and _is_plain(tensor):
+                name = f"constant:{len(self.standing)}"
+                self.names[id(tensor)], self.tensors[id(tensor)] = (Role.CONSTANT, name), tensor
+                self.standing[name] = places[0]
 
     def _add(self, role: Role, name: str, part: nn.Module, key: str, tensor: Tensor) -> None:
         known = self.names.setdefault(id(tensor), (role, name))
@@ -54,65 +68,36 @@ class State:
 
     def slots(self, fake: Callable[[Tensor], Tensor]) -> list[StateEntry]:
         """An entry for every tensor, parameters first; `fake` makes the fake tensor of each."""
+        places = self.reachable.tensors
         return [
-            StateEntry(Port(role, name), fake(self.tensors[key]), tuple(self.owners[key]))
+            StateEntry(
+                Port(role, name), fake(self.tensors[key]), tuple(places.get(key, ())), tuple(self.owners.get(key, ()))
+            )
             for key, (role, name) in self.names.items()
         ]
 
+    def uncache(self) -> None:
+        """Put bare functions in the places of those that remember their results, which would be those of the trace."""
+        for place, function in self.reachable.cached:
+            if makes_tensors(function.__wrapped__):
+                place.set(function.__wrapped__)
+
     @contextmanager
     def unchanged(self) -> Generator[None]:
-        """At the end, undo what the model did to its attributes in here, and note it in `left`."""
-        parts = [(path, part, dict(vars(part))) for path, part in self.module.named_modules()]
-        values = [value for *_, attributes in parts for value in attributes.values()]
-        containers = [
-            (value, copy.copy(value) if value else None) for value in values if isinstance(value, _CONTAINERS)
-        ]
+        """At the end, put everything back that the code of the model can reach."""
         try:
             yield
         finally:
-            # most are empty, and stay so
-            refilled = {
-                id(value) for value, before in containers if (value if before is None else _differ(value, before))
-            }
-            for path, part, before in parts:
-                now = vars(part)
-                same = list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
-                if same and refilled.isdisjoint(map(id, now.values())):
-                    continue
-                for name in (*now, *(name for name in before if name not in now)):
-                    old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
-                    flag = name.startswith("_") and isinstance(new, bool)  # tells that something was set up
-                    if name not in _KEPT_BY_TORCH and not flag and (_differ(old, new) or id(new) in refilled):
-                        self.left.setdefault(f"{path}.{name}" if path else name)
-                now.clear()
-                now.update(before)
-            for value, before in containers:
-                _refill(value, before or ())
+            self.before.restore()
+
+    def left(self) -> list[Change]:
+        """What was changed outside of `unchanged`, and is put back now."""
+        return self.before.restore()
 
 
-_CONTAINERS = (dict, list, set)
-_KEPT_BY_TORCH = frozenset({*EVERY, "_flat_weights", "_flat_weight_refs", "_shardc"})
-"""Attributes that torch and shardc keep in every module, or in recurrent ones."""
-_ABSENT = object()
-
-
-def _differ(old: Any, new: Any) -> bool:
-    """Whether two values differ. Containers are compared element by element, tensors by identity."""
-    if old is new or type(old) is not type(new):
-        return old is not new
-    if isinstance(old, dict):
-        return list(old) != list(new) or any(_differ(old[key], new[key]) for key in old)
-    if isinstance(old, (list, tuple)):
-        return len(old) != len(new) or any(_differ(a, b) for a, b in zip(old, new, strict=True))
-    try:
-        return isinstance(old, Tensor) or bool(old != new)
-    except Exception:  # values that cannot be compared count as different
-        return True
-
-
-def _refill(value: Any, before: Any) -> None:
-    value.clear()
-    value.extend(before) if isinstance(value, list) else value.update(before)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor that a model merely refers to can go into the program as a value of every run."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.requires_grad
 
 
 def registry(part: nn.Module, role: Role) -> dict[str, Tensor | None]:

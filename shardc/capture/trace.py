@@ -8,12 +8,12 @@ models larger than memory, are captured as they are. The model itself stays as i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from shardc.capture.inputs import opaque
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
@@ -32,7 +32,7 @@ def capture(
     grad: bool = True,
     differentiable: frozenset[int] | None = None,
     constraints: Mapping[str, Spec] | None = None,
-    hooks: bool = True,
+    function: Callable[..., Any] | None = None,
     dynamic: Mapping[int, Mapping[int, str]] | None = None,
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
@@ -45,7 +45,7 @@ def capture(
       or, if there is none, every floating output that does.
     - `constraints`: specs by pattern of module paths, which `shardc.constrain` puts on the tensors that these modules
       return.
-    - `hooks=False`: the caller runs the hooks of `module` itself.
+    - `function`: what is called in place of `module`: its forward, where the caller runs the module's own hooks.
     - `dynamic`: names of dims of flat inputs, whose sizes stay symbols in the graph (shardc.capture.dynamic_sizes).
 
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
@@ -54,19 +54,13 @@ def capture(
     arguments = tuple(args), dict(kwargs or {})
 
     def traced(watch: Watch | None = None) -> tuple[ModelTrace, Program]:
-        rest = grad, differentiable, dict(constraints or {}), hooks, dynamic or {}, watch
-        trace = ModelTrace(State(module), *arguments, *rest)
+        rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch
+        trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest)
         return trace, ProgramBuilder(trace, trace.run()).program()
 
     repeats = [] if dynamic else find(module, constraints or ())
     trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
     trace.check_met()
-    if trace.state.left:
-        warnings.warn(
-            f"forward leaves something in {', '.join(trace.state.left)}; the compiled program does not, it keeps "
-            "buffers only: return the value, or register it with register_buffer",
-            stacklevel=2,
-        )
     return program
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,14 @@ Dims = Mapping[int, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and whether the
-    model's own hooks are part of the program."""
+    """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and the function that
+    is captured (None: the model as a whole, its own hooks included)."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     differentiable: frozenset[int] | None = None
-    hooks: bool = True
+    function: Callable[..., Any] | None = None
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Inputs) -> ModelCall:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -43,12 +43,42 @@ class Port:
     index: int = 0
 
 
+class Made(Protocol):
+    """An output of the user's program that is made anew at every run, of results, inputs and what exists."""
+
+    def make(self, run: Any) -> Any: ...
+
+
+class Aside(Protocol):
+    """What a call of the user's program does beside computing its results."""
+
+    def broken(self) -> str:
+        """Why a call is not one of this program: which value that the code read has changed. "" if it is."""
+        ...
+
+    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Any:
+        """What `Made.make` needs to know of a run."""
+        ...
+
+    def replay(self, run: Any) -> None:
+        """Leave behind what the user's program leaves behind."""
+        ...
+
+
+class Stands(Protocol):
+    """A place where a tensor stands."""
+
+    def get(self) -> torch.Tensor: ...
+
+
 @dataclass
 class Program:
     """A captured model: a version of its graph, one port per placeholder and per element of the output tuple.
 
-    `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
-    itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
+    `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, the constant
+    itself wrapped in `Constant`, or how it is made. After them come the tensors that the program leaves behind (`aside`
+    says where). `constants` are tensors that the program holds; those that stand `standing` in a place are looked up
+    there at every run. `tied` maps every alias of a parameter to the name that the graph uses.
     `attached` are the positions of the outputs that require a gradient on one device.
     """
 
@@ -56,10 +86,12 @@ class Program:
     inputs: list[Port]
     outputs: list[Port]
     out_spec: TreeSpec
-    out_leaves: list[int | Constant]
+    out_leaves: list[int | Constant | Made]
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     attached: frozenset[int] = frozenset()
+    standing: dict[str, Stands] = field(default_factory=dict[str, Stands])
+    aside: Aside | None = None
 
     @property
     def graph(self) -> fx.Graph:

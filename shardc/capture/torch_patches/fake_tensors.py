@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
@@ -57,6 +58,11 @@ def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int]
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor."""
     return isinstance(value, FakeTensor)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a tensor is one of a trace: what user code sees of a fake tensor is wrapped once more."""
+    return isinstance(value, (FakeTensor, FunctionalTensor))
 
 
 def require_equal(one: int | torch.SymInt, other: int | torch.SymInt) -> None:

@@ -1,4 +1,4 @@
-"""Private state of modules and tensors: hooks, versions, and the weights of recurrent layers."""
+"""Private state of modules and tensors: hooks and versions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,3 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written in place. Only autograd reads this number, so it has no public name."""
     return tensor._version
-
-
-def refresh_flat_weights(module: nn.Module) -> None:
-    """Let recurrent layers read the weights that their registries hold now.
-
-    They keep the same weights in a private list as well, and forward reads the list.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.RNNBase):
-            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]

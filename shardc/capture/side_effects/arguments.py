@@ -1,0 +1,70 @@
+"""Containers among the arguments of a call: each call brings its own, so they are found by the way to them.
+
+def forward(self, batch):
+    batch["logits"] = ...        # Argument(way=(0, 0)): args[0], whichever dict it is in this call
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from shardc.capture.side_effects.holders import Attributes, Contents, Holder, holder_of
+from shardc.capture.side_effects.reachable import PLAIN
+
+Way = tuple[Any, ...]
+"""How to get from the pair (args, kwargs) to a value: keys, indices, and names of attributes in `Attribute`."""
+
+
+class Attribute(str):
+    """A step of a way that is an attribute's name."""
+
+
+class Argument(Holder):
+    """A container in the arguments, of this call or of any other."""
+
+    def __init__(self, inner: Holder, way: Way) -> None:
+        super().__init__(inner.target, inner.path)
+        self._inner, self.way = inner, way
+
+    def get(self) -> Contents:
+        return self._inner.get()
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        self._inner.put(contents)
+
+    def name(self, key: Any) -> str:
+        return self._inner.name(key)
+
+    def of(self, arguments: Any) -> Holder:
+        """The holder in the arguments of another call."""
+        value = arguments
+        for step in self.way:
+            value = getattr(value, step) if isinstance(step, Attribute) else value[step]
+        holder = Attributes(value, self.path) if isinstance(self._inner, Attributes) else holder_of(value, self.path)
+        assert holder is not None  # the structure of the arguments is part of what a program was compiled for
+        return holder
+
+
+def argument_holders(arguments: Any) -> Iterator[Argument]:
+    """The containers and objects in the arguments that code could change."""
+    seen = set[int]()
+    todo: deque[tuple[Any, Way, str]] = deque([(arguments, (), "the arguments")])
+    while todo:
+        value, way, path = todo.popleft()
+        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        holder = holder_of(value, path)
+        if holder is None and not callable(value) and hasattr(value, "__dict__"):
+            holder = Attributes(value, path)
+            todo += [(item, (*way, Attribute(key)), holder.name(key)) for key, item in holder.get().items()]
+        elif isinstance(value, (tuple, list, deque)):
+            todo += [(item, (*way, index), f"{path}[{index}]") for index, item in enumerate(value)]
+        elif isinstance(value, dict):
+            todo += [(item, (*way, key), f"{path}[{key!r}]") for key, item in value.items()]
+        if holder is not None:
+            yield Argument(holder, way)

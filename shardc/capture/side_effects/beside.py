@@ -1,0 +1,72 @@
+"""What a call does beside computing its results: found in one run of the model under the tracer, kept for all others.
+
+h = self.up(x); self.last = h       ->    guards: model.training is True, ...; effects: model.last = Result(1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardc.capture.side_effects.arguments import Argument, argument_holders
+from shardc.capture.side_effects.guards import Guards
+from shardc.capture.side_effects.holders import Holder
+from shardc.capture.side_effects.reachable import Reachable
+from shardc.capture.side_effects.replay import Describer, Run, SideEffect, Value, side_effect
+from shardc.capture.side_effects.snapshot import Change, Snapshot
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The guards of a program, and what its runs leave behind."""
+
+    guards: Guards
+    effects: tuple[SideEffect, ...] = ()
+
+    def broken(self) -> str:
+        """Why a call is not one of this program, in a few words; "" if it is."""
+        return self.guards.broken()
+
+    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Run:
+        """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
+        return Run(results, inputs, arguments)
+
+    def replay(self, run: Run) -> None:
+        """Leave behind what the model leaves behind."""
+        for effect in self.effects:
+            effect.replay(run)
+
+
+class Watched:
+    """One run of the model, from now on: what it changes in what it can reach and in its arguments."""
+
+    def __init__(self, reachable: Reachable, arguments: Any) -> None:
+        self._reachable = reachable
+        self._snapshot = Snapshot([*reachable.holders, *argument_holders(arguments)])
+
+    def changes(self, ignored: Callable[[Holder, Any], bool]) -> list[Change]:
+        """What has changed, but for the keys that are `ignored`."""
+        changes: list[Change] = []
+        for change in self._snapshot.changes():
+            keys = {key for key in change.keys() if not ignored(change.holder, key)}
+            if keys or not change.keys():
+                changes.append(change.only(keys))
+        return changes
+
+    def describer(self, tensor: Callable[[Tensor], Value]) -> Describer:
+        """Describes what changed; `tensor` describes a tensor of the trace."""
+        return Describer(tensor, self._reachable.holds)
+
+
+def effects_of(changes: Iterable[Change], describer: Describer) -> tuple[SideEffect, ...]:
+    """The side effects behind changes, in their order."""
+    return tuple(side_effect(change, describer) for change in changes)
+
+
+def live_holders(effects: Iterable[SideEffect], others: Iterable[Holder]) -> set[int]:
+    """The identities of the things that a program reads or writes at every run."""
+    holders = [effect.holder for effect in effects if not isinstance(effect.holder, Argument)]
+    return {id(holder.target) for holder in (*holders, *others)}

@@ -1,0 +1,201 @@
+"""Guards: the plain values that a trace may have read, compared at every call.
+
+    guards = Guards(snapshot, reachable.names)      # model.config.tau is 1.0
+    model.config.tau = 0.5
+    guards.broken()                                 # "model.config.tau is 0.5, and was 1.0"
+
+Plain values are compared by type and value, NumPy arrays by their bytes, functions and other objects by identity. The
+values of tensors go into every run, so only their shapes, dtypes and the like are compared. Nearly always every value
+is the object that it was, and one pass over all of them in C says so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from shardc.capture.side_effects.holders import (
+    Attributes,
+    Cell,
+    Contents,
+    Elements,
+    Holder,
+    Members,
+    Names,
+    Place,
+    Slots,
+)
+from shardc.capture.side_effects.reachable import LONG, PLAIN
+
+NEVER_READ = frozenset({"_shardc"})
+"""Attributes of shardc's own."""
+
+
+class Guards:
+    """The conditions under which a program is that of a call: that `contents` is what the holders hold.
+
+    Of objects, the attributes in `names` count. `free` are places that forward writes before it reads them. `live` are
+    the holders that the program itself reads or writes at every run: another object may not take their place.
+    """
+
+    def __init__(
+        self,
+        contents: Iterable[tuple[Holder, Contents]],
+        names: Collection[str],
+        free: Collection[Place] = (),
+        live: Collection[int] = (),
+    ) -> None:
+        unread = {(id(place.holder), place.key) for place in free}
+        untouched = {id(place.holder) for place in free if place.key is WHOLE}
+        self._live = live
+        self._values: list[_Values] = []
+        self._sized: list[tuple[Holder, int]] = []
+        self._empty: list[Any] = []
+        for holder, held in contents:
+            if id(holder) in untouched:
+                continue
+            of_object = isinstance(holder, (Attributes, Slots))
+            keys = [
+                key
+                for key in held
+                if (id(holder), key) not in unread and key not in NEVER_READ and not (of_object and key not in names)
+            ]
+            if type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names)):
+                if held:
+                    self._sized.append((holder, len(held)))
+                else:
+                    self._empty.append(holder.target)
+            if keys and len(held) <= LONG:
+                self._values.append(_Values(holder, keys, [held[key] for key in keys]))
+        self._gather()
+
+    def _gather(self) -> None:
+        """Lay all values out in a row, for the quick comparison."""
+        self._getters = [values.getter for values in self._values]
+        self._targets = [values.holder.target for values in self._values]
+        self._expected = [item for values in self._values for item in values.expected]
+        self._lengths = [length for _, length in self._sized]
+        self._containers = [holder.target for holder, _ in self._sized]
+        self._tensors = [item for item in {id(v): v for v in self._expected}.values() if isinstance(item, Tensor)]
+        self._forms = [_form(tensor) for tensor in self._tensors]
+        arrays = [item for item in self._expected if isinstance(item, np.ndarray)]
+        self._arrays = [(array, array.tobytes()) for array in arrays]
+
+    def broken(self) -> str:
+        """What does not hold any more, in a few words; "" if all holds."""
+        if any(self._empty):
+            return f"{next(filter(None, self._empty))!r} was empty"
+        if list(map(len, self._containers)) != self._lengths:
+            return next(
+                f"{holder.path} has {len(holder.target)} elements, and had {length}"
+                for holder, length in self._sized
+                if len(holder.target) != length
+            )
+        try:
+            values = chain.from_iterable(map(operator.call, self._getters, self._targets))
+            same = all(map(operator.is_, values, self._expected))
+        except (LookupError, AttributeError, ValueError):
+            same = False
+        reason = "" if same else self._compare()
+        if reason:
+            return reason
+        for tensor, form in zip(self._tensors, self._forms, strict=True):
+            if _form(tensor) != form:
+                return f"a tensor is {_form(tensor)}, and was {form}"
+        for array, data in self._arrays:
+            if array.tobytes() != data:
+                return f"an array of shape {array.shape} has other values than it had"
+        return ""
+
+    def _compare(self) -> str:
+        """Compare value by value. What equals what was there takes its place, so that the next check is quick."""
+        for values in self._values:
+            contents = values.holder.get()
+            for key, expected in zip(values.keys, values.expected, strict=False):
+                now = contents.get(key, _GONE)
+                if now is not expected and not self._equal(now, expected):
+                    name = values.holder.name(key)
+                    return f"{name} is gone" if now is _GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
+            values.take(contents)
+        self._gather()
+        return ""
+
+    def _equal(self, now: Any, expected: Any, deep: int = 8) -> bool:
+        """Whether a value may stand for another one that the trace has seen."""
+        if now is expected:
+            return True
+        if type(now) is not type(expected) or not deep:
+            return False
+        if isinstance(now, Tensor):
+            return _form(now) == _form(expected)
+        if isinstance(now, np.ndarray):
+            return now.dtype == expected.dtype and now.shape == expected.shape and now.tobytes() == expected.tobytes()
+        if isinstance(now, (*PLAIN, Enum)):
+            return bool(now == expected) or (now != now and expected != expected)  # type: ignore[comparison-overlap]
+        if id(expected) in self._live or callable(now):
+            return False
+        if isinstance(now, dict):
+            items: Sequence[tuple[Any, Any]] = list(zip(now.values(), expected.values(), strict=False))
+            return list(now) == list(expected) and all(self._equal(a, b, deep - 1) for a, b in items)
+        if isinstance(now, (list, tuple)):
+            pairs: Iterable[tuple[Any, Any]] = zip(now, expected, strict=False)
+            return len(now) == len(expected) and all(self._equal(a, b, deep - 1) for a, b in pairs)
+        if isinstance(now, (set, frozenset)):
+            return bool(now == expected)
+        return hasattr(now, "__dict__") and self._equal(vars(now), vars(expected), deep - 1)
+
+
+_COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
+WHOLE = object()
+"""The key of a `Place` that stands for all contents of its holder."""
+_GONE = object()
+
+
+class _Values:
+    """The values that stood under some keys of one holder, and how to get those that stand there now."""
+
+    def __init__(self, holder: Holder, keys: list[Any], values: list[Any]) -> None:
+        self.holder, self.keys = holder, keys
+        self.getter, self._twice = _getter(holder, keys)
+        self.expected = values * 2 if self._twice else values
+
+    def take(self, contents: Contents) -> None:
+        """Expect these values from now on."""
+        values = [contents[key] for key in self.keys]
+        self.expected = values * 2 if self._twice else values
+
+
+def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[Any]], bool]:
+    """A function from the holder's target to its values under `keys`, and whether it gives each of them twice."""
+    if isinstance(holder, (Elements, Members)):
+        return iter, False
+    twice = keys * 2 if len(keys) == 1 else keys  # with one key, the getters below give the bare value
+    if isinstance(holder, Slots):
+        return operator.attrgetter(*twice), len(keys) == 1
+    if isinstance(holder, Cell):
+        return operator.attrgetter("cell_contents", "cell_contents"), True
+    get = operator.itemgetter(*twice)
+    if isinstance(holder.target, dict):
+        if type(holder.target).__getitem__ is dict.__getitem__:
+            return get, len(keys) == 1
+        return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items
+    return (lambda owner: get(vars(owner))), len(keys) == 1
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """All of a tensor that a trace depends on, but for its values."""
+    return tensor.requires_grad, tensor.dtype, tensor.shape, type(tensor)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,224 @@
+"""Things with contents that code can change: the attributes of an object, a dict, a list, a set, a closure's cell.
+
+model.seen = [1]        # Attributes(model): {"seen": [1]};  Elements(model.seen): {0: 1}
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import CellType
+from typing import Any
+
+from shardc.errors import ShardcError
+
+Contents = dict[Any, Any]
+"""What a holder holds, by key: an attribute's name, a dict's key, an index."""
+
+
+class Holder(ABC):
+    """Something that holds values. `path` says where it is, as the user would write it: `model.config`."""
+
+    def __init__(self, target: Any, path: str) -> None:
+        self.target = target
+        self.path = path
+
+    @abstractmethod
+    def get(self) -> Contents:
+        """A copy of the contents."""
+
+    @abstractmethod
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        """Make these the contents, in this order."""
+
+    def set(self, key: Any, value: Any) -> None:
+        """Put one value in the place of another."""
+        self.put({**self.get(), key: value})
+
+    def name(self, key: Any) -> str:
+        """How the user would write the place of a value."""
+        return f"{self.path}[{key!r}]"
+
+
+class Items(Holder):
+    """The items of a dict. Of a subclass, what a plain dict would show."""
+
+    def __init__(self, target: dict[Any, Any], path: str) -> None:
+        super().__init__(target, path)
+        self._kind: Any = OrderedDict if isinstance(target, OrderedDict) else dict
+
+    def get(self) -> Contents:
+        return dict(self._kind.items(self.target))
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        self._kind.clear(self.target)
+        for key, value in contents.items():
+            self._kind.__setitem__(self.target, key, value)
+
+    def set(self, key: Any, value: Any) -> None:
+        self._kind.__setitem__(self.target, key, value)
+
+
+class Attributes(Items):
+    """The attributes in the `__dict__` of an object."""
+
+    def __init__(self, owner: Any, path: str) -> None:
+        super().__init__(vars(owner), path)
+        self.owner = owner
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}.{key}"
+
+
+class Registry(Items):
+    """What a module holds by name: its parameters, buffers, children, or hooks."""
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}.{key}"
+
+
+class Slots(Holder):
+    """The attributes of an object with `__slots__`."""
+
+    def __init__(self, owner: Any, path: str) -> None:
+        super().__init__(owner, path)
+        self.owner = owner
+        slots = [name for cls in type(owner).__mro__ for name in _slots(cls)]
+        self._slots = [name for name in slots if name not in ("__dict__", "__weakref__")]
+
+    def get(self) -> Contents:
+        return {name: getattr(self.target, name) for name in self._slots if hasattr(self.target, name)}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        for name in self._slots:
+            if name in contents:
+                object.__setattr__(self.target, name, contents[name])
+            elif hasattr(self.target, name):
+                object.__delattr__(self.target, name)
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}.{key}"
+
+
+def _slots(cls: type) -> Sequence[str]:
+    slots: Any = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+class Elements(Holder):
+    """The elements of a list or a deque."""
+
+    def get(self) -> Contents:
+        return dict(enumerate(self.target))
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        self.target.clear()
+        self.target.extend(contents.values())
+
+    def set(self, key: Any, value: Any) -> None:
+        self.target[key] = value
+
+
+class Members(Holder):
+    """The members of a set, each under itself."""
+
+    def get(self) -> Contents:
+        return {member: member for member in self.target}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        self.target.clear()
+        self.target.update(contents.values())
+
+
+class Names(Holder):
+    """Those of the names in a namespace (globals, or the attributes of a class) that code uses."""
+
+    def __init__(self, owner: Any, path: str) -> None:
+        super().__init__(owner, path)
+        self.used: dict[str, None] = {}
+
+    def get(self) -> Contents:
+        space = self.target if isinstance(self.target, dict) else vars(self.target)
+        return {name: space[name] for name in self.used if name in space}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        now = self.get()
+        for name in self.used:
+            if name in contents and (name not in now or now[name] is not contents[name]):
+                self.set(name, contents[name])
+            elif name in now and name not in contents:
+                self._delete(name)
+
+    def set(self, key: Any, value: Any) -> None:
+        if isinstance(self.target, dict):
+            self.target[key] = value
+        else:
+            setattr(self.target, key, value)
+
+    def _delete(self, name: str) -> None:
+        if isinstance(self.target, dict):
+            del self.target[name]
+        else:
+            delattr(self.target, name)
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}.{key}"
+
+
+_EMPTY = "an empty cell"
+
+
+class Cell(Holder):
+    """The variable of an enclosing function."""
+
+    target: CellType
+
+    def get(self) -> Contents:
+        try:
+            return {0: self.target.cell_contents}
+        except ValueError:
+            return {}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        if contents:
+            self.target.cell_contents = contents[0]
+        elif self.get():
+            del self.target.cell_contents
+
+    def set(self, key: Any, value: Any) -> None:
+        self.target.cell_contents = value
+
+    def name(self, key: Any) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands: under a key of a holder."""
+
+    holder: Holder
+    key: Any
+
+    def __str__(self) -> str:
+        return self.holder.name(self.key)
+
+    def get(self) -> Any:
+        """The value that stands there now. Raises ShardcError where there is none any more."""
+        contents = self.holder.get()
+        if self.key not in contents:
+            raise ShardcError(f"{self} is gone, but the compiled program reads it: assign it again")
+        return contents[self.key]
+
+    def set(self, value: Any) -> None:
+        self.holder.set(self.key, value)
+
+
+def holder_of(value: Any, path: str) -> Holder | None:
+    """What holds the contents of a container; None for what cannot change, and for objects."""
+    if isinstance(value, dict):
+        return Items(value, path)
+    if isinstance(value, (list, deque)):
+        return Elements(value, path)
+    return Members(value, path) if isinstance(value, set) else None

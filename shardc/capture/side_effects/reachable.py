@@ -1,0 +1,276 @@
+"""What the code of a model can reach, found without running it.
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            seen.append(self.config.tau)      # holders: model, model.config, the globals of the module, seen
+            return x / self.config.tau
+
+The walk starts at the modules and their hooks. An attribute of an object is followed where some code names it, and a
+method is read where some code names it, too: so what forward never names (a trainer, a logger) stays outside. Code of
+torch, of NumPy and of Python's library is not read, but for the attributes that torch's modules name.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shardc.capture.side_effects.code import free_names, is_known, names
+from shardc.capture.side_effects.holders import Attributes, Cell, Holder, Names, Place, Registry, Slots, holder_of
+
+PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
+    torch.memory_format, torch.layout, np.generic, PurePath, type(Ellipsis), type(NotImplemented),
+)  # fmt: skip
+"""Values that do not change, and are compared by value."""
+
+LONG = 1000
+"""Containers with more elements are not looked into: to read them at every call would take too long."""
+
+_STATE = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+_OURS = frozenset({"_shardc"})
+_CACHED = type(functools.lru_cache(lambda: None))  # type: ignore[arg-type]
+_OPEN_LIBRARY = frozenset({"types", "argparse", "collections", "dataclasses", "functools", "typing"})
+"""Modules of Python's library whose objects are mere containers of the user's values."""
+
+
+class Reachable:
+    """The holders that code can reach from `roots`, by name, and the places where tensors and cached functions stand.
+
+    Everything found is kept alive, so that no two things have one id.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+        self.holders: list[Holder] = []
+        self.tensors: dict[int, list[Place]] = {}
+        self.cached: list[tuple[Place, Any]] = []
+        """Functions with `functools.lru_cache`, and where they stand."""
+        self.names: set[str] = set()
+        self._seen: dict[int, Any] = {}
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
+        self._todo: deque[tuple[Any, str]] = deque()
+        for path, value in roots:
+            self._todo.append((value, path))
+        while self._todo:
+            self._visit(*self._todo.popleft())
+
+    def holds(self, value: Any) -> bool:
+        """Whether the walk met this very object."""
+        return id(value) in self._seen
+
+    def _stands(self, holder: Holder, key: Any, value: Any) -> None:
+        """A value was met in a place."""
+        if type(value) in _ATOMS:
+            return
+        place = Place(holder, key)
+        if isinstance(value, Tensor):
+            self._seen[id(value)] = value
+            self.tensors.setdefault(id(value), []).append(place)
+        elif isinstance(value, _CACHED):
+            self.cached.append((place, value))
+            self._todo.append((value.__wrapped__, holder.name(key)))
+        else:
+            self._todo.append((value, holder.name(key)))
+
+    def _visit(self, value: Any, path: str) -> None:
+        if isinstance(value, (*PLAIN, Enum)) or id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            self._function(value, path)
+        elif isinstance(value, MethodType):
+            self._todo += [(value.__func__, path), (value.__self__, path)]
+        elif isinstance(value, functools.partial):
+            self._todo += [(part, path) for part in (value.func, value.args, value.keywords)]
+        elif isinstance(value, (tuple, frozenset)):
+            self._todo += [(part, f"{path}[{i}]") for i, part in enumerate(itertools.islice(value, LONG))]
+        elif isinstance(value, property):
+            self._todo += [(part, path) for part in (value.fget, value.fset, value.fdel) if part]
+        elif isinstance(value, (classmethod, staticmethod)):
+            self._todo.append((value.__func__, path))
+        elif isinstance(value, functools.cached_property):
+            self._todo.append((value.func, path))
+        elif isinstance(value, weakref.ref):
+            self._todo.append((value(), path))
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, ModuleType):
+            if not is_known(getattr(value, "__file__", None) or "<frozen"):
+                self._attributes(Names(value, value.__name__), vars(value))
+        elif isinstance(value, nn.Module):
+            self._module(value, path)
+        elif (holder := holder_of(value, path)) is not None:
+            self._container(holder, value)
+        elif not isinstance(value, BuiltinFunctionType) and _opens(type(value)):
+            self._object(value, path)
+
+    def _container(self, holder: Holder, value: Any) -> None:
+        self.holders.append(holder)
+        if type(value).__module__ != "builtins":
+            self._class(type(value))
+        if len(value) <= LONG:
+            for key, item in holder.get().items():
+                self._stands(holder, key, item)
+
+    def _object(self, value: Any, path: str) -> None:
+        self._class(type(value))
+        if hasattr(value, "__dict__"):
+            holder = Attributes(value, path)
+            self.holders.append(holder)
+            self._attributes(holder, vars(value))
+        elif not isinstance(value, Enum) and any("__slots__" in vars(cls) for cls in type(value).__mro__):
+            slots = Slots(value, path)
+            self.holders.append(slots)
+            self._attributes(slots, slots.get())
+
+    def _module(self, part: nn.Module, path: str) -> None:
+        holder, attributes = Attributes(part, path), vars(part)
+        self.holders.append(holder)
+        self._class(type(part))
+        for name in (*_STATE, *_HOOKS):
+            if isinstance(attributes.get(name), dict):
+                registry = Registry(attributes[name], path if name in _STATE else holder.name(name))
+                self._seen[id(registry.target)] = registry.target
+                self.holders.append(registry)
+                for key, item in registry.get().items():
+                    self._stands(registry, key, item)
+        if "forward" in attributes:
+            self._stands(holder, "forward", attributes["forward"])
+        skipped = {*_STATE, *_HOOKS, *_OURS, "forward"}
+        self._attributes(holder, {name: value for name, value in attributes.items() if name not in skipped})
+
+    def _attributes(self, holder: Holder, attributes: dict[str, Any]) -> None:
+        """Follow the attributes that code names, now or as soon as it does."""
+        for name, value in list(attributes.items()):
+            if type(value) in _ATOMS and not isinstance(holder, Names):
+                continue
+            self._when(name, functools.partial(self._attribute, holder, name))
+        if isinstance(holder, Names):
+            self.holders.append(holder)
+
+    def _attribute(self, holder: Holder, name: str) -> None:
+        contents = vars(holder.target) if isinstance(holder, Names) and not isinstance(holder.target, dict) else None
+        contents = holder.target if contents is None and isinstance(holder.target, dict) else contents
+        value = contents.get(name, _GONE) if contents is not None else holder.get().get(name, _GONE)
+        if value is _GONE:
+            return
+        if isinstance(holder, Names):
+            if isinstance(value, (FunctionType, classmethod, staticmethod, property, type, ModuleType)):
+                self._todo.append((value, holder.name(name)))
+                return
+            holder.used[name] = None
+        self._stands(holder, name, value)
+
+    def _when(self, name: str, then: Callable[[], None]) -> None:
+        if name in self.names:
+            then()
+        else:
+            self._waiting.setdefault(name, []).append(then)
+
+    def _use(self, used: Iterable[str]) -> None:
+        for name in used:
+            if name not in self.names:
+                self.names.add(name)
+                for then in self._waiting.pop(name, ()):
+                    then()
+
+    def _class(self, cls: type) -> None:
+        """The methods and the values that code names, in a class and its bases. Operators (`__len__`) need no name."""
+        for base in cls.__mro__:
+            if base in (object, nn.Module) or ("class", id(base)) in self._seen:
+                continue
+            self._seen["class", id(base)] = base  # type: ignore[index]
+            file = getattr(sys.modules.get(base.__module__), "__file__", None) or "<frozen"
+            if is_known(file):
+                if issubclass(base, nn.Module):
+                    self._use(_methods_names(base))
+                continue
+            space = Names(base, base.__qualname__)
+            for name, value in vars(base).items():
+                if name == "forward" or (name.startswith("__") and isinstance(value, FunctionType)):
+                    self._todo.append((value, f"{base.__qualname__}.{name}"))
+            self._attributes(space, {n: v for n, v in vars(base).items() if not n.startswith("__")})
+
+    def _function(self, function: FunctionType, path: str) -> None:
+        code = function.__code__
+        wrapped = vars(function)
+        if is_known(code.co_filename) and not wrapped and code.co_filename != "<string>":
+            closure = function.__closure__ or ()
+            self._todo += [(cell.cell_contents, path) for cell in closure if _callable_in(cell)]
+            return
+        self._use(names(code))
+        space = self._globals(function)
+        for name in free_names(code):
+            if name not in space.used and not name.startswith("__"):
+                known = function.__globals__.get(name, _GONE)
+                if isinstance(known, (FunctionType, type, ModuleType)):
+                    self._todo.append((known, name))
+                else:  # also what is not there yet
+                    space.used[name] = None
+                    if known is not _GONE:
+                        self._stands(space, name, known)
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            holder = Cell(cell, f"{variable} of {function.__qualname__}")
+            if id(cell) not in self._seen:
+                self._seen[id(cell)] = cell
+                self.holders.append(holder)
+                for key, value in holder.get().items():
+                    self._stands(holder, key, value)
+        self._todo += [(part, path) for part in (function.__defaults__, function.__kwdefaults__) if part]
+        if wrapped:
+            holder = Attributes(function, function.__qualname__)
+            self.holders.append(holder)
+            for key, value in holder.get().items():
+                self._stands(holder, key, value)
+
+    def _globals(self, function: FunctionType) -> Names:
+        key = "globals", id(function.__globals__)
+        if key not in self._seen:
+            space = Names(function.__globals__, str(function.__globals__.get("__name__", "globals")))
+            self._seen[key] = space  # type: ignore[index]
+            self.holders.append(space)
+        return self._seen[key]  # type: ignore[index]
+
+
+_GONE = object()
+_ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
+
+
+@functools.cache
+def _opens(cls: type) -> bool:
+    """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model."""
+    if issubclass(cls, (np.ndarray, np.random.Generator, np.random.RandomState)):
+        return False
+    root = cls.__module__.partition(".")[0]
+    if root in ("torch", "numpy", "shardc", "builtins"):
+        return False
+    return root not in sys.stdlib_module_names or root in _OPEN_LIBRARY or root == "__main__"
+
+
+@functools.cache
+def _methods_names(cls: type) -> frozenset[str]:
+    """The attributes that the methods of one of torch's modules name."""
+    functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+    return frozenset(name for function in functions for name in names(function.__code__))
+
+
+def _callable_in(cell: Any) -> bool:
+    try:
+        return callable(cell.cell_contents)
+    except ValueError:
+        return False

@@ -1,0 +1,243 @@
+"""Side effects as data: what a call of the model leaves behind, made again at every run of its program.
+
+    self.seen.append((h, "relu"))   ->   SideEffect(model.seen, appended=(Fresh(tuple, (Result(1), Kept("relu"))),))
+
+A value is described by what it is made of: results of the program, inputs of the call, what stood there before, and
+objects that exist. What the model makes anew at every call is made anew at every run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from shardc.capture.side_effects.arguments import Argument
+from shardc.capture.side_effects.holders import Contents, Holder, Place
+from shardc.capture.side_effects.reachable import PLAIN
+from shardc.capture.side_effects.snapshot import Change
+
+
+@dataclass
+class Run:
+    """What values are made of in one run: the program's results, the flat inputs, the arguments as they were given, and
+    what the holder held before."""
+
+    results: Sequence[Any]
+    inputs: Sequence[Any]
+    arguments: Any
+    before: Contents = field(default_factory=dict[Any, Any])
+    made: dict[int, Any] = field(default_factory=dict[int, Any])
+    """What was made already, by the identity of its description: two places may hold one object."""
+
+
+class Value(ABC):
+    """The description of a value."""
+
+    @abstractmethod
+    def make(self, run: Run) -> Any:
+        """The value in this run."""
+
+
+@dataclass(frozen=True)
+class Kept(Value):
+    """An object that exists, or a value that never changes."""
+
+    value: Any
+
+    def make(self, run: Run) -> Any:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Result(Value):
+    """A result of the program, by its position."""
+
+    index: int
+
+    def make(self, run: Run) -> Any:
+        return run.results[self.index]
+
+
+@dataclass(frozen=True)
+class Given(Value):
+    """An input of the call, by its position among the flat inputs."""
+
+    index: int
+
+    def make(self, run: Run) -> Any:
+        return run.inputs[self.index]
+
+
+@dataclass(frozen=True)
+class Standing(Value):
+    """The tensor that stands in a place: a parameter, say."""
+
+    place: Place
+
+    def make(self, run: Run) -> Any:
+        return self.place.get()
+
+
+@dataclass(frozen=True)
+class Before(Value):
+    """What stood under a key of the holder before the call."""
+
+    key: Any
+
+    def make(self, run: Run) -> Any:
+        return run.before[self.key]
+
+
+@dataclass(frozen=True)
+class Computed(Value):
+    """A number that follows from the one that stood under the same key before."""
+
+    key: Any
+    formula: Callable[[Any], Any]
+
+    def make(self, run: Run) -> Any:
+        return self.formula(run.before[self.key])
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh(Value):
+    """A container or an object that the model makes anew: its class, and its contents by key."""
+
+    kind: type
+    empty: Any = None
+    """An empty container of the kind, to copy; None for tuples and objects."""
+    contents: dict[Any, Value] = field(default_factory=dict[Any, Value])
+
+    def make(self, run: Run) -> Any:
+        if id(self) not in run.made:
+            self._make(run)
+        return run.made[id(self)]
+
+    def _make(self, run: Run) -> None:
+        if issubclass(self.kind, tuple):
+            values = [value.make(run) for value in self.contents.values()]
+            run.made[id(self)] = self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
+            return
+        whole: Any = self.kind.__new__(self.kind) if self.empty is None else self.empty.copy()
+        run.made[id(self)] = whole  # before its contents, which may hold it
+        contents = {key: value.make(run) for key, value in self.contents.items()}
+        if isinstance(whole, dict):
+            whole.update(contents)
+        elif isinstance(whole, set):
+            whole.update(contents.values())
+        elif self.empty is not None:
+            whole.extend(contents.values())
+        else:
+            vars(whole).update(contents)
+
+
+class Describer:
+    """Makes descriptions of the values that one trace left behind.
+
+    `tensor` describes a tensor of the trace. `exists` tells whether an object was there before the call.
+    """
+
+    def __init__(self, tensor: Callable[[Tensor], Value], exists: Callable[[Any], bool]) -> None:
+        self._tensor, self._exists = tensor, exists
+        self._known: dict[int, Value] = {}
+        self._alive: list[Any] = []
+
+    def describe(self, value: Any) -> Value:
+        """The description of a value; one object has one description."""
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if id(value) not in self._known:
+            self._alive.append(value)
+            self._describe(value)
+        return self._known[id(value)]
+
+    def _describe(self, value: Any) -> None:
+        if not self._exists(value):
+            if isinstance(value, (list, tuple, deque)):
+                return self._fresh(value, dict(enumerate(value)))
+            if isinstance(value, dict):
+                return self._fresh(value, value)
+            if isinstance(value, set):
+                return self._fresh(value, {item: item for item in value})
+            if holds_tensors(value):
+                return self._fresh(value, vars(value))
+        self._known[id(value)] = Kept(value)
+        return None
+
+    def _fresh(self, value: Any, contents: Mapping[Any, Any]) -> None:
+        fresh = Fresh(type(value), _emptied(value))
+        self._known[id(value)] = fresh
+        for key, item in contents.items():
+            fresh.contents[key] = self.describe(item)
+
+
+def _emptied(value: Any) -> Any:
+    """An empty container of the same kind, so that no description holds a tensor of the trace."""
+    if not isinstance(value, (dict, list, set, deque)):
+        return None
+    empty = value.copy()
+    empty.clear()
+    return empty
+
+
+def holds_tensors(value: Any, deep: int = 6) -> bool:
+    """Whether an object that is no module has tensors in its attributes, however deep in containers."""
+    if isinstance(value, Tensor):
+        return True
+    if not deep or isinstance(value, (type, nn.Module)):
+        return False
+    inside: Any = ()
+    if isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        inside = value
+    elif hasattr(value, "__dict__") and not callable(value):
+        inside = vars(value).values()
+    return any(holds_tensors(item, deep - 1) for item in list(inside)[:1000])
+
+
+@dataclass(frozen=True)
+class SideEffect:
+    """What a call does to one holder."""
+
+    holder: Holder
+    written: Mapping[Any, Value]
+    deleted: Sequence[Any] = ()
+    appended: Sequence[Value] | None = None
+
+    def replay(self, run: Run) -> None:
+        """Do it again."""
+        holder = self.holder.of(run.arguments) if isinstance(self.holder, Argument) else self.holder
+        if self.appended is not None:
+            holder.target.extend([value.make(run) for value in self.appended])
+            return
+        run.before = holder.get()
+        contents = {key: value for key, value in run.before.items() if key not in self.deleted}
+        contents |= {key: value.make(run) for key, value in self.written.items()}
+        holder.put(contents)
+
+
+def side_effect(change: Change, describer: Describer) -> SideEffect:
+    """The side effect behind a change."""
+    stood = {id(value): key for key, value in change.before.items() if not isinstance(value, (*PLAIN, Enum))}
+    if isinstance(change.holder.target, (list, deque)):
+        before, now = list(change.before.values()), list(change.now.values())
+        limit = getattr(change.holder.target, "maxlen", None)
+        kept = len(before) if limit is None else max(0, min(len(before), limit - 1))
+        for start in range(len(before) - kept, len(before) + 1) if limit else (0,):
+            old = before[start:]
+            if old and len(now) >= len(old) and all(a is b for a, b in zip(old, now, strict=False)):
+                return SideEffect(change.holder, {}, (), [describer.describe(value) for value in now[len(old) :]])
+        if not before:
+            return SideEffect(change.holder, {}, (), [describer.describe(value) for value in now])
+
+    def described(key: Any, value: Any) -> Value:
+        return Before(stood[id(value)]) if id(value) in stood and key != stood[id(value)] else describer.describe(value)
+
+    return SideEffect(change.holder, {key: described(key, change.now[key]) for key in change.written}, change.deleted)
