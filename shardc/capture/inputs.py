@@ -17,6 +17,8 @@ from shardc.capture.side_effects.replay import holds_tensors
 from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
+from shardc.ir.program import name_of
+from shardc.runtime.kernels.random import DRAWS
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -93,6 +95,19 @@ def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -
                     f"{node.target} ({place}) makes a tensor stored as {value.layout}: only dense tensors can be "
                     "sharded; convert it outside of the model, or compute with dense tensors"
                 )
+
+
+def refuse_seeded(
+    nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin], after_seed: Collection[tuple[str, str]]
+) -> None:
+    """Raise CaptureError for a draw that follows a seed set in forward, but was not made while the model was traced."""
+    for node in nodes:
+        place = origins[node]
+        if node.target in DRAWS and (place.module, place.source) in after_seed:
+            raise CaptureError(
+                f"{name_of(node.target)} ({place.source}) draws after forward has set the seed of torch's generator: set "
+                "the seed outside of the model, or draw there with torch.rand or torch.randn"
+            )
 
 
 def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:

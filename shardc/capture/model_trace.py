@@ -17,9 +17,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
+from shardc.capture.side_effects import random_states
 from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
+from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Place
+from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.replay import (
     Describer,
     Given,
@@ -88,9 +91,11 @@ class ModelTrace:
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant | Made] = []
         self.effects: tuple[SideEffect, ...] = ()
+        self.seed: Tensor | None = None
         self.attached: set[int] = set()
         self.met: set[str] = set()
-        self.provenance = Provenance(state.module, self._constrained)
+        self.escapes = Escapes()
+        self.provenance = Provenance(state.module, self._constrained, self.escapes.note)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
@@ -115,11 +120,23 @@ class ModelTrace:
             stack.enter_context(recording())
             stack.enter_context(self.provenance.tracking())
             try:
-                return joint_graph(stack, self._function, fakes)
+                traced = joint_graph(stack, self._function, fakes)
             except ShardcError:
                 raise
             except Exception as error:
                 raise explained(error, self.provenance.stack[-1]) from error
+        self._check_left()
+        return traced
+
+    def _check_left(self) -> None:
+        """Raise CaptureError for what the model has left where no program can leave it again."""
+        changes = self.state.left()
+        if changes:
+            raise CaptureError(
+                f"backward changes {', '.join(changes[0].names())}: a hook there runs while gradients are computed, and a "
+                "compiled backward runs no Python. Take the hook off, or do its work after backward()"
+            )
+        self.escapes.check()
 
     def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The model as a function of the tensors in `visible_slots`, in their order, with flat outputs."""
@@ -134,13 +151,23 @@ class ModelTrace:
             self.state.uncache()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             watched = Watched(self.state.reachable, (args, kwargs))
-            with self.provenance, self.watch.installed() if self.watch else nullcontext():
-                output = self.call(*args, **kwargs)
+            output = self._called(args, kwargs)
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
             self._write_back(tensors)
             return self._flat_outputs(output, changes, tensors)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns; notes the state in which it leaves torch's generator."""
+        self.provenance.seeds = seeds = Seeds()
+        states = random_states.others()
+        with self.provenance, seeds.watched(), self.watch.installed() if self.watch else nullcontext():
+            output = self.call(*args, **kwargs)
+        random_states.refuse_draws(states, lambda: self.call(*args, **kwargs))
+        self.seed = torch.get_rng_state() if seeds.seeded else None
+        torch.set_rng_state(seeds.start)
+        return output
 
     def _is_buffer(self, holder: Holder, key: Any) -> bool:
         """Whether a change is one of a buffer to a value of its own form, which `_write_back` makes."""
@@ -248,7 +275,7 @@ class ModelTrace:
     def aside(self, standing: Mapping[str, Place]) -> Beside:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
-        return Beside(Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects)
+        return Beside(Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects, self.seed)
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shardc.capture import canonical, provenance
-from shardc.capture.inputs import refuse_foreign, refuse_sparse
+from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Place
@@ -42,6 +42,7 @@ class ProgramBuilder:
         self._placeholders(nodes)
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
         refuse_sparse(nodes, self.origins)
+        refuse_seeded(nodes, self.origins, self.trace.provenance.after_seed)
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
         new = self.rewriter.finish(results)

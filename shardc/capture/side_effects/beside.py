@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardc.capture.side_effects.arguments import Argument, argument_holders
@@ -25,6 +26,8 @@ class Beside:
 
     guards: Guards
     effects: tuple[SideEffect, ...] = ()
+    seed: Tensor | None = None
+    """The state in which the model leaves torch's generator, where it sets it."""
 
     def broken(self) -> str:
         """Why a call is not one of this program, in a few words; "" if it is."""
@@ -38,6 +41,8 @@ class Beside:
         """Leave behind what the model leaves behind."""
         for effect in self.effects:
             effect.replay(run)
+        if self.seed is not None:
+            torch.set_rng_state(self.seed)
 
 
 class Watched:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes  # torch has no public way out of a trace
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
@@ -63,6 +65,13 @@ def is_fake(value: Any) -> bool:
 def is_traced(value: Any) -> bool:
     """Whether a tensor is one of a trace: what user code sees of a fake tensor is wrapped once more."""
     return isinstance(value, (FakeTensor, FunctionalTensor))
+
+
+@contextmanager
+def untraced() -> Generator[None]:
+    """Compute with real tensors in here, in the middle of a trace."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def require_equal(one: int | torch.SymInt, other: int | torch.SymInt) -> None:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
+from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.eager_semantics import PATCHES
 from shardc.capture.user_frames import source_line
@@ -27,15 +28,21 @@ class Provenance(TorchFunctionMode):
 
     fx copies `nn_module_stack` to each node, and AOTAutograd copies it on to the backward nodes of the same operator
     (as `fwd_nn_module_stack`). No other key of the metadata takes that way. Here it holds the pair (module path, source
-    line). `after` is called with the path and the output of every module, and may return another output.
+    line). `after` is called with the path and the output of every module, and may return another output. `made` is told
+    what every operator returns, and the line that called it.
     """
 
-    def __init__(self, module: nn.Module, after: Callable[[str, Any], Any]) -> None:
+    def __init__(
+        self, module: nn.Module, after: Callable[[str, Any], Any], made: Callable[[Any, str], None]
+    ) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         """The paths of the modules that are running, the innermost last."""
         self._paths = {id(part): path for path, part in module.named_modules()}
-        self._after = after
+        self._after, self._made = after, made
+        self.seeds = Seeds()
+        self.after_seed: set[tuple[str, str]] = set()
+        """Where operators are called after the model has set a seed."""
         self._attention = F.scaled_dot_product_attention
 
     def __torch_function__(
@@ -47,9 +54,16 @@ class Provenance(TorchFunctionMode):
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
-        meta["nn_module_stack"] = (self.stack[-1], source_line(sys._getframe(1)))
+        line = source_line(sys._getframe(1))
+        meta["nn_module_stack"] = (self.stack[-1], line)
         try:
-            return attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+            result = self.seeds.draw(func, args, kwargs)
+            if self.seeds.seeded:
+                self.after_seed.add((self.stack[-1], line))
+            if result is None:
+                result = attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+            self._made(result, line)
+            return result
         finally:
             meta["nn_module_stack"] = before
 

@@ -92,12 +92,13 @@ def gradients_pair_with_inputs(checked: Checked) -> Iterator[Broken]:
 
 @invariant
 def mutations_pair_with_what_they_change(checked: Checked) -> Iterator[Broken]:
-    """Every mutation is the new value of a buffer or an input, and has its shape and dtype."""
-    changed = {port.name: node for port, node in checked.inputs if port.role in (Role.BUFFER, Role.INPUT)}
+    """Every mutation is the new value of a tensor of the model or an input, and has its shape and dtype."""
+    roles = (Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT)
+    changed = {port.name: node for port, node in checked.inputs if port.role in roles}
     for port, node in checked.outputs:
         if port.role is Role.MUTATION:
             if port.name not in changed:
-                yield Broken(node, f"is the new value of {port.name!r}, which is neither buffer nor input")
+                yield Broken(node, f"is the new value of {port.name!r}, which is neither of the model nor an input")
             else:
                 yield from _pairs(node, changed[port.name], port.role.value)
 

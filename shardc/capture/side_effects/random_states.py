@@ -1,0 +1,157 @@
+"""Random numbers of a forward that sets a seed, or draws from other generators than torch's.
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        noise = torch.randn(4, 8)       # the same at every call: a constant of the program
+
+What is drawn after a seed was set in forward is drawn while the model is traced. Draws from Python's and NumPy's
+generators differ from call to call, and are refused.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardc.capture.side_effects.code import is_known
+from shardc.capture.torch_patches.fake_tensors import untraced
+from shardc.errors import CaptureError
+
+_FILLED = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
+_MADE = {"rand", "randn", "randint", "randperm"}
+_LIKE = {"rand_like", "randn_like", "randint_like"}
+_OTHERS = {"multinomial", "bernoulli", "poisson", "binomial", "rrelu", "alpha_dropout", "feature_alpha_dropout", "normal"}
+
+
+class Seeds:
+    """torch's default generator in one run of the model: whether it was seeded there, and what is drawn then."""
+
+    def __init__(self) -> None:
+        self.start = torch.get_rng_state()
+        self._seed = torch.initial_seed()
+        self._touched = False
+        self._drawn = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the model has set the generator's state to another than it had. Draws of a trace do not move it."""
+        if not self._touched and torch.initial_seed() == self._seed:
+            return False
+        with untraced():
+            return not torch.equal(torch.get_rng_state(), self.start)
+
+    def draw(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function of torch that draws after a seed was set, as a constant; None for all others.
+
+        Raises CaptureError where what is drawn depends on values.
+        """
+        name = getattr(function, "__name__", "")
+        random_function = name in _FILLED | _MADE | _LIKE | _OTHERS or function is F.dropout
+        if not random_function or kwargs.get("generator") is not None:
+            return None
+        if not self.seeded:
+            self._drawn = True
+            return None
+        if name in _MADE:
+            with untraced():
+                return function(*args, **kwargs)
+        first = args[0] if args else kwargs.get("input")
+        if isinstance(first, Tensor) and name in _FILLED | _LIKE and not _tensors(args[1:], kwargs):
+            shape, dtype = tuple(first.shape), first.dtype
+            with untraced():
+                made = function(torch.empty(shape, dtype=dtype), *args[1:], **kwargs)
+            return made if name in _LIKE else first.copy_(made)
+        if function is F.dropout and isinstance(first, Tensor):
+            shape, dtype = tuple(first.shape), first.dtype
+            with untraced():
+                mask = function(torch.ones(shape, dtype=dtype), *args[1:], **{**kwargs, "inplace": False})
+            return first * mask
+        raise CaptureError(
+            f"forward sets the seed of torch's generator and then calls {name}, whose draws depend on values: "
+            "set the seed outside of the model"
+        )
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """Notice that the state is set, and refuse one that it had before draws: they would not be repeated."""
+        set_state, on_cuda = torch.set_rng_state, torch.cuda.manual_seed_all
+
+        def seeded(seed: int) -> None:
+            self._touched = True
+            on_cuda(seed)
+
+        def guarded(state: Tensor) -> None:
+            self._touched = True
+            with untraced():
+                again = torch.equal(state, self.start)
+            if self._drawn and not self.seeded and again:
+                raise CaptureError(
+                    "forward draws random numbers and then sets the generator back to where it was, to draw them again: "
+                    "keep the numbers that were drawn, and use them twice"
+                )
+            set_state(state)
+
+        with ExitStack() as stack:
+            for module in (torch, torch.random):
+                stack.enter_context(patch.object(module, "set_rng_state", guarded))
+            # torch.manual_seed, by whatever name it is called, passes the seed on to this function
+            stack.enter_context(patch.object(torch.cuda, "manual_seed_all", seeded))
+            yield
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+
+
+def others() -> tuple[Any, Any]:
+    """The states of Python's and NumPy's generators."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
+
+
+def refuse_draws(before: tuple[Any, Any], run: Callable[[], Any]) -> None:
+    """Raise CaptureError if these states have changed. `run` calls the model again, to find the line."""
+    after = others()
+    if after == before:
+        return
+    library, way = ("Python's random module", "torch.rand") if after[0] != before[0] else ("NumPy", "torch.rand")
+    line = _line_of_change(run)
+    raise CaptureError(
+        f"forward draws from {library}{f' at {line}' if line else ''}: a compiled program would use the same numbers at "
+        f"every call. Draw with {way} in the model, or draw outside and pass the numbers in as a tensor"
+    )
+
+
+def _line_of_change(run: Callable[[], Any]) -> str:
+    """The line of user code that changes the states of the generators in a run."""
+    culprit, last, state = "", "", others()
+
+    def on_line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal culprit, last, state
+        if is_known(frame.f_code.co_filename):
+            return None
+        if not culprit and others() != state:
+            culprit = last
+        if event in ("call", "line"):
+            last = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(on_line)
+    try:
+        run()
+    except Exception:  # the model has run once: what counts is the line
+        pass
+    finally:
+        sys.settrace(before)
+    return culprit or (last if others() != state else "")
