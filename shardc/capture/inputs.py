@@ -18,7 +18,6 @@ from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.ir.program import name_of
-from shardc.runtime.kernels.random import DRAWS
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -103,7 +102,8 @@ def refuse_seeded(
     """Raise CaptureError for a draw that follows a seed set in forward, but was not made while the model was traced."""
     for node in nodes:
         place = origins[node]
-        if node.target in DRAWS and (place.module, place.source) in after_seed:
+        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if draws and (place.module, place.source) in after_seed:
             raise CaptureError(
                 f"{name_of(node.target)} ({place.source}) draws after forward has set the seed of torch's generator: set "
                 "the seed outside of the model, or draw there with torch.rand or torch.randn"

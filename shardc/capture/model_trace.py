@@ -117,26 +117,27 @@ class ModelTrace:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(tracing_flags(self.state.module))
+            stack.enter_context(self.state.traced())
             stack.enter_context(recording())
             stack.enter_context(self.provenance.tracking())
             try:
                 traced = joint_graph(stack, self._function, fakes)
+                self._check_backward()
             except ShardcError:
                 raise
             except Exception as error:
                 raise explained(error, self.provenance.stack[-1]) from error
-        self._check_left()
+        self.escapes.check()
         return traced
 
-    def _check_left(self) -> None:
-        """Raise CaptureError for what the model has left where no program can leave it again."""
+    def _check_backward(self) -> None:
+        """Raise CaptureError for what hooks have changed while the gradients were traced."""
         changes = self.state.left()
         if changes:
             raise CaptureError(
                 f"backward changes {', '.join(changes[0].names())}: a hook there runs while gradients are computed, and a "
                 "compiled backward runs no Python. Take the hook off, or do its work after backward()"
             )
-        self.escapes.check()
 
     def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The model as a function of the tensors in `visible_slots`, in their order, with flat outputs."""
@@ -275,7 +276,9 @@ class ModelTrace:
     def aside(self, standing: Mapping[str, Place]) -> Beside:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
-        return Beside(Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects, self.seed)
+        return Beside(
+            Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects, self.seed
+        )
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

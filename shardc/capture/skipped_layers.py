@@ -115,6 +115,7 @@ class Watch:
                     has_gradient_hooks(leaf) for leaf in (*results, *self._tensors[layer]) if isinstance(leaf, Tensor)
                 ):
                     self.refuse("the gradient of a layer's result or parameter has a hook")
+        self._calls, self._tensors = [], {}  # the tensors of a trace end with it
 
     def refuse(self, reason: str) -> NoReturn:
         """Note why layers may not be skipped, and raise Unlike: user code may catch the exception, but not the note."""

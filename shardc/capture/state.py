@@ -42,6 +42,7 @@ class State:
         self.module = module
         self.reachable = Reachable([("model", module), *objects])
         self.before = Snapshot(self.reachable.holders)
+        self._patched = self.before
         self.tied: dict[str, str] = {}
         self.names: dict[int, tuple[Role, str]] = {}
         self.tensors: dict[int, Tensor] = {}
@@ -83,16 +84,26 @@ class State:
                 place.set(function.__wrapped__)
 
     @contextmanager
-    def unchanged(self) -> Generator[None]:
-        """At the end, put everything back that the code of the model can reach."""
+    def traced(self) -> Generator[None]:
+        """Trace in here, with all patches in place. At the end, everything that the code of the model can reach is as it
+        is now."""
+        self._patched = Snapshot(self.reachable.holders)
         try:
             yield
         finally:
-            self.before.restore()
+            self._patched.restore()
+
+    @contextmanager
+    def unchanged(self) -> Generator[None]:
+        """Run the model in here. At the end, what it has changed is put back."""
+        try:
+            yield
+        finally:
+            self._patched.restore()
 
     def left(self) -> list[Change]:
-        """What was changed outside of `unchanged`, and is put back now."""
-        return self.before.restore()
+        """What was changed since `traced` outside of `unchanged`, and is put back now."""
+        return self._patched.restore()
 
 
 def _is_plain(tensor: Tensor) -> bool:

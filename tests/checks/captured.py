@@ -36,7 +36,13 @@ def execute(program: Program, module: nn.Module, args: Any, kwargs: Any) -> Any:
     found: dict[Role, Any] = {Role.OUTPUT: {}, Role.MUTATION: {}, Role.GRADIENT: {}}
     for position, (port, value) in enumerate(zip(program.outputs, results, strict=True)):
         found[port.role][position if port.role is Role.OUTPUT else port.name] = value
-    flat = [leaf.value if isinstance(leaf, Constant) else results[leaf] for leaf in program.out_leaves]
+    flat: list[Any] = [results[leaf] if isinstance(leaf, int) else None for leaf in program.out_leaves]
+    assert program.aside is not None
+    run = program.aside.run(flat, leaves, (args, kwargs))
+    for position, leaf in enumerate(program.out_leaves):
+        if not isinstance(leaf, int):
+            flat[position] = leaf.value if isinstance(leaf, Constant) else leaf.make(run)
+    flat = flat[: program.out_spec.num_leaves]
     return pytree.tree_unflatten(flat, program.out_spec), found[Role.MUTATION], found[Role.GRADIENT]
 
 

@@ -30,7 +30,16 @@ from shardc.errors import CaptureError
 _FILLED = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 _MADE = {"rand", "randn", "randint", "randperm"}
 _LIKE = {"rand_like", "randn_like", "randint_like"}
-_OTHERS = {"multinomial", "bernoulli", "poisson", "binomial", "rrelu", "alpha_dropout", "feature_alpha_dropout", "normal"}
+_OTHERS = {
+    "multinomial",
+    "bernoulli",
+    "poisson",
+    "binomial",
+    "rrelu",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "normal",
+}
 
 
 class Seeds:

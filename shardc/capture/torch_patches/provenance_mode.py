@@ -32,9 +32,7 @@ class Provenance(TorchFunctionMode):
     what every operator returns, and the line that called it.
     """
 
-    def __init__(
-        self, module: nn.Module, after: Callable[[str, Any], Any], made: Callable[[Any, str], None]
-    ) -> None:
+    def __init__(self, module: nn.Module, after: Callable[[str, Any], Any], made: Callable[[Any, str], None]) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         """The paths of the modules that are running, the innermost last."""

@@ -36,7 +36,6 @@ from shardc.capture.torch_patches.fake_tensors import (
 from shardc.capture.torch_patches.module_internals import (
     has_global_hooks,
     has_gradient_hooks,
-    refresh_flat_weights,
     version,
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance, provenance_of
@@ -195,18 +194,6 @@ def test_gradient_hooks_and_versions_of_tensors() -> None:
     assert version(y) > before
 
 
-def test_recurrent_layers_read_their_registries() -> None:
-    layer, x = nn.LSTM(2, 3), torch.randn(4, 2)
-    layer._flat_weights[0] = torch.zeros(12, 2)
-    assert torch.equal(layer(x)[0], layer(torch.zeros(4, 2))[0])  # forward reads the list
-    refresh_flat_weights(layer)
-    assert not torch.equal(layer(x)[0], layer(torch.zeros(4, 2))[0])
-    layer._parameters["weight_ih_l0"] = nn.Parameter(torch.zeros(12, 2))
-    refresh_flat_weights(layer)
-    registered = [getattr(layer, name) for name in layer._flat_weights_names]
-    assert all(a is b for a, b in zip(layer._flat_weights, registered, strict=True)) and len(registered) == 4
-
-
 # --- provenance
 
 
@@ -221,7 +208,7 @@ class Layers(nn.Module):
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
-    provenance = Provenance(model, lambda path, output: None)
+    provenance = Provenance(model, lambda path, output: None, lambda result, line: None)
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
         with provenance:

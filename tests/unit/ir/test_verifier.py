@@ -178,7 +178,7 @@ def test_a_mutation_of_what_is_no_buffer() -> None:
     outputs[place] = Port(Role.MUTATION, "norm.weight")
     normed.program = replace(normed.program, outputs=outputs)
     node: Any = normed.graph.output_node().args[0][place]  # type: ignore[index]
-    said = "'norm.weight', which is neither buffer nor input"
+    said = "'norm.weight', which is neither of the model nor an input"
     assert_breaks(normed, at_capture.mutations_pair_with_what_they_change, node, said)
 
 
