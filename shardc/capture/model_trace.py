@@ -34,6 +34,7 @@ from shardc.capture.side_effects.replay import (
     holds_tensors,
 )
 from shardc.capture.side_effects.snapshot import Change
+from shardc.capture.side_effects.stand_ins import Candidate, Counter, StandIns, candidates
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
@@ -65,8 +66,11 @@ class ModelTrace:
         function: Callable[..., Any],
         dynamic: Mapping[int, Mapping[int, str]],
         watch: Watch | None,
+        stand_ins: StandIns | None,
     ) -> None:
-        self.watch = watch
+        self.watch, self.stand_ins = watch, stand_ins
+        self.candidates: list[Candidate] = []
+        """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad, self.differentiable = state, grad, differentiable
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
@@ -95,7 +99,7 @@ class ModelTrace:
         self.attached: set[int] = set()
         self.met: set[str] = set()
         self.escapes = Escapes()
-        self.provenance = Provenance(state.module, self._constrained, self.escapes.note)
+        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, stand_ins)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
@@ -150,12 +154,15 @@ class ModelTrace:
                 for place in slot.places:
                     place.set(tensor_of.get(slot.port, slot.fake))
             self.state.uncache()
+            if self.stand_ins:
+                self.stand_ins.put()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
             watched = Watched(self.state.reachable, (args, kwargs))
             output = self._called(args, kwargs)
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
+            self.candidates = candidates(changes)
             self._write_back(tensors)
             return self._flat_outputs(output, changes, tensors)
 
@@ -210,9 +217,9 @@ class ModelTrace:
                 positions.setdefault(id(leaf), index)
                 if id(leaf) in slots or not is_traced(leaf):
                     made[index] = described(leaf)
-            elif holds_tensors(leaf):
+            elif type(leaf) is Counter or holds_tensors(leaf):
                 made[index] = describer.describe(leaf)
-        self.effects = effects_of(changes, describer)
+        self.effects = effects_of(changes, describer, self.stand_ins)
         return self._chosen_outputs(leaves, made)
 
     def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Value]) -> tuple[Tensor, ...]:
@@ -276,9 +283,9 @@ class ModelTrace:
     def aside(self, standing: Mapping[str, Place]) -> Beside:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
-        return Beside(
-            Guards(self.state.before.contents(), self.state.reachable.names, (), live), self.effects, self.seed
-        )
+        contents, names = self.state.before.contents(), self.state.reachable.names
+        guards = Guards(contents, names, self.effects, live, self.stand_ins)
+        return Beside(guards, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

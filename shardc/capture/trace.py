@@ -17,6 +17,7 @@ from shardc.capture.inputs import opaque
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
+from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
@@ -53,13 +54,15 @@ def capture(
     """
     arguments = tuple(args), dict(kwargs or {})
 
-    def traced(watch: Watch | None = None) -> tuple[ModelTrace, Program]:
-        rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch
+    def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
+        rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
         trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest)
         return trace, ProgramBuilder(trace, trace.run()).program()
 
     repeats = [] if dynamic else find(module, constraints or ())
     trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
+    if trace.candidates:
+        trace, program = _with_stand_ins(traced, trace, program)
     trace.check_met()
     return program
 
@@ -77,3 +80,27 @@ def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[ModelTrace, Progra
     except Exception:  # the full trace fails for the same reason, or works
         return None
     return None if watch.broken else (trace, program)
+
+
+MOST_STAND_INS = 4
+"""Traces with stand-ins: each goes without one that code has read in the trace before."""
+
+
+def _with_stand_ins(traced: Traced, trace: ModelTrace, program: Program) -> tuple[ModelTrace, Program]:
+    """The trace of a model that changes something at every call, so that the program holds for what it changes it to;
+    the trace that there is, where code reads all that it changes."""
+    read = set[Any]()
+    for _ in range(MOST_STAND_INS):
+        stand_ins = StandIns(trace.candidates, trace.state.reachable.places, read)
+        if not stand_ins:
+            break
+        known = len(read)
+        try:
+            again = traced(None, stand_ins)
+        except Exception:
+            if len(read) == known:  # a stand-in is no number to some library
+                break
+        else:
+            if len(read) == known:
+                return again
+    return trace, program

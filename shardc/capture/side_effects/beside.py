@@ -14,10 +14,11 @@ from torch import Tensor
 
 from shardc.capture.side_effects.arguments import Argument, argument_holders
 from shardc.capture.side_effects.guards import Guards
-from shardc.capture.side_effects.holders import Holder
+from shardc.capture.side_effects.holders import Elements, Holder, Place
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.replay import Describer, Run, SideEffect, Value, side_effect
 from shardc.capture.side_effects.snapshot import Change, Snapshot
+from shardc.capture.side_effects.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Beside:
 
     guards: Guards
     effects: tuple[SideEffect, ...] = ()
+    numbers: tuple[Place, ...] = ()
+    """Where counters stand, which effects compute from what they were."""
     seed: Tensor | None = None
     """The state in which the model leaves torch's generator, where it sets it."""
 
@@ -35,7 +38,7 @@ class Beside:
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Run:
         """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
-        return Run(results, inputs, arguments)
+        return Run(results, inputs, arguments, numbers={place: place.get() for place in self.numbers})
 
     def replay(self, run: Run) -> None:
         """Leave behind what the model leaves behind."""
@@ -66,9 +69,18 @@ class Watched:
         return Describer(tensor, self._reachable.holds)
 
 
-def effects_of(changes: Iterable[Change], describer: Describer) -> tuple[SideEffect, ...]:
-    """The side effects behind changes, in their order."""
-    return tuple(side_effect(change, describer) for change in changes)
+def effects_of(
+    changes: Iterable[Change], describer: Describer, stand_ins: StandIns | None = None
+) -> tuple[SideEffect, ...]:
+    """The side effects behind changes, and behind what was written to stand-ins, in their order."""
+    effects = [side_effect(change, describer) for change in changes]
+    for holder, contents in stand_ins.written() if stand_ins else ():
+        values = {key: describer.describe(value) for key, value in contents.items()}
+        if isinstance(holder, Elements):
+            effects.append(SideEffect(holder, {}, (), list(values.values())))
+        else:
+            effects.append(SideEffect(holder, values))
+    return tuple(effects)
 
 
 def live_holders(effects: Iterable[SideEffect], others: Iterable[Holder]) -> set[int]:

@@ -33,6 +33,8 @@ from shardc.capture.side_effects.holders import (
     Slots,
 )
 from shardc.capture.side_effects.reachable import LONG, PLAIN
+from shardc.capture.side_effects.replay import SideEffect
+from shardc.capture.side_effects.stand_ins import StandIns
 
 NEVER_READ = frozenset({"_shardc"})
 """Attributes of shardc's own."""
@@ -41,39 +43,46 @@ NEVER_READ = frozenset({"_shardc"})
 class Guards:
     """The conditions under which a program is that of a call: that `contents` is what the holders hold.
 
-    Of objects, the attributes in `names` count. `free` are places that forward writes before it reads them. `live` are
-    the holders that the program itself reads or writes at every run: another object may not take their place.
+    Of objects, the attributes in `names` count. `effects` are what the program does at every run: what it writes is
+    another object then, and no other object may take the place of the holder. `stand_ins` tell what forward changes
+    but does not read. `live` are further holders that the program reads at every run.
     """
 
     def __init__(
         self,
         contents: Iterable[tuple[Holder, Contents]],
         names: Collection[str],
-        free: Collection[Place] = (),
+        effects: Sequence[SideEffect] = (),
         live: Collection[int] = (),
+        stand_ins: StandIns | None = None,
     ) -> None:
-        unread = {(id(place.holder), place.key) for place in free}
-        untouched = {id(place.holder) for place in free if place.key is WHOLE}
+        self._conditions = [] if stand_ins is None else list(stand_ins.conditions)
+        unread = set[tuple[int, Any]]() if stand_ins is None else {_key(place) for place in stand_ins.numbers}
+        untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
+        written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
         self._live = live
         self._values: list[_Values] = []
+        self._written: list[tuple[Place, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
         for holder, held in contents:
-            if id(holder) in untouched:
+            if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names)):
                 continue
             of_object = isinstance(holder, (Attributes, Slots))
-            keys = [
-                key
-                for key in held
-                if (id(holder), key) not in unread and key not in NEVER_READ and not (of_object and key not in names)
-            ]
+            keys = [key for key in held if key not in NEVER_READ and not (of_object and key not in names)]
+            keys = [key for key in keys if (id(holder.target), key) not in unread]
             if type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names)):
                 if held:
                     self._sized.append((holder, len(held)))
                 else:
                     self._empty.append(holder.target)
             if keys and len(held) <= LONG:
-                self._values.append(_Values(holder, keys, [held[key] for key in keys]))
+                quick = [key for key in keys if (id(holder.target), key) not in written]
+                self._written += [(Place(holder, key), held[key]) for key in keys if key not in quick]
+                if quick:
+                    self._values.append(_Values(holder, quick, [held[key] for key in quick]))
+            absent = [key for target, key in written if target == id(holder.target) and key not in held]
+            self._written += [(Place(holder, key), GONE) for key in absent if not of_object or key in names]
         self._gather()
 
     def _gather(self) -> None:
@@ -104,6 +113,11 @@ class Guards:
         except (LookupError, AttributeError, ValueError):
             same = False
         reason = "" if same else self._compare()
+        for place, before in () if reason else self._written:
+            now = place.holder.get().get(place.key, GONE)
+            if not self._equal(now, before):
+                reason = f"{place} is {_brief(now)}, and was {_brief(before)}"
+        reason = reason or next(filter(None, (condition.broken() for condition in self._conditions)), "")
         if reason:
             return reason
         for tensor, form in zip(self._tensors, self._forms, strict=True):
@@ -119,10 +133,10 @@ class Guards:
         for values in self._values:
             contents = values.holder.get()
             for key, expected in zip(values.keys, values.expected, strict=False):
-                now = contents.get(key, _GONE)
+                now = contents.get(key, GONE)
                 if now is not expected and not self._equal(now, expected):
                     name = values.holder.name(key)
-                    return f"{name} is gone" if now is _GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
+                    return f"{name} is gone" if now is GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
             values.take(contents)
         self._gather()
         return ""
@@ -153,9 +167,19 @@ class Guards:
 
 
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
-WHOLE = object()
-"""The key of a `Place` that stands for all contents of its holder."""
-_GONE = object()
+
+
+class _Gone:
+    def __repr__(self) -> str:
+        return "gone"
+
+
+GONE = _Gone()
+"""What stands in a place where nothing does."""
+
+
+def _key(place: Place) -> tuple[int, Any]:
+    return id(place.holder.target), place.key
 
 
 class _Values:
@@ -174,7 +198,7 @@ class _Values:
 
 def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[Any]], bool]:
     """A function from the holder's target to its values under `keys`, and whether it gives each of them twice."""
-    if isinstance(holder, (Elements, Members)):
+    if isinstance(holder, Members):
         return iter, False
     twice = keys * 2 if len(keys) == 1 else keys  # with one key, the getters below give the bare value
     if isinstance(holder, Slots):
@@ -186,6 +210,8 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[A
         if type(holder.target).__getitem__ is dict.__getitem__:
             return get, len(keys) == 1
         return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items
+    if isinstance(holder, Elements):
+        return get, len(keys) == 1
     return (lambda owner: get(vars(owner))), len(keys) == 1
 
 

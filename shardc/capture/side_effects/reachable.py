@@ -59,6 +59,7 @@ class Reachable:
         self.cached: list[tuple[Place, Any]] = []
         """Functions with `functools.lru_cache`, and where they stand."""
         self.names: set[str] = set()
+        self._places: dict[int, list[Place]] = {}
         self._seen: dict[int, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._todo: deque[tuple[Any, str]] = deque()
@@ -83,7 +84,12 @@ class Reachable:
             self.cached.append((place, value))
             self._todo.append((value.__wrapped__, holder.name(key)))
         else:
+            self._places.setdefault(id(value), []).append(place)
             self._todo.append((value, holder.name(key)))
+
+    def places(self, value: Any) -> list[Place]:
+        """Where an object stands."""
+        return self._places.get(id(value), [])
 
     def _visit(self, value: Any, path: str) -> None:
         if isinstance(value, (*PLAIN, Enum)) or id(value) in self._seen:
@@ -116,7 +122,9 @@ class Reachable:
             self._module(value, path)
         elif (holder := holder_of(value, path)) is not None:
             self._container(holder, value)
-        elif not isinstance(value, BuiltinFunctionType) and _opens(type(value)):
+        elif isinstance(value, BuiltinFunctionType):  # a method such as `losses.append`
+            self._todo.append((value.__self__, path))
+        elif _opens(type(value)):
             self._object(value, path)
 
     def _container(self, holder: Holder, value: Any) -> None:

@@ -21,6 +21,7 @@ from shardc.capture.side_effects.arguments import Argument
 from shardc.capture.side_effects.holders import Contents, Holder, Place
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.snapshot import Change
+from shardc.capture.side_effects.stand_ins import Counter
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Run:
     inputs: Sequence[Any]
     arguments: Any
     before: Contents = field(default_factory=dict[Any, Any])
+    numbers: Mapping[Place, Any] = field(default_factory=dict[Place, Any])
+    """What stood in the places of counters before the call."""
     made: dict[int, Any] = field(default_factory=dict[int, Any])
     """What was made already, by the identity of its description: two places may hold one object."""
 
@@ -96,13 +99,13 @@ class Before(Value):
 
 @dataclass(frozen=True)
 class Computed(Value):
-    """A number that follows from the one that stood under the same key before."""
+    """A number that follows from the one that stood in a place before the call."""
 
-    key: Any
+    place: Place
     formula: Callable[[Any], Any]
 
     def make(self, run: Run) -> Any:
-        return self.formula(run.before[self.key])
+        return self.formula(run.numbers[self.place])
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +153,8 @@ class Describer:
 
     def describe(self, value: Any) -> Value:
         """The description of a value; one object has one description."""
+        if type(value) is Counter:
+            return Computed(value.place, value.formula)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if id(value) not in self._known:

@@ -17,6 +17,7 @@ from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
 from shardc.capture.side_effects.random_states import Seeds
+from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.eager_semantics import PATCHES
 from shardc.capture.user_frames import source_line
@@ -32,12 +33,18 @@ class Provenance(TorchFunctionMode):
     what every operator returns, and the line that called it.
     """
 
-    def __init__(self, module: nn.Module, after: Callable[[str, Any], Any], made: Callable[[Any, str], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        after: Callable[[str, Any], Any],
+        made: Callable[[Any, str], None],
+        stand_ins: StandIns | None = None,
+    ) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         """The paths of the modules that are running, the innermost last."""
         self._paths = {id(part): path for path, part in module.named_modules()}
-        self._after, self._made = after, made
+        self._after, self._made, self._stand_ins = after, made, stand_ins
         self.seeds = Seeds()
         self.after_seed: set[tuple[str, str]] = set()
         """Where operators are called after the model has set a seed."""
@@ -49,6 +56,8 @@ class Provenance(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             return func(*args, **kwargs)
+        if self._stand_ins:
+            self._stand_ins.check((*args, *kwargs.values()))
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
