@@ -13,7 +13,7 @@ from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Place
-from shardc.capture.torch_patches.aot_autograd import input_index, output_kinds, tangent_index
+from shardc.capture.torch_patches.aot_autograd import drop_tangents, input_index, output_kinds, tangent_index
 from shardc.capture.torch_patches.fake_tensors import fake_like, is_fake
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
@@ -26,6 +26,9 @@ class ProgramBuilder:
 
     def __init__(self, trace: ModelTrace, traced: fx.GraphModule) -> None:
         self.trace, self.traced = trace, traced
+        drop_tangents(
+            traced.graph, {i for i, slot in enumerate(trace.visible_slots) if slot.port.role is Role.PARAMETER}
+        )
         self.origins: dict[fx.Node, Origin] = {}
         self.rewriter = canonical.Rewriter(self.origins)
         self.inputs: list[Port] = []

@@ -9,7 +9,7 @@ functions compile what they trace; capture needs the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -57,6 +57,34 @@ def tangent_index(placeholder: fx.Node) -> int | None:
     if isinstance(end, descriptors.TangentAOTInput) and isinstance(end.output, descriptors.PlainAOTOutput):
         return end.output.idx
     return None
+
+
+def drop_tangents(graph: fx.Graph, parameters: Collection[int]) -> None:
+    """Take out the tangents of what the arguments numbered `parameters` are overwritten by, in place.
+
+    A leaf is overwritten under no_grad, so its new value is a leaf again, and no gradient comes back from it.
+    AOTAutograd asks for one, and adds it to the gradient of the old value.
+    """
+    for node in list(graph.nodes):
+        end = node.meta.get("desc") if node.op == "placeholder" else None
+        if not (isinstance(end, descriptors.TangentAOTInput) and _written(end.output) in parameters):
+            continue
+        for user in list(node.users):
+            if user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+                user.replace_all_uses_with(next(operand for operand in user.args if operand is not node))  # type: ignore[arg-type]
+                graph.erase_node(user)
+        if node.users:
+            value = node.meta["val"]
+            with graph.inserting_after(node):
+                zeros = graph.call_function(torch.ops.aten.zeros.default, (list(value.shape),), {"dtype": value.dtype})
+            zeros.meta = {"val": value}
+            node.replace_all_uses_with(zeros)
+        graph.erase_node(node)
+
+
+def _written(end: object) -> int:
+    """The argument that an output overwrites; -1 for other outputs."""
+    return _argument(end.mutated_input) if isinstance(end, descriptors.InputMutationAOTOutput) else -1
 
 
 def output_kinds(graph: fx.Graph) -> list[tuple[str, int]]:

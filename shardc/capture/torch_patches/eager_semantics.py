@@ -17,6 +17,7 @@ from torch._decomp import decompositions as rnn
 from torch._ops import OpOverload
 
 from shardc.capture.torch_patches import data_dependent
+from shardc.errors import CaptureError
 
 aten = torch.ops.aten
 
@@ -131,6 +132,18 @@ def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.T
     marked = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
     mask = marked.reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
     return torch.where(mask, value.to(x.dtype), x)
+
+
+def set_data(x: torch.Tensor, value: torch.Tensor) -> None:
+    """`x.data = value`, which a trace would not see, as a write in place. What was computed from `x` before keeps its
+    value either way."""
+    if x.shape != value.shape or x.dtype != value.dtype:
+        raise CaptureError(
+            f"forward sets .data of a tensor of shape {tuple(x.shape)} and {x.dtype} to one of shape "
+            f"{tuple(value.shape)} and {value.dtype}: a sharded tensor keeps its shape and dtype"
+        )
+    with torch.no_grad():
+        x.copy_(value)
 
 
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {

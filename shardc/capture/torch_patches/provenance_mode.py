@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
@@ -19,8 +20,11 @@ from torch.overrides import TorchFunctionMode
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.torch_patches.attention import attention
-from shardc.capture.torch_patches.eager_semantics import PATCHES
+from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.user_frames import source_line
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Provenance(TorchFunctionMode):
@@ -54,6 +58,8 @@ class Provenance(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _SET_DATA:
+            return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             return func(*args, **kwargs)
         if self._stand_ins:
