@@ -28,23 +28,27 @@ class Argument(Holder):
 
     def __init__(self, inner: Holder, way: Way) -> None:
         super().__init__(inner.target, inner.path)
-        self._inner, self.way = inner, way
+        self._inner: Holder | None = inner
+        self._of_object = isinstance(inner, Attributes)
+        self.way = way
 
     def get(self) -> Contents:
-        return self._inner.get()
+        return self._inner.get() if self._inner else {}
 
     def put(self, contents: Mapping[Any, Any]) -> None:
-        self._inner.put(contents)
+        if self._inner:
+            self._inner.put(contents)
 
-    def name(self, key: Any) -> str:
-        return self._inner.name(key)
+    def forget(self) -> None:
+        """Let go of the container of this call, which holds tensors of the trace."""
+        self._inner = self.target = None
 
     def of(self, arguments: Any) -> Holder:
         """The holder in the arguments of another call."""
         value = arguments
         for step in self.way:
             value = getattr(value, step) if isinstance(step, Attribute) else value[step]
-        holder = Attributes(value, self.path) if isinstance(self._inner, Attributes) else holder_of(value, self.path)
+        holder = Attributes(value, self.path) if self._of_object else holder_of(value, self.path)
         assert holder is not None  # the structure of the arguments is part of what a program was compiled for
         return holder
 

@@ -73,7 +73,11 @@ def effects_of(
     changes: Iterable[Change], describer: Describer, stand_ins: StandIns | None = None
 ) -> tuple[SideEffect, ...]:
     """The side effects behind changes, and behind what was written to stand-ins, in their order."""
-    effects = [side_effect(change, describer) for change in changes]
+    effects: list[SideEffect] = []
+    for change in changes:
+        effects.append(side_effect(change, describer))
+        if isinstance(change.holder, Argument):
+            change.holder.forget()
     for holder, contents in stand_ins.written() if stand_ins else ():
         values = {key: describer.describe(value) for key, value in contents.items()}
         if isinstance(holder, Elements):

@@ -61,6 +61,8 @@ class Guards:
         untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
         written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
         self._live = live
+        self._known: dict[int, tuple[Any, Any]] = {}
+        """Tensors and arrays, and the form that the trace has seen of them, by identity."""
         self._values: list[_Values] = []
         self._written: list[tuple[Place, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
@@ -92,10 +94,12 @@ class Guards:
         self._expected = [item for values in self._values for item in values.expected]
         self._lengths = [length for _, length in self._sized]
         self._containers = [holder.target for holder, _ in self._sized]
-        self._tensors = [item for item in {id(v): v for v in self._expected}.values() if isinstance(item, Tensor)]
-        self._forms = [_form(tensor) for tensor in self._tensors]
-        arrays = [item for item in self._expected if isinstance(item, np.ndarray)]
-        self._arrays = [(array, array.tobytes()) for array in arrays]
+        items = {id(item): item for item in self._expected}.values()
+        self._tensors = [item for item in items if isinstance(item, Tensor)]
+        self._arrays = [item for item in items if isinstance(item, np.ndarray)]
+        for item in (*self._tensors, *self._arrays):
+            self._known.setdefault(id(item), (item, _form(item)))
+        self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
@@ -123,8 +127,8 @@ class Guards:
         for tensor, form in zip(self._tensors, self._forms, strict=True):
             if _form(tensor) != form:
                 return f"a tensor is {_form(tensor)}, and was {form}"
-        for array, data in self._arrays:
-            if array.tobytes() != data:
+        for array in self._arrays:
+            if _form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
         return ""
 
@@ -137,6 +141,8 @@ class Guards:
                 if now is not expected and not self._equal(now, expected):
                     name = values.holder.name(key)
                     return f"{name} is gone" if now is GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
+                if now is not expected and id(expected) in self._known:
+                    self._known[id(now)] = now, self._known.pop(id(expected))[1]
             values.take(contents)
         self._gather()
         return ""
@@ -147,10 +153,8 @@ class Guards:
             return True
         if type(now) is not type(expected) or not deep:
             return False
-        if isinstance(now, Tensor):
-            return _form(now) == _form(expected)
-        if isinstance(now, np.ndarray):
-            return now.dtype == expected.dtype and now.shape == expected.shape and now.tobytes() == expected.tobytes()
+        if isinstance(now, (Tensor, np.ndarray)):
+            return bool(_form(now) == self._known.get(id(expected), (None, _form(expected)))[1])
         if isinstance(now, (*PLAIN, Enum)):
             return bool(now == expected) or (now != now and expected != expected)  # type: ignore[comparison-overlap]
         if id(expected) in self._live or callable(now):
@@ -215,8 +219,10 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[A
     return (lambda owner: get(vars(owner))), len(keys) == 1
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    """All of a tensor that a trace depends on, but for its values."""
+def _form(tensor: Tensor | np.ndarray) -> tuple[Any, ...]:
+    """All of a tensor that a trace depends on, which is not its values; all of an array."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.dtype, tensor.shape, tensor.tobytes()
     return tensor.requires_grad, tensor.dtype, tensor.shape, type(tensor)
 
 

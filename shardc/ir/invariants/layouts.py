@@ -214,9 +214,9 @@ def outputs_are_complete(checked: Checked) -> Iterator[Broken]:
 @invariant
 def gradients_lie_as_parameters(checked: Checked) -> Iterator[Broken]:
     """A gradient lies as its parameter or input, the new value of a buffer as the buffer."""
-    inputs = {port.name for port, _ in checked.inputs if port.role is Role.INPUT}
+    plain = {port.name for port, _ in checked.inputs if port.role in (Role.INPUT, Role.CONSTANT)}
     for port, node in checked.outputs:
-        written = port.role is Role.MUTATION and port.name in inputs  # the caller's tensor, which is whole
+        written = port.role is Role.MUTATION and port.name in plain  # a tensor of the user's, which is whole
         if port.role is not Role.OUTPUT and not written:
             stored = checked.by_name[port.name]
             if not checked.lies_as(laid(node), laid(stored)):
