@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -60,6 +61,10 @@ def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options
     return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
 
 
+MANY_PROGRAMS = 8
+"""Programs for calls of one form, after which the user is told what makes new ones."""
+
+
 class Request(NamedTuple):
     """What a sharded model was sharded for."""
 
@@ -108,6 +113,12 @@ class _Engine:
                 if index:  # the next call is probably another of this program
                     programs.insert(0, programs.pop(index))
                 return self._captured(program.at, call)
+        if len(programs) == MANY_PROGRAMS:
+            warnings.warn(
+                f"{type(call.model).__name__} is compiled again and again, because its code reads what changes from "
+                f"call to call: {programs[0].broken()}. Make it a tensor, or leave it out of forward",
+                stacklevel=4,
+            )
         programs.insert(0, self._captured(compiled, call, *self.request))
         return programs[0].at(call)
 

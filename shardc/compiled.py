@@ -118,6 +118,10 @@ class Compiled:
         return _returned(program, outputs, leaves, arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with TRACING:
+            reason = self.broken()
+        if reason:
+            raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
         return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
 
     def at(self, call: ModelCall) -> Compiled:

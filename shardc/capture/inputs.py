@@ -105,14 +105,14 @@ def refuse_seeded(
         draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if draws and (place.module, place.source) in after_seed:
             raise CaptureError(
-                f"{name_of(node.target)} ({place.source}) draws after forward has set the seed of torch's generator: set "
-                "the seed outside of the model, or draw there with torch.rand or torch.randn"
+                f"{name_of(node.target)} ({place.source}) draws after forward has set the seed of torch's generator: "
+                "set the seed outside of the model, or draw there with torch.rand or torch.randn"
             )
 
 
 def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
-    """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the inputs
-    but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
+    """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
+    inputs but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     casts = tuple(

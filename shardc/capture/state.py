@@ -85,8 +85,8 @@ class State:
 
     @contextmanager
     def traced(self) -> Generator[None]:
-        """Trace in here, with all patches in place. At the end, everything that the code of the model can reach is as it
-        is now."""
+        """Trace in here, with all patches in place. At the end, everything that the code of the model can reach is as
+        it is now."""
         self._patched = Snapshot(self.reachable.holders)
         try:
             yield

@@ -20,8 +20,8 @@ Dims = Mapping[int, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and the function that
-    is captured (None: the model as a whole, its own hooks included)."""
+    """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and the function
+    that is captured (None: the model as a whole, its own hooks included)."""
 
     model: nn.Module
     args: tuple[Any, ...]

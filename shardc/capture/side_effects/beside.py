@@ -59,8 +59,8 @@ class Watched:
         """What has changed, but for the keys that are `ignored`."""
         changes: list[Change] = []
         for change in self._snapshot.changes():
-            keys = {key for key in change.keys() if not ignored(change.holder, key)}
-            if keys or not change.keys():
+            keys = {key for key in change.differing if not ignored(change.holder, key)}
+            if keys or not change.differing:
                 changes.append(change.only(keys))
         return changes
 

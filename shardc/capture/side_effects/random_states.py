@@ -105,8 +105,8 @@ class Seeds:
                 again = torch.equal(state, self.start)
             if self._drawn and not self.seeded and again:
                 raise CaptureError(
-                    "forward draws random numbers and then sets the generator back to where it was, to draw them again: "
-                    "keep the numbers that were drawn, and use them twice"
+                    "forward draws random numbers and then sets the generator back to where it was, to draw them "
+                    "again: keep the numbers that were drawn, and use them twice"
                 )
             set_state(state)
 
@@ -136,8 +136,8 @@ def refuse_draws(before: tuple[Any, Any], run: Callable[[], Any]) -> None:
     library, way = ("Python's random module", "torch.rand") if after[0] != before[0] else ("NumPy", "torch.rand")
     line = _line_of_change(run)
     raise CaptureError(
-        f"forward draws from {library}{f' at {line}' if line else ''}: a compiled program would use the same numbers at "
-        f"every call. Draw with {way} in the model, or draw outside and pass the numbers in as a tensor"
+        f"forward draws from {library}{f' at {line}' if line else ''}: a compiled program would use the same numbers "
+        f"at every call. Draw with {way} in the model, or draw outside and pass the numbers in as a tensor"
     )
 
 

@@ -34,7 +34,8 @@ class Change:
         """The keys that are gone."""
         return [key for key in self.before if key not in self.now]
 
-    def keys(self) -> list[Any]:
+    @property
+    def differing(self) -> list[Any]:
         """The keys of all that differs; none where only the order does."""
         return [*self.written, *self.deleted]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from shardc.capture.side_effects.holders import Attributes, Contents, Elements, Holder, Items, Members, Names, Place
+from shardc.capture.side_effects.holders import Attributes, Contents, Elements, Holder, Names, Place
 from shardc.capture.side_effects.snapshot import Change
 
 
@@ -38,8 +38,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A holder that forward changes so that a stand-in could take its part: the numbers in it that change, or that it is
-    a container in which values were put and nothing else was changed."""
+    """A holder that forward changes so that a stand-in could take its part: the numbers in it that change, or that it
+    is a container in which values were put and nothing else was changed."""
 
     holder: Holder
     numbers: tuple[Any, ...] = ()

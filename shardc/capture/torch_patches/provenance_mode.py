@@ -23,7 +23,6 @@ from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.user_frames import source_line
 
-
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
