@@ -53,7 +53,7 @@ def _attributes(value: Any) -> tuple[list[Any], Any]:
 
 
 def _object(cls: type, values: Iterable[Any], names: Any) -> Any:
-    made = cls.__new__(cls)
+    made: Any = object.__new__(cls)
     vars(made).update(zip(names, values, strict=True))
     return made
 

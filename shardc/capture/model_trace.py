@@ -139,8 +139,8 @@ class ModelTrace:
         changes = self.state.left()
         if changes:
             raise CaptureError(
-                f"backward changes {', '.join(changes[0].names())}: a hook there runs while gradients are computed, and "
-                "a compiled backward runs no Python. Take the hook off, or do its work after backward()"
+                f"backward changes {', '.join(changes[0].names())}: a hook there runs while gradients are computed, "
+                "and a compiled backward runs no Python. Take the hook off, or do its work after backward()"
             )
 
     def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:

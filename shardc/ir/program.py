@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -90,7 +90,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     attached: frozenset[int] = frozenset()
-    standing: dict[str, Stands] = field(default_factory=dict[str, Stands])
+    standing: Mapping[str, Stands] = field(default_factory=dict[str, Stands])
     aside: Aside | None = None
 
     @property

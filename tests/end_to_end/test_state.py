@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import shardc
 from shardc import shard
-from shardc.errors import CaptureError, ConstraintError
+from shardc.errors import ConstraintError, ShardcError
 
 
 class Keeper(nn.Module):
@@ -58,25 +58,62 @@ def test_buffers_written_and_replaced_are_kept() -> None:
     torch.testing.assert_close(model.mean, single.mean)
 
 
-LEFT = {"tensor": "last", "count": "calls", "list": "names", "dict": "held", "deep": "layer.output"}
+LEFT = ("tensor", "count", "list", "dict", "plain", "deep")
 
 
 @pytest.mark.parametrize("keeps", LEFT)
-def test_what_forward_leaves_in_attributes_is_told(keeps: str) -> None:
+def test_what_forward_leaves_behind_is_left_behind_at_every_call(keeps: str) -> None:
+    single = Keeper()
+    single.keeps = keeps
+    model = shard(copy.deepcopy(single), mesh="a=2")
+    for step in range(3):
+        x = torch.full((2, 4), float(step))
+        torch.testing.assert_close(model(x), single(x))
+        for one, many in ((single, model), (single.layer, model.layer)):
+            torch.testing.assert_close(kept(many), kept(one))
+
+
+def kept(part: nn.Module) -> dict[str, Any]:
+    names = ("last", "calls", "names", "held", "plain", "output")
+    return {name: vars(part)[name] for name in names if name in vars(part)}
+
+
+@pytest.mark.parametrize("keeps", LEFT)
+def test_to_compile_leaves_nothing_behind(keeps: str) -> None:
     model = Keeper()
     model.keeps = keeps
     before = {path: dict(vars(part)) for path, part in model.named_modules()}
-    with pytest.warns(UserWarning, match=f"forward leaves something in {LEFT[keeps]};.*register_buffer"):
-        shardc.compile(model, "a=2", (torch.ones(2, 4),))
+    shardc.compile(model, "a=2", (torch.ones(2, 4),))
     assert {path: dict(vars(part)) for path, part in model.named_modules()} == before
     assert (model.calls, model.names, model.held) == (0, [], {})
 
 
-def test_a_write_to_a_plain_tensor_is_refused() -> None:
+def test_a_program_compiled_ahead_refuses_what_it_was_not_compiled_for() -> None:
     model = Keeper()
-    model.keeps = "plain"
-    with pytest.raises(CaptureError, match="writes in place to a tensor that is neither a buffer nor an input"):
-        shardc.compile(model, "a=2", (torch.ones(2, 4),))
+    compiled = shardc.compile(model, "a=2", (torch.ones(2, 4),))
+    compiled(torch.ones(2, 4))
+    model.keeps = "tensor"
+    with pytest.raises(
+        ShardcError, match="model.keeps is 'tensor', and was '' when the model was compiled: put it back"
+    ):
+        compiled(torch.ones(2, 4))
+
+
+class Recompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return x * self.steps
+
+
+def test_what_is_compiled_at_every_call_is_told() -> None:
+    model, x = shard(Recompiled(), mesh="a=2"), torch.ones(2)
+    with pytest.warns(UserWarning, match="Recompiled is compiled again and again.*model.steps is 8, and was 7"):
+        for step in range(9):
+            torch.testing.assert_close(model(x), x * (step + 1))
 
 
 class Skipping(nn.Module):

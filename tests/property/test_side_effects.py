@@ -71,7 +71,7 @@ def test_what_cannot_be_repeated_is_refused_and_nothing_is_changed(kind: type[Ki
     model = made([CountsCalls, Features, Memo, kind])
     before = pytree.tree_map(lambda leaf: leaf, (dict(vars(model)), dict(vars(model.first))))
     model = shard(model, mesh="a=2")
-    with pytest.raises(ShardcError, match="side_effects.py:[0-9]+"):
+    with pytest.raises(ShardcError, match=r"side_effects\.py:[0-9]+"):
         history(model, model.kinds, calls=1)
     now = {name: value for name, value in vars(model).items() if name != "_shardc"}
     assert now == before[0] and vars(model.first) == before[1]

@@ -112,7 +112,7 @@ class Guards:
                 if len(holder.target) != length
             )
         try:
-            values = chain.from_iterable(map(operator.call, self._getters, self._targets))
+            values = chain.from_iterable(map(_call, self._getters, self._targets))
             same = all(map(operator.is_, values, self._expected))
         except (LookupError, AttributeError, ValueError):
             same = False
@@ -184,6 +184,9 @@ GONE = _Gone()
 
 def _key(place: Place) -> tuple[int, Any]:
     return id(place.holder.target), place.key
+
+
+_call: Any = operator.call  # as a function in C; its type is that of a call of one argument
 
 
 class _Values:

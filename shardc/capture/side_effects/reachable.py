@@ -60,7 +60,7 @@ class Reachable:
         """Functions with `functools.lru_cache`, and where they stand."""
         self.names: set[str] = set()
         self._places: dict[int, list[Place]] = {}
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[Any, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._todo: deque[tuple[Any, str]] = deque()
         for path, value in roots:
@@ -202,7 +202,7 @@ class Reachable:
         for base in cls.__mro__:
             if base in (object, nn.Module) or ("class", id(base)) in self._seen:
                 continue
-            self._seen["class", id(base)] = base  # type: ignore[index]
+            self._seen["class", id(base)] = base
             file = getattr(sys.modules.get(base.__module__), "__file__", None) or "<frozen"
             if is_known(file):
                 if issubclass(base, nn.Module):
@@ -250,9 +250,9 @@ class Reachable:
         key = "globals", id(function.__globals__)
         if key not in self._seen:
             space = Names(function.__globals__, str(function.__globals__.get("__name__", "globals")))
-            self._seen[key] = space  # type: ignore[index]
+            self._seen[key] = space
             self.holders.append(space)
-        return self._seen[key]  # type: ignore[index]
+        return self._seen[key]
 
 
 _GONE = object()

@@ -127,7 +127,7 @@ class Fresh(Value):
             values = [value.make(run) for value in self.contents.values()]
             run.made[id(self)] = self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
             return
-        whole: Any = self.kind.__new__(self.kind) if self.empty is None else self.empty.copy()
+        whole: Any = object.__new__(self.kind) if self.empty is None else self.empty.copy()
         run.made[id(self)] = whole  # before its contents, which may hold it
         contents = {key: value.make(run) for key, value in self.contents.items()}
         if isinstance(whole, dict):

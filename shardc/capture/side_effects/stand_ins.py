@@ -186,7 +186,8 @@ def _write_only(kind: type, writers: Iterable[str], contents: Callable[[Any], Co
         self._owner, self._like = owner, id(like)
 
     def reads(self: Any, *_: Any, **__: Any) -> NoReturn:
-        self._owner.note(self._like)
+        owner: StandIns = self._owner
+        owner.note(self._like)
 
     safe = {"__new__", "__init__", "__class__", "__getattribute__", "__setattr__", "__delattr__", "__init_subclass__",
             "__subclasshook__", "__dir__", "__doc__", "__class_getitem__"}  # fmt: skip
