@@ -17,12 +17,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
-from shardc.capture.side_effects import random_states
 from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Place
-from shardc.capture.side_effects.random_states import Seeds
+from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.replay import (
     Describer,
     Given,
@@ -154,6 +153,7 @@ class ModelTrace:
                 for place in slot.places:
                     place.set(tensor_of.get(slot.port, slot.fake))
             self.state.uncache()
+            self.state.stop_iterators()
             if self.stand_ins:
                 self.stand_ins.put()
             args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
@@ -169,10 +169,10 @@ class ModelTrace:
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns; notes the state in which it leaves torch's generator."""
         self.provenance.seeds = seeds = Seeds()
-        states = random_states.others()
+        generators = Generators(self.state.reachable.generators)
         with self.provenance, seeds.watched(), self.watch.installed() if self.watch else nullcontext():
             output = self.call(*args, **kwargs)
-        random_states.refuse_draws(states, lambda: self.call(*args, **kwargs))
+        generators.refuse_draws(lambda: self.call(*args, **kwargs))
         self.seed = torch.get_rng_state() if seeds.seeded else None
         torch.set_rng_state(seeds.start)
         return output

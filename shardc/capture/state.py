@@ -6,9 +6,10 @@ self.table = torch.ones(8)      # no buffer, but forward reads it: a CONSTANT wh
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from shardc.capture.side_effects.code import makes_tensors
 from shardc.capture.side_effects.holders import Place
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.snapshot import Change, Snapshot
+from shardc.capture.user_frames import user_frame
+from shardc.errors import CaptureError
 from shardc.ir.program import Port, Role
 
 
@@ -83,6 +86,11 @@ class State:
             if makes_tensors(function.__wrapped__):
                 place.set(function.__wrapped__)
 
+    def stop_iterators(self) -> None:
+        """Put objects in the places of iterators that refuse to go on: nobody could set them back."""
+        for place in self.reachable.iterators:
+            place.set(Stopped(str(place)))
+
     @contextmanager
     def traced(self) -> Generator[None]:
         """Trace in here, with all patches in place. At the end, everything that the code of the model can reach is as
@@ -104,6 +112,24 @@ class State:
     def left(self) -> list[Change]:
         """What was changed since `traced` outside of `unchanged`, and is put back now."""
         return self._patched.restore()
+
+
+class Stopped:
+    """Stands in for an iterator in a trace."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> Stopped:
+        return self
+
+    def __next__(self) -> NoReturn:
+        frame = user_frame(sys._getframe(1))
+        line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+        raise CaptureError(
+            f"forward takes the next value of the iterator {self._path}{line}: it would be the same at every call. "
+            "Take it outside of the model, and pass it in"
+        )
 
 
 def _is_plain(tensor: Tensor) -> bool:

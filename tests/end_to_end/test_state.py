@@ -94,7 +94,7 @@ def test_a_program_compiled_ahead_refuses_what_it_was_not_compiled_for() -> None
     compiled(torch.ones(2, 4))
     model.keeps = "tensor"
     with pytest.raises(
-        ShardcError, match="model.keeps is 'tensor', and was '' when the model was compiled: put it back"
+        ShardcError, match=r"model\.keeps is 'tensor', and was '' when the model was compiled: put it back"
     ):
         compiled(torch.ones(2, 4))
 

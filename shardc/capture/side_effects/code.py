@@ -6,6 +6,7 @@ def forward(self, x):
 
 from __future__ import annotations
 
+import dis
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -45,6 +46,13 @@ def names(code: CodeType) -> frozenset[str]:
 def free_names(code: CodeType) -> frozenset[str]:
     """The names that code may look up in its globals."""
     return frozenset(name for part in _nested(code) for name in part.co_names)
+
+
+@cache
+def imported(code: CodeType) -> frozenset[str]:
+    """The modules that code imports when it runs."""
+    instructions = (instruction for part in _nested(code) for instruction in dis.get_instructions(part))
+    return frozenset(str(one.argval) for one in instructions if one.opname == "IMPORT_NAME")
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

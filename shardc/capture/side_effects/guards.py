@@ -212,6 +212,8 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[A
         return operator.attrgetter(*twice), len(keys) == 1
     if isinstance(holder, Cell):
         return operator.attrgetter("cell_contents", "cell_contents"), True
+    if isinstance(holder, Context):
+        return (lambda variable: [variable.get(GONE)]), False
     get = operator.itemgetter(*twice)
     if isinstance(holder.target, dict):
         if type(holder.target).__getitem__ is dict.__getitem__:

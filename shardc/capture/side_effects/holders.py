@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CellType
 from typing import Any
@@ -167,7 +168,7 @@ class Names(Holder):
         return f"{self.path}.{key}"
 
 
-_EMPTY = "an empty cell"
+_EMPTY = object()
 
 
 class Cell(Holder):
@@ -189,6 +190,23 @@ class Cell(Holder):
 
     def set(self, key: Any, value: Any) -> None:
         self.target.cell_contents = value
+
+    def name(self, key: Any) -> str:
+        return self.path
+
+
+class Context(Holder):
+    """The value of a context variable."""
+
+    target: ContextVar[Any]
+
+    def get(self) -> Contents:
+        value = self.target.get(_EMPTY)
+        return {} if value is _EMPTY else {0: value}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        for value in contents.values():
+            self.target.set(value)
 
     def name(self, key: Any) -> str:
         return self.path

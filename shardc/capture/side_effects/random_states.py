@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -122,34 +122,73 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
 
 
-def others() -> tuple[Any, Any]:
-    """The states of Python's and NumPy's generators."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
+class Generators:
+    """The random generators of Python and NumPy, those of the libraries and the `given` ones, by name."""
+
+    def __init__(self, given: Sequence[tuple[str, Any]]) -> None:
+        self._all = [("Python's random module", _PYTHON), ("NumPy", _NUMPY), *given]
+        self._states = [_state(generator) for _, generator in self._all]
+
+    def moved(self) -> str:
+        """The name of one from which was drawn; "" if there is none."""
+        for (name, generator), state in zip(self._all, self._states, strict=True):
+            if _differ(_state(generator), state):
+                return name
+        return ""
+
+    def restore(self) -> None:
+        """Set all back to where they were."""
+        for (_, generator), state in zip(self._all, self._states, strict=True):
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, np.random.RandomState):
+                generator.set_state(state)
+            else:
+                generator.setstate(state)
+
+    def refuse_draws(self, run: Callable[[], Any]) -> None:
+        """Raise CaptureError if one has moved. `run` calls the model again, to find the line."""
+        name = self.moved()
+        if not name:
+            return
+        self.restore()
+        line = _line(run, self.moved)
+        self.restore()
+        raise CaptureError(
+            f"forward draws from {name}{f' at {line}' if line else ''}: a compiled program would use the same numbers "
+            "at every call. Draw with torch.rand in the model, or draw outside and pass the numbers in as a tensor"
+        )
 
 
-def refuse_draws(before: tuple[Any, Any], run: Callable[[], Any]) -> None:
-    """Raise CaptureError if these states have changed. `run` calls the model again, to find the line."""
-    after = others()
-    if after == before:
-        return
-    library, way = ("Python's random module", "torch.rand") if after[0] != before[0] else ("NumPy", "torch.rand")
-    line = _line_of_change(run)
-    raise CaptureError(
-        f"forward draws from {library}{f' at {line}' if line else ''}: a compiled program would use the same numbers "
-        f"at every call. Draw with {way} in the model, or draw outside and pass the numbers in as a tensor"
-    )
+_PYTHON = random.getrandbits.__self__  # type: ignore[attr-defined]
+_NUMPY = np.random.mtrand._rand  # type: ignore[attr-defined]  # the generator behind np.random.rand; it has no other name
 
 
-def _line_of_change(run: Callable[[], Any]) -> str:
-    """The line of user code that changes the states of the generators in a run."""
-    culprit, last, state = "", "", others()
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return not np.array_equal(one, other)
+    if isinstance(one, dict):
+        return any(_differ(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and len(one) < 10:
+        return any(_differ(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one != other)
+
+
+def _line(run: Callable[[], Any], moved: Callable[[], str]) -> str:
+    """The line of user code that moves a generator in a run."""
+    culprit, last = "", ""
 
     def on_line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal culprit, last, state
+        nonlocal culprit, last
         if is_known(frame.f_code.co_filename):
             return None
-        if not culprit and others() != state:
+        if not culprit and moved():
             culprit = last
         if event in ("call", "line"):
             last = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -163,4 +202,4 @@ def _line_of_change(run: Callable[[], Any]) -> str:
         pass
     finally:
         sys.settrace(before)
-    return culprit or (last if others() != state else "")
+    return culprit or (last if moved() else "")

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import random
 import sys
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -27,14 +31,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.code import free_names, is_known, names
-from shardc.capture.side_effects.holders import Attributes, Cell, Holder, Names, Place, Registry, Slots, holder_of
+from shardc.capture.side_effects.code import free_names, imported, is_known, names
+from shardc.capture.side_effects.holders import (
+    Attributes,
+    Cell,
+    Context,
+    Holder,
+    Names,
+    Place,
+    Registry,
+    Slots,
+    holder_of,
+)
 
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
     torch.memory_format, torch.layout, np.generic, PurePath, type(Ellipsis), type(NotImplemented),
 )  # fmt: skip
 """Values that do not change, and are compared by value."""
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 LONG = 1000
 """Containers with more elements are not looked into: to read them at every call would take too long."""
@@ -58,6 +74,9 @@ class Reachable:
         self.tensors: dict[int, list[Place]] = {}
         self.cached: list[tuple[Place, Any]] = []
         """Functions with `functools.lru_cache`, and where they stand."""
+        self.iterators: list[Place] = []
+        self.generators: list[tuple[str, Any]] = []
+        """Random generators of Python and NumPy, by name."""
         self.names: set[str] = set()
         self._places: dict[int, list[Place]] = {}
         self._seen: dict[Any, Any] = {}
@@ -65,6 +84,8 @@ class Reachable:
         self._todo: deque[tuple[Any, str]] = deque()
         for path, value in roots:
             self._todo.append((value, path))
+        self._when("environ", self._environment)
+        self._when("getenv", self._environment)
         while self._todo:
             self._visit(*self._todo.popleft())
 
@@ -80,6 +101,8 @@ class Reachable:
         if isinstance(value, Tensor):
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
+        elif isinstance(value, Iterator):
+            self.iterators.append(place)
         elif isinstance(value, _CACHED):
             self.cached.append((place, value))
             self._todo.append((value.__wrapped__, holder.name(key)))
@@ -118,6 +141,13 @@ class Reachable:
         elif isinstance(value, ModuleType):
             if not is_known(getattr(value, "__file__", None) or "<frozen"):
                 self._attributes(Names(value, value.__name__), vars(value))
+        elif isinstance(value, GENERATORS):
+            self.generators.append((path, value))
+        elif isinstance(value, ContextVar):
+            context = Context(value, path)
+            self.holders.append(context)
+            for key, item in context.get().items():
+                self._stands(context, key, item)
         elif isinstance(value, nn.Module):
             self._module(value, path)
         elif (holder := holder_of(value, path)) is not None:
@@ -126,6 +156,9 @@ class Reachable:
             self._todo.append((value.__self__, path))
         elif _opens(type(value)):
             self._object(value, path)
+
+    def _environment(self) -> None:
+        self._todo.append((vars(os.environ)["_data"], "os.environ"))
 
     def _container(self, holder: Holder, value: Any) -> None:
         self.holders.append(holder)
@@ -222,6 +255,7 @@ class Reachable:
             self._todo += [(cell.cell_contents, path) for cell in closure if _callable_in(cell)]
             return
         self._use(names(code))
+        self._todo += [(sys.modules.get(name), name) for name in imported(code)]
         space = self._globals(function)
         for name in free_names(code):
             if name not in space.used and not name.startswith("__"):
@@ -262,7 +296,9 @@ _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
 @functools.cache
 def _opens(cls: type) -> bool:
     """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model."""
-    if issubclass(cls, (np.ndarray, np.random.Generator, np.random.RandomState)):
+    if issubclass(cls, threading.local):
+        return True
+    if issubclass(cls, np.ndarray):
         return False
     root = cls.__module__.partition(".")[0]
     if root in ("torch", "numpy", "shardc", "builtins"):

@@ -33,6 +33,8 @@ def tracing_flags(module: nn.Module) -> Generator[None]:
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(patched())
+        # what the user has compiled with torch.compile runs as it was written
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "transformers" in sys.modules:
             stack.enter_context(transformers.patched(module))
         try:
