@@ -25,6 +25,7 @@ from shardc.capture.side_effects.holders import (
     Attributes,
     Cell,
     Contents,
+    Context,
     Elements,
     Holder,
     Members,

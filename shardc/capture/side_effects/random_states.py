@@ -186,7 +186,7 @@ def _line(run: Callable[[], Any], moved: Callable[[], str]) -> str:
 
     def on_line(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal culprit, last
-        if is_known(frame.f_code.co_filename):
+        if is_known(frame.f_code.co_filename) or frame.f_code.co_filename.startswith("<"):
             return None
         if not culprit and moved():
             culprit = last
