@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.inputs import flatten
 from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
 from shardc.capture.side_effects.escapes import Escapes
+from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Place
 from shardc.capture.side_effects.random_states import Generators, Seeds
@@ -170,8 +171,10 @@ class ModelTrace:
         """What the model returns; notes the state in which it leaves torch's generator."""
         self.provenance.seeds = seeds = Seeds()
         generators = Generators(self.state.reachable.generators)
-        with self.provenance, seeds.watched(), self.watch.installed() if self.watch else nullcontext():
+        files = Files()
+        with self.provenance, seeds.watched(), files, self.watch.installed() if self.watch else nullcontext():
             output = self.call(*args, **kwargs)
+        files.refuse()
         generators.refuse_draws(lambda: self.call(*args, **kwargs))
         self.seed = torch.get_rng_state() if seeds.seeded else None
         torch.set_rng_state(seeds.start)

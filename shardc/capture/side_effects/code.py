@@ -51,7 +51,8 @@ def free_names(code: CodeType) -> frozenset[str]:
 @cache
 def imported(code: CodeType) -> frozenset[str]:
     """The modules that code imports when it runs."""
-    instructions = (instruction for part in _nested(code) for instruction in dis.get_instructions(part))
+    parts = [part for part in _nested(code) if dis.opmap["IMPORT_NAME"] in part.co_code[::2]]
+    instructions = (instruction for part in parts for instruction in dis.get_instructions(part))
     return frozenset(str(one.argval) for one in instructions if one.opname == "IMPORT_NAME")
 
 

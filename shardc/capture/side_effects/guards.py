@@ -27,6 +27,7 @@ from shardc.capture.side_effects.holders import (
     Contents,
     Context,
     Elements,
+    Environment,
     Holder,
     Members,
     Names,
@@ -69,12 +70,12 @@ class Guards:
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
         for holder, held in contents:
-            if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names)):
+            if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 continue
             of_object = isinstance(holder, (Attributes, Slots))
             keys = [key for key in held if key not in NEVER_READ and not (of_object and key not in names)]
             keys = [key for key in keys if (id(holder.target), key) not in unread]
-            if type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names)):
+            if type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment)):
                 if held:
                     self._sized.append((holder, len(held)))
                 else:
@@ -213,6 +214,8 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[A
         return operator.attrgetter(*twice), len(keys) == 1
     if isinstance(holder, Cell):
         return operator.attrgetter("cell_contents", "cell_contents"), True
+    if isinstance(holder, Environment):
+        return (lambda variables: map(variables.get, keys)), False
     if isinstance(holder, Context):
         return (lambda variable: [variable.get(GONE)]), False
     get = operator.itemgetter(*twice)

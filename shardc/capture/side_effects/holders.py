@@ -5,6 +5,7 @@ model.seen = [1]        # Attributes(model): {"seen": [1]};  Elements(model.seen
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -193,6 +194,31 @@ class Cell(Holder):
 
     def name(self, key: Any) -> str:
         return self.path
+
+
+class Environment(Holder):
+    """Those of the process's variables that code names, None where one is not set."""
+
+    def __init__(self) -> None:
+        super().__init__(vars(os.environ)["_data"], "os.environ")  # the items of os.environ are made when they are read
+        self.used: dict[Any, None] = {}
+
+    def use(self, name: str) -> None:
+        """Code names a variable."""
+        self.used[vars(os.environ)["encodekey"](name)] = None
+
+    def get(self) -> Contents:
+        return {name: self.target.get(name) for name in self.used}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        for name, value in contents.items():
+            if value is not self.target.get(name):
+                os.environ.pop(os.fsdecode(name), None)
+                if value is not None:
+                    os.environ[os.fsdecode(name)] = os.fsdecode(value)
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}[{os.fsdecode(key)!r}]"
 
 
 class Context(Holder):

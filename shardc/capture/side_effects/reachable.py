@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import random
 import sys
 import threading
@@ -36,6 +35,7 @@ from shardc.capture.side_effects.holders import (
     Attributes,
     Cell,
     Context,
+    Environment,
     Holder,
     Names,
     Place,
@@ -84,10 +84,10 @@ class Reachable:
         self._todo: deque[tuple[Any, str]] = deque()
         for path, value in roots:
             self._todo.append((value, path))
-        self._when("environ", self._environment)
-        self._when("getenv", self._environment)
         while self._todo:
             self._visit(*self._todo.popleft())
+        if not self.names.isdisjoint(("environ", "getenv")):
+            self._environment()
 
     def holds(self, value: Any) -> bool:
         """Whether the walk met this very object."""
@@ -158,7 +158,11 @@ class Reachable:
             self._object(value, path)
 
     def _environment(self) -> None:
-        self._todo.append((vars(os.environ)["_data"], "os.environ"))
+        variables = Environment()
+        for name in self.names:
+            if name.isupper():
+                variables.use(name)
+        self.holders.append(variables)
 
     def _container(self, holder: Holder, value: Any) -> None:
         self.holders.append(holder)
@@ -233,7 +237,7 @@ class Reachable:
     def _class(self, cls: type) -> None:
         """The methods and the values that code names, in a class and its bases. Operators (`__len__`) need no name."""
         for base in cls.__mro__:
-            if base in (object, nn.Module) or ("class", id(base)) in self._seen:
+            if base in (object, nn.Module) or issubclass(base, Enum) or ("class", id(base)) in self._seen:
                 continue
             self._seen["class", id(base)] = base
             file = getattr(sys.modules.get(base.__module__), "__file__", None) or "<frozen"
@@ -268,7 +272,7 @@ class Reachable:
                         self._stands(space, name, known)
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             holder = Cell(cell, f"{variable} of {function.__qualname__}")
-            if id(cell) not in self._seen:
+            if variable != "__class__" and id(cell) not in self._seen:  # that one is for super()
                 self._seen[id(cell)] = cell
                 self.holders.append(holder)
                 for key, value in holder.get().items():
