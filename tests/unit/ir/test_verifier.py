@@ -171,14 +171,14 @@ def test_a_gradient_of_nothing(mlp: Left) -> None:
     assert_breaks(mlp, at_capture.gradients_pair_with_inputs, gradient, "the gradient of 'sideways.weight'")
 
 
-def test_a_mutation_of_what_is_no_buffer() -> None:
+def test_a_mutation_of_what_the_model_does_not_have() -> None:
     normed = left("normed", "normalize")
     outputs = list(normed.program.outputs)
     place = next(index for index, port in enumerate(outputs) if port.role is Role.MUTATION)
-    outputs[place] = Port(Role.MUTATION, "norm.weight")
+    outputs[place] = Port(Role.MUTATION, "norm.scale")
     normed.program = replace(normed.program, outputs=outputs)
     node: Any = normed.graph.output_node().args[0][place]  # type: ignore[index]
-    said = "'norm.weight', which is neither of the model nor an input"
+    said = "'norm.scale', which is neither of the model nor an input"
     assert_breaks(normed, at_capture.mutations_pair_with_what_they_change, node, said)
 
 
