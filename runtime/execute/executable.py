@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
 from shardc.runtime.execute.boundary import Boundary, boundary
-from shardc.runtime.execute.slots import Slot
+from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -144,7 +145,7 @@ class Executable:
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.module.OUTPUTS):
-                value = self._boundary.leave(slot, [result[0][position] for result in results])
+                value = self._left(slot, [result[0][position] for result in results])
                 if slot.role == "output":
                     outputs.append(value)
                 else:
@@ -152,7 +153,8 @@ class Executable:
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
 
     def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, from the tangents by output index. Absent tangents count as zeros.
+        """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no gradient
+        that depends on absent ones alone.
 
         The generated code empties the lists of saved values, so that each value is freed after its last use.
         """
@@ -167,9 +169,17 @@ class Executable:
         with torch.no_grad():
             for position, slot in enumerate(self.gradients):
                 parts = [result[position] for result in results]
-                if parts[0] is not None:
-                    gradients[slot.name] = self._boundary.leave(slot, parts)
+                if parts[0] is not None and (not slot.depends_on or tangents.keys() & set(slot.depends_on)):
+                    gradients[slot.name] = self._left(slot, parts)
         return gradients
+
+    def _left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+        """The user's tensor from the values of the local ranks, in memory as on one device.
+
+        A DTensor's part lies as its rank left it, and a mutation is copied into a tensor that lies somehow.
+        """
+        value = self._boundary.leave(slot, parts)
+        return value if isinstance(value, DTensor) or slot.role == "mutation" else ordered(value, slot.order)
 
 
 class _Differentiable(torch.autograd.Function):

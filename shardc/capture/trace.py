@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from shardc.capture.eager_results import with_eager_results
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
@@ -67,7 +68,7 @@ def capture(
             "buffers only: return the value, or register it with register_buffer",
             stacklevel=2,
         )
-    return program
+    return program if dynamic else with_eager_results(program)
 
 
 Traced = Callable[..., tuple[ModelTrace, Program]]

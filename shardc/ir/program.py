@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -49,7 +49,9 @@ class Program:
 
     `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, or the constant
     itself wrapped in `Constant`. `tied` maps every alias of a parameter to the name that the graph uses.
-    `attached` are the positions of the outputs that require a gradient on one device.
+    `attached` are the positions of the outputs that require a gradient on one device. `orders` are the dims of results
+    from major to minor, where they do not lie contiguous in one device's memory. `depends_on` are the outputs on whose
+    gradients a gradient depends: without any of these it is None on one device. A gradient that is not there always is.
     """
 
     version: GraphVersion
@@ -60,6 +62,8 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     attached: frozenset[int] = frozenset()
+    orders: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
+    depends_on: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
 
     @property
     def graph(self) -> fx.Graph:
