@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
 from shardc.runtime.execute.boundary import Boundary, boundary
+from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
+from shardc.runtime.execute.transforms import is_batched, refuse_transforms
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -96,7 +97,7 @@ class Executable:
             if slot.name in names and names[slot.name].requires_grad:
                 self._boundary.check_gradient(slot, names[slot.name])
         mutations: dict[str, Tensor] = {}
-        outputs = list(_Differentiable.apply(self, fallback, mutations, *tensors))
+        outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
         return outputs
 
@@ -124,6 +125,7 @@ class Executable:
             tensor = state[slot.name]
         else:
             raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
+        refuse_transforms([(str(slot), tensor)])
         slot.check(tensor)
         return tensor
 
@@ -191,6 +193,7 @@ class _Differentiable(torch.autograd.Function):
         executable: Executable,
         fallback: Fallback | None,
         mutations: dict[str, Tensor],
+        second: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         names = [slot.name for slot in executable.inputs]
@@ -203,7 +206,7 @@ class _Differentiable(torch.autograd.Function):
         # save_for_backward releases tensors with the graph and raises where one was changed in place.
         flat = [value for saved in result.saved for value in saved if isinstance(value, Tensor)]
         again = [] if fallback is None else [value for name, value in values.items() if name not in ctx.before]
-        ctx.save_for_backward(*flat, *again)
+        ctx.save_for_backward(second, *flat, *again)
         ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
         ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
         ctx.kinds = [type(tensor) for tensor in tensors]
@@ -213,12 +216,22 @@ class _Differentiable(torch.autograd.Function):
         return tuple(result.outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *tangents: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if any(tangent is not None and is_batched(tangent) for tangent in tangents):
+            raise RankError(
+                "backward got a batch of gradients at once (is_grads_batched=True, or vectorize=True), which a sharded "
+                "model does not take: call backward once for each"
+            )
+        second, *tensors = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _Differentiable._gradients(ctx, deque(tensors), tangents)
+        return (None, None, None, None, *(once(grads, second, tangents) if torch.is_grad_enabled() else grads))
+
+    @staticmethod
+    def _gradients(ctx: Any, tensors: deque[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         executable: Executable = ctx.executable
-        tensors = deque(ctx.saved_tensors)
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
             ctx.maybe_clear_saved_tensors()
         saved = [[tensors.popleft() if value is None else value[0] for value in kept] for kept in ctx.kept]
@@ -239,9 +252,9 @@ class _Differentiable(torch.autograd.Function):
             rest = [name for name in ctx.names if name not in ctx.before]
             values = {**ctx.before, **dict(zip(rest, tensors, strict=True))}
             gradients = _again(ctx.fallback(frozenset(arrived)), values, arrived, ctx.random_state)
-        needs = zip(ctx.names, ctx.needs_input_grad[3:], strict=True)
+        needs = zip(ctx.names, ctx.needs_input_grad[4:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
-        return (None, None, None, *map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
+        return list(map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
 
 
 def mutations_of(executable: Executable) -> list[str]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
+from shardc.runtime.execute.transforms import refuse_transforms
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -44,6 +45,11 @@ def refuse_opaque(leaves: Iterable[Any]) -> None:
             )
 
 
+def refuse_unplain(leaves: Iterable[Any]) -> None:
+    """Raise RankError for an input that no program takes (a nested tensor, or one of a transform such as vmap)."""
+    refuse_transforms((f"input {index}", leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+
+
 def refuse_foreign(constant: Tensor) -> None:
     """Raise CaptureError for a parameter that is no parameter of the model: its gradient would be lost."""
     if constant.requires_grad:
@@ -69,6 +75,7 @@ def call_key(
     module: nn.Module, leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None
 ) -> tuple[Any, ...]:
     """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
+    refuse_unplain(leaves)
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     known: dict[int, tuple[Any, bool]] = {}

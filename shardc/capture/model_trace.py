@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.inputs import flatten, refuse_opaque
+from shardc.capture.inputs import flatten, refuse_opaque, refuse_unplain
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
@@ -56,6 +56,7 @@ class ModelTrace:
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
         self.leaves, self.in_spec = flatten((args, kwargs))
+        refuse_unplain(self.leaves)
         refuse_opaque(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
