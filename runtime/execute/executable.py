@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
@@ -142,7 +143,8 @@ class Executable:
         def arguments(rank: int) -> tuple[Tensor, ...]:
             return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
 
-        results = self.mesh.run(self.module.forward, arguments, random=self.random)
+        with no_autocast():
+            results = self.mesh.run(self.module.forward, arguments, random=self.random)
         outputs: list[Tensor] = []
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -166,7 +168,8 @@ class Executable:
             values += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
             return (values,)
 
-        results = self.mesh.run(self.module.backward, arguments)
+        with no_autocast():
+            results = self.mesh.run(self.module.backward, arguments)
         gradients: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.gradients):
@@ -209,6 +212,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(second, *flat, *again)
         ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
         ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
+        ctx.surroundings = Surroundings()
         ctx.kinds = [type(tensor) for tensor in tensors]
         numbers = (torch.is_floating_point, torch.is_complex)
         ctx.mark_non_differentiable(*(out for out in result.outputs if not any(test(out) for test in numbers)))
@@ -251,7 +255,9 @@ class _Differentiable(torch.autograd.Function):
         else:
             rest = [name for name in ctx.names if name not in ctx.before]
             values = {**ctx.before, **dict(zip(rest, tensors, strict=True))}
-            gradients = _again(ctx.fallback(frozenset(arrived)), values, arrived, ctx.random_state)
+            with ctx.surroundings.again():
+                other = ctx.fallback(frozenset(arrived))
+            gradients = _again(other, values, arrived, ctx.random_state)
         needs = zip(ctx.names, ctx.needs_input_grad[4:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
         return list(map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardc.capture.torch_patches.autocast import lowered
 from shardc.runtime.kernels.attention import attention as fused_attention
 
 _TORCH_ATTENTION = F.scaled_dot_product_attention
@@ -31,6 +32,9 @@ def attention(
 
     The kernels that torch would pick depend on device and dropout, and a captured CPU kernel does not run elsewhere.
     """
+    query, key, value, attn_mask = lowered(query), lowered(key), lowered(value), lowered(attn_mask)
+    if not query.dtype == key.dtype == value.dtype:  # torch refuses this, and says so
+        return _TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     heads = query.shape[-3] if query.ndim >= 3 else 1
     if enable_gqa and heads != key.shape[-3]:
         key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)

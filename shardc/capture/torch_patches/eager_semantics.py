@@ -17,6 +17,7 @@ from torch._decomp import decompositions as rnn
 from torch._ops import OpOverload
 
 from shardc.capture.torch_patches import data_dependent
+from shardc.capture.torch_patches.autocast import lowered, off
 
 aten = torch.ops.aten
 
@@ -57,7 +58,22 @@ def _recurrent_layers(
     x: torch.Tensor, hidden: Any, params: Any, has_biases: bool, layers: int, dropout: float, train: bool,
     bidirectional: bool, batch_first: bool, layer: Callable[..., Any],
 ) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
-    """torch's decomposition of LSTM, GRU and RNN, which forgets the dropout between the layers."""
+    """torch's decomposition of LSTM, GRU and RNN, which forgets the dropout between the layers.
+
+    Where eager mode runs LSTM as one operator, that is on autocast's list for lower precision.
+    """
+    if layer is rnn.one_layer_lstm and all(h.shape[-1] == c.shape[-1] for h, c in hidden):
+        x, params = lowered(x), [tuple(map(lowered, of_layer)) for of_layer in params]
+        hidden = [(lowered(h), lowered(c)) for h, c in hidden]
+        with off():
+            return _layers(x, hidden, params, has_biases, layers, dropout, train, bidirectional, batch_first, layer)
+    return _layers(x, hidden, params, has_biases, layers, dropout, train, bidirectional, batch_first, layer)
+
+
+def _layers(
+    x: torch.Tensor, hidden: Any, params: Any, has_biases: bool, layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool, layer: Callable[..., Any],
+) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
     x = x.transpose(0, 1) if batch_first else x
     final: list[Any] = []
     for index in range(layers):
