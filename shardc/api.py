@@ -13,6 +13,7 @@ from torch import nn
 
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
+from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import TRACING, Compiled, compiled
 from shardc.errors import MeshError, ShardcError
 from shardc.ir.mesh import Mesh
@@ -168,6 +169,7 @@ def _sharded(target: Any, request: Request) -> Any:
 
 def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     """Swap the object's class for a subclass, so that paths, state_dict and isinstance stay as they are."""
+    refuse_scripted(module)
     if "_shardc" in module.__dict__:
         module.__dict__["_shardc"] = _Engine(request)
         return module

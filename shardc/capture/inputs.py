@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.torch_patches import transformers
+from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.runtime.execute.transforms import refuse_transforms
@@ -76,6 +77,7 @@ def call_key(
 ) -> tuple[Any, ...]:
     """Everything a captured program depends on besides the values of tensors, and the sizes of `dynamic` dims."""
     refuse_unplain(leaves)
+    refuse_unsupported(module)
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     known: dict[int, tuple[Any, bool]] = {}

@@ -21,6 +21,7 @@ from shardc.capture.repeated_layers import Repeat, find
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
+from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.ir.constrain import Spec
 from shardc.ir.program import Program
 
@@ -52,6 +53,7 @@ def capture(
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
     nothing or do not fit.
     """
+    refuse_unsupported(module)
     arguments = tuple(args), dict(kwargs or {})
 
     def traced(watch: Watch | None = None) -> tuple[ModelTrace, Program]:

@@ -11,13 +11,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._C import DispatchKey
 from torch._decomp import decompositions as rnn
 from torch._ops import OpOverload
 
-from shardc.capture.torch_patches import data_dependent
+from shardc.capture.torch_patches import data_dependent, distributions
 from shardc.capture.torch_patches.autocast import lowered, off
+from shardc.errors import CaptureError
 
 aten = torch.ops.aten
 
@@ -30,6 +32,9 @@ def patched() -> Generator[None]:
         stack.enter_context(patch.object(rnn, "_rnn_helper", _recurrent_layers))
         # torch compares a mask with the causal one, and branches on the outcome. The mask gives the same result.
         stack.enter_context(patch.object(nn.modules.transformer, "_detect_is_causal_mask", _is_causal))
+        # Under autograd, a parameter that forward writes would need the gradient of what it becomes.
+        stack.enter_context(patch.object(F, "_no_grad_embedding_renorm_", _renormalise))
+        stack.enter_context(distributions.unchecked())
         stack.enter_context(_whole(aten.multilabel_margin_loss_forward.default))
         yield
 
@@ -48,6 +53,16 @@ def _whole(operator: OpOverload) -> Generator[None]:
     finally:
         operator.py_kernels[DispatchKey.Autograd] = kernel
         operator._dispatch_cache.clear()
+
+
+def _renormalise(weight: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type: float) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise CaptureError(
+            "an embedding with max_norm rewrites its weight, which is trained, in forward, and a sharded program does "
+            "not: leave out max_norm, and clip the rows after each step of the optimizer, under torch.no_grad(), with "
+            "weight.copy_(torch.renorm(weight, norm_type, 0, max_norm))"
+        )
+    torch.embedding_renorm_(weight.detach(), index, max_norm, norm_type)
 
 
 def _is_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from shardc.capture.torch_patches.attention import attention
@@ -37,6 +38,10 @@ class Provenance(TorchFunctionMode):
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._after = after
         self._attention = F.scaled_dot_product_attention
+
+    def __enter__(self) -> Provenance:
+        parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,6 +81,8 @@ class Provenance(TorchFunctionMode):
             stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
             # nn.MultiheadAttention calls attention from inside torch, where function modes do not see it.
             stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            # What `parametrize.cached()` holds is real, and is not to hold what is fake.
+            stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())
             yield
 

@@ -171,14 +171,22 @@ def test_a_gradient_of_nothing(mlp: Left) -> None:
     assert_breaks(mlp, at_capture.gradients_pair_with_inputs, gradient, "the gradient of 'sideways.weight'")
 
 
-def test_a_mutation_of_what_is_no_buffer() -> None:
+def test_a_gradient_of_an_output_that_it_does_not_name(mlp: Left) -> None:
+    port = next(port for port in mlp.program.outputs if port.role is Role.GRADIENT)
+    mlp.program = replace(mlp.program, depends_on={port: (1,)})
+    node = dict(zip(mlp.program.outputs, mlp.graph.output_node().args[0], strict=True))[port]  # type: ignore[arg-type]
+    said = "depends on the outputs (1,), and reads tangents of (0,)"
+    assert_breaks(mlp, at_capture.gradients_read_the_tangents_that_they_name, node, said)
+
+
+def test_a_mutation_of_what_is_no_state() -> None:
     normed = left("normed", "normalize")
     outputs = list(normed.program.outputs)
     place = next(index for index, port in enumerate(outputs) if port.role is Role.MUTATION)
-    outputs[place] = Port(Role.MUTATION, "norm.weight")
+    outputs[place] = Port(Role.MUTATION, "norm.height")
     normed.program = replace(normed.program, outputs=outputs)
     node: Any = normed.graph.output_node().args[0][place]  # type: ignore[index]
-    said = "'norm.weight', which is neither buffer nor input"
+    said = "'norm.height', which is no parameter, buffer or input"
     assert_breaks(normed, at_capture.mutations_pair_with_what_they_change, node, said)
 
 
