@@ -1,8 +1,8 @@
 """What surrounds a call and changes what the model computes: autocast, and the default dtype.
 
-    surroundings = Surroundings()     # during the call
-    with surroundings.again(): ...    # later, say in backward, which runs outside of the user's autocast
-    with no_autocast(): ...           # while generated code runs, whose casts are written out
+surroundings = Surroundings()     # during the call
+with surroundings.again(): ...    # later, say in backward, which runs outside of the user's autocast
+with no_autocast(): ...           # while generated code runs, whose casts are written out
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Second derivatives of a sharded model: refused where they are asked for.
 
-    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)    # the gradient, as on one device
-    grad.norm().backward()                                                 # RankError: take it inside of forward
+(grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)    # the gradient, as on one device
+grad.norm().backward()                                                 # RankError: take it inside of forward
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class _Once(torch.autograd.Function):
         _refuse()
 
 
-def once(
-    gradients: Sequence[Tensor | None], second: Tensor, tangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def once(gradients: Sequence[Tensor | None], second: Tensor, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of a backward with `create_graph=True`: tied to the run (`second`) and to the tangents on which
     they depend, so that nobody takes them for constants."""
     there = [gradient for gradient in gradients if gradient is not None]

@@ -1,6 +1,6 @@
 """What a sharded model cannot run on: tensors of a function transform, and tensors that are not plain and dense.
 
-    torch.func.vmap(model)(x)      # RankError: input 0 is a tensor of torch.func ...
+torch.func.vmap(model)(x)      # RankError: input 0 is a tensor of torch.func ...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Parts of a model that no trace can run, found before anything of the model is touched.
 
-    shard(nn.Sequential(torch.jit.script(encoder), head), mesh=...)   # CaptureError: module '0' is a ScriptModule ...
+shard(nn.Sequential(torch.jit.script(encoder), head), mesh=...)   # CaptureError: module '0' is a ScriptModule ...
 """
 
 from __future__ import annotations

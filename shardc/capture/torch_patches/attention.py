@@ -28,7 +28,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """F.scaled_dot_product_attention as one operator forward and one backward. With dropout, broadcast batches, a mask
-    that learns, or a mask beside `is_causal`, it is traced as matmuls and a softmax instead.
+    that learns, a mask beside `is_causal`, or under `sdpa_kernel(SDPBackend.MATH)`, it is traced as matmuls and a
+    softmax instead.
 
     The kernels that torch would pick depend on device and dropout, and a captured CPU kernel does not run elsewhere.
     """
@@ -40,11 +41,17 @@ def attention(
         key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
     plain = query.ndim == key.ndim == value.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
     free_mask = attn_mask is None or not (is_causal or attn_mask.requires_grad)
-    if dropout_p == 0.0 and plain and free_mask:
+    if dropout_p == 0.0 and plain and free_mask and _fused():
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return fused_attention(query, key, value, attn_mask, is_causal, scale)[0]
     with sdpa_kernel(SDPBackend.MATH):
         return _TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+def _fused() -> bool:
+    """Whether the user left torch any kernel but the mathematics, which alone has a second derivative."""
+    kernels = torch.backends.cuda
+    return kernels.flash_sdp_enabled() or kernels.mem_efficient_sdp_enabled() or kernels.cudnn_sdp_enabled()
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

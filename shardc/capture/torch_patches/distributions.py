@@ -1,6 +1,6 @@
 """torch.distributions during a trace: without the checks of their arguments, which look at values.
 
-    Normal(mean, scale).log_prob(x)    # asks whether all of scale is positive: no trace can know
+Normal(mean, scale).log_prob(x)    # asks whether all of scale is positive: no trace can know
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import shardc
 from shardc import shard
+from shardc.capture.torch_patches import autocast
 from shardc.errors import CaptureError
 
 MESHES = ("dp=2,tp=2", "a=3")
@@ -151,3 +153,43 @@ def test_operands_of_several_types_are_refused_as_on_one_device() -> None:
     model = shard(Attention(lambda q, k, v: attend(q.double(), k, v)), mesh="a=2")
     with pytest.raises(CaptureError, match="Expected query, key, and value to have the same dtype"):
         model(torch.randn(6, 12, 24))
+
+
+class Types(nn.Module):
+    """Values of several types under autocast for CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.layer(x)
+        with torch.autocast("cuda", enabled=False):
+            plain = self.layer(x)
+        with torch.autocast("cpu", enabled=False):  # not the device of the model
+            still = self.layer(x)
+        made = {"h": h, "gelu": F.gelu(h), "sum as asked": h.sum(dtype=torch.bfloat16), "still": still}
+        wide = {"norm": self.norm(h), "softmax": h.softmax(-1), "exp": h.exp(), "power": h**2, "plain": plain}
+        return {**made, **wide, "loss": F.cross_entropy(h, torch.zeros(4, dtype=torch.long))}
+
+
+def test_autocast_for_cuda_counts_though_the_trace_runs_on_the_cpu() -> None:
+    """As torch documents its types on CUDA. (torch.autocast("cuda") switches itself off without CUDA.)"""
+    model, x = Types(), torch.randn(4, 8)
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        compiled = shardc.compile(model, "a=2", (x,), hardware="h100")
+        assert torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+    types = {name: value.dtype for name, value in compiled(x).items()}
+    low = {"h", "gelu", "sum as asked", "still"}
+    assert types == {name: torch.bfloat16 if name in low else torch.float32 for name in types}
+
+
+def test_the_list_of_cuda_names_functions_of_torch() -> None:
+    homes = (torch, Tensor, F)
+    assert {name for name in autocast._WIDE_ON_CUDA if not any(hasattr(home, name) for home in homes)} == set()

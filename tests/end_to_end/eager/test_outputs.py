@@ -105,7 +105,9 @@ def test_sizes_that_change() -> None:
     asked = dict(dynamic={"x": {0: "batch"}}, hardware="cpu")
     function = ROWS["transposed"]
     with torch.no_grad():
-        compiled = shardc.compile(Rows(function).double(), "a=2", (torch.randn(6, 8, 12, dtype=torch.float64),), **asked)
+        compiled = shardc.compile(
+            Rows(function).double(), "a=2", (torch.randn(6, 8, 12, dtype=torch.float64),), **asked
+        )
         for batch in (6, 4):
             made = compiled(torch.randn(batch, 8, 12, dtype=torch.float64))
             expected = function(torch.empty(batch, 8, 12))

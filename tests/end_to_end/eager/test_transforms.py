@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_mode
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardc import shard
 from shardc.runtime import RankError
@@ -48,6 +50,22 @@ class Forces(MLP):
         return energy, -slope
 
 
+class Attending(nn.Module):
+    """A gradient penalty through attention by one kernel."""
+
+    def __init__(self, kernel: SDPBackend) -> None:
+        super().__init__()
+        self.layer, self.kernel = nn.Linear(12, 12), kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        heads = self.layer(x).view(3, 2, 3, 4).transpose(1, 2)
+        with sdpa_kernel(self.kernel):
+            y = F.scaled_dot_product_attention(heads, heads, heads)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return slope.square().sum() + y.sum()
+
+
 def pair(make: Callable[[], nn.Module], mesh: str = "a=2") -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     single = make().double()
@@ -60,7 +78,7 @@ def sample() -> Tensor:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_second_derivatives_inside_of_forward(mesh: str) -> None:
-    for make in (Penalised, Forces):
+    for make in (Penalised, Forces, lambda: Attending(SDPBackend.MATH)):
         found: list[list[Tensor | None]] = []
         for model in pair(make, mesh):
             out = model(sample())
@@ -71,6 +89,12 @@ def test_second_derivatives_inside_of_forward(mesh: str) -> None:
     single, sharded = pair(Forces, mesh)
     with torch.no_grad():
         torch.testing.assert_close(sharded.eval()(sample()), single.eval()(sample()))
+
+
+def test_fused_attention_has_no_second_derivative() -> None:
+    _, sharded = pair(lambda: Attending(SDPBackend.FLASH_ATTENTION))
+    with pytest.raises(RankError, match=r"fused attention has no second derivative: .* sdpa_kernel\(SDPBackend.MATH\)"):
+        sharded(sample())
 
 
 def test_second_derivatives_outside_of_forward_are_refused() -> None:
