@@ -157,8 +157,8 @@ class Executable:
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
 
     def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no gradient
-        that depends on absent ones alone.
+        """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no
+        gradient that depends on absent ones alone.
 
         The generated code empties the lists of saved values, so that each value is freed after its last use.
         """

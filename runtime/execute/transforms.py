@@ -12,11 +12,10 @@ import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
 # functorch and autograd have no public way to ask whether a transform is active, or whether a tensor is one of its own.
-from torch._C import _functorch, _parse_dispatch_key  # pyright: ignore[reportPrivateUsage]
+from torch._C import _functorch  # pyright: ignore
 
 from shardc.runtime.errors import RankError
 
-_BATCHED = _parse_dispatch_key("Batched")
 _OUT = "differentiate its results with backward() or torch.autograd.grad, outside of the transform"
 
 
@@ -52,7 +51,7 @@ def _why_not(tensor: Tensor) -> str:
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for many in a vmap: of torch.func, or of `is_grads_batched`."""
     keys = torch._C._dispatch_keys(tensor)  # pyright: ignore[reportPrivateUsage]
-    return keys.has(_BATCHED) or _functorch.is_functorch_wrapped_tensor(tensor)
+    return keys.has("Batched") or _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _dual(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What one device's results are beyond their values: how they lie in memory, and when there is no gradient.
 
-return a(h), b(h)     # the gradient of b.weight depends on that of output 1: where there is none of this, it is None
+return a(h), b(h)     # the gradient of b.weight depends on that of output 1: without this it is None
 return h.mT           # order (1, 0): dim 1 is the major one in memory
 """
 

@@ -18,8 +18,8 @@ def refuse_scripted(module: nn.Module) -> None:
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise CaptureError(
-                f"{_named(path)} is a ScriptModule (torch.jit.script or torch.jit.trace), which no trace can look into: "
-                "build the model with the Python module that it was made from, and load its state_dict"
+                f"{_named(path)} is a ScriptModule (torch.jit.script or torch.jit.trace), which no trace can look "
+                "into: build the model with the Python module that it was made from, and load its state_dict"
             )
 
 
@@ -28,7 +28,7 @@ def refuse_unsupported(module: nn.Module) -> None:
     refuse_scripted(module)
     for path, part in module.named_modules():
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if is_lazy(tensor):
+            if tensor is not None and is_lazy(tensor):
                 raise CaptureError(
                     f"{_named(path)} is lazy, and {name!r} has no shape yet: call the model once before you shard it"
                 )

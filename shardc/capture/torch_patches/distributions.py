@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+_NO_SIZE = torch.Size()
 _initialise = Distribution.__init__
 
 
@@ -28,8 +29,8 @@ def unchecked() -> Generator[None]:
 
 def _without_checks(
     self: Distribution,
-    batch_shape: torch.Size = torch.Size(),
-    event_shape: torch.Size = torch.Size(),
+    batch_shape: torch.Size = _NO_SIZE,
+    event_shape: torch.Size = _NO_SIZE,
     validate_args: bool | None = None,
 ) -> None:
     _initialise(self, batch_shape, event_shape, validate_args=False)

@@ -1,4 +1,4 @@
-"""How outputs and gradients lie in memory: as on one device, so that `view` and in-place writes do what they do there."""
+"""How outputs and gradients lie in memory: as on one device, so that `view` and writes do what they do there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with parts that torch treats apart: scripted, lazy, parametrized, distributions, embeddings of bounded norm."""
+"""Parts that torch treats apart: scripted, lazy, parametrized, distributions, embeddings of bounded norm."""
 
 from __future__ import annotations
 
@@ -75,13 +75,11 @@ def test_a_scripted_part_is_refused_and_keeps_its_weights(make: Callable[[nn.Mod
     model, x = Encoder(make(nn.Linear(12, 24))), torch.randn(6, 12)
     expected = model(x)
     for run in (lambda: shardc.compile(model, "a=2", (x,)), lambda: shard(model, mesh="a=2")(x)):
-        with pytest.raises(
-            CaptureError, match="^module 'inner.0' is a ScriptModule .*: build the model with the Python"
-        ):
+        with pytest.raises(CaptureError, match=r"^module 'inner.0' is a ScriptModule .*: build the model"):
             run()
         assert all(type(value) in (nn.Parameter, Tensor) for value in model.inner[0].parameters())
     torch.testing.assert_close(model(x) if not hasattr(model, "plan") else model.head(model.inner(x)), expected)
-    with pytest.raises(CaptureError, match="^the model is a ScriptModule"):
+    with pytest.raises(CaptureError, match=r"^the model is a ScriptModule"):
         shard(make(nn.Linear(12, 24)), mesh="a=2")
 
 

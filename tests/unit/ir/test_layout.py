@@ -50,13 +50,15 @@ def test_text_round_trip(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "f32[8@dp@tp]", "f32[8@]", "f32[8@dp,]", "[8 8]", "[(8, 8)]", "[8@(dp tp)]", "[8@(dp,)]", "[8@()]", "[08]", "[-8]",
-        "[8]]", "[[8]]", "[8] +sum", "[8] sum@tp", "[8@3]", "[8x8]", "[8] garbage", "g32[8]", "torch.nothing[8]", "8, 8", "",
+        "f32[8@dp@tp]", "f32[8@]", "f32[8@dp,]", "[8 8]", "[(8, 8)]", "[8@(dp tp)]", "[8@(dp,)]", "[8@()]", "[08]",
+        "[-8]",
+        "[8]]", "[[8]]", "[8] +sum", "[8] sum@tp", "[8@3]", "[8x8]", "[8] garbage", "g32[8]", "torch.nothing[8]",
+        "8, 8", "",
         "[(8@dp 4]", "[8@dp)]", "[8.5]", "[8@dp:1]", "[8@dp~folded]", "[8@dp] @tp",
     ],
 )  # fmt: skip
 def test_a_text_that_is_more_or_less_than_a_layout_is_refused(text: str) -> None:
-    with pytest.raises(LayoutError, match="cannot read layout|unknown dtype"):
+    with pytest.raises(LayoutError, match=r"cannot read layout|unknown dtype"):
         Layout.parse(text)
 
 
