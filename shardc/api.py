@@ -157,6 +157,7 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
 
 def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
+        refuse_scripted(target)
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
         for name, value in _methods(target.forward, request).items():
@@ -169,7 +170,6 @@ def _sharded(target: Any, request: Request) -> Any:
 
 def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     """Swap the object's class for a subclass, so that paths, state_dict and isinstance stay as they are."""
-    refuse_scripted(module)
     if "_shardc" in module.__dict__:
         module.__dict__["_shardc"] = _Engine(request)
         return module
