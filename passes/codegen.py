@@ -129,7 +129,10 @@ class _Source:
             shape = tuple(layout.shape)
             dtype = str(dtype_of(node)).removeprefix("torch.")
             cuts = layout.simplify(self.mesh).cuts(self.mesh)
-            slot = f"Slot({port.role.value!r}, {port.name!r}, {port.index}, {shape}, {dtype!r}, {cuts})"
+            slot = f"Slot({port.role.value!r}, {port.name!r}, {port.index}, {shape}, {dtype!r}, {cuts}"
+            for name, facts in (("order", self.program.orders), ("depends_on", self.program.depends_on)):
+                slot += f", {name}={facts[port]}" if port in facts else ""
+            slot += ")"
             lines.append(f"    {slot},  # {self._type(node)}")
         return "\n".join([*lines, ")"])
 

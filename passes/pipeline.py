@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from shardc.ir import verifier
@@ -20,6 +21,7 @@ from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.passes.schedule import schedule
 from shardc.planning.compilation import Compilation, Pass
+from shardc.runtime.execute.ambient import no_autocast
 
 PIPELINE: tuple[Pass, ...] = (
     capture, normalize, factor, retile, propagate, assign, reshard, localize, schedule, bucket, overlap, codegen,
@@ -41,9 +43,11 @@ def run(passes: Sequence[Pass], c: Compilation, snapshots: dict[str, Compilation
     leaves what breaks an invariant, if programs are to be verified (see `shardc.ir.verifier`)."""
     for one in passes:
         start = time.process_time()
-        c = one.run(c)
-        if c.has("lowered"):
-            c.lowered.write()  # written here, so that its time counts for the pass that asked for it
+        # the user's autocast is for the model's own code: what capture wrote has its casts
+        with nullcontext() if one is capture else no_autocast():
+            c = one.run(c)
+            if c.has("lowered"):
+                c.lowered.write()  # written here, so that its time counts for the pass that asked for it
         seconds = c.seconds.get(one.name, 0.0) + time.process_time() - start
         c = replace(c, seconds={**c.seconds, one.name: seconds})
         if verifier.wanted():
@@ -59,7 +63,8 @@ def verified(name: str, c: Compilation) -> None:
         return
     graph = c.lowered.read() if c.has("lowered") else c.program.graph
     source = c.code() if c.has("code") else ""
-    verifier.verify(name, _stage_after(name), graph, c.program, c.mesh, source)
+    with no_autocast():
+        verifier.verify(name, _stage_after(name), graph, c.program, c.mesh, source)
 
 
 def _stage_after(name: str) -> str:

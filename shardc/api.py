@@ -15,6 +15,7 @@ from torch import nn
 
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
+from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import TRACING, Compiled, compiled
 from shardc.errors import MeshError, ShardcError
 from shardc.ir.mesh import Mesh
@@ -208,6 +209,7 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
 
 def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
+        refuse_scripted(target)
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
         for name, value in _methods(target.forward, request).items():

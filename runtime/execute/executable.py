@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
-from shardc.runtime.execute.slots import Slot
+from shardc.runtime.execute.second_derivatives import Second, once
+from shardc.runtime.execute.slots import Slot, ordered
+from shardc.runtime.execute.transforms import is_batched, refuse_transforms
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -95,7 +98,7 @@ class Executable:
             if slot.name in names and names[slot.name].requires_grad:
                 self._boundary.check_gradient(slot, names[slot.name])
         mutations: dict[str, Tensor] = {}
-        outputs = list(_Differentiable.apply(self, fallback, mutations, *tensors))
+        outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
         return outputs
 
@@ -123,6 +126,7 @@ class Executable:
             tensor = state[slot.name]
         else:
             raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
+        refuse_transforms([(str(slot), tensor)])
         slot.check(tensor)
         return tensor
 
@@ -139,12 +143,13 @@ class Executable:
         def arguments(rank: int) -> tuple[Tensor, ...]:
             return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
 
-        results = self.mesh.run(self.module.forward, arguments, random=self.random)
+        with no_autocast():
+            results = self.mesh.run(self.module.forward, arguments, random=self.random)
         outputs: list[Tensor] = []
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.module.OUTPUTS):
-                value = self._boundary.leave(slot, [result[0][position] for result in results])
+                value = self._left(slot, [result[0][position] for result in results])
                 if slot.role == "output":
                     outputs.append(value)
                 else:
@@ -152,7 +157,8 @@ class Executable:
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
 
     def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, from the tangents by output index. Absent tangents count as zeros.
+        """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no
+        gradient that depends on absent ones alone.
 
         The generated code empties the lists of saved values, so that each value is freed after its last use.
         """
@@ -162,14 +168,23 @@ class Executable:
             values += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
             return (values,)
 
-        results = self.mesh.run(self.module.backward, arguments)
+        with no_autocast():
+            results = self.mesh.run(self.module.backward, arguments)
         gradients: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.gradients):
                 parts = [result[position] for result in results]
-                if parts[0] is not None:
-                    gradients[slot.name] = self._boundary.leave(slot, parts)
+                if parts[0] is not None and (not slot.depends_on or tangents.keys() & set(slot.depends_on)):
+                    gradients[slot.name] = self._left(slot, parts)
         return gradients
+
+    def _left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+        """The user's tensor from the values of the local ranks, in memory as on one device.
+
+        A DTensor's part lies as its rank left it, and a mutation is copied into a tensor that lies somehow.
+        """
+        value = self._boundary.leave(slot, parts)
+        return value if isinstance(value, DTensor) or slot.role == "mutation" else ordered(value, slot.order)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -181,6 +196,7 @@ class _Differentiable(torch.autograd.Function):
         executable: Executable,
         fallback: Fallback | None,
         mutations: dict[str, Tensor],
+        second: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         names = [slot.name for slot in executable.inputs]
@@ -193,9 +209,10 @@ class _Differentiable(torch.autograd.Function):
         # save_for_backward releases tensors with the graph and raises where one was changed in place.
         flat = [value for saved in result.saved for value in saved if isinstance(value, Tensor)]
         again = [] if fallback is None else [value for name, value in values.items() if name not in ctx.before]
-        ctx.save_for_backward(*flat, *again)
+        ctx.save_for_backward(second, *flat, *again)
         ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
         ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
+        ctx.surroundings = Surroundings()
         ctx.kinds = [type(tensor) for tensor in tensors]
         numbers = (torch.is_floating_point, torch.is_complex)
         ctx.mark_non_differentiable(*(out for out in result.outputs if not any(test(out) for test in numbers)))
@@ -203,12 +220,22 @@ class _Differentiable(torch.autograd.Function):
         return tuple(result.outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *tangents: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if any(tangent is not None and is_batched(tangent) for tangent in tangents):
+            raise RankError(
+                "backward got a batch of gradients at once (is_grads_batched=True, or vectorize=True), which a sharded "
+                "model does not take: call backward once for each"
+            )
+        second, *tensors = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _Differentiable._gradients(ctx, deque(tensors), tangents)
+        return (None, None, None, None, *(once(grads, second, tangents) if torch.is_grad_enabled() else grads))
+
+    @staticmethod
+    def _gradients(ctx: Any, tensors: deque[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         executable: Executable = ctx.executable
-        tensors = deque(ctx.saved_tensors)
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
             ctx.maybe_clear_saved_tensors()
         saved = [[tensors.popleft() if value is None else value[0] for value in kept] for kept in ctx.kept]
@@ -228,10 +255,12 @@ class _Differentiable(torch.autograd.Function):
         else:
             rest = [name for name in ctx.names if name not in ctx.before]
             values = {**ctx.before, **dict(zip(rest, tensors, strict=True))}
-            gradients = _again(ctx.fallback(frozenset(arrived)), values, arrived, ctx.random_state)
-        needs = zip(ctx.names, ctx.needs_input_grad[3:], strict=True)
+            with ctx.surroundings.again():
+                other = ctx.fallback(frozenset(arrived))
+            gradients = _again(other, values, arrived, ctx.random_state)
+        needs = zip(ctx.names, ctx.needs_input_grad[4:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
-        return (None, None, None, *map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
+        return list(map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
 
 
 def mutations_of(executable: Executable) -> list[str]:

@@ -26,6 +26,10 @@ class Slot:
 
     `role` ("parameter", "input", ...) and `name` say what it is to the user. `index` is its position among the flat
     inputs or outputs. `shape` is global, `dtype` a name such as "float32". Without `cuts` it is whole on every rank.
+
+    `order` lists the dims as they lie in one device's memory, major to minor; it is empty where that is contiguous.
+    There is no gradient (None, not zeros) where none of the outputs `depends_on` got one. Where it is empty, there is
+    always one.
     """
 
     role: str
@@ -34,6 +38,8 @@ class Slot:
     shape: tuple[int, ...]
     dtype: str
     cuts: Cuts
+    order: tuple[int, ...] = ()
+    depends_on: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.role} {self.name or self.index}"
@@ -46,6 +52,15 @@ class Slot:
                 f"{self} must be {self.dtype}{list(self.shape)}, as when the program was compiled, "
                 f"but is {dtype}{list(tensor.shape)}"
             )
+
+
+def ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """`tensor` with its dims in `order` in memory, major to minor, or contiguous if that is empty. A copy only where
+    it lies otherwise."""
+    if not order:
+        return tensor.contiguous()
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(*order).contiguous().permute(back)
 
 
 def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mapping[str, int]) -> Tensor:

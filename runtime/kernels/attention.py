@@ -197,4 +197,12 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return (*grads, None, None, None)
 
 
+def _second(ctx: Any, *grads: Tensor | None) -> None:
+    raise RankError(
+        "fused attention has no second derivative: call scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
 attention.register_autograd(_backward, setup_context=_setup)
+attention_backward.register_autograd(_second)

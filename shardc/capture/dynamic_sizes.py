@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches.fake_tensors import fake_mode
 from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
@@ -129,4 +130,4 @@ class Template:
                 describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
         old = self.program.out_leaves
         leaves = [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
-        return replace(self.program, version=GraphVersion.of(graph), out_leaves=leaves)
+        return with_eager_results(replace(self.program, version=GraphVersion.of(graph), out_leaves=leaves))

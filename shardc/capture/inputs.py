@@ -18,6 +18,7 @@ from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.ir.program import name_of
+from shardc.runtime.execute.transforms import refuse_transforms
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -75,6 +76,11 @@ def opaque(arguments: Any) -> list[tuple[str, Any]]:
     return objects
 
 
+def refuse_unplain(leaves: Iterable[Any]) -> None:
+    """Raise RankError for an input that no program takes (a nested tensor, or one of a transform such as vmap)."""
+    refuse_transforms((f"input {index}", leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+
+
 def refuse_foreign(constant: Tensor) -> None:
     """Raise CaptureError for a parameter that is no parameter of the model: its gradient would be lost."""
     if constant.requires_grad:
@@ -113,6 +119,7 @@ def refuse_seeded(
 def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
     inputs but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
+    refuse_unplain(leaves)
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     casts = tuple(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from shardc.capture.inputs import flatten
+from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
@@ -76,6 +76,7 @@ class ModelTrace:
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
         self.leaves, self.in_spec = flatten((args, kwargs))
+        refuse_unplain(self.leaves)
         self.slots = state.slots(self._fake)
         self.slots += [
             StateEntry(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import opaque
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
@@ -21,6 +22,7 @@ from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
+from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.ir.constrain import Spec
 from shardc.ir.program import Program
 
@@ -52,6 +54,7 @@ def capture(
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
     nothing or do not fit.
     """
+    refuse_unsupported(module)
     arguments = tuple(args), dict(kwargs or {})
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
@@ -64,7 +67,7 @@ def capture(
     if trace.candidates:
         trace, program = _with_stand_ins(traced, trace, program)
     trace.check_met()
-    return program
+    return program if dynamic else with_eager_results(program)
 
 
 Traced = Callable[..., tuple[ModelTrace, Program]]

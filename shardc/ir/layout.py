@@ -220,14 +220,20 @@ class Layout:
 
     @staticmethod
     def parse(text: str) -> Layout:
-        """Inverse of `str`, with or without the dtype in front. Raises LayoutError."""
-        match = re.fullmatch(r"\s*\w*\[(.*)\]((?:\s*\+\w+@\w+)*)\s*", text)
+        """Inverse of `str`, with or without the dtype in front. Raises LayoutError for a text that is anything else."""
+        match = _LAYOUT.fullmatch(text)
         if not match:
-            raise LayoutError(f"cannot read layout {text!r}; write it like 'f32[32@dp, 4096] +sum@tp'")
-        body = match[1].strip()
-        dims = [] if not body else re.split(r",\s*(?![\w,]*\))", body)
-        partial = tuple((axis, op) for op, axis in re.findall(r"\+(\w+)@(\w+)", match[2]))
-        return Layout(tuple(_parse_dim(dim.strip(), text) for dim in dims), partial)
+            raise LayoutError(
+                f"cannot read layout {text!r}; write it like 'f32[32@dp, 4096] +sum@tp', a dim that several axes split "
+                "as 32@(dp,tp), and a dim of several pieces as (4@dp 512@tp)"
+            )
+        dtype, dims, partial = match.groups()
+        if dtype and dtype not in _LONG_DTYPES and not isinstance(_dtype_of_torch(dtype), torch.dtype):
+            raise LayoutError(f"unknown dtype {dtype!r} in {text!r}; known are {', '.join(_LONG_DTYPES)}")
+        return Layout(
+            tuple(_parse_dim(dim[0]) for dim in _DIM.finditer(dims)),
+            tuple((axis, op) for op, axis in _PARTIAL.findall(partial)),
+        )
 
 
 def describe(value: torch.Tensor, layout: Layout) -> str:
@@ -282,12 +288,20 @@ def _append_axis(rest: list[Atom], axis: str) -> list[Atom]:
     return [Atom(rest[0].size, (*rest[0].axes, axis)), *rest[1:]]
 
 
-def _parse_dim(text: str, whole: str) -> tuple[Atom, ...]:
-    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    atoms = re.findall(r"(\d+)(?:@(?:\(([\w,\s]+)\)|(\w+)))?", inner)
-    if not atoms:
-        raise LayoutError(f"cannot read dim {text!r} of layout {whole!r}")
-    return tuple(
-        Atom(int(size), tuple(a.strip() for a in many.split(",")) if many else (one,) if one else ())
-        for size, many, one in atoms
-    )
+def _dtype_of_torch(name: str) -> object:
+    """What `torch.name` is, for a dtype that has no short name."""
+    return getattr(torch, name.removeprefix("torch."), None) if name.startswith("torch.") else None
+
+
+_AXIS = r"[^\W\d]\w*"
+_AXES = rf"@(?:{_AXIS}|\(\s*{_AXIS}(?:\s*,\s*{_AXIS})*\s*\))"
+_PIECE = rf"(?:0|[1-9]\d*)(?:{_AXES})?"
+_ATOM = re.compile(rf"(\d+)({_AXES})?")
+_DIM = re.compile(rf"(?:{_PIECE}|\(\s*(?:{_PIECE}(?:\s+{_PIECE})*)?\s*\))")
+_DIMS = rf"(?:{_DIM.pattern}(?:\s*,\s*{_DIM.pattern})*)?"
+_PARTIAL = re.compile(rf"\+(\w+)@({_AXIS})")
+_LAYOUT = re.compile(rf"\s*([\w.]*)\[\s*({_DIMS})\s*\]((?:\s*\+\w+@{_AXIS})*)\s*")
+
+
+def _parse_dim(text: str) -> tuple[Atom, ...]:
+    return tuple(Atom(int(size), tuple(re.findall(_AXIS, axes))) for size, axes in _ATOM.findall(text))

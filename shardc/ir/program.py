@@ -79,7 +79,9 @@ class Program:
     itself wrapped in `Constant`, or how it is made. After them come the tensors that the program leaves behind (`aside`
     says where). `constants` are tensors that the program holds; those that stand `standing` in a place are looked up
     there at every run. `tied` maps every alias of a parameter to the name that the graph uses.
-    `attached` are the positions of the outputs that require a gradient on one device.
+    `attached` are the positions of the outputs that require a gradient on one device. `orders` are the dims of results
+    from major to minor, where they do not lie contiguous in one device's memory. `depends_on` are the outputs on whose
+    gradients a gradient depends: without any of these it is None on one device. A gradient that is not there always is.
     """
 
     version: GraphVersion
@@ -92,6 +94,8 @@ class Program:
     attached: frozenset[int] = frozenset()
     standing: Mapping[str, Stands] = field(default_factory=dict[str, Stands])
     aside: Aside | None = None
+    orders: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
+    depends_on: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
 
     @property
     def graph(self) -> fx.Graph:

@@ -38,3 +38,9 @@ def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
     for code, output in spawn("memory.py", mesh, str(part)):
         assert code == 0, output
         assert "memory as predicted" in output
+
+
+def test_gradients_types_and_memory_order_of_results(spawn: Spawn) -> None:
+    for code, output in spawn("one_device.py", "dp=2", nproc=2):
+        assert code == 0, output
+        assert "as on one device" in output

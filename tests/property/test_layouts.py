@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from random import Random
 from types import SimpleNamespace
 from typing import cast
@@ -73,6 +74,27 @@ def test_text_round_trip(random: Random) -> None:
     layout.check(mesh)
     assert Layout.parse(str(layout)) == layout
     assert Layout.parse(f"bf16{layout}") == layout
+
+
+@searched(300)
+@given(random=randoms)
+def test_a_text_is_read_whole_or_refused(random: Random) -> None:
+    """Texts of layouts with a few characters too many, too few, or others: what is read is all that stood there."""
+    text = list(describe_layout(random))
+    for _ in range(random.randint(1, 3)):
+        place, new = random.randrange(len(text) + 1), random.choice("0148@@@(),, []+abx~.")
+        text[place : place + random.choice((0, 0, 1))] = random.choice((new, new, ""))
+    try:
+        layout = Layout.parse("".join(text))
+    except LayoutError:
+        return
+    dims = "".join(text).partition("[")[2]
+    assert re.sub(r"[\s()]", "", dims) == re.sub(r"[\s()]", "", str(layout)[1:])
+    assert Layout.parse(str(layout)) == layout
+
+
+def describe_layout(random: Random) -> str:
+    return f"bf16{layout_of(random, mesh_of(random))}"
 
 
 @searched(300)

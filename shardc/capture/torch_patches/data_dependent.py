@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardc.capture.torch_patches.autocast import off, widened
 from shardc.runtime.kernels.checks import checked, confirmed
 
 
@@ -57,10 +58,16 @@ def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tens
 
 def _lstsq(a: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
     """With driver "gels", which requires full rank, by QR as torch computes it. The other drivers measure the rank."""
-    rows, columns = a.shape[-2:]
     vector = b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1])
     if driver != "gels" or a.numel() == 0 or vector:
         return torch.linalg.lstsq(a, b, rcond, driver=driver)
+    a, b = widened(a), widened(b)
+    with off():
+        return _of_full_rank(a, b)
+
+
+def _of_full_rank(a: Tensor, b: Tensor) -> Any:
+    rows, columns = a.shape[-2:]
     q, r = torch.linalg.qr(a if rows >= columns else a.mH)
     deficient = (r.diagonal(dim1=-2, dim2=-1) == 0).sum(-1).to(torch.int32)
     if rows >= columns:

@@ -11,12 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._C import DispatchKey
 from torch._decomp import decompositions as rnn
 from torch._ops import OpOverload
 
-from shardc.capture.torch_patches import data_dependent
+from shardc.capture.torch_patches import data_dependent, distributions
+from shardc.capture.torch_patches.autocast import lowered, off
 from shardc.errors import CaptureError
 
 aten = torch.ops.aten
@@ -30,6 +32,9 @@ def patched() -> Generator[None]:
         stack.enter_context(patch.object(rnn, "_rnn_helper", _recurrent_layers))
         # torch compares a mask with the causal one, and branches on the outcome. The mask gives the same result.
         stack.enter_context(patch.object(nn.modules.transformer, "_detect_is_causal_mask", _is_causal))
+        # Under autograd, a parameter that forward writes would need the gradient of what it becomes.
+        stack.enter_context(patch.object(F, "_no_grad_embedding_renorm_", _renormalise))
+        stack.enter_context(distributions.unchecked())
         stack.enter_context(_whole(aten.multilabel_margin_loss_forward.default))
         yield
 
@@ -50,6 +55,16 @@ def _whole(operator: OpOverload) -> Generator[None]:
         operator._dispatch_cache.clear()
 
 
+def _renormalise(weight: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type: float) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise CaptureError(
+            "an embedding with max_norm rewrites its weight, which is trained, in forward, and a sharded program does "
+            "not: leave out max_norm, and clip the rows after each step of the optimizer, under torch.no_grad(), with "
+            "weight.copy_(torch.renorm(weight, norm_type, 0, max_norm))"
+        )
+    torch.embedding_renorm_(weight.detach(), index, max_norm, norm_type)
+
+
 def _is_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
     return is_causal is True
 
@@ -58,7 +73,22 @@ def _recurrent_layers(
     x: torch.Tensor, hidden: Any, params: Any, has_biases: bool, layers: int, dropout: float, train: bool,
     bidirectional: bool, batch_first: bool, layer: Callable[..., Any],
 ) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
-    """torch's decomposition of LSTM, GRU and RNN, which forgets the dropout between the layers."""
+    """torch's decomposition of LSTM, GRU and RNN, which forgets the dropout between the layers.
+
+    Where eager mode runs LSTM as one operator, that is on autocast's list for lower precision.
+    """
+    if layer is rnn.one_layer_lstm and all(h.shape[-1] == c.shape[-1] for h, c in hidden):
+        x, params = lowered(x), [tuple(map(lowered, of_layer)) for of_layer in params]
+        hidden = [(lowered(h), lowered(c)) for h, c in hidden]
+        with off():
+            return _layers(x, hidden, params, has_biases, layers, dropout, train, bidirectional, batch_first, layer)
+    return _layers(x, hidden, params, has_biases, layers, dropout, train, bidirectional, batch_first, layer)
+
+
+def _layers(
+    x: torch.Tensor, hidden: Any, params: Any, has_biases: bool, layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool, layer: Callable[..., Any],
+) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
     x = x.transpose(0, 1) if batch_first else x
     final: list[Any] = []
     for index in range(layers):

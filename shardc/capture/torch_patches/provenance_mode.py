@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.torch_patches.attention import attention
+from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.user_frames import source_line
 
@@ -53,6 +55,10 @@ class Provenance(TorchFunctionMode):
         """Where operators are called after the model has set a seed."""
         self._attention = F.scaled_dot_product_attention
 
+    def __enter__(self) -> Provenance:
+        parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
+        return super().__enter__()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -63,6 +69,7 @@ class Provenance(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._stand_ins:
             self._stand_ins.check((*args, *kwargs.values()))
+        args, kwargs = as_on_cuda(func, args, kwargs)
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
@@ -102,6 +109,8 @@ class Provenance(TorchFunctionMode):
             stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
             # nn.MultiheadAttention calls attention from inside torch, where function modes do not see it.
             stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            # What `parametrize.cached()` holds is real, and is not to hold what is fake.
+            stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())
             yield
 

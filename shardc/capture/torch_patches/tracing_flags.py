@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardc.capture.torch_patches import transformers
+from shardc.capture.torch_patches.autocast import traced_on_the_cpu
 from shardc.capture.torch_patches.eager_semantics import patched
 
 
@@ -32,6 +33,7 @@ def tracing_flags(module: nn.Module) -> Generator[None]:
         # torch.backends.mkldnn.flags, also sets precisions.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(traced_on_the_cpu(module))
         stack.enter_context(patched())
         # what the user has compiled with torch.compile runs as it was written
         stack.enter_context(torch.compiler.set_stance("force_eager"))

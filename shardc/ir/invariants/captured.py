@@ -12,7 +12,7 @@ from torch import fx
 from shardc.ir.facts import FACTS, Captured, origin_of
 from shardc.ir.invariants.inference import Described, Failure, inferred
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, of_another_stage, quoted
-from shardc.ir.program import Role, value_of
+from shardc.ir.program import Role, ancestors, value_of
 
 
 @invariant
@@ -91,6 +91,20 @@ def gradients_pair_with_inputs(checked: Checked) -> Iterator[Broken]:
 
 
 @invariant
+def gradients_read_the_tangents_that_they_name(checked: Checked) -> Iterator[Broken]:
+    """A gradient that depends on some outputs reads no tangents of others."""
+    named = checked.program.depends_on
+    if not named:
+        return
+    tangents = {node: port.index for port, node in checked.inputs if port.role is Role.TANGENT}
+    for port, node in checked.outputs:
+        if port in named:
+            read = {tangents[before] for before in ancestors([node]) if before in tangents}
+            if not read <= set(named[port]):
+                yield Broken(node, f"depends on the outputs {named[port]}, and reads tangents of {tuple(sorted(read))}")
+
+
+@invariant
 def mutations_pair_with_what_they_change(checked: Checked) -> Iterator[Broken]:
     """Every mutation is the new value of a tensor of the model or an input, and has its shape and dtype."""
     roles = (Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT)
@@ -122,5 +136,6 @@ def _shown(value: Described | None) -> str:
 
 CAPTURED: tuple[Invariant, ...] = (
     inputs_come_first, facts_are_captured, values_are_inferred, forward_reads_nothing_of_backward,
-    tangents_pair_with_outputs, gradients_pair_with_inputs, mutations_pair_with_what_they_change,
+    tangents_pair_with_outputs, gradients_pair_with_inputs, gradients_read_the_tangents_that_they_name,
+    mutations_pair_with_what_they_change,
 )  # fmt: skip

@@ -47,6 +47,26 @@ def test_text_round_trip(text: str) -> None:
     assert describe(torch.empty(0, dtype=dtype), layout) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f32[8@dp@tp]", "f32[8@]", "f32[8@dp,]", "[8 8]", "[(8, 8)]", "[8@(dp tp)]", "[8@(dp,)]", "[8@()]", "[08]",
+        "[-8]",
+        "[8]]", "[[8]]", "[8] +sum", "[8] sum@tp", "[8@3]", "[8x8]", "[8] garbage", "g32[8]", "torch.nothing[8]",
+        "8, 8", "",
+        "[(8@dp 4]", "[8@dp)]", "[8.5]", "[8@dp:1]", "[8@dp~folded]", "[8@dp] @tp",
+    ],
+)  # fmt: skip
+def test_a_text_that_is_more_or_less_than_a_layout_is_refused(text: str) -> None:
+    with pytest.raises(LayoutError, match=r"cannot read layout|unknown dtype"):
+        Layout.parse(text)
+
+
+def test_text_may_be_spaced_as_one_likes() -> None:
+    spaced = " torch.float8_e8m0fnu[ ( 4@dp  512@( tp , cp ) ) ,7 ,(8)] +sum@ep+max@pp "
+    assert str(Layout.parse(spaced)) == "[(4@dp 512@(tp,cp)), 7, 8] +sum@ep +max@pp"
+
+
 def test_placements_of_a_layout() -> None:
     layout = Layout.of((32, 512), MESH, {"dp": S(0), "tp": P()})
     assert str(layout) == "[32@dp, 512] +sum@tp"

@@ -171,6 +171,14 @@ def test_a_gradient_of_nothing(mlp: Left) -> None:
     assert_breaks(mlp, at_capture.gradients_pair_with_inputs, gradient, "the gradient of 'sideways.weight'")
 
 
+def test_a_gradient_of_an_output_that_it_does_not_name(mlp: Left) -> None:
+    port = next(port for port in mlp.program.outputs if port.role is Role.GRADIENT)
+    mlp.program = replace(mlp.program, depends_on={port: (1,)})
+    node = dict(zip(mlp.program.outputs, mlp.graph.output_node().args[0], strict=True))[port]  # type: ignore[arg-type]
+    said = "depends on the outputs (1,), and reads tangents of (0,)"
+    assert_breaks(mlp, at_capture.gradients_read_the_tangents_that_they_name, node, said)
+
+
 def test_a_mutation_of_what_the_model_does_not_have() -> None:
     normed = left("normed", "normalize")
     outputs = list(normed.program.outputs)

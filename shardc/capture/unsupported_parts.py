@@ -1,0 +1,38 @@
+"""Parts of a model that no trace can run, found before anything of the model is touched.
+
+shard(nn.Sequential(torch.jit.script(encoder), head), mesh=...)   # CaptureError: module '0' is a ScriptModule ...
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from shardc.errors import CaptureError
+
+
+def refuse_scripted(module: nn.Module) -> None:
+    """Raise CaptureError where a part of `module`, or itself, is a ScriptModule: its code is no Python, and its
+    registries are copies."""
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{_named(path)} is a ScriptModule (torch.jit.script or torch.jit.trace), which no trace can look "
+                "into: build the model with the Python module that it was made from, and load its state_dict"
+            )
+
+
+def refuse_unsupported(module: nn.Module) -> None:
+    """Raise CaptureError for a ScriptModule, and for a lazy module that has not met its first input yet."""
+    refuse_scripted(module)
+    for path, part in module.named_modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                raise CaptureError(
+                    f"{_named(path)} is lazy, and {name!r} has no shape yet: call the model once before you shard it"
+                )
+
+
+def _named(path: str) -> str:
+    return f"module {path!r}" if path else "the model"
