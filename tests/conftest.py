@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from checks.fuzz import SEED, TIMES
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
+gc.set_threshold(50_000, 20, 50)  # a tenth of the time went into walking over all of torch, where little is garbage
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
 os.environ.setdefault("SHARDC_VERIFY", "1")  # after every pass, also in the processes that tests start

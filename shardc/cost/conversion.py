@@ -9,10 +9,8 @@ of a conversion: only the bodies of operators use it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,8 +18,9 @@ import numpy as np
 
 from shardc.cost.buckets import Sharing
 from shardc.cost.hardware import Hardware
+from shardc.cost.step_graph import StepGraph, step_graph
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits, Step, apply, steps
+from shardc.ir.splits import Splits, Step
 from shardc.runtime.collectives.collective import AnyCollective
 
 
@@ -50,12 +49,17 @@ class TensorClass:
     sharing: Sharing | None = None
 
     @cached_property
-    def layouts(self) -> list[Splits]:
-        return list(_enumerate(self.sizes, self.mesh, self.ops))
+    def graph(self) -> StepGraph:
+        """The layouts and the steps between them, without seconds."""
+        return step_graph(self.sizes, self.mesh, self.ops)
 
-    @cached_property
+    @property
+    def layouts(self) -> list[Splits]:
+        return self.graph.layouts
+
+    @property
     def index(self) -> dict[Splits, int]:
-        return {splits: i for i, splits in enumerate(self.layouts)}
+        return self.graph.index
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -64,55 +68,48 @@ class TensorClass:
 
     def local_bytes(self, splits: Splits) -> float:
         """Bytes that a rank holds, padding included."""
-        return self.itemsize * math.prod(map(self.mesh.chunk, self.sizes, splits.axes))
-
-    @cached_property
-    def _moves(self) -> dict[int, dict[int, tuple[float, Step]]]:
-        """Per layout, the layouts one step away, each with the seconds of that step and the step."""
-        moves: dict[int, dict[int, tuple[float, Step]]] = {}
-        for i, splits in enumerate(self.layouts):
-            neighbours: dict[int, tuple[float, Step]] = {}
-            for step in steps(splits, self.sizes, self.mesh, self.ops):
-                after = apply(splits, step, self.mesh)
-                neighbours[self.index[after]] = self.step_seconds(step, self.operand_bytes(splits, after, step)), step
-            moves[i] = neighbours
-        return moves
-
-    def step_seconds(self, step: Step, moved: float) -> float:
-        """Seconds of a step whose local operand has `moved` bytes."""
-        if self.sharing is not None and step.collective.bucket is not None and moved:
-            whole = self.itemsize * math.prod(self.sizes)
-            return self.sharing.seconds(step.collective, step.axis, moved, moved / whole)
-        return step_seconds(step.collective, step.axis, moved, self.mesh, self.device)
+        return self.itemsize * self.graph.elements(splits)
 
     def operand_bytes(self, before: Splits, after: Splits, step: Step) -> float:
         """Bytes of a step's local operand, padded so that the atom which the step splits falls into even chunks."""
-        if step.collective.keeps_part:
-            return self.local_bytes(after)  # the rank writes only the chunk that it keeps
-        size = self.local_bytes(before)
-        if step.target is None or not size:
-            return size
-        atom, axes = self.sizes[step.target], before.axes[step.target]
-        chunk = self.mesh.chunk(atom, (*axes, step.axis))
-        return size / self.mesh.chunk(atom, axes) * chunk * self.mesh.sizes[step.axis]
+        return self.itemsize * self.graph.operand_elements(before, after, step)
+
+    @cached_property
+    def _load_seconds(self) -> np.ndarray:
+        """Seconds of a step, per load."""
+        return np.array(
+            [self.step_seconds(kind, axis, self.itemsize * elements) for kind, axis, elements in self.graph.loads]
+        )
+
+    def step_seconds(self, collective: AnyCollective, axis: str, moved: float) -> float:
+        """Seconds of a step over `axis` whose local operand has `moved` bytes."""
+        if self.sharing is not None and collective.bucket is not None and moved:
+            return self.sharing.seconds(collective, axis, moved, moved / self._whole)
+        return step_seconds(collective, axis, moved, self.mesh, self.device)
+
+    @cached_property
+    def _whole(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.itemsize * math.prod(self.sizes)
 
     @cached_property
     def seconds(self) -> np.ndarray:
         if self.sharing is None:
             return self._cheapest[0]
-        return self.sharing.exposed(*self._cheapest, self.itemsize * math.prod(self.sizes))
+        return self.sharing.exposed(*self._cheapest, self._whole)
 
     @cached_property
     def _cheapest(self) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of the cheapest conversion between any two layouts, and how many of these seconds backward cannot
         hide if the tensor is a gradient. Shortest paths after Floyd 1962 and Warshall 1962."""
+        before, after, loads = self.graph.columns
         table = np.full((len(self.layouts),) * 2, np.inf)
         np.fill_diagonal(table, 0.0)
         visible = table.copy()
-        for i, neighbours in self._moves.items():
-            for j, (cost, step) in neighbours.items():
-                table[i, j] = cost
-                visible[i, j] = cost * (1.0 - self._hideable(i, j, step))
+        table[before, after] = self._load_seconds[loads]
+        if self.sharing is not None:
+            shown = np.array([1.0 - self._hideable(*load) for load in self.graph.loads])
+            visible[before, after] = (self._load_seconds * shown)[loads]
         through = np.empty_like(table)
         for k in range(len(table)):
             np.add(table[:, k, None], table[None, k, :], out=through)
@@ -121,14 +118,12 @@ class TensorClass:
             np.minimum(table, through, out=table)
         return table, visible
 
-    def _hideable(self, before: int, after: int, step: Step) -> float:
+    def _hideable(self, collective: AnyCollective, axis: str, elements: int) -> float:
         """The part (0 to 1) of a step's time that backward can hide; 0 unless the tensor is a gradient."""
-        if self.sharing is None or step.collective.local:
+        moved = self.itemsize * elements
+        if self.sharing is None or collective.local or not moved:
             return 0.0
-        moved = self.operand_bytes(self.layouts[before], self.layouts[after], step)
-        if not moved:
-            return 0.0
-        return self.sharing.hidden(step.collective, step.axis, moved, moved / (self.itemsize * math.prod(self.sizes)))
+        return self.sharing.hidden(collective, axis, moved, moved / self._whole)
 
     def path(self, start: Splits, end: Splits) -> list[Step]:
         """The steps of the cheapest conversion from `start` to `end`.
@@ -150,25 +145,10 @@ class TensorClass:
         queue, seconds = deque([first]), self._cheapest[0]
         while goal not in routes:
             here = queue.popleft()
-            totals = {j: cost + seconds[j, goal] for j, (cost, _) in self._moves[here].items()}
+            moves = self.graph.moves[here]
+            totals = {j: self._load_seconds[load] + seconds[j, goal] for j, (_, load) in moves.items()}
             least = min(totals.values())
             for there in sorted(j for j, total in totals.items() if total == least and j not in routes):
-                routes[there] = [*routes[here], self._moves[here][there][1]]
+                routes[there] = [*routes[here], moves[there][0]]
                 queue.append(there)
         return routes[goal]
-
-
-def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Splits]:
-    options = [
-        [None, *ops, *range(len(sizes))] if ranks > 1 else [None] for _, ranks in mesh.axes
-    ]  # None leaves the tensor whole, a str makes it partial, an int splits that atom
-    for choice in itertools.product(*options):
-        partial = tuple((axis, c) for axis, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
-        if len({op for _, op in partial}) > 1:
-            continue
-        splitting = [
-            tuple(a for a, c in zip(mesh.names, choice, strict=True) if c == atom) for atom in range(len(sizes))
-        ]
-        if all(map(mesh.splits, sizes, splitting)):
-            for order in itertools.product(*(itertools.permutations(axes) for axes in splitting)):
-                yield Splits(tuple(order), partial)

@@ -37,6 +37,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardc.cost.collectives import ALGORITHMS, BY_NAME, TEXTBOOK, Line, Wires, lines
@@ -194,8 +195,14 @@ class Hardware:
 
         Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel.
         """
-        rate = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
-        return max(flops / rate, moved / self.memory_bandwidth) + self.launch
+        return max(flops / self._rate(dtype), moved / self.memory_bandwidth) + self.launch
+
+    def compute_seconds_each(self, flops: np.ndarray, moved: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        """`compute_seconds` of several kernels, elementwise."""
+        return np.maximum(flops / self._rate(dtype), moved / self.memory_bandwidth) + self.launch
+
+    def _rate(self, dtype: torch.dtype) -> float:
+        return self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
 
 
 def hardware(name: str | Path | Hardware) -> Hardware:

@@ -12,11 +12,14 @@ is in order: an invariant relies on those before it.
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
+from shardc.ir.facts import FACTS
 from shardc.ir.invariants.captured import CAPTURED
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant
 from shardc.ir.invariants.layouts import LAYOUTS, facts_are_lowered
@@ -67,17 +70,57 @@ def wanted() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-def verify(name: str, stage: str, graph: fx.Graph, program: Program, mesh: Mesh, source: str = "") -> None:
+class Held:
+    """The invariants that held of what the pass before left, and all that they read. Most passes leave most programs as
+    they were, or change their graph only now and then: what held of the very same nodes, arguments and facts is not
+    asked again."""
+
+    def __init__(self) -> None:
+        self._read: list[Any] = []
+        self._ports: Any = None
+        self._source = ""
+        self._invariants = set[str]()
+
+    def open(self, stage: str, checked: Checked) -> list[Invariant]:
+        """The invariants of a stage that have to be asked."""
+        ports = [*checked.program.inputs], [*checked.program.outputs], checked.mesh
+        read = list(_read(checked.graph))
+        if ports != self._ports or len(read) != len(self._read) or not all(map(operator.is_, read, self._read)):
+            self._invariants = set()
+        if checked.source != self._source:
+            self._invariants -= {one.name for one in CODE}
+        self._read, self._ports, self._source = read, ports, checked.source
+        return [one for one in STAGES[stage] if one.name not in self._invariants]
+
+    def add(self, one: Invariant) -> None:
+        """An invariant holds of what was opened last."""
+        self._invariants.add(one.name)
+
+
+def _read(graph: fx.Graph) -> Iterator[object]:
+    """All that invariants read of a graph: objects that nobody changes, so that the same objects are the same graph."""
+    for node in graph.nodes:
+        facts = node.meta.get(FACTS)
+        base = getattr(facts, "base", None)
+        yield from (node, node.op, node.name, node.target, node.args, node.kwargs, facts)
+        yield base and base[0].meta.get(FACTS)
+
+
+def verify(
+    name: str, stage: str, graph: fx.Graph, program: Program, mesh: Mesh, source: str = "", held: Held | None = None
+) -> None:
     """Check what the pass called `name` left at a stage: its graph, whose inputs and outputs are those of `program`,
-    and the generated `source` if there is one. Raises VerificationError at the first invariant that does not hold."""
-    checked = Checked(graph, program, mesh, source)
-    for one in STAGES[stage]:
+    and the generated `source` if there is one. Passes of one run share what `held`. Raises VerificationError at the
+    first invariant that does not hold."""
+    checked, held = Checked(graph, program, mesh, source), held or Held()
+    for one in held.open(stage, checked):
         try:
             broken = next(one.broken(checked), None)
         except Exception as error:
             raise VerificationError(f"{_head(name, one)}\nit could not be checked: {error!r}") from error
         if broken is not None:
             raise VerificationError(f"{_head(name, one)}\n{_around(checked, broken)}")
+        held.add(one)
 
 
 def _head(name: str, one: Invariant) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
 from shardc.cost.conversion import TensorClass, step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
+from shardc.ir.splits import Splits
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
@@ -33,6 +34,43 @@ from shardc.rules.factors.strategy import (
 
 
 @dataclass(eq=False)
+class Strategies:
+    """Every strategy of one shape on one mesh, and what depends on neither device nor the rest of the program."""
+
+    shape: Shape
+    mesh: Mesh
+
+    @cached_property
+    def strategies(self) -> list[Strategy]:
+        """All strategies of the shape whose results are partial under one reduction at most."""
+        return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
+
+    @cached_property
+    def demanded(self) -> list[list[Splits]]:
+        """Per operand the layout that each strategy demands."""
+        operands = range(len(self.shape.operands))
+        return [[demand(self.shape, s, k, self.mesh) for s in self.strategies] for k in operands]
+
+    @cached_property
+    def made(self) -> list[list[Splits]]:
+        """Per result the layout that each strategy makes."""
+        results = range(len(self.shape.results))
+        return [[make(self.shape, s, k, self.mesh) for s in self.strategies] for k in results]
+
+    @cached_property
+    def work(self) -> tuple[np.ndarray, np.ndarray]:
+        """Flops and bytes that a rank computes and moves, one entry a strategy."""
+        flops, moved = np.array([work(self.shape, s, self.mesh) for s in self.strategies]).reshape(-1, 2).T
+        return flops, moved
+
+
+@lru_cache(maxsize=512)
+def strategies_of(shape: Shape, mesh: Mesh) -> Strategies:
+    """The strategies of a shape; compilations of whatever program share them."""
+    return Strategies(shape, mesh)
+
+
+@dataclass(eq=False)
 class OperatorOptions:
     """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute."""
 
@@ -42,26 +80,23 @@ class OperatorOptions:
     operand_classes: list[TensorClass]
     result_classes: list[TensorClass]
 
-    @cached_property
+    def __post_init__(self) -> None:
+        self._known = strategies_of(self.shape, self.mesh)
+
+    @property
     def strategies(self) -> list[Strategy]:
         """All strategies of the shape whose results are partial under one reduction at most."""
-        return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
+        return self._known.strategies
 
     @cached_property
     def operand_layouts(self) -> list[np.ndarray]:
         """Per operand, the index of the demanded layout in its class, one entry a strategy."""
-        return [
-            np.array([c.index[demand(self.shape, s, k, self.mesh)] for s in self.strategies])
-            for k, c in enumerate(self.operand_classes)
-        ]
+        return _indices(self.operand_classes, self._known.demanded)
 
     @cached_property
     def result_layouts(self) -> list[np.ndarray]:
         """Per result, the index of the layout made, one entry a strategy."""
-        return [
-            np.array([c.index[make(self.shape, s, k, self.mesh)] for s in self.strategies])
-            for k, c in enumerate(self.result_classes)
-        ]
+        return _indices(self.result_classes, self._known.made)
 
     @cached_property
     def seconds(self) -> np.ndarray:
@@ -76,26 +111,29 @@ class OperatorOptions:
 
     @cached_property
     def compute(self) -> np.ndarray:
-        """Compute seconds of each strategy."""
-        return np.array([self.compute_of(s) for s in self.strategies])
+        """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
+        if not self.shape.computes:
+            return np.zeros(len(self.strategies))
+        return self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
 
     @cached_property
     def least(self) -> float:
         """The compute seconds of the strategy that has least."""
         return float(self.compute.min())
 
-    @cached_property
-    def _computes(self) -> dict[Strategy, float]:
-        return {}
-
     def compute_of(self, strategy: Strategy) -> float:
-        """Compute seconds of one strategy. An operator without operands still takes the time to write its result."""
-        if strategy not in self._computes:
-            self._computes[strategy] = self._compute_of(strategy) if self.shape.computes else 0.0
-        return self._computes[strategy]
-
-    def _compute_of(self, strategy: Strategy) -> float:
+        """Compute seconds of one strategy."""
+        if not self.shape.computes:
+            return 0.0
         return self.device.compute_seconds(*work(self.shape, strategy, self.mesh), self.shape.dtype)
+
+
+def _indices(classes: list[TensorClass], layouts: list[list[Splits]]) -> list[np.ndarray]:
+    """Per operand or result, the layouts by their index in its class."""
+    return [
+        np.array([one.index[splits] for splits in of_one], dtype=np.intp)
+        for one, of_one in zip(classes, layouts, strict=True)
+    ]
 
 
 def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:

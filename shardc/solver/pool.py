@@ -110,7 +110,7 @@ def undominated(cost: Array, tables: list[Array]) -> Mask:
         worse += (clipped[:, None, :] - clipped[None, :, :]).max(axis=2)
     replaces = worse <= 0.0
     np.fill_diagonal(replaces, False)
-    for a in range(n - 1, -1, -1):
+    for a in np.flatnonzero(replaces.any(axis=0))[::-1]:
         if (replaces[:, a] & keep).any():
             keep[a] = False
     return keep

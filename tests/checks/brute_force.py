@@ -32,6 +32,7 @@ from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
 from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
+from shardc.runtime.kernels.widening import LOW
 
 aten = torch.ops.aten
 
@@ -233,18 +234,7 @@ def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list
     """Every rank's part of `x`; where the layout is partial, random addends that sum to it."""
     axes = [axis for axis, _ in layout.partial]
     places = list(itertools.product(*(range(mesh.sizes[a]) for a in axes)))
-    addends: dict[tuple[int, ...], Tensor] = {}
-    rest = x
-    generator = torch.Generator().manual_seed(1)
-    for place in places[:-1]:
-        if x.dtype is torch.bool:  # the sum of booleans is their disjunction
-            addends[place] = x & (torch.rand(x.shape, generator=generator) < 0.5)
-        elif x.is_floating_point():
-            addends[place] = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        else:
-            addends[place] = torch.randint(-3, 4, x.shape, generator=generator).to(x.dtype)
-        rest = rest if x.dtype is torch.bool else rest - addends[place]
-    addends[places[-1]] = rest
+    addends = dict(zip(places, _addends(x, len(places), torch.Generator().manual_seed(1)), strict=True))
     parts: list[Tensor] = []
     for rank in machine.ranks:
         where = machine.coordinates(rank)
@@ -253,13 +243,39 @@ def scatter(x: Tensor, layout: Layout, mesh: Mesh, machine: VirtualMesh) -> list
     return parts
 
 
+def _addends(x: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Random addends that sum to `x`."""
+    if x.dtype is torch.bool:  # the sum of booleans is their disjunction
+        return [*(x & (torch.rand(x.shape, generator=generator) < 0.5) for _ in range(count - 1)), x]
+    if x.dtype in LOW:
+        # differences would be rounded; doubling is exact
+        pairs = [x * 2.0 ** torch.randint(-1, 2, x.shape, generator=generator) for _ in range((count - 1) // 2)]
+        rest = [x] if count % 2 else [2 * x, -x]
+        return [one.to(x.dtype) for pair in pairs for one in (pair, -pair)] + rest
+    addends: list[Tensor] = []
+    for _ in range(count - 1):
+        if x.is_floating_point():
+            addends.append(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype))
+        else:
+            addends.append(torch.randint(-3, 4, x.shape, generator=generator).to(x.dtype))
+        x = x - addends[-1]
+    return [*addends, x]
+
+
 def gather(
     parts: Sequence[Tensor], layout: Layout, mesh: Mesh, machine: VirtualMesh, expected: Tensor, tolerance: float | None
 ) -> str:
-    """Compare the ranks' parts, put together, with `expected` (without tolerance in shape); empty if they agree."""
+    """Compare the ranks' parts, put together, with `expected` (without tolerance in shape); empty if they agree.
+
+    Partial sums may be off by what rounding can lose of them. A rank's addend r is rounded once, to a relative accuracy
+    u; so is each of the n - 1 sums of n addends, none larger than all |r| together; so is the result of the single
+    device. So they differ by (n + 1) u sum |r| at most. No bound relative to the result exists: addends may cancel.
+    """
     partial = dict(layout.partial)
     ids = torch.arange(expected.numel()).reshape(expected.shape)
     combined: dict[tuple[int, ...], Tensor] = {}
+    rounded = expected.is_floating_point() and set(partial.values()) == {"sum"}
+    sizes: dict[tuple[int, ...], Tensor] = {}  # of all addends together
     for rank in machine.ranks:
         where, part = machine.coordinates(rank), parts[rank]
         if part.dtype != expected.dtype or tuple(part.shape) != layout.local_shape(mesh):
@@ -267,6 +283,8 @@ def gather(
             return f"rank {rank} has {part.dtype} {tuple(part.shape)}, should be {right}"
         place = tuple(0 if a in partial else where[a] for a in mesh.names)
         kinds = set(partial.values())
+        if rounded:
+            sizes[place] = sizes.get(place, 0.0) + part.abs().double()
         if place not in combined:
             combined[place] = part
         elif kinds == {"sum"}:
@@ -285,6 +303,9 @@ def gather(
         right, got = expected.reshape(-1)[own[real]], part.reshape(-1)[real]
         if torch.equal(got, right):
             continue
+        if rounded:
+            rounding = (mesh.ways(tuple(partial)) + 1) * torch.finfo(expected.dtype).eps / 2
+            got = torch.where((got - right).abs() <= rounding * sizes[place].reshape(-1)[real], right, got)
         try:
             torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance, equal_nan=True)
         except AssertionError as error:

@@ -12,7 +12,8 @@ from shardc.runtime import DistributedMesh, local_mesh
 
 mesh = local_mesh({"node": 2, "local": 2})
 assert isinstance(mesh, DistributedMesh)
-calibration.SIZES, calibration.BLOCKS, calibration.BLOCK = calibration.SIZES[:2], 1, 0.005
+calibration.SIZES, calibration.DTYPES = calibration.SIZES[:2], calibration.DTYPES[:1]
+calibration.BLOCKS, calibration.BLOCK, calibration.COMPUTING = 1, 0.005, 0.02
 measured = calibrate(mesh, "apart")
 assert [*measured.fits] == ["inside", "between", "spanning"]
 assert all([one.collective for one in fits] == [*ALGORITHMS] for fits in measured.fits.values())

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 import shardc
+from shardc.cli import main
 
 pytestmark = pytest.mark.distributed
 
@@ -32,11 +30,13 @@ def test_axes_that_span_nodes_are_measured_by_themselves(torchrun, tmp_path: Pat
     assert "[between.spanning.all_to_all] # fitted to 2 sizes" in output and "along an axis that spans nodes" in output
 
 
-def test_the_command_line_starts_the_processes_itself(tmp_path: Path) -> None:
+def test_the_command_line_starts_the_processes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "here.toml"
-    command = [sys.executable, "-m", "shardc.cli", "calibrate", str(path), "--processes", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {path}" in done.stdout and "float32" in done.stdout
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["calibrate", str(path), "--processes", "1"]) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().out
+    assert f"wrote {path}" in printed and "float32" in printed
     assert "not measured: this run had no such link" in path.read_text()
     assert shardc.compile(nn.Linear(8, 8), "tp=2", (torch.zeros(4, 8),), hardware=str(path)).plan.cost > 0

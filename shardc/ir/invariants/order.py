@@ -85,16 +85,28 @@ def names_are_read_while_they_live(checked: Checked) -> Iterator[Broken]:
     for function in ast.parse(checked.source).body:
         if not isinstance(function, ast.FunctionDef):
             continue
-        local = {name.id for name in ast.walk(function) if isinstance(name, ast.Name) and not _reads(name)}
+        statements = [(statement, list(_names(statement))) for statement in function.body]
+        local = {name.id for _, names in statements for name in names if not _reads(name)}
         alive = {argument.arg for argument in function.args.args}
-        for statement in function.body:
-            names = [name for name in ast.walk(statement) if isinstance(name, ast.Name) and name.id in local]
+        for statement, names in statements:
             for name in names:
-                if not isinstance(name.ctx, ast.Store) and name.id not in alive:
+                if not isinstance(name.ctx, ast.Store) and name.id in local and name.id not in alive:
                     what = "reads" if _reads(name) else "deletes"
                     yield Broken(statement.lineno - 1, f"{what} {name.id}, which is not there")
             alive.difference_update(name.id for name in names if isinstance(name.ctx, ast.Del))
             alive.update(name.id for name in names if isinstance(name.ctx, ast.Store))
+
+
+def _names(tree: ast.AST) -> Iterator[ast.Name]:
+    """The names in a statement; constants and contexts, which hold none, are not walked."""
+    if isinstance(tree, ast.Name):
+        yield tree
+        return
+    for field in tree._fields:
+        value = getattr(tree, field, None)
+        for item in value if isinstance(value, list) else (value,):  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(item, ast.AST) and not isinstance(item, (ast.Constant, ast.expr_context)):
+                yield from _names(item)
 
 
 def _reads(name: ast.Name) -> bool:

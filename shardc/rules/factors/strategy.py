@@ -272,15 +272,20 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     A product counts two flops for every point of its factors. Padding and masks count.
     """
 
+    every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+    together = shape.groups.get(strategy.variant)
+
     def chunks(carried: Collection[int]) -> list[int]:
+        if not together:
+            return every
         split = split_of(shape, strategy, carried)
         return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
 
-    moved = sum(side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results)
+    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
     if shape.repeated:
         moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
     for operand, side in enumerate(shape.operands):
-        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh))
+        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
     flops = 0
     for product in shape.products:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from checks.preloaded import ran
 from shardc.cli import main
 
 ROOT = Path(__file__).parents[3]
@@ -18,10 +18,9 @@ EXAMPLES = ROOT / "examples"
 
 def run(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run python with `command` in the root; check the exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert ran.returncode == code, f"{command}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
-    return ran
+    done = ran(*command)
+    assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def cli(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -89,5 +88,5 @@ def test_what_the_user_can_mend_is_one_message(
 
 
 def test_an_error_ends_the_process_with_code_2_and_no_traceback() -> None:
-    ran = cli("plan", "nowhere.py", "--mesh", "tp=2", code=2)
-    assert ran.stderr == "shardc: nowhere.py is no file; name a Python file with model() and inputs()\n"
+    done = cli("plan", "nowhere.py", "--mesh", "tp=2", code=2)
+    assert done.stderr == "shardc: nowhere.py is no file; name a Python file with model() and inputs()\n"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from checks.preloaded import ran
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -48,7 +48,6 @@ def test_every_walk_works_one_after_another(tmp_path: Path) -> None:
     for folder in ("shardc", "passes", "runtime"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     script = tmp_path / "walk.py"
     for walk in WALKS:
         applied = subprocess.run(
@@ -56,5 +55,5 @@ def test_every_walk_works_one_after_another(tmp_path: Path) -> None:
         )
         assert applied.returncode == 0, f"{title(walk)}: the diff no longer applies; write it anew\n{applied.stderr}"
         script.write_text(block(walk, "python"))
-        ran = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, f"{title(walk)}:\n{ran.stderr}"
+        done = ran(str(script), cwd=tmp_path, path=tmp_path)
+        assert done.returncode == 0, f"{title(walk)}:\n{done.stderr}"

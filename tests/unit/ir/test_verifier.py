@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from shardc.ir import verifier
 from shardc.ir.facts import FACTS, NOWHERE, Lowered, captured, describe
 from shardc.ir.invariants import captured as at_capture
 from shardc.ir.invariants import shapes, structure
-from shardc.ir.program import Port, Role
+from shardc.ir.invariants.invariant import Checked
+from shardc.ir.program import Port, Role, value_of
 from shardc.ir.verifier import STAGE_AFTER, STAGES, VerificationError
 from shardc.passes import localize
 from shardc.passes.pipeline import NAMES
@@ -37,6 +39,46 @@ def test_what_every_pass_leaves_of_small_programs_is_right(case: str) -> None:
 def test_every_pass_leaves_a_program_at_a_stage() -> None:
     assert tuple(STAGE_AFTER) == NAMES
     assert set(STAGE_AFTER.values()) == set(STAGES)
+
+
+def _two_names(of: Left) -> None:
+    of.node("relu").name = "mm"
+
+
+def _other_facts(of: Left) -> None:
+    fact = value_of(of.node("relu"))
+    changed(of.node("relu"), value=fact.to(torch.float64))
+
+
+def _other_operand(of: Left) -> None:
+    of.node("relu").args = (of.node("tangent_0"),)
+
+
+def _port_less(of: Left) -> None:
+    del of.program.outputs[0]
+
+
+@pytest.mark.parametrize("harm", [_two_names, _other_facts, _other_operand, _port_less])
+def test_what_was_right_and_changes_in_place_is_checked_again(harm: Callable[[Left], None]) -> None:
+    broken, held = left("mlp", "normalize"), verifier.Held()
+    broken.program = replace(broken.program, outputs=[*broken.program.outputs])
+    for name in ("normalize", "factor"):
+        verifier.verify(name, "captured", broken.graph, broken.program, broken.mesh, held=held)
+    harm(broken)
+    with pytest.raises(VerificationError):
+        verifier.verify("retile", "captured", broken.graph, broken.program, broken.mesh, held=held)
+
+
+def test_what_is_as_it_was_is_asked_once() -> None:
+    case, held = left("mlp", "codegen"), verifier.Held()
+    checked = Checked(case.graph, case.program, case.mesh, case.source)
+    for one in held.open("overlapped", checked):
+        held.add(one)
+    assert [one.name for one in held.open("generated", checked)] == ["names_are_read_while_they_live"]
+    held.add(held.open("generated", checked)[0])
+    assert not held.open("generated", checked)
+    other = Checked(case.graph, case.program, case.mesh, case.source + "\n")
+    assert [one.name for one in held.open("generated", other)] == ["names_are_read_while_they_live"]
 
 
 @pytest.fixture

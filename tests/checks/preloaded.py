@@ -1,0 +1,75 @@
+"""Python programs in processes of their own that need not import torch first: a process that did forks for each.
+
+    ran("examples/mlp.py").stdout            python examples/mlp.py
+    ran("-m", "shardc.cli", "plan", ...)     python -m shardc.cli plan ...
+
+Importing torch, its tracer and DTensor takes three seconds, longer than most of the programs. Nothing of shardc is
+imported before the fork. What a test asks about the start of the interpreter, or about what is imported, needs a fresh
+process instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SERVER = """
+import json, os, runpy, sys
+import torch, torch._dynamo, torch.distributed.tensor, torch._functorch.aot_autograd
+
+def program(asked):
+    os.chdir(asked["cwd"])
+    for number, file in ((1, "out"), (2, "err")):
+        os.dup2(os.open(asked[file], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(asked["env"])
+    module = asked["argv"][0] == "-m"
+    sys.argv = asked["argv"][1:] if module else asked["argv"]
+    first = asked["cwd"] if module else os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:] = [first, *filter(None, asked["env"].get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True) if module else runpy.run_path(
+        sys.argv[0], run_name="__main__")
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+program(json.loads(line))
+"""
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    started = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    atexit.register(started.kill)
+    return started
+
+
+def ran(*argv: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """What a program prints, and its exit code; `argv` as after `python`, `path` is what it imports shardc from."""
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}
+        asked = {"argv": argv, "cwd": str(cwd), "env": environment, "out": str(out), "err": str(err)}
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        code = server.stdout.readline()
+        assert code, "the process that forks has ended"
+        return subprocess.CompletedProcess(argv, int(code), out.read_text(), err.read_text())
