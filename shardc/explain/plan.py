@@ -178,13 +178,8 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
-        memory = self.memory
-        if not memory.peak:
-            return []
-        largest = sorted(memory.parts.items(), key=lambda part: -part[1])
-        parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
-        budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
-        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.phase}: {parts}"]
+        parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in self.memory.largest)
+        return [f"  memory     {self.memory.summary}: {parts}"] if self.memory.peak else []
 
     def _tensors(self) -> Columns:
         """Roles, names and layouts in columns. Repeated layers have one line, with their count."""

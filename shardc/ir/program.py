@@ -71,6 +71,14 @@ class Program:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
+    def trained(self) -> frozenset[str]:
+        """The names of the parameters that get a gradient."""
+        parameters = {port.name for port in self.inputs if port.role is Role.PARAMETER}
+        gradients = zip(self.outputs, self.results, strict=True)
+        found = {port.name for port, node in gradients if port.role is Role.GRADIENT and node is not None}
+        return frozenset(found & parameters)
+
+    @property
     def results(self) -> list[fx.Node | None]:
         """The values of the output tuple; None where a gradient is not needed."""
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]

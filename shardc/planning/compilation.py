@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from shardc.analysis.memory import Memory
 from shardc.analysis.timeline import Pace
+from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
 from shardc.ir.program import Program
@@ -101,6 +102,11 @@ class Compilation:
     schedule: Schedule = _LATER
     # codegen
     code: Callable[[], str] = _LATER
+
+    @property
+    def states(self) -> States:
+        """What the optimizer holds for the parameters that this program trains."""
+        return self.options.states(bool(self.program.trained))
 
     def has(self, name: str) -> bool:
         """Whether a pass has filled a field."""
