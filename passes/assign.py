@@ -72,9 +72,10 @@ def _lowered(c: Compilation) -> tuple[Compilation, Memory]:
 
 def assign_within(c: Compilation, budget: float, known: CostNetwork | None = None) -> Compilation:
     """The same among the plans that hold at most `budget` bytes at once. Strategies are those of the network that is
-    `known`, if one is. Operators that run again are offered only if something has to give. What a plan holds once it is lowered may not be what the network reckoned: then the bound is
-    moved by the difference. What is proved is proved for the largest bound that was tried, of the memory that the
-    network reckons. Raises InfeasibleError if nothing fits."""
+    `known`, if one is. Operators that run again are offered only if something has to give. What a plan holds once it is
+    lowered may not be what the network reckoned: then the bound is moved by the difference. What is proved is proved
+    for the largest bound that was tried, of the memory that the network reckons. Raises InfeasibleError if nothing
+    fits."""
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
         asked = c.factored, c.mesh, c.options.device, _demands(c)

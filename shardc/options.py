@@ -18,7 +18,6 @@ from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
 
-
 SMALL = 2.0**20
 """Bytes up to which `outputs="auto"` gathers an output: on the links of a node this takes no longer than a few kernels
 do, and what a person prints, compares or logs (losses, metrics, classes) is smaller."""
@@ -112,13 +111,13 @@ class Options:
     and planned once, and lowered anew for sizes not met before."""
 
     memory: Annotated[str | float | None, Text("BYTES", "80GB")] = None
-    """What a device may hold at any time, in bytes or as `80GB`; `unbounded` for no bound. Without it, a tenth less than
-    the memory of the hardware that was named; no bound for this machine. Where something has to give, values are kept
+    """What a device may hold at any time, in bytes or as `80GB`; `unbounded` for no bound. Without it, the memory of
+    the hardware that was named, less a tenth; no bound for this machine. Where something has to give, values are kept
     split and regathered, or computed again in backward, whichever costs the least time."""
 
     optimizer: Annotated[str | float | None, Text("NAME|BYTES", "adamw", _number_or_word)] = None
-    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter. Without it,
-    `adamw` where parameters train and the bound is that of the hardware; else none."""
+    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter that
+    trains. Without it, `adamw` where the bound is that of the hardware; else none."""
 
     def __post_init__(self) -> None:
         for name, values in _choices(type(self)).items():

@@ -59,8 +59,8 @@ class Memory:
 
     def __str__(self) -> str:
         rows = [(label, in_bytes(size), f"{size / self.peak:.0%}") for label, size in self.largest]
-        place = f" ({self.place})" if self.place else ""
-        return "\n".join([f"{self.summary}{place}", *(f"  {line}" for line in columns(rows, "<>>"))] if rows else ["0 B"])
+        head = f"{self.summary} ({self.place})" if self.place else self.summary
+        return "\n".join([head, *(f"  {line}" for line in columns(rows, "<>>"))]) if rows else "nothing"
 
     @property
     def summary(self) -> str:

@@ -29,8 +29,7 @@ def bytes_of(amount: float | str) -> float:
         size = float(match[1]) * UNITS[match[2].upper()]
     except (AssertionError, ValueError, KeyError):
         raise ShardcError(
-            f"memory={amount!r} is not an amount of memory; write '80GB', '24 GiB', a number of bytes, "
-            f"or 'unbounded'"
+            f"memory={amount!r} is not an amount of memory; write '80GB', '24 GiB', a number of bytes, or 'unbounded'"
         ) from None
     if size <= 0.0:
         raise ShardcError(f"memory={amount!r} leaves no memory; write an amount above zero, such as '80GB'")

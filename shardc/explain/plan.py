@@ -19,7 +19,7 @@ from shardc.ir.report import Columns, Report, Section
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter or an input, with its layout."""
+    """A parameter, an input or an output, with its layout."""
 
     role: str
     name: str
@@ -60,6 +60,7 @@ class Plan:
     hardware: str
     mode: str
     placed: tuple[Placed, ...]
+    """Parameters and inputs."""
     layouts: dict[str, Layout]
     conversions: tuple[Conversion, ...]
     compute: float
@@ -73,6 +74,9 @@ class Plan:
     memory: Memory = field(default_factory=Memory)
     hidden: float = 0.0
     """Seconds of conversions during which the rank computes."""
+    outputs: tuple[Placed, ...] = ()
+    """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
+    whole for whoever calls the program."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -184,8 +188,8 @@ class Plan:
     def _tensors(self) -> Columns:
         """Roles, names and layouts in columns. Repeated layers have one line, with their count."""
         groups: dict[tuple[str, str, str], list[str]] = {}
-        for one in self.placed:
-            pattern = re.sub(r"\.\d+\.", ".*.", one.name)
+        for one in (*self.placed, *self.outputs):
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", one.name)
             groups.setdefault((one.role, pattern, f"{one.dtype}{one.layout}"), []).append(one.name)
         rows = [
             (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -89,6 +89,23 @@ class Constant:
     """A leaf of the user's output that is no tensor (or a tensor that does not depend on the inputs)."""
 
     value: Any
+
+
+def output_names(spec: TreeSpec) -> list[str]:
+    """The names of flat outputs in the user's structure: `logits`, `past_key_values.key_cache.0`; `output:1` where it
+    names nothing."""
+
+    def paths(spec: TreeSpec, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        children, context = spec.children(), spec.context
+        if spec.is_leaf():
+            yield path
+        keys = getattr(context, "_fields", context)  # those of a named tuple
+        named = isinstance(keys, (list, tuple)) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
+        for index, child in enumerate(children):
+            yield from paths(child, (*path, str(keys[index] if named else index)))
+
+    found = [".".join(path) for path in paths(spec, ())]
+    return [f"output:{name or 0}" if name[:1].isdigit() or not name else name for name in found]
 
 
 def value_of(node: fx.Node) -> Any:

@@ -57,9 +57,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LayoutDemands:
-    """What is demanded of layouts. `accepts` says which layouts of base values constraints allow. Every rank gets all of
-    an output that has at most `whole_bytes`, and its part of a larger one. Of the `wishes` for a value, the first that
-    any strategy fulfils is granted."""
+    """What is demanded of layouts. `accepts` says which layouts of base values constraints allow. Every rank gets all
+    of an output that has at most `whole_bytes`, and its part of a larger one. Of the `wishes` for a value, the first
+    that any strategy fulfils is granted."""
 
     accepts: Mapping[Key, Accepts] = field(default_factory=dict[Key, Accepts])
     whole_bytes: float = math.inf

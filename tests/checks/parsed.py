@@ -202,9 +202,7 @@ def _model_of(program: Program) -> nn.Module:
 
 def _assigned(c: Compilation, graph: Sequence[Line], rest: Sequence[Line]) -> Compilation:
     """The compilation with the choice that the graph and the lines after it tell."""
-    network = CostNetwork(
-        c.factored, c.mesh, c.options.device, LayoutDemands(whole_bytes=c.options.whole_bytes)
-    )
+    network = CostNetwork(c.factored, c.mesh, c.options.device, LayoutDemands(whole_bytes=c.options.whole_bytes))
     network.build()
     assignment = network.assignment([0] * len(network.variables))  # whose every choice is replaced
     cells = {one.name: one for one in map(assigned, (line for line in graph if line.text.startswith("%")))}

@@ -38,3 +38,9 @@ def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
     for code, output in spawn("memory.py", mesh, str(part)):
         assert code == 0, output
         assert "memory as predicted" in output
+
+
+def test_outputs_in_the_hands_of_a_user(spawn: Spawn) -> None:
+    for code, output in spawn("outputs.py", nproc=2):
+        assert code == 0, output
+        assert "outputs are those of one device" in output
