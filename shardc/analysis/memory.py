@@ -59,14 +59,15 @@ class Memory:
 
     def __str__(self) -> str:
         rows = [(label, in_bytes(size), f"{size / self.peak:.0%}") for label, size in self.largest]
-        head = f"{self.summary} ({self.place})" if self.place else self.summary
-        return "\n".join([head, *(f"  {line}" for line in columns(rows, "<>>"))]) if rows else "nothing"
+        place = f" ({self.place})" if self.place else ""
+        lines = [f"  {line}" for line in columns(rows, "<>>")] if rows else []
+        return "\n".join([f"a device holds {self.summary}{place}", *lines]) if self.peak else "nothing"
 
     @property
     def summary(self) -> str:
         """The peak and the bound, in a few words."""
         budget = f" of {in_bytes(self.budget)}" if self.budget is not None else ""
-        return f"{in_bytes(self.peak)}{budget} a device at most, in {self.phase}"
+        return f"{in_bytes(self.peak)}{budget} at most, in {self.phase}"
 
     @property
     def largest(self) -> list[tuple[str, float]]:
@@ -161,19 +162,19 @@ class _Execution:
         # what a started collective makes is a value from where it is awaited, and its operands were read before
         dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
-            total = 0
+            workspace = 0
             if awaited:
                 self.tensors[node] = self._await(node, labels.get(node, "in use"))
             elif node in self.started:
                 self.under_way[node] = self._begin(node)
-                total = self._workspace(node)
+                workspace = self._workspace(node)
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
-                total = self._workspace(node)
-            total += self.total
-            if total > self.peak.peak:
-                parts = {label: float(size) for label, size in self.bytes_by_label.items() if size}
-                self.peak = Memory(float(total), phase, where(node), parts)
+                workspace = self._workspace(node)
+            if self.total + workspace > self.peak.peak:
+                held = {**self.bytes_by_label, "workspace": workspace}
+                parts = {label: float(size) for label, size in held.items() if size}
+                self.peak = Memory(float(self.total + workspace), phase, where(node), parts)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:

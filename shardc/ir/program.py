@@ -72,11 +72,9 @@ class Program:
 
     @property
     def trained(self) -> frozenset[str]:
-        """The names of the parameters that get a gradient."""
+        """The names of the parameters of which backward makes gradients."""
         parameters = {port.name for port in self.inputs if port.role is Role.PARAMETER}
-        gradients = zip(self.outputs, self.results, strict=True)
-        found = {port.name for port, node in gradients if port.role is Role.GRADIENT and node is not None}
-        return frozenset(found & parameters)
+        return frozenset(port.name for port in self.outputs if port.role is Role.GRADIENT) & parameters
 
     @property
     def results(self) -> list[fx.Node | None]:

@@ -48,7 +48,8 @@ def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str])
     if total / devices > budget:
         yield f"{are}: they alone take {math.ceil(total / budget)} devices or more"
     else:
-        yield f"{are}: more devices would do, about {math.ceil(devices * least.peak / budget)}"
+        more = devices * 2 ** math.ceil(math.log2(least.peak / budget))  # dims divide by powers of two most often
+        yield f"{are}: more devices would do, about {more}"
         yield from _smaller_batch(c, budget - sum(parts[label] for label in STORED), parts["activations"])
         if c.constraints:
             yield "fewer constraints, or others: what they keep whole, every device holds"

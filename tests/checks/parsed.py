@@ -138,9 +138,10 @@ def _divided(case: Case) -> tuple[list[Line], list[Line]]:
 
 
 def _options(case: Case) -> tuple[Mesh, Options]:
-    """mesh dp=2,tp=4 · hardware h100, latency 0, bandwidth 1e9 (cpu without) · memory 1MB · mode propagate ·
-    outputs sharded · optimizer adamw · constraint w=tp,-"""
-    mesh, device, constraints, told = None, hardware("cpu"), dict[str, str](), dict[str, Any]()
+    """mesh dp=2,tp=4 · hardware h100, latency 0, bandwidth 1e9 (cpu without) · memory 1MB (unbounded without) ·
+    mode propagate · outputs sharded · optimizer adamw · constraint w=tp,-"""
+    mesh, device, constraints = None, hardware("cpu"), dict[str, str]()
+    told: dict[str, Any] = {"memory": "unbounded"}
     for line in case.directives:
         name, _, value = line.text.partition(" ")
         match name:
