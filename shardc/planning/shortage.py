@@ -31,9 +31,10 @@ def shortage(c: Compilation, budget: float, least: Memory) -> str:
         parts[label if label in STORED else "activations"] += size
     consists = ", ".join(f"{label} {in_bytes(size)}" for label, size in parts.most_common())
     of_hardware = " (the memory of the hardware, less a tenth)" if c.options.hardware_bounds else ""
+    place = f" ({least.place})" if least.place else ""
     head = (
         f"no plan was found for {c.mesh} that holds at most {in_bytes(budget)} a device{of_hardware}; "
-        f"the smallest peak found is {in_bytes(least.peak)}, in {least.phase}: {consists}"
+        f"the smallest peak found is {in_bytes(least.peak)}, in {least.phase}{place}: {consists}"
     )
     remedies = [*_remedies(c, budget, least, parts), "memory='unbounded' plans without a bound"]
     return "\n".join([head, *(f"  - {one}" for one in remedies)])
@@ -42,14 +43,13 @@ def shortage(c: Compilation, budget: float, least: Memory) -> str:
 def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str]) -> Iterator[str]:
     """What would help."""
     stored, devices = _stored(c), c.mesh.size
-    total, over = stored.total(), least.peak - budget
+    total, over, work = stored.total(), least.peak - budget, least.parts.get("workspace", 0.0)
     names = " and ".join(filter(None, [", ".join([*stored][:-1]), [*stored][-1]]))
     are = f"{names} are {in_bytes(total)} in all, {in_bytes(total / devices)} a device if all is split"
     if total / devices > budget:
         yield f"{are}: they alone take {math.ceil(total / budget)} devices or more"
     else:
-        more = devices * 2 ** math.ceil(math.log2(least.peak / budget))  # dims divide by powers of two most often
-        yield f"{are}: more devices would do, about {more}"
+        yield f"{are}: more devices would do, about {_more_devices(c, budget, least)}" if work < budget else are
         yield from _smaller_batch(c, budget - sum(parts[label] for label in STORED), parts["activations"])
         if c.constraints:
             yield "fewer constraints, or others: what they keep whole, every device holds"
@@ -60,6 +60,13 @@ def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str])
     outputs = least.parts.get("outputs", 0.0)
     if c.options.outputs == "full" and outputs > LITTLE * over:
         yield f"outputs='sharded' gathers none of the outputs, which hold {in_bytes(outputs)}"
+
+
+def _more_devices(c: Compilation, budget: float, least: Memory) -> int:
+    """The number of devices that would do, if all that is held shrinks with it but for workspaces. Dims divide by
+    powers of two most often."""
+    work = least.parts.get("workspace", 0.0)
+    return c.mesh.size * 2 ** max(math.ceil(math.log2((least.peak - work) / (budget - work))), 1)
 
 
 def _smaller_batch(c: Compilation, room: float, activations: float) -> Iterator[str]:
