@@ -163,7 +163,7 @@ class Plan:
 
     def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
-        proof = "proven optimal" if gap < 1e-6 else f"within {gap:.1%} of the proven bound"
+        proof = "proven optimal" if gap < 1e-6 else f"within {max(gap, 0.001):.1%} of the proven bound"
         if not self.lower_bound:
             proof = "no bound proven"
         communication = in_seconds(sum(c.seconds for c in self.conversions))
