@@ -154,7 +154,7 @@ def test_api_search_and_command_line_agree_to_the_byte(tmp_path: Path, capsys: p
             assert one.stored == plan.memory.peak and one.cost == plan.cost
     file = tmp_path / "tower.py"
     file.write_text(
-        "from end_to_end.test_memory_by_default import tower\n"
+        "from end_to_end.options.test_memory_by_default import tower\n"
         "def model():\n    return tower()[0]\n"
         "def inputs():\n    return tower()[1]\n"
     )
