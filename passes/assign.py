@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from shardc.analysis.memory import Memory, memory_in_order
 from shardc.errors import InfeasibleError, ShardcError
+from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.planning.recompute_network import RecomputeNetwork
@@ -24,6 +25,14 @@ from shardc.solver.problem import TOLERANCE, Problem
 from shardc.solver.solve import Solution, solve
 
 AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
+
+
+class TooSlowError(InfeasibleError):
+    """No plan takes less than `bound` seconds a step, and that is more than is wanted."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(f"no plan takes less than {in_seconds(bound)}")
+        self.bound = bound
 
 
 @compiler_pass
@@ -41,7 +50,10 @@ def assign(c: Compilation) -> Compilation:
     free = _candidate(c, network, solved(network.problem(), c.time_limit))
     if budget is None:
         return free
-    return _if_it_fits(free, budget) or assign_within(c, budget, network)
+    fits = _if_it_fits(free, budget)
+    if fits is None and free.solution is not None and free.solution.lower_bound >= c.too_slow:
+        raise TooSlowError(free.solution.lower_bound)
+    return fits or assign_within(c, budget, network)
 
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:

@@ -22,7 +22,7 @@ from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
-from shardc.passes.assign import network_of
+from shardc.passes.assign import TooSlowError, network_of
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
@@ -172,7 +172,9 @@ def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
         bound = check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
-        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit))
+        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit, too_slow=best))
+    except TooSlowError as error:
+        return without(error.bound, f"not solved within memory: {error}")
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None

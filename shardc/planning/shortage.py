@@ -3,7 +3,7 @@
 no plan was found for dp=2 that holds at most 67.1 GiB a device (the memory of the hardware, less a tenth); the
 smallest peak found is 90.2 GiB, in backward: optimizer state 44.7 GiB, parameters 22.4 GiB, gradients 22.4 GiB, ...
   - parameters, gradients and optimizer state are 178.8 GiB in all: they alone take 3 devices or more
-  - optimizer='sgd' holds no state, 'adamw' does: that saves 44.7 GiB, and is enough
+  - optimizer='sgd' holds no state, optimizer='adamw' does: that saves 44.7 GiB, and is enough
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str])
     """What would help."""
     stored, devices = _stored(c), c.mesh.size
     total, over, work = stored.total(), least.peak - budget, least.parts.get("workspace", 0.0)
-    names = " and ".join(filter(None, [", ".join([*stored][:-1]), [*stored][-1]]))
+    *first, last = [*stored] or ["parameters"]
+    names = f"{', '.join(first)} and {last}" if first else last
     are = f"{names} are {in_bytes(total)} in all, {in_bytes(total / devices)} a device if all is split"
     if total / devices > budget:
         yield f"{are}: they alone take {math.ceil(total / budget)} devices or more"
@@ -56,7 +57,8 @@ def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str])
     if parts["optimizer state"] > LITTLE * over:
         enough = "and is enough" if parts["optimizer state"] >= over else "but is not enough alone"
         saved = in_bytes(parts["optimizer state"])
-        yield f"optimizer='sgd' holds no state, {c.options.optimizer or OPTIMIZER!r} does: that saves {saved}, {enough}"
+        now = f"optimizer={c.options.optimizer or OPTIMIZER!r}"
+        yield f"optimizer='sgd' holds no state, {now} does: that saves {saved}, {enough}"
     outputs = least.parts.get("outputs", 0.0)
     if c.options.outputs == "full" and outputs > LITTLE * over:
         yield f"outputs='sharded' gathers none of the outputs, which hold {in_bytes(outputs)}"

@@ -128,7 +128,7 @@ def test_what_cannot_lie_on_so_few_devices_names_their_number_and_a_leaner_optim
     device = replace(H100, memory=1.2e8)  # parameters, gradients and state are 4 x 64 MiB
     told = message(lambda: shardc.compile(model, "dp=2", inputs, hardware=device))
     assert "256.0 MiB in all, 128.0 MiB a device if all is split: they alone take 3 devices or more" in told
-    assert "optimizer='sgd' holds no state, 'adamw' does: that saves 64.0 MiB, and is enough" in told
+    assert "optimizer='sgd' holds no state, optimizer='adamw' does: that saves 64.0 MiB, and is enough" in told
     assert shardc.compile(model, "dp=2", inputs, hardware=device, optimizer="sgd").plan.memory.peak <= 1.08e8
     assert shardc.compile(model, "dp=3", inputs, hardware=device).plan.memory.peak <= 1.08e8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from shardc.cli import main
 from shardc.errors import InfeasibleError, LayoutError
 
 MESH = "dp=2,tp=2"
+FILE = str(Path(__file__).parents[3] / "examples/mlp.py")
 
 
 class Tokens(nn.Module):
@@ -100,7 +102,7 @@ def test_two_that_split_other_pieces_contradict_each_other() -> None:
 
 
 def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = ["plan", "examples/mlp.py", "--mesh", "tp=4", "--constraint"]
+    shown = ["plan", FILE, "--mesh", "tp=4", "--constraint"]
     texts: list[str] = []
     for spec in ("up.weight=f32[1024@tp, 256]", "up.weight=tp,-"):
         assert main([*shown, spec]) == 0
@@ -110,5 +112,5 @@ def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("layout", [["--layout", "-,tp"], ["--layout=-,tp"], ["--layout", "f32[1024, 256@tp]"]])
 def test_a_layout_that_begins_with_a_dash_is_no_flag(layout: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "examples/mlp.py", "--mesh", "tp=4", "--why", "up.weight", *layout]) == 0
+    assert main(["explain", FILE, "--mesh", "tp=4", "--why", "up.weight", *layout]) == 0
     assert "up.weight as f32[1024, 256@tp] instead of" in capsys.readouterr().out
