@@ -110,7 +110,7 @@ class Options:
     """Dims of arguments that change from call to call: `{"input_ids": {0: "batch", 1: "seq"}}`. The program is captured
     and planned once, and lowered anew for sizes not met before."""
 
-    memory: Annotated[str | float | None, Text("BYTES", "80GB")] = None
+    memory: Annotated[str | float | None, Text("BYTES|unbounded", "80GB")] = None
     """What a device may hold at any time, in bytes or as `80GB`; `unbounded` for no bound. Without it, the memory of
     the hardware that was named, less a tenth; no bound for this machine. Where something has to give, values are kept
     split and regathered, or computed again in backward, whichever costs the least time."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shardc.analysis.memory import Memory
 from shardc.ir.printing import in_bytes
@@ -26,10 +26,12 @@ LITTLE = 0.05
 
 def shortage(c: Compilation, budget: float, least: Memory) -> str:
     """The message where nothing holds at most `budget` bytes a device, and the least that was found is `least`."""
-    parts = Counter[str]()
+    parts: dict[str, float] = {}
     for label, size in least.parts.items():
-        parts[label if label in STORED else "activations"] += size
-    consists = ", ".join(f"{label} {in_bytes(size)}" for label, size in parts.most_common())
+        kind = label if label in STORED else "activations"
+        parts[kind] = parts.get(kind, 0.0) + size
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    consists = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
     of_hardware = " (the memory of the hardware, less a tenth)" if c.options.hardware_bounds else ""
     place = f" ({least.place})" if least.place else ""
     head = (
@@ -40,23 +42,27 @@ def shortage(c: Compilation, budget: float, least: Memory) -> str:
     return "\n".join([head, *(f"  - {one}" for one in remedies)])
 
 
-def _remedies(c: Compilation, budget: float, least: Memory, parts: Counter[str]) -> Iterator[str]:
+def _remedies(c: Compilation, budget: float, least: Memory, parts: Mapping[str, float]) -> Iterator[str]:
     """What would help."""
     stored, devices = _stored(c), c.mesh.size
     total, over, work = stored.total(), least.peak - budget, least.parts.get("workspace", 0.0)
-    *first, last = [*stored] or ["parameters"]
-    names = f"{', '.join(first)} and {last}" if first else last
-    are = f"{names} are {in_bytes(total)} in all, {in_bytes(total / devices)} a device if all is split"
+    are = ""
+    if stored:
+        names = " and ".join(", ".join(stored).rsplit(", ", 1))
+        are = f"{names} are {in_bytes(total)} in all, {in_bytes(total / devices)} a device if all is split: "
     if total / devices > budget:
-        yield f"{are}: they alone take {math.ceil(total / budget)} devices or more"
+        yield f"{are}they alone take {math.ceil(total / budget)} devices or more"
     else:
-        yield f"{are}: more devices would do, about {_more_devices(c, budget, least)}" if work < budget else are
-        yield from _smaller_batch(c, budget - sum(parts[label] for label in STORED), parts["activations"])
+        if work < budget:
+            yield f"{are}more devices would do, about {_more_devices(c, budget, least)}"
+        yield from _smaller_batch(
+            c, budget - sum(parts.get(label, 0.0) for label in STORED), parts.get("activations", 0.0)
+        )
         if c.constraints:
             yield "fewer constraints, or others: what they keep whole, every device holds"
-    if parts["optimizer state"] > LITTLE * over:
-        enough = "and is enough" if parts["optimizer state"] >= over else "but is not enough alone"
-        saved = in_bytes(parts["optimizer state"])
+    state = parts.get("optimizer state", 0.0)
+    if state > LITTLE * over:
+        enough, saved = "and is enough" if state >= over else "but is not enough alone", in_bytes(state)
         now = f"optimizer={c.options.optimizer or OPTIMIZER!r}"
         yield f"optimizer='sgd' holds no state, {now} does: that saves {saved}, {enough}"
     outputs = least.parts.get("outputs", 0.0)

@@ -39,9 +39,9 @@ def planned(
     return shardc.compile(model, mesh, inputs, hardware=device, **options).plan
 
 
-def small(part: float, **options: Any) -> Hardware:
+def small(part: float) -> Hardware:
     """An H100 whose memory, less the reserve, is a part of what the fastest plan holds with the state of adamw."""
-    peak = planned(memory="unbounded", **{"optimizer": "adamw", **options}).memory.peak
+    peak = planned(memory="unbounded", optimizer="adamw").memory.peak
     return replace(H100, memory=part * peak / (1.0 - RESERVE))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 
 import shardc
 from shardc.ir.program import output_names
@@ -67,7 +68,7 @@ def test_nothing_is_paid_for_what_nobody_asked_for() -> None:
 
 
 @pytest.mark.parametrize("outputs", ["auto", "full", "sharded"])
-def test_values_and_gradients_on_a_virtual_mesh_are_global(outputs: str) -> None:
+def test_values_and_gradients_on_a_virtual_mesh_are_global(outputs: Any) -> None:
     torch.manual_seed(0)
     single, x = Tagger().double(), torch.randn(ROWS, 16, dtype=torch.float64)
     model = shardc.shard(copy.deepcopy(single), mesh="dp=2,tp=2", constraints=SPLIT, outputs=outputs)
@@ -84,7 +85,7 @@ def test_values_and_gradients_on_a_virtual_mesh_are_global(outputs: str) -> None
 
 def test_names_of_outputs_are_those_of_the_users_structure() -> None:
     def names(output: Any) -> list[str]:
-        return output_names(torch.utils._pytree.tree_structure(output))
+        return output_names(tree_structure(output))
 
     assert names(1) == ["output:0"] and names((1, [2, 3])) == ["output:0", "output:1.0", "output:1.1"]
     assert names({"loss": 1, "past": [(2, 3)]}) == ["loss", "past.0.0", "past.0.1"]
