@@ -15,9 +15,9 @@ from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
+from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
-from shardc.planning.shortage import shortage
 from shardc.solver import tuning
 from shardc.solver.capacity import Frontier
 from shardc.solver.loads import Relaxation
@@ -136,7 +136,7 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
     if best is None:
         least = lowered(frontier.smallest())  # which may fit
         if best is None:
-            raise InfeasibleError(shortage(c, budget, least))
+            raise InfeasibleError(out_of_memory(c, budget, least))
     assert best.solution is not None
     return replace(best, solution=frontier.proved_for(best.solution, largest))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from shardc.cost.hardware import Hardware, hardware, this_hardware
-from shardc.cost.memory import NO_STATES, RESERVE, States, bytes_of, states_of
+from shardc.cost.memory import HEADROOM, NO_STATES, States, bytes_of, states_of
 from shardc.errors import ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
@@ -137,7 +137,7 @@ class Options:
         """The bytes that a device may hold; None without a bound."""
         if self.memory is not None:
             return None if self.memory == UNBOUNDED else bytes_of(self.memory)
-        return (1.0 - RESERVE) * self.device.memory if self.hardware_bounds else None
+        return (1.0 - HEADROOM) * self.device.memory if self.hardware_bounds else None
 
     @cached_property
     def hardware_bounds(self) -> bool:

@@ -73,7 +73,7 @@ class ShardedOutput(DTensor):
                 return func(*tree_map(_gathered, args), **tree_map(_gathered, kwargs))
             why = "with a plain tensor beside it" if " mixed " in told else told.splitlines()[0]
             raise _needs_whole(name, why, args, kwargs) from error
-        return tree_map(_whole_sums, result) if name != "__get__" else result
+        return result if isinstance(result, torch.Size) else tree_map(_whole_sums, result)
 
 
 def sharded_output(value: DTensor) -> DTensor:

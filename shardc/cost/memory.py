@@ -13,7 +13,7 @@ UNITS = {
     **{f"{prefix}B": 1e3 ** (i + 1) for i, prefix in enumerate("KMGT")},
     **{f"{prefix}IB": 1024.0 ** (i + 1) for i, prefix in enumerate("KMGT")},
 }
-RESERVE = 0.1
+HEADROOM = 0.1
 """The part of a device's memory that plans leave free where the bound is that of the hardware. What it is for: the
 context of the device, buffers of NCCL, workspaces of kernels, gaps of the allocator, what an optimizer allocates while
 it steps. None of that is counted in a plan's memory."""

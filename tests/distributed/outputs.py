@@ -56,6 +56,8 @@ def work_alone(logits, whole):
     close(logits.argmax(-1).full_tensor(), whole.argmax(-1))
     close(logits.sum().item(), whole.sum().item())
     close(float(logits.mean()), float(whole.mean()))
+    close(logits.T.sum(0, keepdim=True)[0, 7].item(), whole.T.sum(0)[7].item())
+    assert logits.shape == whole.shape and logits.topk(3).values.shape == (1000, 3)
     assert f"{logits.mean():.3f}" == f"{whole.mean():.3f}" and bool(logits.max() > 0)
     close((2 * logits - logits.mean(0)).full_tensor(), 2 * whole - whole.mean(0))
     close(copy.deepcopy(logits).full_tensor(), whole)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import shardc
 from shardc.cli import main
 from shardc.cost.hardware import Hardware, hardware
-from shardc.cost.memory import RESERVE
+from shardc.cost.memory import HEADROOM
 from shardc.errors import InfeasibleError
 from shardc.passes import assign as assigning
 from shardc.planning.recompute_network import RecomputeNetwork
@@ -40,14 +40,14 @@ def planned(
 
 
 def small(part: float) -> Hardware:
-    """An H100 whose memory, less the reserve, is a part of what the fastest plan holds with the state of adamw."""
+    """An H100 whose memory, less the headroom, is a part of what the fastest plan holds with the state of adamw."""
     peak = planned(memory="unbounded", optimizer="adamw").memory.peak
-    return replace(H100, memory=part * peak / (1.0 - RESERVE))
+    return replace(H100, memory=part * peak / (1.0 - HEADROOM))
 
 
 def test_named_hardware_bounds_and_adamw_counts() -> None:
     plan, free = planned(), planned(memory="unbounded")
-    assert plan.memory.budget == (1.0 - RESERVE) * 80e9 and free.memory.budget is None
+    assert plan.memory.budget == (1.0 - HEADROOM) * 80e9 and free.memory.budget is None
     assert plan.memory.parts["optimizer state"] == 2 * plan.memory.parts["parameters"]
     assert "optimizer state" not in free.memory.parts
     assert plan.cost == free.cost and plan.lower_bound == free.lower_bound
@@ -64,7 +64,7 @@ def test_what_was_asked_for_stands() -> None:
     assert "optimizer state" not in planned(memory="60GB").memory.parts
     plan = planned(optimizer="lion")
     assert plan.memory.parts["optimizer state"] == plan.memory.parts["parameters"]
-    assert plan.memory.budget == (1.0 - RESERVE) * 80e9
+    assert plan.memory.budget == (1.0 - HEADROOM) * 80e9
     assert "optimizer state" in planned(None, optimizer="adamw").memory.parts
 
 
@@ -92,9 +92,9 @@ def test_where_the_fastest_plan_fits_nothing_is_solved_twice(monkeypatch: pytest
 def test_where_it_does_not_fit_a_plan_is_found_that_does(part: float) -> None:
     device = small(part)
     plan, free = planned(device), planned(device, memory="unbounded")
-    assert plan.memory.peak <= plan.memory.budget == (1.0 - RESERVE) * device.memory
+    assert plan.memory.peak <= plan.memory.budget == (1.0 - HEADROOM) * device.memory
     assert plan.cost > free.cost
-    asked = planned("h100", memory=(1.0 - RESERVE) * device.memory, optimizer="adamw")
+    asked = planned("h100", memory=(1.0 - HEADROOM) * device.memory, optimizer="adamw")
     assert plan.cost == pytest.approx(asked.cost, rel=1e-3)
     assert plan.lower_bound * (1 - 1e-6) <= plan.check() <= plan.cost * (1 + 1e-9)
 
@@ -105,7 +105,7 @@ def message(function: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def test_a_shortage_says_what_is_missing_and_what_would_do() -> None:
+def test_out_of_memory_says_what_is_missing_and_what_would_do() -> None:
     device = replace(H100, memory=6e9)
     told = message(lambda: planned(device))
     assert re.match(r"no plan was found for dp=2,tp=2 that holds at most 5.0 GiB a device \(the memory of the h", told)

@@ -1,4 +1,4 @@
-"""Shortage: what is missing where no plan fits into memory, and what would help.
+"""Out of memory: what is missing where no plan fits into memory, and what would help.
 
 no plan was found for dp=2 that holds at most 67.1 GiB a device (the memory of the hardware, less a tenth); the
 smallest peak found is 90.2 GiB, in backward: optimizer state 44.7 GiB, parameters 22.4 GiB, gradients 22.4 GiB, ...
@@ -24,7 +24,7 @@ LITTLE = 0.05
 """What helps less than this part of what is missing is not worth a line."""
 
 
-def shortage(c: Compilation, budget: float, least: Memory) -> str:
+def out_of_memory(c: Compilation, budget: float, least: Memory) -> str:
     """The message where nothing holds at most `budget` bytes a device, and the least that was found is `least`."""
     parts: dict[str, float] = {}
     for label, size in least.parts.items():
