@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     model = llama.build("8b", options.layers, llama.LlamaForCausalLMLoss)
     inputs = llama.example_inputs(32, 4096)
-    plan = shardc.compile(model, options.mesh, inputs, hardware="h100", constraints=DEMANDS).plan
+    plan = shardc.compile(model, options.mesh, inputs, hardware="h100", memory="unbounded", constraints=DEMANDS).plan
     assert isinstance(plan.explainer, Questions)
     start = time.process_time()
     finder = plan.explainer.conflict_finder()

@@ -10,11 +10,12 @@ import math
 from dataclasses import replace
 from typing import TypeVar
 
-from shardc.analysis.memory import peak_in_order
+from shardc.analysis.memory import Memory, memory_in_order
 from shardc.errors import InfeasibleError, ShardcError
-from shardc.ir.printing import in_bytes
+from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
+from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
 from shardc.solver import tuning
@@ -26,18 +27,33 @@ from shardc.solver.solve import Solution, solve
 AnyNetwork = TypeVar("AnyNetwork", bound=CostNetwork)
 
 
+class TooSlowError(InfeasibleError):
+    """No plan takes less than `bound` seconds a step, and that is more than is wanted."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(f"no plan takes less than {in_seconds(bound)}")
+        self.bound = bound
+
+
 @compiler_pass
 def assign(c: Compilation) -> Compilation:
-    """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal."""
+    """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal, or nothing
+    fits into memory."""
     if c.reuse is not None:
         reused = _reused(c, c.reuse)
         if reused is not None:
             return reused
-    if c.options.budget is not None:
-        return assign_within(c, c.options.budget)
+    budget = c.options.budget
+    if budget is not None and not c.options.hardware_bounds:
+        return assign_within(c, budget)
     network = c.network if c.has("network") else network_of(c)
-    solution = solved(network.problem(), c.time_limit)
-    return replace(c, network=network, assignment=network.assignment(solution.choice), solution=solution)
+    free = _candidate(c, network, solved(network.problem(), c.time_limit))
+    if budget is None:
+        return free
+    fits = _if_it_fits(free, budget)
+    if fits is None and free.solution is not None and free.solution.lower_bound >= c.too_slow:
+        raise TooSlowError(free.solution.lower_bound)
+    return fits or assign_within(c, budget, network)
 
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
@@ -51,35 +67,36 @@ def _reused(c: Compilation, before: Compilation) -> Compilation | None:
 
 
 def _if_it_fits(c: Compilation, budget: float) -> Compilation | None:
-    c, peak = _lowered(c)
-    return c if peak <= budget else None
+    c, memory = _lowered(c)
+    return c if memory.peak <= budget else None
 
 
-def _lowered(c: Compilation) -> tuple[Compilation, float]:
-    """A candidate with the draft of its code, and the bytes that this holds at most without buckets and overlap."""
+def _lowered(c: Compilation) -> tuple[Compilation, Memory]:
+    """A candidate with the draft of its code, and what this holds at most without buckets and overlap."""
     from shardc.passes.pipeline import LOWERING, run  # the list of passes names this one
 
     candidate = run(LOWERING, c)
     localized = candidate.lowered
     assert localized.source is not None
-    peak = peak_in_order(localized.read(), c.program, c.mesh, c.options.states)
-    return replace(c, draft=Draft(c.assignment, localized.source, candidate.titles)), peak
+    memory = memory_in_order(localized.read(), c.program, c.mesh, c.states)
+    return replace(c, draft=Draft(c.assignment, localized.source, candidate.titles)), memory
 
 
-def assign_within(c: Compilation, budget: float) -> Compilation:
-    """The same among the plans that hold at most `budget` bytes at once. Operators that run again are offered only if
-    something has to give. What a plan holds once it is lowered may not be what the network reckoned: then the bound is
-    moved by the difference. What is proved is proved for the largest bound that was tried, of the memory that the
-    network reckons. Raises InfeasibleError if nothing fits."""
+def assign_within(c: Compilation, budget: float, known: CostNetwork | None = None) -> Compilation:
+    """The same among the plans that hold at most `budget` bytes at once. Strategies are those of the network that is
+    `known`, if one is. Operators that run again are offered only if something has to give. What a plan holds once it is
+    lowered may not be what the network reckoned: then the bound is moved by the difference. What is proved is proved
+    for the largest bound that was tried, of the memory that the network reckons. Raises InfeasibleError if nothing
+    fits."""
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
         asked = c.factored, c.mesh, c.options.device, _demands(c)
-        made = RecomputeNetwork(*asked, recompute=recompute, states=c.options.states)
+        made = RecomputeNetwork(*asked, recompute=recompute, states=c.states)
         if like is not None:
             made.share(like)
         return _built(made)
 
-    simple = network(recompute=False)
+    simple = network(recompute=False, like=known)
     problem, loads = simple.problem(), simple.memory_terms()
     free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
     if loads.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget:
@@ -95,13 +112,13 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
     cheapest = math.inf
     low, bound, largest = 0.0, budget, budget
 
-    def lowered(solution: Solution) -> float:
+    def lowered(solution: Solution) -> Memory:
         """What the code of a choice holds; it is taken if that fits."""
         nonlocal best, cheapest
-        candidate, peak = _lowered(_candidate(c, full, solution))
-        if peak <= budget and solution.cost < cheapest:
+        candidate, memory = _lowered(_candidate(c, full, solution))
+        if memory.peak <= budget and solution.cost < cheapest:
             best, cheapest = candidate, solution.cost
-        return peak
+        return memory
 
     for _ in range(tuning.CAPACITY_TRIES):
         largest = max(largest, bound)
@@ -112,16 +129,14 @@ def assign_within(c: Compilation, budget: float) -> Compilation:
                 break
             low, bound = bound, 0.5 * (bound + budget)
             continue
-        over = lowered(solution) - frontier.loads.peak(solution.choice)
+        over = lowered(solution).peak - frontier.loads.peak(solution.choice)
         if best is not None and budget - over - bound < tuning.CAPACITY_TRIES_CLOSE * bound:
             break
         bound = max(budget - over, 0.5 * (low + bound))
-    least = lowered(frontier.smallest()) if best is None else 0.0
     if best is None:
-        raise InfeasibleError(
-            f"no plan was found whose generated code holds at most {in_bytes(budget)} a device; the smallest "
-            f"peak found is {in_bytes(least)}; bound memory at more, take more devices, or an optimizer that holds less"
-        )
+        least = lowered(frontier.smallest())  # which may fit
+        if best is None:
+            raise InfeasibleError(out_of_memory(c, budget, least))
     assert best.solution is not None
     return replace(best, solution=frontier.proved_for(best.solution, largest))
 
@@ -145,7 +160,7 @@ def network_of(c: Compilation) -> CostNetwork:
 def _demands(c: Compilation) -> LayoutDemands:
     """What the user's constraints demand of layouts, and in `propagate` mode what they spread to."""
     wishes = c.spread.wishes() if c.options.mode == "propagate" else {}
-    return LayoutDemands(c.spread.accepts(), c.options.outputs == "full", wishes)
+    return LayoutDemands(c.spread.accepts(), c.options.whole_bytes, wishes)
 
 
 def _built(network: AnyNetwork) -> AnyNetwork:

@@ -45,7 +45,7 @@ def _crossing(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]
     """Per parameter the dims that a demand cuts across the pieces in which the model uses them."""
     nodes = dict(zip(factored.program.inputs, factored.program.placeholders, strict=True))
     crossing: dict[Port, list[int]] = {}
-    for port, dims, _ in demands:
+    for port, dims, _, _ in demands:
         node = nodes[port]
         if len(dims) != len(factored.values[node].dims):
             continue  # told to the user when the constraint is checked

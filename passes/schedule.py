@@ -67,7 +67,7 @@ class _Scheduler:
         version, joined = self._joined(most, apart)
         graph, run = version.read(), joined.run
         ready, times = made_at(graph, becoming_gradients(run, graph)), Times(run, c.pace)
-        memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.options.states)
+        memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.states)
         beneath = sum([times.compute[node] for node in run.backward])
         for what in ways:
             orders = in_order(run) if what == "nothing" else ordered(run, ready, times, fetch=what == "all")

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields
@@ -33,13 +34,14 @@ def parsed(commands: Any, arguments: Sequence[str] | None, description: str) -> 
     """The one of `commands` (a union of dataclasses) that `arguments`, by default those of the process, ask for. Raises
     ShardcError for what cannot be read. Prints what `--help` and `--tyro-print-completion SHELL` ask for, and exits."""
     complaint = io.StringIO()
+    words = _joined(sys.argv[1:] if arguments is None else arguments)
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
                 commands,
                 prog="shardc",
                 description=description,
-                args=arguments,
+                args=words,
                 registry=REGISTRY,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagConversionOff),
             )
@@ -47,6 +49,18 @@ def parsed(commands: Any, arguments: Sequence[str] | None, description: str) -> 
         if not exit.code:
             raise
         raise ShardcError(_unframed(complaint.getvalue())) from None
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words, with `--layout -,tp` as `--layout=-,tp`: argparse would take the layout for a flag. No flag has a
+    comma after its dash."""
+    joined = list[str]()
+    for word in words:
+        if word.startswith("-,") and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def spelled(options: Options, kind: type[Options]) -> list[str]:

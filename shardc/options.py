@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, wraps
@@ -11,11 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from shardc.cost.hardware import Hardware, hardware, this_hardware
-from shardc.cost.memory import States, bytes_of, states_of
+from shardc.cost.memory import HEADROOM, NO_STATES, States, bytes_of, states_of
 from shardc.errors import ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
+
+SMALL = 2.0**20
+"""Bytes up to which `outputs="auto"` gathers an output: on the links of a node this takes no longer than a few kernels
+do, and what a person prints, compares or logs (losses, metrics, classes) is smaller."""
+OPTIMIZER = "adamw"
+"""The optimizer whose state has to fit beside parameters that train, where none is named and hardware is."""
+UNBOUNDED = "unbounded"
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,9 @@ class Options:
     """What costs are for: `h100`, a .toml file that `shardc calibrate` wrote, or a `Hardware`. Without it, this
     machine."""
 
-    outputs: Literal["full", "sharded"] = "full"
-    """How outputs come back: whole on every rank, or as they lie (DTensors under torch.distributed)."""
+    outputs: Literal["auto", "full", "sharded"] = "auto"
+    """How outputs come back: all whole on every rank (`full`), all as they lie (`sharded`: DTensors under
+    torch.distributed, global tensors on a virtual mesh), or whole up to 1 MiB and else as they lie (`auto`)."""
 
     on_unknown: Literal["replicate", "error"] = "replicate"
     """What becomes of an operator that has no rule and that trial finds no split of: it runs whole on every rank, or
@@ -101,12 +110,14 @@ class Options:
     """Dims of arguments that change from call to call: `{"input_ids": {0: "batch", 1: "seq"}}`. The program is captured
     and planned once, and lowered anew for sizes not met before."""
 
-    memory: Annotated[str | float | None, Text("BYTES", "80GB")] = None
-    """What a device may hold at any time, in bytes or as `80GB`. Where something has to give, values are kept split and
-    regathered, or computed again in backward, whichever costs the least time."""
+    memory: Annotated[str | float | None, Text("BYTES|unbounded", "80GB")] = None
+    """What a device may hold at any time, in bytes or as `80GB`; `unbounded` for no bound. Without it, the memory of
+    the hardware that was named, less a tenth; no bound for this machine. Where something has to give, values are kept
+    split and regathered, or computed again in backward, whichever costs the least time."""
 
     optimizer: Annotated[str | float | None, Text("NAME|BYTES", "adamw", _number_or_word)] = None
-    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter."""
+    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter that
+    trains. Without it, `adamw` where the bound is that of the hardware; else none."""
 
     def __post_init__(self) -> None:
         for name, values in _choices(type(self)).items():
@@ -114,7 +125,7 @@ class Options:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")
         for name in ("constraints", "dynamic"):  # None is taken for nothing; what the caller changes later is not ours
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        _ = self.device, self.budget, self.states  # refuse now what cannot be read
+        _ = self.device, self.budget, states_of(self.optimizer)  # refuse now what cannot be read
 
     @cached_property
     def device(self) -> Hardware:
@@ -124,12 +135,25 @@ class Options:
     @cached_property
     def budget(self) -> float | None:
         """The bytes that a device may hold; None without a bound."""
-        return None if self.memory is None else bytes_of(self.memory)
+        if self.memory is not None:
+            return None if self.memory == UNBOUNDED else bytes_of(self.memory)
+        return (1.0 - HEADROOM) * self.device.memory if self.hardware_bounds else None
 
     @cached_property
-    def states(self) -> States:
-        """The bytes that the optimizer holds for an element of a parameter."""
+    def hardware_bounds(self) -> bool:
+        """Whether the bound on memory is that of the hardware, since another one was not asked for."""
+        return self.memory is None and self.hardware is not None and math.isfinite(self.device.memory)
+
+    def states(self, trains: bool) -> States:
+        """The bytes that the optimizer holds for an element of a parameter, of a program that trains or does not."""
+        if self.optimizer is None and self.hardware_bounds:
+            return states_of(OPTIMIZER) if trains else NO_STATES
         return states_of(self.optimizer)
+
+    @property
+    def whole_bytes(self) -> float:
+        """The most bytes of an output that comes back whole on every rank."""
+        return {"auto": SMALL, "full": math.inf, "sharded": 0.0}[self.outputs]
 
 
 @dataclass(frozen=True, kw_only=True)

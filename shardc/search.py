@@ -22,12 +22,11 @@ from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
-from shardc.passes.assign import network_of
+from shardc.passes.assign import TooSlowError, network_of
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
-from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
@@ -64,8 +63,8 @@ class MeshSearch:
     shared: float
     """CPU-seconds of what all meshes share: capture, normalize, factor."""
     bounded: bool = False
-    """Whether memory is bounded: then `stored` is all that a device holds at once, as the planner reckons it; else
-    parameters and their gradients."""
+    """Whether memory is bounded: then `stored` is the peak of the plan, `plan.memory.peak`; else parameters and their
+    gradients."""
 
     @property
     def best(self) -> Mesh:
@@ -173,22 +172,19 @@ def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
         bound = check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
-        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit))
+        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit, too_slow=best))
+    except TooSlowError as error:
+        return without(error.bound, f"not solved within memory: {error}")
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
-    if c.options.budget is not None:
-        return _within(c, start)
     assert c.solution is not None
-    solution, stored, memory = c.solution, _stored(c.network, c.assignment), c.options.device.memory
-    remark = f"more than the {in_bytes(memory)} of a device" if stored > memory else ""
-    return Candidate(mesh, solution.cost, solution.lower_bound, stored, time.process_time() - start, remark)
-
-
-def _within(c: Compilation, start: float) -> Candidate:
-    """The plan of one mesh within the bound on memory."""
-    assert c.solution is not None and isinstance(c.network, RecomputeNetwork)
-    held = c.network.memory_terms().peak(c.solution.choice)
-    return Candidate(c.mesh, c.solution.cost, c.solution.lower_bound, held, time.process_time() - start)
+    cost, bound, remark = c.solution.cost, c.solution.lower_bound, ""
+    if c.options.budget is not None:
+        held = run(part("reshard", "schedule"), c).schedule.memory.peak
+    else:
+        held, memory = _stored(c.network, c.assignment), c.options.device.memory
+        remark = f"more than the {in_bytes(memory)} of a device" if held > memory else ""
+    return Candidate(mesh, cost, bound, held, time.process_time() - start, remark)
 
 
 def _stored(network: CostNetwork, assignment: Assignment) -> float:

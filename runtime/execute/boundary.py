@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | state, inputs | global tensor, cut per rank | DTensor: its local part; global tensor: cut on every rank |
 | output without cuts | the value of rank 0 | the plain local value |
-| output with cuts | pasted to the global tensor | DTensor |
+| output with cuts | pasted to the global tensor | DTensor (`ShardedOutput`) |
 | gradient | pasted to the global tensor | DTensor for a DTensor; plain only where it is whole on every rank |
 """
 
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.execute.sharded_output import sharded_output
 from shardc.runtime.execute.slots import Slot, cut, local_shapes, padded, paste, placements
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
 from shardc.runtime.mesh.mesh import RuntimeMesh
@@ -93,9 +94,10 @@ class _Distributed(Boundary):
 
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         # A parameter is a DTensor even where it is whole, and autograd wants a gradient of the same type.
-        if slot.cuts or slot.role == "gradient":
-            return from_local(parts[0].detach(), slot, self.mesh)
-        return parts[0].detach()
+        if not slot.cuts and slot.role != "gradient":
+            return parts[0].detach()
+        value = from_local(parts[0].detach(), slot, self.mesh)
+        return sharded_output(value) if slot.role == "output" else value
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
         if isinstance(gradient, DTensor) and not issubclass(kind, DTensor):

@@ -32,6 +32,7 @@ from shardc.cost.memory import States
 from shardc.ir.facts import dtype_of, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
+from shardc.ir.printing import columns, in_bytes
 from shardc.ir.program import Program, Role, where
 from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.strategy import workspace
@@ -48,7 +49,7 @@ aten = torch.ops.aten
 class Memory:
     """The most that a rank holds at once while the generated code runs: `peak` bytes, in `phase` (forward or backward),
     at `place` in the user's code. `parts` says what the bytes are, by label; `budget` is the bound in bytes, if there
-    is one. What kernels allocate for themselves is not counted."""
+    is one. What kernels allocate for themselves is not counted. `print(memory)` shows it."""
 
     peak: float = 0.0
     phase: str = ""
@@ -56,12 +57,28 @@ class Memory:
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
 
+    def __str__(self) -> str:
+        rows = [(label, in_bytes(size), f"{size / self.peak:.0%}") for label, size in self.largest]
+        place = f" ({self.place})" if self.place else ""
+        lines = [f"  {line}" for line in columns(rows, "<>>")] if rows else []
+        return "\n".join([f"a device holds {self.summary}{place}", *lines]) if self.peak else "nothing"
 
-def peak_in_order(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> float:
-    """The most bytes that a rank holds when a localized graph runs as it is written, with neither buckets nor
-    overlap."""
+    @property
+    def summary(self) -> str:
+        """The peak and the bound, in a few words."""
+        budget = f" of {in_bytes(self.budget)}" if self.budget is not None else ""
+        return f"{in_bytes(self.peak)}{budget} at most, in {self.phase}"
+
+    @property
+    def largest(self) -> list[tuple[str, float]]:
+        """What the bytes are, the largest part first."""
+        return sorted(self.parts.items(), key=lambda part: -part[1])
+
+
+def memory_in_order(graph: fx.Graph, program: Program, mesh: Mesh, states: States) -> Memory:
+    """What a rank holds at most when a localized graph runs as it is written, with neither buckets nor overlap."""
     run = partition(graph, program)
-    return MemoryAnalysis(graph, run, program, mesh, states).memory(*in_order(run)).peak
+    return MemoryAnalysis(graph, run, program, mesh, states).memory(*in_order(run))
 
 
 class MemoryAnalysis:
@@ -70,7 +87,10 @@ class MemoryAnalysis:
 
     def __init__(self, graph: fx.Graph, run: Partition, program: Program, mesh: Mesh, states: States) -> None:
         self.run, self.mesh, self.states = run, mesh, states
-        self.roles = {node: port.role for node, port in zip(_placeholders(graph), program.inputs, strict=True)}
+        ports = dict(zip(_placeholders(graph), program.inputs, strict=True))
+        self.roles = {node: port.role for node, port in ports.items()}
+        trained = program.trained
+        self.trained = {node for node, port in ports.items() if port.name in trained}
         self.by_call: dict[object, list[_TensorForm | None]] = {}
         self.by_node: dict[fx.Node, list[_TensorForm | None]] = {}
         self.equal: dict[_TensorForm, _TensorForm] = {}
@@ -123,7 +143,7 @@ class _Execution:
         self.started = {node for order in (forward, backward) for node, awaited in order if awaited}
         for node in run.given:
             self._place(node, "parameters" if roles[node] is Role.PARAMETER else "inputs and buffers")
-            if roles[node] is Role.PARAMETER:
+            if node in self.known.trained:
                 size = dtype_of(node).itemsize
                 states = int(self.sizes[-1] / size * self.known.states(size))
                 self.bytes_by_label["optimizer state"] += states
@@ -142,19 +162,19 @@ class _Execution:
         # what a started collective makes is a value from where it is awaited, and its operands were read before
         dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
-            total = 0
+            workspace = 0
             if awaited:
                 self.tensors[node] = self._await(node, labels.get(node, "in use"))
             elif node in self.started:
                 self.under_way[node] = self._begin(node)
-                total = self._workspace(node)
+                workspace = self._workspace(node)
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
-                total = self._workspace(node)
-            total += self.total
-            if total > self.peak.peak:
-                parts = {label: float(size) for label, size in self.bytes_by_label.items() if size}
-                self.peak = Memory(float(total), phase, where(node), parts)
+                workspace = self._workspace(node)
+            if self.total + workspace > self.peak.peak:
+                held = {**self.bytes_by_label, "workspace": workspace}
+                parts = {label: float(size) for label, size in held.items() if size}
+                self.peak = Memory(float(self.total + workspace), phase, where(node), parts)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:

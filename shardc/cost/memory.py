@@ -13,6 +13,10 @@ UNITS = {
     **{f"{prefix}B": 1e3 ** (i + 1) for i, prefix in enumerate("KMGT")},
     **{f"{prefix}IB": 1024.0 ** (i + 1) for i, prefix in enumerate("KMGT")},
 }
+HEADROOM = 0.1
+"""The part of a device's memory that plans leave free where the bound is that of the hardware. What it is for: the
+context of the device, buffers of NCCL, workspaces of kernels, gaps of the allocator, what an optimizer allocates while
+it steps. None of that is counted in a plan's memory."""
 STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "adam": 2, "adamw": 2, "nadam": 2}
 """Tensors of the parameter's size and dtype that an optimizer of torch keeps for it (lion: Chen et al. 2023)."""
 
@@ -25,7 +29,7 @@ def bytes_of(amount: float | str) -> float:
         size = float(match[1]) * UNITS[match[2].upper()]
     except (AssertionError, ValueError, KeyError):
         raise ShardcError(
-            f"memory={amount!r} is not an amount of memory; write '80GB', '24 GiB' or a number of bytes"
+            f"memory={amount!r} is not an amount of memory; write '80GB', '24 GiB', a number of bytes, or 'unbounded'"
         ) from None
     if size <= 0.0:
         raise ShardcError(f"memory={amount!r} leaves no memory; write an amount above zero, such as '80GB'")

@@ -19,6 +19,7 @@ so that without any one member the others are feasible.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import z3
 
 from shardc.ir.facts import origin_of
-from shardc.ir.program import Role
+from shardc.ir.program import Role, value_of
 from shardc.planning.cost_network import CostNetwork, base_demand
 from shardc.rules.factors.factored import Key, Op
 from shardc.rules.factors.strategy import Shape, splittable
@@ -133,7 +134,7 @@ class ConflictFinder:
         program, factored = self.network.factored.program, self.network.factored
         ports = {p.name: n for p, n in zip(program.inputs, program.placeholders, strict=True)}
         for port, node in zip(program.outputs, program.results, strict=True):
-            if node is None or (port.role is Role.OUTPUT and not self.network.demands.whole_outputs):
+            if node is None or (port.role is Role.OUTPUT and not self.network.demands.whole(value_of(node))):
                 continue
             value = factored.values[node]
             size = len(value.form.base)
@@ -146,7 +147,8 @@ class ConflictFinder:
                 text = f"the gradient of {port.name} has the layout of {port.name}"
                 self._exits.setdefault(value.key, []).append((text, follows))
                 continue
-            text = f"output {port.index} is gathered whole (outputs='full')"
+            asked = "'full'" if math.isinf(self.network.demands.whole_bytes) else "'auto': it is small"
+            text = f"output {port.index} is gathered whole (outputs={asked})"
             if port.role is Role.MUTATION:
                 text = f"the buffer {port.name} is written in place, and so kept whole"
             elif port.role is Role.GRADIENT:

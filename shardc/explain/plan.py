@@ -19,7 +19,7 @@ from shardc.ir.report import Columns, Report, Section
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter or an input, with its layout."""
+    """A parameter, an input or an output, with its layout."""
 
     role: str
     name: str
@@ -60,6 +60,7 @@ class Plan:
     hardware: str
     mode: str
     placed: tuple[Placed, ...]
+    """Parameters and inputs."""
     layouts: dict[str, Layout]
     conversions: tuple[Conversion, ...]
     compute: float
@@ -73,6 +74,9 @@ class Plan:
     memory: Memory = field(default_factory=Memory)
     hidden: float = 0.0
     """Seconds of conversions during which the rank computes."""
+    outputs: tuple[Placed, ...] = ()
+    """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
+    whole for whoever calls the program."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -159,7 +163,7 @@ class Plan:
 
     def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
-        proof = "proven optimal" if gap < 1e-6 else f"within {gap:.1%} of the proven bound"
+        proof = "proven optimal" if gap < 1e-6 else f"within {max(gap, 0.001):.1%} of the proven bound"
         if not self.lower_bound:
             proof = "no bound proven"
         communication = in_seconds(sum(c.seconds for c in self.conversions))
@@ -178,19 +182,14 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
-        memory = self.memory
-        if not memory.peak:
-            return []
-        largest = sorted(memory.parts.items(), key=lambda part: -part[1])
-        parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in largest)
-        budget = f" of {in_bytes(memory.budget)}" if memory.budget is not None else ""
-        return [f"  memory     {in_bytes(memory.peak)}{budget} at most, in {memory.phase}: {parts}"]
+        parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in self.memory.largest)
+        return [f"  memory     {self.memory.summary}: {parts}"] if self.memory.peak else []
 
     def _tensors(self) -> Columns:
         """Roles, names and layouts in columns. Repeated layers have one line, with their count."""
         groups: dict[tuple[str, str, str], list[str]] = {}
-        for one in self.placed:
-            pattern = re.sub(r"\.\d+\.", ".*.", one.name)
+        for one in (*self.placed, *self.outputs):
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", one.name)
             groups.setdefault((one.role, pattern, f"{one.dtype}{one.layout}"), []).append(one.name)
         rows = [
             (role, names[0], layout, "") if len(names) == 1 else (role, pattern, layout, f"x{len(names)}")

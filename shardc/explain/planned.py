@@ -14,7 +14,7 @@ from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
 from shardc.ir.facts import Key, dtype_of, laid, lowered, origin_of
 from shardc.ir.layout import SHORT_DTYPES
-from shardc.ir.program import Role, where
+from shardc.ir.program import Role, output_names, where
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
@@ -34,6 +34,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
+        _outputs(c, graph),
     )  # fmt: skip
 
 
@@ -47,8 +48,31 @@ def _placed(c: Compilation, graph: fx.Graph) -> tuple[Placed, ...]:
     )
 
 
+def _outputs(c: Compilation, graph: fx.Graph) -> tuple[Placed, ...]:
+    """The layouts of outputs, in the order of the user's structure."""
+    made: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    return tuple(
+        Placed(Role.OUTPUT.value, name, SHORT_DTYPES[dtype_of(made[leaf])], laid(made[leaf]).simplify(c.mesh))
+        for name, leaf in zip(output_names(c.program.out_spec), c.program.out_leaves, strict=False)  # see Program
+        if isinstance(leaf, int)
+    )
+
+
+def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
+    """A note on the outputs that come back as they lie."""
+    split = [one for one in _outputs(c, graph) if any(atom.axes for dim in one.layout.dims for atom in dim)]
+    if not split:
+        return []
+    more = f" and {len(split) - 1} more" if len(split) > 1 else ""
+    comes, they = ("come", "They are DTensors") if more else ("comes", "It is a DTensor")
+    return [
+        f"{split[0].name}{more} {comes} back split, since nobody asked for the whole. {they} under torch.distributed, "
+        "where full_tensor() gathers one; outputs='full' gathers all"
+    ]
+
+
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
-    notes = [*_padded(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
     if c.solution is None:
         notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
     return tuple(notes)

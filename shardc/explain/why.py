@@ -20,7 +20,7 @@ from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
 from shardc.explain.chosen_strategy import splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
-from shardc.ir.constrain import Dim, parse, spec_text
+from shardc.ir.constrain import Dim, parse
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, tensor_of, where
@@ -388,7 +388,7 @@ class Questions:
 def _words(constraint: Constraint) -> str:
     """A constraint as the user wrote it. One text may name many values: those of every layer, or of a line of code that
     runs several times."""
-    node, spec = constraint.key[0], spec_text(constraint.dims)
+    node, spec = constraint.key[0], constraint.text
     if node.op == "placeholder":
         return f"{constraint.label.partition(' on ')[0]} = {spec}"
     return f"constrain(..., {spec}) at {origin_of(node).source or where(node)}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from shardc.errors import LayoutError
+from shardc.ir.layout import Layout
 
 OPEN = "?"
 """A dim about which the constraint says nothing."""
@@ -57,7 +58,8 @@ def constrain(x: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Demand that `x` lie as `spec` says; outside of a capture this is the identity.
 
     `spec` has one entry per dim: an axis name, a tuple of axis names (major to minor), None to keep the dim whole, or
-    "?" to leave it open: `constrain(x, ("dp", None, ("sp", "tp"), "?"))`. Its text form is `"dp,-,(sp,tp),?"`.
+    "?" to leave it open: `constrain(x, ("dp", None, ("sp", "tp"), "?"))`. Its text form is `"dp,-,(sp,tp),?"`. A layout
+    as plans print it does as well: `constrain(x, "f32[32@dp, 64]")`.
     """
     text = serialise(spec)
     check(text, x.ndim, "constrain")
@@ -65,9 +67,11 @@ def constrain(x: torch.Tensor, spec: Spec) -> torch.Tensor:
 
 
 def serialise(spec: Spec) -> str:
-    """The text form of `spec`: `("dp", None, ("sp", "tp"), "?")` becomes `"dp,-,(sp,tp),?"`."""
+    """The text form of `spec`: `("dp", None, ("sp", "tp"), "?")` becomes `"dp,-,(sp,tp),?"`, and `"f32[32@dp, 64]"` is
+    `"[32@dp, 64]"`."""
     if isinstance(spec, str):
-        return spec_text(parse(spec))
+        layout = printed_layout(spec)
+        return spec_text(parse(spec)) if layout is None else str(layout)
     return spec_text(tuple(_dim(entry) for entry in spec))
 
 
@@ -75,8 +79,23 @@ def parse(text: str) -> tuple[Dim, ...]:
     """The inverse of `serialise`: per dim its axes, `()` where it is kept whole, None where it is open."""
     if not text.strip():
         return ()
+    layout = printed_layout(text)
+    if layout is not None:
+        return tuple(tuple(axis for atom in dim for axis in atom.axes) for dim in layout.dims)
     entries = re.split(r",(?![^(]*\))", text)
     return tuple(_dim(_unbracket(entry.strip())) for entry in entries)
+
+
+def printed_layout(text: str) -> Layout | None:
+    """The layout of a spec that is written as plans print it, `f32[32@dp, 64]`; None for any other. Raises LayoutError
+    for one that cannot be read, or has partial sums."""
+    if "[" not in text:
+        return None
+    layout = Layout.parse(text)
+    if layout.partial:
+        pending = "".join(f" +{op}@{axis}" for axis, op in layout.partial)
+        raise LayoutError(f"{text}: a constraint cannot leave a value in parts; leave out{pending}")
+    return layout
 
 
 def check(text: str, rank: int, place: str) -> None:

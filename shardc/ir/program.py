@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -107,6 +107,12 @@ class Program:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
+    def trained(self) -> frozenset[str]:
+        """The names of the parameters of which backward makes gradients."""
+        parameters = {port.name for port in self.inputs if port.role is Role.PARAMETER}
+        return frozenset(port.name for port in self.outputs if port.role is Role.GRADIENT) & parameters
+
+    @property
     def results(self) -> list[fx.Node | None]:
         """The values of the output tuple; None where a gradient is not needed."""
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -117,6 +123,23 @@ class Constant:
     """A leaf of the user's output that is no tensor (or a tensor that does not depend on the inputs)."""
 
     value: Any
+
+
+def output_names(spec: TreeSpec) -> list[str]:
+    """The names of flat outputs in the user's structure: `logits`, `past_key_values.key_cache.0`; `output:1` where it
+    names nothing."""
+
+    def paths(spec: TreeSpec, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        children, context = spec.children(), spec.context
+        if spec.is_leaf():
+            yield path
+        keys = getattr(context, "_fields", context)  # those of a named tuple
+        named = isinstance(keys, (list, tuple)) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
+        for index, child in enumerate(children):
+            yield from paths(child, (*path, str(keys[index] if named else index)))
+
+    found = [".".join(path) for path in paths(spec, ())]
+    return [f"output:{name or 0}" if name[:1].isdigit() or not name else name for name in found]
 
 
 def value_of(node: fx.Node) -> Any:

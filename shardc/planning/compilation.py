@@ -6,12 +6,14 @@ c = normalize.run(capture.run(c))     # a pass returns a new record, and leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shardc.analysis.memory import Memory
 from shardc.analysis.timeline import Pace
+from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
 from shardc.ir.program import Program
@@ -68,7 +70,8 @@ class Compilation:
 
     `reuse` is the compilation of the same program at other sizes (`reuse_at`, in words). Its strategies are used where
     they fit; `solution` is then None. `titles` are names of values for people. `time_limit` are the
-    CPU-seconds that the solver may take without a bound on memory, `seconds` the CPU-seconds of every pass.
+    CPU-seconds that the solver may take without a bound on memory; a plan of `too_slow` seconds a step or more is not
+    wanted. `seconds` are the CPU-seconds of every pass.
     """
 
     call: ModelCall
@@ -76,6 +79,7 @@ class Compilation:
     options: Options
     dims: Dims = field(default_factory=dict[int, Mapping[int, str]])
     time_limit: float = field(default_factory=lambda: tuning.TIME_LIMIT)
+    too_slow: float = math.inf
     reuse: Compilation | None = None
     reuse_at: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -101,6 +105,11 @@ class Compilation:
     schedule: Schedule = _LATER
     # codegen
     code: Callable[[], str] = _LATER
+
+    @property
+    def states(self) -> States:
+        """What the optimizer holds for the parameters that this program trains."""
+        return self.options.states(bool(self.program.trained))
 
     def has(self, name: str) -> bool:
         """Whether a pass has filled a field."""

@@ -1,13 +1,14 @@
 """Constraints: what the user demands of the layouts of values, and how these demands spread to other values.
 
 constraints={"up.weight": ("tp", None)}      tp splits dim 0 of the parameter, nothing splits dim 1
+constraints={"up.weight": "f32[256@tp, 64]"} the same, as plans print it
 y = shardc.constrain(y, "dp,-")              dp splits dim 0 of this value
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardc.errors import ConstraintError, InfeasibleError, LayoutError
-from shardc.ir.constrain import Dim, Spec, parse, serialise, spec_text
+from shardc.ir.constrain import Dim, Spec, parse, printed_layout, serialise, spec_text
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, tensor_of, where
@@ -30,21 +31,30 @@ Axes = tuple[str, ...]
 
 
 class ParameterDemand(NamedTuple):
-    """A demand on a parameter: the axes of every dim (None: open), and `label`, which says who demands them."""
+    """A demand on a parameter: the axes of every dim (None: open), `label`, which says who demands them, and the
+    `layout`, if that was written as plans print it."""
 
     port: Port
     dims: tuple[Dim, ...]
     label: str
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """One demand on one value: the axes of every dim (None: open), and `label`, which says where the user made it."""
+    """One demand on one value: the axes of every dim (None: open), `label`, which says where the user made it, and the
+    `layout`, if that was written as plans print it: then it also says which piece of a dim the axes split."""
 
     key: Key
     value: Value
     dims: tuple[Dim, ...]
     label: str
+    layout: Layout | None = None
+
+    @property
+    def text(self) -> str:
+        """The demand as a person writes it."""
+        return spec_text(self.dims) if self.layout is None else str(self.layout)
 
 
 @dataclass
@@ -91,15 +101,18 @@ def collect(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) 
     program = factored.program
     nodes = {port: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
     constraints = [
-        Constraint((nodes[port], 0), factored.values[nodes[port]], dims, label) for port, dims, label in demands
+        Constraint((nodes[one.port], 0), factored.values[nodes[one.port]], one.dims, one.label, one.layout)
+        for one in demands
     ]
     for op in factored.ops:
         if op.node.target is torch.ops.shardc.constrain.default:
-            label = f"constrain(..., {op.node.args[1]}) at {where(op.node)}"
-            constraints.append(Constraint(op.results[0].key, op.results[0].value, parse(str(op.node.args[1])), label))
+            text, made = str(op.node.args[1]), op.results[0]
+            label = f"constrain(..., {text}) at {where(op.node)}"
+            constraints.append(Constraint(made.key, made.value, parse(text), label, printed_layout(text)))
     for constraint in constraints:
         _check(constraint, mesh)
     _refuse_contradictions(constraints, mesh)
+    _refuse_other_pieces(factored, constraints, mesh)
     return constraints
 
 
@@ -109,6 +122,11 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
         raise LayoutError(
             f"{constraint.label}: {len(constraint.dims)} entr{'y' if len(constraint.dims) == 1 else 'ies'} "
             f"for a tensor of shape {shape}; give one per dim"
+        )
+    if constraint.layout is not None and constraint.layout.shape != shape:
+        raise LayoutError(
+            f"{constraint.label}: {constraint.layout} is a layout of shape {constraint.layout.shape}; the value has "
+            f"shape {shape}"
         )
     seen: dict[str, int] = {}
     for dim, axes in enumerate(constraint.dims):
@@ -139,19 +157,57 @@ def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     requests = [LayoutRequest(c.label, names[c.key], c.dims) for c in constraints]
     core = minimal_conflict(shapes, mesh.sizes, requests)
     if core:
-        lines = "\n".join(f"  - {request.label}: {spec_text(request.dims)}" for request in core)
-        raise InfeasibleError(f"these constraints contradict each other; drop or change any one of them:\n{lines}")
+        raise _contradictory((request.label, spec_text(request.dims)) for request in core)
+
+
+def _refuse_other_pieces(factored: Factored, constraints: list[Constraint], mesh: Mesh) -> None:
+    """Refuse two constraints that split a dim by the same axes, but other pieces of it."""
+    before: dict[tuple[Key, int], tuple[Axes, Constraint]] = {}
+    for constraint in sorted(constraints, key=lambda one: one.layout is None):
+        for leaf, axes in demanded_leaves(factored, mesh, constraint):
+            first, other = before.setdefault((constraint.key, leaf), (axes, constraint))
+            if first != axes:
+                raise _contradictory((one.label, one.text) for one in (other, constraint))
+
+
+def _contradictory(demands: Iterable[tuple[str, str]]) -> InfeasibleError:
+    lines = "\n".join(f"  - {label}: {text}" for label, text in demands)
+    return InfeasibleError(f"these constraints contradict each other; drop or change any one of them:\n{lines}")
 
 
 def demanded_leaves(factored: Factored, mesh: Mesh, constraint: Constraint) -> Iterator[tuple[int, Axes]]:
     """The leaves of its value that a constraint fixes, with their axes. Raises InfeasibleError for a leaf that is too
     small."""
     position = {ref: i for i, ref in enumerate(factored.leaves(factored.base[constraint.key]))}
-    for dim, axes in zip(constraint.value.dims, constraint.dims, strict=True):
+    for index, (dim, axes) in enumerate(zip(constraint.value.dims, constraint.dims, strict=True)):
         if axes is not None:
-            leaves = factored.atoms.leaves(dim)
-            for ref, leaf_axes in zip(leaves, _deal(factored, mesh, leaves, axes, constraint), strict=True):
-                yield position[ref], leaf_axes
+            for leaves, leaf_axes in _pieces(factored, mesh, factored.atoms.leaves(dim), axes, index, constraint):
+                for ref, dealt in zip(leaves, _deal(factored, mesh, leaves, leaf_axes, constraint), strict=True):
+                    yield position[ref], dealt
+
+
+def _pieces(
+    factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, dim: int, constraint: Constraint
+) -> list[tuple[list[Ref], Axes]]:
+    """The pieces of a dim that a constraint tells apart, as atoms, with the axes of each: all of it in one, but for a
+    printed layout. Raises InfeasibleError where the atoms are larger than such a piece."""
+    if constraint.layout is None:
+        return [(leaves, axes)]
+    printed, pieces, left = constraint.layout.simplify(mesh).dims[dim], list[tuple[list[Ref], Axes]](), list(leaves)
+    for atom in printed:
+        piece, size = list[Ref](), 1
+        while left and size * factored.atoms.size(left[0]) <= atom.size:
+            size *= factored.atoms.size(left[0])
+            piece.append(left.pop(0))
+        if size != atom.size:
+            used, wanted = (" x ".join(map(str, sizes)) for sizes in (
+                [factored.atoms.size(ref) for ref in leaves], [one.size for one in printed]))  # fmt: skip
+            raise InfeasibleError(
+                f"{constraint.label}: {constraint.layout} cuts dim {dim} into {wanted}, and the model uses it as "
+                f"{used}; split the pieces that the model uses"
+            )
+        pieces.append((piece, atom.axes))
+    return pieces
 
 
 def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constraint: Constraint) -> list[Axes]:
@@ -180,14 +236,15 @@ def parameter_demands(
     """The demands of `constraints` on parameters, by any of their names, each once; and for every parameter that is a
     DTensor, its stored layout. Raises ConstraintError for a pattern that matches nothing, or a spec that cannot be
     read."""
-    specs = {pattern: _spec(pattern, spec) for pattern, spec in constraints.items()}
+    specs = {pattern: parse(_text(pattern, spec)) for pattern, spec in constraints.items()}
+    layouts = {pattern: printed_layout(_text(pattern, spec)) for pattern, spec in constraints.items()}
     paths = [path for path, _ in model.named_modules() if path]
     ports = [port for port in program.inputs if port.role is Role.PARAMETER]
     home = {port.name: port for port in ports}
     aliases = {name: home[first] for name, first in program.tied.items() if first in home}
-    named = _match_parameters([*ports, *(Port(Role.PARAMETER, name) for name in aliases)], specs, paths)
-    unique = {(aliases.get(port.name, port), dims): label for port, dims, label in reversed(named)}
-    once = [ParameterDemand(port, dims, label) for (port, dims), label in reversed(unique.items())]
+    named = _match_parameters([*ports, *(Port(Role.PARAMETER, name) for name in aliases)], specs, layouts, paths)
+    unique = {(aliases.get(one.port.name, one.port), one.dims, one.layout): one.label for one in reversed(named)}
+    once = [ParameterDemand(port, dims, label, layout) for (port, dims, layout), label in reversed(unique.items())]
     return (*once, *_stored(model, ports, mesh))
 
 
@@ -197,11 +254,13 @@ def module_constraints(constraints: Mapping[str, Spec], model: nn.Module) -> dic
     return {pattern: spec for pattern, spec in constraints.items() if any(fnmatchcase(path, pattern) for path in paths)}
 
 
-def _spec(pattern: str, spec: Spec) -> tuple[Dim, ...]:
+def _text(pattern: str, spec: Spec) -> str:
     try:
-        return parse(serialise(spec))
+        return serialise(spec)
     except (TypeError, ValueError) as error:
         raise ConstraintError(f"constraints[{pattern!r}]: cannot read {spec!r}: {error}") from error
+    except LayoutError as error:
+        raise LayoutError(f"constraints[{pattern!r}]: {error}") from error
 
 
 def _stored(model: nn.Module, ports: list[Port], mesh: Mesh) -> list[ParameterDemand]:
@@ -218,7 +277,10 @@ def _stored(model: nn.Module, ports: list[Port], mesh: Mesh) -> list[ParameterDe
 
 
 def _match_parameters(
-    ports: Sequence[Port], constraints: dict[str, tuple[Dim, ...]], module_paths: Sequence[str]
+    ports: Sequence[Port],
+    constraints: Mapping[str, tuple[Dim, ...]],
+    layouts: Mapping[str, Layout | None],
+    module_paths: Sequence[str],
 ) -> list[ParameterDemand]:
     """Which parameters each pattern names. Raises ConstraintError, with near names, for one that matches nothing."""
     demands: list[ParameterDemand] = []
@@ -230,5 +292,8 @@ def _match_parameters(
             raise ConstraintError(
                 f"constraint {pattern!r} matches no parameter and no module; nearest: {', '.join(near)}"
             )
-        demands += [ParameterDemand(port, dims, f"constraints[{pattern!r}] on {port.name}") for port in matched]
+        demands += [
+            ParameterDemand(port, dims, f"constraints[{pattern!r}] on {port.name}", layouts[pattern])
+            for port in matched
+        ]
     return demands

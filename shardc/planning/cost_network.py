@@ -2,13 +2,14 @@
 
 operator, placeholder   a strategy   costs its compute
 share of a value        a layout     costs nothing; the edge from its producer charges what all its readers share
-output                  a layout     whole on every rank, or any that is not partial
+output                  a layout     whole on every rank, or any that a DTensor stores
 
 minimise  sum of compute  +  sum over edges of the cheapest conversion between what is made and what is demanded
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from shardc.errors import LayoutError
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Role, tensor_of
+from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Splits
 from shardc.planning.strategies import OperatorOptions
 from shardc.planning.variables import Domain, Variable
@@ -56,12 +57,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LayoutDemands:
-    """What is demanded of layouts. `accepts` says which layouts of base values constraints allow; with `whole_outputs`
-    every rank gets all of every output. Of the `wishes` for a value, the first that any strategy fulfils is granted."""
+    """What is demanded of layouts. `accepts` says which layouts of base values constraints allow. Every rank gets all
+    of an output that has at most `whole_bytes`, and its part of a larger one. Of the `wishes` for a value, the first
+    that any strategy fulfils is granted."""
 
     accepts: Mapping[Key, Accepts] = field(default_factory=dict[Key, Accepts])
-    whole_outputs: bool = True
+    whole_bytes: float = math.inf
     wishes: Mapping[Key, Sequence[Accepts]] = field(default_factory=dict[Key, Sequence[Accepts]])
+
+    def whole(self, output: torch.Tensor) -> bool:
+        """Whether every rank gets all of an output."""
+        return output.nbytes <= self.whole_bytes
 
 
 @dataclass(eq=False)
@@ -258,7 +264,8 @@ class CostNetwork:
         if frozen:
             tests.append((0, lambda splits: not any(splits.axes)))
         if port is not None and (
-            port.role is Role.PARAMETER or (port.role is Role.TANGENT and not self.demands.whole_outputs)
+            port.role is Role.PARAMETER
+            or (port.role is Role.TANGENT and not self.demands.whole(tensor_of(op.results[0].key)))
         ):
             tests.append((0, self._storable(op.results[0].value)))
         elif port is not None:
@@ -351,7 +358,7 @@ class CostNetwork:
                 self._tie_gradient(value, parameters[port.name])
                 continue
             tensor = self.class_of(value.key)
-            whole = self.demands.whole_outputs or port.role is not Role.OUTPUT
+            whole = port.role is not Role.OUTPUT or self.demands.whole(value_of(node))
             storable = self._storable(value)
             domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
             variable = self._variable(f"output {index}", domain, zeros(len(domain)))

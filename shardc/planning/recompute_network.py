@@ -43,7 +43,7 @@ GONE = Splits((), (("gone", ""),))
 @dataclass(eq=False)
 class RecomputeNetwork(CostNetwork):
     """The network under a memory budget. With `recompute`, operators of forward may run again in backward. `states`
-    says how many bytes the optimizer holds for an element of a parameter."""
+    says how many bytes the optimizer holds for an element of a parameter that trains."""
 
     recompute: bool = True
     states: States = NO_STATES
@@ -52,6 +52,7 @@ class RecomputeNetwork(CostNetwork):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.schedule = RunOrder(self.factored)
+        self.trained = self.factored.program.trained
         self._reader = 0  # the position of the reader that is being connected
         self._kept_variables: dict[Key, Source] = {}
         self._regathered_variables: dict[Key, Source] = {}
@@ -142,7 +143,8 @@ class RecomputeNetwork(CostNetwork):
         sizes = self._bytes_of(tensor, layouts)
         if port is not None and port.role is not Role.TANGENT:
             if port.role is Role.PARAMETER:
-                factor = 1.0 + self.states(tensor.itemsize) / tensor.itemsize
+                states = self.states(tensor.itemsize) if port.name in self.trained else 0.0
+                factor = 1.0 + states / tensor.itemsize
                 sizes = self._derived(factor, (sizes,), lambda: sizes * factor)
             self._hold(variable, None, sizes, 0, self.schedule.length - 1)
             return

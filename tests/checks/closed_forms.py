@@ -125,7 +125,7 @@ def optimum(
         shape = tuple(value_of(op.node).shape)
         if is_product(op.node) and shape in products:
             accepts[op.node, 0] = products[shape].__eq__
-    network = CostNetwork(factored, mesh, BYTES, LayoutDemands(accepts, whole_outputs=False))
+    network = CostNetwork(factored, mesh, BYTES, LayoutDemands(accepts, whole_bytes=0.0))
     network.build()
     return solve(network.problem()).cost
 

@@ -138,9 +138,10 @@ def _divided(case: Case) -> tuple[list[Line], list[Line]]:
 
 
 def _options(case: Case) -> tuple[Mesh, Options]:
-    """mesh dp=2,tp=4 · hardware h100, latency 0, bandwidth 1e9 (cpu without) · memory 1MB · mode propagate ·
-    outputs sharded · optimizer adamw · constraint w=tp,-"""
-    mesh, device, constraints, told = None, hardware("cpu"), dict[str, str](), dict[str, Any]()
+    """mesh dp=2,tp=4 · hardware h100, latency 0, bandwidth 1e9 (cpu without) · memory 1MB (unbounded without) ·
+    mode propagate · outputs sharded · optimizer adamw · constraint w=tp,-"""
+    mesh, device, constraints = None, hardware("cpu"), dict[str, str]()
+    told: dict[str, Any] = {"memory": "unbounded"}
     for line in case.directives:
         name, _, value = line.text.partition(" ")
         match name:
@@ -202,9 +203,7 @@ def _model_of(program: Program) -> nn.Module:
 
 def _assigned(c: Compilation, graph: Sequence[Line], rest: Sequence[Line]) -> Compilation:
     """The compilation with the choice that the graph and the lines after it tell."""
-    network = CostNetwork(
-        c.factored, c.mesh, c.options.device, LayoutDemands(whole_outputs=c.options.outputs == "full")
-    )
+    network = CostNetwork(c.factored, c.mesh, c.options.device, LayoutDemands(whole_bytes=c.options.whole_bytes))
     network.build()
     assignment = network.assignment([0] * len(network.variables))  # whose every choice is replaced
     cells = {one.name: one for one in map(assigned, (line for line in graph if line.text.startswith("%")))}

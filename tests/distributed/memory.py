@@ -27,7 +27,7 @@ step(single, x)
 free = copy.deepcopy(single)
 free.zero_grad()
 model = copy.deepcopy(free)
-free = shard(free, mesh=MESH, hardware="cpu", outputs="sharded")
+free = shard(free, mesh=MESH, hardware="cpu", memory="unbounded", outputs="sharded")
 step(free, x)
 budget = PART * free.plan.memory.peak
 model = shard(model, mesh=MESH, hardware="cpu", memory=budget, outputs="sharded")

@@ -44,3 +44,9 @@ def test_gradients_types_and_memory_order_of_results(spawn: Spawn) -> None:
     for code, output in spawn("one_device.py", "dp=2", nproc=2):
         assert code == 0, output
         assert "as on one device" in output
+
+
+def test_outputs_in_the_hands_of_a_user(spawn: Spawn) -> None:
+    for code, output in spawn("outputs.py", nproc=2):
+        assert code == 0, output
+        assert "outputs are those of one device" in output

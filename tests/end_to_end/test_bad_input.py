@@ -210,7 +210,7 @@ def test_unknown_names_of_options() -> None:
         compile_mlp(mode="fast")
     with pytest.raises(ShardcError, match=r"no hardware called 'tpu'; write one of a100, .*cpu, h100"):
         compile_mlp(hardware="tpu")
-    with pytest.raises(ShardcError, match="outputs='some' is not known; it is one of full, sharded"):
+    with pytest.raises(ShardcError, match="outputs='some' is not known; it is one of auto, full, sharded"):
         compile_mlp(outputs="some")
     with pytest.raises(ShardcError, match="no pass is called 'lower'; the passes are capture, normalize"):
         compile_mlp().graph("lower")

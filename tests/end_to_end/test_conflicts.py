@@ -137,7 +137,9 @@ KINDS = {
     "a weight and the value that it makes": Case(
         weight_and_value, (told("?,-"), "constraints['weight'] = ?,a"), {"weight": ("?", "a")}, "mm"
     ),
-    "an output that comes back whole": Case(output, (told("a,?"), "output 0 is gathered whole (outputs='full')")),
+    "an output that comes back whole": Case(
+        output, (told("a,?"), "output 0 is gathered whole (outputs='auto': it is small)")
+    ),
     "an operator that cannot pad": Case(even_only, (told("a,?"), "shardc_tests.evenly_only.default at test_")),
     "fewer elements than the ranks of two axes": Case(too_small, (told("a,?"), told("b,?")), where="mul"),
     "a window over the dim": Case(window, (told("?,a"), "aten.max_pool2d_with_indices.default at test_conflicts.py:")),

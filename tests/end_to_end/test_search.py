@@ -81,7 +81,7 @@ def test_every_price_is_that_of_compiling_for_the_mesh(sizes: tuple[int, int, in
 def test_big_weights_and_a_big_batch_over_nodes_want_two_axes() -> None:
     """The textbook's: the batch over nodes and columns and rows inside beats either alone."""
     model, inputs = mlp(8192, 32768, 65536)
-    found = shardc.search_mesh(model, 16, inputs, hardware=without_overlap("h100"))
+    found = shardc.search_mesh(model, 16, inputs, hardware=without_overlap("h100"), memory="unbounded")
     assert str(found.best) in ("dp=2,tp=8", "dp=4,tp=4", "dp=8,tp=2")
     worst = next(one for one in found.ranked if str(one.mesh) == "dp=16")
     assert found.ranked[0].cost < worst.cost
@@ -102,7 +102,11 @@ def test_three_axes_are_searched_where_three_are_named() -> None:
 def test_what_does_not_fit_is_said() -> None:
     model, inputs = mlp(4096, 16384, 64)
     small = replace(hardware("h100"), memory=1e6)
-    assert "more than the 976.6 KiB of a device" in str(shardc.search_mesh(model, 2, inputs, hardware=small))
+    assert "more than the 976.6 KiB of a device" in str(
+        shardc.search_mesh(model, 2, inputs, hardware=small, memory="unbounded")
+    )
+    with pytest.raises(shardc.ShardcError, match=r"no mesh of 2 devices has a plan; .*smallest peak found"):
+        shardc.search_mesh(model, 2, inputs, hardware=small)
 
 
 def test_within_a_bound_on_memory_every_plan_fits() -> None:
@@ -116,7 +120,7 @@ def test_within_a_bound_on_memory_every_plan_fits() -> None:
         if math.isfinite(one.cost):
             plan = shardc.compile(model, one.mesh, inputs, hardware="h100", optimizer="adamw", memory=bound).plan
             assert plan.memory is not None and plan.memory.peak <= bound
-            assert one.cost == pytest.approx(plan.cost) and one.stored == pytest.approx(plan.memory.peak, rel=0.1)
+            assert one.cost == pytest.approx(plan.cost) and one.stored == plan.memory.peak
     with pytest.raises(shardc.ShardcError, match=r"no mesh of 4 devices has a plan; .*smallest peak found"):
         shardc.search_mesh(model, 4, inputs, hardware="h100", optimizer="adamw", memory="1MB")
 

@@ -200,7 +200,7 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 --optimizer adm", "optimizer='adm' is not known; it is one of sgd"),
         ("plan x.py --mesh tp=2 --hardware h10", "no hardware called 'h10'; write one of"),
         ("plan x.py --mesh tp=2 --mode aut", "'aut' for argument '--mode'. Expected one of ('auto', 'propagate')"),
-        ("plan x.py --mesh tp=2 --outputs no", "Expected one of ('full', 'sharded')"),
+        ("plan x.py --mesh tp=2 --outputs no", "Expected one of ('auto', 'full', 'sharded')"),
         ("plan x.py --mesh tp=2 --on-unknown no", "Expected one of ('replicate', 'error')"),
         ("plan x.py --mesh tp=2 --constraint =tp", "--constraint =tp: write PATTERN=SPEC"),
         ("plan x.py --mesh tp=2 --constraint a=tp --constraint a=-", "--constraint names 'a' twice"),

@@ -52,3 +52,15 @@ def test_constraint_specs() -> None:
         serialise(("d p", None))
     with pytest.raises(LayoutError, match=r"constraint on inner: .* 1 entries but the tensor has 2 dims"):
         capture(Small(lambda self, y: y.sum()).double(), (X,), constraints={"inner": ("dp",)})
+
+
+def test_a_printed_layout_is_a_spec() -> None:
+    assert serialise("f32[8@dp, 4]") == serialise("[8@dp, 4]") == "[8@dp, 4]"
+    assert parse("f32[(4@dp 512@tp), 64@(a,b), 3]") == (("dp", "tp"), ("a", "b"), ())
+    assert shardc.constrain(X, "f64[3@dp, 4]") is X
+    with pytest.raises(LayoutError, match=r"cannot leave a value in parts; leave out \+sum@tp"):
+        serialise("f32[8@dp, 4] +sum@tp")
+    with pytest.raises(LayoutError, match=r"cannot read layout"):
+        serialise("f32[8@dp, 4")
+    with pytest.raises(LayoutError, match=r"has 1 entries but the tensor has 2 dims"):
+        check("f32[8@dp]", 2, "constrain")
