@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
+from shardc.runtime.mesh.parameters import RECORD
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -91,7 +92,7 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
 
 
-_NOT_SETTINGS = frozenset((*vars(nn.Module()), "_shardc")) - {"training"}
+_NOT_SETTINGS = frozenset((*vars(nn.Module()), "_shardc", RECORD)) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
 _NAMED = (type, FunctionType, BuiltinFunctionType)

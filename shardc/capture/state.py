@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shardc.capture.repeated_layers import EVERY
 from shardc.ir.program import Port, Role
+from shardc.runtime.mesh.parameters import RECORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class State:
 
 
 _CONTAINERS = (dict, list, set)
-_KEPT_BY_TORCH = frozenset({*EVERY, "_flat_weights", "_flat_weight_refs", "_shardc"})
+_KEPT_BY_TORCH = frozenset({*EVERY, "_flat_weights", "_flat_weight_refs", "_shardc", RECORD})
 """Attributes that torch and shardc keep in every module, or in recurrent ones."""
 _ABSENT = object()
 
