@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
@@ -96,7 +97,7 @@ def agree_on_program(model: nn.Module, slots: Sequence[Slot], options: Options) 
         "inputs": ", ".join(kinds.pop("input")),
         "gradients": "recorded" if torch.is_grad_enabled() else "not recorded",
         **{f"{role}s": ", ".join(named) for role, named in kinds.items()},
-        "options": str(options),
+        **{f"the option {one.name}": str(getattr(options, one.name)) for one in fields(options)},
         "versions": f"shardc {version('shardc')}, torch {torch.__version__}",
     }
     agree(Note(f"the first call of a program of {type(model).__name__}", facts, advice=_advice(options.data)))

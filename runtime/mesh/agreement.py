@@ -248,7 +248,8 @@ def _difference(brought: Mapping[int, Note]) -> str:
     for name in dict.fromkeys(name for rank in ranks for name in brought[rank].facts):
         facts = {rank: brought[rank].facts.get(name, "absent") for rank in ranks}
         if len(set(facts.values())) > 1:
-            return f"the ranks disagree at {whats[ranks[0]]}, in {name}: {_by_rank(facts)}{brought[ranks[0]].advice}"
+            advice = brought[ranks[0]].advice if name == "inputs" else ""
+            return f"the ranks disagree at {whats[ranks[0]]}, in {name}: {_by_rank(facts)}{advice}"
     for part in dict.fromkeys(note.part for note in brought.values()):
         peers = [rank for rank in ranks if brought[rank].part == part]
         for at, sums in enumerate(brought[peers[0]].sums):

@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-_RAW = frozenset((torch.autograd.grad, Tensor.register_hook))
-"""They identify tensors, and must get the very objects."""
+_RAW = frozenset(
+    (torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.__deepcopy__, Tensor.__reduce_ex__)
+)
+"""They must get the very objects."""
 _WRONG_IN_DTENSOR = frozenset(
     (F.mse_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss)
 )
@@ -62,9 +64,9 @@ def _enter_optimizer(optimizer: Any) -> None:
 def _distribute_state(parameter: DTensor, state: dict[Any, Any]) -> None:
     """What was loaded from a checkpoint of one device is plain."""
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.ndim and not isinstance(value, DTensor):
-            if value.shape == parameter.shape:
-                state[key] = _like(parameter, value)
+        plain = isinstance(value, Tensor) and not isinstance(value, DTensor)
+        if plain and value.ndim and value.shape == parameter.shape:
+            state[key] = _like(parameter, value)
 
 
 def _leave_optimizer() -> None:
