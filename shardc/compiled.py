@@ -27,6 +27,7 @@ from shardc.passes.pipeline import NAMES, PIPELINE, part, run
 from shardc.planning.compilation import Compilation, Pass
 from shardc.planning.gc_pause import gc_paused
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
+from shardc.runtime.mesh.distributed import CALLED
 
 TRACING = threading.RLock()
 """Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
@@ -74,7 +75,9 @@ class Compiled:
             if isinstance(mesh, DistributedMesh):
                 agree_on_program(self._module, module.INPUTS, self._last.options)
             self._agreed = mesh.agreed(source)
-            self._executable = Executable(module if source == self._agreed else load(self._agreed), mesh)
+            module = module if source == self._agreed else load(self._agreed)
+            setattr(module, CALLED, type(self._module).__name__)
+            self._executable = Executable(module, mesh)
         return self._executable
 
     def run(self, leaves: list[Any], fallback: Callable[[frozenset[int]], Executable] | None = None) -> Any:

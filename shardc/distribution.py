@@ -26,7 +26,7 @@ from shardc.options import Options
 from shardc.runtime import DistributedMesh, Executable, Slot, local_mesh
 from shardc.runtime.mesh import mixed
 from shardc.runtime.mesh.agreement import Note, Sums, agree
-from shardc.runtime.mesh.batch import Batch, axes_of, join, own_parts, part_number
+from shardc.runtime.mesh.batch import Batch, axes_of, join, own_parts, part_number, placements_of
 from shardc.runtime.mesh.distributed import started
 from shardc.runtime.mesh.parameters import distribute_parameters, settle
 
@@ -114,12 +114,14 @@ def before_call(
     known = _known.setdefault(executable, _Known())
     known.calls += 1
     if known.calls % LOOKS == 1:
+        axes = () if data is None else axes_of(data, mesh)
         sums = [
-            Sums.of(f"input {index}", leaf)
+            Sums.of(f"input {index}", leaf.to_local() if isinstance(leaf, DTensor) else leaf)
             for index, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor)
+            if isinstance(leaf, Tensor)
+            and (not isinstance(leaf, DTensor) or leaf.placements == placements_of(axes, mesh))
         ]
-        part = "" if data is None else f"part {part_number(mesh, axes_of(data, mesh), mesh.rank)}"
+        part = f"part {part_number(mesh, axes, mesh.rank)}" if axes else ""
         agree(Note(f"a call of {type(model).__name__}", {"inputs": str(len(sums))}, part, sums, _advice(data)))
     if known.specs is not None and all(getattr(state[name], "_spec", None) is spec for name, spec in known.specs):
         return False

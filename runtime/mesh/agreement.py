@@ -127,7 +127,8 @@ class Board:
 
     def _end(self) -> None:
         self._ended.set()
-        self._tell('"ended"')
+        if dist.is_initialized():  # else the process that keeps the store may have ended, which is logged as a failure
+            self._tell('"ended"')
 
     def _set(self, key: str, text: str) -> None:
         with self._lock:

@@ -45,7 +45,7 @@ class Batch:
     @property
     def placements(self) -> tuple[Placement, ...]:
         """How the parts lie, for even ones."""
-        return tuple(Shard(0) if axis in self.axes else Replicate() for axis in self.mesh.axes)
+        return placements_of(self.axes, self.mesh)
 
     def part(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor of the global batch."""
@@ -72,6 +72,11 @@ class Batch:
 def axes_of(data: str, mesh: DistributedMesh) -> tuple[str, ...]:
     """The axes that `data=` names, in the order of the mesh."""
     return tuple(axis for axis in mesh.axes if axis in {name.strip() for name in data.split(",")})
+
+
+def placements_of(axes: Sequence[str], mesh: DistributedMesh) -> tuple[Placement, ...]:
+    """How even parts of a batch lie that is split along `axes`."""
+    return tuple(Shard(0) if axis in axes else Replicate() for axis in mesh.axes)
 
 
 def join(leaves: Sequence[Any], mesh: DistributedMesh, axes: tuple[str, ...]) -> tuple[list[Any], Batch | None]:

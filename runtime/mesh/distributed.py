@@ -23,6 +23,9 @@ from shardc.runtime.mesh.agreement import others, running
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 from shardc.runtime.mesh.virtual import VirtualMesh
 
+CALLED = "__called__"
+"""A global of a generated module: what it computes, for people who read what ranks do."""
+
 
 def _let_workers_end() -> None:
     """Give gloo's threads time to release the tensors of the last collective.
@@ -89,7 +92,8 @@ class DistributedMesh(RuntimeMesh):
 
         If another process dies, the run ends with an error within the group's timeout.
         """
-        with running(f"{function.__name__} of {function.__module__}"):
+        named = getattr(function, "__globals__", {}).get(CALLED, getattr(function, "__module__", "a function"))
+        with running(f"{getattr(function, '__name__', 'run')} of {named}"):
             try:
                 state = self._broadcast(torch.get_rng_state()) if random else None
                 context = Context(self, self.rank, state)

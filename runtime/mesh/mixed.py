@@ -133,8 +133,9 @@ def _spread(leaf: Any, like: DTensor, first: bool = False) -> Any:
 
 def _like(parameter: DTensor, value: Tensor) -> DTensor:
     """A tensor of rank 0's as a DTensor that lies like the parameter."""
-    whole: DTensor = _spread(value, parameter, first=True)
-    return whole.redistribute(parameter.device_mesh, parameter.placements).detach()
+    stored = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    with torch.no_grad():
+        return stored.copy_(_spread(value, parameter, first=True))
 
 
 def _set(func: Any, target: Any, value: Any) -> None:

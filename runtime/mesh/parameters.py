@@ -148,7 +148,10 @@ def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Param
 
 
 def _part(full: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
-    return from_local(cut(full, slot.cuts, mesh.coordinates(mesh.rank), mesh.axes), slot, mesh)
+    local = cut(full, slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
+    if local.untyped_storage().nbytes() > local.nbytes:
+        local = local.clone()  # a view keeps all of `full`, and torch cannot copy a DTensor of a view with an offset
+    return from_local(local, slot, mesh)
 
 
 def move(tensors: Iterable[tuple[DTensor, Slot]], mesh: DistributedMesh) -> None:
@@ -285,9 +288,16 @@ def _replace(holder: Any, new: Mapping[int, Tensor]) -> None:
             holder.remove(item)
             holder.add(new[id(item)])
         return
-    places: list[Any] = list(enumerate(holder) if isinstance(holder, list) else holder.items())
-    for key, value in places:
+    if isinstance(holder, list):
+        places = [at for at, item in enumerate(holder) if id(item) in new]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        for at in places:
+            holder[at] = new[id(holder[at])]
+        return
+    entries: list[tuple[Any, Any]] = list(holder.items())
+    for key, value in entries:
         if id(value) in new:
             holder[key] = new[id(value)]
-        if id(key) in new:
-            holder[new[id(key)]] = holder.pop(key)
+    if any(id(key) in new for key, _ in entries):  # in the same order
+        entries = list(holder.items())
+        holder.clear()
+        holder.update((new.get(id(key), key), value) for key, value in entries)

@@ -1,7 +1,7 @@
 """What becomes of parameters over gloo, beside the same program on one device. Run by torchrun.
 
-Each function is one life: it is called with `prepare`, which shards a model or leaves it alone, and returns tensors that
-must be the same either way."""
+Each function is one life: it is called with `prepare`, which shards a model or leaves it alone, and returns tensors
+that must be the same either way."""
 
 import copy
 import sys
@@ -323,6 +323,45 @@ def converted(prepare):
 
 
 @life
+def a_decorated_class(prepare):
+    """Its parameters are plain when it is made: an optimizer made then gets the DTensors later."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x)))
+
+    made = Net if prepare(nn.Identity()).__class__ is nn.Identity else shard(Net, mesh="a=4", hardware="cpu")
+    model = made()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    for _ in range(2):
+        step(model, optimizer)
+    return tuple(model.parameters())
+
+
+@life
+def compiled_for_both(prepare):
+    """Ahead of time, for training and for evaluation, before the parameters lie anywhere."""
+    model = net()
+    if isinstance(prepare(net())[0].weight, DTensor):
+        train = shardc.compile(model, "a=4", (data(),), hardware="cpu")
+        with torch.no_grad():
+            evaluate = shardc.compile(model, "a=4", (data(),), hardware="cpu")
+    else:
+        train = evaluate = model
+    with torch.no_grad():
+        before = evaluate(data())
+    step(train)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        return before, evaluate(data()), *model.parameters()
+
+
+@life
 def vectors_of_parameters(prepare):
     model = prepare(net())
     step(model)
@@ -334,41 +373,27 @@ def vectors_of_parameters(prepare):
     return vector, total, stacked, torch.cat([model[0].bias, torch.ones(3)])
 
 
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def same(one, other, what):
-    other = other.full_tensor() if isinstance(other, DTensor) else other
+    other = full(other)
     atol = 1e-10 if one.dtype is torch.float64 else 1e-5
     torch.testing.assert_close(other.detach(), one.detach(), rtol=1e-4, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
-def compared(mesh, constraints):
-    wrong = 0
-    for one in LIVES:
-        if NAMES and one.__name__ not in NAMES:
-            continue
-        try:
-            alone = one(lambda model: model)
-            many = one(lambda model: shard(model, mesh=mesh, hardware="cpu", constraints=constraints))
-            assert len(alone) == len(many)
-            for index, pair in enumerate(zip(alone, many, strict=True)):
-                same(*pair, f"{one.__name__} on {mesh}, result {index}")
-        except Exception as error:
-            if not COLLECT:
-                raise
-            wrong += 1
-            if dist.get_rank() == 0:
-                import traceback
-
-                print(f"WRONG {one.__name__} {mesh}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                if NAMES:
-                    traceback.print_exc()
-    return wrong
-
-
-NAMES = sys.argv[1:]
-COLLECT = True
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-wrong = compared("dp=2,tp=2", {"0.weight": ("tp", None)})
-wrong += compared("a=4", {"0.weight": ("a", None)})
-print("wrong", wrong)
+for mesh, axis in (("dp=2,tp=2", "tp"), ("a=4", "a")):
+    for one in LIVES:
+        if sys.argv[1:] and one.__name__ not in sys.argv[1:]:
+            continue
+        split = {"0.weight": (axis, None)}
+        alone = one(lambda model: model)
+        many = one(lambda model, mesh=mesh, split=split: shard(model, mesh=mesh, hardware="cpu", constraints=split))
+        assert len(alone) == len(many)
+        for index, pair in enumerate(zip(alone, many, strict=True)):
+            same(*pair, f"{one.__name__} on {mesh}, result {index}")
+print(f"{len(LIVES)} lives equal one device", flush=True)
