@@ -167,8 +167,8 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
 
 def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
-        distribute_if_started(_shard_module(target, request), request.mesh)
-        return target
+        distribute_if_started(target, request.mesh)
+        return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
         for name, value in _methods(target.forward, request).items():
             setattr(target, name, value)

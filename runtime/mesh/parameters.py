@@ -68,27 +68,24 @@ def distribute_parameters(module: nn.Module, mesh: DistributedMesh) -> None:
     Raises ShardcError where a tuple holds a parameter, which would go on holding the old one.
     """
     _refuse_other_models(module)
-    record = vars(module).setdefault(RECORD, Placed())
     own = {name for name, tensor in module.named_parameters(remove_duplicate=False) if isinstance(tensor, DTensor)}
-    record.chosen |= dict.fromkeys(own, True)
     names = [name for name, tensor in module.named_parameters() if _is_plain(tensor)]
     tensors = [module.get_parameter(name) for name in names]
-    replace_parameters(
-        names, tensors, [_whole(name, tensor) for name, tensor in zip(names, tensors, strict=True)], mesh
-    )
+    replace_parameters(names, tensors, [_whole(*pair) for pair in zip(names, tensors, strict=True)], mesh)
+    if record_of(module) is None:
+        setattr(module, RECORD, Placed(dict.fromkeys(own, True)))
     for tensor in module.buffers():
         if _is_plain(tensor):
             with torch.inference_mode(False), torch.no_grad():
                 tensor.copy_(from_rank_0(tensor, mesh))
 
 
-def settle(module: nn.Module, parameters: Mapping[str, Slot], mesh: DistributedMesh, training: bool) -> None:
+def settle(module: nn.Module, slots: Mapping[str, Slot], mesh: DistributedMesh, training: bool) -> None:
     """Store the parameters of a module as a program's slots say, unless a better founded choice stands: see `Placed`.
 
     Plain ones become DTensors with rank 0's values. DTensors move in place. Every rank must call it.
     """
     record = vars(module).setdefault(RECORD, Placed())
-    slots = {name: slot for name, slot in parameters.items()}
     tensors = {name: tensor for name, tensor in module.named_parameters(remove_duplicate=False) if name in slots}
     plain = [name for name, tensor in module.named_parameters() if name in slots and _is_plain(tensor)]
     replace_parameters(plain, [tensors[name] for name in plain], [slots[name] for name in plain], mesh)
