@@ -66,15 +66,14 @@ def distribute(model: nn.Module, mesh: str | Mesh | None = None) -> nn.Module:
     Raises MeshError for a mesh that does not fit the run; ShardcError where there is no mesh, where a parameter is on
     the meta device, and where a tuple holds a parameter, for it would go on holding the old one.
     """
-    if mesh is None:
-        engine = vars(model).get("_shardc")
-        if engine is None:
-            raise ShardcError('no mesh: shard the model first, or name one, like distribute(model, mesh="dp=2,tp=2")')
-        mesh = engine.request.mesh
+    engine = vars(model).get("_shardc")
+    asked = Mesh.parse(mesh) if mesh is not None else None if engine is None else engine.request.mesh
+    if asked is None:
+        raise ShardcError('no mesh: shard the model first, or name one, like distribute(model, mesh="dp=2,tp=2")')
     meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if meta is not None:
         raise ShardcError(f"{meta} is on the meta device: this model can be planned, but has no values to distribute")
-    distribute_if_started(model, Mesh.parse(mesh))
+    distribute_if_started(model, asked)
     return model
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -49,7 +49,7 @@ class Sums(NamedTuple):
         """Of a plain tensor; nothing is summed of what is not of floating point."""
         with torch.no_grad():
             flat = tensor.detach().reshape(-1).cpu()
-            checksum = zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+            checksum = zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
             if not flat.is_floating_point():
                 return Sums(name, checksum, 0.0, 0.0)
             flat = flat.double()
@@ -95,7 +95,7 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        self._store = dist.PrefixStore("shardc", store)
+        self._store = default.PrefixStore("shardc", store)
         self._lock = threading.Lock()
         self.agreed = 0
         self.calls = 0
@@ -319,7 +319,7 @@ def agree(note: Note) -> None:
 
 
 @contextmanager
-def running(what: str) -> Iterator[None]:
+def running(what: str) -> Generator[None]:
     """Note that this rank runs a program. It costs a counter and an assignment."""
     shared = board()
     shared.calls += 1

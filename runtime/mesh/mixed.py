@@ -11,7 +11,7 @@ torch itself refuses to mix them. Gathering costs what `full_tensor()` costs; no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,14 @@ def install() -> None:
         register_optimizer_step_post_hook(lambda *_: _leave_optimizer())
 
 
+_AsTorch = torch._C.DisableTorchFunctionSubclass
 _installed = False
 _guards: list[Any] = []
 
 
 def _enter_optimizer(optimizer: Any) -> None:
     _leave_optimizer()
-    guard = torch._C.DisableTorchFunctionSubclass()
+    guard = _AsTorch()
     guard.__enter__()
     _guards.append(guard)
     for parameter, state in optimizer.state.items():
@@ -77,17 +78,33 @@ def _leave_optimizer() -> None:
 def _torch_function(
     cls: type, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Any:
-    kwargs = kwargs or {}
-    with torch._C.DisableTorchFunctionSubclass():
-        if (len(args) == 1 and not kwargs and isinstance(args[0], Tensor)) or func in _RAW:
+    with _AsTorch():
+        if not kwargs and len(args) == 1 and type(args[0]) is DTensor:
+            return func(*args)  # attributes above all, which must be fast
+        kwargs = kwargs or {}
+        if func in _RAW:
+            return func(*args, **kwargs)
+        values = (*args, *kwargs.values())
+        if not (func in _WRONG_IN_DTENSOR or _any_foreign(values) or _sets_plain(func, values)):
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if func == Tensor.data.__set__ or any(_foreign(tensor) for tensor in tensors):  # type: ignore[attr-defined]
-            return _mixed(func, leaves, spec, next(one for one in tensors if isinstance(one, DTensor)))
-        if func in _WRONG_IN_DTENSOR:
-            args, kwargs = pytree.tree_unflatten([_gathered(leaf) for leaf in leaves], spec)
-        return func(*args, **kwargs)
+        return _mixed(func, leaves, spec, next(leaf for leaf in leaves if isinstance(leaf, DTensor)))
+
+
+def _sets_plain(func: Callable[..., Any], values: Sequence[Any]) -> bool:
+    """Whether a DTensor is written to a plain tensor, or to `.data`, which DTensor ignores."""
+    plain = isinstance(values[0], Tensor) and not isinstance(values[0], DTensor)
+    return func == Tensor.data.__set__ or (plain and _writes(getattr(func, "__name__", "")))  # type: ignore[attr-defined]
+
+
+def _any_foreign(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if _foreign(value):
+                return True
+        elif isinstance(value, (list, tuple)) and _any_foreign(value):  # pyright: ignore[reportUnknownArgumentType]
+            return True
+    return False
 
 
 def _foreign(tensor: Tensor) -> bool:
@@ -133,7 +150,7 @@ def _spread(leaf: Any, like: DTensor, first: bool = False) -> Any:
 
 def _like(parameter: DTensor, value: Tensor) -> DTensor:
     """A tensor of rank 0's as a DTensor that lies like the parameter."""
-    stored = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    stored: Any = torch.empty_like(parameter.detach(), dtype=value.dtype)
     with torch.no_grad():
         return stored.copy_(_spread(value, parameter, first=True))
 

@@ -74,7 +74,8 @@ def call_key(
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     known: dict[int, tuple[Any, bool]] = {}
     attributes = tuple(_attributes(part, part is module, known) for part in module.modules())
-    state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
+    with torch._C.DisableTorchFunctionSubclass():  # attributes of DTensors are slow otherwise
+        state = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )

@@ -370,8 +370,11 @@ def vectors_of_parameters(prepare):
         [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     )
     total = sum((p.grad * p).sum() for p in model.parameters())
+    added = torch.zeros(())
+    for parameter in model.parameters():
+        added += parameter.detach().square().sum()
     stacked = torch.stack([p.norm() for p in model.parameters()])
-    return vector, total, stacked, torch.cat([model[0].bias, torch.ones(3)])
+    return vector, total, added, stacked, torch.cat([model[0].bias, torch.ones(3)])
 
 
 def full(tensor):
