@@ -29,11 +29,11 @@ from shardc.runtime.mesh.agreement import Note, agree
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
 
 RECORD = "_shardc_placed"
-"""The attribute of a module that holds its `Placed`."""
+"""The attribute of a module that holds its `ParameterRecord`."""
 
 
 @dataclass
-class Placed:
+class ParameterRecord:
     """Who chose how the parameters of a module lie: by name, True where it was a plan that trains or the user, False
     where it was a plan that only evaluates. A parameter without an entry waits for its first plan.
 
@@ -43,7 +43,7 @@ class Placed:
     moves: int = 0
 
 
-def record_of(module: nn.Module) -> Placed | None:
+def record_of(module: nn.Module) -> ParameterRecord | None:
     """The record of a module, None if nothing of it was distributed by shardc."""
     return vars(module).get(RECORD)
 
@@ -73,7 +73,7 @@ def distribute_parameters(module: nn.Module, mesh: DistributedMesh) -> None:
     tensors = [module.get_parameter(name) for name in names]
     replace_parameters(names, tensors, [_whole(*pair) for pair in zip(names, tensors, strict=True)], mesh)
     if record_of(module) is None:
-        setattr(module, RECORD, Placed(dict.fromkeys(own, True)))
+        setattr(module, RECORD, ParameterRecord(dict.fromkeys(own, True)))
     for tensor in module.buffers():
         if _is_plain(tensor):
             with torch.inference_mode(False), torch.no_grad():
@@ -81,11 +81,11 @@ def distribute_parameters(module: nn.Module, mesh: DistributedMesh) -> None:
 
 
 def settle(module: nn.Module, slots: Mapping[str, Slot], mesh: DistributedMesh, training: bool) -> None:
-    """Store the parameters of a module as a program's slots say, unless a better founded choice stands: see `Placed`.
+    """Store the parameters of a module as a program's slots say, unless a better founded choice stands.
 
     Plain ones become DTensors with rank 0's values. DTensors move in place. Every rank must call it.
     """
-    record = vars(module).setdefault(RECORD, Placed())
+    record = vars(module).setdefault(RECORD, ParameterRecord())
     tensors = {name: tensor for name, tensor in module.named_parameters(remove_duplicate=False) if name in slots}
     plain = [name for name, tensor in module.named_parameters() if name in slots and _is_plain(tensor)]
     replace_parameters(plain, [tensors[name] for name in plain], [slots[name] for name in plain], mesh)
