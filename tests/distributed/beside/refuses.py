@@ -46,6 +46,7 @@ assert all(torch.equal(weight, weights[0]) for weight in weights)
 big(torch.ones(4, 8)).sum().backward()
 
 assert shardc.distribute(model, mesh="a=4") is model and all(isinstance(p, DTensor) for p in model.parameters())
+assert model._is_accelerate_prepared  # so that Accelerate does not wrap it
 lazy = shard(nn.Sequential(nn.LazyLinear(8)), mesh="a=4")
 assert not isinstance(lazy[0].weight, DTensor)
 
