@@ -17,8 +17,9 @@ from shardc.runtime.errors import RankError, ShardcError
 from shardc.runtime.execute.executable import Executable, load
 from shardc.runtime.execute.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.kernels.parts import Part
-from shardc.runtime.mesh.distributed import DistributedMesh, distribute, local_mesh, swap_in
+from shardc.runtime.mesh.distributed import DistributedMesh, local_mesh
 from shardc.runtime.mesh.mesh import Context, RuntimeMesh, current
+from shardc.runtime.mesh.parameters import distribute, replace_parameters
 from shardc.runtime.mesh.virtual import VirtualMesh
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
     "local_mesh",
     "paste",
     "placements",
-    "swap_in",
+    "replace_parameters",
     "wait",
 ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardc.api import compile, shard
+    from shardc.distribution import distribute
     from shardc.errors import ShardcError
     from shardc.ir.constrain import constrain
     from shardc.ir.layout import B, Layout, P, S
@@ -14,7 +15,20 @@ if TYPE_CHECKING:
     from shardc.rules.custom import rule
     from shardc.search import search_mesh
 
-__all__ = ["B", "Layout", "Mesh", "P", "S", "ShardcError", "compile", "constrain", "rule", "search_mesh", "shard"]
+__all__ = [
+    "B",
+    "Layout",
+    "Mesh",
+    "P",
+    "S",
+    "ShardcError",
+    "compile",
+    "constrain",
+    "distribute",
+    "rule",
+    "search_mesh",
+    "shard",
+]
 
 _HOME = {
     "B": "shardc.ir.layout",
@@ -25,6 +39,7 @@ _HOME = {
     "ShardcError": "shardc.errors",
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
+    "distribute": "shardc.distribution",
     "rule": "shardc.rules.custom",
     "search_mesh": "shardc.search",
     "shard": "shardc.api",

@@ -17,11 +17,13 @@ from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import TRACING, Compiled, compiled
+from shardc.distribution import check_data, distribute_if_started, with_global_batch
 from shardc.errors import MeshError, ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Inputs, ModelCall
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
+from shardc.runtime.mesh.parameters import moves
 
 
 def _default_mesh() -> Mesh:
@@ -93,10 +95,20 @@ class _Engine:
     def call(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._run(module, forward, args, kwargs)
+
+        return with_global_batch(run, args, kwargs, self.request.mesh, self.request.options.data)
+
+    def _run(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         leaves, spec = flatten((args, kwargs))
         call = ModelCall(module, args, kwargs, function=forward)
         with TRACING:
-            key = (call_key(leaves, named_dims(self.request.options.dynamic, call)), str(spec))
+            # a program that evaluates was planned for parameters as they lay before others moved them
+            placed = 0 if torch.is_grad_enabled() else moves(module)
+            key = (call_key(leaves, named_dims(self.request.options.dynamic, call)), str(spec), placed)
             self.last = program = self._get(key, call)
 
         def fallback(outputs: frozenset[int]) -> Executable:
@@ -202,6 +214,7 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
     a request that makes no sense.
     """
     request = Request(Mesh.parse(options.mesh) if options.mesh is not None else _default_mesh(), options)
+    check_data(options.data, request.mesh)
     if target is None:
         return lambda real: _sharded(real, request)
     return _sharded(target, request)
@@ -210,6 +223,7 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
 def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
         refuse_scripted(target)
+        distribute_if_started(target, request.mesh)
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
         for name, value in _methods(target.forward, request).items():

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -155,7 +155,8 @@ class RunCommand(OnMesh):
             raise ShardcError(f"{self.file}: {meta} is on the meta device; such a model can be planned but not run")
         with working(f"compiling {self.file.name} for {self.mesh}"):
             single = copy.deepcopy(model)
-            program = compiled(ModelCall.of(model, inputs), Mesh.parse(self.mesh), self.options)
+            options = replace(self.options, data=None)  # inputs() gives the whole batch on every rank
+            program = compiled(ModelCall.of(model, inputs), Mesh.parse(self.mesh), options)
         differences = compared(program, model, single, inputs)
         if os.environ.get("RANK", "0") == "0":
             show("\n".join(differences))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardc.capture.dynamic_sizes import Template, named_dims, sizes_of
 from shardc.capture.inputs import flatten
-from shardc.errors import MeshError, ShardcError
+from shardc.distribution import agree_on_program, before_call, check_data, check_world, with_global_batch
+from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
@@ -29,7 +26,8 @@ from shardc.options import Options
 from shardc.passes.pipeline import NAMES, PIPELINE, part, run
 from shardc.planning.compilation import Compilation, Pass
 from shardc.planning.gc_pause import gc_paused
-from shardc.runtime import DistributedMesh, Executable, RankError, distribute, load, local_mesh, swap_in
+from shardc.runtime import DistributedMesh, Executable, load, local_mesh
+from shardc.runtime.mesh.distributed import CALLED
 
 TRACING = threading.RLock()
 """Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
@@ -69,18 +67,18 @@ class Compiled:
 
     @property
     def executable(self) -> Executable:
-        """The code, loaded on this process's mesh. Under torch.distributed the parameters become DTensors here, and all
-        ranks take rank 0's code: each plans on its own, and one with less time for it would find another plan."""
+        """The code, loaded on this process's mesh. Under torch.distributed all ranks take rank 0's code: each plans on
+        its own, and one with less time for it would find another plan."""
         if self._executable is None:
             mesh = local_mesh(self.plan.mesh.sizes)
             source = self._last.code()
+            module = load(source)
+            if isinstance(mesh, DistributedMesh):
+                agree_on_program(self._module, module.INPUTS, self._last.options)
             self._agreed = mesh.agreed(source)
-            executable = Executable(load(self._agreed), mesh)
-            if source != self._agreed:
-                _check_same_program(executable, load(source))
-            if isinstance(executable.mesh, DistributedMesh):
-                _distribute(self._module, executable)
-            self._executable = executable
+            module = module if source == self._agreed else load(self._agreed)
+            setattr(module, CALLED, type(self._module).__name__)
+            self._executable = Executable(module, mesh)
         return self._executable
 
     def _registries(self) -> list[tuple[str, dict[str, Tensor], str]]:
@@ -112,17 +110,24 @@ class Compiled:
         meta = next((name for name, t in state.items() if t.is_meta), None)
         if meta is not None:
             raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
+        if isinstance(executable.mesh, DistributedMesh) and before_call(
+            self._module, executable, state, leaves, self._last.options.data
+        ):
+            state = {name: registry[key] for name, registry, key in self._registries()}
         state |= program.constants | {name: place.get() for name, place in program.standing.items()}
         outputs = executable.run(state, leaves, fallback)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         return _returned(program, outputs, leaves, arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
+
         with TRACING:
             reason = self.broken()
         if reason:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
-        return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
+        return with_global_batch(run, args, kwargs, self._last.mesh, self._last.options.data)
 
     def at(self, call: ModelCall) -> Compiled:
         """The program for the sizes of a call: this one, unless sizes are dynamic."""
@@ -149,36 +154,10 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
 
 
-def _check_same_program(executable: Executable, planned: ModuleType) -> None:
-    """The ranks may have planned differently, but for one program."""
-    ours, theirs = (
-        {(slot.role, slot.name, slot.index, slot.shape, slot.dtype) for slot in slots}
-        for slots in (planned.INPUTS, executable.inputs)
-    )
-    if ours != theirs:
-        named = ", ".join(f"{role} {name} {list(shape)}" for role, name, _, shape, _ in sorted(ours ^ theirs))
-        raise RankError(
-            f"rank 0 runs another program here than this rank; they differ in {named}. "
-            "Every rank must build the same model and call it with the same global shapes, in the same order"
-        )
-
-
-def _distribute(module: nn.Module, executable: Executable) -> None:
-    """Store every parameter as a DTensor of its rank's part; optimizers keep their references."""
-    slots = {slot.name: slot for slot in executable.inputs if slot.role == "parameter"}
-    assert isinstance(executable.mesh, DistributedMesh)
-    swap_in(
-        [
-            (parameter, distribute(parameter, slots[name], executable.mesh))
-            for name, parameter in module.named_parameters()
-            if name in slots and not isinstance(parameter, DTensor)
-        ]
-    )
-
-
 def compiled(call: ModelCall, mesh: Mesh, options: Options) -> Compiled:
     """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
-    _check_world(mesh)
+    check_world(mesh)
+    check_data(options.data, mesh)
     dims = named_dims(options.dynamic, call)
     with TRACING, gc_paused():
         if dims:
@@ -230,16 +209,3 @@ class Family:
         if self._planned is None:
             self._planned, self._planned_at = snapshots["assign"], ", ".join(f"{k}={n}" for k, n in sizes.items())
         return snapshots
-
-
-def _check_world(mesh: Mesh) -> None:
-    """Under torchrun the mesh must have as many devices as there are processes."""
-    if not (torch.distributed.is_initialized() or "WORLD_SIZE" in os.environ):
-        return
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if mesh.size != world:
-        relation = "larger than" if mesh.size > world else "smaller than"
-        raise MeshError(
-            f"mesh {mesh} has {mesh.size} devices, {relation} the {world} processes of this run; "
-            f"start torchrun with --nproc-per-node {mesh.size} or name a mesh of {world} devices"
-        )

@@ -110,6 +110,11 @@ class Options:
     """Dims of arguments that change from call to call: `{"input_ids": {0: "batch", 1: "seq"}}`. The program is captured
     and planned once, and lowered anew for sizes not met before."""
 
+    data: Annotated[str | None, Text("AXIS,...", "dp,fsdp")] = None
+    """The axes along which every process brings its own part of the batch, as a DistributedSampler deals it: dim 0 of
+    every tensor with as many rows as the first. Loss and gradients are those of the global batch. Without it, and on a
+    virtual mesh, inputs are the global batch."""
+
     memory: Annotated[str | float | None, Text("BYTES|unbounded", "80GB")] = None
     """What a device may hold at any time, in bytes or as `80GB`; `unbounded` for no bound. Without it, the memory of
     the hardware that was named, less a tenth; no bound for this machine. Where something has to give, values are kept

@@ -5,7 +5,7 @@
 | state, inputs | global tensor, cut per rank | DTensor: its local part; global tensor: cut on every rank |
 | output without cuts | the value of rank 0 | the plain local value |
 | output with cuts | pasted to the global tensor | DTensor (`ShardedOutput`) |
-| gradient | pasted to the global tensor | DTensor for a DTensor; plain only where it is whole on every rank |
+| gradient | pasted to the global tensor | DTensor for a DTensor; for a plain tensor gathered, whole on every rank |
 """
 
 from __future__ import annotations
@@ -53,19 +53,12 @@ class Boundary(ABC):
         """Copy a new value from `leave` into the user's buffer, in place."""
         target.copy_(value)
 
-    @abstractmethod
-    def check_gradient(self, slot: Slot, value: Tensor) -> None:
-        """RankError if the user's `value` could not hold the gradient of `slot`."""
-
 
 class _Virtual(Boundary):
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         if not slot.cuts:
             return parts[0].detach()
         return paste(parts, slot.shape, slot.cuts, self.mesh.axes)
-
-    def check_gradient(self, slot: Slot, value: Tensor) -> None:
-        pass
 
 
 class _Distributed(Boundary):
@@ -81,11 +74,6 @@ class _Distributed(Boundary):
                 "distribute it on that mesh"
             )
         if not _same(value.placements, expected, self.mesh):
-            if slot.role == "parameter":
-                raise RankError(
-                    f"{slot} is stored as {value.placements}, but the module works on {expected}: store it so with "
-                    "`distribute` and `swap_in`"
-                )
             value = value.redistribute(self.mesh.device_mesh, expected)
         local = value.to_local().detach()
         for dim, size in enumerate(local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1]):
@@ -101,7 +89,7 @@ class _Distributed(Boundary):
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
         if isinstance(gradient, DTensor) and not issubclass(kind, DTensor):
-            return gradient.to_local()  # whole on every rank, as `check_gradient` made sure
+            return gradient.full_tensor()
         return gradient
 
     def store(self, target: Tensor, value: Tensor) -> None:
@@ -110,13 +98,6 @@ class _Distributed(Boundary):
         elif isinstance(target, DTensor) and not isinstance(value, DTensor):
             target = target.to_local()  # without cuts: whole on every rank
         target.copy_(value)
-
-    def check_gradient(self, slot: Slot, value: Tensor) -> None:
-        if slot.cuts and not isinstance(value, DTensor):
-            raise RankError(
-                f"{slot.name} is a plain tensor that requires a gradient, but each rank has only its part of it: "
-                "make it a DTensor with `distribute` and `swap_in`"
-            )
 
 
 def _same(one: Sequence[Placement], other: Sequence[Placement], mesh: RuntimeMesh) -> bool:

@@ -94,9 +94,6 @@ class Executable:
             result = self._forward(names)
             self._mutate(result.mutations, names)
             return result.outputs
-        for slot in self.gradients:
-            if slot.name in names and names[slot.name].requires_grad:
-                self._boundary.check_gradient(slot, names[slot.name])
         mutations: dict[str, Tensor] = {}
         outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import math
 import os
 import time
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.collectives.c10d import Group
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
-from shardc.runtime.execute.slots import Slot, cut, placements, valid_shape
+from shardc.runtime.execute.slots import Slot, placements, valid_shape
+from shardc.runtime.mesh.agreement import others, running
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 from shardc.runtime.mesh.virtual import VirtualMesh
+
+CALLED = "__called__"
+"""A global of a generated module: what it computes, for people who read what ranks do."""
 
 
 def _let_workers_end() -> None:
@@ -90,9 +92,18 @@ class DistributedMesh(RuntimeMesh):
 
         If another process dies, the run ends with an error within the group's timeout.
         """
-        state = self._broadcast(torch.get_rng_state()) if random else None
-        context = Context(self, self.rank, state)
-        result = context.call(function, arguments)
+        named = getattr(function, "__globals__", {}).get(CALLED, getattr(function, "__module__", "a function"))
+        with running(f"{getattr(function, '__name__', 'run')} of {named}"):
+            try:
+                state = self._broadcast(torch.get_rng_state()) if random else None
+                context = Context(self, self.rank, state)
+                result = context.call(function, arguments)
+            except RankError as error:
+                told = others()
+                if not told:
+                    raise
+                text = f"{error}\n  the other ranks, as far as is known: {told}"
+                raise RankError(text, rank=error.rank, axis=error.axis, line=error.line) from error
         if context.generator is not None:
             torch.set_rng_state(context.generator.get_state())
         return [result]
@@ -121,16 +132,22 @@ class DistributedMesh(RuntimeMesh):
         return collective.c10d(operand, self._ranks_of[axis], op)
 
 
+def started() -> int:
+    """The number of processes of this run, 0 where there is neither torch.distributed nor torchrun."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 0
+
+
 def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
     """The mesh for this process: distributed under torchrun, else virtual.
 
     It is a DistributedMesh if RANK and WORLD_SIZE are set, or torch.distributed is initialised. The process group is
     initialised if necessary: with CUDA, nccl on the device of LOCAL_RANK; else gloo.
     """
-    started_by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not started():
+        return VirtualMesh(axes)
     if not dist.is_initialized():
-        if not started_by_torchrun:
-            return VirtualMesh(axes)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("nccl")
@@ -160,52 +177,3 @@ def from_local(local: Tensor, slot: Slot, mesh: DistributedMesh) -> DTensor:
         shape=torch.Size(slot.shape),
         stride=strides,
     )
-
-
-def distribute(parameter: Tensor, slot: Slot, mesh: DistributedMesh) -> nn.Parameter:
-    """The full `parameter` as a DTensor parameter that stores a copy of the rank's part only.
-
-    Every rank must hold the same full values. RankError if the shape or dtype is not the slot's, or if DTensor cannot
-    store the cuts.
-    """
-    slot.check(parameter)
-    with torch.no_grad():
-        local = cut(parameter.detach(), slot.cuts, mesh.coordinates(mesh.rank), mesh.axes)
-        local = local.to(mesh.device(mesh.rank), copy=True)
-        return nn.Parameter(from_local(local, slot, mesh), requires_grad=parameter.requires_grad)
-
-
-def swap_in(replacements: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set holds the parameter.
-
-    So modules, and optimizers created earlier, get the DTensors. Local variables and tuples still hold the old
-    parameters. RankError if an optimizer already has state for a parameter, since that state has the old shape.
-    """
-    # torch.utils.swap_tensors would keep the object, but it refuses, since a DTensor has slots that a Parameter lacks.
-    new = {id(old): dtensor for old, dtensor in replacements}
-    holders: list[Any] = [h for h in gc.get_referrers(*(old for old, _ in replacements)) if type(h) in _HOLDERS]
-    for holder in holders:
-        if isinstance(holder, defaultdict) and any(id(key) in new and value for key, value in holder.items()):  # type: ignore[misc]
-            raise RankError("an optimizer already has state for the parameters: distribute them before the first step")
-    for holder in holders:
-        _replace(holder, new)
-    for old, dtensor in replacements:
-        vars(dtensor).update(vars(old))
-
-
-_HOLDERS = (dict, OrderedDict, defaultdict, list, set)
-
-
-def _replace(holder: Any, new: Mapping[int, nn.Parameter]) -> None:
-    """Replace the old parameters in one container by the new ones, comparing by identity."""
-    if isinstance(holder, set):
-        for item in [item for item in holder if id(item) in new]:  # type: ignore[misc]
-            holder.remove(item)
-            holder.add(new[id(item)])
-        return
-    places: list[Any] = list(enumerate(holder) if isinstance(holder, list) else holder.items())
-    for key, value in places:
-        if id(value) in new:
-            holder[key] = new[id(value)]
-        if id(key) in new:
-            holder[new[id(key)]] = holder.pop(key)

@@ -26,6 +26,7 @@ from shardc.ir.splits import Splits
 from shardc.planning.cost_network import Accepts
 from shardc.rules.factors.atoms import Ref
 from shardc.rules.factors.factored import Factored, Key, Value
+from shardc.runtime.mesh.parameters import binding
 
 Axes = tuple[str, ...]
 
@@ -245,7 +246,7 @@ def parameter_demands(
     named = _match_parameters([*ports, *(Port(Role.PARAMETER, name) for name in aliases)], specs, layouts, paths)
     unique = {(aliases.get(one.port.name, one.port), one.dims, one.layout): one.label for one in reversed(named)}
     once = [ParameterDemand(port, dims, label, layout) for (port, dims, layout), label in reversed(unique.items())]
-    return (*once, *_stored(model, ports, mesh))
+    return (*once, *_stored(model, ports, mesh, training=any(port.role is Role.GRADIENT for port in program.outputs)))
 
 
 def module_constraints(constraints: Mapping[str, Spec], model: nn.Module) -> dict[str, Spec]:
@@ -263,13 +264,13 @@ def _text(pattern: str, spec: Spec) -> str:
         raise LayoutError(f"constraints[{pattern!r}]: {error}") from error
 
 
-def _stored(model: nn.Module, ports: list[Port], mesh: Mesh) -> list[ParameterDemand]:
-    """A parameter that is a DTensor keeps the layout in which it is stored."""
+def _stored(model: nn.Module, ports: list[Port], mesh: Mesh, training: bool) -> list[ParameterDemand]:
+    """A parameter that is a DTensor keeps the layout in which it is stored, unless this program may choose it."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     demands: list[ParameterDemand] = []
     for port in ports:
         tensor = tensors[port.name]
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor) and binding(model, port.name, training):
             layout = Layout.from_dtensor(tensor.placements, tensor.shape, mesh)
             dims = tuple(tuple(axis for atom in dim for axis in atom.axes) for dim in layout.dims)
             demands.append(ParameterDemand(port, dims, f"the stored layout of {port.name}"))

@@ -8,12 +8,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from shardc import shard
-from shardc.runtime import RankError
+from shardc.passes import capture
 
 torch.manual_seed(0)
 single, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double(), torch.randn(4, 8).double()
-wanted = ("tp", None) if os.environ["RANK"] == "0" else (None, "tp")
-model = shard(copy.deepcopy(single), mesh="tp=2", hardware="cpu", constraints={"0.weight": wanted})
+
+if os.environ["RANK"] == "1":  # as if its search had found another plan
+    demanded = capture.parameter_demands
+    capture.parameter_demands = lambda program, model, _, mesh: demanded(
+        program, model, {"0.weight": (None, "tp")}, mesh
+    )
+model = shard(copy.deepcopy(single), mesh="tp=2", hardware="cpu", constraints={"0.weight": ("tp", None)})
 for each in (model, single):
     each(x).square().mean().backward()
 torch.testing.assert_close(model(x), single(x), rtol=1e-10, atol=0)
@@ -22,11 +27,3 @@ for one, other in zip(model.parameters(), single.parameters(), strict=True):
 weight = next(model.parameters())
 assert isinstance(weight, DTensor) and weight.placements == (Shard(0),), weight
 print("rank 0's plan runs")
-
-other = shard(nn.Linear(8, 8 if os.environ["RANK"] == "0" else 12), mesh="tp=2", hardware="cpu")
-try:
-    other(torch.randn(4, 8))
-    assert os.environ["RANK"] == "0", "this rank's program is not rank 0's"
-except RankError as error:
-    assert os.environ["RANK"] == "1" and "rank 0 runs another program here than this rank" in str(error), error
-    assert "parameter weight [8, 8]" in str(error) and "parameter weight [12, 8]" in str(error), error

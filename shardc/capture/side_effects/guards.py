@@ -19,7 +19,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shardc.capture.side_effects.holders import (
     Attributes,
@@ -37,8 +38,9 @@ from shardc.capture.side_effects.holders import (
 from shardc.capture.side_effects.reachable import LONG, PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.runtime.mesh.parameters import RECORD
 
-NEVER_READ = frozenset({"_shardc"})
+NEVER_READ = frozenset({"_shardc", RECORD})
 """Attributes of shardc's own."""
 
 
@@ -126,8 +128,10 @@ class Guards:
         reason = reason or next(filter(None, (condition.broken() for condition in self._conditions)), "")
         if reason:
             return reason
-        for tensor, form in zip(self._tensors, self._forms, strict=True):
-            if _form(tensor) != form:
+        with torch._C.DisableTorchFunctionSubclass():  # DTensors answer slowly otherwise
+            forms = list(map(_form, self._tensors))
+        for tensor, now, form in zip(self._tensors, forms, self._forms, strict=True) if forms != self._forms else ():
+            if now != form:
                 return f"a tensor is {_form(tensor)}, and was {form}"
         for array in self._arrays:
             if _form(array) != self._known[id(array)][1]:
@@ -232,7 +236,7 @@ def _form(tensor: Tensor | np.ndarray) -> tuple[Any, ...]:
     """All of a tensor that a trace depends on, which is not its values; all of an array."""
     if isinstance(tensor, np.ndarray):
         return tensor.dtype, tensor.shape, tensor.tobytes()
-    return tensor.requires_grad, tensor.dtype, tensor.shape, type(tensor)
+    return tensor.requires_grad, tensor.dtype, tensor.shape, isinstance(tensor, nn.Parameter)
 
 
 def _brief(value: Any) -> str:

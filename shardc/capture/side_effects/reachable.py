@@ -43,6 +43,7 @@ from shardc.capture.side_effects.holders import (
     Slots,
     holder_of,
 )
+from shardc.runtime.mesh.parameters import RECORD
 
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
@@ -57,7 +58,7 @@ LONG = 1000
 
 _STATE = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
-_OURS = frozenset({"_shardc"})
+_OURS = frozenset({"_shardc", RECORD})
 _CACHED = type(functools.lru_cache(lambda: None))  # type: ignore[arg-type]
 _OPEN_LIBRARY = frozenset({"types", "argparse", "collections", "dataclasses", "functools", "typing"})
 """Modules of Python's library whose objects are mere containers of the user's values."""

@@ -31,6 +31,7 @@ HELPERS = {
     "opinfo": "the run over torch's database of operators, which `make opinfo` starts",
     "zoo": "the models of the zoo",
     "distributed": "the scripts that its tests start",
+    "distributed/beside": "the same, of users' programs beside one device",
 }
 """Folders of tests/ with Python files that are neither tests nor conftest.py, and what these are."""
 

@@ -1,0 +1,149 @@
+"""DTensors and plain tensors in one program, beside the same on one device. For ranks.py."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from beside.common import Programs, data, net, step
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+mix = Programs()
+
+
+@mix
+def written_in_place(prepare):
+    model = prepare(net())
+    step(model)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(24, 12))
+        model[0].bias.fill_(0.5)
+        model[2].weight.mul_(2).add_(torch.ones(12, 24))
+        model[2].bias += torch.arange(12.0)
+        nn.init.constant_(model[2].weight, 0.1)
+        nn.init.zeros_(model[0].bias)
+    model[0].bias.data = torch.ones(24)
+    model[0].weight.data.clamp_(max=0.5)
+    model[2].weight.grad = torch.ones(12, 24)
+    grad = model[2].weight.grad
+    model[2].weight.grad = None
+    step(model)
+    return grad, *model.parameters(), *(p.grad for p in model.parameters())
+
+
+@mix
+def a_submodule_by_itself(prepare):
+    model = prepare(net())
+    step(model)
+    before = nn.Linear(12, 12)
+    out = model[0](before(data()))
+    F.mse_loss(out, torch.ones(8, 24)).backward()
+    return out, model[0].weight.grad, before.weight.grad, F.linear(data(), model[0].weight)
+
+
+@mix
+def a_penalty_and_a_plain_head(prepare):
+    model = prepare(net())
+    torch.manual_seed(3)
+    head = nn.Linear(12, 3)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.1)
+    norms = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(model(data())), torch.arange(8) % 3)
+        loss = loss + 0.1 * sum(p.square().sum() for p in model.parameters()) + 0.1 * head.weight.abs().sum()
+        loss = loss + 0.01 * (model[0].weight.norm() * head.weight.norm())
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 0.5))
+        optimizer.step()
+    nn.utils.clip_grad_value_([*model.parameters(), *head.parameters()], 0.01)
+    return *norms, *model.parameters(), *head.parameters(), head.weight.grad, model[0].weight.grad
+
+
+@mix
+def plain_before_and_between(prepare):
+    torch.manual_seed(0)
+    before, between = nn.Embedding(50, 12), nn.LayerNorm(12)
+    one, two = prepare(net()), prepare(net(seed=1))
+    ids = torch.arange(8)
+    loss = two(between(one(before(ids)))).square().mean()
+    loss.backward()
+    return loss, before.weight.grad, between.weight.grad, *(p.grad for p in (*one.parameters(), *two.parameters()))
+
+
+@mix
+def copies(prepare):
+    model = prepare(net())
+    fresh = copy.deepcopy(model)
+    step(model)
+    copied = copy.deepcopy(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for each in (fresh, copied):
+        step(each, torch.optim.SGD(each.parameters(), lr=0.1))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    average.update_parameters(model)
+    average.update_parameters(copied)
+    with torch.no_grad():
+        averaged = average(data())
+    grads = [p.grad for p in copied.parameters()]
+    return (
+        averaged,
+        *grads,
+        *model.parameters(),
+        *copied.parameters(),
+        *fresh.parameters(),
+        *average.module.parameters(),
+    )
+
+
+@mix
+def accumulated_and_of_second_use(prepare):
+    model = prepare(net())
+    for rows in (8, 4):
+        step(model, x=data(rows))
+    first = torch.autograd.grad(model(data()).mean(), list(model.parameters()))
+    (model(data()).mean() + model[0](data()).mean()).backward()
+    return *first, *(p.grad for p in model.parameters())
+
+
+@mix
+def batch_norm_and_buffers(prepare):
+    torch.manual_seed(0)
+    model = prepare(nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Linear(24, 12)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        step(model, optimizer)
+    model.eval()
+    with torch.no_grad():
+        return model(data()), *model.buffers(), *model.parameters()
+
+
+@mix
+def converted(prepare):
+    model = prepare(net())
+    with torch.no_grad():
+        model(data())
+    model.float()
+    step(model, x=data().float())
+    model.double().to("cpu")
+    model.zero_grad()
+    step(model)
+    return tuple(p.grad for p in model.parameters())
+
+
+@mix
+def vectors_of_parameters(prepare):
+    model = prepare(net())
+    step(model)
+    vector = nn.utils.parameters_to_vector(
+        [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    )
+    total = sum((p.grad * p).sum() for p in model.parameters())
+    added = torch.zeros(())
+    for parameter in model.parameters():
+        added += parameter.detach().square().sum()
+    stacked = torch.stack([p.norm() for p in model.parameters()])
+    return vector, total, added, stacked, torch.cat([model[0].bias, torch.ones(3)])
+
+
+mix.compare()
