@@ -65,8 +65,9 @@ class Guards:
         untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
         written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
         self._live = live
-        self._known: dict[int, tuple[Any, Any]] = {}
-        """Tensors and arrays, and the form that the trace has seen of them, by identity."""
+        self._known: dict[int, list[Any]] = {}
+        """Tensors and arrays, and the form that the trace has seen of them, by identity. (A parameter that becomes a
+        DTensor is replaced in lists; in a tuple it could not be.)"""
         self._values: list[_Values] = []
         self._written: list[tuple[Place, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
@@ -102,7 +103,7 @@ class Guards:
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
         for item in (*self._tensors, *self._arrays):
-            self._known.setdefault(id(item), (item, _form(item)))
+            self._known.setdefault(id(item), [item, _form(item)])
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
 
     def broken(self) -> str:
@@ -148,7 +149,7 @@ class Guards:
                     name = values.holder.name(key)
                     return f"{name} is gone" if now is GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
                 if now is not expected and id(expected) in self._known:
-                    self._known[id(now)] = now, self._known.pop(id(expected))[1]
+                    self._known[id(now)] = [now, self._known.pop(id(expected))[1]]
             values.take(contents)
         self._gather()
         return ""
@@ -160,7 +161,7 @@ class Guards:
         if type(now) is not type(expected) or not deep:
             return False
         if isinstance(now, (Tensor, np.ndarray)):
-            return bool(_form(now) == self._known.get(id(expected), (None, _form(expected)))[1])
+            return bool(_form(now) == self._known.get(id(expected), [None, _form(expected)])[1])
         if isinstance(now, (*PLAIN, Enum)):
             return bool(now == expected) or (now != now and expected != expected)  # type: ignore[comparison-overlap]
         if id(expected) in self._live or callable(now):
