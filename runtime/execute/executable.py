@@ -225,9 +225,10 @@ class _Differentiable(torch.autograd.Function):
                 "backward got a batch of gradients at once (is_grads_batched=True, or vectorize=True), which a sharded "
                 "model does not take: call backward once for each"
             )
-        second, *tensors = ctx.saved_tensors
+        tensors = deque(ctx.saved_tensors)  # nobody else holds them: each is freed after its last use
+        second = tensors.popleft()
         with torch.no_grad():
-            grads = _Differentiable._gradients(ctx, deque(tensors), tangents)
+            grads = _Differentiable._gradients(ctx, tensors, tangents)
         return (None, None, None, None, *(once(grads, second, tangents) if torch.is_grad_enabled() else grads))
 
     @staticmethod

@@ -25,13 +25,19 @@ def refuse_scripted(module: nn.Module) -> None:
 
 def refuse_unsupported(module: nn.Module) -> None:
     """Raise CaptureError for a ScriptModule, and for a lazy module that has not met its first input yet."""
+    if not any(isinstance(part, torch.jit.ScriptModule) or _lazy_names(part) for part in module.modules()):
+        return  # every call asks, and paths take time
     refuse_scripted(module)
     for path, part in module.named_modules():
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None and is_lazy(tensor):
-                raise CaptureError(
-                    f"{_named(path)} is lazy, and {name!r} has no shape yet: call the model once before you shard it"
-                )
+        for name in _lazy_names(part):
+            raise CaptureError(
+                f"{_named(path)} is lazy, and {name!r} has no shape yet: call the model once before you shard it"
+            )
+
+
+def _lazy_names(part: nn.Module) -> list[str]:
+    held = (*part._parameters.items(), *part._buffers.items())
+    return [name for name, tensor in held if tensor is not None and is_lazy(tensor)]
 
 
 def _named(path: str) -> str:
