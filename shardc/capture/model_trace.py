@@ -173,8 +173,12 @@ class ModelTrace:
         self.provenance.seeds = seeds = Seeds()
         generators = Generators(self.state.reachable.generators)
         files = Files()
-        with self.provenance, seeds.watched(), files, self.watch.installed() if self.watch else nullcontext():
-            output = self.call(*args, **kwargs)
+        try:
+            with self.provenance, seeds.watched(), files, self.watch.installed() if self.watch else nullcontext():
+                output = self.call(*args, **kwargs)
+        except BaseException:
+            generators.restore()
+            raise
         files.refuse()
         generators.refuse_draws(lambda: self.call(*args, **kwargs))
         self.seed = torch.get_rng_state() if seeds.seeded else None
