@@ -1,0 +1,87 @@
+"""What a call of a sharded model costs beyond its run: on a mesh of one device, beside the plain model.
+
+    python benchmarks/overhead.py
+
+Every pair of times is taken in turn, in one process, on one thread; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from compile import machine
+from torch import Tensor, nn
+
+from shardc import shard
+
+ROUNDS = 60
+
+
+class Tiny(nn.Module):
+    """A model whose run takes no time, so that a call is all overhead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def llama() -> nn.Module:
+    """A Llama of transformers with five million parameters."""
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=192, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=512, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def medians(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
+    """The median times of two functions, taken in turn, in milliseconds."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):
+        one(), other()
+    for _ in range(ROUNDS):
+        for function, kept in zip((one, other), times, strict=True):
+            start = time.perf_counter()
+            function()
+            kept.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def row(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor], train: bool) -> str:
+    """One line of the table: the model by itself and sharded over one device."""
+    sharded = shard(copy.deepcopy(model), mesh="a=1")
+
+    def step(each: nn.Module) -> None:
+        with torch.set_grad_enabled(train):
+            result = call(each)
+        if train:
+            result.backward()
+
+    eager, ours = medians(lambda: step(model), lambda: step(sharded))
+    return (
+        f"| {name} | {'forward and backward' if train else 'forward'} | {ours / eager:.3f} | {ours - eager:+.2f} ms |"
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(machine(), "\n")
+    print("| model | step | sharded / eager | difference |\n| --- | --- | --- | --- |")
+    x, ids = torch.randn(2, 8), torch.randint(0, 4096, (4, 128))
+    for train in (False, True):
+        print(row("two linear layers of 8", Tiny(), lambda model: model(x).sum(), train))
+    for train in (False, True):
+        print(row("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids, labels=ids).loss, train))
+
+
+if __name__ == "__main__":
+    main()
