@@ -41,7 +41,7 @@ LOWERING = part("reshard", "localize")
 def run(passes: Sequence[Pass], c: Compilation, snapshots: dict[str, Compilation] | None = None) -> Compilation:
     """Run passes one after another. `snapshots` gets what each left, by its name. Raises VerificationError where one
     leaves what breaks an invariant, if programs are to be verified (see `shardc.ir.verifier`)."""
-    held = verifier.Held()
+    known = verifier.Known()
     for one in passes:
         start = time.process_time()
         # the user's autocast is for the model's own code: what capture wrote has its casts
@@ -52,13 +52,13 @@ def run(passes: Sequence[Pass], c: Compilation, snapshots: dict[str, Compilation
         seconds = c.seconds.get(one.name, 0.0) + time.process_time() - start
         c = replace(c, seconds={**c.seconds, one.name: seconds})
         if verifier.wanted():
-            verified(one.name, c, held)
+            verified(one.name, c, known)
         if snapshots is not None:
             snapshots[one.name] = c
     return c
 
 
-def verified(name: str, c: Compilation, held: verifier.Held) -> None:
+def verified(name: str, c: Compilation, known: verifier.Known) -> None:
     """Check the invariants of what the pass called `name` left, if it is one of the list, and if they are not known to
     hold."""
     if name not in NAMES:
@@ -66,7 +66,7 @@ def verified(name: str, c: Compilation, held: verifier.Held) -> None:
     graph = c.lowered.read() if c.has("lowered") else c.program.graph
     source = c.code() if c.has("code") else ""
     with no_autocast():
-        verifier.verify(name, _stage_after(name), graph, c.program, c.mesh, source, held)
+        verifier.verify(name, _stage_after(name), graph, c.program, c.mesh, source, known)
 
 
 def _stage_after(name: str) -> str:

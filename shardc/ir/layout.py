@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch.distributed.tensor.placement_types import Partial, Replicate
@@ -234,6 +234,28 @@ class Layout:
             tuple(_parse_dim(dim[0]) for dim in _DIM.finditer(dims)),
             tuple((axis, op) for op, axis in _PARTIAL.findall(partial)),
         )
+
+
+@lru_cache(maxsize=1 << 14)
+def is_storable(layout: Layout, mesh: Mesh) -> bool:
+    """Whether a DTensor can store a tensor so: one chunk of every dim, axes in an order that DTensor has."""
+    if any(len(dim) > 1 for dim in layout.simplify(mesh).dims):
+        return False
+    try:
+        layout.to_dtensor(mesh)
+    except LayoutError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1 << 14)
+def is_sliceable(layout: Layout, mesh: Mesh) -> bool:
+    """Whether local slices of the global tensor give the layout."""
+    try:
+        layout.cuts(mesh)
+    except LayoutError:
+        return False
+    return True
 
 
 def describe(value: torch.Tensor, layout: Layout) -> str:

@@ -70,7 +70,7 @@ def wanted() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-class Held:
+class Known:
     """The invariants that held of what the pass before left, and all that they read. Most passes leave most programs as
     they were, or change their graph only now and then: what held of the very same nodes, arguments and facts is not
     asked again."""
@@ -79,7 +79,7 @@ class Held:
         self._read: list[Any] = []
         self._ports: Any = None
         self._source = ""
-        self._invariants = set[str]()
+        self._invariants = set[Invariant]()
 
     def open(self, stage: str, checked: Checked) -> list[Invariant]:
         """The invariants of a stage that have to be asked."""
@@ -88,13 +88,13 @@ class Held:
         if ports != self._ports or len(read) != len(self._read) or not all(map(operator.is_, read, self._read)):
             self._invariants = set()
         if checked.source != self._source:
-            self._invariants -= {one.name for one in CODE}
+            self._invariants.difference_update(CODE)
         self._read, self._ports, self._source = read, ports, checked.source
-        return [one for one in STAGES[stage] if one.name not in self._invariants]
+        return [one for one in STAGES[stage] if one not in self._invariants]
 
     def add(self, one: Invariant) -> None:
         """An invariant holds of what was opened last."""
-        self._invariants.add(one.name)
+        self._invariants.add(one)
 
 
 def _read(graph: fx.Graph) -> Iterator[object]:
@@ -107,20 +107,20 @@ def _read(graph: fx.Graph) -> Iterator[object]:
 
 
 def verify(
-    name: str, stage: str, graph: fx.Graph, program: Program, mesh: Mesh, source: str = "", held: Held | None = None
+    name: str, stage: str, graph: fx.Graph, program: Program, mesh: Mesh, source: str = "", known: Known | None = None
 ) -> None:
     """Check what the pass called `name` left at a stage: its graph, whose inputs and outputs are those of `program`,
-    and the generated `source` if there is one. Passes of one run share what `held`. Raises VerificationError at the
+    and the generated `source` if there is one. Passes of one run share what is `known`. Raises VerificationError at the
     first invariant that does not hold."""
-    checked, held = Checked(graph, program, mesh, source), held or Held()
-    for one in held.open(stage, checked):
+    checked, known = Checked(graph, program, mesh, source), known or Known()
+    for one in known.open(stage, checked):
         try:
             broken = next(one.broken(checked), None)
         except Exception as error:
             raise VerificationError(f"{_head(name, one)}\nit could not be checked: {error!r}") from error
         if broken is not None:
             raise VerificationError(f"{_head(name, one)}\n{_around(checked, broken)}")
-        held.add(one)
+        known.add(one)
 
 
 def _head(name: str, one: Invariant) -> str:

@@ -22,9 +22,8 @@ from torch import fx
 from shardc.cost.buckets import Buckets, Sharing
 from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
-from shardc.errors import LayoutError
 from shardc.ir.facts import origin_of
-from shardc.ir.layout import Layout
+from shardc.ir.layout import Layout, is_sliceable, is_storable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Splits
@@ -289,13 +288,7 @@ class CostNetwork:
         partial."""
 
         def stored(splits: Splits, layout: Layout) -> bool:
-            if splits.partial or any(len(dim) > 1 for dim in layout.simplify(self.mesh).dims):
-                return False
-            try:
-                layout.to_dtensor(self.mesh)
-            except LayoutError:
-                return False
-            return True
+            return not splits.partial and is_storable(layout, self.mesh)
 
         return self._remembered("stored", value, stored)
 
@@ -303,11 +296,7 @@ class CostNetwork:
         """Accepts what local slices of the global tensor give, for inputs of a generated module."""
 
         def sliced(_: Splits, layout: Layout) -> bool:
-            try:
-                layout.cuts(self.mesh)
-            except LayoutError:
-                return False
-            return True
+            return is_sliceable(layout, self.mesh)
 
         return self._remembered("sliced", value, sliced)
 

@@ -123,9 +123,15 @@ class OperatorOptions:
 
     def compute_of(self, strategy: Strategy) -> float:
         """Compute seconds of one strategy."""
-        if not self.shape.computes:
-            return 0.0
-        return self.device.compute_seconds(*work(self.shape, strategy, self.mesh), self.shape.dtype)
+        if strategy not in self._computes:
+            done = work(self.shape, strategy, self.mesh)
+            seconds = self.device.compute_seconds(*done, self.shape.dtype) if self.shape.computes else 0.0
+            self._computes[strategy] = seconds
+        return self._computes[strategy]
+
+    @cached_property
+    def _computes(self) -> dict[Strategy, float]:
+        return {}
 
 
 def _indices(classes: list[TensorClass], layouts: list[list[Splits]]) -> list[np.ndarray]:

@@ -60,25 +60,25 @@ def _port_less(of: Left) -> None:
 
 @pytest.mark.parametrize("harm", [_two_names, _other_facts, _other_operand, _port_less])
 def test_what_was_right_and_changes_in_place_is_checked_again(harm: Callable[[Left], None]) -> None:
-    broken, held = left("mlp", "normalize"), verifier.Held()
+    broken, known = left("mlp", "normalize"), verifier.Known()
     broken.program = replace(broken.program, outputs=[*broken.program.outputs])
     for name in ("normalize", "factor"):
-        verifier.verify(name, "captured", broken.graph, broken.program, broken.mesh, held=held)
+        verifier.verify(name, "captured", broken.graph, broken.program, broken.mesh, known=known)
     harm(broken)
     with pytest.raises(VerificationError):
-        verifier.verify("retile", "captured", broken.graph, broken.program, broken.mesh, held=held)
+        verifier.verify("retile", "captured", broken.graph, broken.program, broken.mesh, known=known)
 
 
 def test_what_is_as_it_was_is_asked_once() -> None:
-    case, held = left("mlp", "codegen"), verifier.Held()
+    case, known = left("mlp", "codegen"), verifier.Known()
     checked = Checked(case.graph, case.program, case.mesh, case.source)
-    for one in held.open("overlapped", checked):
-        held.add(one)
-    assert [one.name for one in held.open("generated", checked)] == ["names_are_read_while_they_live"]
-    held.add(held.open("generated", checked)[0])
-    assert not held.open("generated", checked)
+    for one in known.open("overlapped", checked):
+        known.add(one)
+    assert [one.name for one in known.open("generated", checked)] == ["names_are_read_while_they_live"]
+    known.add(known.open("generated", checked)[0])
+    assert not known.open("generated", checked)
     other = Checked(case.graph, case.program, case.mesh, case.source + "\n")
-    assert [one.name for one in held.open("generated", other)] == ["names_are_read_while_they_live"]
+    assert [one.name for one in known.open("generated", other)] == ["names_are_read_while_they_live"]
 
 
 @pytest.fixture
