@@ -111,15 +111,34 @@ def search(model: nn.Module, example_inputs: Inputs, devices: int, options: Sear
         )
     taken = time.process_time() - start
     annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in shared.program.graph.nodes)
-    candidates: list[Candidate] = []
-    for mesh in tracked(meshes(devices, options.axes, options.device, annotated), "meshes"):
-        best = min((one.cost for one in candidates), default=math.inf)
-        with gc_paused():
-            candidates.append(_candidate(replace(shared, mesh=mesh), options.time_limit, best))
+    candidates = _planned(
+        replace(shared, time_limit=options.time_limit), meshes(devices, options.axes, options.device, annotated)
+    )
     candidates.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(candidates[0].cost):
         raise ShardcError(f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}")
     return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
+
+
+def _planned(shared: Compilation, among: Sequence[Mesh]) -> list[Candidate]:
+    """A candidate for every mesh. Where the bound on memory is that of the hardware, all are planned without it first.
+    Where that does not fit, the fastest are planned within it, until the next could not be better even without."""
+    candidates, unfit = list[Candidate](), list[tuple[TooSlowError, Mesh]]()
+
+    def best() -> float:
+        return min((one.cost for one in candidates), default=math.inf)
+
+    for mesh in tracked(among, "meshes"):
+        try:
+            candidates.append(_candidate(replace(shared, mesh=mesh, too_slow=0.0), best()))
+        except TooSlowError as error:
+            unfit.append((error, mesh))
+    for error, mesh in sorted(unfit, key=lambda one: one[0].bound):
+        if error.bound >= best():
+            candidates.append(Candidate(mesh, math.inf, error.bound, 0.0, 0.0, f"not solved within memory: {error}"))
+        else:
+            candidates.append(_candidate(replace(shared, mesh=mesh), best()))
+    return candidates
 
 
 def _captured(start: Compilation) -> Compilation:
@@ -159,8 +178,10 @@ def _wiring(mesh: Mesh, device: Hardware) -> tuple[tuple[object, ...], ...]:
     return tuple(sorted(parts, key=repr))
 
 
-def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
-    """Plan for one mesh, unless its bound lies above `best`."""
+@gc_paused()
+def _candidate(c: Compilation, best: float) -> Candidate:
+    """Plan for one mesh, unless its bound lies above `best`. Raises TooSlowError for a plan that does not fit, and is
+    slower than `c` says is wanted."""
     start, mesh = time.process_time(), c.mesh
 
     def without(bound: float, remark: str) -> Candidate:
@@ -172,9 +193,9 @@ def _candidate(c: Compilation, time_limit: float, best: float) -> Candidate:
         bound = check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
-        c = run(part("assign", "assign"), replace(c, network=network, time_limit=time_limit, too_slow=best))
-    except TooSlowError as error:
-        return without(error.bound, f"not solved within memory: {error}")
+        c = run(part("assign", "assign"), replace(c, network=network))
+    except TooSlowError:
+        raise
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None

@@ -18,7 +18,13 @@ from shardc.cli import main
 from shardc.cost.hardware import Hardware, hardware
 from shardc.cost.memory import HEADROOM
 from shardc.errors import InfeasibleError
+from shardc.ir.mesh import Mesh
+from shardc.ir.model_call import ModelCall
+from shardc.options import Options
 from shardc.passes import assign as assigning
+from shardc.passes.assign import TooSlowError
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation
 from shardc.planning.recompute_network import RecomputeNetwork
 
 MESH = "dp=2,tp=2"
@@ -97,6 +103,13 @@ def test_where_it_does_not_fit_a_plan_is_found_that_does(part: float) -> None:
     asked = planned("h100", memory=(1.0 - HEADROOM) * device.memory, optimizer="adamw")
     assert plan.cost == pytest.approx(asked.cost, rel=1e-3)
     assert plan.lower_bound * (1 - 1e-6) <= plan.check() <= plan.cost * (1 + 1e-9)
+
+
+def test_a_mesh_that_cannot_beat_the_best_is_not_solved_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Compilation(ModelCall.of(*tower()), Mesh.parse(MESH), Options(hardware=small(0.9)))
+    monkeypatch.setattr(RecomputeNetwork, "build", lambda self: pytest.fail("a network with memory was built"))
+    with pytest.raises(TooSlowError, match="no plan takes less than"):
+        run(part("capture", "assign"), replace(start, too_slow=1e-9))
 
 
 def message(function: Callable[[], object]) -> str:
