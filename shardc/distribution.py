@@ -85,7 +85,7 @@ def distribute_if_started(model: nn.Module, mesh: Mesh) -> None:
         assert isinstance(real, DistributedMesh)
         mixed.install()
         distribute_parameters(model, real)
-        model._is_accelerate_prepared = True  # Accelerate, and so Trainer, would wrap it in DistributedDataParallel
+        vars(model)["_is_accelerate_prepared"] = True  # Accelerate, and so Trainer, would wrap it in DistributedDataParallel
 
 
 def agree_on_program(model: nn.Module, slots: Sequence[Slot], options: Options) -> None:
