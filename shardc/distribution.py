@@ -85,7 +85,8 @@ def distribute_if_started(model: nn.Module, mesh: Mesh) -> None:
         assert isinstance(real, DistributedMesh)
         mixed.install()
         distribute_parameters(model, real)
-        vars(model)["_is_accelerate_prepared"] = True  # Accelerate, and so Trainer, would wrap it in DistributedDataParallel
+        # else Accelerate, and so Trainer, would wrap it in DistributedDataParallel
+        vars(model)["_is_accelerate_prepared"] = True
 
 
 def agree_on_program(model: nn.Module, slots: Sequence[Slot], options: Options) -> None:

@@ -49,7 +49,8 @@ class Sums(NamedTuple):
         """Of a plain tensor; nothing is summed of what is not of floating point."""
         with torch.no_grad():
             flat = tensor.detach().reshape(-1).cpu()
-            checksum = zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+            values: Any = flat.view(torch.uint8).numpy()
+            checksum = zlib.crc32(values) if flat.numel() else 0
             if not flat.is_floating_point():
                 return Sums(name, checksum, 0.0, 0.0)
             flat = flat.double()

@@ -79,7 +79,7 @@ def full(value):
 def lived(prepare, seed):
     draw = random.Random(seed)
     life = Life(prepare)
-    names = [draw.choice(("make", "load", "evaluate", "train", "train", "save", "resume", "replace")) for _ in range(9)]
+    names = [draw.choice(("make", "load", "evaluate", "train", "train", "save", "resume", "replace")) for _ in range(7)]
     for name in names:
         getattr(life, name)(draw)
     life.train(draw)
