@@ -223,7 +223,7 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
 def _sharded(target: Any, request: Request) -> Any:
     if isinstance(target, nn.Module):
         refuse_scripted(target)
-        distribute_if_started(target, request.mesh)
+        distribute_if_started(target, request.mesh, request.options.data)
         return _shard_module(target, request)
     if inspect.isclass(target) and issubclass(target, nn.Module):
         for name, value in _methods(target.forward, request).items():

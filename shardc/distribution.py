@@ -77,7 +77,7 @@ def distribute(model: nn.Module, mesh: str | Mesh | None = None) -> nn.Module:
     return model
 
 
-def distribute_if_started(model: nn.Module, mesh: Mesh) -> None:
+def distribute_if_started(model: nn.Module, mesh: Mesh, data: str | None = None) -> None:
     """What `distribute` does, but for parameters on the meta device, which stay there."""
     if started() and next(model.parameters(), next(model.buffers(), None)) is not None:
         check_world(mesh)
@@ -87,6 +87,8 @@ def distribute_if_started(model: nn.Module, mesh: Mesh) -> None:
         distribute_parameters(model, real)
         # else Accelerate, and so Trainer, would wrap it in DistributedDataParallel
         vars(model)["_is_accelerate_prepared"] = True
+        if data is not None:  # else Trainer multiplies the loss, which is that of all ranks
+            vars(model)["accepts_loss_kwargs"] = False
 
 
 def agree_on_program(model: nn.Module, slots: Sequence[Slot], options: Options) -> None:
