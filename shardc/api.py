@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -15,10 +14,12 @@ from torch import nn
 
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
-from shardc.compiled import TRACING, Compiled, compiled
+from shardc.calls import Calls
+from shardc.compiled import TRACING, Compiled
 from shardc.errors import MeshError, ShardcError
+from shardc.family import compiled
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import Inputs, ModelCall
+from shardc.ir.model_call import Dims, Inputs, ModelCall
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
 
@@ -61,10 +62,6 @@ def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options
     return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
 
 
-MANY_PROGRAMS = 8
-"""Programs for calls of one form, after which the user is told what makes new ones."""
-
-
 class Request(NamedTuple):
     """What a sharded model was sharded for."""
 
@@ -73,14 +70,14 @@ class Request(NamedTuple):
 
 
 class _Engine:
-    """What a sharded model carries: the request, and what was compiled for each kind of call."""
+    """What a sharded model carries: the request, and what was compiled for each form of call."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.capturing = False
         self.inside = False
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
-        self.compiled: dict[Any, list[Compiled]] = {}
+        self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -95,32 +92,23 @@ class _Engine:
         leaves, spec = flatten((args, kwargs))
         call = ModelCall(module, args, kwargs, function=forward)
         with TRACING:
-            key = (call_key(leaves, named_dims(self.request.options.dynamic, call)), str(spec))
-            self.last = program = self._get(key, call)
+            named = named_dims(self.request.options.dynamic, call)
+            key = call_key(leaves, named), str(spec)
+            self.last = program = self._program(key, named, call, leaves)
 
         def fallback(outputs: frozenset[int]) -> Executable:
             """Backward starts from outputs that were taken for mere results: compile for exactly these."""
+            other = replace(call, differentiable=program.leaves_of(outputs))
             with torch.enable_grad(), TRACING:
-                return self._get(key, replace(call, differentiable=program.leaves_of(outputs))).executable
+                return self._program(key, named, other, leaves).executable
 
         return program.run(leaves, (args, kwargs), fallback)
 
-    def _get(self, key: Any, call: ModelCall) -> Compiled:
-        """The program of a call: one whose guards hold, or a new one."""
-        programs = self.compiled.setdefault((key, call.differentiable), [])
-        for index, program in enumerate(programs):
-            if not program.broken():
-                if index:  # the next call is probably another of this program
-                    programs.insert(0, programs.pop(index))
-                return self._captured(program.at, call)
-        if len(programs) == MANY_PROGRAMS:
-            warnings.warn(
-                f"{type(call.model).__name__} is compiled again and again, because its code reads what changes from "
-                f"call to call: {programs[0].broken()}. Make it a tensor, or leave it out of forward",
-                stacklevel=4,
-            )
-        programs.insert(0, self._captured(compiled, call, *self.request))
-        return programs[0].at(call)
+    def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
+        calls = self.calls.get((key, call.differentiable))
+        if calls is None:
+            calls = self.calls[key, call.differentiable] = Calls(*self.request, named)
+        return self._captured(calls.program, call, leaves)
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""

@@ -112,7 +112,8 @@ def refuse_seeded(
 
 def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
-    inputs but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
+    inputs but for the values of tensors and their sizes, and the global switches of torch. Of sizes it tells those of
+    zero and one, which broadcast, unless the dim is `dynamic`."""
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
     casts = tuple(
@@ -123,7 +124,7 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
 
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
-        shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
+        shape = tuple("any" if size > 1 or dim in free else size for dim, size in enumerate(leaf.shape))
         # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
         order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
         return shape, leaf.dtype, leaf.requires_grad, order

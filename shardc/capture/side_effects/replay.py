@@ -35,6 +35,8 @@ class Run:
     before: Contents = field(default_factory=dict[Any, Any])
     numbers: Mapping[Place, Any] = field(default_factory=dict[Place, Any])
     """What stood in the places of counters before the call."""
+    number: Callable[[Any], Any] = lambda value: value
+    """Puts the sizes of this run into symbolic numbers."""
     made: dict[int, Any] = field(default_factory=dict[int, Any])
     """What was made already, by the identity of its description: two places may hold one object."""
 
@@ -49,12 +51,12 @@ class Value(ABC):
 
 @dataclass(frozen=True)
 class Kept(Value):
-    """An object that exists, or a value that never changes."""
+    """An object that exists, or a value that never changes but with the sizes of inputs."""
 
     value: Any
 
     def make(self, run: Run) -> Any:
-        return self.value
+        return run.number(self.value)
 
 
 @dataclass(frozen=True)
