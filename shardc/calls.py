@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardc.capture.changing_sizes import ChangingSizes, fixed_sizes
 from shardc.capture.dynamic_sizes import sizes_of
+from shardc.capture.torch_patches.transformers import growing_dims
 from shardc.compiled import Compiled
 from shardc.errors import CaptureError
 from shardc.family import Family, check_world, compiled
@@ -48,6 +49,7 @@ class Calls:
         self._dynamic: list[_Dynamic] = []
         self._changing: ChangingSizes | None = ChangingSizes(named)
         """None where the model cannot be captured for all sizes."""
+        self._met = False
         self._first: tuple[Compiled, list[Any]] | None = None
 
     def program(self, call: ModelCall, leaves: list[Any]) -> Compiled:
@@ -90,7 +92,8 @@ class Calls:
         """The program for all sizes of the dims that change; None where there are none, or no such program."""
         if self._changing is None:
             return None
-        dims = self._changing.see(leaves)
+        growing = [] if self._met else growing_dims((call.args, dict(call.kwargs)))
+        self._met, dims = True, self._changing.see(leaves, growing)
         if not dims or min(sizes_of(dims, leaves).values()) < 2:
             return None
         check_world(self._mesh)
@@ -106,7 +109,8 @@ class Calls:
             except CaptureError:
                 if dims == self._named:
                     raise
-                self._changing = None
+                if not growing:
+                    self._changing = None
                 return None
             self._dynamic = [one for one in self._dynamic if one.dims == dims]
             self._dynamic.insert(0, _Dynamic(family, dims, fixed_sizes(leaves, dims)))

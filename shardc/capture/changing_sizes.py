@@ -30,18 +30,24 @@ class ChangingSizes:
         """The dims that change, as far as the calls until this one show, and those that are known to be `growing`.
 
         Dims whose sizes were equal in every call have one name. Sizes of zero and one never change: they broadcast.
+        What is one longer than a growing dim grows with it, as masks do with what is cached.
         """
         for index, leaf in enumerate(leaves):
             for dim, size in enumerate(leaf.shape if isinstance(leaf, Tensor) else ()):
                 if dim not in self._named.get(index, ()) and size > 1:
                     self._seen[index, dim] = (*self._seen.get((index, dim), ()), int(size))
-        changing = [sizes for place, sizes in self._seen.items() if len(set(sizes)) > 1 or place in growing]
+        grown = {self._seen[place][-1] + more for place in growing if place in self._seen for more in (0, 1)}
+        caches = {index for index, _ in growing}
+
+        def changes(place: Place, sizes: tuple[int, ...]) -> bool:
+            return len(set(sizes)) > 1 or place in growing or (sizes[-1] in grown and place[0] not in caches)
+
+        changing = {place: sizes for place, sizes in self._seen.items() if changes(place, sizes)}
         taken = {name for dims in self._named.values() for name in dims.values()}
-        names = dict(zip(dict.fromkeys(changing), _fresh(taken), strict=False))
+        names = dict(zip(dict.fromkeys(changing.values()), _fresh(taken), strict=False))
         dims = {index: dict(named) for index, named in self._named.items()}
-        for (index, dim), sizes in self._seen.items():
-            if sizes in names:
-                dims.setdefault(index, {})[dim] = names[sizes]
+        for (index, dim), sizes in changing.items():
+            dims.setdefault(index, {})[dim] = names[sizes]
         return dims
 
 

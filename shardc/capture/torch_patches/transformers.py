@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""
@@ -35,10 +36,28 @@ def patched(module: nn.Module) -> Generator[None]:
 
 def register_caches(leaves: Sequence[Any]) -> bool:
     """Teach pytree to open transformers' key-value caches. True if it can open one of `leaves` now."""
-    if not any(type(leaf).__name__ == "DynamicCache" for leaf in leaves):
+    if not any(map(_is_growing, leaves)):
         return False
     from torch.utils._pytree import SUPPORTED_NODES  # pytree has no public way to ask for a class
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
     register_dynamic_cache_export_support()
     return any(type(leaf) in SUPPORTED_NODES for leaf in leaves)
+
+
+def growing_dims(arguments: Any) -> list[tuple[int, int]]:
+    """The dims that grow from call to call: that of positions, in key-value caches which are concatenated to. Each is
+    the index of a flat input, and the dim."""
+    grown: list[tuple[int, int]] = []
+    first = 0
+    for part in pytree.tree_leaves(arguments, is_leaf=_is_growing):
+        leaves = pytree.tree_leaves(part)
+        if _is_growing(part):
+            of_keys = [(i, leaf.ndim - 2) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim > 2]
+            grown += [(first + index, dim) for index, dim in of_keys]
+        first += len(leaves)
+    return grown
+
+
+def _is_growing(value: Any) -> bool:
+    return type(value).__name__ == "DynamicCache"
