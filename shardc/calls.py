@@ -61,7 +61,7 @@ class Calls:
                 if not reason:
                     _to_front(self._dynamic, index)
                     with gc_paused():
-                        return one.family.at(call)
+                        return one.family.at(call, leaves)
                 broken.append(reason)
         sizes = fixed_sizes(leaves, {})
         programs = self._alone.setdefault(sizes, [])
@@ -114,7 +114,7 @@ class Calls:
                 return None
             self._dynamic = [one for one in self._dynamic if one.dims == dims]
             self._dynamic.insert(0, _Dynamic(family, dims, fixed_sizes(leaves, dims)))
-            return family.at(call)
+            return family.at(call, leaves)
 
 
 def _to_front(programs: list[Any], index: int) -> None:

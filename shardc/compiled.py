@@ -32,7 +32,7 @@ TRACING = threading.RLock()
 class AnySizes(Protocol):
     """What has the program for the sizes of any call."""
 
-    def at(self, call: ModelCall) -> Compiled: ...
+    def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled: ...
 
 
 class Compiled:
@@ -142,12 +142,13 @@ class Compiled:
             reason = self.broken()
         if reason:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
-        return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
+        leaves = flatten((args, kwargs))[0]
+        return self.at(ModelCall(self._module, args, kwargs), leaves).run(leaves, (args, kwargs))
 
-    def at(self, call: ModelCall) -> Compiled:
-        """The program for the sizes of a call: this one, unless sizes are dynamic."""
+    def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
+        """The program for the sizes of a call with these flat inputs: this one, unless sizes are dynamic."""
         with TRACING:
-            return self if self._family is None else self._family.at(call)
+            return self if self._family is None else self._family.at(call, leaves)
 
     def leaves_of(self, outputs: frozenset[int]) -> frozenset[int]:
         """The flat positions in the user's output of the graph outputs numbered `outputs`."""

@@ -36,7 +36,7 @@ def compiled(call: ModelCall, mesh: Mesh, options: Options, dims: Dims | None = 
     dims = named_dims(options.dynamic, call) if dims is None else dims
     with TRACING, gc_paused():
         if dims:
-            return Family(Compilation(call, mesh, options, dims)).at(call)
+            return Family(Compilation(call, mesh, options, dims)).at(call, flatten((call.args, dict(call.kwargs)))[0])
         return Compiled(_run(PIPELINE, Compilation(call, mesh, options)))
 
 
@@ -89,9 +89,9 @@ class Family:
         aside = self._captured.program.aside if self._captured else None
         return "" if aside is None else aside.broken()
 
-    def at(self, call: ModelCall) -> Compiled:
-        """The program for the sizes of a call."""
-        sizes = sizes_of(self._asked.dims, flatten((call.args, dict(call.kwargs)))[0])
+    def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
+        """The program for the sizes of a call with these flat inputs."""
+        sizes = sizes_of(self._asked.dims, leaves)
         key = tuple(sizes.values())
         if key in self._members:
             return self._members[key]

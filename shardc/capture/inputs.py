@@ -20,11 +20,15 @@ from shardc.ir.facts import Origin
 from shardc.ir.program import name_of
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(tree: Any, known: Collection[int] = ()) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and structure. Dataclasses are opened, and other objects with tensors in their attributes, also those
-    whose classes nobody registered with torch."""
-    leaves, spec = pytree.tree_flatten(tree)
-    closed = {type(leaf): leaf for leaf in leaves if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)}
+    whose classes nobody registered with torch. Objects that are `known`, by identity, stay closed."""
+    leaves, spec = pytree.tree_flatten(tree, (lambda value: id(value) in known) if known else None)
+    closed = {
+        type(leaf): leaf
+        for leaf in leaves
+        if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor) and id(leaf) not in known
+    }
     if not closed or not transformers.register_caches(leaves):
         closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
         for cls in closed:
@@ -34,7 +38,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
                 pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
         if not closed:
             return leaves, spec
-    return flatten(tree)
+    return flatten(tree, known)
 
 
 _LEAVES = frozenset(

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.arguments import Argument
+from shardc.capture.side_effects.arguments import Argument, Way, reached
 from shardc.capture.side_effects.holders import Contents, Holder, Place
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.snapshot import Change
@@ -77,6 +77,16 @@ class Given(Value):
 
     def make(self, run: Run) -> Any:
         return run.inputs[self.index]
+
+
+@dataclass(frozen=True)
+class Passed(Value):
+    """An object among the arguments of the call."""
+
+    way: Way
+
+    def make(self, run: Run) -> Any:
+        return reached(run.arguments, self.way)
 
 
 @dataclass(frozen=True)
