@@ -29,15 +29,14 @@ def flatten(tree: Any, known: Collection[int] = ()) -> tuple[list[Any], pytree.T
         for leaf in leaves
         if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor) and id(leaf) not in known
     }
-    if not closed or not transformers.register_caches(leaves):
-        closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
-        for cls in closed:
-            if dataclasses.is_dataclass(cls):
-                pytree.register_dataclass(cls)
-            else:
-                pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
-        if not closed:
-            return leaves, spec
+    closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
+    for cls in closed:
+        if dataclasses.is_dataclass(cls):
+            pytree.register_dataclass(cls)
+        else:
+            pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
+    if not closed:
+        return leaves, spec
     return flatten(tree, known)
 
 
@@ -49,6 +48,8 @@ _LEAVES = frozenset(
 def _opens(leaf: Any) -> bool:
     if dataclasses.is_dataclass(leaf):
         return not isinstance(leaf, type)
+    if transformers.is_cache(leaf):
+        return True
     return hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, Enum) and holds_tensors(leaf)
 
 
