@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -13,14 +12,16 @@ from typing import Any, NamedTuple, ParamSpec, Protocol
 import torch
 from torch import nn
 
+from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
 from shardc.capture.unsupported_parts import refuse_scripted
-from shardc.compiled import TRACING, Compiled, compiled
+from shardc.compiled import TRACING, Compiled
 from shardc.distribution import check_data, distribute_if_started, with_global_batch
 from shardc.errors import MeshError, ShardcError
+from shardc.family import compiled
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import Inputs, ModelCall
+from shardc.ir.model_call import Dims, Inputs, ModelCall
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
 from shardc.runtime.mesh.parameters import moves
@@ -64,10 +65,6 @@ def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options
     return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
 
 
-MANY_PROGRAMS = 8
-"""Programs for calls of one form, after which the user is told what makes new ones."""
-
-
 class Request(NamedTuple):
     """What a sharded model was sharded for."""
 
@@ -76,14 +73,14 @@ class Request(NamedTuple):
 
 
 class _Engine:
-    """What a sharded model carries: the request, and what was compiled for each kind of call."""
+    """What a sharded model carries: the request, and what was compiled for each form of call."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.capturing = False
         self.inside = False
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
-        self.compiled: dict[Any, list[Compiled]] = {}
+        self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -108,32 +105,23 @@ class _Engine:
         with TRACING:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if torch.is_grad_enabled() else moves(module)
-            key = (call_key(leaves, named_dims(self.request.options.dynamic, call)), str(spec), placed)
-            self.last = program = self._get(key, call)
+            named = named_dims(self.request.options.dynamic, call)
+            key = call_key(leaves, named), str(spec), placed
+            self.last = program = self._program(key, named, call, leaves)
 
         def fallback(outputs: frozenset[int]) -> Executable:
             """Backward starts from outputs that were taken for mere results: compile for exactly these."""
+            other = replace(call, differentiable=program.leaves_of(outputs))
             with torch.enable_grad(), TRACING:
-                return self._get(key, replace(call, differentiable=program.leaves_of(outputs))).executable
+                return self._program(key, named, other, leaves).executable
 
         return program.run(leaves, (args, kwargs), fallback)
 
-    def _get(self, key: Any, call: ModelCall) -> Compiled:
-        """The program of a call: one whose guards hold, or a new one."""
-        programs = self.compiled.setdefault((key, call.differentiable), [])
-        for index, program in enumerate(programs):
-            if not program.broken():
-                if index:  # the next call is probably another of this program
-                    programs.insert(0, programs.pop(index))
-                return self._captured(program.at, call)
-        if len(programs) == MANY_PROGRAMS:
-            warnings.warn(
-                f"{type(call.model).__name__} is compiled again and again, because its code reads what changes from "
-                f"call to call: {programs[0].broken()}. Make it a tensor, or leave it out of forward",
-                stacklevel=4,
-            )
-        programs.insert(0, self._captured(compiled, call, *self.request))
-        return programs[0].at(call)
+    def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
+        calls = self.calls.get((key, call.differentiable))
+        if calls is None:
+            calls = self.calls[key, call.differentiable] = Calls(*self.request, named)
+        return self._captured(calls.program, call, leaves)
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""

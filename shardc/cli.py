@@ -22,8 +22,9 @@ from tyro.conf import Positional, arg, create_mutex_group, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
 from shardc.api import Inputs
-from shardc.compiled import Compiled, compiled
+from shardc.compiled import Compiled
 from shardc.errors import ShardcError
+from shardc.family import compiled
 from shardc.flags import parsed, spelled
 from shardc.inspect.console import show, show_code
 from shardc.inspect.progress import working

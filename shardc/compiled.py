@@ -1,36 +1,37 @@
-"""A program lowered for a mesh: one set of sizes (`Compiled`), or all sizes of one captured program (`Family`)."""
+"""A program lowered for a mesh and one set of sizes."""
 
 from __future__ import annotations
 
+import copy
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from shardc.capture.dynamic_sizes import Template, named_dims, sizes_of
 from shardc.capture.inputs import flatten
-from shardc.distribution import agree_on_program, before_call, check_data, check_world, with_global_batch
+from shardc.distribution import agree_on_program, before_call, with_global_batch
 from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
-from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role
-from shardc.options import Options
-from shardc.passes.pipeline import NAMES, PIPELINE, part, run
-from shardc.planning.compilation import Compilation, Pass
-from shardc.planning.gc_pause import gc_paused
+from shardc.passes.pipeline import NAMES
+from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.mesh.distributed import CALLED
 
 TRACING = threading.RLock()
 """Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
+
+
+class AnySizes(Protocol):
+    """What has the program for the sizes of any call."""
+
+    def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled: ...
 
 
 class Compiled:
@@ -39,10 +40,11 @@ class Compiled:
     Of a family, a call at other sizes runs the member for them; `at` gives that one.
     """
 
-    def __init__(self, snapshots: Mapping[str, Compilation], family: Family | None = None) -> None:
+    def __init__(self, snapshots: Mapping[str, Compilation], family: AnySizes | None = None) -> None:
         self.plan: Plan = plan_of(snapshots)
         self._snapshots = snapshots
         self._last = snapshots["codegen"]
+        self._program = self._last.program
         self._module = self._last.call.model
         self._family = family
         self._agreed: str | None = None
@@ -66,6 +68,16 @@ class Compiled:
         Path(path).write_text(self.code)
 
     @property
+    def program(self) -> Program:
+        """The captured program."""
+        return self._program
+
+    @property
+    def planned(self) -> Compilation:
+        """The compilation once strategies were assigned, for others to reuse."""
+        return self._snapshots["assign"]
+
+    @property
     def executable(self) -> Executable:
         """The code, loaded on this process's mesh. Under torch.distributed all ranks take rank 0's code: each plans on
         its own, and one with less time for it would find another plan."""
@@ -81,11 +93,17 @@ class Compiled:
             self._executable = Executable(module, mesh)
         return self._executable
 
+    def for_sizes(self, program: Program, source: str, executable: Executable) -> Compiled:
+        """This program at other sizes, by the source of many: with the same plan, and the same graphs."""
+        other = copy.copy(self)
+        other._program, other._agreed, other._executable = program, source, executable
+        return other
+
     def _registries(self) -> list[tuple[str, dict[str, Tensor], str]]:
         """Where the parameters and buffers of the program stand: name, the registry of their module, the name there."""
         if self._state is None:
             parts = dict(self._module.named_modules(remove_duplicate=False))
-            used = {port.name for port in self._last.program.inputs if port.role in (Role.PARAMETER, Role.BUFFER)}
+            used = {port.name for port in self._program.inputs if port.role in (Role.PARAMETER, Role.BUFFER)}
             self._state = []
             for name in used:
                 path, _, key = name.rpartition(".")
@@ -95,7 +113,7 @@ class Compiled:
 
     def broken(self) -> str:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
-        aside = self._last.program.aside
+        aside = self._program.aside
         return aside.broken() if aside is not None else ""
 
     def run(
@@ -103,7 +121,7 @@ class Compiled:
     ) -> Any:
         """Run on flat inputs, those of `arguments` (args and kwargs). Returns what the program returns, in its own
         structure, and leaves behind what the program leaves behind."""
-        program = self._last.program
+        program = self._program
         with TRACING:
             executable = self.executable
             state = {name: registry[key] for name, registry, key in self._registries()}
@@ -121,7 +139,8 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.at(ModelCall(self._module, args, kwargs)).run(flatten((args, kwargs))[0], (args, kwargs))
+            leaves = flatten((args, kwargs))[0]
+            return self.at(ModelCall(self._module, args, kwargs), leaves).run(leaves, (args, kwargs))
 
         with TRACING:
             reason = self.broken()
@@ -129,14 +148,14 @@ class Compiled:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
         return with_global_batch(run, args, kwargs, self._last.mesh, self._last.options.data)
 
-    def at(self, call: ModelCall) -> Compiled:
-        """The program for the sizes of a call: this one, unless sizes are dynamic."""
+    def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
+        """The program for the sizes of a call with these flat inputs: this one, unless sizes are dynamic."""
         with TRACING:
-            return self if self._family is None else self._family.at(call)
+            return self if self._family is None else self._family.at(call, leaves)
 
     def leaves_of(self, outputs: frozenset[int]) -> frozenset[int]:
         """The flat positions in the user's output of the graph outputs numbered `outputs`."""
-        return frozenset(i for i, leaf in enumerate(self._last.program.out_leaves) if leaf in outputs)
+        return frozenset(i for i, leaf in enumerate(self._program.out_leaves) if leaf in outputs)
 
 
 def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], arguments: Any) -> Any:
@@ -152,60 +171,3 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
                 values[index] = leaf.make(run)
         program.aside.replay(run)
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
-
-
-def compiled(call: ModelCall, mesh: Mesh, options: Options) -> Compiled:
-    """Capture, plan and lower one call; with dynamic sizes the result serves all of them."""
-    check_world(mesh)
-    check_data(options.data, mesh)
-    dims = named_dims(options.dynamic, call)
-    with TRACING, gc_paused():
-        if dims:
-            return Family(Compilation(call, mesh, options, dims)).at(call)
-        return Compiled(_run(PIPELINE, Compilation(call, mesh, options)))
-
-
-def _run(passes: Sequence[Pass], c: Compilation) -> dict[str, Compilation]:
-    snapshots: dict[str, Compilation] = {}
-    run(passes, c, snapshots)
-    return snapshots
-
-
-class Family:
-    """What one captured program is at the sizes met so far. It is planned at the first; the others reuse the plan's
-    strategies and are only lowered. Sizes that break an assumption of the model's code are captured on their own, and
-    so are sizes of one, which broadcast."""
-
-    def __init__(self, asked: Compilation) -> None:
-        self._asked = replace(asked, call=asked.call.without_arguments())
-        self._members: dict[tuple[int, ...], Compiled] = {}
-        self._captured: Compilation | None = None
-        self._template: Template | None = None
-        self._planned: Compilation | None = None
-        self._planned_at = ""
-
-    def at(self, call: ModelCall) -> Compiled:
-        """The program for the sizes of a call."""
-        sizes = sizes_of(self._asked.dims, flatten((call.args, dict(call.kwargs)))[0])
-        key = tuple(sizes.values())
-        if key not in self._members:
-            self._members[key] = Compiled(self._at(replace(self._asked, call=call), sizes), self)
-        return self._members[key]
-
-    def _at(self, asked: Compilation, sizes: Mapping[str, int]) -> dict[str, Compilation]:
-        seconds: Mapping[str, float] = {}
-        if self._captured is None and min(sizes.values()) > 1:
-            self._captured = run(part("capture", "capture"), asked)
-            self._template = Template(self._captured.program, asked.dims)
-            seconds = self._captured.seconds
-        if self._captured is None or self._template is None or not self._template.admits(sizes):
-            return _run(PIPELINE, replace(asked, dims={}))
-        start = time.process_time()
-        program = self._template.at(sizes)
-        seconds = {**seconds, "sizes": time.process_time() - start}
-        c = replace(self._captured, program=program, seconds=seconds)
-        snapshots = {"capture": c}
-        run(PIPELINE[1:], replace(c, reuse=self._planned, reuse_at=self._planned_at), snapshots)
-        if self._planned is None:
-            self._planned, self._planned_at = snapshots["assign"], ", ".join(f"{k}={n}" for k, n in sizes.items())
-        return snapshots

@@ -33,7 +33,10 @@ class Boundary(ABC):
 
     def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
         """The part of the user's `value` that `rank` works on: a tensor of the slot's local shape."""
-        return cut(value.detach(), slot.cuts, self.mesh.coordinates(rank), self.mesh.axes)
+        value = value.detach()
+        if not slot.cuts:
+            return value.contiguous()
+        return cut(value, slot.cuts, self.mesh.coordinates(rank), self.mesh.axes)
 
     def enter_tangent(self, slot: Slot, tangent: Tensor | None, rank: int) -> Tensor:
         """The rank's part of a tangent (the gradient of an output); zeros where there is none."""

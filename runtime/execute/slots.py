@@ -46,8 +46,8 @@ class Slot:
 
     def check(self, tensor: Tensor) -> None:
         """RankError unless `tensor` has this slot's global shape and dtype."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tuple(tensor.shape) != tuple(self.shape) or dtype != self.dtype:
+        if tensor.shape != self.shape or tensor.dtype != getattr(torch, self.dtype):
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise RankError(
                 f"{self} must be {self.dtype}{list(self.shape)}, as when the program was compiled, "
                 f"but is {dtype}{list(tensor.shape)}"

@@ -28,7 +28,9 @@ _VIEWS = {
     aten.squeeze.dims, aten.unsqueeze.default, aten._reshape_alias.default, aten.unflatten.int, aten.flatten.using_ints,
 }  # fmt: skip
 _SAME = {aten._unsafe_index.Tensor: aten.index.Tensor, aten._unsafe_index_put.default: aten.index_put.default}
-_MOVES = {aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor}
+_MOVES = {
+    aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.slice_backward.default,
+}  # fmt: skip
 _IRRELEVANT = ("memory_format", "layout", "pin_memory")
 
 Target = Callable[..., Any]

@@ -22,11 +22,11 @@ from torch.utils import _pytree as pytree
 from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches.fake_tensors import fake_mode
-from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
+from shardc.capture.torch_patches.symbols import Free, Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.model_call import Dims, Dynamic, ModelCall
-from shardc.ir.program import Constant, Program, Role, value_of
+from shardc.ir.program import Aside, Constant, Made, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
 
 
@@ -94,6 +94,7 @@ class Template:
                  if port.role is Role.INPUT}  # fmt: skip
         sizes = {name: value_of(nodes[i]).shape[dim] for i, named in dims.items() for dim, name in named.items()}
         self._symbols = Symbols(sizes)
+        self._returns_sizes = any(isinstance(o, Constant) and is_symbolic(o.value) for o in program.out_leaves)
         for name, size in self._symbols.fixed.items():
             raise CaptureError(
                 f"the size {name!r} is declared dynamic, but the model's code fixes it to {size} (by branching on it, "
@@ -103,6 +104,23 @@ class Template:
     def admits(self, sizes: Mapping[str, int]) -> bool:
         """Whether everything that the model's code assumes of its sizes holds at `sizes`."""
         return self._symbols.hold(sizes)
+
+    @property
+    def free(self) -> list[Free]:
+        """The sizes that may be chosen; all others follow."""
+        return list(self._symbols.free.values())
+
+    def sizes_at(self, free: Mapping[str, int]) -> dict[str, int] | None:
+        """All sizes, of those that may be chosen. None where the program is not for them."""
+        return self._symbols.sizes_at(free)
+
+    def sized(self, like: Program, sizes: Mapping[str, int]) -> Program:
+        """The program `like`, whose graph is that of other sizes, with the numbers that it returns and leaves behind
+        at these."""
+        if not (self._returns_sizes or self.program.aside):
+            return like
+        number = self._symbols.evaluator(sizes)
+        return replace(like, out_leaves=self._leaves(number), aside=self._aside(number))
 
     def at(self, sizes: Mapping[str, int]) -> Program:
         """The program that a capture at these sizes would give."""
@@ -128,6 +146,13 @@ class Template:
                 )  # type: ignore[misc]
                 new[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
                 describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
+        version = GraphVersion.of(graph)
+        leaves, aside = self._leaves(number), self._aside(number)
+        return with_eager_results(replace(self.program, version=version, out_leaves=leaves, aside=aside))
+
+    def _leaves(self, number: Callable[[Any], Any]) -> list[int | Constant | Made]:
         old = self.program.out_leaves
-        leaves = [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
-        return with_eager_results(replace(self.program, version=GraphVersion.of(graph), out_leaves=leaves))
+        return [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
+
+    def _aside(self, number: Callable[[Any], Any]) -> Aside | None:
+        return self.program.aside.at(number) if self.program.aside else None

@@ -21,21 +21,24 @@ from shardc.ir.program import name_of
 from shardc.runtime.execute.transforms import refuse_transforms
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(tree: Any, known: Collection[int] = ()) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and structure. Dataclasses are opened, and other objects with tensors in their attributes, also those
-    whose classes nobody registered with torch."""
-    leaves, spec = pytree.tree_flatten(tree)
-    closed = {type(leaf): leaf for leaf in leaves if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)}
-    if not closed or not transformers.register_caches(leaves):
-        closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
-        for cls in closed:
-            if dataclasses.is_dataclass(cls):
-                pytree.register_dataclass(cls)
-            else:
-                pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
-        if not closed:
-            return leaves, spec
-    return flatten(tree)
+    whose classes nobody registered with torch. Objects that are `known`, by identity, stay closed."""
+    leaves, spec = pytree.tree_flatten(tree, (lambda value: id(value) in known) if known else None)
+    closed = {
+        type(leaf): leaf
+        for leaf in leaves
+        if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor) and id(leaf) not in known
+    }
+    closed = {cls: leaf for cls, leaf in closed.items() if _opens(leaf)}
+    for cls in closed:
+        if dataclasses.is_dataclass(cls):
+            pytree.register_dataclass(cls)
+        else:
+            pytree.register_pytree_node(cls, _attributes, functools.partial(_object, cls))
+    if not closed:
+        return leaves, spec
+    return flatten(tree, known)
 
 
 _LEAVES = frozenset(
@@ -46,6 +49,8 @@ _LEAVES = frozenset(
 def _opens(leaf: Any) -> bool:
     if dataclasses.is_dataclass(leaf):
         return not isinstance(leaf, type)
+    if transformers.is_cache(leaf):
+        return True
     return hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, Enum) and holds_tensors(leaf)
 
 
@@ -118,7 +123,8 @@ def refuse_seeded(
 
 def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
-    inputs but for the values of tensors and the sizes of `dynamic` dims, and the global switches of torch."""
+    inputs but for the values of tensors and their sizes, and the global switches of torch. Of sizes it tells those of
+    zero and one, which broadcast, unless the dim is `dynamic`."""
     refuse_unplain(leaves)
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
@@ -130,7 +136,7 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
 
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
-        shape = tuple("any" if dim in free else size for dim, size in enumerate(leaf.shape))
+        shape = tuple("any" if size > 1 or dim in free else size for dim, size in enumerate(leaf.shape))
         # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
         order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
         return shape, leaf.dtype, leaf.requires_grad, order

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
+from shardc.capture.side_effects.arguments import Way, passed_objects
 from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
@@ -27,6 +28,7 @@ from shardc.capture.side_effects.replay import (
     Describer,
     Given,
     Kept,
+    Passed,
     Result,
     SideEffect,
     Standing,
@@ -166,7 +168,7 @@ class ModelTrace:
                 self.watch.refuse("the model leaves something behind")
             self.candidates = candidates(changes)
             self._write_back(tensors)
-            return self._flat_outputs(output, changes, tensors)
+            return self._flat_outputs(output, changes, tensors, passed_objects((args, kwargs)))
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns; notes the state in which it leaves torch's generator."""
@@ -201,10 +203,12 @@ class ModelTrace:
                 if now is not None and now is not tensor and now.shape == tensor.shape and now.dtype == tensor.dtype:
                     tensor.copy_(now.detach())
 
-    def _flat_outputs(self, output: Any, changes: list[Change], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _flat_outputs(
+        self, output: Any, changes: list[Change], tensors: Sequence[Tensor], passed: Mapping[int, Way]
+    ) -> tuple[Tensor, ...]:
         """The tensors among the outputs and among what the model leaves behind; notes what is made of them."""
         slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-        leaves, self.out_spec = flatten(output)
+        leaves, self.out_spec = flatten(output, passed)
         positions: dict[int, int] = {}
 
         def described(tensor: Tensor) -> Value:
@@ -225,6 +229,9 @@ class ModelTrace:
                 positions.setdefault(id(leaf), index)
                 if id(leaf) in slots or not is_traced(leaf):
                     made[index] = described(leaf)
+            elif id(leaf) in passed:
+                made[index] = Passed(passed[id(leaf)])
+                leaves[index] = None
             elif type(leaf) is Counter or holds_tensors(leaf):
                 made[index] = describer.describe(leaf)
         self.effects = effects_of(changes, describer, self.stand_ins)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -54,6 +54,10 @@ class Aside(Protocol):
 
     def broken(self) -> str:
         """Why a call is not one of this program: which value that the code read has changed. "" if it is."""
+        ...
+
+    def at(self, number: Callable[[Any], Any]) -> Aside:
+        """The same, with `number` to put the sizes of a call into symbolic numbers."""
         ...
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Any:

@@ -29,7 +29,7 @@ class Argument(Holder):
     def __init__(self, inner: Holder, way: Way) -> None:
         super().__init__(inner.target, inner.path)
         self._inner: Holder | None = inner
-        self._of_object = isinstance(inner, Attributes)
+        self.of_object = isinstance(inner, Attributes)
         self.way = way
 
     def get(self) -> Contents:
@@ -45,12 +45,24 @@ class Argument(Holder):
 
     def of(self, arguments: Any) -> Holder:
         """The holder in the arguments of another call."""
-        value = arguments
-        for step in self.way:
-            value = getattr(value, step) if isinstance(step, Attribute) else value[step]
-        holder = Attributes(value, self.path) if self._of_object else holder_of(value, self.path)
+        value = reached(arguments, self.way)
+        holder = Attributes(value, self.path) if self.of_object else holder_of(value, self.path)
         assert holder is not None  # the structure of the arguments is part of what a program was compiled for
         return holder
+
+
+def passed_objects(arguments: Any) -> dict[int, Way]:
+    """The ways to the objects in the arguments that are no plain containers, by identity."""
+    holders = [one for one in argument_holders(arguments) if one.of_object]
+    return {id(reached(arguments, one.way)): one.way for one in holders}
+
+
+def reached(arguments: Any, way: Way) -> Any:
+    """The value at the end of a way."""
+    value = arguments
+    for step in way:
+        value = getattr(value, step) if isinstance(step, Attribute) else value[step]
+    return value
 
 
 def argument_holders(arguments: Any) -> Iterator[Argument]:

@@ -6,7 +6,7 @@ h = self.up(x); self.last = h       ->    guards: model.training is True, ...; e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ class Beside:
     """Where counters stand, which effects compute from what they were."""
     seed: Tensor | None = None
     """The state in which the model leaves torch's generator, where it sets it."""
+    number: Callable[[Any], Any] = lambda value: value
+    """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
+
+    def at(self, number: Callable[[Any], Any]) -> Beside:
+        """The same, for the sizes of a call."""
+        return replace(self, number=number)
 
     def broken(self) -> str:
         """Why a call is not one of this program, in a few words; "" if it is."""
@@ -38,7 +44,8 @@ class Beside:
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Run:
         """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
-        return Run(results, inputs, arguments, numbers={place: place.get() for place in self.numbers})
+        numbers = {place: place.get() for place in self.numbers}
+        return Run(results, inputs, arguments, numbers=numbers, number=self.number)
 
     def replay(self, run: Run) -> None:
         """Leave behind what the model leaves behind."""

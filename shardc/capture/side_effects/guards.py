@@ -27,7 +27,6 @@ from shardc.capture.side_effects.holders import (
     Cell,
     Contents,
     Context,
-    Elements,
     Environment,
     Holder,
     Members,
@@ -94,9 +93,11 @@ class Guards:
 
     def _gather(self) -> None:
         """Lay all values out in a row, for the quick comparison."""
-        self._getters = [values.getter for values in self._values]
-        self._targets = [values.holder.target for values in self._values]
-        self._expected = [item for values in self._values for item in values.expected]
+        single = [values for values in self._values if values.single]
+        several = [values for values in self._values if not values.single]
+        self._single = [values.getter for values in single], [values.target for values in single]
+        self._several = [values.getter for values in several], [values.target for values in several]
+        self._expected = [item for values in (*single, *several) for item in values.expected]
         self._lengths = [length for _, length in self._sized]
         self._containers = [holder.target for holder, _ in self._sized]
         items = {id(item): item for item in self._expected}.values()
@@ -117,8 +118,8 @@ class Guards:
                 if len(holder.target) != length
             )
         try:
-            values = chain.from_iterable(map(_call, self._getters, self._targets))
-            same = all(map(operator.is_, values, self._expected))
+            several = chain.from_iterable(map(_call, *self._several))
+            same = all(map(operator.is_, chain(map(_call, *self._single), several), self._expected))
         except (LookupError, AttributeError, ValueError):
             same = False
         reason = "" if same else self._compare()
@@ -201,36 +202,33 @@ class _Values:
 
     def __init__(self, holder: Holder, keys: list[Any], values: list[Any]) -> None:
         self.holder, self.keys = holder, keys
-        self.getter, self._twice = _getter(holder, keys)
-        self.expected = values * 2 if self._twice else values
+        self.getter, self.single = _getter(holder, keys)
+        self.target = holder.target
+        if isinstance(holder, Names) and not isinstance(holder.target, dict):
+            self.target = vars(holder.target)  # a view of what a class or a module holds now
+        self.expected = values
 
     def take(self, contents: Contents) -> None:
         """Expect these values from now on."""
         values = [contents[key] for key in self.keys]
-        self.expected = values * 2 if self._twice else values
+        self.expected = values
 
 
-def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Iterable[Any]], bool]:
-    """A function from the holder's target to its values under `keys`, and whether it gives each of them twice."""
+def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool]:
+    """A function from the holder's target to its values under `keys`, and whether it gives the bare value, of one."""
     if isinstance(holder, Members):
         return iter, False
-    twice = keys * 2 if len(keys) == 1 else keys  # with one key, the getters below give the bare value
     if isinstance(holder, Slots):
-        return operator.attrgetter(*twice), len(keys) == 1
+        return operator.attrgetter(*keys), len(keys) == 1
     if isinstance(holder, Cell):
-        return operator.attrgetter("cell_contents", "cell_contents"), True
+        return operator.attrgetter("cell_contents"), True
     if isinstance(holder, Environment):
         return (lambda variables: map(variables.get, keys)), False
     if isinstance(holder, Context):
-        return (lambda variable: [variable.get(GONE)]), False
-    get = operator.itemgetter(*twice)
-    if isinstance(holder.target, dict):
-        if type(holder.target).__getitem__ is dict.__getitem__:
-            return get, len(keys) == 1
+        return (lambda variable: variable.get(GONE)), True
+    if isinstance(holder.target, dict) and type(holder.target).__getitem__ is not dict.__getitem__:
         return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items
-    if isinstance(holder, Elements):
-        return get, len(keys) == 1
-    return (lambda owner: get(vars(owner))), len(keys) == 1
+    return operator.itemgetter(*keys), len(keys) == 1
 
 
 def _form(tensor: Tensor | np.ndarray) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.arguments import Argument
+from shardc.capture.side_effects.arguments import Argument, Way, reached
 from shardc.capture.side_effects.holders import Contents, Holder, Place
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.snapshot import Change
@@ -35,6 +35,8 @@ class Run:
     before: Contents = field(default_factory=dict[Any, Any])
     numbers: Mapping[Place, Any] = field(default_factory=dict[Place, Any])
     """What stood in the places of counters before the call."""
+    number: Callable[[Any], Any] = lambda value: value
+    """Puts the sizes of this run into symbolic numbers."""
     made: dict[int, Any] = field(default_factory=dict[int, Any])
     """What was made already, by the identity of its description: two places may hold one object."""
 
@@ -49,12 +51,12 @@ class Value(ABC):
 
 @dataclass(frozen=True)
 class Kept(Value):
-    """An object that exists, or a value that never changes."""
+    """An object that exists, or a value that never changes but with the sizes of inputs."""
 
     value: Any
 
     def make(self, run: Run) -> Any:
-        return self.value
+        return run.number(self.value)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class Given(Value):
 
     def make(self, run: Run) -> Any:
         return run.inputs[self.index]
+
+
+@dataclass(frozen=True)
+class Passed(Value):
+    """An object among the arguments of the call."""
+
+    way: Way
+
+    def make(self, run: Run) -> Any:
+        return reached(run.arguments, self.way)
 
 
 @dataclass(frozen=True)

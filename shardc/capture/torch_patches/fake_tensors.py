@@ -37,7 +37,9 @@ def fake_mode(dynamic: bool = False) -> FakeTensorMode:
     itself (constants) may meet them."""
     if not dynamic:
         return FakeTensorMode(allow_non_fake_inputs=True)
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False)
+    # dims that happen to have one size in this call have symbols of their own, unless they are said to be equal
+    env = ShapeEnv(duck_shape=False)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=False)
 
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:

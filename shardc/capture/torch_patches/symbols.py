@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter  # how torch itself writes its guards as code
+
+from shardc.errors import CaptureError
 
 
 def is_symbolic(value: Any) -> bool:
@@ -15,41 +19,79 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+class Free(NamedTuple):
+    """A named size that may be chosen: it is `step` times an integer, plus `offset`."""
+
+    name: str
+    step: int
+    offset: int
+
+
 class Symbols:
     """Named sizes of one trace, and what the trace assumed of them (torch's guards).
 
     torch checks guards against the inputs of a call; here they are checked against sizes alone, before there is a call.
-    For that, the ShapeEnv is asked for its guards, ranges and replacements, which are private.
+    For that, the ShapeEnv is asked for its guards, ranges and replacements, which are private. `fixed` are the names
+    whose size the trace fixed; the sizes `free` determine all others.
+
+    Raises CaptureError where a symbol is no linear function of one of the named sizes.
     """
 
     def __init__(self, sizes: Mapping[str, torch.SymInt]) -> None:
         self._env: ShapeEnv = next(iter(sizes.values())).node.shape_env
         self._named = {name: self._env.replace(size.node.expr) for name, size in sizes.items()}
         self.fixed = {name: int(expr) for name, expr in self._named.items() if not expr.free_symbols}
+        self.free: dict[sympy.Symbol, Free] = {}
+        for symbol in sorted({s for expr in self._named.values() for s in expr.free_symbols}, key=str):
+            self.free[symbol] = self._determining(symbol)
+        self._roots: Callable[[Mapping[str, int]], Sequence[int]] = self._lambda("sizes", self._root_codes())
+        self._conditions: Callable[..., Sequence[bool]] = self._lambda(
+            ", ".join(["sizes", *map(str, self.free)]), self._condition_codes()
+        )
+        self._sizes: Callable[..., Sequence[int]] = self._lambda(
+            ", ".join(map(str, self.free)), [_code(expr) for expr in self._named.values()]
+        )
+
+    def _determining(self, symbol: sympy.Symbol) -> Free:
+        """The named size from which the symbol follows."""
+        for name, expr in self._named.items():
+            if expr.free_symbols == {symbol}:
+                step, offset = expr.coeff(symbol, 1), expr.coeff(symbol, 0)
+                if step.is_Integer and step > 0 and offset.is_Integer and expr == step * symbol + offset:
+                    return Free(name, int(step), int(offset))
+        raise CaptureError(f"no dynamic size determines {symbol}, on which {', '.join(self._named)} depend")
+
+    def _root_codes(self) -> list[str]:
+        return [f"(sizes[{one.name!r}] - {one.offset}) // {one.step}" for one in self.free.values()]
+
+    def _condition_codes(self) -> list[str]:
+        codes = [f"sizes[{name!r}] == {_code(expr)}" for name, expr in self._named.items()]
+        guards = dict.fromkeys(self._env.replace(guard.expr) for guard in self._env.guards)
+        codes += [_code(guard) for guard in guards if guard != sympy.true]
+        for symbol in self.free:
+            bounds = self._env.var_to_range.get(symbol)
+            if bounds is not None and bounds.lower.is_Integer:
+                codes.append(f"{symbol} >= {bounds.lower}")
+            if bounds is not None and bounds.upper.is_Integer:
+                codes.append(f"{symbol} <= {bounds.upper}")
+        return codes
+
+    def _lambda(self, arguments: str, results: Sequence[str]) -> Callable[..., Any]:
+        space = {"math": math, "torch": torch}
+        return eval(f"lambda {arguments}: ({''.join(f'{one}, ' for one in results)})", space)
 
     def hold(self, sizes: Mapping[str, int]) -> bool:
         """Whether every guard holds at these sizes."""
-        values = self._values(sizes)
-        if values is None:
-            return False
-        guards = [self._env.replace(guard.expr).xreplace(values) for guard in self._env.guards]
-        ranges = self._env.var_to_range
-        inside = all(ranges[s].lower <= n <= ranges[s].upper for s, n in values.items() if s in ranges)
-        return inside and all(guard == sympy.true for guard in guards)
+        return all(self._conditions(sizes, *self._roots(sizes)))
 
-    def _values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, sympy.Integer] | None:
-        """The symbols' values; None where no integers give these sizes."""
-        symbols = sorted({s for expr in self._named.values() for s in expr.free_symbols}, key=str)
-        equations = [expr - sizes[name] for name, expr in self._named.items()]
-        solved = sympy.solve(equations, symbols, dict=True)
-        if len(solved) != 1 or not all(isinstance(solved[0].get(s), sympy.Integer) for s in symbols):
-            return None
-        return solved[0]
+    def sizes_at(self, free: Mapping[str, int]) -> dict[str, int] | None:
+        """All sizes, from those that may be chosen, by name. None where a guard does not hold."""
+        sizes = dict(zip(self._named, self._sizes(*self._roots(free)), strict=True))
+        return sizes if all(sizes[name] == size for name, size in free.items()) and self.hold(sizes) else None
 
     def evaluator(self, sizes: Mapping[str, int]) -> Callable[[Any], Any]:
         """A function that puts the sizes' numbers into a symbolic number, and leaves all else alone."""
-        values = self._values(sizes)
-        assert values is not None
+        values = dict(zip(self.free, map(sympy.Integer, self._roots(sizes)), strict=True))
         known: dict[sympy.Basic, Any] = {}
 
         def number(value: Any) -> Any:
@@ -62,3 +104,7 @@ class Symbols:
             return kind(known[expr])
 
         return number
+
+
+def _code(expr: Any) -> str:
+    return PythonPrinter().doprint(expr)  # type: ignore[no-any-return]

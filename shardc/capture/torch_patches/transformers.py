@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""
@@ -33,12 +34,25 @@ def patched(module: nn.Module) -> Generator[None]:
         yield
 
 
-def register_caches(leaves: Sequence[Any]) -> bool:
-    """Teach pytree to open transformers' key-value caches. True if it can open one of `leaves` now."""
-    if not any(type(leaf).__name__ == "DynamicCache" for leaf in leaves):
-        return False
-    from torch.utils._pytree import SUPPORTED_NODES  # pytree has no public way to ask for a class
-    from transformers.integrations.executorch import register_dynamic_cache_export_support
+_CACHES = frozenset({"Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin"})
 
-    register_dynamic_cache_export_support()
-    return any(type(leaf) in SUPPORTED_NODES for leaf in leaves)
+
+def is_cache(value: Any) -> bool:
+    """Whether an object is a cache of transformers, or what one holds of a layer. They are opened also while they are
+    empty: every `generate` brings another."""
+    module = type(value).__module__
+    return module.startswith("transformers.") and any(base.__name__ in _CACHES for base in type(value).__mro__)
+
+
+def growing_dims(arguments: Any) -> list[tuple[int, int]]:
+    """The dims that grow from call to call: that of positions, in the keys and values of caches that are concatenated
+    to. Each is the index of a flat input, and the dim."""
+    caches = pytree.tree_leaves(arguments, is_leaf=_is_growing)
+    layers = [layer for cache in caches if _is_growing(cache) for layer in cache.layers]
+    grown = {id(vars(layer).get(name)) for layer in layers for name in ("keys", "values")}
+    leaves = enumerate(pytree.tree_leaves(arguments))
+    return [(index, leaf.ndim - 2) for index, leaf in leaves if isinstance(leaf, Tensor) and id(leaf) in grown]
+
+
+def _is_growing(value: Any) -> bool:
+    return type(value).__name__ == "DynamicCache" and is_cache(value)

@@ -1,0 +1,68 @@
+"""Which sizes change from call to call: found by comparing calls, as torch.compile does.
+
+model(x[4, 12], mask[4, 12])
+model(x[4, 16], mask[4, 16])     ->    {0: {1: "s0"}, 1: {1: "s0"}}     dim 1 of both changes; the two are equal
+model(x[6, 20], mask[6, 20])     ->    {0: {0: "s0", 1: "s1"}, 1: {0: "s0", 1: "s1"}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardc.ir.model_call import Dims
+
+Place = tuple[int, int]
+"""A dim of a flat input: the input's index, and the dim's."""
+
+
+class ChangingSizes:
+    """The sizes of calls that have as many inputs, of as many dims, as one another. `named` are dims that the user has
+    named; these keep their names."""
+
+    def __init__(self, named: Dims) -> None:
+        self._named = named
+        self._seen: dict[Place, tuple[int, ...]] = {}
+
+    def see(self, leaves: Sequence[Any], growing: Collection[Place] = ()) -> Dims:
+        """The dims that change, as far as the calls until this one show, and those that are known to be `growing`.
+
+        Dims whose sizes were equal in every call have one name. Sizes of zero and one never change: they broadcast.
+        What is one longer than a growing dim grows with it, as masks do with what is cached.
+        """
+        for index, leaf in enumerate(leaves):
+            for dim, size in enumerate(leaf.shape if isinstance(leaf, Tensor) else ()):
+                if dim not in self._named.get(index, ()) and size > 1:
+                    self._seen[index, dim] = (*self._seen.get((index, dim), ()), int(size))
+        grown = {self._seen[place][-1] + more for place in growing if place in self._seen for more in (0, 1)}
+        caches = {index for index, _ in growing}
+
+        def changes(place: Place, sizes: tuple[int, ...]) -> bool:
+            return len(set(sizes)) > 1 or place in growing or (sizes[-1] in grown and place[0] not in caches)
+
+        changing = {place: sizes for place, sizes in self._seen.items() if changes(place, sizes)}
+        taken = {name for dims in self._named.values() for name in dims.values()}
+        names = dict(zip(dict.fromkeys(changing.values()), _fresh(taken), strict=False))
+        dims = {index: dict(named) for index, named in self._named.items()}
+        for (index, dim), sizes in changing.items():
+            dims.setdefault(index, {})[dim] = names[sizes]
+        return dims
+
+
+def _fresh(taken: Collection[str]) -> Iterable[str]:
+    return (name for name in (f"s{number}" for number in range(10**6)) if name not in taken)
+
+
+def fixed_sizes(leaves: Sequence[Any], dims: Mapping[int, Collection[int]]) -> tuple[Any, ...]:
+    """The sizes of all tensors, without those of `dims`: what one captured program is for."""
+    return tuple(
+        [
+            tuple([size for dim, size in enumerate(leaf.shape) if dim not in dims[index]])
+            if index in dims
+            else leaf.shape
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+        ]
+    )
