@@ -124,7 +124,14 @@ class Stopped:
         return self
 
     def __next__(self) -> NoReturn:
-        frame = user_frame(sys._getframe(1))
+        self.refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise CaptureError for the line that wants a value."""
+        frame = user_frame(sys._getframe(2))
         line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
         raise CaptureError(
             f"forward takes the next value of the iterator {self._path}{line}: it would be the same at every call. "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from shardc.capture.side_effects.holders import (
     Attributes,
+    Bytes,
     Cell,
     Contents,
     Context,
@@ -34,7 +35,7 @@ from shardc.capture.side_effects.holders import (
     Place,
     Slots,
 )
-from shardc.capture.side_effects.reachable import LONG, PLAIN
+from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.runtime.mesh.parameters import RECORD
@@ -74,15 +75,18 @@ class Guards:
         for holder, held in contents:
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 continue
-            of_object = isinstance(holder, (Attributes, Slots))
+            of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
             keys = [key for key in held if key not in NEVER_READ and not (of_object and key not in names)]
             keys = [key for key in keys if (id(holder.target), key) not in unread]
-            if type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment)):
+            counted = isinstance(holder, Attributes) and holder.whole
+            if counted or (
+                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment))
+            ):
                 if held:
                     self._sized.append((holder, len(held)))
                 else:
                     self._empty.append(holder.target)
-            if keys and len(held) <= LONG:
+            if keys and len(held) <= MOST_COMPARED:
                 quick = [key for key in keys if (id(holder.target), key) not in written]
                 self._written += [(Place(holder, key), held[key]) for key in keys if key not in quick]
                 if quick:
@@ -186,6 +190,9 @@ class _Gone:
         return "gone"
 
 
+MOST_COMPARED = 100_000
+"""Elements of a container that are compared one by one; of more, their number is."""
+
 GONE = _Gone()
 """What stands in a place where nothing does."""
 
@@ -218,6 +225,8 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool
     """A function from the holder's target to its values under `keys`, and whether it gives the bare value, of one."""
     if isinstance(holder, Members):
         return iter, False
+    if isinstance(holder, Bytes):
+        return (lambda _: holder.get().get(0)), True
     if isinstance(holder, Slots):
         return operator.attrgetter(*keys), len(keys) == 1
     if isinstance(holder, Cell):

@@ -66,9 +66,10 @@ class Items(Holder):
 class Attributes(Items):
     """The attributes in the `__dict__` of an object."""
 
-    def __init__(self, owner: Any, path: str) -> None:
+    def __init__(self, owner: Any, path: str, whole: bool = False) -> None:
         super().__init__(vars(owner), path)
-        self.owner = owner
+        self.owner, self.whole = owner, whole
+        """`whole`: code reads all attributes, not only those that it names."""
 
     def name(self, key: Any) -> str:
         return f"{self.path}.{key}"
@@ -140,14 +141,19 @@ class Names(Holder):
     def __init__(self, owner: Any, path: str) -> None:
         super().__init__(owner, path)
         self.used: dict[str, None] = {}
+        self._first = frozenset(self._space())
+
+    def _space(self) -> Mapping[str, Any]:
+        return self.target if isinstance(self.target, dict) else vars(self.target)
 
     def get(self) -> Contents:
-        space = self.target if isinstance(self.target, dict) else vars(self.target)
-        return {name: space[name] for name in self.used if name in space}
+        space = self._space()
+        new = () if len(space) == len(self._first) else (name for name in space if name not in self._first)
+        return {name: space[name] for name in (*self.used, *new) if name in space}
 
     def put(self, contents: Mapping[Any, Any]) -> None:
         now = self.get()
-        for name in self.used:
+        for name in dict.fromkeys((*self.used, *now, *contents)):
             if name in contents and (name not in now or now[name] is not contents[name]):
                 self.set(name, contents[name])
             elif name in now and name not in contents:
@@ -168,6 +174,40 @@ class Names(Holder):
     def name(self, key: Any) -> str:
         return f"{self.path}.{key}"
 
+
+class Bytes(Holder):
+    """The bytes of an array or a bytearray, as one value. An array of objects, or a very large one, seems empty."""
+
+    def __init__(self, target: Any, path: str) -> None:
+        super().__init__(target, path)
+        self._last = b""
+
+    def get(self) -> Contents:
+        try:
+            view = memoryview(self.target)
+            if view.nbytes > MOST_BYTES or view.format == "O":
+                return {}
+            now = view.tobytes()
+        except (BufferError, ValueError, TypeError):
+            return {}
+        if now != self._last:  # so that equal contents are one object
+            self._last = now
+        return {0: self._last}
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        if contents and self.get().get(0) is not contents[0]:
+            if isinstance(self.target, bytearray):
+                self.target[:] = contents[0]
+            else:
+                memoryview(self.target).cast("B")[:] = contents[0]
+            self._last = contents[0]
+
+    def name(self, key: Any) -> str:
+        return self.path
+
+
+MOST_BYTES = 1 << 20
+"""Larger arrays are compared by identity: to read them at every call would take too long."""
 
 _EMPTY = object()
 

@@ -18,7 +18,8 @@ import random
 import sys
 import threading
 import weakref
-from collections import deque
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from shardc.capture.side_effects.code import free_names, imported, is_known, names
 from shardc.capture.side_effects.holders import (
     Attributes,
+    Bytes,
     Cell,
     Context,
     Environment,
@@ -53,14 +55,20 @@ PLAIN = (
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
+_INSIDES: dict[type, tuple[str, ...]] = {
+    UserDict: ("data",), UserList: ("data",), ChainMap: ("maps",), weakref.WeakKeyDictionary: ("data",),
+    weakref.WeakValueDictionary: ("data",), weakref.WeakSet: ("data",),
+}  # fmt: skip
+"""Classes of Python's library that hold the user's values, and in which attributes."""
+
 LONG = 1000
-"""Containers with more elements are not looked into: to read them at every call would take too long."""
+"""Of containers with more elements, the elements are not looked into."""
 
 _STATE = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 _OURS = frozenset({"_shardc", RECORD})
 _CACHED = type(functools.lru_cache(lambda: None))  # type: ignore[arg-type]
-_OPEN_LIBRARY = frozenset({"types", "argparse", "collections", "dataclasses", "functools", "typing"})
+_OPEN_LIBRARY = frozenset({"types", "argparse", "collections", "dataclasses", "functools", "typing", "weakref"})
 """Modules of Python's library whose objects are mere containers of the user's values."""
 
 
@@ -102,7 +110,7 @@ class Reachable:
         if isinstance(value, Tensor):
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
-        elif isinstance(value, Iterator):
+        elif isinstance(value, Iterator) and type(value) not in weakref.ProxyTypes:
             self.iterators.append(place)
         elif isinstance(value, _CACHED):
             self.cached.append((place, value))
@@ -121,7 +129,9 @@ class Reachable:
         if isinstance(value, Tensor):
             return
         self._seen[id(value)] = value
-        if isinstance(value, FunctionType):
+        if type(value) in weakref.ProxyTypes:
+            self._todo.append((value.__repr__.__self__, path))  # what it stands for
+        elif isinstance(value, FunctionType):
             self._function(value, path)
         elif isinstance(value, MethodType):
             self._todo += [(value.__func__, path), (value.__self__, path)]
@@ -142,6 +152,8 @@ class Reachable:
         elif isinstance(value, ModuleType):
             if not is_known(getattr(value, "__file__", None) or "<frozen"):
                 self._attributes(Names(value, value.__name__), vars(value))
+        elif isinstance(value, (np.ndarray, bytearray, array)):
+            self.holders.append(Bytes(value, path))
         elif isinstance(value, GENERATORS):
             self.generators.append((path, value))
         elif isinstance(value, ContextVar):
@@ -172,22 +184,26 @@ class Reachable:
         if len(value) <= LONG:
             for key, item in holder.get().items():
                 self._stands(holder, key, item)
+        if hasattr(value, "__dict__"):  # of a subclass
+            self._object(value, holder.path)
 
     def _object(self, value: Any, path: str) -> None:
         self._class(type(value))
         if hasattr(value, "__dict__"):
-            holder = Attributes(value, path)
+            holder = Attributes(value, path, whole=self._reads_all(type(value)))
             self.holders.append(holder)
             self._attributes(holder, vars(value))
+            for name in next((names for kind, names in _INSIDES.items() if isinstance(value, kind)), ()):
+                self._use((name,))  # the library's own code, which is not read, names it
         elif not isinstance(value, Enum) and any("__slots__" in vars(cls) for cls in type(value).__mro__):
             slots = Slots(value, path)
             self.holders.append(slots)
             self._attributes(slots, slots.get())
 
     def _module(self, part: nn.Module, path: str) -> None:
-        holder, attributes = Attributes(part, path), vars(part)
-        self.holders.append(holder)
         self._class(type(part))
+        holder, attributes = Attributes(part, path, whole=self._reads_all(type(part))), vars(part)
+        self.holders.append(holder)
         for name in (*_STATE, *_HOOKS):
             if isinstance(attributes.get(name), dict):
                 registry = Registry(attributes[name], path if name in _STATE else holder.name(name))
@@ -204,6 +220,9 @@ class Reachable:
         """Follow the attributes that code names, now or as soon as it does."""
         for name, value in list(attributes.items()):
             if type(value) in _ATOMS and not isinstance(holder, Names):
+                continue
+            if isinstance(holder, Attributes) and holder.whole:
+                self._attribute(holder, name)
                 continue
             self._when(name, functools.partial(self._attribute, holder, name))
         if isinstance(holder, Names):
@@ -247,10 +266,19 @@ class Reachable:
                     self._use(_methods_names(base))
                 continue
             space = Names(base, base.__qualname__)
+            differentiates = issubclass(base, torch.autograd.Function)
             for name, value in vars(base).items():
-                if name == "forward" or (name.startswith("__") and isinstance(value, FunctionType)):
+                called = name == "forward" or name.startswith("__") or differentiates
+                if called and isinstance(value, (FunctionType, staticmethod)):
                     self._todo.append((value, f"{base.__qualname__}.{name}"))
             self._attributes(space, {n: v for n, v in vars(base).items() if not n.startswith("__")})
+
+    @staticmethod
+    def _reads_all(cls: type) -> bool:
+        """Whether a method of the user's goes through all attributes of an object."""
+        methods = [m for base in cls.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
+        codes = [method.__code__ for method in methods if not is_known(method.__code__.co_filename)]
+        return any("vars" in free_names(code) or "__dict__" in free_names(code) for code in codes)
 
     def _function(self, function: FunctionType, path: str) -> None:
         code = function.__code__
@@ -303,8 +331,6 @@ def _opens(cls: type) -> bool:
     """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model."""
     if issubclass(cls, threading.local):
         return True
-    if issubclass(cls, np.ndarray):
-        return False
     root = cls.__module__.partition(".")[0]
     if root in ("torch", "numpy", "shardc", "builtins"):
         return False
