@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, ParamSpec, Protocol
 import torch
 from torch import nn
 
+from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
-from shardc.calls import Calls
 from shardc.compiled import TRACING, Compiled
 from shardc.errors import MeshError, ShardcError
 from shardc.family import compiled

@@ -1,8 +1,8 @@
 """The programs for calls of one form: those that differ in nothing but sizes and in what the model's code reads.
 
-    model(x[4, 12])     a program of its own
-    model(x[4, 16])     dim 1 changes: a program captured for all its sizes
-    model(x[4, 20])     the same program
+model(x[4, 12])     a program of its own
+model(x[4, 16])     dim 1 changes: a program captured for all its sizes
+model(x[4, 20])     the same program
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class Calls:
         with gc_paused():
             try:
                 family.captured(call)
+                if dims != self._named and not family.admits(leaves):
+                    raise CaptureError("the program assumes more of its inputs than their sizes")
             except CaptureError:
                 if dims == self._named:
                     raise

@@ -116,7 +116,7 @@ class Family:
         c = replace(self._captured, program=program, seconds={**seconds, "sizes": time.process_time() - start})
         snapshots = {"capture": c}
         run(PIPELINE[1:], replace(c, reuse=self._planned, reuse_at=self._planned_at), snapshots)
-        if self._planned is None or not self._members and snapshots["assign"].solution is not None:
+        if self._planned is None or (not self._members and snapshots["assign"].solution is not None):
             self._planned, self._planned_at = snapshots["assign"], ", ".join(f"{k}={n}" for k, n in sizes.items())
         return snapshots
 

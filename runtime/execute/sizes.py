@@ -1,7 +1,7 @@
 """Generated modules for many sizes: one source, compiled once and run for the sizes of every call.
 
-    SIZES = {'batch': 4}              for_sizes(source)({'batch': 6})    the module, with 6 in this line
-    batch = SIZES['batch']
+SIZES = {'batch': 4}              for_sizes(source)({'batch': 6})    the module, with 6 in this line
+batch = SIZES['batch']
 """
 
 from __future__ import annotations

@@ -19,9 +19,7 @@ from fractions import Fraction
 
 Sizes = Mapping[str, int]
 
-_TOKEN = re.compile(
-    r"#[^\n]*|'[^'\n]*'|\"[^\"\n]*\"|[A-Za-z_]\w*|\d+(?:\.\d*)?(?:e[+-]?\d+)?|\s+|.", re.ASCII
-)
+_TOKEN = re.compile(r"#[^\n]*|'[^'\n]*'|\"[^\"\n]*\"|[A-Za-z_]\w*|\d+(?:\.\d*)?(?:e[+-]?\d+)?|\s+|.", re.ASCII)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d*)?(?:e[+-]?\d+)?(?![\w.])")
 
 
@@ -142,9 +140,7 @@ class _Fitted:
         return _written([int(factor * below) for factor in factors], self._terms, below, self._names)
 
 
-def _written(
-    factors: Sequence[int], terms: Sequence[tuple[str, ...]], below: int, names: Mapping[str, str]
-) -> str:
+def _written(factors: Sequence[int], terms: Sequence[tuple[str, ...]], below: int, names: Mapping[str, str]) -> str:
     """`2 * batch * seq + 1`; with a denominator, `(batch + 1) // 2`."""
     text = ""
     for factor, term in sorted(zip(factors, terms, strict=True), key=lambda pair: -len(pair[1])):

@@ -1,8 +1,8 @@
 """Which sizes change from call to call: found by comparing calls, as torch.compile does.
 
-    model(x[4, 12], mask[4, 12])
-    model(x[4, 16], mask[4, 16])     ->    {0: {1: "s0"}, 1: {1: "s0"}}     dim 1 of both changes; the two are equal
-    model(x[6, 20], mask[6, 20])     ->    {0: {0: "s0", 1: "s1"}, 1: {0: "s0", 1: "s1"}}
+model(x[4, 12], mask[4, 12])
+model(x[4, 16], mask[4, 16])     ->    {0: {1: "s0"}, 1: {1: "s0"}}     dim 1 of both changes; the two are equal
+model(x[6, 20], mask[6, 20])     ->    {0: {0: "s0", 1: "s1"}, 1: {0: "s0", 1: "s1"}}
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from shardc.capture.side_effects.holders import (
     Attributes,
     Cell,
     Contents,
-    Elements,
     Holder,
     Members,
     Names,
@@ -114,8 +113,8 @@ class Guards:
                 if len(holder.target) != length
             )
         try:
-            several = chain.from_iterable(map(operator.call, *self._several))
-            same = all(map(operator.is_, chain(map(operator.call, *self._single), several), self._expected))
+            several = chain.from_iterable(map(_call, *self._several))
+            same = all(map(operator.is_, chain(map(_call, *self._single), several), self._expected))
         except (LookupError, AttributeError, ValueError):
             same = False
         reason = "" if same else self._compare()
@@ -173,6 +172,9 @@ class Guards:
 
 
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
+
+
+_call: Any = operator.call  # whose type says too little for `map`
 
 
 class _Gone:
