@@ -40,7 +40,7 @@ def test_numbers_become_polynomials(line: str, says: str) -> None:
     other = {"batch": 13, "seq": 31}
     space: dict[str, object] = {}
     exec(source(other, line), space)
-    assert for_sizes(text)(other).VALUE == space["VALUE"]
+    assert space["VALUE"] == for_sizes(text)(other).VALUE
 
 
 @pytest.mark.parametrize("line", ["{part}", "{pieces}", "{capped}", "'input {batch}'"])
