@@ -57,7 +57,7 @@ def _attributes(value: Any) -> tuple[list[Any], Any]:
     return list(vars(value).values()), tuple(vars(value))
 
 
-def _object(cls: type, values: Iterable[Any], names: Any) -> Any:
+def _object(cls: Any, values: Iterable[Any], names: Any) -> Any:
     made = cls.__new__(cls)
     vars(made).update(zip(names, values, strict=True))
     return made
