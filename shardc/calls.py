@@ -56,6 +56,13 @@ class Calls:
     def program(self, call: ModelCall, leaves: list[Any]) -> Compiled:
         """The program of a call with these flat inputs: one whose guards hold, or a new one."""
         broken: list[str] = []
+        programs = self._alone.get(fixed_sizes(leaves, {}), []) if self._alone else []
+        for index, program in enumerate(programs):
+            reason = program.broken()
+            if not reason:
+                _to_front(programs, index)
+                return program
+            broken.append(reason)
         for index, one in enumerate(self._dynamic):
             if fixed_sizes(leaves, one.dims) == one.fixed and one.family.admits(leaves):
                 reason = one.family.broken()
@@ -64,25 +71,17 @@ class Calls:
                     with gc_paused():
                         return one.family.at(call, leaves)
                 broken.append(reason)
-        sizes = fixed_sizes(leaves, {})
-        programs = self._alone.setdefault(sizes, [])
-        for index, program in enumerate(programs):
-            reason = program.broken()
-            if not reason:
-                _to_front(programs, index)
-                return program
-            broken.append(reason)
         if len(broken) == MANY_PROGRAMS:
             warnings.warn(
                 f"{type(call.model).__name__} is compiled again and again, because its code reads what changes from "
                 f"call to call: {broken[0]}. Make it a tensor, or leave it out of forward",
                 stacklevel=6,
             )
-        return self._for_many_sizes(call, leaves) or self._for_these_sizes(call, leaves, programs)
+        return self._for_many_sizes(call, leaves) or self._for_these_sizes(call, leaves)
 
-    def _for_these_sizes(self, call: ModelCall, leaves: list[Any], programs: list[Compiled]) -> Compiled:
+    def _for_these_sizes(self, call: ModelCall, leaves: list[Any]) -> Compiled:
         program = compiled(call, self._mesh, self._options, {})
-        programs.insert(0, program)
+        self._alone.setdefault(fixed_sizes(leaves, {}), []).insert(0, program)
         if self._first is None:
             # not the user's tensors, but their sizes
             shapes = [leaf.shape if isinstance(leaf, Tensor) else () for leaf in leaves]
@@ -107,6 +106,8 @@ class Calls:
         with gc_paused():
             try:
                 family.captured(call)
+                if dims != self._named and not family.admits(leaves):
+                    raise CaptureError("the program assumes more of its inputs than their sizes")
             except CaptureError:
                 if dims == self._named:
                     raise

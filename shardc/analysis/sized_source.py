@@ -52,8 +52,8 @@ def sized_source(sources: Sequence[str], sizes: Sequence[Sizes], known: int) -> 
     names = {name: _variable(name, words) for name in sizes[0]}
     fitted = _Fitted(sizes, known, names)
     parts: list[str] = []
-    for row in rows:
-        part = row[0] if row.count(row[0]) == len(row) else fitted.comment(row) or fitted.token(row, parts)
+    for row, after in itertools.zip_longest(rows, rows[1:], fillvalue=("",)):
+        part = row[0] if row.count(row[0]) == len(row) else fitted.comment(row) or fitted.token(row, parts, after[0])
         if part is None:
             return None
         parts.append(part)
@@ -102,14 +102,14 @@ class _Fitted:
         pairs = itertools.zip_longest(texts[0], found, fillvalue="")
         return None if None in found else "".join(f"{text}{number}" for text, number in pairs)
 
-    def token(self, row: Sequence[str], before: Sequence[str]) -> str | None:
-        """A number for all sizes, as it is written after the tokens `before`; None for what is no number."""
+    def token(self, row: Sequence[str], before: Sequence[str], after: str) -> str | None:
+        """A number for all sizes, as it is written between tokens; None for what is no number."""
         if not all(_NUMBER.fullmatch(token) for token in row):
             return None
         found = self.number(row)
         previous = next((token for token in reversed(before) if not token.isspace()), "")
-        bare = found is None or found.isidentifier() or previous in ("(", "[", ",", "=")
-        return found if bare else f"({found})"
+        alone = previous in ("(", "[", ",", "=") and after[:1] in (",", ")", "]", "\n", "")
+        return found if found is None or found.isidentifier() or alone else f"({found})"
 
     def number(self, row: Sequence[str]) -> str | None:
         """The expression behind the values of a number; None where there is none."""

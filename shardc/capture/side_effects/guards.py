@@ -185,6 +185,9 @@ class Guards:
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
+_call: Any = operator.call  # whose type says too little for `map`
+
+
 class _Gone:
     def __repr__(self) -> str:
         return "gone"

@@ -66,8 +66,9 @@ class Symbols:
 
     def _condition_codes(self) -> list[str]:
         codes = [f"sizes[{name!r}] == {_code(expr)}" for name, expr in self._named.items()]
-        guards = dict.fromkeys(self._env.replace(guard.expr) for guard in self._env.guards)
-        codes += [_code(guard) for guard in guards if guard != sympy.true]
+        guards = {self._env.replace(guard.expr) for guard in self._env.guards}
+        for guard in guards - {sympy.true}:  # one on a symbol of its own, such as a stride, is never known to hold
+            codes.append(_code(guard) if guard.free_symbols <= self.free.keys() else "False")
         for symbol in self.free:
             bounds = self._env.var_to_range.get(symbol)
             if bounds is not None and bounds.lower.is_Integer:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import shardc
 from samples.models import MODELS, loss_of
 from samples.odd_sizes import DIVIDES, Decoder
-from shardc.capture.model_trace import ModelTrace
 from shardc.errors import ShardcError
 
 BATCH_AND_SEQUENCE = {0: "batch", 1: "seq"}
@@ -24,15 +23,6 @@ def train(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Te
     loss = model(*inputs)
     loss.backward()
     return loss.detach(), [p.grad for p in model.parameters()]
-
-
-@pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """One element a trace of the model."""
-    found: list[object] = []
-    real = ModelTrace.run
-    monkeypatch.setattr(ModelTrace, "run", lambda self: (found.append(self), real(self))[1])
-    return found
 
 
 @pytest.mark.parametrize("mesh", ["dp=4", "dp=2,tp=2", "a=3"])

@@ -1,0 +1,112 @@
+"""Generation of transformers on sharded models: values, and how many programs it takes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+import shardc
+from shardc.capture.model_trace import ModelTrace
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+TOKENS = 10
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One element a trace of the model."""
+    found: list[object] = []
+    real = ModelTrace.run
+    monkeypatch.setattr(ModelTrace, "run", lambda self: (found.append(self), real(self))[1])
+    return found
+
+
+def pair(kind: Any, config: Any, mesh: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    single, model = kind(config).eval(), kind(config).eval()
+    model.load_state_dict(single.state_dict())
+    return single, shardc.shard(model, mesh=mesh)
+
+
+def generated(model: Any, prompt: Tensor, **options: Any) -> Tensor:
+    return model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("mesh", ["a=1", "tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_two_programs_generate_all_tokens(mesh: str, options: dict[str, Any], traces: list[object]) -> None:
+    single, model = pair(LlamaForCausalLM, LlamaConfig(**SIZES), mesh)
+    prompt = torch.randint(1, 64, (2, 7))
+    assert torch.equal(generated(model, prompt, **options), generated(single, prompt, **options))
+    assert len(traces) == 2
+    assert ("SIZES" in model.code) == (not options)
+    assert torch.equal(generated(model, prompt + 0, **options), generated(single, prompt, **options))
+    assert len(traces) == 2
+
+
+def test_a_token_takes_less_than_twice_as_long_as_in_eager_mode() -> None:
+    single, model = pair(LlamaForCausalLM, LlamaConfig(**SIZES), "a=1")
+    prompt = torch.randint(1, 64, (2, 7))
+
+    def fastest(of: Any) -> float:
+        times: list[float] = []
+        for _ in range(8):
+            start = time.process_time()
+            generated(of, prompt)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    fastest(model)
+    ratios = [fastest(model) / fastest(single) for _ in range(3)]
+    assert min(ratios) < 2.0
+
+
+def test_the_cache_that_a_call_gets_is_the_one_that_it_fills_and_returns() -> None:
+    single, model = pair(LlamaForCausalLM, LlamaConfig(**SIZES), "tp=2")
+    words = torch.randint(1, 64, (2, 7))
+    caches: list[Any] = []
+    with torch.no_grad():
+        for of in (single, model):
+            cache = transformers.DynamicCache()
+            for start, stop in ((0, 4), (4, 5), (5, 7)):
+                out = of(words[:, start:stop], past_key_values=cache, use_cache=True)
+                assert out.past_key_values is cache
+            caches.append(cache)
+    assert caches[1].get_seq_length() == 7
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close((one.keys, one.values), (other.keys, other.values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=9)),
+        (
+            Mamba2ForCausalLM,
+            Mamba2Config(vocab_size=64, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1,
+                         num_hidden_layers=2, chunk_size=4, pad_token_id=0),
+        ),
+    ],
+    ids=["sliding_window", "state_space"],
+)  # fmt: skip
+def test_other_caches(kind: type[nn.Module], config: Any) -> None:
+    single, model = pair(kind, config, "tp=2")
+    prompt = torch.randint(1, 64, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **options), single.generate(prompt, **options))
