@@ -169,5 +169,15 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
         for index, leaf in enumerate(program.out_leaves):
             if not isinstance(leaf, (int, Constant)):
                 values[index] = leaf.make(run)
+        for value in values[program.out_spec.num_leaves :]:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.retain_grad = _no_gradient  # type: ignore[method-assign]
         program.aside.replay(run)
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
+
+
+def _no_gradient() -> None:
+    raise ShardcError(
+        "retain_grad on a tensor that a sharded model has left behind: its gradient stays within the program. Return "
+        "the tensor from forward and compute what follows outside of the model, or shard the parts before and after it"
+    )

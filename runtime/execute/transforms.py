@@ -28,6 +28,11 @@ def refuse_transforms(named: Iterable[tuple[str, Tensor]]) -> None:
         raise RankError(
             f"a sharded model cannot run inside of a transform of torch.func (grad, vmap, jvp and the like): {_OUT}"
         )
+    if torch._C._len_torch_dispatch_stack():
+        raise RankError(
+            "a sharded model runs in the middle of a TorchDispatchMode (FlopCounterMode and the like), which would see "
+            "nothing of what its ranks do: call it outside of the mode"
+        )
     for name, tensor in named:
         reason = _why_not(tensor)
         if reason:

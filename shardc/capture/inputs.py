@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.repeated_layers import Itself
+from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import holds_tensors
 from shardc.capture.torch_patches import transformers
 from shardc.errors import CaptureError
@@ -131,7 +133,32 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )
-    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), inputs
+    first: dict[int, int] = {}
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    twice = tuple(first.setdefault(memory_of(tensor), i) for i, tensor in enumerate(tensors))
+    exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, twice
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tells whether two tensors share their memory."""
+    return tensor.untyped_storage()._cdata if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
+
+
+def refuse_shared(written: Collection[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CaptureError if one of the `written` tensors shares its memory with another: what is written to one would
+    not be seen in the other."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        names.setdefault(memory_of(tensor), []).append(name)
+    for together in names.values():
+        for name in together if len(together) > 1 else ():
+            if name in written:
+                other = next(one for one in together if one != name)
+                raise CaptureError(
+                    f"forward writes in place to {name}, which shares its memory with {other}: a sharded program holds "
+                    "them apart. Write to one tensor only, and take views of it in forward"
+                )
 
 
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
@@ -142,4 +169,4 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
         return shape, leaf.dtype, leaf.requires_grad, order
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
-    return type(leaf), leaf  # the key keeps it alive, so that no other object can take its place
+    return type(leaf), leaf if isinstance(leaf, (*PLAIN, Enum)) else Itself(leaf)

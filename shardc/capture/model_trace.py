@@ -7,7 +7,7 @@ Nothing is computed and nothing is allocated: the tensors are fake ones on the C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.arguments import Way, passed_objects
-from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders
+from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders, refuse_new_parameters
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
@@ -166,6 +166,7 @@ class ModelTrace:
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
+            refuse_new_parameters(changes)
             self.candidates = candidates(changes)
             self._write_back(tensors)
             return self._flat_outputs(output, changes, tensors, passed_objects((args, kwargs)))
@@ -174,13 +175,17 @@ class ModelTrace:
         """What the model returns; notes the state in which it leaves torch's generator."""
         self.provenance.seeds = seeds = Seeds()
         generators = Generators(self.state.reachable.generators)
-        files = Files()
+        files, switches = Files(), _switches()
+        self.provenance.asked = None
         try:
             with self.provenance, seeds.watched(), files, self.watch.installed() if self.watch else nullcontext():
                 output = self.call(*args, **kwargs)
         except BaseException:
             generators.restore()
             raise
+        if self.provenance.asked is not None:
+            raise explained(self.provenance.asked, "")
+        _refuse_switched(switches)
         files.refuse()
         generators.refuse_draws(lambda: self.call(*args, **kwargs))
         self.seed = torch.get_rng_state() if seeds.seeded else None
@@ -208,6 +213,10 @@ class ModelTrace:
     ) -> tuple[Tensor, ...]:
         """The tensors among the outputs and among what the model leaves behind; notes what is made of them."""
         slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
+        if isinstance(output, Iterator):
+            raise CaptureError(
+                f"forward returns a {type(output).__name__}, which runs the model's code later: return a list"
+            )
         leaves, self.out_spec = flatten(output, passed)
         positions: dict[int, int] = {}
 
@@ -266,7 +275,7 @@ class ModelTrace:
         if self.differentiable is None:
             scalars = frozenset(i for i, leaf in able.items() if leaf.ndim == 0)
             returned = frozenset(i for i in able if i < self.out_spec.num_leaves)
-            return scalars | (frozenset() if returned & scalars else returned)
+            return scalars | (frozenset() if returned & scalars else returned) or frozenset(able)
         wrong = sorted(self.differentiable - able.keys()) if self.grad else []
         if wrong:
             raise CaptureError(
@@ -295,6 +304,14 @@ class ModelTrace:
                     self.met.add(pattern)
         return pytree.tree_unflatten(leaves, spec)
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The user's tensors of the call by the names of their ports."""
+        for key, (_, name) in self.state.names.items():
+            yield name, self.state.tensors[key]
+        for index, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor):
+                yield f"input:{index}", leaf
+
     def aside(self, standing: Mapping[str, Place]) -> Beside:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
@@ -312,3 +329,21 @@ class ModelTrace:
                     f"constraint {pattern!r} has no effect: {', '.join(paths[:3])} never runs in this call, or returns "
                     f"no tensor. Constrain parameters ({paths[0]}.weight), or a value in the code with shardc.constrain"
                 )
+
+
+def _switches() -> tuple[Any, ...]:
+    """Global switches of torch that code may set."""
+    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+
+
+def _refuse_switched(before: tuple[Any, ...]) -> None:
+    """Raise CaptureError if forward has left a switch as it was not, and set it back."""
+    now = _switches()
+    if now != before:
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+        torch.use_deterministic_algorithms(before[2])
+        raise CaptureError(
+            f"forward leaves a switch of torch as it was not: (gradients, default dtype, deterministic) are {now}, and "
+            f"were {before}. Set it outside of the model, or for a part of forward, with a context manager"
+        )

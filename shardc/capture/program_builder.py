@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shardc.capture import canonical, provenance
-from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_sparse
+from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_shared, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Place
@@ -41,6 +41,7 @@ class ProgramBuilder:
         graph = self.traced.graph
         ports, values = self._results()
         self.written = {port.name for port in ports if port.role is Role.MUTATION}
+        refuse_shared(self.written, self.trace.tensors())
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))

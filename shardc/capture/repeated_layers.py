@@ -62,14 +62,14 @@ class Repeat:
         return range(self.start + 2 * self.period, self.start + self.units * self.period)
 
 
-class _Itself:
+class Itself:
     """An object that equals itself alone."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
+        return isinstance(other, Itself) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -82,17 +82,17 @@ def snapshot(value: Any, deep: int = 3) -> Any:
     if kind in PLAIN or isinstance(value, Enum):
         return kind, value
     if not deep or isinstance(value, (Tensor, type)):
-        return _Itself(value)
+        return Itself(value)
     if kind is functools.partial:
         return kind, *(snapshot(item, deep - 1) for item in (value.func, value.args, value.keywords))
     if kind in (list, tuple):
         return kind, tuple(snapshot(item, deep - 1) for item in value)
     if isinstance(value, dict):
         items = tuple((snapshot(k, deep - 1), snapshot(v, deep - 1)) for k, v in value.items())  # type: ignore[misc]
-        return kind, items if kind in (dict, OrderedDict) else (_Itself(value), items)
+        return kind, items if kind in (dict, OrderedDict) else (Itself(value), items)
     if kind in (set, frozenset):
         return kind, frozenset(snapshot(item, deep - 1) for item in value)
-    return _Itself(value), tuple((k, snapshot(v, 0)) for k, v in getattr(value, "__dict__", {}).items())
+    return Itself(value), tuple((k, snapshot(v, 0)) for k, v in getattr(value, "__dict__", {}).items())
 
 
 def form(tensor: Tensor | None) -> tuple[Any, ...]:
@@ -134,7 +134,7 @@ def described(layer: nn.Module, ours: bool = False) -> tuple[Any, Whole]:
                 facts.append(tuple([(key, form(tensor)[ours:]) for key, tensor in value.items()]))
             elif name.endswith("_hooks") and isinstance(value, dict):
                 if value:
-                    facts.append(_Itself(object()))  # who knows what a hook does
+                    facts.append(Itself(object()))  # who knows what a hook does
             elif type(value) is int:
                 facts.append(name)
                 whole.append((part, name))

@@ -134,8 +134,8 @@ class Stopped:
         frame = user_frame(sys._getframe(2))
         line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
         raise CaptureError(
-            f"forward takes the next value of the iterator {self._path}{line}: it would be the same at every call. "
-            "Take it outside of the model, and pass it in"
+            f"forward uses {self._path}, an iterator or a file{line}: a compiled program would use the same value at "
+            "every call. Use it outside of the model, and pass values in"
         )
 
 

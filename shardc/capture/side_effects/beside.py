@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardc.capture.side_effects.arguments import Argument, argument_holders
 from shardc.capture.side_effects.guards import Guards
-from shardc.capture.side_effects.holders import Elements, Holder, Place
+from shardc.capture.side_effects.holders import Elements, Holder, Place, Registry
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.replay import Describer, Run, SideEffect, Value, side_effect
 from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,14 @@ def live_holders(effects: Iterable[SideEffect], others: Iterable[Holder]) -> set
     """The identities of the things that a program reads or writes at every run."""
     holders = [effect.holder for effect in effects if not isinstance(effect.holder, Argument)]
     return {id(holder.target) for holder in (*holders, *others)}
+
+
+def refuse_new_parameters(changes: Iterable[Change]) -> None:
+    """Raise CaptureError for a parameter that forward makes, or puts in the place of another."""
+    for change in changes:
+        for key in change.written if isinstance(change.holder, Registry) else ():
+            if isinstance(change.now[key], nn.Parameter):
+                raise CaptureError(
+                    f"forward makes the parameter {change.holder.name(key)}: a sharded model has its parameters before "
+                    "its first call. Make it in __init__, or call the plain model once before you shard it"
+                )

@@ -72,6 +72,7 @@ class Guards:
         self._written: list[tuple[Place, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
+        contents = list(contents)
         for holder, held in contents:
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 continue
@@ -93,6 +94,12 @@ class Guards:
                     self._values.append(_Values(holder, quick, [held[key] for key in quick]))
             absent = [key for target, key in written if target == id(holder.target) and key not in held]
             self._written += [(Place(holder, key), GONE) for key in absent if not of_object or key in names]
+        modules = [holder.owner for holder, _ in contents if isinstance(getattr(holder, "owner", None), nn.Module)]
+        self._modules = modules
+        self._types = list(map(type, modules))
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = [cls.forward for cls in self._classes]
+        self._unpatched = [vars(module) for module in modules if "forward" not in vars(module)]
         self._gather()
 
     def _gather(self) -> None:
@@ -113,6 +120,12 @@ class Guards:
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
+        if list(map(type, self._modules)) != self._types:
+            return "a module is of another class than it was"
+        if [cls.forward for cls in self._classes] != self._forwards or any(
+            "forward" in attributes for attributes in self._unpatched
+        ):
+            return "a module has another forward than it had"
         if any(self._empty):
             return f"{next(filter(None, self._empty))!r} was empty"
         if list(map(len, self._containers)) != self._lengths:
@@ -146,6 +159,7 @@ class Guards:
 
     def _compare(self) -> str:
         """Compare value by value. What equals what was there takes its place, so that the next check is quick."""
+        old_to_new, new_to_old = dict[int, int](), dict[int, int]()
         for values in self._values:
             contents = values.holder.get()
             for key, expected in zip(values.keys, values.expected, strict=False):
@@ -153,6 +167,11 @@ class Guards:
                 if now is not expected and not self._equal(now, expected):
                     name = values.holder.name(key)
                     return f"{name} is gone" if now is GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
+                if isinstance(now, Tensor) and (
+                    old_to_new.setdefault(id(expected), id(now)) != id(now)
+                    or new_to_old.setdefault(id(now), id(expected)) != id(expected)
+                ):
+                    return f"{values.holder.name(key)} is tied to other places than it was"
                 if now is not expected and id(expected) in self._known:
                     self._known[id(now)] = [now, self._known.pop(id(expected))[1]]
             values.take(contents)

@@ -299,6 +299,22 @@ class Place:
         self.holder.set(self.key, value)
 
 
+class Within(Holder):
+    """The elements of a tuple that stands in a place: to set one is to put another tuple there."""
+
+    def __init__(self, place: Place, path: str) -> None:
+        super().__init__(place, path)
+        self._place = place
+
+    def get(self) -> Contents:
+        return dict(enumerate(self._place.get()))
+
+    def put(self, contents: Mapping[Any, Any]) -> None:
+        old = self._place.get()
+        values = list(contents.values())
+        self._place.set(type(old)(*values) if hasattr(old, "_fields") else type(old)(values))
+
+
 def holder_of(value: Any, path: str) -> Holder | None:
     """What holds the contents of a container; None for what cannot change, and for objects."""
     if isinstance(value, dict):

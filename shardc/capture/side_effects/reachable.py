@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import queue
 import random
 import sys
 import threading
@@ -43,6 +44,7 @@ from shardc.capture.side_effects.holders import (
     Place,
     Registry,
     Slots,
+    Within,
     holder_of,
 )
 from shardc.runtime.mesh.parameters import RECORD
@@ -57,7 +59,7 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 _INSIDES: dict[type, tuple[str, ...]] = {
     UserDict: ("data",), UserList: ("data",), ChainMap: ("maps",), weakref.WeakKeyDictionary: ("data",),
-    weakref.WeakValueDictionary: ("data",), weakref.WeakSet: ("data",),
+    weakref.WeakValueDictionary: ("data",), weakref.WeakSet: ("data",), queue.Queue: ("queue",),
 }  # fmt: skip
 """Classes of Python's library that hold the user's values, and in which attributes."""
 
@@ -68,7 +70,9 @@ _STATE = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 _OURS = frozenset({"_shardc", RECORD})
 _CACHED = type(functools.lru_cache(lambda: None))  # type: ignore[arg-type]
-_OPEN_LIBRARY = frozenset({"types", "argparse", "collections", "dataclasses", "functools", "typing", "weakref"})
+_OPEN_LIBRARY = frozenset(
+    {"types", "argparse", "collections", "dataclasses", "functools", "queue", "typing", "weakref"}
+)
 """Modules of Python's library whose objects are mere containers of the user's values."""
 
 
@@ -88,6 +92,7 @@ class Reachable:
         """Random generators of Python and NumPy, by name."""
         self.names: set[str] = set()
         self._places: dict[int, list[Place]] = {}
+        self._held: set[int] = set()
         self._seen: dict[Any, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._todo: deque[tuple[Any, str]] = deque()
@@ -110,6 +115,11 @@ class Reachable:
         if isinstance(value, Tensor):
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
+        elif isinstance(value, tuple) and len(value) <= LONG:
+            self._seen[id(value)] = value
+            within = Within(place, holder.name(key))
+            for index, item in enumerate(value):
+                self._stands(within, index, item)
         elif isinstance(value, Iterator) and type(value) not in weakref.ProxyTypes:
             self.iterators.append(place)
         elif isinstance(value, _CACHED):
@@ -120,8 +130,8 @@ class Reachable:
             self._todo.append((value, holder.name(key)))
 
     def places(self, value: Any) -> list[Place]:
-        """Where an object stands."""
-        return self._places.get(id(value), [])
+        """Where an object stands; none if something else holds it, too, in which nothing can be put."""
+        return [] if id(value) in self._held else self._places.get(id(value), [])
 
     def _visit(self, value: Any, path: str) -> None:
         if isinstance(value, (*PLAIN, Enum)) or id(value) in self._seen:
@@ -134,8 +144,10 @@ class Reachable:
         elif isinstance(value, FunctionType):
             self._function(value, path)
         elif isinstance(value, MethodType):
+            self._held.add(id(value.__self__))
             self._todo += [(value.__func__, path), (value.__self__, path)]
         elif isinstance(value, functools.partial):
+            self._held.update(map(id, (*value.args, *value.keywords.values())))
             self._todo += [(part, path) for part in (value.func, value.args, value.keywords)]
         elif isinstance(value, (tuple, frozenset)):
             self._todo += [(part, f"{path}[{i}]") for i, part in enumerate(itertools.islice(value, LONG))]
@@ -166,6 +178,7 @@ class Reachable:
         elif (holder := holder_of(value, path)) is not None:
             self._container(holder, value)
         elif isinstance(value, BuiltinFunctionType):  # a method such as `losses.append`
+            self._held.add(id(value.__self__))
             self._todo.append((value.__self__, path))
         elif _opens(type(value)):
             self._object(value, path)

@@ -22,6 +22,8 @@ from shardc.capture.side_effects.holders import Contents, Holder, Place
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.snapshot import Change
 from shardc.capture.side_effects.stand_ins import Counter
+from shardc.capture.torch_patches.fake_tensors import is_traced
+from shardc.errors import CaptureError
 
 
 @dataclass
@@ -242,6 +244,12 @@ class SideEffect:
 
 def side_effect(change: Change, describer: Describer) -> SideEffect:
     """The side effect behind a change."""
+    for key in change.written:
+        if is_traced(key):
+            raise CaptureError(
+                f"forward keeps something in {change.holder.path} under a tensor as the key: tensors are others at "
+                "every call. Use a number or a string as the key"
+            )
     stood = {id(value): key for key, value in change.before.items() if not isinstance(value, (*PLAIN, Enum))}
     if isinstance(change.holder.target, (list, deque)):
         before, now = list(change.before.values()), list(change.now.values())

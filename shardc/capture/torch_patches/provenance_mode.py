@@ -23,8 +23,11 @@ from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
+from shardc.capture.torch_patches.fake_tensors import is_data_dependent
 from shardc.capture.user_frames import source_line
+from shardc.errors import CaptureError
 
+_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -53,6 +56,8 @@ class Provenance(TorchFunctionMode):
         self.seeds = Seeds()
         self.after_seed: set[tuple[str, str]] = set()
         """Where operators are called after the model has set a seed."""
+        self.asked: Exception | None = None
+        """What was raised where code asked for a value that only a run knows: it may have been caught."""
         self._attention = F.scaled_dot_product_attention
 
     def __enter__(self) -> Provenance:
@@ -63,10 +68,20 @@ class Provenance(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _GRAD:
+            raise CaptureError(
+                f"forward reads .grad at {source_line(sys._getframe(1))}, which a compiled program does not have: "
+                "read it outside of the model, and pass it in"
+            )
         if func == _SET_DATA:
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             return func(*args, **kwargs)
+        if func is torch.Tensor.retain_grad:
+            raise CaptureError(
+                f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
+                "program are not kept. Return the tensor, and differentiate outside of the model"
+            )
         if self._stand_ins:
             self._stand_ins.check((*args, *kwargs.values()))
         args, kwargs = as_on_cuda(func, args, kwargs)
@@ -83,6 +98,10 @@ class Provenance(TorchFunctionMode):
                 result = attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
             self._made(result, line)
             return result
+        except Exception as error:
+            if is_data_dependent(error):
+                self.asked = self.asked or error
+            raise
         finally:
             meta["nn_module_stack"] = before
 
