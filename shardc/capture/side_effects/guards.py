@@ -77,7 +77,7 @@ class Guards:
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 continue
             of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
-            keys = [key for key in held if key not in NEVER_READ and not (of_object and key not in names)]
+            keys = [key for key in held if key not in NEVER_READ and (key in names or key == "forward" or not of_object)]
             keys = [key for key in keys if (id(holder.target), key) not in unread]
             counted = isinstance(holder, Attributes) and holder.whole
             if counted or (
