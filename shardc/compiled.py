@@ -113,8 +113,8 @@ class Compiled:
 
     def broken(self) -> str:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
-        aside = self._program.aside
-        return aside.broken() if aside is not None else ""
+        effects = self._program.effects
+        return effects.broken() if effects is not None else ""
 
     def run(
         self, leaves: list[Any], arguments: Any, fallback: Callable[[frozenset[int]], Executable] | None = None
@@ -164,15 +164,15 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
         leaf.value if isinstance(leaf, Constant) else outputs[leaf] if isinstance(leaf, int) else None
         for leaf in program.out_leaves
     ]
-    if program.aside is not None:
-        run = program.aside.run(values, leaves, arguments)
+    if program.effects is not None:
+        run = program.effects.run(values, leaves, arguments)
         for index, leaf in enumerate(program.out_leaves):
             if not isinstance(leaf, (int, Constant)):
                 values[index] = leaf.make(run)
         for value in values[program.out_spec.num_leaves :]:
             if isinstance(value, Tensor) and value.requires_grad:
                 value.retain_grad = _no_gradient  # type: ignore[method-assign]
-        program.aside.replay(run)
+        program.effects.replay(run)
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
 
 

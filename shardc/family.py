@@ -85,8 +85,8 @@ class Family:
 
     def broken(self) -> str:
         """Why a call is not one of this program, sizes apart; "" if it is."""
-        aside = self._captured.program.aside if self._captured else None
-        return "" if aside is None else aside.broken()
+        effects = self._captured.program.effects if self._captured else None
+        return "" if effects is None else effects.broken()
 
     def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
         """The program for the sizes of a call with these flat inputs."""

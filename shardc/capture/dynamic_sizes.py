@@ -26,7 +26,7 @@ from shardc.capture.torch_patches.symbols import Free, Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.model_call import Dims, Dynamic, ModelCall
-from shardc.ir.program import Aside, Constant, Made, Program, Role, value_of
+from shardc.ir.program import CallEffects, Constant, Made, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
 
 
@@ -117,10 +117,10 @@ class Template:
     def sized(self, like: Program, sizes: Mapping[str, int]) -> Program:
         """The program `like`, whose graph is that of other sizes, with the numbers that it returns and leaves behind
         at these."""
-        if not (self._returns_sizes or self.program.aside):
+        if not (self._returns_sizes or self.program.effects):
             return like
         number = self._symbols.evaluator(sizes)
-        return replace(like, out_leaves=self._leaves(number), aside=self._aside(number))
+        return replace(like, out_leaves=self._leaves(number), effects=self._effects(number))
 
     def at(self, sizes: Mapping[str, int]) -> Program:
         """The program that a capture at these sizes would give."""
@@ -147,12 +147,12 @@ class Template:
                 new[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
                 describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
         version = GraphVersion.of(graph)
-        leaves, aside = self._leaves(number), self._aside(number)
-        return with_eager_results(replace(self.program, version=version, out_leaves=leaves, aside=aside))
+        leaves, effects = self._leaves(number), self._effects(number)
+        return with_eager_results(replace(self.program, version=version, out_leaves=leaves, effects=effects))
 
     def _leaves(self, number: Callable[[Any], Any]) -> list[int | Constant | Made]:
         old = self.program.out_leaves
         return [Constant(number(leaf.value)) if isinstance(leaf, Constant) else leaf for leaf in old]
 
-    def _aside(self, number: Callable[[Any], Any]) -> Aside | None:
-        return self.program.aside.at(number) if self.program.aside else None
+    def _effects(self, number: Callable[[Any], Any]) -> CallEffects | None:
+        return self.program.effects.at(number) if self.program.effects else None

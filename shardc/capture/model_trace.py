@@ -18,12 +18,18 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.arguments import Way, passed_objects
-from shardc.capture.side_effects.beside import Beside, Watched, effects_of, live_holders, refuse_new_parameters
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Place
 from shardc.capture.side_effects.random_states import Generators, Seeds
+from shardc.capture.side_effects.recorded import (
+    RecordedEffects,
+    Watched,
+    effects_of,
+    live_holders,
+    refuse_new_parameters,
+)
 from shardc.capture.side_effects.replay import (
     Describer,
     Given,
@@ -312,12 +318,12 @@ class ModelTrace:
             if isinstance(leaf, Tensor):
                 yield f"input:{index}", leaf
 
-    def aside(self, standing: Mapping[str, Place]) -> Beside:
+    def recorded(self, standing: Mapping[str, Place]) -> RecordedEffects:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
         contents, names = self.state.before.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.effects, live, self.stand_ins)
-        return Beside(guards, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
+        return RecordedEffects(guards, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

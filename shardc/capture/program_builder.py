@@ -65,7 +65,7 @@ class ProgramBuilder:
             tied=dict(self.trace.state.tied),
             attached=frozenset(self.trace.attached),
             standing=self.standing,
-            aside=self.trace.aside(self.standing),
+            effects=self.trace.recorded(self.standing),
         )
 
     def _results(self) -> tuple[list[Port], list[fx.Node | None]]:

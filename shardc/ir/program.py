@@ -49,14 +49,14 @@ class Made(Protocol):
     def make(self, run: Any) -> Any: ...
 
 
-class Aside(Protocol):
+class CallEffects(Protocol):
     """What a call of the user's program does beside computing its results."""
 
     def broken(self) -> str:
         """Why a call is not one of this program: which value that the code read has changed. "" if it is."""
         ...
 
-    def at(self, number: Callable[[Any], Any]) -> Aside:
+    def at(self, number: Callable[[Any], Any]) -> CallEffects:
         """The same, with `number` to put the sizes of a call into symbolic numbers."""
         ...
 
@@ -80,9 +80,9 @@ class Program:
     """A captured model: a version of its graph, one port per placeholder and per element of the output tuple.
 
     `out_leaves` holds the flat outputs of the user's program: the position in `outputs` of a tensor, the constant
-    itself wrapped in `Constant`, or how it is made. After them come the tensors that the program leaves behind (`aside`
-    says where). `constants` are tensors that the program holds; those that stand `standing` in a place are looked up
-    there at every run. `tied` maps every alias of a parameter to the name that the graph uses.
+    itself wrapped in `Constant`, or how it is made. After them come the tensors that the program leaves behind:
+    `effects` says where. `constants` are tensors that the program holds; those that stand `standing` in a place are
+    looked up there at every run. `tied` maps every alias of a parameter to the name that the graph uses.
     `attached` are the positions of the outputs that require a gradient on one device. `orders` are the dims of results
     from major to minor, where they do not lie contiguous in one device's memory. `depends_on` are the outputs on whose
     gradients a gradient depends: without any of these it is None on one device. A gradient that is not there always is.
@@ -97,7 +97,7 @@ class Program:
     tied: dict[str, str] = field(default_factory=dict[str, str])
     attached: frozenset[int] = frozenset()
     standing: Mapping[str, Stands] = field(default_factory=dict[str, Stands])
-    aside: Aside | None = None
+    effects: CallEffects | None = None
     orders: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
     depends_on: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
 

@@ -37,8 +37,8 @@ def execute(program: Program, module: nn.Module, args: Any, kwargs: Any) -> Any:
     for position, (port, value) in enumerate(zip(program.outputs, results, strict=True)):
         found[port.role][position if port.role is Role.OUTPUT else port.name] = value
     flat: list[Any] = [results[leaf] if isinstance(leaf, int) else None for leaf in program.out_leaves]
-    assert program.aside is not None
-    run = program.aside.run(flat, leaves, (args, kwargs))
+    assert program.effects is not None
+    run = program.effects.run(flat, leaves, (args, kwargs))
     for position, leaf in enumerate(program.out_leaves):
         if not isinstance(leaf, int):
             flat[position] = leaf.value if isinstance(leaf, Constant) else leaf.make(run)

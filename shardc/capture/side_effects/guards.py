@@ -77,7 +77,9 @@ class Guards:
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 continue
             of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
-            keys = [key for key in held if key not in NEVER_READ and (key in names or key == "forward" or not of_object)]
+            keys = [
+                key for key in held if key not in NEVER_READ and (key in names or key == "forward" or not of_object)
+            ]
             keys = [key for key in keys if (id(holder.target), key) not in unread]
             counted = isinstance(holder, Attributes) and holder.whole
             if counted or (
@@ -94,7 +96,8 @@ class Guards:
                     self._values.append(_Values(holder, quick, [held[key] for key in quick]))
             absent = [key for target, key in written if target == id(holder.target) and key not in held]
             self._written += [(Place(holder, key), GONE) for key in absent if not of_object or key in names]
-        modules = [holder.owner for holder, _ in contents if isinstance(getattr(holder, "owner", None), nn.Module)]
+        owners = [holder.owner for holder, _ in contents if isinstance(holder, Attributes)]
+        modules = [owner for owner in owners if isinstance(owner, nn.Module)]
         self._modules = modules
         self._types = list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))

@@ -287,9 +287,9 @@ class Reachable:
             self._attributes(space, {n: v for n, v in vars(base).items() if not n.startswith("__")})
 
     @staticmethod
-    def _reads_all(cls: type) -> bool:
+    def _reads_all(kind: type) -> bool:
         """Whether a method of the user's goes through all attributes of an object."""
-        methods = [m for base in cls.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
+        methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
         codes = [method.__code__ for method in methods if not is_known(method.__code__.co_filename)]
         return any("vars" in free_names(code) or "__dict__" in free_names(code) for code in codes)
 

@@ -23,7 +23,7 @@ from shardc.errors import CaptureError
 
 
 @dataclass(frozen=True)
-class Beside:
+class RecordedEffects:
     """The guards of a program, and what its runs leave behind."""
 
     guards: Guards
@@ -35,7 +35,7 @@ class Beside:
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
 
-    def at(self, number: Callable[[Any], Any]) -> Beside:
+    def at(self, number: Callable[[Any], Any]) -> RecordedEffects:
         """The same, for the sizes of a call."""
         return replace(self, number=number)
 
