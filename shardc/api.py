@@ -139,7 +139,7 @@ class _Engine:
         return self.last
 
 
-class _Forward:
+class ShardedForward:
     """The forward of a sharded class, which compiles. A forward set on an object does not replace it: that is what is
     captured then."""
 
@@ -186,7 +186,7 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
     sharded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     sharded_forward.__doc__ = forward.__doc__
     return {
-        "forward": _Forward(torch.compiler.disable(sharded_forward)),  # torch.compile around it calls it as it is
+        "forward": ShardedForward(torch.compiler.disable(sharded_forward)),  # torch.compile around it calls it as it is
         "compiled": property(lambda self: engine(self).result(), doc="The program of the last call."),
         "plan": property(lambda self: engine(self).result().plan, doc="The plan of the last call."),
         "code": property(lambda self: engine(self).result().code, doc="The generated code of the last call."),

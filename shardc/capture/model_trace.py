@@ -21,7 +21,7 @@ from shardc.capture.side_effects.arguments import Way, passed_objects
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
-from shardc.capture.side_effects.holders import Holder, Place
+from shardc.capture.side_effects.holders import Holder, Location
 from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
@@ -35,14 +35,14 @@ from shardc.capture.side_effects.replay import (
     Given,
     Kept,
     Passed,
-    Result,
+    ProgramResult,
+    Recipe,
     SideEffect,
     Standing,
-    Value,
     holds_tensors,
 )
 from shardc.capture.side_effects.snapshot import Change
-from shardc.capture.side_effects.stand_ins import Candidate, Counter, StandIns, candidates
+from shardc.capture.side_effects.stand_ins import Counter, StandInCandidate, StandIns, candidates
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
@@ -77,7 +77,7 @@ class ModelTrace:
         stand_ins: StandIns | None,
     ) -> None:
         self.watch, self.stand_ins = watch, stand_ins
-        self.candidates: list[Candidate] = []
+        self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad, self.differentiable = state, grad, differentiable
         self.call = function
@@ -226,7 +226,7 @@ class ModelTrace:
         leaves, self.out_spec = flatten(output, passed)
         positions: dict[int, int] = {}
 
-        def described(tensor: Tensor) -> Value:
+        def described(tensor: Tensor) -> Recipe:
             slot = slots.get(id(tensor))
             if slot is not None:
                 return Given(slot.port.index) if slot.port.role is Role.INPUT else Standing(slot.places[0])
@@ -235,10 +235,10 @@ class ModelTrace:
             if id(tensor) not in positions:
                 positions[id(tensor)] = len(leaves)
                 leaves.append(tensor)
-            return Result(positions[id(tensor)])
+            return ProgramResult(positions[id(tensor)])
 
         describer = Describer(described, self.state.reachable.holds)
-        made: dict[int, Value] = {}
+        made: dict[int, Recipe] = {}
         for index, leaf in enumerate(list(leaves)):
             if isinstance(leaf, Tensor):
                 positions.setdefault(id(leaf), index)
@@ -252,7 +252,7 @@ class ModelTrace:
         self.effects = effects_of(changes, describer, self.stand_ins)
         return self._chosen_outputs(leaves, made)
 
-    def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Value]) -> tuple[Tensor, ...]:
+    def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Recipe]) -> tuple[Tensor, ...]:
         chosen = self._differentiable(leaves, made)
         known: dict[tuple[int, bool], int] = {}
         tensors: list[Tensor] = []
@@ -271,7 +271,7 @@ class ModelTrace:
                 self.attached.add(known[key])
         return tuple(tensors)
 
-    def _differentiable(self, leaves: list[Any], made: Mapping[int, Value]) -> frozenset[int]:
+    def _differentiable(self, leaves: list[Any], made: Mapping[int, Recipe]) -> frozenset[int]:
         assert self.out_spec is not None
         able = {
             i: leaf
@@ -318,7 +318,7 @@ class ModelTrace:
             if isinstance(leaf, Tensor):
                 yield f"input:{index}", leaf
 
-    def recorded(self, standing: Mapping[str, Place]) -> RecordedEffects:
+    def recorded(self, standing: Mapping[str, Location]) -> RecordedEffects:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.effects, (place.holder for place in standing.values()))
         contents, names = self.state.before.contents(), self.state.reachable.names

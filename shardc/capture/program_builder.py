@@ -12,7 +12,7 @@ from shardc.capture import canonical, provenance
 from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_shared, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
-from shardc.capture.side_effects.holders import Place
+from shardc.capture.side_effects.holders import Location
 from shardc.capture.torch_patches.aot_autograd import drop_tangents, input_index, output_kinds, tangent_index
 from shardc.capture.torch_patches.fake_tensors import fake_like, is_fake
 from shardc.errors import CaptureError
@@ -33,7 +33,7 @@ class ProgramBuilder:
         self.rewriter = canonical.Rewriter(self.origins)
         self.inputs: list[Port] = []
         self.constants: dict[str, Tensor] = {}
-        self.standing: dict[str, Place] = {}
+        self.standing: dict[str, Location] = {}
         """Where those of the constants stand that something holds."""
 
     def program(self) -> Program:

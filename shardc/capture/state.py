@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardc.capture.side_effects.code import makes_tensors
-from shardc.capture.side_effects.holders import Place
+from shardc.capture.side_effects.holders import Location
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.capture.user_frames import user_frame
@@ -30,7 +30,7 @@ class StateEntry:
 
     port: Port
     fake: Tensor
-    places: tuple[Place, ...] = ()
+    places: tuple[Location, ...] = ()
     owners: tuple[tuple[nn.Module, str], ...] = ()
 
 
@@ -55,7 +55,7 @@ class State:
                 for key, tensor in registry(part, role).items():
                     if tensor is not None:
                         self._add(role, f"{path}.{key}" if path else key, part, key, tensor)
-        self.standing: dict[str, Place] = {}
+        self.standing: dict[str, Location] = {}
         for places in self.reachable.tensors.values():
             tensor = places[0].get()
             if id(tensor) not in self.names and _is_plain(tensor):

@@ -27,12 +27,12 @@ from shardc.capture.side_effects.holders import (
     Bytes,
     Cell,
     Contents,
-    Context,
+    ContextValue,
     Environment,
     Holder,
+    Location,
     Members,
     Names,
-    Place,
     Slots,
 )
 from shardc.capture.side_effects.reachable import PLAIN
@@ -69,7 +69,7 @@ class Guards:
         """Tensors and arrays, and the form that the trace has seen of them, by identity. (A parameter that becomes a
         DTensor is replaced in lists; in a tuple it could not be.)"""
         self._values: list[_Values] = []
-        self._written: list[tuple[Place, Any]] = []
+        self._written: list[tuple[Location, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
         contents = list(contents)
@@ -91,11 +91,11 @@ class Guards:
                     self._empty.append(holder.target)
             if keys and len(held) <= MOST_COMPARED:
                 quick = [key for key in keys if (id(holder.target), key) not in written]
-                self._written += [(Place(holder, key), held[key]) for key in keys if key not in quick]
+                self._written += [(Location(holder, key), held[key]) for key in keys if key not in quick]
                 if quick:
                     self._values.append(_Values(holder, quick, [held[key] for key in quick]))
             absent = [key for target, key in written if target == id(holder.target) and key not in held]
-            self._written += [(Place(holder, key), GONE) for key in absent if not of_object or key in names]
+            self._written += [(Location(holder, key), GONE) for key in absent if not of_object or key in names]
         owners = [holder.owner for holder, _ in contents if isinstance(holder, Attributes)]
         modules = [owner for owner in owners if isinstance(owner, nn.Module)]
         self._modules = modules
@@ -222,7 +222,7 @@ GONE = _Gone()
 """What stands in a place where nothing does."""
 
 
-def _key(place: Place) -> tuple[int, Any]:
+def _key(place: Location) -> tuple[int, Any]:
     return id(place.holder.target), place.key
 
 
@@ -258,7 +258,7 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool
         return operator.attrgetter("cell_contents"), True
     if isinstance(holder, Environment):
         return (lambda variables: map(variables.get, keys)), False
-    if isinstance(holder, Context):
+    if isinstance(holder, ContextValue):
         return (lambda variable: variable.get(GONE)), True
     if isinstance(holder.target, dict) and type(holder.target).__getitem__ is not dict.__getitem__:
         return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items

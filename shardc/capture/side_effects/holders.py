@@ -261,7 +261,7 @@ class Environment(Holder):
         return f"{self.path}[{os.fsdecode(key)!r}]"
 
 
-class Context(Holder):
+class ContextValue(Holder):
     """The value of a context variable."""
 
     target: ContextVar[Any]
@@ -279,7 +279,7 @@ class Context(Holder):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a value stands: under a key of a holder."""
 
     holder: Holder
@@ -302,7 +302,7 @@ class Place:
 class Within(Holder):
     """The elements of a tuple that stands in a place: to set one is to put another tuple there."""
 
-    def __init__(self, place: Place, path: str) -> None:
+    def __init__(self, place: Location, path: str) -> None:
         super().__init__(place, path)
         self._place = place
 

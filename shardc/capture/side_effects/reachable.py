@@ -37,11 +37,11 @@ from shardc.capture.side_effects.holders import (
     Attributes,
     Bytes,
     Cell,
-    Context,
+    ContextValue,
     Environment,
     Holder,
+    Location,
     Names,
-    Place,
     Registry,
     Slots,
     Within,
@@ -84,14 +84,14 @@ class Reachable:
 
     def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
         self.holders: list[Holder] = []
-        self.tensors: dict[int, list[Place]] = {}
-        self.cached: list[tuple[Place, Any]] = []
+        self.tensors: dict[int, list[Location]] = {}
+        self.cached: list[tuple[Location, Any]] = []
         """Functions with `functools.lru_cache`, and where they stand."""
-        self.iterators: list[Place] = []
+        self.iterators: list[Location] = []
         self.generators: list[tuple[str, Any]] = []
         """Random generators of Python and NumPy, by name."""
         self.names: set[str] = set()
-        self._places: dict[int, list[Place]] = {}
+        self._places: dict[int, list[Location]] = {}
         self._held: set[int] = set()
         self._seen: dict[Any, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
@@ -111,7 +111,7 @@ class Reachable:
         """A value was met in a place."""
         if type(value) in _ATOMS:
             return
-        place = Place(holder, key)
+        place = Location(holder, key)
         if isinstance(value, Tensor):
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
@@ -129,7 +129,7 @@ class Reachable:
             self._places.setdefault(id(value), []).append(place)
             self._todo.append((value, holder.name(key)))
 
-    def places(self, value: Any) -> list[Place]:
+    def places(self, value: Any) -> list[Location]:
         """Where an object stands; none if something else holds it, too, in which nothing can be put."""
         return [] if id(value) in self._held else self._places.get(id(value), [])
 
@@ -169,7 +169,7 @@ class Reachable:
         elif isinstance(value, GENERATORS):
             self.generators.append((path, value))
         elif isinstance(value, ContextVar):
-            context = Context(value, path)
+            context = ContextValue(value, path)
             self.holders.append(context)
             for key, item in context.get().items():
                 self._stands(context, key, item)

@@ -1,6 +1,6 @@
 """What a call does beside computing its results: found in one run of the model under the tracer, kept for all others.
 
-h = self.up(x); self.last = h       ->    guards: model.training is True, ...; effects: model.last = Result(1)
+h = self.up(x); self.last = h       ->    guards: model.training is True, ...; effects: model.last = ProgramResult(1)
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from shardc.capture.side_effects.arguments import Argument, argument_holders
 from shardc.capture.side_effects.guards import Guards
-from shardc.capture.side_effects.holders import Elements, Holder, Place, Registry
+from shardc.capture.side_effects.holders import Elements, Holder, Location, Registry
 from shardc.capture.side_effects.reachable import Reachable
-from shardc.capture.side_effects.replay import Describer, Run, SideEffect, Value, side_effect
+from shardc.capture.side_effects.replay import CallRun, Describer, Recipe, SideEffect, side_effect
 from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.errors import CaptureError
@@ -28,7 +28,7 @@ class RecordedEffects:
 
     guards: Guards
     effects: tuple[SideEffect, ...] = ()
-    numbers: tuple[Place, ...] = ()
+    numbers: tuple[Location, ...] = ()
     """Where counters stand, which effects compute from what they were."""
     seed: Tensor | None = None
     """The state in which the model leaves torch's generator, where it sets it."""
@@ -43,12 +43,12 @@ class RecordedEffects:
         """Why a call is not one of this program, in a few words; "" if it is."""
         return self.guards.broken()
 
-    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Run:
+    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> CallRun:
         """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
         numbers = {place: place.get() for place in self.numbers}
-        return Run(results, inputs, arguments, numbers=numbers, number=self.number)
+        return CallRun(results, inputs, arguments, numbers=numbers, number=self.number)
 
-    def replay(self, run: Run) -> None:
+    def replay(self, run: CallRun) -> None:
         """Leave behind what the model leaves behind."""
         for effect in self.effects:
             effect.replay(run)
@@ -72,7 +72,7 @@ class Watched:
                 changes.append(change.only(keys))
         return changes
 
-    def describer(self, tensor: Callable[[Tensor], Value]) -> Describer:
+    def describer(self, tensor: Callable[[Tensor], Recipe]) -> Describer:
         """Describes what changed; `tensor` describes a tensor of the trace."""
         return Describer(tensor, self._reachable.holds)
 

@@ -1,6 +1,7 @@
 """Side effects as data: what a call of the model leaves behind, made again at every run of its program.
 
-    self.seen.append((h, "relu"))   ->   SideEffect(model.seen, appended=(Fresh(tuple, (Result(1), Kept("relu"))),))
+    self.seen.append((h, "relu"))
+    ->  SideEffect(model.seen, appended=(Fresh(tuple, (ProgramResult(1), Kept("relu"))),))
 
 A value is described by what it is made of: results of the program, inputs of the call, what stood there before, and
 objects that exist. What the model makes anew at every call is made anew at every run.
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardc.capture.side_effects.arguments import Argument, Way, reached
-from shardc.capture.side_effects.holders import Contents, Holder, Place
+from shardc.capture.side_effects.holders import Contents, Holder, Location
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.snapshot import Change
 from shardc.capture.side_effects.stand_ins import Counter
@@ -27,7 +28,7 @@ from shardc.errors import CaptureError
 
 
 @dataclass
-class Run:
+class CallRun:
     """What values are made of in one run: the program's results, the flat inputs, the arguments as they were given, and
     what the holder held before."""
 
@@ -35,7 +36,7 @@ class Run:
     inputs: Sequence[Any]
     arguments: Any
     before: Contents = field(default_factory=dict[Any, Any])
-    numbers: Mapping[Place, Any] = field(default_factory=dict[Place, Any])
+    numbers: Mapping[Location, Any] = field(default_factory=dict[Location, Any])
     """What stood in the places of counters before the call."""
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of this run into symbolic numbers."""
@@ -43,100 +44,100 @@ class Run:
     """What was made already, by the identity of its description: two places may hold one object."""
 
 
-class Value(ABC):
+class Recipe(ABC):
     """The description of a value."""
 
     @abstractmethod
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         """The value in this run."""
 
 
 @dataclass(frozen=True)
-class Kept(Value):
+class Kept(Recipe):
     """An object that exists, or a value that never changes but with the sizes of inputs."""
 
     value: Any
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return run.number(self.value)
 
 
 @dataclass(frozen=True)
-class Result(Value):
+class ProgramResult(Recipe):
     """A result of the program, by its position."""
 
     index: int
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return run.results[self.index]
 
 
 @dataclass(frozen=True)
-class Given(Value):
+class Given(Recipe):
     """An input of the call, by its position among the flat inputs."""
 
     index: int
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return run.inputs[self.index]
 
 
 @dataclass(frozen=True)
-class Passed(Value):
+class Passed(Recipe):
     """An object among the arguments of the call."""
 
     way: Way
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return reached(run.arguments, self.way)
 
 
 @dataclass(frozen=True)
-class Standing(Value):
+class Standing(Recipe):
     """The tensor that stands in a place: a parameter, say."""
 
-    place: Place
+    place: Location
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return self.place.get()
 
 
 @dataclass(frozen=True)
-class Before(Value):
+class Before(Recipe):
     """What stood under a key of the holder before the call."""
 
     key: Any
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return run.before[self.key]
 
 
 @dataclass(frozen=True)
-class Computed(Value):
+class Computed(Recipe):
     """A number that follows from the one that stood in a place before the call."""
 
-    place: Place
+    place: Location
     formula: Callable[[Any], Any]
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         return self.formula(run.numbers[self.place])
 
 
 @dataclass(frozen=True, eq=False)
-class Fresh(Value):
+class Fresh(Recipe):
     """A container or an object that the model makes anew: its class, and its contents by key."""
 
     kind: type
     empty: Any = None
     """An empty container of the kind, to copy; None for tuples and objects."""
-    contents: dict[Any, Value] = field(default_factory=dict[Any, Value])
+    contents: dict[Any, Recipe] = field(default_factory=dict[Any, Recipe])
 
-    def make(self, run: Run) -> Any:
+    def make(self, run: CallRun) -> Any:
         if id(self) not in run.made:
             self._make(run)
         return run.made[id(self)]
 
-    def _make(self, run: Run) -> None:
+    def _make(self, run: CallRun) -> None:
         if issubclass(self.kind, tuple):
             values = [value.make(run) for value in self.contents.values()]
             run.made[id(self)] = self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
@@ -160,12 +161,12 @@ class Describer:
     `tensor` describes a tensor of the trace. `exists` tells whether an object was there before the call.
     """
 
-    def __init__(self, tensor: Callable[[Tensor], Value], exists: Callable[[Any], bool]) -> None:
+    def __init__(self, tensor: Callable[[Tensor], Recipe], exists: Callable[[Any], bool]) -> None:
         self._tensor, self._exists = tensor, exists
-        self._known: dict[int, Value] = {}
+        self._known: dict[int, Recipe] = {}
         self._alive: list[Any] = []
 
-    def describe(self, value: Any) -> Value:
+    def describe(self, value: Any) -> Recipe:
         """The description of a value; one object has one description."""
         if type(value) is Counter:
             return Computed(value.place, value.formula)
@@ -226,11 +227,11 @@ class SideEffect:
     """What a call does to one holder."""
 
     holder: Holder
-    written: Mapping[Any, Value]
+    written: Mapping[Any, Recipe]
     deleted: Sequence[Any] = ()
-    appended: Sequence[Value] | None = None
+    appended: Sequence[Recipe] | None = None
 
-    def replay(self, run: Run) -> None:
+    def replay(self, run: CallRun) -> None:
         """Do it again."""
         holder = self.holder.of(run.arguments) if isinstance(self.holder, Argument) else self.holder
         if self.appended is not None:
@@ -262,7 +263,7 @@ def side_effect(change: Change, describer: Describer) -> SideEffect:
         if not before:
             return SideEffect(change.holder, {}, (), [describer.describe(value) for value in now])
 
-    def described(key: Any, value: Any) -> Value:
+    def described(key: Any, value: Any) -> Recipe:
         return Before(stood[id(value)]) if id(value) in stood and key != stood[id(value)] else describer.describe(value)
 
     return SideEffect(change.holder, {key: described(key, change.now[key]) for key in change.written}, change.deleted)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from shardc.capture.side_effects.holders import Attributes, Contents, Elements, Holder, Names, Place
+from shardc.capture.side_effects.holders import Attributes, Contents, Elements, Holder, Location, Names
 from shardc.capture.side_effects.snapshot import Change
 
 
@@ -27,7 +27,7 @@ class Read(Exception):
 class Condition:
     """What forward has found when it compared a number that stands in `place`."""
 
-    place: Place
+    place: Location
     holds: Callable[[Any], bool]
 
     def broken(self) -> str:
@@ -37,7 +37,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StandInCandidate:
     """A holder that forward changes so that a stand-in could take its part: the numbers in it that change, or that it
     is a container in which values were put and nothing else was changed."""
 
@@ -46,16 +46,16 @@ class Candidate:
     grows: bool = False
 
 
-def candidates(changes: Iterable[Change]) -> list[Candidate]:
+def candidates(changes: Iterable[Change]) -> list[StandInCandidate]:
     """What stand-ins could take the part of."""
-    chosen: list[Candidate] = []
+    chosen: list[StandInCandidate] = []
     for change in changes:
         holder = change.holder
         if isinstance(holder, (Attributes, Names)):
             numbers = tuple(key for key in change.written if type(change.before.get(key)) in (int, float))
-            chosen += [Candidate(holder, numbers)] if numbers else []
+            chosen += [StandInCandidate(holder, numbers)] if numbers else []
         elif type(holder.target) in _WRITE_ONLY and _grew(change):
-            chosen.append(Candidate(holder, grows=True))
+            chosen.append(StandInCandidate(holder, grows=True))
     return chosen
 
 
@@ -65,15 +65,17 @@ class StandIns:
     Places and containers in `read` have none, because code reads them. The set grows during the trace.
     """
 
-    def __init__(self, chosen: Iterable[Candidate], places_of: Callable[[Any], list[Place]], read: set[Any]) -> None:
+    def __init__(
+        self, chosen: Iterable[StandInCandidate], places_of: Callable[[Any], list[Location]], read: set[Any]
+    ) -> None:
         self.conditions: list[Condition] = []
-        self.numbers: list[Place] = []
-        self.containers: dict[int, tuple[Holder, list[Place]]] = {}
+        self.numbers: list[Location] = []
+        self.containers: dict[int, tuple[Holder, list[Location]]] = {}
         self._standing: list[tuple[Holder, Any]] = []
         self._read = read
         for one in chosen:
             target = one.holder.target
-            self.numbers += [Place(one.holder, key) for key in one.numbers if (id(target), key) not in read]
+            self.numbers += [Location(one.holder, key) for key in one.numbers if (id(target), key) not in read]
             places = places_of(target)
             if one.grows and places and id(target) not in read:
                 self.containers[id(target)] = one.holder, places
@@ -124,7 +126,7 @@ class Counter:
     In this trace it stands for `value`; the formula of a number that stood there before is the identity.
     """
 
-    def __init__(self, owner: StandIns, place: Place, value: Any, formula: Callable[[Any], Any]) -> None:
+    def __init__(self, owner: StandIns, place: Location, value: Any, formula: Callable[[Any], Any]) -> None:
         self.owner, self.place, self.value, self.formula = owner, place, value, formula
 
     @property
