@@ -103,7 +103,7 @@ class Compiled:
         """Where the parameters and buffers of the program stand: name, the registry of their module, the name there."""
         if self._state is None:
             parts = dict(self._module.named_modules(remove_duplicate=False))
-            used = {port.name for port in self._program.inputs if port.role in (Role.PARAMETER, Role.BUFFER)}
+            used = [port.name for port in self._program.inputs if port.role in (Role.PARAMETER, Role.BUFFER)]
             self._state = []
             for name in used:
                 path, _, key = name.rpartition(".")

@@ -142,6 +142,7 @@ def test_no_mesh_and_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("world", "relation"), [("2", "larger than"), ("8", "smaller than")])
 def test_world_of_another_size(world: str, relation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", world)
     expected = (
         f"mesh dp=2,tp=2 has 4 devices, {relation} the {world} processes of this run; "
