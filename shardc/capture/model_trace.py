@@ -31,6 +31,7 @@ from shardc.capture.side_effects.recorded import (
     refuse_new_parameters,
 )
 from shardc.capture.side_effects.replay import (
+    Copied,
     Describer,
     Given,
     Kept,
@@ -231,7 +232,7 @@ class ModelTrace:
             if slot is not None:
                 return Given(slot.port.index) if slot.port.role is Role.INPUT else Standing(slot.places[0])
             if not is_traced(tensor):
-                return Kept(tensor)
+                return Kept(tensor) if self.state.reachable.holds(tensor) else Copied(tensor)
             if id(tensor) not in positions:
                 positions[id(tensor)] = len(leaves)
                 leaves.append(tensor)

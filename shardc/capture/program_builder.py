@@ -41,9 +41,10 @@ class ProgramBuilder:
         graph = self.traced.graph
         ports, values = self._results()
         self.written = {port.name for port in ports if port.role is Role.MUTATION}
-        refuse_shared(self.written, self.trace.tensors())
         nodes = canonical.live(graph, values)
         self._placeholders(nodes)
+        used = {port.name for port in self.inputs}
+        refuse_shared(self.written, [(name, tensor) for name, tensor in self.trace.tensors() if name in used])
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
         refuse_sparse(nodes, self.origins)
         refuse_seeded(nodes, self.origins, self.trace.provenance.after_seed)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import shardc
 from shardc import constrain
 from shardc.api import Compiled
+from shardc.capture.inputs import flatten
 from shardc.errors import InfeasibleError
 from shardc.explain.plan import Plan
 from shardc.ir.model_call import ModelCall
@@ -70,7 +71,7 @@ def test_sizes_at_which_a_plan_is_reused(function: Callable[[Tensor], Tensor]) -
     for size in range(2, 26):
         call = ModelCall(Function(function), (torch.zeros(size, 6, 8),), {})
         try:
-            notes = compiled.at(call).plan.notes
+            notes = compiled.at(call, flatten((call.args, dict(call.kwargs)))[0]).plan.notes
         except InfeasibleError:  # what was demanded of it needs more elements
             assert size < assumed.least
             continue

@@ -131,7 +131,8 @@ def test_propagate_mode_compares_nothing() -> None:
 def test_reused_plans_say_so() -> None:
     compiled = shardc.compile(MLP(8, 32), "dp=2", (torch.zeros(4, 8),), dynamic={"x": {0: "batch"}})
     compiled(torch.zeros(6, 8))
-    reused = compiled.at(ModelCall(MLP(8, 32), (torch.zeros(6, 8),), {})).plan
+    x = torch.zeros(6, 8)
+    reused = compiled.at(ModelCall(MLP(8, 32), (x,), {}), [x]).plan
     assert "reused from other sizes" in str(reused.why("up.weight"))
     with pytest.raises(ShardcError, match="reused from other sizes"):
         reused.why_not("up.weight", "dp,-" if "@" not in reused.why("up.weight").layout else "-,-")

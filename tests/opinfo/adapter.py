@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from checks.compiling import compiled_program
 from opinfo.database import RANKS, Sample
@@ -91,7 +91,9 @@ class _Call(nn.Module):
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.function(*args, **kwargs)
+        result = self.function(*args, **kwargs)
+        # an operand that comes back is no result of a program, and would not be judged
+        return tree_map_only(Tensor, lambda out: out.clone() if any(out is t for t in tensors) else out, result)
 
 
 def run_sharded(
@@ -196,7 +198,12 @@ def _execute(
         for k, slot in enumerate(module.OUTPUTS)
         if slot.role == "output"
     }
-    outcome.outputs = [leaf.value if isinstance(leaf, Constant) else outputs[leaf] for leaf in program.out_leaves]
+    constants = [None if isinstance(leaf, int) else leaf for leaf in program.out_leaves]
+    assert all(leaf is None or isinstance(leaf, Constant) for leaf in constants), constants
+    outcome.outputs = [
+        leaf.value if isinstance(leaf, Constant) else outputs[leaf]  # type: ignore[index]
+        for leaf in program.out_leaves
+    ]
     if not tangents or not hasattr(module, "backward"):
         return {}
     given: dict[int, Tensor] = {}

@@ -93,6 +93,12 @@ def _set_sizes(sizes: dict[str, int]) -> None:
             for key, value in sizes.items():
                 if isinstance(getattr(module, key, None), int):
                     setattr(module, key, value)
+            if hasattr(module, "wrapper_set_seed"):  # the judge sets it: what is drawn after a seed is a constant
+                module.wrapper_set_seed = _without_seed  # type: ignore[attr-defined]
+
+
+def _without_seed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def _chosen(entry: Any, count: int) -> list[Sample]:

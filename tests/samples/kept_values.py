@@ -173,15 +173,22 @@ class Table(Attribute):
         return h * model.table
 
 
-class TableInPlace(Table):
+class TableInPlace(Attribute):
+    name = "decaying"
+
+    def set_up(self, model: Any) -> None:
+        model.decaying = torch.linspace(1, 2, WIDTH)
+
     def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
-        model.table.mul_(0.9)
-        return h * model.table
+        model.decaying.mul_(0.9)
+        return h * model.decaying
 
 
-class TableGiven(Table):
+class TableGiven(Attribute):
+    name = "given"
+
     def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
-        return h * model.table
+        return h * model.given
 
     def between(self, model: Any, step: int) -> None:
-        model.table = torch.full((WIDTH,), 1.0 + step)
+        model.given = torch.full((WIDTH,), 1.0 + step)

@@ -85,6 +85,12 @@ class Seeds:
             with untraced():
                 mask = function(torch.ones(shape, dtype=dtype), *args[1:], **{**kwargs, "inplace": False})
             return first * mask
+        if function is torch.normal and set(kwargs) <= {"mean", "std"}:
+            mean, std = (*args, *kwargs.values())
+            shape = torch.broadcast_shapes(*(part.shape for part in (mean, std) if isinstance(part, Tensor)))
+            with untraced():
+                noise = torch.empty(shape, dtype=next(p.dtype for p in (mean, std) if isinstance(p, Tensor))).normal_()
+            return noise * std + mean
         raise CaptureError(
             f"forward sets the seed of torch's generator and then calls {name}, whose draws depend on values: "
             "set the seed outside of the model"

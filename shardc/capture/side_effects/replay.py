@@ -63,6 +63,16 @@ class Kept(Recipe):
 
 
 @dataclass(frozen=True)
+class Copied(Recipe):
+    """A tensor that is the same at every call, and made anew."""
+
+    value: Tensor
+
+    def make(self, run: CallRun) -> Any:
+        return self.value.clone()
+
+
+@dataclass(frozen=True)
 class ProgramResult(Recipe):
     """A result of the program, by its position."""
 

@@ -194,7 +194,7 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 --axes a,b --time-limit 3", "--axes=a,b --time-limit=3.0 is for a search"),
         ("plan x.py --devices two", "'two'"),
         ("plan x.py --mesh tp=2 y.py", "Unrecognized options: y.py"),
-        ("plan x.py --mesh tp=2 --memry 80GB", "Perhaps you meant: --memory BYTES For full"),
+        ("plan x.py --mesh tp=2 --memry 80GB", "Perhaps you meant: --memory BYTES|unbounded For full"),
         ("plan x.py --mesh tp=2 --memory", "Missing value for argument '--memory'"),
         ("plan x.py --mesh tp=2 --memory lots", "memory='lots' is not an amount of memory; write '80GB'"),
         ("plan x.py --mesh tp=2 --optimizer adm", "optimizer='adm' is not known; it is one of sgd"),
@@ -231,7 +231,7 @@ def test_a_message_is_the_same_in_every_encoding(encoding: str) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert ran.returncode == 2 and ran.stdout == ""
     assert ran.stderr == (
-        "shardc: Unrecognized options: --memry, 80GB\nPerhaps you meant:\n    --memory BYTES\n"
+        "shardc: Unrecognized options: --memry, 80GB\nPerhaps you meant:\n    --memory BYTES|unbounded\n"
         "For full helptext, run shardc --help\n"
     )
 
