@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,3 +28,16 @@ class Decoder(nn.Module):
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(x)))
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def words(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random inputs of a `Decoder`."""
+    return torch.randint(0, 57, (batch, length)), torch.randint(0, 57, (batch, length))
+
+
+def train(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss of one call, and all gradients."""
+    model.zero_grad()
+    loss = model(*inputs)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]

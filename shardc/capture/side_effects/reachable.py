@@ -93,6 +93,7 @@ class Reachable:
         self.names: set[str] = set()
         self._places: dict[int, list[Location]] = {}
         self._held: set[int] = set()
+        self._whole: dict[type, bool] = {}
         self._seen: dict[Any, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._todo: deque[tuple[Any, str]] = deque()
@@ -286,12 +287,13 @@ class Reachable:
                     self._todo.append((value, f"{base.__qualname__}.{name}"))
             self._attributes(space, {n: v for n, v in vars(base).items() if not n.startswith("__")})
 
-    @staticmethod
-    def _reads_all(kind: type) -> bool:
+    def _reads_all(self, kind: type) -> bool:
         """Whether a method of the user's goes through all attributes of an object."""
-        methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
-        codes = [method.__code__ for method in methods if not is_known(method.__code__.co_filename)]
-        return any("vars" in free_names(code) or "__dict__" in free_names(code) for code in codes)
+        if kind not in self._whole:
+            methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
+            codes = [method.__code__ for method in methods if not is_known(method.__code__.co_filename)]
+            self._whole[kind] = any("vars" in free_names(code) or "__dict__" in free_names(code) for code in codes)
+        return self._whole[kind]
 
     def _function(self, function: FunctionType, path: str) -> None:
         code = function.__code__

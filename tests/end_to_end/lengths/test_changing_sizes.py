@@ -9,18 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from samples.odd_sizes import DIVIDES, Decoder
-
-
-def words(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    return torch.randint(0, 57, (batch, length)), torch.randint(0, 57, (batch, length))
-
-
-def train(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    model.zero_grad()
-    loss = model(*inputs)
-    loss.backward()
-    return loss.detach(), [p.grad for p in model.parameters()]
+from samples.odd_sizes import DIVIDES, Decoder, train, words
 
 
 def test_new_lengths_in_training(traces: list[object]) -> None:

@@ -8,21 +8,10 @@ from torch import Tensor, nn
 
 import shardc
 from samples.models import MODELS, loss_of
-from samples.odd_sizes import DIVIDES, Decoder
+from samples.odd_sizes import DIVIDES, Decoder, train, words
 from shardc.errors import ShardcError
 
 BATCH_AND_SEQUENCE = {0: "batch", 1: "seq"}
-
-
-def words(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    return torch.randint(0, 57, (batch, length)), torch.randint(0, 57, (batch, length))
-
-
-def train(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    model.zero_grad()
-    loss = model(*inputs)
-    loss.backward()
-    return loss.detach(), [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("mesh", ["dp=4", "dp=2,tp=2", "a=3"])
