@@ -182,8 +182,10 @@ def _aliases(tensors: Sequence[DTensor]) -> dict[int, list[DTensor]]:
     """DTensors of the same memory and shape, by the id of the tensor that they are an alias of."""
     owner = {_memory(tensor): tensor for tensor in tensors if tensor.numel()}
     found: dict[int, list[DTensor]] = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), DTensor):
+    objects: list[Any] = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DTensor)}  # a question a type, not an object
+    for one in objects:
+        if type(one) in kinds:
             tensor = owner.get(_memory(one))
             if tensor is not None and tensor is not one and tensor.shape == one.shape:
                 found.setdefault(id(tensor), []).append(one)
@@ -216,14 +218,15 @@ def replace_parameters(
 ) -> None:
     """Put DTensors in place of plain parameters, wherever these are held."""
     if old:
-        _refuse_tuples(names, old)
+        holders: list[Any] = [one for one in gc.get_referrers(*old) if one is not old]
+        _refuse_tuples(names, old, holders)
         new = [distribute(tensor, slot, mesh) for tensor, slot in zip(old, slots, strict=True)]
-        swap_in(old, new, slots, mesh)
+        swap_in(old, new, slots, mesh, holders)
 
 
-def _refuse_tuples(names: Sequence[str], old: Sequence[Tensor]) -> None:
+def _refuse_tuples(names: Sequence[str], old: Sequence[Tensor], holders: Sequence[Any]) -> None:
     named = {id(tensor): name for name, tensor in zip(names, old, strict=True)}
-    for holder in gc.get_referrers(*old):
+    for holder in holders:
         if type(holder) is tuple:
             name = next((named[id(item)] for item in holder if id(item) in named), None)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
             if name is not None:
@@ -233,20 +236,17 @@ def _refuse_tuples(names: Sequence[str], old: Sequence[Tensor]) -> None:
                 )
 
 
-def swap_in(old: Sequence[Tensor], new: Sequence[Tensor], slots: Sequence[Slot], mesh: DistributedMesh) -> None:
-    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set holds the parameter.
+def swap_in(
+    old: Sequence[Tensor], new: Sequence[Tensor], slots: Sequence[Slot], mesh: DistributedMesh, holders: Sequence[Any]
+) -> None:
+    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set of `holders` holds the parameter.
 
     So modules, and optimizers created earlier, get the DTensors. What an optimizer holds for a parameter in its shape
     becomes a DTensor like it.
     """
     # torch.utils.swap_tensors would keep the object, but it refuses, since a DTensor has slots that a Parameter lacks.
     place = {id(tensor): at for at, tensor in enumerate(old)}
-    ours = {id(old), id(new)}
-    holders: list[Any] = [
-        holder
-        for holder in gc.get_referrers(*old)
-        if isinstance(holder, (dict, list, set)) and id(holder) not in ours  # pyright: ignore[reportUnknownArgumentType]
-    ]
+    holders = [holder for holder in holders if isinstance(holder, (dict, list, set))]
     for holder in holders:
         if isinstance(holder, dict):
             states: list[tuple[Any, Any]] = [(k, v) for k, v in holder.items() if id(k) in place]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

@@ -17,9 +17,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+Finished = subprocess.CompletedProcess[str]
 
 SERVER = """
 import json, os, runpy, sys
@@ -60,16 +62,17 @@ def _server() -> subprocess.Popen[str]:
     return started
 
 
-def ran(*argv: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """What a program prints, and its exit code; `argv` as after `python`, `path` is what it imports shardc from."""
+def ran(*argv: str, cwd: Path = ROOT, path: Path = ROOT, beside: Sequence[Path] = ()) -> Finished:
+    """What a program prints, and its exit code; `argv` as after `python`, `path` is what it imports shardc from, and
+    `beside` are further places to import from."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (path, *beside)))}
         asked = {"argv": argv, "cwd": str(cwd), "env": environment, "out": str(out), "err": str(err)}
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         code = server.stdout.readline()
         assert code, "the process that forks has ended"
-        return subprocess.CompletedProcess(argv, int(code), out.read_text(), err.read_text())
+        return Finished(argv, int(code), out.read_text(), err.read_text())

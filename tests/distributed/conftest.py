@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from checks.preloaded import ROOT, ran
+
 HERE = Path(__file__).parent
+PLACES = (HERE.parent, HERE)
+"""From where the scripts of this folder import, beside shardc."""
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *PLACES))),
 }
 PATIENCE = 600.0
-"""Seconds after which processes are taken to hang: many times what they take on an idle machine."""
+"""Seconds after which processes are taken to hang, as in `ranks.py`: many times what they take on an idle machine."""
 
 
 @pytest.fixture
@@ -39,9 +43,8 @@ def spawn(tmp_path: Path) -> Callable[..., list[tuple[int, str]]]:
     """`spawn("script.py", "arg", nproc=4)`: exit code and output of each rank, which `ranks.py` starts."""
 
     def run(script: str, *arguments: str, nproc: int = 4) -> list[tuple[int, str]]:
-        ours = [str(HERE / "ranks.py"), str(tmp_path), str(nproc), str(HERE / script), *arguments]
-        code, output = _started([sys.executable, *ours])
-        assert code == 0, output
+        done = ran(str(HERE / "ranks.py"), str(tmp_path), str(nproc), str(HERE / script), *arguments, beside=PLACES)
+        assert done.returncode == 0, done.stdout + done.stderr
         names = [tmp_path / str(rank) for rank in range(nproc)]
         return [(int(name.with_suffix(".code").read_text()), name.read_text()) for name in names]
 

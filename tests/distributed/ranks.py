@@ -3,11 +3,12 @@
     python ranks.py FOLDER COUNT SCRIPT [ARGUMENT...]
 
 What rank k says goes to FOLDER/k, and its exit code to FOLDER/k.code. Unlike torchrun, it leaves the peers of a rank
-that fails alone, so that they can say what they saw.
+that fails alone, so that they can say what they saw. After ten minutes it ends them all.
 """
 
 import os
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -41,6 +42,17 @@ for rank in range(int(count)):
         run(rank)
         sys.exit()
     ranks[child] = rank
+
+
+def end(*_: object) -> None:
+    """End ranks that hang."""
+    print(f"still running after ten minutes: ranks {sorted(ranks.values())}")
+    for child in ranks:
+        os.kill(child, signal.SIGKILL)
+
+
+signal.signal(signal.SIGALRM, end)
+signal.alarm(600)
 while ranks:
     child, status = os.wait()
     Path(folder, f"{ranks.pop(child)}.code").write_text(str(os.waitstatus_to_exitcode(status)))
