@@ -41,7 +41,7 @@ MENUS: dict[str, tuple[str, ...]] = {
     "all but windows": EVERY[:-1],
 }
 SHARES = 6  # examples per program
-PROGRAMS = 42  # per menu
+PROGRAMS = 36  # per menu
 MESHES = {  # up to 12 devices
     1: [(2,), (3,), (4,), (1,)],
     2: [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (1, 2), (3, 4), (4, 3), (3, 3)],
