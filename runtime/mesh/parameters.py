@@ -239,7 +239,7 @@ def _refuse_tuples(names: Sequence[str], old: Sequence[Tensor], holders: Sequenc
 def swap_in(
     old: Sequence[Tensor], new: Sequence[Tensor], slots: Sequence[Slot], mesh: DistributedMesh, holders: Sequence[Any]
 ) -> None:
-    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set of `holders` holds the parameter.
+    """For each pair (parameter, DTensor), put the DTensor wherever a dict, list or set of `holders` holds the old one.
 
     So modules, and optimizers created earlier, get the DTensors. What an optimizer holds for a parameter in its shape
     becomes a DTensor like it.
