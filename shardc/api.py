@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
@@ -110,9 +111,12 @@ class _Engine:
             self.last = program = self._program(key, named, call, leaves)
 
         def fallback(outputs: frozenset[int]) -> Executable:
-            """Backward starts from outputs that were taken for mere results: compile for exactly these."""
-            other = replace(call, differentiable=program.leaves_of(outputs))
-            with torch.enable_grad(), TRACING:
+            """Backward starts from outputs that were taken for mere results: compile for exactly these.
+
+            The call may have changed its arguments and what else it reads, and the user may have, since."""
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            other = replace(call, args=args, kwargs=kwargs, differentiable=program.leaves_of(outputs))
+            with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 
         return program.run(leaves, (args, kwargs), fallback)

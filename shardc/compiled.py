@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,6 +116,11 @@ class Compiled:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
         effects = self._program.effects
         return effects.broken() if effects is not None else ""
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, the values that the model's code reads are those for which this program holds."""
+        effects = self._program.effects
+        return effects.as_captured() if effects is not None else nullcontext()
 
     def run(
         self, leaves: list[Any], arguments: Any, fallback: Callable[[frozenset[int]], Executable] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -58,6 +59,10 @@ class CallEffects(Protocol):
 
     def at(self, number: Callable[[Any], Any]) -> CallEffects:
         """The same, with `number` to put the sizes of a call into symbolic numbers."""
+        ...
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, all that the code reads is as it was when the program was captured."""
         ...
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Any:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import Enum
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,16 @@ class Guards:
         self._written: list[tuple[Location, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
+        self._counted: dict[int, tuple[Holder, list[Any]]] = {}
+        """Containers of which nothing but these keys is there, by the identity of their holders."""
+        self._unread: list[tuple[Location, Any]] = []
+        """What the trace has met and not read, which any other value may stand for."""
         contents = list(contents)
         for holder, held in contents:
+            self._unread += [(Location(holder, key), held[key]) for key in held if (id(holder.target), key) in unread]
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
+                self._counted[id(holder)] = holder, list(held)
+                self._unread += [(Location(holder, key), value) for key, value in held.items()]
                 continue
             of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
             keys = [
@@ -85,6 +93,7 @@ class Guards:
             if counted or (
                 type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment))
             ):
+                self._counted[id(holder)] = holder, list(held)
                 if held:
                     self._sized.append((holder, len(held)))
                 else:
@@ -159,6 +168,40 @@ class Guards:
             if _form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
         return ""
+
+    @contextmanager
+    def as_captured(self) -> Generator[None]:
+        """In here, what the trace has met stands where it stood, so that another trace is one of the same call."""
+        with ExitStack() as stack:
+            for holder, seen in self._seen():
+                before = holder.get()
+                counted = id(holder) in self._counted and len(self._counted[id(holder)][1]) <= MOST_COMPARED
+                contents = {} if counted else {key: value for key, value in before.items() if key not in seen}
+                for key, value in seen.items():
+                    if value is not GONE:
+                        contents[key] = before[key] if self._equal(before.get(key, GONE), value) else value
+                same = contents.keys() == before.keys() and all(before[key] is contents[key] for key in before)
+                if not same:
+                    stack.callback(holder.put, before)
+                    holder.put(contents)
+            yield
+
+    def _seen(self) -> Iterable[tuple[Holder, Contents]]:
+        """The holders, and what the trace has met in them; GONE under a key that was not there."""
+        found: dict[int, tuple[Holder, Contents]] = {}
+
+        def places() -> Iterator[tuple[Holder, Any, Any]]:
+            for values in self._values:
+                yield from zip(repeat(values.holder), values.keys, values.expected, strict=False)
+            for place, value in (*self._written, *self._unread):
+                yield place.holder, place.key, value
+
+        for holder, key, value in places():
+            found.setdefault(id(holder), (holder, {}))[1][key] = value
+        for identity, (holder, keys) in self._counted.items():
+            seen = found.get(identity, (holder, {}))[1]
+            found[identity] = holder, {key: seen[key] for key in keys if key in seen}
+        return found.values()
 
     def _compare(self) -> str:
         """Compare value by value. What equals what was there takes its place, so that the next check is quick."""

@@ -6,6 +6,7 @@ h = self.up(x); self.last = h       ->    guards: model.training is True, ...; e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,10 @@ class RecordedEffects:
     def broken(self) -> str:
         """Why a call is not one of this program, in a few words; "" if it is."""
         return self.guards.broken()
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, a trace is one of the call that this program was captured for, whatever has changed since."""
+        return self.guards.as_captured()
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> CallRun:
         """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
