@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
+from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import TRACING, Compiled
 from shardc.distribution import check_data, distribute_if_started, with_global_batch
@@ -83,6 +85,8 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
+        self.registries: list[dict[str, Any]] | None = None
+        """Where the tensors of the model stand; None where a capture may have met others."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.request)
@@ -107,7 +111,8 @@ class _Engine:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if torch.is_grad_enabled() else moves(module)
             named = named_dims(self.request.options.dynamic, call)
-            key = call_key(leaves, named), str(spec), placed
+            one = tuple(Containers((args, kwargs)).again)
+            key = call_key(leaves, named, self._own(module)), str(spec), one, placed
             self.last = program = self._program(key, named, call, leaves)
 
         def fallback(outputs: frozenset[int]) -> Executable:
@@ -121,6 +126,13 @@ class _Engine:
 
         return program.run(leaves, (args, kwargs), fallback)
 
+    def _own(self, module: nn.Module) -> dict[int, int]:
+        """Numbers of the tensors of the model, by identity."""
+        if self.registries is None:
+            kinds = ("_parameters", "_buffers")
+            self.registries = [vars(part)[kind] for part in module.modules() for kind in kinds if vars(part)[kind]]
+        return {id(tensor): n for n, tensor in enumerate(chain.from_iterable(r.values() for r in self.registries))}
+
     def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
         calls = self.calls.get((key, call.differentiable))
         if calls is None:
@@ -129,7 +141,7 @@ class _Engine:
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""
-        self.capturing = True
+        self.capturing, self.registries = True, None
         try:
             return function(*args)
         finally:

@@ -112,10 +112,10 @@ class Compiled:
                 self._state.append((name, held["_parameters" if key in held["_parameters"] else "_buffers"], key))
         return self._state
 
-    def broken(self) -> str:
+    def broken(self, call: ModelCall) -> str:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
         effects = self._program.effects
-        return effects.broken() if effects is not None else ""
+        return effects.broken((call.args, call.kwargs)) if effects is not None else ""
 
     def as_captured(self) -> AbstractContextManager[None]:
         """In here, the values that the model's code reads are those for which this program holds."""
@@ -149,7 +149,7 @@ class Compiled:
             return self.at(ModelCall(self._module, args, kwargs), leaves).run(leaves, (args, kwargs))
 
         with TRACING:
-            reason = self.broken()
+            reason = self.broken(ModelCall(self._module, args, kwargs))
         if reason:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
         return with_global_batch(run, args, kwargs, self._last.mesh, self._last.options.data)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
-from shardc.capture.side_effects.arguments import Way, passed_objects
+from shardc.capture.side_effects.arguments import Containers, Way, passed_objects
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
@@ -84,6 +84,8 @@ class ModelTrace:
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
+        self._arguments, self._containers = (args, kwargs), Containers((args, kwargs))
+        self.own = self._containers.own(state.reachable.holds)
         self.leaves, self.in_spec = flatten((args, kwargs))
         refuse_unplain(self.leaves)
         self.slots = state.slots(self._fake)
@@ -101,6 +103,14 @@ class ModelTrace:
             if slot.port.role is Role.BUFFER
             for part, key in slot.owners
         }
+        ports = {id(self.leaves[i]): slot.port for slot in reversed(self.slots)
+                 if slot.port.role is Role.INPUT and (i := slot.port.index) is not None}  # fmt: skip
+        ports |= {key: Port(role, name) for key, (role, name) in state.names.items()}
+        self._one_tensor = {
+            i: ports[id(leaf)] for i, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor) and ports[id(leaf)] != Port(Role.INPUT, f"input:{i}", i)
+        }  # fmt: skip
+        """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
         self.out_spec: pytree.TreeSpec | None = None
         self.out_leaves: list[int | Constant | Made] = []
@@ -161,13 +171,16 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.role is Role.INPUT:
                     leaves[slot.port.index] = tensor_of[slot.port]
+            for index, port in self._one_tensor.items():
+                leaves[index] = tensor_of.get(port, leaves[index])
+            for slot in self.slots:
                 for place in slot.places:
                     place.set(tensor_of.get(slot.port, slot.fake))
             self.state.uncache()
             self.state.stop_iterators()
             if self.stand_ins:
                 self.stand_ins.put()
-            args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+            args, kwargs = self._with_leaves(leaves)
             watched = Watched(self.state.reachable, (args, kwargs))
             output = self._called(args, kwargs)
             changes = watched.changes(self._is_buffer)
@@ -177,6 +190,12 @@ class ModelTrace:
             self.candidates = candidates(changes)
             self._write_back(tensors)
             return self._flat_outputs(output, changes, tensors, passed_objects((args, kwargs)))
+
+    def _with_leaves(self, leaves: list[Any]) -> Any:
+        """The arguments with other leaves. Containers are new ones, and one where those of the call are."""
+        if self._containers.again or self.own:
+            return self._containers.copied(self._arguments, self.leaves, leaves, self.own)
+        return pytree.tree_unflatten(leaves, self.in_spec)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns; notes the state in which it leaves torch's generator."""
@@ -316,7 +335,7 @@ class ModelTrace:
         for key, (_, name) in self.state.names.items():
             yield name, self.state.tensors[key]
         for index, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and index not in self._one_tensor:
                 yield f"input:{index}", leaf
 
     def recorded(self, standing: Mapping[str, Location]) -> RecordedEffects:
@@ -324,7 +343,7 @@ class ModelTrace:
         live = live_holders(self.effects, (place.holder for place in standing.values()))
         contents, names = self.state.before.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.effects, live, self.stand_ins)
-        return RecordedEffects(guards, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
+        return RecordedEffects(guards, self.own, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

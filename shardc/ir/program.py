@@ -53,8 +53,8 @@ class Made(Protocol):
 class CallEffects(Protocol):
     """What a call of the user's program does beside computing its results."""
 
-    def broken(self) -> str:
-        """Why a call is not one of this program: which value that the code read has changed. "" if it is."""
+    def broken(self, arguments: Any) -> str:
+        """Why a call with these arguments is not one of this program: which value that the code read has changed. "" if it is."""
         ...
 
     def at(self, number: Callable[[Any], Any]) -> CallEffects:

@@ -6,8 +6,9 @@ def forward(self, batch):
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,13 +66,66 @@ def reached(arguments: Any, way: Way) -> Any:
     return value
 
 
-def argument_holders(arguments: Any) -> Iterator[Argument]:
-    """The containers and objects in the arguments that code could change."""
+_FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
+
+
+class Containers:
+    """The lists, dicts, sets and objects in the arguments of a call, which code may tell apart by `is`."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.found: list[Any] = []
+        """Each once, in the order in which they are met."""
+        self.again: list[int] = []
+        """The numbers of those that are met again."""
+        known: dict[int, int] = {}
+        args, kwargs = arguments
+        todo: list[Any] = [*args, *kwargs.values()]
+        while todo:
+            value = todo.pop()
+            if type(value) in _FLAT:
+                continue
+            if isinstance(value, tuple):
+                todo += value
+                continue
+            inside = _inside(value)
+            if inside is None:
+                continue
+            if id(value) in known:
+                self.again.append(known[id(value)])
+                continue
+            known[id(value)] = len(known)
+            self.found.append(value)
+            todo += inside
+
+    def own(self, holds: Callable[[Any], bool]) -> tuple[int, ...]:
+        """The numbers of those that are the model's own."""
+        return tuple(number for number, value in enumerate(self.found) if holds(value))
+
+    def copied(self, arguments: Any, leaves: Sequence[Any], traced: Iterable[Any], own: Iterable[int]) -> Any:
+        """The arguments with `traced` in the places of the `leaves`, in new containers, which are one where those of
+        the call are; those that are the model's `own` are no new ones."""
+        memo = {id(leaf): new for leaf, new in zip(leaves, traced, strict=True)}
+        return copy.deepcopy(arguments, memo | {id(self.found[number]): self.found[number] for number in own})
+
+
+def _inside(value: Any) -> Iterable[Any] | None:
+    """What is in a container or an object; None for what is neither."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, deque, set)):
+        return value
+    if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return None
+    return vars(value).values()
+
+
+def argument_holders(arguments: Any, own: Callable[[Any], bool] = lambda _: False) -> Iterator[Argument]:
+    """The containers and objects in the arguments that code could change, but for the model's `own`."""
     seen = set[int]()
     todo: deque[tuple[Any, Way, str]] = deque([(arguments, (), "the arguments")])
     while todo:
         value, way, path = todo.popleft()
-        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen:
+        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen or own(value):
             continue
         seen.add(id(value))
         holder = holder_of(value, path)

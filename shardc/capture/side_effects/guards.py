@@ -78,6 +78,7 @@ class Guards:
         self._unread: list[tuple[Location, Any]] = []
         """What the trace has met and not read, which any other value may stand for."""
         contents = list(contents)
+        self._held = {id(holder.owner if isinstance(holder, Attributes) else holder.target) for holder, _ in contents}
         for holder, held in contents:
             self._unread += [(Location(holder, key), held[key]) for key in held if (id(holder.target), key) in unread]
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
@@ -168,6 +169,10 @@ class Guards:
             if _form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
         return ""
+
+    def holds(self, value: Any) -> bool:
+        """Whether a container or an object is one in which the code may read something."""
+        return id(value) in self._held
 
     @contextmanager
     def as_captured(self) -> Generator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.arguments import Argument, argument_holders
+from shardc.capture.side_effects.arguments import Argument, Containers, argument_holders
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Elements, Holder, Location, Registry
 from shardc.capture.side_effects.reachable import Reachable
@@ -28,6 +28,8 @@ class RecordedEffects:
     """The guards of a program, and what its runs leave behind."""
 
     guards: Guards
+    own: tuple[int, ...] = ()
+    """The containers among the arguments that are the model's own, by number."""
     effects: tuple[SideEffect, ...] = ()
     numbers: tuple[Location, ...] = ()
     """Where counters stand, which effects compute from what they were."""
@@ -40,9 +42,12 @@ class RecordedEffects:
         """The same, for the sizes of a call."""
         return replace(self, number=number)
 
-    def broken(self) -> str:
-        """Why a call is not one of this program, in a few words; "" if it is."""
-        return self.guards.broken()
+    def broken(self, arguments: Any) -> str:
+        """Why a call with these arguments (args and kwargs) is not one of this program, in a few words; "" if it is."""
+        reason = self.guards.broken()
+        if not reason and Containers(arguments).own(self.guards.holds) != self.own:
+            return "an argument is, or is not, an object that the model's code reads as well: it was different"
+        return reason
 
     def as_captured(self) -> AbstractContextManager[None]:
         """In here, a trace is one of the call that this program was captured for, whatever has changed since."""
@@ -66,7 +71,7 @@ class Watched:
 
     def __init__(self, reachable: Reachable, arguments: Any) -> None:
         self._reachable = reachable
-        self._snapshot = Snapshot([*reachable.holders, *argument_holders(arguments)])
+        self._snapshot = Snapshot([*reachable.holders, *argument_holders(arguments, reachable.holds)])
 
     def changes(self, ignored: Callable[[Holder, Any], bool]) -> list[Change]:
         """What has changed, but for the keys that are `ignored`."""

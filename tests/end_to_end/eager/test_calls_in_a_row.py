@@ -45,7 +45,51 @@ def backward_from_a_further_output(model: Any, step: int) -> Any:
     return loss, h, model.up.weight.grad, model.calls, model.seen, batch
 
 
-CALLS: list[tuple[type[Model], Callable[[Any, int], Any]]] = [(Counts, backward_from_a_further_output)]
+class Same(Model):
+    """Asks which of its arguments are one, and one with what the model holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(WIDTH, WIDTH))
+        self.settings = {"scale": 2.0}
+
+    def forward(self, a: Any, b: Any) -> Tensor:
+        if isinstance(a, list):
+            a.append(len(b))
+            return self.up(a[0] + b[0]) * (2.0 if a is b else 3.0) * len(b)
+        if isinstance(b, dict):
+            b["calls"] = 1
+            return self.up(a) * len(self.settings) * (2.0 if b is self.settings else 3.0)
+        self.mean.mul_(0.5)
+        return self.up(a + b) * (2.0 if a is b else 3.0) * (5.0 if a is self.mean else 7.0)
+
+
+def one_tensor_twice(model: Any, step: int) -> Any:
+    x = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    model(x, x if step == 1 else x.detach().clone()).sum().backward()
+    return x.grad
+
+
+def the_models_own_tensor(model: Any, step: int) -> Any:
+    x = torch.randn(WIDTH, WIDTH)
+    return model(model.mean if step == 1 else x, x), model.mean
+
+
+def one_list_twice(model: Any, step: int) -> Any:
+    a = [torch.randn(WIDTH, WIDTH)]
+    b = a if step == 1 else list(a)
+    return model(a, b), a, b
+
+
+def the_models_own_dict(model: Any, step: int) -> Any:
+    settings = model.settings if step == 1 else dict(model.settings)
+    return model(torch.randn(WIDTH, WIDTH), settings), dict(settings), dict(model.settings)
+
+
+CALLS: list[tuple[type[Model], Callable[[Any, int], Any]]] = [
+    (Counts, backward_from_a_further_output), (Same, one_tensor_twice), (Same, the_models_own_tensor),
+    (Same, one_list_twice), (Same, the_models_own_dict),
+]  # fmt: skip
 
 
 def history(model: Any, call: Callable[[Any, int], Any]) -> list[Any]:
