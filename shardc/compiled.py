@@ -179,6 +179,8 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
             if isinstance(value, Tensor) and value.requires_grad:
                 value.retain_grad = _no_gradient  # type: ignore[method-assign]
         program.effects.replay(run)
+        if program.effects.returned is not None:
+            return program.effects.returned.make(run)
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
 
 

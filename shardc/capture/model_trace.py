@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
-from shardc.capture.side_effects.arguments import Containers, Way, passed_objects
+from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
@@ -26,42 +26,29 @@ from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
     Watched,
-    effects_of,
     live_holders,
     refuse_new_parameters,
 )
-from shardc.capture.side_effects.replay import (
-    Copied,
-    Describer,
-    Given,
-    Kept,
-    Passed,
-    ProgramResult,
-    Recipe,
-    SideEffect,
-    Standing,
-    holds_tensors,
-)
-from shardc.capture.side_effects.snapshot import Change
-from shardc.capture.side_effects.stand_ins import Counter, StandInCandidate, StandIns, candidates
+from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
-from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, is_traced, require_equal
+from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, require_equal
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
 from shardc.capture.trace_errors import explained
+from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
-from shardc.ir.program import Constant, Made, Port, Role
+from shardc.ir.program import Port, Role
 
 
 class ModelTrace:
     """One run of the tracer: the arguments, the function that it traces, and what the function noted.
 
     `slots` are all tensors of the model and all inputs; `visible_slots` are those that are arguments of the traced
-    function, which the tensors of skipped layers are not (`hides`). `out_leaves`, `out_spec` and `attached` describe
-    the outputs of the model, `met` the patterns of constraints that named a module that ran.
+    function, which the tensors of skipped layers are not (`hides`). `outputs` is what came out, `met` the patterns of
+    constraints that named a module that ran.
     """
 
     def __init__(
@@ -80,7 +67,7 @@ class ModelTrace:
         self.watch, self.stand_ins = watch, stand_ins
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
-        self.state, self.grad, self.differentiable = state, grad, differentiable
+        self.state, self.grad = state, grad
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
@@ -112,11 +99,8 @@ class ModelTrace:
         }  # fmt: skip
         """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
-        self.out_spec: pytree.TreeSpec | None = None
-        self.out_leaves: list[int | Constant | Made] = []
-        self.effects: tuple[SideEffect, ...] = ()
+        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds)
         self.seed: Tensor | None = None
-        self.attached: set[int] = set()
         self.met: set[str] = set()
         self.escapes = Escapes()
         self.provenance = Provenance(state.module, self._constrained, self.escapes.note, stand_ins)
@@ -189,7 +173,8 @@ class ModelTrace:
             refuse_new_parameters(changes)
             self.candidates = candidates(changes)
             self._write_back(tensors)
-            return self._flat_outputs(output, changes, tensors, passed_objects((args, kwargs)))
+            slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
+            return self.outputs.flat(output, changes, slots, (args, kwargs), self.stand_ins)
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
         """The arguments with other leaves. Containers are new ones, and one where those of the call are."""
@@ -234,82 +219,6 @@ class ModelTrace:
                 if now is not None and now is not tensor and now.shape == tensor.shape and now.dtype == tensor.dtype:
                     tensor.copy_(now.detach())
 
-    def _flat_outputs(
-        self, output: Any, changes: list[Change], tensors: Sequence[Tensor], passed: Mapping[int, Way]
-    ) -> tuple[Tensor, ...]:
-        """The tensors among the outputs and among what the model leaves behind; notes what is made of them."""
-        slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-        if isinstance(output, Iterator):
-            raise CaptureError(
-                f"forward returns a {type(output).__name__}, which runs the model's code later: return a list"
-            )
-        leaves, self.out_spec = flatten(output, passed)
-        positions: dict[int, int] = {}
-
-        def described(tensor: Tensor) -> Recipe:
-            slot = slots.get(id(tensor))
-            if slot is not None:
-                return Given(slot.port.index) if slot.port.role is Role.INPUT else Standing(slot.places[0])
-            if not is_traced(tensor):
-                return Kept(tensor) if self.state.reachable.holds(tensor) else Copied(tensor)
-            if id(tensor) not in positions:
-                positions[id(tensor)] = len(leaves)
-                leaves.append(tensor)
-            return ProgramResult(positions[id(tensor)])
-
-        describer = Describer(described, self.state.reachable.holds)
-        made: dict[int, Recipe] = {}
-        for index, leaf in enumerate(list(leaves)):
-            if isinstance(leaf, Tensor):
-                positions.setdefault(id(leaf), index)
-                if id(leaf) in slots or not is_traced(leaf):
-                    made[index] = described(leaf)
-            elif id(leaf) in passed:
-                made[index] = Passed(passed[id(leaf)])
-                leaves[index] = None
-            elif type(leaf) is Counter or holds_tensors(leaf):
-                made[index] = describer.describe(leaf)
-        self.effects = effects_of(changes, describer, self.stand_ins)
-        return self._chosen_outputs(leaves, made)
-
-    def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Recipe]) -> tuple[Tensor, ...]:
-        chosen = self._differentiable(leaves, made)
-        known: dict[tuple[int, bool], int] = {}
-        tensors: list[Tensor] = []
-        self.out_leaves, self.attached = [], set[int]()
-        for index, leaf in enumerate(leaves):
-            if index in made or not isinstance(leaf, Tensor):
-                self.out_leaves.append(made.get(index) or Constant(leaf))
-                continue
-            key = (id(leaf), index in chosen)
-            if key not in known:
-                known[key] = len(tensors)
-                # A copy, so that no output is a view of an input or of another; the rewriter drops it again.
-                tensors.append((leaf if index in chosen else leaf.detach()).clone())
-            self.out_leaves.append(known[key])
-            if leaf.requires_grad:
-                self.attached.add(known[key])
-        return tuple(tensors)
-
-    def _differentiable(self, leaves: list[Any], made: Mapping[int, Recipe]) -> frozenset[int]:
-        assert self.out_spec is not None
-        able = {
-            i: leaf
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and leaf.requires_grad and i not in made
-        }
-        if self.differentiable is None:
-            scalars = frozenset(i for i, leaf in able.items() if leaf.ndim == 0)
-            returned = frozenset(i for i in able if i < self.out_spec.num_leaves)
-            return scalars | (frozenset() if returned & scalars else returned) or frozenset(able)
-        wrong = sorted(self.differentiable - able.keys()) if self.grad else []
-        if wrong:
-            raise CaptureError(
-                f"differentiable={sorted(self.differentiable)}: output {wrong[0]} does not require a gradient; "
-                f"of the {len(leaves)} flat outputs these do: {sorted(able)}"
-            )
-        return self.differentiable & able.keys()
-
     def _constrained(self, path: str, output: Any) -> Any:
         """Forward hook: put the constraints of a module on the tensors it returns."""
         specs = [(pattern, text) for pattern, text in self.constraints if fnmatchcase(path, pattern)]
@@ -340,10 +249,11 @@ class ModelTrace:
 
     def recorded(self, standing: Mapping[str, Location]) -> RecordedEffects:
         """What the program does beside computing, and under which conditions it is that of a call."""
-        live = live_holders(self.effects, (place.holder for place in standing.values()))
+        live = live_holders(self.outputs.effects, (place.holder for place in standing.values()))
         contents, names = self.state.before.contents(), self.state.reachable.names
-        guards = Guards(contents, names, self.effects, live, self.stand_ins)
-        return RecordedEffects(guards, self.own, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
+        guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
+        numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
+        return RecordedEffects(guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned)
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

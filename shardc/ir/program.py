@@ -53,8 +53,14 @@ class Made(Protocol):
 class CallEffects(Protocol):
     """What a call of the user's program does beside computing its results."""
 
+    @property
+    def returned(self) -> Made | None:
+        """What the user's program returns; None where that is merely made of its flat outputs."""
+        ...
+
     def broken(self, arguments: Any) -> str:
-        """Why a call with these arguments is not one of this program: which value that the code read has changed. "" if it is."""
+        """Why a call with these arguments is not one of this program: which value that the code read has changed; ""
+        if it is."""
         ...
 
     def at(self, number: Callable[[Any], Any]) -> CallEffects:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shardc.capture.side_effects.holders import Attributes, Contents, Holder, holder_of
 from shardc.capture.side_effects.reachable import PLAIN
@@ -58,6 +59,11 @@ def passed_objects(arguments: Any) -> dict[int, Way]:
     return {id(reached(arguments, one.way)): one.way for one in holders}
 
 
+def passed_containers(arguments: Any) -> dict[int, Way]:
+    """The ways to all containers and objects in the arguments, by identity."""
+    return {id(reached(arguments, one.way)): one.way for one in argument_holders(arguments)}
+
+
 def reached(arguments: Any, way: Way) -> Any:
     """The value at the end of a way."""
     value = arguments
@@ -70,7 +76,8 @@ _FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
 
 
 class Containers:
-    """The lists, dicts, sets and objects in the arguments of a call, which code may tell apart by `is`."""
+    """The lists, dicts, sets and objects in the arguments of a call (args and kwargs), which code may tell apart by
+    `is`."""
 
     def __init__(self, arguments: Any) -> None:
         self.found: list[Any] = []
@@ -101,6 +108,13 @@ class Containers:
         """The numbers of those that are the model's own."""
         return tuple(number for number, value in enumerate(self.found) if holds(value))
 
+    def shares(self, known: Callable[[Any], bool], others: Iterable[Any]) -> bool:
+        """Whether one is met twice, is `known`, or is in other values as well."""
+        if self.again or any(map(known, self.found)):
+            return True
+        elsewhere = set(map(id, Containers((others, {})).found)) if self.found else set[int]()
+        return any(id(value) in elsewhere for value in self.found)
+
     def copied(self, arguments: Any, leaves: Sequence[Any], traced: Iterable[Any], own: Iterable[int]) -> Any:
         """The arguments with `traced` in the places of the `leaves`, in new containers, which are one where those of
         the call are; those that are the model's `own` are no new ones."""
@@ -109,12 +123,12 @@ class Containers:
 
 
 def _inside(value: Any) -> Iterable[Any] | None:
-    """What is in a container or an object; None for what is neither."""
+    """What is in a container, or in an object that pytree opens; None for all others, which are leaves of a call."""
     if isinstance(value, dict):
         return value.values()
     if isinstance(value, (list, deque, set)):
         return value
-    if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+    if type(value) not in pytree.SUPPORTED_NODES or not hasattr(value, "__dict__"):
         return None
     return vars(value).values()
 

@@ -35,6 +35,8 @@ class RecordedEffects:
     """Where counters stand, which effects compute from what they were."""
     seed: Tensor | None = None
     """The state in which the model leaves torch's generator, where it sets it."""
+    returned: Recipe | None = None
+    """What the model returns, where that is not merely made of its flat outputs."""
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
 
@@ -81,10 +83,6 @@ class Watched:
             if keys or not change.differing:
                 changes.append(change.only(keys))
         return changes
-
-    def describer(self, tensor: Callable[[Tensor], Recipe]) -> Describer:
-        """Describes what changed; `tensor` describes a tensor of the trace."""
-        return Describer(tensor, self._reachable.holds)
 
 
 def effects_of(

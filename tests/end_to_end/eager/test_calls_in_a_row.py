@@ -86,9 +86,38 @@ def the_models_own_dict(model: Any, step: int) -> Any:
     return model(torch.randn(WIDTH, WIDTH), settings), dict(settings), dict(model.settings)
 
 
+class Returns(Model):
+    """Returns containers that it keeps, that exist, that were given, or that come twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.grown = ["a"], list[Tensor]()
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch["h"] = self.up(batch["x"])
+        self.last = {"h": batch["h"]}
+        self.batch = batch
+        self.grown.append(batch["h"].detach().sum())
+        return {
+            "batch": batch, "inner": batch["inner"], "last": self.last, "again": (self.last,), "names": self.names,
+            "grown": self.grown, "new": [batch["h"] * 2],
+        }  # fmt: skip
+
+
+def containers_that_others_hold(model: Any, step: int) -> Any:
+    batch = {"x": torch.randn(WIDTH, WIDTH), "inner": [1]}
+    out = model(batch)
+    same = (
+        out["batch"] is batch, out["inner"] is batch["inner"], out["last"] is model.last, out["again"][0] is model.last,
+        out["names"] is model.names, out["grown"] is model.grown, model.batch is batch,
+    )  # fmt: skip
+    out["names"].append(step)
+    return {**out, "same": same, "kept": model.last}
+
+
 CALLS: list[tuple[type[Model], Callable[[Any, int], Any]]] = [
     (Counts, backward_from_a_further_output), (Same, one_tensor_twice), (Same, the_models_own_tensor),
-    (Same, one_list_twice), (Same, the_models_own_dict),
+    (Same, one_list_twice), (Same, the_models_own_dict), (Returns, containers_that_others_hold),
 ]  # fmt: skip
 
 
