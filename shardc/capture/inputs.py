@@ -182,7 +182,8 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
         shape = tuple("any" if size > 1 or dim in free else size for dim, size in enumerate(leaf.shape))
         # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
         order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
-        return shape, leaf.dtype, leaf.requires_grad, order
+        facts = type(leaf) is nn.Parameter, tuple((name, _leaf_key(vars(leaf)[name], ())) for name in vars(leaf))
+        return shape, leaf.dtype, leaf.requires_grad, order, facts if any(facts) else None
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
     return type(leaf), leaf if isinstance(leaf, (*PLAIN, Enum)) else Itself(leaf)

@@ -30,10 +30,18 @@ from shardc.capture.side_effects.recorded import (
     refuse_new_parameters,
 )
 from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
+from shardc.capture.side_effects.tensor_facts import TensorFacts
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
-from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, require_equal
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag
+from shardc.capture.torch_patches.fake_tensors import (
+    attributes_noted,
+    fake_dynamic,
+    fake_like,
+    fake_mode,
+    require_equal,
+)
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
 from shardc.capture.trace_errors import explained
@@ -63,7 +71,9 @@ class ModelTrace:
         dynamic: Mapping[int, Mapping[int, str]],
         watch: Watch | None,
         stand_ins: StandIns | None,
+        compiling: CompilingFlag,
     ) -> None:
+        self._compiling = compiling
         self.watch, self.stand_ins = watch, stand_ins
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
@@ -103,12 +113,13 @@ class ModelTrace:
         self.seed: Tensor | None = None
         self.met: set[str] = set()
         self.escapes = Escapes()
-        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, stand_ins)
+        self._facts = TensorFacts()
+        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, self._facts.answer, stand_ins)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
         fake = fake_like(self.mode, tensor) if symbolic is None else symbolic
-        return fake.requires_grad_(self.grad and tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
         """Let all dims of one name have one symbol."""
@@ -124,10 +135,11 @@ class ModelTrace:
         fakes = [slot.fake for slot in self.visible_slots]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            stack.enter_context(tracing_flags(self.state.module))
+            stack.enter_context(tracing_flags(self.state.module, self._compiling))
             stack.enter_context(self.state.traced())
             stack.enter_context(recording())
             stack.enter_context(self.provenance.tracking())
+            stack.enter_context(attributes_noted(self._facts.attribute_set))
             try:
                 traced = joint_graph(stack, self._function, fakes)
                 self._check_backward()
@@ -160,6 +172,10 @@ class ModelTrace:
             for slot in self.slots:
                 for place in slot.places:
                     place.set(tensor_of.get(slot.port, slot.fake))
+            users = dict(self.tensors())
+            for slot in self.slots:
+                if slot.port.name in users:
+                    self._facts.dress(slot.port.name, tensor_of.get(slot.port, slot.fake), users[slot.port.name])
             self.state.uncache()
             self.state.stop_iterators()
             if self.stand_ins:
@@ -167,6 +183,7 @@ class ModelTrace:
             args, kwargs = self._with_leaves(leaves)
             watched = Watched(self.state.reachable, (args, kwargs))
             output = self._called(args, kwargs)
+            self._facts.undress()
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
@@ -253,7 +270,9 @@ class ModelTrace:
         contents, names = self.state.before.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
-        return RecordedEffects(guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned)
+        return RecordedEffects(
+            guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
+        )
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

@@ -29,6 +29,7 @@ from shardc.capture.side_effects.replay import (
 )
 from shardc.capture.side_effects.snapshot import Change
 from shardc.capture.side_effects.stand_ins import Counter, StandIns
+from shardc.capture.side_effects.tensor_facts import marks
 from shardc.capture.state import StateEntry
 from shardc.capture.torch_patches.fake_tensors import is_traced
 from shardc.errors import CaptureError
@@ -46,6 +47,8 @@ class TracedOutputs:
         self.attached: set[int] = set()
         """The positions of outputs that require a gradient."""
         self.effects: tuple[SideEffect, ...] = ()
+        self.marks: dict[int, dict[str, Recipe]] = {}
+        """Attributes that the model has set on its results, by flat position."""
         self.returned: Recipe | None = None
         """What the model returns, where containers in it are those of somebody else or come twice."""
 
@@ -83,6 +86,12 @@ class TracedOutputs:
         kept = [change.now[key] for change in changes for key in change.written]
         shared = Containers(((output,), {})).shares(lambda value: self._exists(value) or id(value) in ways, kept)
         made: dict[int, Recipe] = {}
+        if not self._grad and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves if is_traced(leaf)
+                                  and id(leaf) not in slots):  # fmt: skip
+            raise CaptureError(
+                "forward turns gradients on within torch.no_grad(), and returns what requires one: call the model with "
+                "gradients, or return it detached"
+            )
         for index, leaf in enumerate(list(leaves)):
             if isinstance(leaf, Tensor):
                 positions.setdefault(id(leaf), index)
@@ -93,6 +102,11 @@ class TracedOutputs:
                 leaves[index] = None
             elif type(leaf) is Counter or holds_tensors(leaf):
                 made[index] = describer.describe(leaf)
+        self.marks = {
+            index: {name: describer.describe(value) for name, value in found.items()}
+            for index, leaf in enumerate(leaves)
+            if is_traced(leaf) and id(leaf) not in slots and (found := marks(leaf))
+        }
         self.returned = describer.describe(output) if shared else None
         self.effects = effects_of(changes, describer, stand_ins)
         return self._chosen_outputs(leaves, made)

@@ -36,6 +36,12 @@ def is_known(filename: str) -> bool:
 
 
 @cache
+def is_installed(filename: str) -> bool:
+    """Whether a file belongs to a library: one of those that are known, or any that is installed."""
+    return is_known(filename) or filename.startswith(_INSTALLED)
+
+
+@cache
 def names(code: CodeType) -> frozenset[str]:
     """The attributes and globals that code names, also in functions defined within, and its strings that could name
     one."""

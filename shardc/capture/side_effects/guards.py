@@ -65,7 +65,7 @@ class Guards:
         unread = set[tuple[int, Any]]() if stand_ins is None else {_key(place) for place in stand_ins.numbers}
         untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
         written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
-        self._live = live
+        self._live, self._names = live, frozenset(names)
         self._known: dict[int, list[Any]] = {}
         """Tensors and arrays, and the form that the trace has seen of them, by identity. (A parameter that becomes a
         DTensor is replaced in lists; in a tuple it could not be.)"""
@@ -130,6 +130,7 @@ class Guards:
         for item in (*self._tensors, *self._arrays):
             self._known.setdefault(id(item), [item, _form(item)])
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
+        self._bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
@@ -141,6 +142,9 @@ class Guards:
             return "a module has another forward than it had"
         if any(self._empty):
             return f"{next(filter(None, self._empty))!r} was empty"
+        for held in filter(None, self._bare) if any(self._bare) else ():
+            if not self._names.isdisjoint(held):
+                return f"a tensor has attributes that it had not: {', '.join(held)}"
         if list(map(len, self._containers)) != self._lengths:
             return next(
                 f"{holder.path} has {len(holder.target)} elements, and had {length}"

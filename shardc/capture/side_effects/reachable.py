@@ -114,6 +114,10 @@ class Reachable:
             return
         place = Location(holder, key)
         if isinstance(value, Tensor):
+            if vars(value) and id(value) not in self._seen:
+                attributes = Attributes(value, holder.name(key))
+                self.holders.append(attributes)
+                self._attributes(attributes, vars(value))
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
         elif isinstance(value, tuple) and len(value) <= LONG:

@@ -5,9 +5,9 @@ h = self.up(x); self.last = h       ->    guards: model.training is True, ...; e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class RecordedEffects:
     """The state in which the model leaves torch's generator, where it sets it."""
     returned: Recipe | None = None
     """What the model returns, where that is not merely made of its flat outputs."""
+    marks: Mapping[int, Mapping[str, Recipe]] = field(default_factory=dict[int, Mapping[str, Recipe]])
+    """Attributes of results, by flat position."""
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
 
@@ -62,6 +64,9 @@ class RecordedEffects:
 
     def replay(self, run: CallRun) -> None:
         """Leave behind what the model leaves behind."""
+        for index, attributes in self.marks.items():
+            for name, value in attributes.items():
+                setattr(run.results[index], name, value.make(run))
         for effect in self.effects:
             effect.replay(run)
         if self.seed is not None:
