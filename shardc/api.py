@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, ParamSpec, Protocol
@@ -24,7 +25,7 @@ from shardc.distribution import check_data, distribute_if_started, with_global_b
 from shardc.errors import MeshError, ShardcError
 from shardc.family import compiled
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import Dims, Inputs, ModelCall
+from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharded
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
 from shardc.runtime.mesh.parameters import moves
@@ -247,9 +248,32 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     methods = {**_methods(original.forward, request), "__module__": original.__module__}
     # pickle finds no class of its own in the module: the original is named, and sharded again
     methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
-    module.__class__ = type(original.__name__, (original,), methods)
+    methods |= {SHARDED_FROM: original, "__class__": property(lambda self: original, _set_class)}
+    module.__class__ = _sharded_kind(type(original))(original.__name__, (original,), methods)
     module.__dict__["_shardc"] = _Engine(request)
     return module
+
+
+class _WritesToOriginal(type):
+    """The class of a sharded class: what code assigns to that (`type(self).calls += 1`) is the original's."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name.startswith(("__", "_abc_")):
+            super().__setattr__(name, value)
+        else:
+            setattr(unsharded(cls), name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(unsharded(cls), name)
+
+
+@cache
+def _sharded_kind(kind: type) -> type:
+    return type(f"Sharded{kind.__name__}", (_WritesToOriginal, kind) if kind is not type else (_WritesToOriginal,), {})
+
+
+def _set_class(module: nn.Module, kind: type) -> None:
+    object.__dict__["__class__"].__set__(module, kind)
 
 
 def _restored(original: type[nn.Module], request: Request) -> nn.Module:

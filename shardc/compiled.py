@@ -19,7 +19,7 @@ from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
 from shardc.ir.model_call import ModelCall
-from shardc.ir.program import Constant, Program, Role
+from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
@@ -49,6 +49,7 @@ class Compiled:
         self._module = self._last.call.model
         self._family = family
         self._agreed: str | None = None
+        self._depended_on: frozenset[int] | None = None
         self._executable: Executable | None = None
         self._state: list[tuple[str, dict[str, Tensor], str]] | None = None
 
@@ -141,7 +142,16 @@ class Compiled:
         state |= program.constants | {name: place.get() for name, place in program.standing.items()}
         outputs = executable.run(state, leaves, fallback)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
+        for index in self._within():
+            if outputs[index].requires_grad:
+                outputs[index].retain_grad = _no_gradient  # type: ignore[method-assign]
         return _returned(program, outputs, leaves, arguments)
+
+    def _within(self) -> frozenset[int]:
+        """The outputs from which others are computed: part of their gradients stays within the program."""
+        if self._depended_on is None:
+            self._depended_on = depended_on(self._program)
+        return self._depended_on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -186,6 +196,7 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
 
 def _no_gradient() -> None:
     raise ShardcError(
-        "retain_grad on a tensor that a sharded model has left behind: its gradient stays within the program. Return "
-        "the tensor from forward and compute what follows outside of the model, or shard the parts before and after it"
+        "retain_grad on a tensor from which a sharded model computes another result, or which it has left behind: its "
+        "gradient stays within the program. Return the tensor from forward and compute what follows outside of the "
+        "model, or shard the parts before and after it"
     )

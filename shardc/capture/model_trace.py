@@ -31,6 +31,7 @@ from shardc.capture.side_effects.recorded import (
 )
 from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
 from shardc.capture.side_effects.tensor_facts import TensorFacts
+from shardc.capture.side_effects.types_asked import answer_types
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
@@ -178,6 +179,7 @@ class ModelTrace:
                     self._facts.dress(slot.port.name, tensor_of.get(slot.port, slot.fake), users[slot.port.name])
             self.state.uncache()
             self.state.stop_iterators()
+            answer_types(self.state.reachable.holders)
             if self.stand_ins:
                 self.stand_ins.put()
             args, kwargs = self._with_leaves(leaves)
@@ -267,7 +269,7 @@ class ModelTrace:
     def recorded(self, standing: Mapping[str, Location]) -> RecordedEffects:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.outputs.effects, (place.holder for place in standing.values()))
-        contents, names = self.state.before.contents(), self.state.reachable.names
+        contents, names = self.state.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
         return RecordedEffects(

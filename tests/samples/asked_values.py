@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import types
 from typing import Any
 
 import torch
@@ -60,6 +62,97 @@ class AttributeOfInput(Kind):
         return None
 
 
+class ComputesNames(Kind):
+    def set_up(self, model: Any) -> None:
+        for index in range(2):
+            setattr(model, f"head_{index}", 1.0)
+        model.kinds_of_scale, model.other = ["oth" + "er"], 1.0
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        for index in range(2):
+            h = h * getattr(model, f"head_{index}")
+        return h * getattr(model, model.kinds_of_scale[0])
+
+    def between(self, model: Any, step: int) -> None:
+        model.head_1 = 1.0 + step
+        setattr(model, "oth" + "er", 2.0 + step // 2)
+
+
+class ReadsAllAttributes(Kind):
+    def set_up(self, model: Any) -> None:
+        model.settings = types.SimpleNamespace()
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        for name, value in vars(model.settings).items():
+            h = (h + 0.01 * len(name)) * value
+        return h
+
+    def between(self, model: Any, step: int) -> None:
+        setattr(model.settings, f"factor{'s' * (step % 3)}", 1.0 + 0.1 * step)
+
+
+class OrderOfDict(Kind):
+    def set_up(self, model: Any) -> None:
+        model.order = {"a": 0.5, "b": 0.5}
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return h * (2.0 if next(iter(model.order)) == "a" else 3.0)
+
+    def between(self, model: Any, step: int) -> None:
+        if step == 1:
+            model.order["a"] = model.order.pop("a")
+
+
+class ManyObjects(Kind):
+    def set_up(self, model: Any) -> None:
+        model.many = [[1.0] for _ in range(1500)]
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return h * model.many[1400][0]
+
+    def between(self, model: Any, step: int) -> None:
+        model.many[1400][0] = 1.0 + step // 2
+
+
+class ReplacedFunction(Kind):
+    """The user puts a function of his own in the place of one of torch's, between two calls."""
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return torch.sinc(h)
+
+    def between(self, model: Any, step: int) -> None:
+        torch.sinc = _twice if step == 1 else _SINC
+
+
+_SINC = torch.sinc
+
+
+def _twice(h: Tensor) -> Tensor:
+    return _SINC(h) * 2
+
+
+class AsksForTypes(Kind):
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        kinds = {Tensor: 1, nn.Parameter: 2, nn.Linear: 3, dict: 4}
+        found = [kinds[type(value)] for value in (h, model.first.weight, model.first, batch)]
+        named = type(model).__name__ == "Model" and isinstance(Tensor, type) and type(model) is model.__class__
+        return h * (sum(found) * 0.1) if named else h
+
+
+class CallsByName(Kind):
+    def set_up(self, model: Any) -> None:
+        model.inner = types.SimpleNamespace(scale=1.0)
+        model.get = operator.attrgetter("inner.scale")
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return h * model.get(model) * globals()["FACTOR"] * eval("model.inner.scale + 1")
+
+    def between(self, model: Any, step: int) -> None:
+        model.inner.scale = 1.0 + step // 2
+        globals()["FACTOR"] = 1.0 + step
+
+
 KINDS: tuple[type[Kind], ...] = (
     AsksForParameters, AsksForGradients, AsksWhetherItCompiles, ChecksValues, AttributeOfTensor, AttributeOfInput,
+    ComputesNames, ReadsAllAttributes, OrderOfDict, ManyObjects, ReplacedFunction, AsksForTypes, CallsByName,
 )  # fmt: skip

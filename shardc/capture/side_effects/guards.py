@@ -31,6 +31,7 @@ from shardc.capture.side_effects.holders import (
     ContextValue,
     Environment,
     Holder,
+    Library,
     Location,
     Members,
     Names,
@@ -92,7 +93,7 @@ class Guards:
             keys = [key for key in keys if (id(holder.target), key) not in unread]
             counted = isinstance(holder, Attributes) and holder.whole
             if counted or (
-                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment))
+                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment, Library))
             ):
                 self._counted[id(holder)] = holder, list(held)
                 if held:
@@ -113,6 +114,8 @@ class Guards:
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [cls.forward for cls in self._classes]
         self._unpatched = [vars(module) for module in modules if "forward" not in vars(module)]
+        self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
+        self._methods = frozenset(vars(Tensor))
         self._gather()
 
     def _gather(self) -> None:
@@ -122,6 +125,9 @@ class Guards:
         self._single = [values.getter for values in single], [values.target for values in single]
         self._several = [values.getter for values in several], [values.target for values in several]
         self._expected = [item for values in (*single, *several) for item in values.expected]
+        ordered = [holder for holder, length in self._sized if length > 1 and isinstance(holder.target, dict)]
+        self._dicts = [holder.target for holder in ordered]
+        self._orders = [self._counted[id(holder)][1] for holder in ordered]
         self._lengths = [length for _, length in self._sized]
         self._containers = [holder.target for holder, _ in self._sized]
         items = {id(item): item for item in self._expected}.values()
@@ -151,6 +157,18 @@ class Guards:
                 for holder, length in self._sized
                 if len(holder.target) != length
             )
+        if [*map(list, self._dicts)] != self._orders:
+            return next(
+                f"{holder.path} has its keys in another order than it had"
+                for holder, keys in self._counted.values()
+                if isinstance(holder.target, dict) and list(holder.target) != keys
+            )
+        queried = [query() for query, _ in self._queries]
+        for (query, before), now in zip(self._queries, queried, strict=True):
+            if now != before:
+                return f"torch.{query.__name__}() is {now}, and was {before}"
+        if len(vars(Tensor)) != len(self._methods) and not self._names.isdisjoint(vars(Tensor).keys() ^ self._methods):
+            return "a method of torch.Tensor is another than it was"
         try:
             several = chain.from_iterable(map(_call, *self._several))
             same = all(map(operator.is_, chain(map(_call, *self._single), several), self._expected))
@@ -255,6 +273,11 @@ class Guards:
             return bool(now == expected)
         return hasattr(now, "__dict__") and self._equal(vars(now), vars(expected), deep - 1)
 
+
+_QUERIES: dict[str, Callable[[], Any]] = {
+    name: getattr(torch, name) for name in ("get_num_threads", "get_num_interop_threads", "is_inference_mode_enabled")
+}
+"""Functions of torch that tell something of the process or of the thread."""
 
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
 

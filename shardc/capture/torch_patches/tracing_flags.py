@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from shardc.capture.torch_patches import transformers
+from shardc.capture.torch_patches import module_forwards, transformers
 from shardc.capture.torch_patches.autocast import traced_on_the_cpu
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.eager_semantics import patched
@@ -36,6 +36,7 @@ def tracing_flags(module: nn.Module, compiling: CompilingFlag) -> Generator[None
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(traced_on_the_cpu(module))
         stack.enter_context(patched())
+        stack.enter_context(module_forwards.patched())
         # what the user has compiled with torch.compile runs as it was written
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "transformers" in sys.modules:

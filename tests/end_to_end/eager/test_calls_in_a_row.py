@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardc import shard
+from shardc import ShardcError, shard
 
 WIDTH = 4
 
@@ -115,9 +115,59 @@ def containers_that_others_hold(model: Any, step: int) -> Any:
     return {**out, "same": same, "kept": model.last}
 
 
+class OfClass(Model):
+    """Counts in its class, and calls what that has from its bases."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        self.__class__.scale = 1.0 + self.calls
+        return super(self.__class__, self).__call__.__self__.up(x) * self.calls * self.__class__.scale
+
+
+def counts_in_the_class(model: Any, step: int) -> Any:
+    if not step:
+        OfClass.calls = 0
+    return model(torch.randn(WIDTH, WIDTH)), OfClass.calls, OfClass.scale, model.__class__ is OfClass
+
+
+class Averages(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.up(x))
+
+
+def averages_over_all_batches(model: Any, step: int) -> Any:
+    model.train(step != 1)
+    return model(torch.randn(6, WIDTH)), dict(model.state_dict())
+
+
+class Padded(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH)).eval()
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.encoder(self.up(x), src_key_padding_mask=padding)
+
+
+def padding_at_the_end_and_elsewhere(model: Any, step: int) -> Any:
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    padding[1, 0] = step == 1
+    with torch.set_grad_enabled(step == 2):
+        return model(torch.randn(2, 5, WIDTH), padding)
+
+
 CALLS: list[tuple[type[Model], Callable[[Any, int], Any]]] = [
     (Counts, backward_from_a_further_output), (Same, one_tensor_twice), (Same, the_models_own_tensor),
     (Same, one_list_twice), (Same, the_models_own_dict), (Returns, containers_that_others_hold),
+    (OfClass, counts_in_the_class), (Averages, averages_over_all_batches), (Padded, padding_at_the_end_and_elsewhere),
 ]  # fmt: skip
 
 
@@ -144,3 +194,51 @@ def test_calls_in_a_row_equal_single_device(kind: type[Model], call: Callable[[A
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
         else:
             assert one == other
+
+
+class TwoResults(Model):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.up(x)
+        return h, h.square().sum()
+
+
+def test_a_gradient_that_stays_within_the_program_is_refused() -> None:
+    h, _ = shard(TwoResults(), mesh="a=2")(torch.randn(6, WIDTH))
+    with pytest.raises(ShardcError, match="retain_grad on a tensor from which"):
+        h.retain_grad()
+
+
+class TurnsGradientsOn(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.up(x)
+
+
+def test_a_result_with_a_gradient_is_refused_in_a_call_without() -> None:
+    model = shard(TurnsGradientsOn(), mesh="a=2")
+    with torch.no_grad(), pytest.raises(ShardcError, match="turns gradients on"):
+        model(torch.randn(6, WIDTH))
+
+
+class Leaf(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * (2.0 if x.is_leaf else 3.0)
+
+
+def test_an_input_whose_leaf_is_asked_for_is_refused() -> None:
+    model = shard(Leaf(), mesh="a=2")
+    model(torch.randn(6, WIDTH))
+    with pytest.raises(ShardcError, match=r"test_calls_in_a_row\.py:\d+ whether input:0 is a leaf"):
+        model(torch.randn(6, WIDTH, requires_grad=True))
+
+
+def test_a_method_of_tensors_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Calls(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).erfinv()
+
+    model, method = shard(Calls(), mesh="a=2"), Tensor.erfinv
+    model(torch.randn(6, WIDTH))
+    monkeypatch.setattr(Tensor, "erfinv", lambda x: method(x) * 2)
+    with pytest.raises(ShardcError, match=r"torch\.Tensor\.erfinv was replaced by .*lambda"):
+        model(torch.randn(6, WIDTH))
