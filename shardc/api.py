@@ -6,22 +6,26 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
+from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import TRACING, Compiled
 from shardc.distribution import check_data, distribute_if_started, with_global_batch
 from shardc.errors import MeshError, ShardcError
 from shardc.family import compiled
 from shardc.ir.mesh import Mesh
-from shardc.ir.model_call import Dims, Inputs, ModelCall
+from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharded
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.runtime import Executable
 from shardc.runtime.mesh.parameters import moves
@@ -82,6 +86,8 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
+        self.registries: list[dict[str, Any]] | None = None
+        """Where the tensors of the model stand; None where a capture may have met others."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.request)
@@ -106,16 +112,27 @@ class _Engine:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if torch.is_grad_enabled() else moves(module)
             named = named_dims(self.request.options.dynamic, call)
-            key = call_key(leaves, named), str(spec), placed
+            one = tuple(Containers((args, kwargs)).again)
+            key = call_key(leaves, named, self._own(module)), str(spec), one, placed
             self.last = program = self._program(key, named, call, leaves)
 
         def fallback(outputs: frozenset[int]) -> Executable:
-            """Backward starts from outputs that were taken for mere results: compile for exactly these."""
-            other = replace(call, differentiable=program.leaves_of(outputs))
-            with torch.enable_grad(), TRACING:
+            """Backward starts from outputs that were taken for mere results: compile for exactly these.
+
+            The call may have changed its arguments and what else it reads, and the user may have, since."""
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            other = replace(call, args=args, kwargs=kwargs, differentiable=program.leaves_of(outputs))
+            with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 
         return program.run(leaves, (args, kwargs), fallback)
+
+    def _own(self, module: nn.Module) -> dict[int, int]:
+        """Numbers of the tensors of the model, by identity."""
+        if self.registries is None:
+            kinds = ("_parameters", "_buffers")
+            self.registries = [vars(part)[kind] for part in module.modules() for kind in kinds if vars(part)[kind]]
+        return {id(tensor): n for n, tensor in enumerate(chain.from_iterable(r.values() for r in self.registries))}
 
     def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
         calls = self.calls.get((key, call.differentiable))
@@ -125,7 +142,7 @@ class _Engine:
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""
-        self.capturing = True
+        self.capturing, self.registries = True, None
         try:
             return function(*args)
         finally:
@@ -231,9 +248,32 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     methods = {**_methods(original.forward, request), "__module__": original.__module__}
     # pickle finds no class of its own in the module: the original is named, and sharded again
     methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
-    module.__class__ = type(original.__name__, (original,), methods)
+    methods |= {SHARDED_FROM: original, "__class__": property(lambda self: original, _set_class)}
+    module.__class__ = _sharded_kind(type(original))(original.__name__, (original,), methods)
     module.__dict__["_shardc"] = _Engine(request)
     return module
+
+
+class _WritesToOriginal(type):
+    """The class of a sharded class: what code assigns to that (`type(self).calls += 1`) is the original's."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name.startswith(("__", "_abc_")):
+            super().__setattr__(name, value)
+        else:
+            setattr(unsharded(cls), name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(unsharded(cls), name)
+
+
+@cache
+def _sharded_kind(kind: type) -> type:
+    return type(f"Sharded{kind.__name__}", (_WritesToOriginal, kind) if kind is not type else (_WritesToOriginal,), {})
+
+
+def _set_class(module: nn.Module, kind: type) -> None:
+    object.__dict__["__class__"].__set__(module, kind)
 
 
 def _restored(original: type[nn.Module], request: Request) -> nn.Module:

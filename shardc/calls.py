@@ -58,14 +58,14 @@ class Calls:
         broken: list[str] = []
         programs = self._alone.get(fixed_sizes(leaves, {}), []) if self._alone else []
         for index, program in enumerate(programs):
-            reason = program.broken()
+            reason = program.broken(call)
             if not reason:
                 _to_front(programs, index)
                 return program
             broken.append(reason)
         for index, one in enumerate(self._dynamic):
             if fixed_sizes(leaves, one.dims) == one.fixed and one.family.admits(leaves):
-                reason = one.family.broken()
+                reason = one.family.broken(call)
                 if not reason:
                     _to_front(self._dynamic, index)
                     with gc_paused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
 from shardc.ir.model_call import ModelCall
-from shardc.ir.program import Constant, Program, Role
+from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
@@ -48,6 +49,7 @@ class Compiled:
         self._module = self._last.call.model
         self._family = family
         self._agreed: str | None = None
+        self._depended_on: frozenset[int] | None = None
         self._executable: Executable | None = None
         self._state: list[tuple[str, dict[str, Tensor], str]] | None = None
 
@@ -111,10 +113,15 @@ class Compiled:
                 self._state.append((name, held["_parameters" if key in held["_parameters"] else "_buffers"], key))
         return self._state
 
-    def broken(self) -> str:
+    def broken(self, call: ModelCall) -> str:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
         effects = self._program.effects
-        return effects.broken() if effects is not None else ""
+        return effects.broken((call.args, call.kwargs)) if effects is not None else ""
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, the values that the model's code reads are those for which this program holds."""
+        effects = self._program.effects
+        return effects.as_captured() if effects is not None else nullcontext()
 
     def run(
         self, leaves: list[Any], arguments: Any, fallback: Callable[[frozenset[int]], Executable] | None = None
@@ -135,7 +142,16 @@ class Compiled:
         state |= program.constants | {name: place.get() for name, place in program.standing.items()}
         outputs = executable.run(state, leaves, fallback)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
+        for index in self._within():
+            if outputs[index].requires_grad:
+                outputs[index].retain_grad = _no_gradient  # type: ignore[method-assign]
         return _returned(program, outputs, leaves, arguments)
+
+    def _within(self) -> frozenset[int]:
+        """The outputs from which others are computed: part of their gradients stays within the program."""
+        if self._depended_on is None:
+            self._depended_on = depended_on(self._program)
+        return self._depended_on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -143,7 +159,7 @@ class Compiled:
             return self.at(ModelCall(self._module, args, kwargs), leaves).run(leaves, (args, kwargs))
 
         with TRACING:
-            reason = self.broken()
+            reason = self.broken(ModelCall(self._module, args, kwargs))
         if reason:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
         return with_global_batch(run, args, kwargs, self._last.mesh, self._last.options.data)
@@ -173,11 +189,14 @@ def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], argume
             if isinstance(value, Tensor) and value.requires_grad:
                 value.retain_grad = _no_gradient  # type: ignore[method-assign]
         program.effects.replay(run)
+        if program.effects.returned is not None:
+            return program.effects.returned.make(run)
     return pytree.tree_unflatten(values[: program.out_spec.num_leaves], program.out_spec)
 
 
 def _no_gradient() -> None:
     raise ShardcError(
-        "retain_grad on a tensor that a sharded model has left behind: its gradient stays within the program. Return "
-        "the tensor from forward and compute what follows outside of the model, or shard the parts before and after it"
+        "retain_grad on a tensor from which a sharded model computes another result, or which it has left behind: its "
+        "gradient stays within the program. Return the tensor from forward and compute what follows outside of the "
+        "model, or shard the parts before and after it"
     )

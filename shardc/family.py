@@ -83,10 +83,10 @@ class Family:
         sizes = sizes_of(self._asked.dims, leaves)
         return min(sizes.values()) > 1 and (self._template is None or self._template.admits(sizes))
 
-    def broken(self) -> str:
+    def broken(self, call: ModelCall) -> str:
         """Why a call is not one of this program, sizes apart; "" if it is."""
         effects = self._captured.program.effects if self._captured else None
-        return "" if effects is None else effects.broken()
+        return "" if effects is None else effects.broken((call.args, call.kwargs))
 
     def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
         """The program for the sizes of a call with these flat inputs."""

@@ -123,10 +123,13 @@ def refuse_seeded(
             )
 
 
-def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None) -> tuple[Any, ...]:
+def call_key(
+    leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None, own: Mapping[int, int] | None = None
+) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
     inputs but for the values of tensors and their sizes, and the global switches of torch. Of sizes it tells those of
-    zero and one, which broadcast, unless the dim is `dynamic`."""
+    zero and one, which broadcast, unless the dim is `dynamic`. `own` are numbers of the model's own tensors, by
+    identity: which of them are inputs, or what these are views of, is told, too."""
     refuse_unplain(leaves)
     free = dynamic or {}
     inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
@@ -136,8 +139,21 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
     first: dict[int, int] = {}
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     twice = tuple(first.setdefault(memory_of(tensor), i) for i, tensor in enumerate(tensors))
+    if len(first) < len(tensors):  # code may ask whether two of them are one
+        twice = *twice, *same_tensors(tensors)
+    if own:
+        given = [own.get(id(tensor if tensor._base is None else tensor._base)) for tensor in tensors]
+        if any(number is not None for number in given):
+            views = tuple(tensor._base is not None for tensor in tensors)
+            return (*call_key(leaves, dynamic), tuple(given), views)
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, twice
+
+
+def same_tensors(tensors: Iterable[Any]) -> tuple[int, ...]:
+    """For each value the position of the first that is the same object."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(id(tensor), index) for index, tensor in enumerate(tensors)])
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -166,7 +182,8 @@ def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
         shape = tuple("any" if size > 1 or dim in free else size for dim, size in enumerate(leaf.shape))
         # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
         order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
-        return shape, leaf.dtype, leaf.requires_grad, order
+        facts = type(leaf) is nn.Parameter, tuple((name, _leaf_key(vars(leaf)[name], ())) for name in vars(leaf))
+        return shape, leaf.dtype, leaf.requires_grad, order, facts if any(facts) else None
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:
         return type(leaf), repr(leaf)
     return type(leaf), leaf if isinstance(leaf, (*PLAIN, Enum)) else Itself(leaf)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
-from shardc.capture.side_effects.arguments import Way, passed_objects
+from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
@@ -26,42 +26,38 @@ from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
     Watched,
-    effects_of,
     live_holders,
     refuse_new_parameters,
 )
-from shardc.capture.side_effects.replay import (
-    Copied,
-    Describer,
-    Given,
-    Kept,
-    Passed,
-    ProgramResult,
-    Recipe,
-    SideEffect,
-    Standing,
-    holds_tensors,
-)
-from shardc.capture.side_effects.snapshot import Change
-from shardc.capture.side_effects.stand_ins import Counter, StandInCandidate, StandIns, candidates
+from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
+from shardc.capture.side_effects.tensor_facts import TensorFacts
+from shardc.capture.side_effects.types_asked import answer_types
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
-from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, is_traced, require_equal
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag
+from shardc.capture.torch_patches.fake_tensors import (
+    attributes_noted,
+    fake_dynamic,
+    fake_like,
+    fake_mode,
+    require_equal,
+)
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
 from shardc.capture.trace_errors import explained
+from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
-from shardc.ir.program import Constant, Made, Port, Role
+from shardc.ir.program import Port, Role
 
 
 class ModelTrace:
     """One run of the tracer: the arguments, the function that it traces, and what the function noted.
 
     `slots` are all tensors of the model and all inputs; `visible_slots` are those that are arguments of the traced
-    function, which the tensors of skipped layers are not (`hides`). `out_leaves`, `out_spec` and `attached` describe
-    the outputs of the model, `met` the patterns of constraints that named a module that ran.
+    function, which the tensors of skipped layers are not (`hides`). `outputs` is what came out, `met` the patterns of
+    constraints that named a module that ran.
     """
 
     def __init__(
@@ -76,14 +72,18 @@ class ModelTrace:
         dynamic: Mapping[int, Mapping[int, str]],
         watch: Watch | None,
         stand_ins: StandIns | None,
+        compiling: CompilingFlag,
     ) -> None:
+        self._compiling = compiling
         self.watch, self.stand_ins = watch, stand_ins
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
-        self.state, self.grad, self.differentiable = state, grad, differentiable
+        self.state, self.grad = state, grad
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
+        self._arguments, self._containers = (args, kwargs), Containers((args, kwargs))
+        self.own = self._containers.own(state.reachable.holds)
         self.leaves, self.in_spec = flatten((args, kwargs))
         refuse_unplain(self.leaves)
         self.slots = state.slots(self._fake)
@@ -101,20 +101,26 @@ class ModelTrace:
             if slot.port.role is Role.BUFFER
             for part, key in slot.owners
         }
+        ports = {id(self.leaves[i]): slot.port for slot in reversed(self.slots)
+                 if slot.port.role is Role.INPUT and (i := slot.port.index) is not None}  # fmt: skip
+        ports |= {key: Port(role, name) for key, (role, name) in state.names.items()}
+        self._one_tensor = {
+            i: ports[id(leaf)] for i, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor) and ports[id(leaf)] != Port(Role.INPUT, f"input:{i}", i)
+        }  # fmt: skip
+        """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
-        self.out_spec: pytree.TreeSpec | None = None
-        self.out_leaves: list[int | Constant | Made] = []
-        self.effects: tuple[SideEffect, ...] = ()
+        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds)
         self.seed: Tensor | None = None
-        self.attached: set[int] = set()
         self.met: set[str] = set()
         self.escapes = Escapes()
-        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, stand_ins)
+        self._facts = TensorFacts()
+        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, self._facts.answer, stand_ins)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
         fake = fake_like(self.mode, tensor) if symbolic is None else symbolic
-        return fake.requires_grad_(self.grad and tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
         """Let all dims of one name have one symbol."""
@@ -130,10 +136,11 @@ class ModelTrace:
         fakes = [slot.fake for slot in self.visible_slots]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            stack.enter_context(tracing_flags(self.state.module))
+            stack.enter_context(tracing_flags(self.state.module, self._compiling))
             stack.enter_context(self.state.traced())
             stack.enter_context(recording())
             stack.enter_context(self.provenance.tracking())
+            stack.enter_context(attributes_noted(self._facts.attribute_set))
             try:
                 traced = joint_graph(stack, self._function, fakes)
                 self._check_backward()
@@ -161,22 +168,38 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.role is Role.INPUT:
                     leaves[slot.port.index] = tensor_of[slot.port]
+            for index, port in self._one_tensor.items():
+                leaves[index] = tensor_of.get(port, leaves[index])
+            for slot in self.slots:
                 for place in slot.places:
                     place.set(tensor_of.get(slot.port, slot.fake))
+            users = dict(self.tensors())
+            for slot in self.slots:
+                if slot.port.name in users:
+                    self._facts.dress(slot.port.name, tensor_of.get(slot.port, slot.fake), users[slot.port.name])
             self.state.uncache()
             self.state.stop_iterators()
+            answer_types(self.state.reachable.holders)
             if self.stand_ins:
                 self.stand_ins.put()
-            args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+            args, kwargs = self._with_leaves(leaves)
             watched = Watched(self.state.reachable, (args, kwargs))
             output = self._called(args, kwargs)
+            self._facts.undress()
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
             refuse_new_parameters(changes)
             self.candidates = candidates(changes)
             self._write_back(tensors)
-            return self._flat_outputs(output, changes, tensors, passed_objects((args, kwargs)))
+            slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
+            return self.outputs.flat(output, changes, slots, (args, kwargs), self.stand_ins)
+
+    def _with_leaves(self, leaves: list[Any]) -> Any:
+        """The arguments with other leaves. Containers are new ones, and one where those of the call are."""
+        if self._containers.again or self.own:
+            return self._containers.copied(self._arguments, self.leaves, leaves, self.own)
+        return pytree.tree_unflatten(leaves, self.in_spec)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns; notes the state in which it leaves torch's generator."""
@@ -215,82 +238,6 @@ class ModelTrace:
                 if now is not None and now is not tensor and now.shape == tensor.shape and now.dtype == tensor.dtype:
                     tensor.copy_(now.detach())
 
-    def _flat_outputs(
-        self, output: Any, changes: list[Change], tensors: Sequence[Tensor], passed: Mapping[int, Way]
-    ) -> tuple[Tensor, ...]:
-        """The tensors among the outputs and among what the model leaves behind; notes what is made of them."""
-        slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-        if isinstance(output, Iterator):
-            raise CaptureError(
-                f"forward returns a {type(output).__name__}, which runs the model's code later: return a list"
-            )
-        leaves, self.out_spec = flatten(output, passed)
-        positions: dict[int, int] = {}
-
-        def described(tensor: Tensor) -> Recipe:
-            slot = slots.get(id(tensor))
-            if slot is not None:
-                return Given(slot.port.index) if slot.port.role is Role.INPUT else Standing(slot.places[0])
-            if not is_traced(tensor):
-                return Kept(tensor) if self.state.reachable.holds(tensor) else Copied(tensor)
-            if id(tensor) not in positions:
-                positions[id(tensor)] = len(leaves)
-                leaves.append(tensor)
-            return ProgramResult(positions[id(tensor)])
-
-        describer = Describer(described, self.state.reachable.holds)
-        made: dict[int, Recipe] = {}
-        for index, leaf in enumerate(list(leaves)):
-            if isinstance(leaf, Tensor):
-                positions.setdefault(id(leaf), index)
-                if id(leaf) in slots or not is_traced(leaf):
-                    made[index] = described(leaf)
-            elif id(leaf) in passed:
-                made[index] = Passed(passed[id(leaf)])
-                leaves[index] = None
-            elif type(leaf) is Counter or holds_tensors(leaf):
-                made[index] = describer.describe(leaf)
-        self.effects = effects_of(changes, describer, self.stand_ins)
-        return self._chosen_outputs(leaves, made)
-
-    def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Recipe]) -> tuple[Tensor, ...]:
-        chosen = self._differentiable(leaves, made)
-        known: dict[tuple[int, bool], int] = {}
-        tensors: list[Tensor] = []
-        self.out_leaves, self.attached = [], set[int]()
-        for index, leaf in enumerate(leaves):
-            if index in made or not isinstance(leaf, Tensor):
-                self.out_leaves.append(made.get(index) or Constant(leaf))
-                continue
-            key = (id(leaf), index in chosen)
-            if key not in known:
-                known[key] = len(tensors)
-                # A copy, so that no output is a view of an input or of another; the rewriter drops it again.
-                tensors.append((leaf if index in chosen else leaf.detach()).clone())
-            self.out_leaves.append(known[key])
-            if leaf.requires_grad:
-                self.attached.add(known[key])
-        return tuple(tensors)
-
-    def _differentiable(self, leaves: list[Any], made: Mapping[int, Recipe]) -> frozenset[int]:
-        assert self.out_spec is not None
-        able = {
-            i: leaf
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and leaf.requires_grad and i not in made
-        }
-        if self.differentiable is None:
-            scalars = frozenset(i for i, leaf in able.items() if leaf.ndim == 0)
-            returned = frozenset(i for i in able if i < self.out_spec.num_leaves)
-            return scalars | (frozenset() if returned & scalars else returned) or frozenset(able)
-        wrong = sorted(self.differentiable - able.keys()) if self.grad else []
-        if wrong:
-            raise CaptureError(
-                f"differentiable={sorted(self.differentiable)}: output {wrong[0]} does not require a gradient; "
-                f"of the {len(leaves)} flat outputs these do: {sorted(able)}"
-            )
-        return self.differentiable & able.keys()
-
     def _constrained(self, path: str, output: Any) -> Any:
         """Forward hook: put the constraints of a module on the tensors it returns."""
         specs = [(pattern, text) for pattern, text in self.constraints if fnmatchcase(path, pattern)]
@@ -316,15 +263,18 @@ class ModelTrace:
         for key, (_, name) in self.state.names.items():
             yield name, self.state.tensors[key]
         for index, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and index not in self._one_tensor:
                 yield f"input:{index}", leaf
 
     def recorded(self, standing: Mapping[str, Location]) -> RecordedEffects:
         """What the program does beside computing, and under which conditions it is that of a call."""
-        live = live_holders(self.effects, (place.holder for place in standing.values()))
-        contents, names = self.state.before.contents(), self.state.reachable.names
-        guards = Guards(contents, names, self.effects, live, self.stand_ins)
-        return RecordedEffects(guards, self.effects, tuple(self.stand_ins.numbers) if self.stand_ins else (), self.seed)
+        live = live_holders(self.outputs.effects, (place.holder for place in standing.values()))
+        contents, names = self.state.contents(), self.state.reachable.names
+        guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
+        numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
+        return RecordedEffects(
+            guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
+        )
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

@@ -55,16 +55,15 @@ class ProgramBuilder:
         provenance.mark_phases(
             new, [r for r, port in zip(new_results, ports, strict=True) if port.role is not Role.GRADIENT]
         )
-        assert self.trace.out_spec is not None
         return Program(
             GraphVersion.of(new),
             self.inputs,
             ports,
-            self.trace.out_spec,
-            self.trace.out_leaves,
+            self.trace.outputs.spec,
+            self.trace.outputs.leaves,
             constants=self.constants,
             tied=dict(self.trace.state.tied),
-            attached=frozenset(self.trace.attached),
+            attached=frozenset(self.trace.outputs.attached),
             standing=self.standing,
             effects=self.trace.recorded(self.standing),
         )

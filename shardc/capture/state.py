@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from shardc.capture.side_effects.code import makes_tensors
-from shardc.capture.side_effects.holders import Location
-from shardc.capture.side_effects.reachable import Reachable
+from shardc.capture.side_effects.holders import Contents, Holder, Library, Location
+from shardc.capture.side_effects.reachable import PLAIN, Reachable
 from shardc.capture.side_effects.snapshot import Change, Snapshot
+from shardc.capture.unsupported_parts import refuse_replaced_methods
 from shardc.capture.user_frames import user_frame
 from shardc.errors import CaptureError
 from shardc.ir.program import Port, Role
@@ -44,8 +45,10 @@ class State:
     def __init__(self, module: nn.Module, objects: Iterable[tuple[str, Any]] = ()) -> None:
         self.module = module
         self.reachable = Reachable([("model", module), *objects])
-        self.before = Snapshot(self.reachable.holders)
-        self._patched = self.before
+        self._patched = self.before = Snapshot(self.reachable.holders)
+        names = self.reachable.names
+        refuse_replaced_methods(names)
+        self.libraries = Snapshot(Library(space, names, PLAIN) for space in self.reachable.libraries.values())
         self.tied: dict[str, str] = {}
         self.names: dict[int, tuple[Role, str]] = {}
         self.tensors: dict[int, Tensor] = {}
@@ -79,6 +82,10 @@ class State:
             )
             for key, (role, name) in self.names.items()
         ]
+
+    def contents(self) -> list[tuple[Holder, Contents]]:
+        """All that the code can read, as it was before the trace."""
+        return [*self.before.contents(), *self.libraries.contents()]
 
     def uncache(self) -> None:
         """Put bare functions in the places of those that remember their results, which would be those of the trace."""

@@ -22,7 +22,9 @@ from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.unsupported_parts import refuse_unsupported
+from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec
 from shardc.ir.program import Program
 
@@ -59,8 +61,14 @@ def capture(
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
         rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
-        trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest)
-        return trace, ProgramBuilder(trace, trace.run()).program()
+        for compiling in (CompilingFlag(False), CompilingFlag(True)):
+            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling)
+            try:
+                return trace, ProgramBuilder(trace, trace.run()).program()
+            except CaptureError:
+                if compiling.answer or not compiling.asked:
+                    raise
+        raise AssertionError
 
     repeats = [] if dynamic else find(module, constraints or ())
     trace, program = (_stitched(traced, repeats) if repeats else None) or traced()

@@ -5,10 +5,14 @@ shard(nn.Sequential(torch.jit.script(encoder), head), mesh=...)   # CaptureError
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from types import FunctionType
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from shardc.capture.side_effects.code import is_known
 from shardc.errors import CaptureError
 
 
@@ -42,3 +46,15 @@ def _lazy_names(part: nn.Module) -> list[str]:
 
 def _named(path: str) -> str:
     return f"module {path!r}" if path else "the model"
+
+
+def refuse_replaced_methods(names: Collection[str]) -> None:
+    """Raise CaptureError for a method of torch.Tensor that was replaced: torch itself calls it twice under a tracer."""
+    for name, value in vars(Tensor).items():
+        ours = not isinstance(value, FunctionType) or is_known(value.__code__.co_filename)
+        if name in names and not ours and hasattr(torch._C.TensorBase, name):
+            raise CaptureError(
+                f"torch.Tensor.{name} was replaced by {value.__qualname__} of {value.__code__.co_filename}:"
+                f"{value.__code__.co_firstlineno}, which torch calls otherwise while a model is traced: call a "
+                "function of your own in forward"
+            )

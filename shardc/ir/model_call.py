@@ -39,3 +39,12 @@ class ModelCall:
     def without_arguments(self) -> ModelCall:
         """The same call without the user's tensors, so that whoever keeps it does not keep them."""
         return replace(self, args=(), kwargs={})
+
+
+SHARDED_FROM = "_sharded_from"
+"""Where the class of a sharded object holds the class that it had."""
+
+
+def unsharded(kind: type) -> type:
+    """The class as the user wrote it."""
+    return vars(kind).get(SHARDED_FROM, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -52,12 +53,22 @@ class Made(Protocol):
 class CallEffects(Protocol):
     """What a call of the user's program does beside computing its results."""
 
-    def broken(self) -> str:
-        """Why a call is not one of this program: which value that the code read has changed. "" if it is."""
+    @property
+    def returned(self) -> Made | None:
+        """What the user's program returns; None where that is merely made of its flat outputs."""
+        ...
+
+    def broken(self, arguments: Any) -> str:
+        """Why a call with these arguments is not one of this program: which value that the code read has changed; ""
+        if it is."""
         ...
 
     def at(self, number: Callable[[Any], Any]) -> CallEffects:
         """The same, with `number` to put the sizes of a call into symbolic numbers."""
+        ...
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, all that the code reads is as it was when the program was captured."""
         ...
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Any:
@@ -219,3 +230,20 @@ def where(node: fx.Node) -> str:
     """`layers.0.mlp, model.py:41`: where in the user's code a value comes from, for messages and printouts."""
     place = origin_of(node)
     return f"{place.module}, {place.source}" if place.module and place.source else place.module or place.source
+
+
+def depended_on(program: Program) -> frozenset[int]:
+    """The positions of outputs from which other outputs that require a gradient are computed."""
+    ends = {i: value for i, (port, value) in enumerate(zip(program.outputs, program.results, strict=True))
+            if port.role is Role.OUTPUT and value is not None}  # fmt: skip
+    if len(program.attached) < 2:
+        return frozenset()
+    reached: dict[fx.Node, int] = {}
+    """For every value a bit for each output that is computed from it."""
+    for index in program.attached & ends.keys():
+        reached[ends[index]] = reached.get(ends[index], 0) | 1 << index
+    own = dict(reached)
+    for node in reversed(program.graph.nodes):
+        for operand in node.all_input_nodes if reached.get(node) and node.op != "output" else ():
+            reached[operand] = reached.get(operand, 0) | reached[node]
+    return frozenset(i for i in program.attached & ends.keys() if reached[ends[i]] != own[ends[i]])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samples.asked_values import KINDS as ASKED
 from samples.kept_values import (
     WIDTH,
     Appends,
@@ -282,14 +283,24 @@ class KeptByIterator(Kind):
         return h
 
 
+class MarksWeight(Kind):
+    """To be refused: an attribute of a tensor is not set again."""
+
+    refused = True
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        model.first.weight.calls = getattr(model.first.weight, "calls", 0) + 1
+        return h
+
+
 KINDS: tuple[type[Kind], ...] = (
     CountsCalls, WarmsUp, EveryOther, CountsInConfig, AverageOfNumbers, Appends, ReadsWhatItAppends, Queue, ReadsQueue,
     Features, Set, Last, FreshEveryTime, Table, TableInPlace, TableGiven, Buffer, MakesBuffer, Teacher, TeacherInPlace,
     ClampsWeights, Hook, HookThatPops, HookThatChanges, HookAddedLater, HookOfTensor, KeyOfInput, InputInPlace,
     CachedMask, Memo, Globals, Closure, NumPyScalar, Seeded, SetsSeed, Drops, Switches, Freezes, LeavesItAlone,
-    ForwardOfObject,
+    ForwardOfObject, *ASKED,
 )  # fmt: skip
-REFUSED: tuple[type[Kind], ...] = (PythonRandom, KeptByIterator)
+REFUSED: tuple[type[Kind], ...] = (PythonRandom, KeptByIterator, MarksWeight)
 
 
 class Model(nn.Module):

@@ -6,11 +6,13 @@ def forward(self, batch):
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shardc.capture.side_effects.holders import Attributes, Contents, Holder, holder_of
 from shardc.capture.side_effects.reachable import PLAIN
@@ -57,6 +59,11 @@ def passed_objects(arguments: Any) -> dict[int, Way]:
     return {id(reached(arguments, one.way)): one.way for one in holders}
 
 
+def passed_containers(arguments: Any) -> dict[int, Way]:
+    """The ways to all containers and objects in the arguments, by identity."""
+    return {id(reached(arguments, one.way)): one.way for one in argument_holders(arguments)}
+
+
 def reached(arguments: Any, way: Way) -> Any:
     """The value at the end of a way."""
     value = arguments
@@ -65,13 +72,74 @@ def reached(arguments: Any, way: Way) -> Any:
     return value
 
 
-def argument_holders(arguments: Any) -> Iterator[Argument]:
-    """The containers and objects in the arguments that code could change."""
+_FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
+
+
+class Containers:
+    """The lists, dicts, sets and objects in the arguments of a call (args and kwargs), which code may tell apart by
+    `is`."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.found: list[Any] = []
+        """Each once, in the order in which they are met."""
+        self.again: list[int] = []
+        """The numbers of those that are met again."""
+        known: dict[int, int] = {}
+        args, kwargs = arguments
+        todo: list[Any] = [*args, *kwargs.values()]
+        while todo:
+            value = todo.pop()
+            if type(value) in _FLAT:
+                continue
+            if isinstance(value, tuple):
+                todo += value
+                continue
+            inside = _inside(value)
+            if inside is None:
+                continue
+            if id(value) in known:
+                self.again.append(known[id(value)])
+                continue
+            known[id(value)] = len(known)
+            self.found.append(value)
+            todo += inside
+
+    def own(self, holds: Callable[[Any], bool]) -> tuple[int, ...]:
+        """The numbers of those that are the model's own."""
+        return tuple(number for number, value in enumerate(self.found) if holds(value))
+
+    def shares(self, known: Callable[[Any], bool], others: Iterable[Any]) -> bool:
+        """Whether one is met twice, is `known`, or is in other values as well."""
+        if self.again or any(map(known, self.found)):
+            return True
+        elsewhere = set(map(id, Containers((others, {})).found)) if self.found else set[int]()
+        return any(id(value) in elsewhere for value in self.found)
+
+    def copied(self, arguments: Any, leaves: Sequence[Any], traced: Iterable[Any], own: Iterable[int]) -> Any:
+        """The arguments with `traced` in the places of the `leaves`, in new containers, which are one where those of
+        the call are; those that are the model's `own` are no new ones."""
+        memo = {id(leaf): new for leaf, new in zip(leaves, traced, strict=True)}
+        return copy.deepcopy(arguments, memo | {id(self.found[number]): self.found[number] for number in own})
+
+
+def _inside(value: Any) -> Iterable[Any] | None:
+    """What is in a container, or in an object that pytree opens; None for all others, which are leaves of a call."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, deque, set)):
+        return value
+    if type(value) not in pytree.SUPPORTED_NODES or not hasattr(value, "__dict__"):
+        return None
+    return vars(value).values()
+
+
+def argument_holders(arguments: Any, own: Callable[[Any], bool] = lambda _: False) -> Iterator[Argument]:
+    """The containers and objects in the arguments that code could change, but for the model's `own`."""
     seen = set[int]()
     todo: deque[tuple[Any, Way, str]] = deque([(arguments, (), "the arguments")])
     while todo:
         value, way, path = todo.popleft()
-        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen:
+        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen or own(value):
             continue
         seen.add(id(value))
         holder = holder_of(value, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
@@ -33,6 +34,12 @@ def is_known(filename: str) -> bool:
     and read nothing of the user's."""
     installed = filename.startswith(_INSTALLED)
     return filename.startswith(_KNOWN) or (filename.startswith(_STANDARD) and not installed)
+
+
+@cache
+def is_installed(filename: str) -> bool:
+    """Whether a file belongs to a library: one of those that are known, or any that is installed."""
+    return is_known(filename) or filename.startswith(_INSTALLED)
 
 
 @cache
@@ -64,10 +71,62 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _strings(code: CodeType) -> Iterator[str]:
+    evaluates = not EVALUATE.isdisjoint(code.co_names)
     for constant in code.co_consts:
         for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
-            if isinstance(text, str) and text.isidentifier():
-                yield text
+            if isinstance(text, str):
+                yield from _WORD.findall(text) if evaluates else parts_of(text)
+
+
+def parts_of(text: str) -> list[str]:
+    """The names in `config.scale`; none in what is no dotted name."""
+    parts = text.split(".")
+    return parts if all(map(str.isidentifier, parts)) else []
+
+
+EVALUATE = frozenset({"eval", "exec"})
+LOOK_UP = frozenset({"getattr", "hasattr", "attrgetter", "setattr", "__getattribute__", "vars", "__dict__", "globals"})
+"""What code names that looks attributes up by names which it computes, or all at once."""
+
+_WORD = re.compile(r"[^\W\d]\w*")
+
+
+@cache
+def looks_up(code: CodeType) -> bool:
+    """Whether code may look up an attribute whose name it computes."""
+    return not LOOK_UP.isdisjoint(free_names(code))
+
+
+@cache
+def pieces(code: CodeType) -> frozenset[str]:
+    """The fixed parts of names that code may compute: `head_` of `f"head_{i}"`, and of `"head_" + name`."""
+    found = (text for part in _nested(code) if looks_up(part) for text in _joined(part))
+    return frozenset(text for text in found if text.replace("_", "").isalnum())
+
+
+def _joined(code: CodeType) -> Iterator[str]:
+    """The strings with which code joins other values."""
+    instructions = list(dis.get_instructions(code))
+    for k, one in enumerate(instructions):
+        beside: list[dis.Instruction] = []
+        if one.opname.startswith("FORMAT_"):
+            beside = [instructions[_start(instructions, k) - 1], instructions[k + 1]]
+        elif one.opname == "BINARY_OP":
+            beside = [instructions[k - 1], instructions[_start(instructions, k) - 1]]
+        elif one.opname in ("LOAD_METHOD", "LOAD_ATTR") and one.argval == "format":
+            beside = [instructions[k - 1]]
+        for constant in beside:
+            if constant.opname == "LOAD_CONST" and isinstance(constant.argval, str):
+                yield from re.split(r"[{%]\w*}?", constant.argval)
+
+
+def _start(instructions: list[dis.Instruction], end: int) -> int:
+    """Where the code of the topmost value on the stack before `end` starts, if it does not branch."""
+    missing, k = 1, end
+    while missing > 0 and k > 0:
+        k -= 1
+        missing -= dis.stack_effect(instructions[k].opcode, instructions[k].arg, jump=False)
+    return k
 
 
 def makes_tensors(function: Any) -> bool:

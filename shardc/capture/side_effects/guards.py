@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import Enum
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from shardc.capture.side_effects.holders import (
     ContextValue,
     Environment,
     Holder,
+    Library,
     Location,
     Members,
     Names,
@@ -64,7 +66,7 @@ class Guards:
         unread = set[tuple[int, Any]]() if stand_ins is None else {_key(place) for place in stand_ins.numbers}
         untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
         written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
-        self._live = live
+        self._live, self._names = live, frozenset(names)
         self._known: dict[int, list[Any]] = {}
         """Tensors and arrays, and the form that the trace has seen of them, by identity. (A parameter that becomes a
         DTensor is replaced in lists; in a tuple it could not be.)"""
@@ -72,9 +74,17 @@ class Guards:
         self._written: list[tuple[Location, Any]] = []
         self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
+        self._counted: dict[int, tuple[Holder, list[Any]]] = {}
+        """Containers of which nothing but these keys is there, by the identity of their holders."""
+        self._unread: list[tuple[Location, Any]] = []
+        """What the trace has met and not read, which any other value may stand for."""
         contents = list(contents)
+        self._held = {id(holder.owner if isinstance(holder, Attributes) else holder.target) for holder, _ in contents}
         for holder, held in contents:
+            self._unread += [(Location(holder, key), held[key]) for key in held if (id(holder.target), key) in unread]
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
+                self._counted[id(holder)] = holder, list(held)
+                self._unread += [(Location(holder, key), value) for key, value in held.items()]
                 continue
             of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
             keys = [
@@ -83,8 +93,9 @@ class Guards:
             keys = [key for key in keys if (id(holder.target), key) not in unread]
             counted = isinstance(holder, Attributes) and holder.whole
             if counted or (
-                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment))
+                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment, Library))
             ):
+                self._counted[id(holder)] = holder, list(held)
                 if held:
                     self._sized.append((holder, len(held)))
                 else:
@@ -103,6 +114,8 @@ class Guards:
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [cls.forward for cls in self._classes]
         self._unpatched = [vars(module) for module in modules if "forward" not in vars(module)]
+        self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
+        self._methods = frozenset(vars(Tensor))
         self._gather()
 
     def _gather(self) -> None:
@@ -112,6 +125,9 @@ class Guards:
         self._single = [values.getter for values in single], [values.target for values in single]
         self._several = [values.getter for values in several], [values.target for values in several]
         self._expected = [item for values in (*single, *several) for item in values.expected]
+        ordered = [holder for holder, length in self._sized if length > 1 and isinstance(holder.target, dict)]
+        self._dicts = [holder.target for holder in ordered]
+        self._orders = [self._counted[id(holder)][1] for holder in ordered]
         self._lengths = [length for _, length in self._sized]
         self._containers = [holder.target for holder, _ in self._sized]
         items = {id(item): item for item in self._expected}.values()
@@ -120,6 +136,7 @@ class Guards:
         for item in (*self._tensors, *self._arrays):
             self._known.setdefault(id(item), [item, _form(item)])
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
+        self._bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
@@ -131,12 +148,27 @@ class Guards:
             return "a module has another forward than it had"
         if any(self._empty):
             return f"{next(filter(None, self._empty))!r} was empty"
+        for held in filter(None, self._bare) if any(self._bare) else ():
+            if not self._names.isdisjoint(held):
+                return f"a tensor has attributes that it had not: {', '.join(held)}"
         if list(map(len, self._containers)) != self._lengths:
             return next(
                 f"{holder.path} has {len(holder.target)} elements, and had {length}"
                 for holder, length in self._sized
                 if len(holder.target) != length
             )
+        if [*map(list, self._dicts)] != self._orders:
+            return next(
+                f"{holder.path} has its keys in another order than it had"
+                for holder, keys in self._counted.values()
+                if isinstance(holder.target, dict) and list(holder.target) != keys
+            )
+        queried = [query() for query, _ in self._queries]
+        for (query, before), now in zip(self._queries, queried, strict=True):
+            if now != before:
+                return f"torch.{query.__name__}() is {now}, and was {before}"
+        if len(vars(Tensor)) != len(self._methods) and not self._names.isdisjoint(vars(Tensor).keys() ^ self._methods):
+            return "a method of torch.Tensor is another than it was"
         try:
             several = chain.from_iterable(map(_call, *self._several))
             same = all(map(operator.is_, chain(map(_call, *self._single), several), self._expected))
@@ -159,6 +191,44 @@ class Guards:
             if _form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
         return ""
+
+    def holds(self, value: Any) -> bool:
+        """Whether a container or an object is one in which the code may read something."""
+        return id(value) in self._held
+
+    @contextmanager
+    def as_captured(self) -> Generator[None]:
+        """In here, what the trace has met stands where it stood, so that another trace is one of the same call."""
+        with ExitStack() as stack:
+            for holder, seen in self._seen():
+                before = holder.get()
+                counted = id(holder) in self._counted and len(self._counted[id(holder)][1]) <= MOST_COMPARED
+                contents = {} if counted else {key: value for key, value in before.items() if key not in seen}
+                for key, value in seen.items():
+                    if value is not GONE:
+                        contents[key] = before[key] if self._equal(before.get(key, GONE), value) else value
+                same = contents.keys() == before.keys() and all(before[key] is contents[key] for key in before)
+                if not same:
+                    stack.callback(holder.put, before)
+                    holder.put(contents)
+            yield
+
+    def _seen(self) -> Iterable[tuple[Holder, Contents]]:
+        """The holders, and what the trace has met in them; GONE under a key that was not there."""
+        found: dict[int, tuple[Holder, Contents]] = {}
+
+        def places() -> Iterator[tuple[Holder, Any, Any]]:
+            for values in self._values:
+                yield from zip(repeat(values.holder), values.keys, values.expected, strict=False)
+            for place, value in (*self._written, *self._unread):
+                yield place.holder, place.key, value
+
+        for holder, key, value in places():
+            found.setdefault(id(holder), (holder, {}))[1][key] = value
+        for identity, (holder, keys) in self._counted.items():
+            seen = found.get(identity, (holder, {}))[1]
+            found[identity] = holder, {key: seen[key] for key in keys if key in seen}
+        return found.values()
 
     def _compare(self) -> str:
         """Compare value by value. What equals what was there takes its place, so that the next check is quick."""
@@ -203,6 +273,11 @@ class Guards:
             return bool(now == expected)
         return hasattr(now, "__dict__") and self._equal(vars(now), vars(expected), deep - 1)
 
+
+_QUERIES: dict[str, Callable[[], Any]] = {
+    name: getattr(torch, name) for name in ("get_num_threads", "get_num_interop_threads", "is_inference_mode_enabled")
+}
+"""Functions of torch that tell something of the process or of the thread."""
 
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CellType
@@ -210,6 +210,22 @@ MOST_BYTES = 1 << 20
 """Larger arrays are compared by identity: to read them at every call would take too long."""
 
 _EMPTY = object()
+
+
+class Library(Holder):
+    """Those of the functions and plain values of a library's module that code names. It is never put back."""
+
+    def __init__(self, module: Any, names: Collection[str], plain: tuple[type, ...]) -> None:
+        super().__init__(vars(module), module.__name__)
+        self._used = [name for name in names if callable(value := self.target.get(name)) or isinstance(value, plain)]
+
+    def get(self) -> Contents:
+        return {name: self.target[name] for name in self._used if name in self.target}
+
+    def put(self, contents: Mapping[Any, Any]) -> None: ...
+
+    def name(self, key: Any) -> str:
+        return f"{self.path}.{key}"
 
 
 class Cell(Holder):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import queue
 import random
 import sys
@@ -32,7 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.code import free_names, imported, is_known, names
+from shardc.capture.side_effects.code import free_names, imported, is_known, looks_up, names, parts_of, pieces
+from shardc.capture.side_effects.computed_names import ComputedNames
 from shardc.capture.side_effects.holders import (
     Attributes,
     Bytes,
@@ -63,7 +65,10 @@ _INSIDES: dict[type, tuple[str, ...]] = {
 }  # fmt: skip
 """Classes of Python's library that hold the user's values, and in which attributes."""
 
-LONG = 1000
+_ALL_AT_ONCE = frozenset({"vars", "__dict__", "asdict"})
+"""What code names that reads all attributes of an object."""
+
+LONG = 100_000
 """Of containers with more elements, the elements are not looked into."""
 
 _STATE = ("_parameters", "_buffers", "_modules")
@@ -91,6 +96,9 @@ class Reachable:
         self.generators: list[tuple[str, Any]] = []
         """Random generators of Python and NumPy, by name."""
         self.names: set[str] = set()
+        self.libraries: dict[int, Any] = {id(space): space for space in (torch, nn.functional, Tensor)}
+        """The modules of torch and the like that code names, by identity."""
+        self._computed = ComputedNames()
         self._places: dict[int, list[Location]] = {}
         self._held: set[int] = set()
         self._whole: dict[type, bool] = {}
@@ -100,7 +108,9 @@ class Reachable:
         for path, value in roots:
             self._todo.append((value, path))
         while self._todo:
-            self._visit(*self._todo.popleft())
+            while self._todo:
+                self._visit(*self._todo.popleft())
+            self._use(list(self._computed.named(self.holders)))
         if not self.names.isdisjoint(("environ", "getenv")):
             self._environment()
 
@@ -114,6 +124,10 @@ class Reachable:
             return
         place = Location(holder, key)
         if isinstance(value, Tensor):
+            if vars(value) and id(value) not in self._seen:
+                attributes = Attributes(value, holder.name(key))
+                self.holders.append(attributes)
+                self._attributes(attributes, vars(value))
             self._seen[id(value)] = value
             self.tensors.setdefault(id(value), []).append(place)
         elif isinstance(value, tuple) and len(value) <= LONG:
@@ -163,8 +177,12 @@ class Reachable:
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, ModuleType):
-            if not is_known(getattr(value, "__file__", None) or "<frozen"):
+            if is_known(getattr(value, "__file__", None) or "<frozen"):
+                self.libraries[id(value)] = value
+            else:
                 self._attributes(Names(value, value.__name__), vars(value))
+        elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
+            self._use(name for text in value.__reduce__()[1] if isinstance(text, str) for name in parts_of(text))
         elif isinstance(value, (np.ndarray, bytearray, array)):
             self.holders.append(Bytes(value, path))
         elif isinstance(value, GENERATORS):
@@ -292,7 +310,7 @@ class Reachable:
         if kind not in self._whole:
             methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
             codes = [method.__code__ for method in methods if not is_known(method.__code__.co_filename)]
-            self._whole[kind] = any("vars" in free_names(code) or "__dict__" in free_names(code) for code in codes)
+            self._whole[kind] = any(not _ALL_AT_ONCE.isdisjoint(free_names(code)) for code in codes)
         return self._whole[kind]
 
     def _function(self, function: FunctionType, path: str) -> None:
@@ -303,9 +321,15 @@ class Reachable:
             self._todo += [(cell.cell_contents, path) for cell in closure if _callable_in(cell)]
             return
         self._use(names(code))
+        self._computed.looks_up |= looks_up(code)
+        self._computed.all_at_once |= not _ALL_AT_ONCE.isdisjoint(free_names(code))
+        self._computed.pieces |= pieces(code)
         self._todo += [(sys.modules.get(name), name) for name in imported(code)]
         space = self._globals(function)
-        for name in free_names(code):
+        named = free_names(code)
+        if "globals" in named:  # by whatever name
+            named = named.union(name for name, value in function.__globals__.items() if isinstance(value, PLAIN))
+        for name in named:
             if name not in space.used and not name.startswith("__"):
                 known = function.__globals__.get(name, _GONE)
                 if isinstance(known, (FunctionType, type, ModuleType)):

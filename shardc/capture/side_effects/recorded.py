@@ -5,14 +5,15 @@ h = self.up(x); self.last = h       ->    guards: model.training is True, ...; e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.arguments import Argument, argument_holders
+from shardc.capture.side_effects.arguments import Argument, Containers, argument_holders
 from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Elements, Holder, Location, Registry
 from shardc.capture.side_effects.reachable import Reachable
@@ -27,11 +28,17 @@ class RecordedEffects:
     """The guards of a program, and what its runs leave behind."""
 
     guards: Guards
+    own: tuple[int, ...] = ()
+    """The containers among the arguments that are the model's own, by number."""
     effects: tuple[SideEffect, ...] = ()
     numbers: tuple[Location, ...] = ()
     """Where counters stand, which effects compute from what they were."""
     seed: Tensor | None = None
     """The state in which the model leaves torch's generator, where it sets it."""
+    returned: Recipe | None = None
+    """What the model returns, where that is not merely made of its flat outputs."""
+    marks: Mapping[int, Mapping[str, Recipe]] = field(default_factory=dict[int, Mapping[str, Recipe]])
+    """Attributes of results, by flat position."""
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
 
@@ -39,9 +46,16 @@ class RecordedEffects:
         """The same, for the sizes of a call."""
         return replace(self, number=number)
 
-    def broken(self) -> str:
-        """Why a call is not one of this program, in a few words; "" if it is."""
-        return self.guards.broken()
+    def broken(self, arguments: Any) -> str:
+        """Why a call with these arguments (args and kwargs) is not one of this program, in a few words; "" if it is."""
+        reason = self.guards.broken()
+        if not reason and Containers(arguments).own(self.guards.holds) != self.own:
+            return "an argument is, or is not, an object that the model's code reads as well: it was different"
+        return reason
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """In here, a trace is one of the call that this program was captured for, whatever has changed since."""
+        return self.guards.as_captured()
 
     def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> CallRun:
         """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
@@ -50,6 +64,9 @@ class RecordedEffects:
 
     def replay(self, run: CallRun) -> None:
         """Leave behind what the model leaves behind."""
+        for index, attributes in self.marks.items():
+            for name, value in attributes.items():
+                setattr(run.results[index], name, value.make(run))
         for effect in self.effects:
             effect.replay(run)
         if self.seed is not None:
@@ -61,7 +78,7 @@ class Watched:
 
     def __init__(self, reachable: Reachable, arguments: Any) -> None:
         self._reachable = reachable
-        self._snapshot = Snapshot([*reachable.holders, *argument_holders(arguments)])
+        self._snapshot = Snapshot([*reachable.holders, *argument_holders(arguments, reachable.holds)])
 
     def changes(self, ignored: Callable[[Holder, Any], bool]) -> list[Change]:
         """What has changed, but for the keys that are `ignored`."""
@@ -71,10 +88,6 @@ class Watched:
             if keys or not change.differing:
                 changes.append(change.only(keys))
         return changes
-
-    def describer(self, tensor: Callable[[Tensor], Recipe]) -> Describer:
-        """Describes what changed; `tensor` describes a tensor of the trace."""
-        return Describer(tensor, self._reachable.holds)
 
 
 def effects_of(

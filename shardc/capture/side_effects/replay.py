@@ -9,6 +9,7 @@ objects that exist. What the model makes anew at every call is made anew at ever
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shardc.capture.side_effects.arguments import Argument, Way, reached
 from shardc.capture.side_effects.holders import Contents, Holder, Location
@@ -165,15 +167,34 @@ class Fresh(Recipe):
             vars(whole).update(contents)
 
 
+@dataclass(frozen=True, eq=False)
+class Opened(Recipe):
+    """An object of a class that torch's pytree opens, made anew of its parts."""
+
+    unflatten: Callable[[list[Any]], Any]
+    parts: list[Recipe]
+
+    def make(self, run: CallRun) -> Any:
+        if id(self) not in run.made:
+            run.made[id(self)] = self.unflatten([part.make(run) for part in self.parts])
+        return run.made[id(self)]
+
+
+_PLAIN_CONTAINERS = (list, tuple, dict, set, deque)
+
+
 class Describer:
     """Makes descriptions of the values that one trace left behind.
 
-    `tensor` describes a tensor of the trace. `exists` tells whether an object was there before the call.
+    `tensor` describes a tensor of the trace. `exists` tells whether an object was there before the call. `known` are
+    descriptions that there are already, by the identity of the value.
     """
 
-    def __init__(self, tensor: Callable[[Tensor], Recipe], exists: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, tensor: Callable[[Tensor], Recipe], exists: Callable[[Any], bool], known: Mapping[int, Recipe]
+    ) -> None:
         self._tensor, self._exists = tensor, exists
-        self._known: dict[int, Recipe] = {}
+        self._known = dict(known)
         self._alive: list[Any] = []
 
     def describe(self, value: Any) -> Recipe:
@@ -189,6 +210,12 @@ class Describer:
 
     def _describe(self, value: Any) -> None:
         if not self._exists(value):
+            node = pytree.SUPPORTED_NODES.get(type(value)) if type(value) not in _PLAIN_CONTAINERS else None
+            if node is not None and not isinstance(value, tuple):
+                children, context = node.flatten_fn(value)
+                made = functools.partial(node.unflatten_fn, context=context)
+                self._known[id(value)] = Opened(made, [self.describe(child) for child in children])
+                return None
             if isinstance(value, (list, tuple, deque)):
                 return self._fresh(value, dict(enumerate(value)))
             if isinstance(value, dict):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -67,6 +68,19 @@ def is_fake(value: Any) -> bool:
 def is_traced(value: Any) -> bool:
     """Whether a tensor is one of a trace: what user code sees of a fake tensor is wrapped once more."""
     return isinstance(value, (FakeTensor, FunctionalTensor))
+
+
+@contextmanager
+def attributes_noted(note: Callable[[torch.Tensor, str], None]) -> Generator[None]:
+    """In here, `note` is called with a tensor of the trace and the name of an attribute that is set on it."""
+
+    def assigned(tensor: FunctionalTensor, name: str, value: Any) -> None:
+        object.__setattr__(tensor, name, value)
+        if name != "elem" and not hasattr(FunctionalTensor, name):
+            note(tensor, name)
+
+    with patch.object(FunctionalTensor, "__setattr__", assigned):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.capture.side_effects.tensor_facts import ASKED
 from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
@@ -38,7 +39,7 @@ class Provenance(TorchFunctionMode):
     fx copies `nn_module_stack` to each node, and AOTAutograd copies it on to the backward nodes of the same operator
     (as `fwd_nn_module_stack`). No other key of the metadata takes that way. Here it holds the pair (module path, source
     line). `after` is called with the path and the output of every module, and may return another output. `made` is told
-    what every operator returns, and the line that called it.
+    what every operator returns, and the line that called it. `answer` knows some properties of tensors.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class Provenance(TorchFunctionMode):
         module: nn.Module,
         after: Callable[[str, Any], Any],
         made: Callable[[Any, str], None],
+        answer: Callable[[Callable[..., Any], Any, str], Any],
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         """The paths of the modules that are running, the innermost last."""
         self._paths = {id(part): path for path, part in module.named_modules()}
-        self._after, self._made, self._stand_ins = after, made, stand_ins
+        self._after, self._made, self._answer, self._stand_ins = after, made, answer, stand_ins
         self.seeds = Seeds()
         self.after_seed: set[tuple[str, str]] = set()
         """Where operators are called after the model has set a seed."""
@@ -76,7 +78,8 @@ class Provenance(TorchFunctionMode):
         if func == _SET_DATA:
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
-            return func(*args, **kwargs)
+            known = self._answer(func, args[0], source_line(sys._getframe(1))) if func in ASKED else ()
+            return known[0] if known else func(*args, **kwargs)
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "

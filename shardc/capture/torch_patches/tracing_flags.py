@@ -11,20 +11,21 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from shardc.capture.torch_patches import transformers
+from shardc.capture.torch_patches import module_forwards, transformers
 from shardc.capture.torch_patches.autocast import traced_on_the_cpu
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.eager_semantics import patched
 
 
 @contextmanager
-def tracing_flags(module: nn.Module) -> Generator[None]:
-    """Set the switches for a trace of `module`. At the end, also after an error, they are as they were, and so are the
-    states of torch's and Python's random generators."""
+def tracing_flags(module: nn.Module, compiling: CompilingFlag) -> Generator[None]:
+    """Set the switches for a trace of `module`, `compiling` among them. At the end, also after an error, they are as
+    they were, and so are the states of torch's and Python's random generators."""
     generator, python_random = torch.get_rng_state(), random.getstate()
     with ExitStack() as stack:
-        # Libraries ask this flag before they branch on values; torch sets it in its own compilers only. (The exporting
-        # flag would not do: transformers drops is_causal where it is set.)
-        stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", True))
+        # torch sets this flag in its own compilers only. (The exporting flag would not do: transformers drops is_causal
+        # where it is set.)
+        stack.enter_context(patch.object(torch.compiler, "_is_compiling_flag", compiling))
         # AOTAutograd traces in anomaly mode, which formats a Python stack per operator. Provenance knows the lines, so
         # the switch is replaced by one that does nothing. The user's own anomaly mode would look for nan in fakes.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
@@ -35,6 +36,7 @@ def tracing_flags(module: nn.Module) -> Generator[None]:
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(traced_on_the_cpu(module))
         stack.enter_context(patched())
+        stack.enter_context(module_forwards.patched())
         # what the user has compiled with torch.compile runs as it was written
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "transformers" in sys.modules:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
+import sysconfig
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +25,7 @@ from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import transformers
 from shardc.capture.torch_patches.ambient_modes import modes, unobserved
 from shardc.capture.torch_patches.aot_autograd import input_index, joint_graph, output_kinds, tangent_index
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.eager_semantics import patched
 from shardc.capture.torch_patches.fake_tensors import (
     fake_dynamic,
@@ -208,7 +211,7 @@ class Layers(nn.Module):
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
-    provenance = Provenance(model, lambda path, output: None, lambda result, line: None)
+    provenance = Provenance(model, lambda path, output: None, lambda result, line: None, lambda *_: ())
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
         with provenance:
@@ -231,7 +234,7 @@ def test_forward_and_backward_nodes_know_module_and_line() -> None:
 def test_switches_are_set_and_set_back() -> None:
     states = torch.get_rng_state(), random.getstate()
     mkldnn = torch.backends.mkldnn.enabled
-    with tracing_flags(nn.Module()):
+    with tracing_flags(nn.Module(), CompilingFlag(True)):
         assert torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         assert not torch._C._get_mkldnn_enabled()
         with warnings.catch_warnings():
@@ -242,6 +245,15 @@ def test_switches_are_set_and_set_back() -> None:
         random.random()
     assert not torch.compiler.is_compiling() and torch.backends.mkldnn.enabled == mkldnn
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
+def test_only_the_users_code_is_told_that_nothing_compiles() -> None:
+    flag = CompilingFlag(False)
+    with tracing_flags(nn.Module(), flag):
+        assert not flag.asked
+        assert not torch.compiler.is_compiling() and flag.asked
+        installed = compile("bool(is_compiling())", os.path.join(sysconfig.get_path("purelib"), "library.py"), "eval")
+        assert eval(installed, {"is_compiling": torch.compiler.is_compiling}) is True
 
 
 def test_patched_functions_have_the_parameters_that_torch_passes() -> None:
