@@ -61,7 +61,8 @@ class Pace:
         if isinstance(collective, Bucket):
             return kind, moved, self.buckets.seconds(kind, axis, moved)
         part = moved / self.mesh.sizes[axis] if kind.keeps_part else moved
-        return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device)
+        folded = any(name.endswith("order") for name in node.kwargs)
+        return kind, moved, step_seconds(kind, axis, part, self.mesh, self.device, folded)
 
     def node_seconds(self, node: fx.Node) -> tuple[float, float]:
         """Seconds of a node that is no operator: those that the rank computes (in a step that sends nothing, or to

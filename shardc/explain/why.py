@@ -356,7 +356,8 @@ class Questions:
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
             kind, moved = step.collective, tensor.operand_bytes(start, after, step)
-            seconds, sent = tensor.step_seconds(kind, step.axis, moved), kind.sent(mesh.sizes[step.axis], moved)
+            seconds = tensor.step_seconds(kind, step.axis, moved, bool(step.orders))
+            sent = kind.sent(mesh.sizes[step.axis], moved)
             conversions.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._name_of(value.key)))
             start = after
         return tuple(conversions)
