@@ -15,7 +15,7 @@ from shardc.ir.mesh import Mesh
 from shardc.rules.factors.strategy import Shape, Side, Strategy, masks, split_of
 from shardc.rules.notation import Band, Send, Travel, Variant
 from shardc.runtime.collectives.collective import AnyCollective
-from shardc.runtime.kernels.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
+from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
 
 Sent = tuple[AnyCollective, str, float]
 """A collective, its axis, and the bytes of its local operand."""

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__: list[str] = []
-
 Runs = tuple[tuple[int, int], ...]
 """The positions in one part of a dim: `(start, length)` of every run of consecutive ones."""
 
