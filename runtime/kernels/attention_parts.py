@@ -104,7 +104,7 @@ def _kept(draw: Tensor, scores: Tensor, dropout: float, parts: Sequence[Part | N
     whole = kept(draw, shape, dropout).to(scores.dtype)
     for dim, part in enumerate(parts):
         if part is not None:
-            whole = whole.narrow(dim, min(part.start, part.size), part.valid)
+            whole = torch.cat([whole.narrow(dim, min(start, part.size), length) for start, length in part.runs], dim)
             padding = [0] * 2 * (scores.dim() - 1 - dim) + [0, part.length - part.valid]
             whole = torch.nn.functional.pad(whole, padding)
     return whole
@@ -125,4 +125,4 @@ def _scores(
 
 
 def _positions(part: Part | None, length: int, device: torch.device) -> Tensor:
-    return torch.arange(length, device=device) + (part.start if part else 0)
+    return part.positions(device) if part else torch.arange(length, device=device)

@@ -27,8 +27,9 @@ from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels.attention_blocks import Literals, compute_dtype, grouped, scores_of, seen
 from shardc.runtime.kernels.attention_dropout import kept
 from shardc.runtime.kernels.parts import Part
-from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, shifted, visits
+from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, shifted, visits
 from shardc.runtime.mesh.mesh import current
+from shardc.runtime.mesh.orders import axis_of
 
 __all__ = ["ring_attention", "ring_attention_backward"]
 
@@ -94,9 +95,7 @@ class _Ring:
 
 
 def _ring(r: Part, s: Part, causal: bool, window: int) -> _Ring:
-    counts = tuple(current().size(axis) for axis in r.axes)
-    rows, columns = (runs_of_parts(part.size, counts, part.unit) for part in (r, s))
-    return _Ring(r.axes, rows, columns, causal, window)
+    return _Ring(tuple(map(axis_of, r.axes)), r.all_runs, s.all_runs, causal, window)
 
 
 def _steps(ring: _Ring, k: Tensor, v: Tensor) -> Iterator[tuple[Visit, Tensor, Tensor]]:

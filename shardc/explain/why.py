@@ -31,6 +31,7 @@ from shardc.planning.cost_network import Assignment
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, demand, make
+from shardc.runtime.mesh.orders import axis_of
 from shardc.solver.problem import Problem
 from shardc.solver.proof.certificate import Certificate
 
@@ -249,8 +250,8 @@ class Questions:
                 f"{len(dims)} entries for {name} of shape {shape}; give one per dim, or a layout as plans print it, "
                 f"like {example}"
             )
-        names, sizes = self.network.mesh.names, self.network.mesh.sizes
-        unknown = next((a for dim in dims for a in dim or () if a not in names), None)
+        names, sizes = self.network.mesh.names, self.network.mesh.ranks
+        unknown = next((axis_of(a) for dim in dims for a in dim or () if axis_of(a) not in names), None)
         if unknown is not None:
             raise LayoutError(f"mesh {self.network.mesh} has no axis {unknown!r}; it has {', '.join(names)}")
         return [None if dim is None else tuple(a for a in dim if sizes[a] > 1) for dim in dims]

@@ -80,9 +80,9 @@ class CostNetwork:
     variables: list[Variable] = field(default_factory=list[Variable])
 
     def __post_init__(self) -> None:
-        self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._classes: dict[tuple[tuple[int, ...], int, tuple[int, ...]], TensorClass] = {}
         self._class_of: dict[Key, TensorClass] = {}
-        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
+        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype, tuple[int, ...]], TensorClass] = {}
         self._options: dict[Kind, OperatorOptions] = {}
         self._distinct: dict[Shape, OperatorOptions] = {}
         self._tables: dict[object, np.ndarray] = {}
@@ -136,29 +136,31 @@ class CostNetwork:
         """The variable of an operator or placeholder."""
         return self._op_variable[node]
 
-    def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
-        """The layouts of tensors with atoms of these sizes and elements of `itemsize` bytes, and their conversions."""
-        key = (sizes, itemsize)
+    def tensor_class(self, sizes: tuple[int, ...], itemsize: int, folds: tuple[int, ...] = ()) -> TensorClass:
+        """The layouts of tensors with atoms of these sizes and elements of `itemsize` bytes, and their conversions.
+        `folds` is that of `shardc.ir.splits.folded`."""
+        key = sizes, itemsize, folds
         if key not in self._classes:
-            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device)
+            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device, folds=folds)
         return self._classes[key]
 
     def class_of(self, key: Key) -> TensorClass:
         """The tensor class of a base value."""
         if key not in self._class_of:
-            self._class_of[key] = self.tensor_class(self.factored.sizes(key), tensor_of(key).element_size())
+            sizes, folds = self.factored.sizes(key), self.factored.folds(key)
+            self._class_of[key] = self.tensor_class(sizes, tensor_of(key).element_size(), folds)
         return self._class_of[key]
 
     def gradient_class(self, key: Key) -> TensorClass:
         """The tensor class of a base value that is a gradient: collectives that convert it to the layout of its
         parameter run in buckets, and cost less."""
-        sizes, dtype = self.factored.sizes(key), tensor_of(key).dtype
-        if (sizes, dtype) not in self._gradient_classes:
+        sizes, dtype, folds = self.factored.sizes(key), tensor_of(key).dtype, self.factored.folds(key)
+        if (sizes, dtype, folds) not in self._gradient_classes:
             tensor_class = TensorClass(
-                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype]
+                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype], folds
             )
-            self._gradient_classes[sizes, dtype] = tensor_class
-        return self._gradient_classes[sizes, dtype]
+            self._gradient_classes[sizes, dtype, folds] = tensor_class
+        return self._gradient_classes[sizes, dtype, folds]
 
     @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
@@ -212,7 +214,7 @@ class CostNetwork:
         if shape not in self._distinct:
 
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
-                return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
+                return [self.tensor_class(side.sizes, side.itemsize, side.folds) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
             self._distinct[shape] = OperatorOptions(shape, self.mesh, self.device, operands, results)

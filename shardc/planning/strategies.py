@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from shardc.rules.factors.strategy import (
     splittable,
     variants_of,
 )
+from shardc.runtime.mesh.orders import BLOCKS, FOLDED, in_order
 
 
 @dataclass(eq=False)
@@ -151,12 +153,24 @@ def _indices(classes: list[TensorClass], layouts: list[list[Splits]]) -> list[np
     ]
 
 
+class _Splitting(NamedTuple):
+    """What an axis splits: these factors together, in one order."""
+
+    factors: tuple[int, ...] = ()
+    order: str = BLOCKS
+
+
 def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
     """One strategy for every split and every variant that runs it."""
     free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
-    choices = [(), *free, *shape.bundles, *(f"group {g}" for g in range(len(shape.linear)))]
-    options: list[list[tuple[int, ...] | str]] = [choices if ways > 1 else [()] for _, ways in mesh.axes]
-    # a tuple: the axis splits these factors; a str: the axis's partial sums pass through this linear group
+    plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
+    folded = [
+        _Splitting(together, FOLDED) for together in (*free, *shape.bundles)
+        if all(shape.factors[i].fold for i in together)
+    ]  # fmt: skip
+    choices = [*plain, *range(len(shape.linear)), *folded]
+    options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]
+    # an int: the axis's partial sums pass through this linear group
 
     @cache
     def splits(factor: int, axes: tuple[str, ...]) -> bool:
@@ -167,11 +181,11 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
         return variants_of(shape, split)
 
     for choice in itertools.product(*options):
-        passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
+        passes = tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int))
         axes_of: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
-            for factor in c if isinstance(c, tuple) else ():
-                axes_of[factor] = (*axes_of.get(factor, ()), axis)
+            for factor in c.factors if isinstance(c, _Splitting) else ():
+                axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
         if all(splits(factor, axes) for factor, axes in axes_of.items()):
             orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
             for order in itertools.product(*orders):

@@ -110,6 +110,8 @@ class Variant:
     names first. A result with one factor of a group is complete over the others: that is the body's work. A variant
     with groups runs only where one of its groups is split.
 
+    `folds` are the parted factors that an axis may deal out folded: the body asks for their `Part.runs`.
+
     Variants that cost the same are equal, whatever their bodies.
     """
 
@@ -118,6 +120,7 @@ class Variant:
     sends: Mapping[str, Sequence[Send]] = field(default_factory=dict[str, Sequence[Send]], hash=False)
     together: tuple[tuple[str, ...], ...] = ()
     workspace: tuple[Workspace, ...] = ()
+    folds: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def parse(
     flops: Iterable[str] = (),
     body: Body | None = None,
     sends: Mapping[str, Sequence[Send]] | None = None,
+    folds: Iterable[str] = (),
     variants: Sequence[Variant] = (),
     parts: Mapping[str, Iterable[int]] | None = None,
     even: bool = False,
@@ -171,7 +175,7 @@ def parse(
     """The rule that `text`, in the notation above, and the other arguments describe.
 
     - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors.
-    - `body` with its `sends` is the only variant. A rule with several variants lists them as `variants`.
+    - `body` with its `sends` and `folds` is the only variant. A rule with several variants lists them as `variants`.
     - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
     - `repeated`: every rank computes all results, whatever is split, and keeps its part.
@@ -215,7 +219,7 @@ def parse(
     if body is not None and variants:
         raise RuleError(f"rule {text!r} has a body and variants; list the body among the variants")
     if body is not None:
-        variants = [Variant(ONLY, body, sends or {})]
+        variants = [Variant(ONLY, body, sends or {}, folds=frozenset(folds))]
     _check_variants(text, variants, parted, band)
     return Rule(
         operands,
@@ -254,6 +258,9 @@ def _check_variants(text: str, variants: Sequence[Variant], parted: set[str], ba
         title = f"variant {variant.name!r} of rule {text!r}"
         grouped = [name for group in variant.together for name in group]
         unknown = [name for name in grouped if name not in parted]
+        strange = sorted(variant.folds - parted)
+        if strange:
+            raise RuleError(f"{title} reads {strange[0]} folded, which is not a parted factor: mark it with `~`")
         if unknown:
             raise RuleError(f"{title} splits {unknown[0]} together, which is not a parted factor: mark it with `~`")
         if len(grouped) != len(set(grouped)) or any(len(group) < 2 for group in variant.together):

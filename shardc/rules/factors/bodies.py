@@ -16,6 +16,7 @@ from shardc.rules.factors.strategy import Shape, Side, Strategy, masks, split_of
 from shardc.rules.notation import Band, Send, Travel, Variant
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
+from shardc.runtime.mesh.orders import axis_of
 
 Sent = tuple[AnyCollective, str, float]
 """A collective, its axis, and the bytes of its local operand."""
@@ -88,7 +89,7 @@ def _once(shape: Shape, strategy: Strategy, variant: Variant, mesh: Mesh) -> Ite
             if not split.issuperset(send.beside):
                 continue
             size = _size(shape, strategy, send, mesh)
-            for axis in reversed(axes):
+            for axis in map(axis_of, reversed(axes)):
                 yield send.collective, axis, size
                 size = send.collective.result_bytes(mesh.sizes[axis], size)
 
@@ -111,12 +112,14 @@ def _ring(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[tuple[str, ...]
 
 
 def _runs(shape: Shape, strategy: Strategy, name: str, mesh: Mesh) -> tuple[tuple[str, ...], tuple[Runs, ...]]:
-    """The axes that split a factor, and the positions of every part of it. A factor that is missing has size one."""
+    """The mesh axes that split a factor, and the positions of every part of it. A factor that is missing has size
+    one."""
     atoms = [(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True) if f.name == name]
     size = math.prod(size for size, _ in atoms)
     axes = atoms[0][1] if atoms else ()
     unit = size // atoms[0][0] if atoms else 1
-    return axes, runs_of_parts(size, tuple([mesh.sizes[axis] for axis in axes]), unit)
+    counts = tuple([mesh.ranks[axis] for axis in axes])
+    return tuple(map(axis_of, axes)), runs_of_parts(size, axes, counts, unit)
 
 
 def _computed(shape: Shape, strategy: Strategy, band: Band, mesh: Mesh) -> int:

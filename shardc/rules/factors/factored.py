@@ -31,11 +31,13 @@ class Form:
     """The atoms of a value, shared by the values of equal layers. Equal forms of one program are one object.
 
     `dims` lists the atoms of each dim as (place, size), where place is the index among the atoms of the base value, or
-    None for an atom that the base value lacks. `base` lists the sizes of the base value's atoms.
+    None for an atom that the base value lacks. `base` lists the sizes of the base value's atoms, and `folds` what
+    pieces they may be folded in (see `shardc.ir.splits.folded`).
     """
 
     dims: tuple[tuple[tuple[int | None, int], ...], ...]
     base: tuple[int, ...]
+    folds: tuple[int, ...] = ()
 
     @cached_property
     def atoms(self) -> tuple[tuple[int | None, int], ...]:
@@ -49,7 +51,7 @@ class Form:
     @cached_property
     def flat(self) -> Form:
         """The form of a view in which every atom is a dim."""
-        return Form(tuple([(atom,) for atom in self.atoms]), self.base)
+        return Form(tuple([(atom,) for atom in self.atoms]), self.base, self.folds)
 
     @cached_property
     def _layouts(self) -> dict[object, Layout]:
@@ -114,13 +116,15 @@ class Parting:
 
 @dataclass(frozen=True)
 class Factor:
-    """An atom of an operator: piece number `index` of the factor that its rule calls `name`."""
+    """An atom of an operator: piece number `index` of the factor that its rule calls `name`. An axis may deal it out
+    folded, in pieces of at least `fold` elements; 0: it may not."""
 
     name: str
     index: int
     size: int
     whole: bool
     parting: Parting | None = None
+    fold: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +176,10 @@ class Factored:
 
     def sizes(self, key: Key) -> tuple[int, ...]:
         return self.base[key].form.base
+
+    def folds(self, key: Key) -> tuple[int, ...]:
+        """What pieces the atoms of a base value may be folded in: see `shardc.ir.splits.folded`."""
+        return self.base[key].form.folds
 
 
 @lru_cache(maxsize=1 << 16)

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
 from shardc.rules.notation import Band, Variant
+from shardc.runtime.mesh.orders import axis_of
 
 PLAIN = ""
 """The variant where no parted factor is split: the operator itself, on local tensors."""
@@ -28,9 +30,9 @@ PLAIN = ""
 class Strategy(NamedTuple):
     """What every mesh axis does in one operator.
 
-    `split` lists, per factor, the axes that split it, major to minor. `passes` lists axes over which a linear group of
-    operands is partial, with the index of the group. With `again`, backward recomputes the results instead of keeping
-    them. `variant` names the variant that runs.
+    `split` lists, per factor, the axes that split it, major to minor, each with its order. `passes` lists axes over
+    which a linear group of operands is partial, with the index of the group. With `again`, backward recomputes the
+    results instead of keeping them. `variant` names the variant that runs.
     """
 
     split: tuple[tuple[str, ...], ...]
@@ -47,6 +49,8 @@ class Side:
     itemsize: int
     leaves: tuple[tuple[int | None, int | None], ...]
     names: frozenset[str]
+    folds: tuple[int, ...] = ()
+    """What pieces the base value's atoms may be folded in: see `shardc.ir.splits.folded`."""
 
     @cached_property
     def factors(self) -> tuple[int | None, ...]:
@@ -208,7 +212,7 @@ def _integers(op: Op) -> frozenset[int]:
 def _side(item: Operand | Result, tensor: torch.Tensor, carried: list[int | None]) -> Side:
     form = item.value.form
     leaves = tuple(zip(form.places, carried, strict=True))
-    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n))
+    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n), form.folds)
 
 
 IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
@@ -265,11 +269,17 @@ def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, 
 
 
 def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether the factors of each group are split alike, and no axis splits two factors that share no group."""
+    """Whether the factors of each group are split alike, no axis splits two factors that share no group, and the body
+    reads those that are folded."""
+    parted = (
+        factor.name for factor, axes in zip(shape.factors, split, strict=True) if factor.parting and is_folded(axes)
+    )
+    if not variant.folds.issuperset(parted):
+        return False
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
-    axes = [axis for i, split_by in enumerate(split) if i not in later for axis in split_by]
+    axes = [axis_of(axis) for i, split_by in enumerate(split) if i not in later for axis in split_by]
     used = not variant.together or any(split[group[0]] for group in groups)
     return alike and used and len(axes) == len(set(axes))
 
@@ -290,6 +300,8 @@ def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -
     """
     factor = shape.factors[position]
     parting = factor.parting
+    if is_folded(axes):
+        return len(axes) == 1 and factor.fold > 0 and mesh.folds(factor.size, axes[0], factor.fold)
     if axes and parting is not None and parting.parts is not None:
         return len(axes) == 1 and mesh.ways(axes) in parting.parts
     if factor.size % mesh.ways(axes) == 0:
@@ -307,7 +319,7 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
     """The layout that a strategy demands of an operand's base value."""
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
     for factor in shape.addends[operand]:
-        partial |= dict.fromkeys(strategy.split[factor], "sum")
+        partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), "sum")
     return _splits(shape, shape.operands[operand], strategy, partial, mesh)
 
 
@@ -317,7 +329,7 @@ def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     complete = _complete(shape, strategy, side)
     for factor, op in shape.reduced_in[result].items():
         if factor not in complete:
-            partial |= dict.fromkeys(strategy.split[factor], op)
+            partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), op)
     return _splits(shape, side, strategy, partial, mesh)
 
 

@@ -16,6 +16,8 @@ from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
 from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
 
+_FOLDS = frozenset({"r", "s"})
+
 
 class _Names:
     """The factors of one call, as words of a rule."""
@@ -99,8 +101,8 @@ def attention(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
         flops=names.flops("de"), band=names.band,
         variants=[
-            Variant("parts", attention_parts.attention_in_parts, {"s": sums}),
-            Variant("ring", ring_attention, {"s": [_passed_on(k, v)]}, together=(("r", "s"),)),
+            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, folds=_FOLDS),
+            Variant("ring", ring_attention, {"s": [_passed_on(k, v)]}, together=(("r", "s"),), folds=_FOLDS),
         ],
     )  # fmt: skip
 
@@ -129,7 +131,7 @@ def attention_backward(
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
         multiplied=[0], band=names.band,
         variants=[
-            Variant("parts", attention_parts.attention_in_parts_backward),
-            Variant("ring", ring_attention_backward, {"s": around}, together=(("r", "s"),)),
+            Variant("parts", attention_parts.attention_in_parts_backward, folds=_FOLDS),
+            Variant("ring", ring_attention_backward, {"s": around}, together=(("r", "s"),), folds=_FOLDS),
         ],
     )  # fmt: skip
