@@ -29,7 +29,8 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
-from shardc.runtime.kernels.bernoulli import STATE, state_of_draw
+from shardc.runtime.kernels.bernoulli import state_of_draw
+from shardc.runtime.kernels.mersenne import STATE
 
 __all__ = ["attention", "attention_backward"]
 

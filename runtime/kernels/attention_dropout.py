@@ -7,13 +7,14 @@ rows of its own queries, with the keys of all ranks, and never more than a block
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from shardc.runtime.kernels.attention_pieces import Piece
-from shardc.runtime.kernels.bernoulli import Bernoulli
+from shardc.runtime.kernels.bernoulli import kind
 from shardc.runtime.kernels.parts import Part
 
 __all__: list[str] = []
@@ -27,7 +28,7 @@ class Dropping:
         self, draw: Tensor, dropout: float, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Part | None]
     ) -> None:
         self.shape, self.dropout, self.device = tuple(shape), dropout, draw.device
-        self._numbers = Bernoulli(draw, 1 - dropout, dtype)
+        self._numbers = kind()(draw.cpu(), 1 - dropout, dtype, math.prod(shape))
         self._starts = [part.start if part else 0 for part in parts]
         self._counts = [part.valid if part else n for part, n in zip(parts, shape, strict=False)]
         self._rows: tuple[int, int] | None = None
