@@ -56,17 +56,18 @@ class _Ring:
     @property
     def mine(self) -> Runs:
         """The positions of the rank's queries."""
-        return self.rows[self._number((0,) * len(self.axes))]
+        return self.rows[self.number((0,) * len(self.axes))]
 
     def held(self, visit: Visit) -> Runs:
         """The positions of the keys that the rank has in a step."""
-        return self.columns[self._number(visit.offset)]
+        return self.columns[self.number(visit.offset)]
 
     def busy(self, visit: Visit) -> bool:
         """Whether the rank has anything to compute in a step."""
         return pairs(self.mine, self.held(visit), self.causal, self.window) > 0
 
-    def _number(self, offset: Sequence[int]) -> int:
+    def number(self, offset: Sequence[int]) -> int:
+        """The number of the part that is `offset` before the rank's own."""
         counts, number = self.counts, 0
         for coordinate, count in zip(shifted(self._place, offset, counts), counts, strict=True):
             number = number * count + coordinate
@@ -126,14 +127,14 @@ def ring_attention(
         _ring(r, s, causal, window),
         _Call(Literals(causal, scale, window, softcap, dropout), draw, (b, h, g, r, s)),
     )
-    rows = _length(ring.mine)
+    rows, mask = _length(ring.mine), _whole_mask(mask, q.dim(), s)
     ours = grouped(q)[..., :rows, :]
     shape, dtype = (*ours.shape[:-1], v.shape[-1]), compute_dtype(q.dtype)
     result = torch.zeros(shape, dtype=dtype, device=q.device)
     total = torch.full(shape[:-1], _NOTHING, dtype=dtype, device=q.device)
     for visit, keys, values in _steps(ring, k, v):
         if ring.busy(visit):
-            part = call.block(ours, keys, values, _masked(mask, q.dim(), ring, visit), ring.mine, ring.held(visit))
+            part = call.block(ours, keys, values, _masked(mask, ring, visit), ring.mine, ring.held(visit))
             result, total = _combined(result, total, *part)
     if sinks is not None:
         result, total = _combined(result, total, 0, sinks.to(dtype).view(1, *total.shape[1:3], 1).expand_as(total))
@@ -154,7 +155,7 @@ def ring_attention_backward(
         _ring(r, s, causal, window),
         _Call(Literals(causal, scale, window, softcap, dropout), draw, (b, h, g, r, s)),
     )
-    rows, dtype = _length(ring.mine), compute_dtype(q.dtype)
+    rows, dtype, mask = _length(ring.mine), compute_dtype(q.dtype), _whole_mask(mask, q.dim(), s)
     ours, upper, made = (grouped(x)[..., :rows, :] for x in (q, grad, out))
     total = (logsumexp if q.dim() == 5 else logsumexp.unsqueeze(2))[..., :rows]
     delta = (upper.to(dtype) * made.to(dtype)).sum(-1)
@@ -169,7 +170,7 @@ def ring_attention_backward(
                 ours,
                 keys,
                 values,
-                _masked(mask, q.dim(), ring, visit),
+                _masked(mask, ring, visit),
                 total,
                 delta,
                 ring.mine,
@@ -251,17 +252,25 @@ def _positions(runs: Runs, like: Tensor) -> Tensor:
     return torch.cat([torch.arange(start, start + length, device=like.device) for start, length in runs])
 
 
-def _masked(mask: Tensor | None, dims: int, ring: _Ring, visit: Visit) -> Tensor | None:
-    """The part of a mask for the rank's queries and the keys of a step. Shape: that of the scores, or ones."""
+def _whole_mask(mask: Tensor | None, dims: int, s: Part) -> Tensor | None:
+    """A mask for all keys, with as many dims as scores. One that is the same for all queries is split along the keys:
+    its parts are gathered, each with its padding."""
     if mask is None:
         return None
     mask = mask.reshape((1,) * (dims - mask.dim()) + tuple(mask.shape))
     mask = mask if dims == 5 else mask.unsqueeze(2)
-    if mask.shape[3] > 1:
-        mask = mask[..., : _length(ring.mine), :]
-    if mask.shape[4] > 1:
-        mask = torch.cat([mask[..., start : start + length] for start, length in ring.held(visit)], -1)
-    return mask
+    return s.gather(mask, 4) if mask.shape[3] == 1 and mask.shape[4] > 1 else mask
+
+
+def _masked(mask: Tensor | None, ring: _Ring, visit: Visit) -> Tensor | None:
+    """The part of a mask for the rank's queries and the keys of a step."""
+    if mask is None or mask.shape[4] == 1:
+        return mask if mask is None or mask.shape[3] == 1 else mask[..., : _length(ring.mine), :]
+    if mask.shape[3] == 1:
+        start = ring.number(visit.offset) * (mask.shape[4] // len(ring.columns))
+        return mask[..., start : start + _length(ring.held(visit))]
+    mask = mask[..., : _length(ring.mine), :]
+    return torch.cat([mask[..., start : start + length] for start, length in ring.held(visit)], -1)
 
 
 def _combined(result: Tensor, total: Tensor, part: Tensor | int, of_part: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from shardc.rules.notation import Band, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import attention_parts
@@ -74,6 +75,15 @@ def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
     return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
 
 
+def _mask_gathered(mask: torch.Tensor | None) -> list[Send]:
+    """A mask that is the same for all queries is split along the keys, and a ring needs all of it."""
+    if mask is None or mask.shape[-1] == 1 or (mask.dim() > 1 and mask.shape[-2] > 1):
+        return []
+    names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
+    carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
+    return [Send(all_gather, carried, mask.element_size())]
+
+
 def _plain(word: str) -> str:
     return word.partition(":")[0].rstrip("~")
 
@@ -100,7 +110,7 @@ def attention(
         flops=names.flops("de"), band=names.band,
         variants=[
             Variant("parts", attention_parts.attention_in_parts, {"s": sums}),
-            Variant("ring", ring_attention, {"s": [_passed_on(k, v)]}, together=(("r", "s"),)),
+            Variant("ring", ring_attention, {"s": [_passed_on(k, v), *_mask_gathered(mask)]}, together=(("r", "s"),)),
         ],
     )  # fmt: skip
 
@@ -122,7 +132,7 @@ def attention_backward(
     ]  # fmt: skip
     count = len(operands)
     all_of = range(count)
-    around = [_passed_on(k, v, grads=True), _passed_on(k, v)]
+    around = [_passed_on(k, v, grads=True), _passed_on(k, v), *_mask_gathered(mask)]
     of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
