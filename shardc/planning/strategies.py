@@ -16,20 +16,20 @@ from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
-from shardc.cost.conversion import TensorClass, step_seconds
+from shardc.analysis.bodies import Body, body_of
+from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
+from shardc.rules.factors.bodies import is_ring, work
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
     demand,
     make,
     one_reduction,
-    sends,
     splittable,
     variants_of,
-    work,
 )
 
 
@@ -62,6 +62,11 @@ class Strategies:
         """Flops and bytes that a rank computes and moves, one entry a strategy."""
         flops, moved = np.array([work(self.shape, s, self.mesh) for s in self.strategies]).reshape(-1, 2).T
         return flops, moved
+
+    @cached_property
+    def rings(self) -> list[int]:
+        """The numbers of the strategies whose bodies go round a ring."""
+        return [place for place, strategy in enumerate(self.strategies) if is_ring(self.shape, strategy)]
 
 
 @lru_cache(maxsize=512)
@@ -106,15 +111,18 @@ class OperatorOptions:
         return self.compute + np.array([self.sending(s) for s in self.strategies])
 
     def sending(self, strategy: Strategy) -> float:
-        """Seconds of the collectives inside the body of one strategy."""
-        return sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
+        """Seconds of the collectives inside the body of one strategy that nothing hides which it computes itself."""
+        return self._body(strategy).exposed
 
     @cached_property
     def compute(self) -> np.ndarray:
         """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
-        return self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        for place in self._known.rings:
+            seconds[place] = self._body(self.strategies[place]).compute
+        return seconds
 
     @cached_property
     def least(self) -> float:
@@ -123,14 +131,15 @@ class OperatorOptions:
 
     def compute_of(self, strategy: Strategy) -> float:
         """Compute seconds of one strategy."""
-        if strategy not in self._computes:
-            done = work(self.shape, strategy, self.mesh)
-            seconds = self.device.compute_seconds(*done, self.shape.dtype) if self.shape.computes else 0.0
-            self._computes[strategy] = seconds
-        return self._computes[strategy]
+        return self._body(strategy).compute
+
+    def _body(self, strategy: Strategy) -> Body:
+        if strategy not in self._bodies:
+            self._bodies[strategy] = body_of(self.shape, strategy, self.mesh, self.device)
+        return self._bodies[strategy]
 
     @cached_property
-    def _computes(self) -> dict[Strategy, float]:
+    def _bodies(self) -> dict[Strategy, Body]:
         return {}
 
 

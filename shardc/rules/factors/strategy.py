@@ -8,7 +8,7 @@ on the operator's `Shape`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,8 +19,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import Variant
-from shardc.runtime.collectives.collective import AnyCollective
+from shardc.rules.notation import Band, Variant
 
 PLAIN = ""
 """The variant where no parted factor is split: the operator itself, on local tensors."""
@@ -86,6 +85,8 @@ class Shape:
     repeated: bool
     """Whether every rank computes all results and keeps its part."""
     variants: tuple[Variant, ...]
+    band: Band | None
+    """The pairs of two factors that are computed."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -184,6 +185,7 @@ def shape_of(op: Op) -> Shape:
         op.rule.multiplied,
         op.rule.repeated,
         op.rule.variants,
+        op.rule.band,
     )
 
 
@@ -225,24 +227,6 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     }
 
 
-def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
-    """The collectives in the body of a strategy's variant, each with its axis and the bytes of its local operand."""
-    variant = shape.variant_of(strategy)
-    if variant is None:
-        return
-    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
-    for factor, axes in zip(shape.factors, strategy.split, strict=True):
-        for send in variant.sends.get(factor.name, ()) if factor.parting and axes else ():
-            if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
-                continue
-            pairs = zip(shape.factors, strategy.split, strict=True)
-            size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
-            size *= send.itemsize * send.elements
-            for axis in reversed(axes):
-                yield send.collective, axis, size
-                size = send.collective.result_bytes(mesh.sizes[axis], size)
-
-
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     """Bytes that the body of a strategy's variant allocates and frees again."""
     variant = shape.variant_of(strategy)
@@ -264,43 +248,6 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
         return strategy.split
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
-
-
-def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
-    """The flops that a rank computes for an operator, and the bytes that it reads and writes.
-
-    A product counts two flops for every point of its factors. Padding and masks count.
-    """
-
-    every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    together = shape.groups.get(strategy.variant)
-
-    def chunks(carried: Collection[int]) -> list[int]:
-        if not together:
-            return every
-        split = split_of(shape, strategy, carried)
-        return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
-
-    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
-    if shape.repeated:
-        moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
-    for operand, side in enumerate(shape.operands):
-        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
-        moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    flops = 0
-    for product in shape.products:
-        local = chunks(product)
-        flops += 2 * math.prod([local[i] for i in product])
-    return float(flops), moved
-
-
-def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
-    """Elements of an operand or result that a rank reads or writes. An expanded dim is read once."""
-    elements = 1
-    for size, factor in zip(side.sizes, side.factors, strict=True):
-        # the factor of a window has a size that divides the dim's
-        elements *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
-    return elements
 
 
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
@@ -366,10 +313,18 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
-    partial = {axis: "sum" for axis, _ in strategy.passes}
+    partial, side = {axis: "sum" for axis, _ in strategy.passes}, shape.results[result]
+    complete = _complete(shape, strategy, side)
     for factor, op in shape.reduced_in[result].items():
-        partial |= dict.fromkeys(strategy.split[factor], op)
-    return _splits(shape, shape.results[result], strategy, partial, mesh)
+        if factor not in complete:
+            partial |= dict.fromkeys(strategy.split[factor], op)
+    return _splits(shape, side, strategy, partial, mesh)
+
+
+def _complete(shape: Shape, strategy: Strategy, side: Side) -> set[int]:
+    """The factors over which a variant completes a result, because it splits them together with one that it has."""
+    groups = shape.groups.get(strategy.variant, ())
+    return {factor for group in groups if not side.carried.isdisjoint(group) for factor in group}
 
 
 def _splits(shape: Shape, side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:

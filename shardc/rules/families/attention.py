@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, Send, letters, mark, parse, rule
+from shardc.rules.notation import Band, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
 
 
 class _Names:
@@ -22,10 +25,10 @@ class _Names:
         self, q: torch.Tensor, draw: torch.Tensor | None, causal: bool, window: int, queries: str, keys: str
     ) -> None:
         self.group = q.dim() == 5
-        self.positions = causal or window > 0 or draw is not None
         parted = "" if draw is None else "~" if "sum" not in keys else ":sum~"
         self.batch, self.heads = f"b{parted}", [f"h{parted}", *([f"g{parted}"] if self.group else [])]
-        self.query, self.key = queries if self.positions else "q", keys
+        self.query, self.key = queries, keys
+        self.band = Band("r", "s", causal, window)
         self.rows = [self.batch, *self.heads, self.query]
 
     def queries(self, x: torch.Tensor, last: str) -> str:
@@ -66,6 +69,21 @@ def mark_whole(x: torch.Tensor) -> str:
     return mark(letters(x, "z"), range(x.dim()))
 
 
+def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
+    """Keys and values, or their gradients in the type of the scores, as one message from rank to rank."""
+    size, travel = (compute_dtype(k.dtype).itemsize, Travel.HOME) if grads else (k.element_size(), Travel.ROUND)
+    return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
+
+
+def _mask_gathered(mask: torch.Tensor | None) -> list[Send]:
+    """A mask that is the same for all queries is split along the keys, and a ring needs all of it."""
+    if mask is None or mask.shape[-1] == 1 or (mask.dim() > 1 and mask.shape[-2] > 1):
+        return []
+    names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
+    carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
+    return [Send(all_gather, carried, mask.element_size())]
+
+
 def _plain(word: str) -> str:
     return word.partition(":")[0].rstrip("~")
 
@@ -89,7 +107,11 @@ def attention(
     operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
     return parse(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
-        flops=names.flops("de"), body=attention_parts.attention_in_parts, sends={"s": sums},
+        flops=names.flops("de"), band=names.band,
+        variants=[
+            Variant("parts", attention_parts.attention_in_parts, {"s": sums}),
+            Variant("ring", ring_attention, {"s": [_passed_on(k, v), *_mask_gathered(mask)]}, together=(("r", "s"),)),
+        ],
     )  # fmt: skip
 
 
@@ -110,9 +132,14 @@ def attention_backward(
     ]  # fmt: skip
     count = len(operands)
     all_of = range(count)
+    around = [_passed_on(k, v, grads=True), _passed_on(k, v), *_mask_gathered(mask)]
     of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
-        body=attention_parts.attention_in_parts_backward, multiplied=[0],
+        multiplied=[0], band=names.band,
+        variants=[
+            Variant("parts", attention_parts.attention_in_parts_backward),
+            Variant("ring", ring_attention_backward, {"s": around}, together=(("r", "s"),)),
+        ],
     )  # fmt: skip
