@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Band, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.rules.notation import Band, Body, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
 from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
 
+
 _FOLDS = frozenset({"r", "s"})
+"""Where queries and keys are, all bodies read from the runs of their parts."""
 
 
 class _Names:
@@ -76,6 +79,21 @@ def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
     return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
 
 
+def _ring(body: Body, passed_on: list[Send], mask: torch.Tensor | None, k: torch.Tensor) -> list[Variant]:
+    """The variant of a ring; none where a mask has no columns, from whose shape a rank could not tell what it holds.
+
+    A mask that is the same for all queries is split along the keys; the ring gathers it.
+    """
+    sends = list(passed_on)
+    if mask is not None and mask.shape[-1] != k.shape[2]:
+        return []
+    if mask is not None and (mask.dim() == 1 or mask.shape[-2] == 1):
+        names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
+        carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
+        sends.append(Send(all_gather, carried, mask.element_size()))
+    return [Variant("ring", body, {"s": sends}, together=(("r", "s"),), folds=_FOLDS)]
+
+
 def _plain(word: str) -> str:
     return word.partition(":")[0].rstrip("~")
 
@@ -102,7 +120,7 @@ def attention(
         flops=names.flops("de"), band=names.band,
         variants=[
             Variant("parts", attention_parts.attention_in_parts, {"s": sums}, folds=_FOLDS),
-            Variant("ring", ring_attention, {"s": [_passed_on(k, v)]}, together=(("r", "s"),), folds=_FOLDS),
+            *_ring(ring_attention, [_passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
 
@@ -124,7 +142,6 @@ def attention_backward(
     ]  # fmt: skip
     count = len(operands)
     all_of = range(count)
-    around = [_passed_on(k, v, grads=True), _passed_on(k, v)]
     of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
@@ -132,6 +149,6 @@ def attention_backward(
         multiplied=[0], band=names.band,
         variants=[
             Variant("parts", attention_parts.attention_in_parts_backward, folds=_FOLDS),
-            Variant("ring", ring_attention_backward, {"s": around}, together=(("r", "s"),), folds=_FOLDS),
+            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
