@@ -72,7 +72,7 @@ def _spread(
             continue
         longest = max(here, key=lambda place: len(state.axes[place[0]][place[1]]))
         best = state.axes[longest[0]][longest[1]]
-        if is_folded(best) and not factor.fold:
+        if is_folded(best) and axis_of(best[-1]) not in factor.folds:
             continue
         for key, leaf in here:
             held = state.axes[key][leaf]

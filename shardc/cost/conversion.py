@@ -20,7 +20,7 @@ from shardc.cost.buckets import Sharing
 from shardc.cost.hardware import Hardware
 from shardc.cost.step_graph import StepGraph, step_graph
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits, Step
+from shardc.ir.splits import Folds, Splits, Step
 from shardc.runtime.collectives.collective import AnyCollective
 
 
@@ -42,8 +42,7 @@ class TensorClass:
     """All layouts of tensors with the same atoms and bytes an element, and the cheapest conversion between any two.
 
     `seconds[i, j]` is the time that converting layout i to layout j adds to a training step. For gradients, `sharing`
-    prices the steps that run in buckets, and gives the part of them that backward hides. `folds` is that of
-    `shardc.ir.splits.folded`.
+    prices the steps that run in buckets, and gives the part of them that backward hides.
     """
 
     sizes: tuple[int, ...]
@@ -52,7 +51,7 @@ class TensorClass:
     mesh: Mesh
     device: Hardware
     sharing: Sharing | None = None
-    folds: tuple[int, ...] = ()
+    folds: Folds = ()
 
     @cached_property
     def graph(self) -> StepGraph:

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits, Step, apply, folded, steps
+from shardc.ir.splits import Folds, Splits, Step, apply, folded, steps
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.mesh.orders import FOLDED, in_order
 
@@ -27,8 +27,7 @@ equally long."""
 
 @dataclass(frozen=True, eq=False)
 class StepGraph:
-    """All layouts of tensors whose atoms have these sizes, and all steps between them, on one mesh. `folds` is that of
-    `shardc.ir.splits.folded`.
+    """All layouts of tensors whose atoms have these sizes, and all steps between them, on one mesh.
 
     `moves` has, per layout, the layouts one step away, each with the step and the number of its load in `loads`.
     `columns` lists the same: layouts before, layouts after, numbers of loads.
@@ -37,7 +36,7 @@ class StepGraph:
     sizes: tuple[int, ...]
     mesh: Mesh
     ops: tuple[str, ...]
-    folds: tuple[int, ...] = ()
+    folds: Folds = ()
 
     @cached_property
     def layouts(self) -> list[Splits]:
@@ -93,12 +92,12 @@ class StepGraph:
 
 
 @lru_cache(maxsize=512)
-def step_graph(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: tuple[int, ...] = ()) -> StepGraph:
+def step_graph(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds = ()) -> StepGraph:
     """The graph of tensors of these sizes. It depends on neither device nor dtype, so that compilations share it."""
     return StepGraph(sizes, mesh, ops, folds)
 
 
-def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: tuple[int, ...]) -> Iterator[Splits]:
+def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds) -> Iterator[Splits]:
     options: list[list[int | str | tuple[int] | None]] = [
         [None, *ops, *range(len(sizes)), *((a,) for a in folded(axis, sizes, mesh, folds))] if ranks > 1 else [None]
         for axis, ranks in mesh.axes

@@ -80,13 +80,8 @@ class Mesh:
             major, last = axes[:-1], axes[-1]
             outer = self.ways(major)
             plain = all(order_of(axis) != FOLDED for axis in major)
-            return plain and size % outer == 0 and self.folds(size // outer, last, 1)
+            return plain and size % outer == 0 and self.ranks[last] > 1 and size // outer % (2 * self.ranks[last]) == 0
         return size == 0 or size >= self.ways(axes)
-
-    def folds(self, size: int, axis: str, least: int) -> bool:
-        """Whether an axis alone may deal out a dim of `size` folded, in pieces of at least `least` elements."""
-        ranks = self.ranks[axis]
-        return ranks > 1 and size % (2 * ranks) == 0 and size // (2 * ranks) >= least
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)

@@ -20,6 +20,9 @@ from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
 from shardc.runtime.mesh.orders import BLOCKS, FOLDED, axis_of, in_order, order_of
 
+Folds = tuple[tuple[str, ...], ...]
+"""Per atom the axes that may deal it out folded; empty where none may for any atom."""
+
 
 class Splits(NamedTuple):
     """A layout over atoms: per atom the axes that split it, major to minor; per partial axis its reduction."""
@@ -65,9 +68,9 @@ def apply(splits: Splits, step: Step, mesh: Mesh) -> Splits:
 
 
 def steps(
-    splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: tuple[int, ...] = ()
+    splits: Splits, sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds = ()
 ) -> Iterator[Step]:
-    """Every move out of a layout. Only the minor-most axis of an atom can leave it. `folds` is that of `folded`."""
+    """Every move out of a layout. Only the minor-most axis of an atom can leave it."""
     partial = dict(splits.partial)
     holder = {axis_of(axis): atom for atom, axes in enumerate(splits.axes) for axis in axes}
 
@@ -98,7 +101,7 @@ def steps(
                 yield Step(reorder, axis, source=atom, target=atom, source_order=order, target_order=other)
 
 
-def folded(axis: str, sizes: tuple[int, ...], mesh: Mesh, folds: tuple[int, ...]) -> list[int]:
-    """The atoms that `axis` may deal out folded. `folds` has, per atom, the least elements of a piece, or 0 where it
-    is not to be folded; it may be empty, if no atom is."""
-    return [a for a, least in enumerate(folds) if least and mesh.folds(sizes[a], axis, least)]
+def folded(axis: str, sizes: tuple[int, ...], mesh: Mesh, folds: Folds) -> list[int]:
+    """The atoms that `axis` may deal out folded."""
+    split = (in_order(axis, FOLDED),)
+    return [a for a, axes in enumerate(folds) if axis in axes and mesh.splits(sizes[a], split)]

@@ -166,7 +166,7 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
     plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
     folded = [
         _Splitting(together, FOLDED) for together in (*free, *shape.bundles)
-        if all(shape.factors[i].fold for i in together)
+        if all(shape.factors[i].folds for i in together)
     ]  # fmt: skip
     choices = [*plain, *range(len(shape.linear)), *folded]
     options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]

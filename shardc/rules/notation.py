@@ -84,6 +84,8 @@ class Band:
     columns: str
     causal: bool = False
     window: int = 0
+    balanced: bool = False
+    """Whether ranks count as if every sequence that may be folded was folded: see `shardc/planning/folding.py`."""
 
 
 @dataclass(frozen=True)
@@ -258,9 +260,6 @@ def _check_variants(text: str, variants: Sequence[Variant], parted: set[str], ba
         title = f"variant {variant.name!r} of rule {text!r}"
         grouped = [name for group in variant.together for name in group]
         unknown = [name for name in grouped if name not in parted]
-        strange = sorted(variant.folds - parted)
-        if strange:
-            raise RuleError(f"{title} reads {strange[0]} folded, which is not a parted factor: mark it with `~`")
         if unknown:
             raise RuleError(f"{title} splits {unknown[0]} together, which is not a parted factor: mark it with `~`")
         if len(grouped) != len(set(grouped)) or any(len(group) < 2 for group in variant.together):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from samples.folded_decoder import FoldedDecoder
+from samples.causal_decoder import CausalDecoder
 from shardc.api import Compiled
 from shardc.cost.hardware import Hardware, Link
 
@@ -50,7 +50,7 @@ MESHES = pytest.mark.parametrize(("mesh", "batch"), [("cp=2", "-"), ("cp=3", "-"
 @pytest.mark.parametrize("device", [APART, BESIDE], ids=["gathered keys", "ring"])
 def test_a_decoder_stays_folded_from_its_inputs_to_the_loss(mesh: str, batch: str, device: Hardware) -> None:
     torch.manual_seed(0)
-    model = FoldedDecoder(batch, "cp~folded").double()
+    model = CausalDecoder(batch, "cp~folded").double()
     program = check(model, mesh, tokens(length=192), device)
     sent = [one for one in program.plan.conversions if not one.value.endswith(".weight")]
     text = str(program.graph("localize"))

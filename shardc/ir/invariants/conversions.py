@@ -54,7 +54,7 @@ def misplaced(conversion: ConversionCall, before: Layout, after: Layout, mesh: M
         return f"{shown}: the atoms have changed"
     step = _step(collective, axis, told.get("op"), before, after)
     splits = Splits(_axes(before), before.partial)
-    foldable = (1,) * len(_sizes(before))
+    foldable = (mesh.names,) * len(_sizes(before))
     if ways > 1 and step not in steps(splits, _sizes(before), mesh, tuple(REDUCTIONS), foldable):
         return f"no {collective.name} over {axis} leads {shown}"
     reached = apply(splits, step, mesh)

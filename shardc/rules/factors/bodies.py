@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from shardc.ir.mesh import Mesh
+from shardc.rules.factors.foldable import is_worth_folding
 from shardc.rules.factors.strategy import Shape, Side, Strategy, masks, split_of
 from shardc.rules.notation import Band, Send, Travel, Variant
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
-from shardc.runtime.mesh.orders import axis_of
+from shardc.runtime.mesh.orders import FOLDED, axis_of, in_order
 
 Sent = tuple[AnyCollective, str, float]
 """A collective, its axis, and the bytes of its local operand."""
@@ -106,18 +107,22 @@ def _ring(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[tuple[str, ...]
     band = shape.band
     if band is None or not is_ring(shape, strategy):
         return None
-    axes, rows = _runs(shape, strategy, band.rows, mesh)
-    columns = _runs(shape, strategy, band.columns, mesh)[1]
+    axes, rows = _runs(shape, strategy, band, band.rows, mesh)
+    columns = _runs(shape, strategy, band, band.columns, mesh)[1]
     return axes, visits(rows, columns, tuple([mesh.sizes[axis] for axis in axes]), band.causal, band.window)
 
 
-def _runs(shape: Shape, strategy: Strategy, name: str, mesh: Mesh) -> tuple[tuple[str, ...], tuple[Runs, ...]]:
+def _runs(
+    shape: Shape, strategy: Strategy, band: Band, name: str, mesh: Mesh
+) -> tuple[tuple[str, ...], tuple[Runs, ...]]:
     """The mesh axes that split a factor, and the positions of every part of it. A factor that is missing has size
     one."""
     atoms = [(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True) if f.name == name]
     size = math.prod(size for size, _ in atoms)
     axes = atoms[0][1] if atoms else ()
     unit = size // atoms[0][0] if atoms else 1
+    if band.balanced and len(axes) == 1 and is_worth_folding(size // unit, mesh.ranks[axes[0]]):
+        axes = (in_order(axis_of(axes[0]), FOLDED),)
     counts = tuple([mesh.ranks[axis] for axis in axes])
     return tuple(map(axis_of, axes)), runs_of_parts(size, axes, counts, unit)
 
@@ -127,7 +132,7 @@ def _computed(shape: Shape, strategy: Strategy, band: Band, mesh: Mesh) -> int:
     ring = _ring(shape, strategy, mesh)
     if ring is not None:
         return sum(visit.pairs for visit in ring[1])
-    rows, columns = (_runs(shape, strategy, name, mesh)[1] for name in (band.rows, band.columns))
+    rows, columns = (_runs(shape, strategy, band, name, mesh)[1] for name in (band.rows, band.columns))
     return max(pairs(one, other, band.causal, band.window) for one in rows for other in columns)
 
 

@@ -21,6 +21,7 @@ from torch import fx
 from shardc.ir.facts import Key
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.program import Program
+from shardc.ir.splits import Folds
 from shardc.rules.factors.atoms import Atoms, Ref
 from shardc.rules.notation import Rule
 from shardc.rules.trial.trial import Learned
@@ -31,13 +32,12 @@ class Form:
     """The atoms of a value, shared by the values of equal layers. Equal forms of one program are one object.
 
     `dims` lists the atoms of each dim as (place, size), where place is the index among the atoms of the base value, or
-    None for an atom that the base value lacks. `base` lists the sizes of the base value's atoms, and `folds` what
-    pieces they may be folded in (see `shardc.ir.splits.folded`).
+    None for an atom that the base value lacks. `base` lists the sizes of the base value's atoms.
     """
 
     dims: tuple[tuple[tuple[int | None, int], ...], ...]
     base: tuple[int, ...]
-    folds: tuple[int, ...] = ()
+    folds: Folds = ()
 
     @cached_property
     def atoms(self) -> tuple[tuple[int | None, int], ...]:
@@ -116,15 +116,15 @@ class Parting:
 
 @dataclass(frozen=True)
 class Factor:
-    """An atom of an operator: piece number `index` of the factor that its rule calls `name`. An axis may deal it out
-    folded, in pieces of at least `fold` elements; 0: it may not."""
+    """An atom of an operator: piece number `index` of the factor that its rule calls `name`. `folds` are the
+    axes that may deal it out folded."""
 
     name: str
     index: int
     size: int
     whole: bool
     parting: Parting | None = None
-    fold: int = 0
+    folds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +177,8 @@ class Factored:
     def sizes(self, key: Key) -> tuple[int, ...]:
         return self.base[key].form.base
 
-    def folds(self, key: Key) -> tuple[int, ...]:
-        """What pieces the atoms of a base value may be folded in: see `shardc.ir.splits.folded`."""
+    def folds(self, key: Key) -> Folds:
+        """Which axes may fold the atoms of a base value."""
         return self.base[key].form.folds
 
 

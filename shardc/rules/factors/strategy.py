@@ -18,7 +18,7 @@ import torch
 from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
-from shardc.ir.splits import Splits
+from shardc.ir.splits import Folds, Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
 from shardc.rules.notation import Band, Variant
 from shardc.runtime.mesh.orders import axis_of
@@ -49,8 +49,7 @@ class Side:
     itemsize: int
     leaves: tuple[tuple[int | None, int | None], ...]
     names: frozenset[str]
-    folds: tuple[int, ...] = ()
-    """What pieces the base value's atoms may be folded in: see `shardc.ir.splits.folded`."""
+    folds: Folds = ()
 
     @cached_property
     def factors(self) -> tuple[int | None, ...]:
@@ -301,7 +300,7 @@ def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -
     factor = shape.factors[position]
     parting = factor.parting
     if is_folded(axes):
-        return len(axes) == 1 and factor.fold > 0 and mesh.folds(factor.size, axes[0], factor.fold)
+        return axis_of(axes[0]) in factor.folds and len(axes) == 1 and mesh.splits(factor.size, axes)
     if axes and parting is not None and parting.parts is not None:
         return len(axes) == 1 and mesh.ways(axes) in parting.parts
     if factor.size % mesh.ways(axes) == 0:

@@ -17,7 +17,6 @@ from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
 from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
 
-
 _FOLDS = frozenset({"r", "s"})
 """Where queries and keys are, all bodies read from the runs of their parts."""
 

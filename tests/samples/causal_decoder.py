@@ -1,4 +1,4 @@
-"""A causal decoder whose sequence may be folded: positions, rotary tables, attention, labels shifted by one."""
+"""A causal decoder: positions, rotary tables, attention, a loss over labels shifted by one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.up(self.between(x))))
 
 
-class FoldedDecoder(nn.Module):
+class CausalDecoder(nn.Module):
     """The mean cross-entropy of the next token; with `logits`, those too. `batch` and `sequence` say by which axes
     these dims must be split, before and after every attention and in the logits; else nothing is asked."""
 
