@@ -193,7 +193,7 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
     factored = factor(program)
     key = (program.placeholders[0], 0)
     assert factored.sizes(key) == atoms
-    folds = tuple(random.choice((0, 1)) for _ in atoms)
+    folds = tuple(tuple(axis for axis in mesh.names if random.random() < 0.5) for _ in atoms)
     tensor = TensorClass(atoms, 8, ops, mesh, device, folds=folds)
     whole = Splits(((),) * len(atoms))
     start, end = random.choice(tensor.layouts), random.choice(tensor.layouts)
