@@ -147,9 +147,9 @@ def _by_kernel(
         out, sums = out.unflatten(1, q.shape[1:3]), sums.unflatten(1, q.shape[1:3])
         if made is None and piece.rows == q.shape[3] and _alone(piece, columns, literals):
             return out, sums
-        made = made or _nothing(q, v)
+        made = made or nothing(q, v)
         combine(piece.queries(made[0]), piece.sums(made[1]), out, sums)
-    return made or _nothing(q, v)
+    return made or nothing(q, v)
 
 
 def _alone(piece: Piece, columns: Runs, literals: Literals) -> bool:
@@ -181,7 +181,7 @@ def _by_kernel_backward(
     return _in_types(made or [_zeros_of(x) for x in (q, k, v)], q, k, v)
 
 
-def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The result and log-sum-exp of queries that have seen nothing yet."""
     out = _zeros_of(q, v.shape[-1])
     return out, torch.full(q.shape[:-1], _NOTHING, dtype=out.dtype, device=q.device)
@@ -206,7 +206,7 @@ def _by_tiles(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs,
     dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, logsumexp = _nothing(q, v)
+    out, logsumexp = nothing(q, v)
     for heads, piece in _tiles(q, literals, rows, columns, dropping):
         ours, keys, values, of_heads = heads.rows(q), heads.keys(k), heads.keys(v), heads.mask(mask)
         scores, _ = _scores(piece, ours, keys, of_heads, literals)

@@ -24,15 +24,14 @@ from torch import Tensor
 
 from shardc.runtime.collectives.collective import Started, wait
 from shardc.runtime.collectives.permute import permute
-from shardc.runtime.kernels.attention_blocks import Literals, compute_dtype, grouped, scores_of, seen
-from shardc.runtime.kernels.attention_dropout import kept
+from shardc.runtime.kernels.attention_blocks import attend, attend_backward, combine, compute_dtype, nothing, seen
+from shardc.runtime.kernels.attention_parts import dropping_of, grad_of_sinks, grouped, mask_of, with_sinks
+from shardc.runtime.kernels.attention_pieces import Literals
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, shifted, visits
 from shardc.runtime.mesh.mesh import current
 
 __all__ = ["ring_attention", "ring_attention_backward"]
-
-_NOTHING = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -123,25 +122,23 @@ def ring_attention(
     h: Part | None = None, g: Part | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`shardc::attention` of the rank's queries and all keys: the result and the log-sum-exp of the scores."""
-    ring, call = (
-        _ring(r, s, causal, window),
-        _Call(Literals(causal, scale, window, softcap, dropout), draw, (b, h, g, r, s)),
-    )
-    rows, mask = _length(ring.mine), _whole_mask(mask, q.dim(), s)
-    ours = grouped(q)[..., :rows, :]
-    shape, dtype = (*ours.shape[:-1], v.shape[-1]), compute_dtype(q.dtype)
-    result = torch.zeros(shape, dtype=dtype, device=q.device)
-    total = torch.full(shape[:-1], _NOTHING, dtype=dtype, device=q.device)
+    ring, literals, ours = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout), grouped(q)
+    dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
+    made: tuple[Tensor, Tensor] | None = None
     for visit, keys, values in _steps(ring, k, v):
-        if ring.busy(visit):
-            part = call.block(ours, keys, values, _masked(mask, ring, visit), ring.mine, ring.held(visit))
-            result, total = _combined(result, total, *part)
+        if not ring.busy(visit):
+            continue
+        part = attend(ours, keys, values, whole.of(ring, visit), literals, ring.mine, ring.held(visit), dropping)
+        if made is None:
+            made = part[0].to(part[1].dtype), part[1]
+        else:
+            combine(*made, *part)
+    out, logsumexp = made or nothing(ours, v)
     if sinks is not None:
-        result, total = _combined(result, total, 0, sinks.to(dtype).view(1, *total.shape[1:3], 1).expand_as(total))
-    result, total = (_padded(x, dim, q.shape[-2]) for x, dim in ((result, 3), (seen(total), 3)))
+        out, logsumexp = with_sinks(out, logsumexp, sinks)
     if q.dim() == 4:
-        result, total = result.squeeze(2), total.squeeze(2)
-    return result.to(q.dtype), total
+        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
+    return out.to(q.dtype), seen(logsumexp)
 
 
 def ring_attention_backward(
@@ -151,135 +148,49 @@ def ring_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`shardc::attention_backward`: the gradients of the rank's queries, keys and values, and its addend of those of
     the sinks."""
-    ring, call = (
-        _ring(r, s, causal, window),
-        _Call(Literals(causal, scale, window, softcap, dropout), draw, (b, h, g, r, s)),
-    )
-    rows, dtype, mask = _length(ring.mine), compute_dtype(q.dtype), _whole_mask(mask, q.dim(), s)
-    ours, upper, made = (grouped(x)[..., :rows, :] for x in (q, grad, out))
-    total = (logsumexp if q.dim() == 5 else logsumexp.unsqueeze(2))[..., :rows]
-    delta = (upper.to(dtype) * made.to(dtype)).sum(-1)
-    grad_q = torch.zeros(ours.shape, dtype=dtype, device=q.device)
-    gathered = torch.zeros(k.numel() + v.numel(), dtype=dtype, device=q.device)
+    ring, literals = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout)
+    ours, upper, made = map(grouped, (q, grad, out))
+    total = logsumexp.unsqueeze(2) if q.dim() == 4 else logsumexp
+    dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
+    grad_q = torch.zeros(ours.shape, dtype=compute_dtype(q.dtype), device=q.device)
+    gathered = torch.zeros(k.numel() + v.numel(), dtype=grad_q.dtype, device=q.device)
     coming: Started[Tensor] | None = None
     for place, (visit, keys, values) in enumerate(_steps(ring, k, v)):
-        slopes = None
+        grads: tuple[Tensor, Tensor, Tensor] | None = None
         if ring.busy(visit):
-            slopes = call.block_backward(
-                upper,
-                ours,
-                keys,
-                values,
-                _masked(mask, ring, visit),
-                total,
-                delta,
-                ring.mine,
-                ring.held(visit),
-            )
+            grads = attend_backward(
+                upper, ours, keys, values, whole.of(ring, visit), made, total, literals, ring.mine,
+                ring.held(visit), dropping,
+            )  # fmt: skip
         if coming is not None:
             gathered = wait(coming)
-        if slopes is not None:
-            grad_q += slopes[0]
-            for grown, slope in zip(_unpacked(gathered, k, v), slopes[1:], strict=True):
-                grown[..., : slope.shape[-2], :] += slope
+        if grads is not None:
+            for sum_of, more in zip((grad_q, *_unpacked(gathered, k, v)), grads, strict=True):
+                sum_of.add_(more)
         if place + 1 < len(ring.visits):
             coming = ring.pass_on(gathered, visit, ring.visits[place + 1])
-    grad_k, grad_v = _unpacked(ring.home(gathered, ring.visits[-1]), k, v)
-    grad_sinks = q.new_zeros(1)
-    if sinks is not None:
-        share = torch.exp(sinks.to(dtype).view(1, *total.shape[1:3], 1) - total) * delta
-        grad_sinks = -share.sum((0, 3)).reshape(sinks.shape).to(sinks.dtype)
-    grad_q = _padded(grad_q, 3, q.shape[-2]).view(q.shape)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks
+    of_keys, of_values = _unpacked(ring.home(gathered, ring.visits[-1]), k, v)
+    of_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, upper, made, total, ring.mine)
+    return grad_q.view(q.shape).to(q.dtype), of_keys.to(k.dtype), of_values.to(v.dtype), of_sinks
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What all blocks of a call share."""
+class _Mask:
+    """A mask that has all keys. Where it is the same for all queries, it is split along the keys, and its parts are
+    gathered, each with its padding."""
 
-    literals: Literals
-    draw: Tensor | None
-    parts: tuple[Part | None, ...]
+    def __init__(self, mask: Tensor | None, q: Tensor, s: Part) -> None:
+        self.mask = mask_of(mask, q)
+        self.gathered = self.mask is not None and self.mask.shape[4] == s.length != s.size
+        if self.mask is not None and self.gathered:
+            self.mask = s.gather(self.mask, 4)
 
-    def block(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Runs, columns: Runs
-    ) -> tuple[Tensor, Tensor]:
-        """The result for one block of keys, and its log-sum-exp."""
-        k, v = (x[:, :, : _length(columns)] for x in (k, v))
-        scores, _ = scores_of(q, k, mask, self.literals, _positions(rows, q), _positions(columns, q))
-        total = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - seen(total).unsqueeze(-1))
-        if self.draw is not None:
-            weights = weights * self._kept(self.draw, scores, rows, columns)
-        return torch.matmul(weights, v.to(scores.dtype).unsqueeze(2)), total
-
-    def block_backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, total: Tensor, delta: Tensor,
-        rows: Runs, columns: Runs,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The gradients of queries, keys and values for one block of keys."""
-        k, v = (x[:, :, : _length(columns)] for x in (k, v))
-        scores, slope = scores_of(q, k, mask, self.literals, _positions(rows, q), _positions(columns, q))
-        dtype = scores.dtype
-        weights = torch.exp(scores - total.unsqueeze(-1))
-        inner, dropped = torch.matmul(grad.to(dtype), v.to(dtype).unsqueeze(2).transpose(-2, -1)), weights
-        if self.draw is not None:
-            factors = self._kept(self.draw, scores, rows, columns)
-            inner, dropped = inner * factors, weights * factors
-        change = weights * (inner - delta.unsqueeze(-1)) * self.literals.scale
-        if slope is not None:
-            change = change * slope
-        grad_k = torch.matmul(change.transpose(-2, -1), q.to(dtype)).sum(2)
-        grad_v = torch.matmul(dropped.transpose(-2, -1), grad.to(dtype)).sum(2)
-        return torch.matmul(change, k.to(dtype).unsqueeze(2)), grad_k, grad_v
-
-    def _kept(self, draw: Tensor, scores: Tensor, rows: Runs, columns: Runs) -> Tensor:
-        shape = tuple(part.size if part else n for part, n in zip(self.parts, scores.shape, strict=True))
-        whole = kept(draw, shape, self.literals.dropout).to(scores.dtype)
-        for dim, part in enumerate(self.parts[:3]):
-            if part is not None:
-                whole = whole.narrow(dim, min(part.start, part.size), part.valid)
-                padding = [0] * 2 * (scores.dim() - 1 - dim) + [0, part.length - part.valid]
-                whole = torch.nn.functional.pad(whole, padding)
-        return whole[..., _positions(rows, scores), :][..., _positions(columns, scores)]
-
-
-def _length(runs: Runs) -> int:
-    return sum(length for _, length in runs)
-
-
-def _positions(runs: Runs, like: Tensor) -> Tensor:
-    return torch.cat([torch.arange(start, start + length, device=like.device) for start, length in runs])
-
-
-def _whole_mask(mask: Tensor | None, dims: int, s: Part) -> Tensor | None:
-    """A mask for all keys, with as many dims as scores. One that is the same for all queries is split along the keys:
-    its parts are gathered, each with its padding."""
-    if mask is None:
-        return None
-    mask = mask.reshape((1,) * (dims - mask.dim()) + tuple(mask.shape))
-    mask = mask if dims == 5 else mask.unsqueeze(2)
-    return s.gather(mask, 4) if mask.shape[3] == 1 and mask.shape[4] > 1 else mask
-
-
-def _masked(mask: Tensor | None, ring: _Ring, visit: Visit) -> Tensor | None:
-    """The part of a mask for the rank's queries and the keys of a step."""
-    if mask is None or mask.shape[4] == 1:
-        return mask if mask is None or mask.shape[3] == 1 else mask[..., : _length(ring.mine), :]
-    if mask.shape[3] == 1:
-        start = ring.number(visit.offset) * (mask.shape[4] // len(ring.columns))
-        return mask[..., start : start + _length(ring.held(visit))]
-    mask = mask[..., : _length(ring.mine), :]
-    return torch.cat([mask[..., start : start + length] for start, length in ring.held(visit)], -1)
-
-
-def _combined(result: Tensor, total: Tensor, part: Tensor | int, of_part: Tensor) -> tuple[Tensor, Tensor]:
-    """Two results over different keys, weighed by their log-sum-exp."""
-    both = torch.logaddexp(total, of_part)
-    old, new = (torch.exp(one - seen(both)).unsqueeze(-1) for one in (total, of_part))
-    return result * old + part * new, both
-
-
-def _padded(x: Tensor, dim: int, length: int) -> Tensor:
-    missing = length - x.shape[dim]
-    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing]) if missing else x
+    def of(self, ring: _Ring, visit: Visit) -> Tensor | None:
+        """The part for the keys of a step."""
+        mask, held = self.mask, ring.held(visit)
+        if mask is None:
+            return None
+        if self.gathered:
+            start = ring.number(visit.offset) * (mask.shape[4] // len(ring.columns))
+            return mask[..., start : start + sum(length for _, length in held)]
+        parts = [mask[..., start : start + length] for start, length in held]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Band, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.rules.notation import Band, Body, Rule, Send, Travel, Variant, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.permute import permute
@@ -75,13 +75,19 @@ def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
     return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
 
 
-def _mask_gathered(mask: torch.Tensor | None) -> list[Send]:
-    """A mask that is the same for all queries is split along the keys, and a ring needs all of it."""
-    if mask is None or mask.shape[-1] == 1 or (mask.dim() > 1 and mask.shape[-2] > 1):
+def _ring(body: Body, passed_on: list[Send], mask: torch.Tensor | None, k: torch.Tensor) -> list[Variant]:
+    """The variant of a ring; none where a mask has no columns, from whose shape a rank could not tell what it holds.
+
+    A mask that is the same for all queries is split along the keys; the ring gathers it.
+    """
+    sends = list(passed_on)
+    if mask is not None and mask.shape[-1] != k.shape[2]:
         return []
-    names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
-    carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
-    return [Send(all_gather, carried, mask.element_size())]
+    if mask is not None and (mask.dim() == 1 or mask.shape[-2] == 1):
+        names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
+        carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
+        sends.append(Send(all_gather, carried, mask.element_size()))
+    return [Variant("ring", body, {"s": sends}, together=(("r", "s"),))]
 
 
 def _plain(word: str) -> str:
@@ -110,7 +116,7 @@ def attention(
         flops=names.flops("de"), band=names.band,
         variants=[
             Variant("parts", attention_parts.attention_in_parts, {"s": sums}),
-            Variant("ring", ring_attention, {"s": [_passed_on(k, v), *_mask_gathered(mask)]}, together=(("r", "s"),)),
+            *_ring(ring_attention, [_passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
 
@@ -132,7 +138,6 @@ def attention_backward(
     ]  # fmt: skip
     count = len(operands)
     all_of = range(count)
-    around = [_passed_on(k, v, grads=True), _passed_on(k, v), *_mask_gathered(mask)]
     of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
@@ -140,6 +145,6 @@ def attention_backward(
         multiplied=[0], band=names.band,
         variants=[
             Variant("parts", attention_parts.attention_in_parts_backward),
-            Variant("ring", ring_attention_backward, {"s": around}, together=(("r", "s"),)),
+            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
