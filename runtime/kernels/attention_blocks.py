@@ -262,13 +262,17 @@ def _tile_backward(
     if dropping is not None:
         dropped = dropping.drop(weights.clone(), *first, piece)
         change = dropping.drop(change, *first, piece)
-    piece.keys(grad_v).add_(torch.matmul(dropped.mT, upper).sum(2))
+    piece.keys(grad_v).add_(_over_group(torch.matmul(dropped.mT, upper)))
     del dropped
     change = change.sub_((upper * piece.queries(out)).sum(-1, keepdim=True)).mul_(weights).mul_(literals.scale)
     if slope is not None:
         change = change.mul_(slope)
     piece.queries(grad_q).add_(torch.matmul(change, keys))
-    piece.keys(grad_k).add_(torch.matmul(change.mT, ours).sum(2))
+    piece.keys(grad_k).add_(_over_group(torch.matmul(change.mT, ours)))
+
+
+def _over_group(x: Tensor) -> Tensor:
+    return x.squeeze(2) if x.shape[2] == 1 else x.sum(2)
 
 
 def _scores(
