@@ -25,10 +25,16 @@ from shardc.runtime.kernels.attention_pieces import Literals, Piece, Runs, Sight
 
 __all__: list[str] = []
 
-TILE = 1 << 22
-"""The most bytes that a tile of scores has, or a mask that is made for a kernel."""
+TILE, LARGE_TILE = 1 << 20, 1 << 26
+"""The most bytes of a tile of scores, or of a mask that is made for a kernel: on the CPU, whose caches hold it, and on
+other devices."""
 
 _NOTHING = float("-inf")
+
+
+def tile_bytes(device: torch.device) -> int:
+    """The most bytes of a tile of scores, on a device."""
+    return TILE if device.type == "cpu" else LARGE_TILE
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +98,7 @@ def _pieces(q: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, colu
     if not literals.window and (mask is None or _ready(mask, q)):
         return iter(rectangles(rows, columns, literals))
     heads = 1 if mask is None else _heads(mask, q) * mask.shape[0]
-    return tiles(rows, columns, literals, max(TILE // (q.element_size() * heads), 1))
+    return tiles(rows, columns, literals, max(tile_bytes(q.device) // (q.element_size() * heads), 1))
 
 
 def _heads(mask: Tensor, q: Tensor) -> int:
@@ -137,19 +143,26 @@ def _by_kernel(
 ) -> tuple[Tensor, Tensor]:
     made: tuple[Tensor, Tensor] | None = None
     for piece in _pieces(q, mask, literals, rows, columns):
-        bias = _bias(piece, mask, literals, q)
-        out, sums = kernel.forward(
-            piece.queries(q).flatten(1, 2), piece.keys(k), piece.keys(v), bias, piece.sight is Sight.DIAGONAL,
-            literals.scale,
-        )  # fmt: skip
-        if bias is not None:
-            sums = sums.masked_fill(bias.amax(-1) == _NOTHING, _NOTHING)
-        out, sums = out.unflatten(1, q.shape[1:3]), sums.unflatten(1, q.shape[1:3])
+        part = _of_piece(kernel, piece, q, k, v, mask, literals)
         if made is None and piece.rows == q.shape[3] and _alone(piece, columns, literals):
-            return out, sums
+            return part
         made = made or nothing(q, v)
-        combine(piece.queries(made[0]), piece.sums(made[1]), out, sums)
+        combine(piece.queries(made[0]), piece.sums(made[1]), *part)
+        del part  # before the next is made
     return made or nothing(q, v)
+
+
+def _of_piece(
+    kernel: Kernel, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals
+) -> tuple[Tensor, Tensor]:
+    bias = _bias(piece, mask, literals, q)
+    out, sums = kernel.forward(
+        piece.queries(q).flatten(1, 2), piece.keys(k), piece.keys(v), bias, piece.sight is Sight.DIAGONAL,
+        literals.scale,
+    )  # fmt: skip
+    if bias is not None:
+        sums = sums.masked_fill(bias.amax(-1) == _NOTHING, _NOTHING)
+    return out.unflatten(1, q.shape[1:3]), sums.unflatten(1, q.shape[1:3])
 
 
 def _alone(piece: Piece, columns: Runs, literals: Literals) -> bool:
@@ -178,6 +191,7 @@ def _by_kernel_backward(
         piece.queries(made[0]).add_(of_q)
         piece.keys(made[1]).add_(of_k)
         piece.keys(made[2]).add_(of_v)
+        del of_q, of_k, of_v  # before the next are made
     return _in_types(made or [_zeros_of(x) for x in (q, k, v)], q, k, v)
 
 
@@ -208,14 +222,14 @@ def _by_tiles(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, logsumexp = nothing(q, v)
     for heads, piece in _tiles(q, literals, rows, columns, dropping):
-        ours, keys, values, of_heads = heads.rows(q), heads.keys(k), heads.keys(v), heads.mask(mask)
-        scores, _ = _scores(piece, ours, keys, of_heads, literals)
+        scores, _ = _scores(piece, heads.rows(q), heads.keys(k), heads.mask(mask), literals)
         sums = torch.logsumexp(scores, -1)
         weights = scores.sub_(seen(sums).unsqueeze(-1)).exp_()
         if dropping is not None:
-            weights *= dropping.factors(*heads.first, piece, weights.dtype)
-        part = torch.matmul(weights, piece.keys(values).to(weights.dtype).unsqueeze(2))
+            weights = dropping.drop(weights, *heads.first, piece)
+        part = torch.matmul(weights, piece.keys(heads.keys(v)).to(weights.dtype).unsqueeze(2))
         combine(piece.queries(heads.rows(out)), piece.sums(heads.rows(logsumexp)), part, sums)
+        del scores, weights, part  # before the next are made
     return out, logsumexp
 
 
@@ -223,42 +237,54 @@ def _by_tiles_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor,
     literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_q, grad_k, grad_v = made = [_zeros_of(x) for x in (q, k, v)]
-    dtype = grad_q.dtype
+    made = [_zeros_of(x) for x in (q, k, v)]
     for heads, piece in _tiles(q, literals, rows, columns, dropping):
-        ours, upper, total = (
-            piece.queries(heads.rows(q)).to(dtype),
-            piece.queries(heads.rows(grad)).to(dtype),
-            seen(piece.sums(heads.rows(logsumexp))),
-        )
-        keys, values = (piece.keys(heads.keys(x)).to(dtype).unsqueeze(2) for x in (k, v))
-        scores, slope = _scores(piece, heads.rows(q), heads.keys(k), heads.mask(mask), literals)
-        weights = scores.sub_(total.unsqueeze(-1)).exp_()
-        change = torch.matmul(upper, values.mT)
-        dropped = weights
-        if dropping is not None:
-            factors = dropping.factors(*heads.first, piece, dtype)
-            change, dropped = change.mul_(factors), weights * factors
-        piece.keys(heads.keys(grad_v)).add_(torch.matmul(dropped.mT, upper).sum(2))
-        delta = (upper * piece.queries(heads.rows(out))).sum(-1, keepdim=True)
-        change = change.sub_(delta).mul_(weights).mul_(literals.scale)
-        if slope is not None:
-            change = change.mul_(slope)
-        piece.queries(heads.rows(grad_q)).add_(torch.matmul(change, keys))
-        piece.keys(heads.keys(grad_k)).add_(torch.matmul(change.mT, ours).sum(2))
+        ours = (heads.rows(x) for x in (grad, q, out, logsumexp))
+        given = *ours, heads.keys(k), heads.keys(v), heads.mask(mask)
+        grads = heads.rows(made[0]), heads.keys(made[1]), heads.keys(made[2])
+        _tile_backward(piece, *given, literals, grads, heads.first, dropping)
     return _in_types(made, q, k, v)
 
 
+def _tile_backward(
+    piece: Piece, grad: Tensor, q: Tensor, out: Tensor, logsumexp: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    literals: Literals, grads: tuple[Tensor, Tensor, Tensor], first: tuple[int, int, int], dropping: Dropping | None,
+) -> None:  # fmt: skip
+    """Add what a tile gives to the gradients of q, k and v."""
+    grad_q, grad_k, grad_v = grads
+    dtype = grad_q.dtype
+    ours, upper = (piece.queries(x).to(dtype) for x in (q, grad))
+    keys, values = (piece.keys(x).to(dtype).unsqueeze(2) for x in (k, v))
+    scores, slope = _scores(piece, q, k, mask, literals, sloped=True)
+    weights = scores.sub_(seen(piece.sums(logsumexp)).unsqueeze(-1)).exp_()
+    change = torch.matmul(upper, values.mT)
+    dropped = weights
+    if dropping is not None:
+        dropped = dropping.drop(weights.clone(), *first, piece)
+        change = dropping.drop(change, *first, piece)
+    piece.keys(grad_v).add_(_over_group(torch.matmul(dropped.mT, upper)))
+    del dropped
+    change = change.sub_((upper * piece.queries(out)).sum(-1, keepdim=True)).mul_(weights).mul_(literals.scale)
+    if slope is not None:
+        change = change.mul_(slope)
+    piece.queries(grad_q).add_(torch.matmul(change, keys))
+    piece.keys(grad_k).add_(_over_group(torch.matmul(change.mT, ours)))
+
+
+def _over_group(x: Tensor) -> Tensor:
+    return x.squeeze(2) if x.shape[2] == 1 else x.sum(2)
+
+
 def _scores(
-    piece: Piece, q: Tensor, k: Tensor, mask: Tensor | None, literals: Literals
+    piece: Piece, q: Tensor, k: Tensor, mask: Tensor | None, literals: Literals, *, sloped: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The scores of a piece, and the slope of their soft cap."""
+    """The scores of a piece, and the slope of their soft cap if it is asked for."""
     dtype, slope = compute_dtype(q.dtype), None
     keys = piece.keys(k).to(dtype).unsqueeze(2)
     scores = torch.matmul(piece.queries(q).to(dtype), keys.mT).mul_(literals.scale)
     if literals.softcap:
         scores = scores.div_(literals.softcap).tanh_()
-        slope = 1 - scores * scores
+        slope = scores.square().neg_().add_(1) if sloped else None
         scores = scores.mul_(literals.softcap)
     if mask is not None:
         bias = piece.pairs(mask)
@@ -293,7 +319,7 @@ def _tiles(
     q: Tensor, literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None
 ) -> Iterator[tuple[_Heads, Piece]]:
     """Tiles of all heads at once; with dropout head by head and in full rows, in the order in which they are drawn."""
-    most = TILE // compute_dtype(q.dtype).itemsize
+    most = tile_bytes(q.device) // compute_dtype(q.dtype).itemsize
     if dropping is not None:
         for first in dropping.heads:
             yield from ((_Heads(first), piece) for piece in tiles(rows, columns, literals, most, dropping.width))

@@ -45,12 +45,12 @@ class Dropping:
         batch, heads, group = (range(count) for count in self._counts)
         return itertools.product(batch, heads, group)
 
-    def factors(self, batch: int, head: int, member: int, piece: Piece, dtype: torch.dtype) -> Tensor:
-        """What multiplies the weights of a piece: zero, or what makes up for the dropped. `[rows, columns]`."""
+    def drop(self, weights: Tensor, batch: int, head: int, member: int, piece: Piece) -> Tensor:
+        """`weights` of a piece (in its last dims) with dropped ones zero and the others scaled, in place."""
         place = 0
         for size, index, start in zip(self.shape, (batch, head, member, piece.start), [*self._starts, 0], strict=False):
             place = place * size + index + start
         if self._rows != (place, piece.rows):
             kept = self._numbers.take(place * self.width, piece.rows * self.width)
             self._rows, self._kept = (place, piece.rows), kept.view(piece.rows, self.width).to(self.device)
-        return self._kept[:, piece.first : piece.first + piece.columns].to(dtype).div_(1 - self.dropout)
+        return weights.mul_(self._kept[:, piece.first : piece.first + piece.columns]).mul_(1 / (1 - self.dropout))

@@ -66,7 +66,10 @@ def _over_keys(out: Tensor, logsumexp: Tensor, s: Part) -> tuple[Tensor, Tensor]
     top = seen(s.reduce(logsumexp, "max"))
     share = torch.exp(logsumexp - top)
     total = s.reduce(share)
-    out = s.reduce(out.mul_(share.unsqueeze(-1))).div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
+    weighed, turned = out.mul_(share.unsqueeze(-1)), not out.is_contiguous()
+    weighed = weighed.movedim(-2, 1) if turned else weighed  # as it lies in memory: collectives would copy it
+    out = s.reduce(weighed)
+    out = (out.movedim(1, -2) if turned else out).div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
     return out, torch.log(total) + top
 
 

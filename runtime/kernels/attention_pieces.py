@@ -110,13 +110,13 @@ def tiles(rows: Runs, columns: Runs, literals: Literals, most: int, wide: int = 
     as many keys."""
     for row, start, count in _placed(rows):
         widest = max((width for _, width in columns), default=1)
-        step = max(most // wide, 1) if wide else _side(count, widest, literals, most)
+        step = max(most // wide, 1) if wide else rows_of_tile(count, widest, literals, most)
         for offset in range(0, count, step):
             height = min(step, count - offset)
             for column, first, width in _placed(columns):
                 low, high = _span(start + offset, height, literals)
                 low, high = max(low - first, 0), min(high - first, width)
-                across = max(high - low, 1) if wide else max(most // height, 1)
+                across = max(high - low, 1) if wide else max(most // step, 1)
                 for place in range(low, high, across):
                     size = min(across, high - place)
                     sight = _sight(height, size, start + offset - first - place, literals)
@@ -132,7 +132,7 @@ def _placed(runs: Runs) -> Iterator[tuple[int, int, int]]:
         place += length
 
 
-def _side(rows: int, columns: int, literals: Literals, most: int) -> int:
+def rows_of_tile(rows: int, columns: int, literals: Literals, most: int) -> int:
     """Rows of a tile. With a window they are so few that a tile and its window have `most` pairs."""
     if not literals.window:
         return max(min(rows, max(math.isqrt(most), most // max(columns, 1))), 1)

@@ -27,7 +27,7 @@ _MODULUS, _FACTOR, _WORDS = 2**31 - 1, 1132489760, 2
 
 
 class Numbers(Protocol):
-    """The `total` numbers that `bernoulli_(probability)` draws into a tensor of `dtype`, from a generator at `state`."""
+    """The `total` numbers that `bernoulli_(probability)` draws into a tensor of `dtype`, its generator at `state`."""
 
     def __init__(self, state: Tensor, probability: float, dtype: torch.dtype, total: int) -> None: ...
 

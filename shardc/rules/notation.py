@@ -90,12 +90,19 @@ class Band:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory that a body allocates and frees again: `elements` for every local point of `factors`, of `itemsize`
-    bytes."""
+    """Memory that an operator or a body allocates and frees again: `elements` for every local point of `factors`, of
+    `itemsize` bytes, but `most` bytes at most.
+
+    It is allocated only where all factors of `beside` are split. What is not there at the same time has different
+    numbers of a `stage`; the largest stage counts.
+    """
 
     factors: tuple[str, ...]
     itemsize: int
-    elements: int = 1
+    elements: float = 1
+    most: int | None = None
+    beside: tuple[str, ...] = ()
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ class Rule:
     multiplied: frozenset[int] = frozenset()
     repeated: bool = False
     band: Band | None = None
+    workspace: tuple[Workspace, ...] = ()
 
     def variant(self, name: str) -> Variant:
         """The variant called `name`."""
@@ -173,6 +181,7 @@ def parse(
     multiplied: Iterable[int] = (),
     repeated: bool = False,
     band: Band | None = None,
+    workspace: Sequence[Workspace] = (),
 ) -> Rule:
     """The rule that `text`, in the notation above, and the other arguments describe.
 
@@ -182,6 +191,7 @@ def parse(
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
     - `repeated`: every rank computes all results, whatever is split, and keeps its part.
     - `band`: the pairs of two factors that are computed at all.
+    - `workspace`: what the operator itself allocates, where no variant runs.
 
     RuleError if the text cannot be read, or its variants do not fit it.
     """
@@ -240,6 +250,7 @@ def parse(
         frozenset(multiplied),
         repeated,
         band,
+        tuple(workspace),
     )
 
 

@@ -8,6 +8,7 @@ on the operator's `Shape`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Folds, Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import Band, Variant
+from shardc.rules.notation import Band, Variant, Workspace
 from shardc.runtime.mesh.orders import axis_of
 
 PLAIN = ""
@@ -88,6 +89,8 @@ class Shape:
     repeated: bool
     """Whether every rank computes all results and keeps its part."""
     variants: tuple[Variant, ...]
+    workspace: tuple[Workspace, ...]
+    """What the operator itself allocates and frees again."""
     band: Band | None
     """The pairs of two factors that are computed."""
 
@@ -188,6 +191,7 @@ def shape_of(op: Op) -> Shape:
         op.rule.multiplied,
         op.rule.repeated,
         op.rule.variants,
+        op.rule.workspace,
         op.rule.band,
     )
 
@@ -231,14 +235,20 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
 
 
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
-    """Bytes that the body of a strategy's variant allocates and frees again."""
+    """Bytes that the operator, or the body of a strategy's variant, allocates and frees again."""
     variant = shape.variant_of(strategy)
+    needed = shape.workspace if variant is None else variant.workspace
+    if not needed:
+        return 0
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-
-    def size(factors: tuple[str, ...]) -> int:
-        return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
-
-    return sum(one.itemsize * one.elements * size(one.factors) for one in (variant.workspace if variant else ()))
+    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    stages: Counter[int] = Counter()
+    for one in needed:
+        if split.issuperset(one.beside):
+            pairs = zip(shape.factors, chunks, strict=True)
+            size = int(math.prod(chunk for f, chunk in pairs if f.name in one.factors) * one.itemsize * one.elements)
+            stages[one.stage] += size if one.most is None else min(size, one.most)
+    return max(stages.values(), default=0)
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:

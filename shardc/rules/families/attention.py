@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from shardc.rules.families import attention_workspace
 from shardc.rules.notation import Band, Body, Rule, Send, Travel, Variant, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
@@ -107,8 +108,10 @@ def attention(
     draw: torch.Tensor | None, causal: bool, scale: float, window: int, softcap: float, dropout: float,
 ) -> Rule:  # fmt: skip
     """Over split keys, the body weighs the result of each part by its log-sum-exp."""
-    del scale, softcap, dropout
+    del scale, dropout
     names = _Names(q, draw, causal, window, "r~", "s~")
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    needed = attention_workspace.in_parts(of, backward=False)
     result = names.sums(q.select(-1, 0))
     rows = tuple(_plain(name) for name in result.split() if name != "1")
     size = compute_dtype(q.dtype).itemsize
@@ -116,9 +119,9 @@ def attention(
     operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
     return parse(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
-        flops=names.flops("de"), band=names.band,
+        flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, folds=_FOLDS),
+            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed, folds=_FOLDS),
             *_ring(ring_attention, [_passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
@@ -132,8 +135,10 @@ def attention_backward(
 ) -> Rule:  # fmt: skip
     """The gradients of keys and values sum over queries and the group, that of queries over keys, that of sinks over
     batch and queries."""
-    del scale, softcap, dropout
+    del scale, dropout
     names = _Names(q, draw, causal, window, "r:sum~", "s:sum~")
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    needed = attention_workspace.in_parts(of, backward=True)
     queries, keys, values = names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!")
     others = names.others(mask, sinks, draw)
     operands = [
@@ -145,9 +150,9 @@ def attention_backward(
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
-        multiplied=[0], band=names.band,
+        multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts_backward, folds=_FOLDS),
+            Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed, folds=_FOLDS),
             *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, k),
         ],
     )  # fmt: skip
