@@ -15,6 +15,7 @@ from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
+from shardc.planning.folding import along_sequences, folding, may_gain, offered
 from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
@@ -43,6 +44,8 @@ def assign(c: Compilation) -> Compilation:
         reused = _reused(c, c.reuse)
         if reused is not None:
             return reused
+    if not c.has("network"):
+        c = with_orders(c)
     budget = c.options.budget
     if budget is not None and not c.options.hardware_bounds:
         return assign_within(c, budget)
@@ -56,8 +59,19 @@ def assign(c: Compilation) -> Compilation:
     return fits or assign_within(c, budget, network)
 
 
+def with_orders(c: Compilation) -> Compilation:
+    """The same, with the layouts offered that fold a sequence, where they may make a plan cheaper."""
+    if c.options.mode == "propagate" or not may_gain(c.factored, c.mesh):
+        return c
+    network = _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=True))
+    assignment = network.assignment(solved(network.problem(), c.time_limit).choice)
+    axes = along_sequences(c.factored, c.mesh, assignment)
+    return replace(c, factored=offered(c.factored, c.mesh, axes))
+
+
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
     """The strategies that were chosen at other sizes, if they are legal here and hold no more than the budget."""
+    c = replace(c, factored=offered(c.factored, c.mesh, folding(before.assignment)))
     network = CostNetwork(c.factored, c.mesh, c.options.device, replace(_demands(c), wishes={}))
     assignment = reuse_strategies(network, before.factored, before.assignment)
     if assignment is None:

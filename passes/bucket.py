@@ -138,7 +138,8 @@ def _chained(run: Partition, waiting: Collection[fx.Node]) -> dict[fx.Node, fx.N
         if node in waiting:
             last[node] = last.get(node.all_input_nodes[0])
             collective = collective_of(node)
-            if collective is not None and collective.bucket is not None:
+            # the flat buffer of a bucket has chunks, and no runs of a folded dim
+            if collective is not None and collective.bucket is not None and "order" not in node.kwargs:
                 before[node] = last[node]
                 last[node] = node
     return before

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import where
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.constraints import Axes, Constraint, Spread, collect, demanded_leaves
 from shardc.rules.factors.factored import Factored, Key, Op
+from shardc.runtime.mesh.orders import axis_of
 
 
 @compiler_pass
@@ -70,6 +72,8 @@ def _spread(
             continue
         longest = max(here, key=lambda place: len(state.axes[place[0]][place[1]]))
         best = state.axes[longest[0]][longest[1]]
+        if is_folded(best) and axis_of(best[-1]) not in factor.folds:
+            continue
         for key, leaf in here:
             held = state.axes[key][leaf]
             if held and held != best[: len(held)]:
@@ -96,8 +100,8 @@ def _places(op: Op) -> list[list[tuple[Key, int]]]:
 
 
 def _free(state: Spread, mesh: Mesh, key: Key, leaf: int, axes: Axes, size: int) -> bool:
-    others = {a for i, held in enumerate(state.axes[key]) if i != leaf for a in held}
-    return not others & set(axes) and mesh.splits(size, axes)
+    others = {axis_of(a) for i, held in enumerate(state.axes[key]) if i != leaf for a in held}
+    return not others & set(map(axis_of, axes)) and mesh.splits(size, axes)
 
 
 def _report(

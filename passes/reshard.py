@@ -278,7 +278,7 @@ class _Rewrite:
     def _step(self, node: fx.Node, key: Key, before: Splits, after: Splits, step: Step) -> fx.Node:
         """Emit one move; a piece inside a compound dim is reached through a view onto the atoms and back."""
         form = self.factored.base[key].form
-        moved = [atom for atom in (step.source, step.target) if atom is not None]
+        moved = list(dict.fromkeys(atom for atom in (step.source, step.target) if atom is not None))
         places = [self._direct(form, before, atom) for atom in moved]
         if all(place is not None for place in places) and len(set(places)) == len(places):
             return self._emit(node, key, form, after, step, dict(zip(moved, places, strict=True)))  # type: ignore[arg-type]
@@ -304,7 +304,7 @@ class _Rewrite:
 
     def _emit(self, node: fx.Node, key: Key, form: Form, after: Splits, step: Step, place: dict[int, int]) -> fx.Node:
         source, target = (None if atom is None else place[atom] for atom in (step.source, step.target))
-        keywords: dict[str, Any] = {**step.collective.dims(source, target), "axis": step.axis}
+        keywords: dict[str, Any] = {**step.collective.dims(source, target), "axis": step.axis, **step.orders}
         if step.op not in (None, "sum"):
             keywords["op"] = step.op
         new = call(self.graph, step.collective, (node,), keywords)
@@ -323,6 +323,8 @@ class _Rewrite:
         """What a step must be told where its dims do not divide: the chunk it leaves, the size it gathers."""
         had, has = (laid(node).local_shape(self.mesh) for node in (before, after))
         ways, told = self.mesh.sizes[step.axis], dict[str, int]()
+        if step.source == step.target:
+            return told
         if step.target is not None and has[place[step.target]] * ways != had[place[step.target]]:
             told["chunk"] = has[place[step.target]]
         if step.source is not None and had[place[step.source]] * ways != has[place[step.source]]:

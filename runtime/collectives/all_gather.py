@@ -12,6 +12,7 @@ from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.chunks import check_dim, joined, resized
 from shardc.runtime.collectives.collective import Arguments, Collective, Result, Sizes, Started, done
 from shardc.runtime.mesh.mesh import current
+from shardc.runtime.mesh.orders import BLOCKS
 
 __all__ = ["all_gather"]
 
@@ -36,18 +37,18 @@ class _AllGather(Collective[Arguments, Result]):
         return size * ranks
 
     def joins(self, keywords: Mapping[str, Any]) -> bool:
-        return bool(keywords["dim"])
+        return bool(keywords["dim"] or "order" in keywords)
 
     def workspace(self, keywords: Mapping[str, Any], operand: int, result: int, started: bool) -> int:
-        return result if keywords["dim"] and not started else 0
+        return result if self.joins(keywords) and not started else 0
 
     def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
         return {"dim": 0}
 
 
 @_AllGather
-def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> Started[Tensor]:
-    """The chunks of all ranks side by side along `dim`, which grows n times, or to `size` if padding is cut off.
+def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None, order: str = BLOCKS) -> Started[Tensor]:
+    """The chunks of all ranks along `dim`, which grows n times, or to `size` if padding is cut off.
 
     RankError where the mesh has no such axis, or `x` no such dim.
     """
@@ -55,4 +56,4 @@ def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None) -> St
     if context.size(axis) == 1:
         return done(x.contiguous())
     check_dim(x, dim)
-    return context.start(all_gather, axis, x, lambda parts: joined(parts, dim, size))
+    return context.start(all_gather, axis, x, lambda parts: joined(parts, dim, size, order))

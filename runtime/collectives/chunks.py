@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import padded
+from shardc.runtime.mesh.orders import BLOCKS, FOLDED, ORDERS, dealt, merged
 
 __all__: list[str] = []
 
@@ -20,12 +21,15 @@ def check_dim(x: Tensor, dim: int) -> None:
         raise RankError(f"a tensor of shape {tuple(x.shape)} has no dim {dim}")
 
 
-def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
-    """`(n, *chunk)`: the n chunks of `dim`, stacked.
+def chunks(x: Tensor, dim: int, n: int, chunk: int | None, order: str = BLOCKS) -> Tensor:
+    """`(n, *chunk)`: what each of n ranks has of `dim`, stacked.
 
     Chunks are even, or have `chunk` elements, the last ones padded with zeros. RankError if even ones do not exist.
     """
     check_dim(x, dim)
+    check_order(x, dim, n, order)
+    if order != BLOCKS:
+        return torch.stack([dealt(x, dim, order, n, place) for place in range(n)])
     if chunk is not None:
         x = padded(x, dim, n * chunk)
     if x.shape[dim] % n:
@@ -35,10 +39,19 @@ def chunks(x: Tensor, dim: int, n: int, chunk: int | None) -> Tensor:
     return x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0)
 
 
-def joined(parts: Tensor, dim: int, size: int | None) -> Tensor:
-    """The chunks of `(n, *chunk)` side by side along `dim`, up to `size`."""
-    whole = parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
+def joined(parts: Tensor, dim: int, size: int | None, order: str = BLOCKS) -> Tensor:
+    """The chunks of `(n, *chunk)` along `dim`, in their global order, up to `size`."""
+    plain = dim == 0 and order == BLOCKS
+    whole = parts.flatten(0, 1) if plain else merged(parts.unbind(0), dim, order)
     return whole if size is None else whole.narrow(dim, 0, size).contiguous()
+
+
+def check_order(x: Tensor, dim: int, n: int, order: str) -> None:
+    """RankError for an order that does not exist, or in which `dim` of `x` does not divide."""
+    if order not in ORDERS:
+        raise RankError(f"no order is called {order!r}: an axis deals out a dim in {' or '.join(ORDERS)}")
+    if order == FOLDED and x.shape[dim] % (2 * n):
+        raise RankError(f"dim {dim} of shape {tuple(x.shape)} does not fold over {n} ranks: {2 * n} must divide it")
 
 
 def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shardc.runtime.collectives.c10d import Group
 from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.orders import BLOCKS
 
 if TYPE_CHECKING:
     from shardc.runtime.collectives.bucket import Bucket
@@ -154,6 +155,12 @@ class Collective(ABC, Generic[Arguments, Result]):
         """The keywords of a call that moves the axis from dim `source` to dim `target`; either may be None."""
         dim = target if source is None else source
         return {} if dim is None else {"dim": dim}
+
+    def orders(self, source: str, target: str) -> dict[str, str]:
+        """The keywords that tell a call in which order the axis dealt out the dim that it leaves, and in which order it
+        deals out the dim that it comes to; none where both are blocks."""
+        order = next((one for one in (source, target) if one != BLOCKS), None)
+        return {} if order is None else {"order": order}
 
     def sample(self, ranks: int, near: int = 1) -> dict[str, Any]:
         """Keywords, other than the axis, of the call that `shardc calibrate` times.

@@ -23,6 +23,7 @@ from shardc.runtime.execute.sharded_output import sharded_output
 from shardc.runtime.execute.slots import Slot, cut, local_shapes, padded, paste, placements
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
 from shardc.runtime.mesh.mesh import RuntimeMesh
+from shardc.runtime.mesh.orders import BLOCKS, order_of
 
 
 class Boundary(ABC):
@@ -68,6 +69,8 @@ class _Distributed(Boundary):
     mesh: DistributedMesh
 
     def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
+        if isinstance(value, DTensor) and any(order_of(axis) != BLOCKS for _, _, axis in slot.cuts):
+            value = value.full_tensor()  # DTensor has no placement that is folded
         if not isinstance(value, DTensor):
             return super().enter(slot, value.to(self.mesh.device(rank)), rank)
         expected = placements(slot.cuts, slot.shape, self.mesh.axes)

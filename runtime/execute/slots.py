@@ -1,7 +1,8 @@
 """Inputs and outputs of a generated module: the slots, and the cuts between a global tensor and its local parts.
 
 A cut `(dim, outer, axis)` views `dim` as `(outer, rest)`, keeps one chunk of `rest`, and merges the two again. The
-rank's coordinate on the axis is the number of its chunk. Cuts apply one after the other.
+rank's coordinate on the axis is the number of its chunk. Cuts apply one after the other. An axis may be written with
+its order, as `cp~folded`: then the rank keeps two pieces of `rest`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard  # pyright: ignore
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.orders import BLOCKS, axis_of, dealt, merged, order_of
 
 Cuts = tuple[tuple[int, int, str], ...]
 
@@ -69,12 +71,17 @@ def cut(tensor: Tensor, cuts: Cuts, coordinates: Mapping[str, int], axes: Mappin
     Where a dim does not split evenly, the last parts are padded with zeros. RankError where a dim does not divide by
     the cut's `outer`.
     """
-    for dim, outer, axis in cuts:
+    for dim, outer, split in cuts:
+        axis, order = axis_of(split), order_of(split)
         n, size = axes[axis], tensor.shape[dim]
-        if size % outer:
+        if size % outer or (order != BLOCKS and size // outer % (2 * n)):
             raise RankError(
-                f"dim {dim} of {tuple(tensor.shape)} does not split into {outer} blocks, as axis {axis!r} needs"
+                f"dim {dim} of {tuple(tensor.shape)} does not split into {outer} blocks, as axis {split!r} needs"
             )
+        if order != BLOCKS:
+            blocks = tensor.unflatten(dim, (outer, size // outer))
+            tensor = dealt(blocks, dim + 1, order, n, coordinates[axis]).flatten(dim, dim + 1)
+            continue
         chunk = -(-size // outer // n)
         blocks = padded(tensor.unflatten(dim, (outer, size // outer)), dim + 1, chunk * n)
         tensor = blocks.narrow(dim + 1, coordinates[axis] * chunk, chunk).flatten(dim, dim + 1)
@@ -108,10 +115,11 @@ def paste(parts: Sequence[Tensor], shape: Sequence[int], cuts: Cuts, axes: Mappi
             for axis, size in axes.items():
                 rank = rank * size + coordinates.get(axis, 0)
             return parts[rank]
-        dim, outer, axis = cuts[level]
+        dim, outer, split = cuts[level]
+        axis = axis_of(split)
         pieces = [build(level + 1, {**coordinates, axis: index}) for index in range(axes[axis])]
         blocks = [piece.unflatten(dim, (outer, piece.shape[dim] // outer)) for piece in pieces]
-        whole = torch.cat(blocks, dim + 1).narrow(dim + 1, 0, shapes[level][dim] // outer)
+        whole = merged(blocks, dim + 1, order_of(split)).narrow(dim + 1, 0, shapes[level][dim] // outer)
         return whole.flatten(dim, dim + 1)
 
     return build(0, {})
@@ -122,7 +130,7 @@ def local_shapes(shape: Sequence[int], cuts: Cuts, axes: Mapping[str, int]) -> l
     shapes = [tuple(shape)]
     for dim, outer, axis in cuts:
         local = list(shapes[-1])
-        local[dim] = outer * -(-local[dim] // outer // axes[axis])
+        local[dim] = outer * -(-local[dim] // outer // axes[axis_of(axis)])
         shapes.append(tuple(local))
     return shapes
 
@@ -149,6 +157,9 @@ def placements(cuts: Cuts, shape: Sequence[int], axes: Mapping[str, int]) -> tup
     order, or where DTensor could not put the global tensor together again.
     """
     result: dict[str, Placement] = {}
+    folded = [axis for _, _, axis in cuts if order_of(axis) != BLOCKS]
+    if folded:
+        raise RankError(f"DTensor cannot store a dim that is dealt out as {folded[0]}: its shards are blocks")
     if len({axis for _, _, axis in cuts}) < len(cuts):
         raise RankError(f"the cuts {cuts} use an axis twice: each axis may cut a tensor once")
     for dim in {dim for dim, _, _ in cuts}:

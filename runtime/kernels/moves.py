@@ -207,7 +207,7 @@ def eye(rows: int, columns: int | None = None, *, dtype: torch.dtype | None = No
 
 def _cut(x: Tensor, n: Part) -> Tensor:
     result = x.new_zeros(n.length)
-    _copy(result, x, 0, 0, n, None)
+    result[: n.valid] = torch.cat([x[start : start + length] for start, length in n.runs])
     return result
 
 

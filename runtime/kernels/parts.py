@@ -13,7 +13,10 @@ from torch import Tensor
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.permute import permute
+from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.bands import Runs, runs_of_parts
 from shardc.runtime.mesh.mesh import current
+from shardc.runtime.mesh.orders import BLOCKS, axis_of, order_of
 
 __all__ = ["Part"]
 
@@ -23,7 +26,8 @@ class Part:
     """A dim of global `size`, split over mesh `axes`, major to minor. The size of a part is a multiple of `unit`.
 
     `Part(("tp",), 10)` on four ranks gives chunks of 3, 3, 3 and 1 elements. A short or empty chunk is padded at its
-    end, so the local dim has the same size on every rank.
+    end, so the local dim has the same size on every rank. A part of `Part(("cp~folded",), 16)` is two runs; only bodies
+    that ask for `runs` get such a part.
     """
 
     axes: tuple[str, ...]
@@ -36,19 +40,39 @@ class Part:
     @property
     def count(self) -> int:
         """The number of parts."""
-        return math.prod(current().size(axis) for axis in self.axes)
+        return math.prod(current().size(axis_of(axis)) for axis in self.axes)
+
+    @property
+    def runs(self) -> Runs:
+        """`(start, length)` of every run of consecutive global positions that the part has, in local order, without
+        padding."""
+        return self.all_runs[self.index]
+
+    @property
+    def all_runs(self) -> tuple[Runs, ...]:
+        """The runs of every part, in order."""
+        counts = tuple([current().size(axis_of(axis)) for axis in self.axes])
+        return runs_of_parts(self.size, self.axes, counts, self.unit)
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """The global positions of the local dim. Those of padding follow on the last one."""
+        runs = [torch.arange(start, start + length, device=device) for start, length in self.runs]
+        missing, end = self.length - self.valid, self.runs[-1][0] + self.runs[-1][1]
+        return torch.cat([*runs, torch.arange(end, end + missing, device=device)] if missing else runs)
 
     @property
     def index(self) -> int:
         """The number of the rank's part."""
         context, number = current(), 0
-        for axis in self.axes:
+        for axis in map(axis_of, self.axes):
             number = number * context.size(axis) + context.coordinates[axis]
         return number
 
     @property
     def start(self) -> int:
-        """The global position of the part's first element."""
+        """The global position of the part's first element. RankError where the part has more than one run."""
+        if any(order_of(axis) != BLOCKS for axis in self.axes):
+            raise RankError(f"{self} has no single start: it is dealt out in several runs, which `runs` lists")
         return self._extent()[0]
 
     @property
@@ -64,7 +88,7 @@ class Part:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """`(start, valid)` of every part, in order."""
-        places = itertools.product(*(range(current().size(axis)) for axis in self.axes))
+        places = itertools.product(*(range(current().size(axis_of(axis))) for axis in self.axes))
         extents = (self._extent(dict(zip(self.axes, place, strict=True))) for place in places)
         return [(start, valid) for start, _, valid in extents]
 
@@ -72,7 +96,7 @@ class Part:
         """Start, length and valid elements of the part at `coordinates`; None: of the rank's part."""
         context = current()
         start, chunk, valid = 0, self.size // self.unit, self.size // self.unit
-        for axis in self.axes:
+        for axis in map(axis_of, self.axes):
             chunk = -(-chunk // context.size(axis))
             first = (coordinates or context.coordinates)[axis] * chunk
             start, valid = start + first, min(max(valid - first, 0), chunk)
@@ -91,20 +115,24 @@ class Part:
     def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """The reduction of `x` over all parts."""
         for axis in reversed(self.axes):
-            x = all_reduce(x, axis=axis, op=op)
+            x = all_reduce(x, axis=axis_of(axis), op=op)
         return x
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """The `x` of all parts side by side along `dim`, in the order of the parts."""
         for axis in reversed(self.axes):
-            x = all_gather(x, dim=dim, axis=axis)
+            x = all_gather(x, dim=dim, axis=axis_of(axis))
         return x
 
     def shifted(self, x: Tensor, by: int) -> Tensor:
         """The `x` of the part `by` parts before this one; the first part follows the last. The dim is split by one
         axis."""
         (axis,), count = self.axes, self.count
-        return permute(x, axis=axis, sources=[(place - by) % count for place in range(count)]) if by % count else x
+        return (
+            permute(x, axis=axis_of(axis), sources=[(place - by) % count for place in range(count)])
+            if by % count
+            else x
+        )
 
 
 def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:

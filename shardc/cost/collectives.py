@@ -22,6 +22,7 @@ node divided by the number of rings that share it. β* is the slower of the link
     all_to_all          pairwise      (near-1)α + (n-near)α' + max((near-1)/n·B/β, (n-near)/n·near·B/β')
                         torus         n/2·α + n/4·B/β
     permute             direct        max(α, α') + B/β or, where it crosses, near·B/β'
+    reorder             direct        as the permute; with two ranks, of half of B
 
 Sources:
 
@@ -48,6 +49,7 @@ from shardc.runtime.collectives.all_to_all import all_to_all
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
+from shardc.runtime.collectives.reorder import reorder
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,10 @@ def _permute(wires: Wires) -> Line:
     return Line(wires.slowest.latency, max(across, wires.inside.per_byte if wires.near > 1 else 0.0))
 
 
+def _reorder(wires: Wires) -> Line:
+    return _permute(wires).of(reorder.sent(wires.ranks, 1.0))
+
+
 Formula = Callable[[Wires], Line | list[Line]]
 ALGORITHMS: dict[AnyCollective, dict[str, Formula]] = {
     all_gather: {
@@ -185,6 +191,7 @@ ALGORITHMS: dict[AnyCollective, dict[str, Formula]] = {
     },
     all_to_all: {"pairwise": _all_to_all_pairwise, "torus": _all_to_all_torus},
     permute: {"direct": _permute},
+    reorder: {"direct": _reorder},
 }
 """Per collective the algorithms that a hardware file may list, as functions of the wiring."""
 

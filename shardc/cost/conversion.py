@@ -20,17 +20,21 @@ from shardc.cost.buckets import Sharing
 from shardc.cost.hardware import Hardware
 from shardc.cost.step_graph import StepGraph, step_graph
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits, Step
+from shardc.ir.splits import Folds, Splits, Step
 from shardc.runtime.collectives.collective import AnyCollective
 
 
-def step_seconds(collective: AnyCollective, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware) -> float:
-    """Seconds of one step over `axis` whose local operand has `operand_bytes` bytes; a local step costs a copy."""
-    if collective.local:
-        return device.launch + operand_bytes / device.memory_bandwidth
-    if mesh.sizes[axis] == 1:
+def step_seconds(
+    collective: AnyCollective, axis: str, operand_bytes: float, mesh: Mesh, device: Hardware, folded: bool = False
+) -> float:
+    """Seconds of one step over `axis` whose local operand has `operand_bytes` bytes; a local step costs a copy. Where
+    it has to do with a dim that is folded, one kernel more brings the two runs together."""
+    if mesh.sizes[axis] == 1 and not collective.local:
         return 0.0
-    return device.collective_seconds(collective, operand_bytes, mesh, axis)
+    more = device.launch if folded else 0.0
+    if collective.local:
+        return device.launch + operand_bytes / device.memory_bandwidth + more
+    return device.collective_seconds(collective, operand_bytes, mesh, axis) + more
 
 
 @dataclass(eq=False)
@@ -47,11 +51,12 @@ class TensorClass:
     mesh: Mesh
     device: Hardware
     sharing: Sharing | None = None
+    folds: Folds = ()
 
     @cached_property
     def graph(self) -> StepGraph:
         """The layouts and the steps between them, without seconds."""
-        return step_graph(self.sizes, self.mesh, self.ops)
+        return step_graph(self.sizes, self.mesh, self.ops, self.folds)
 
     @property
     def layouts(self) -> list[Splits]:
@@ -78,14 +83,17 @@ class TensorClass:
     def _load_seconds(self) -> np.ndarray:
         """Seconds of a step, per load."""
         return np.array(
-            [self.step_seconds(kind, axis, self.itemsize * elements) for kind, axis, elements in self.graph.loads]
+            [
+                self.step_seconds(kind, axis, self.itemsize * size, folded)
+                for kind, axis, size, folded in self.graph.loads
+            ]
         )
 
-    def step_seconds(self, collective: AnyCollective, axis: str, moved: float) -> float:
-        """Seconds of a step over `axis` whose local operand has `moved` bytes."""
-        if self.sharing is not None and collective.bucket is not None and moved:
+    def step_seconds(self, collective: AnyCollective, axis: str, moved: float, folded: bool = False) -> float:
+        """Seconds of a step over `axis` whose local operand has `moved` bytes; `folded` is that of `step_seconds`."""
+        if self.sharing is not None and collective.bucket is not None and moved and not folded:
             return self.sharing.seconds(collective, axis, moved, moved / self._whole)
-        return step_seconds(collective, axis, moved, self.mesh, self.device)
+        return step_seconds(collective, axis, moved, self.mesh, self.device, folded)
 
     @cached_property
     def _whole(self) -> int:
@@ -118,10 +126,10 @@ class TensorClass:
             np.minimum(table, through, out=table)
         return table, visible
 
-    def _hideable(self, collective: AnyCollective, axis: str, elements: int) -> float:
+    def _hideable(self, collective: AnyCollective, axis: str, elements: int, folded: bool) -> float:
         """The part (0 to 1) of a step's time that backward can hide; 0 unless the tensor is a gradient."""
         moved = self.itemsize * elements
-        if self.sharing is None or collective.local or not moved:
+        if self.sharing is None or collective.local or not moved or folded:
             return 0.0
         return self.sharing.hidden(collective, axis, moved, moved / self._whole)
 

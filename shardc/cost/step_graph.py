@@ -16,11 +16,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from shardc.ir.mesh import Mesh
-from shardc.ir.splits import Splits, Step, apply, steps
+from shardc.ir.splits import Folds, Splits, Step, apply, folded, steps
 from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.mesh.orders import FOLDED, in_order
 
-Load = tuple[AnyCollective, str, int]
-"""A collective, its axis, and the elements of its local operand: steps with one load take equally long."""
+Load = tuple[AnyCollective, str, int, bool]
+"""A collective, its axis, the elements of its local operand, and whether a dim is folded: steps with one load take
+equally long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +36,11 @@ class StepGraph:
     sizes: tuple[int, ...]
     mesh: Mesh
     ops: tuple[str, ...]
+    folds: Folds = ()
 
     @cached_property
     def layouts(self) -> list[Splits]:
-        return list(_enumerate(self.sizes, self.mesh, self.ops))
+        return list(_enumerate(self.sizes, self.mesh, self.ops, self.folds))
 
     @cached_property
     def index(self) -> dict[Splits, int]:
@@ -52,8 +55,9 @@ class StepGraph:
         if step.collective.keeps_part:
             return self.elements(after)  # the rank writes only the chunk that it keeps
         size = self.elements(before)
-        if step.target is None or not size:
+        if step.target in (None, step.source) or not size:
             return size
+        assert step.target is not None
         atom, axes = self.sizes[step.target], before.axes[step.target]
         chunk = self.mesh.chunk(atom, (*axes, step.axis))
         return size // self.mesh.chunk(atom, axes) * chunk * self.mesh.sizes[step.axis]
@@ -65,9 +69,9 @@ class StepGraph:
         moves: list[dict[int, tuple[Step, int]]] = []
         for splits in self.layouts:
             neighbours: dict[int, tuple[Step, int]] = {}
-            for step in steps(splits, self.sizes, self.mesh, self.ops):
+            for step in steps(splits, self.sizes, self.mesh, self.ops, self.folds):
                 after = apply(splits, step, self.mesh)
-                load = step.collective, step.axis, self.operand_elements(splits, after, step)
+                load = step.collective, step.axis, self.operand_elements(splits, after, step), bool(step.orders)
                 neighbours[self.index[after]] = step, numbers.setdefault(load, len(numbers))
             moves.append(neighbours)
         return moves, list(numbers)
@@ -88,15 +92,16 @@ class StepGraph:
 
 
 @lru_cache(maxsize=512)
-def step_graph(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> StepGraph:
+def step_graph(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds = ()) -> StepGraph:
     """The graph of tensors of these sizes. It depends on neither device nor dtype, so that compilations share it."""
-    return StepGraph(sizes, mesh, ops)
+    return StepGraph(sizes, mesh, ops, folds)
 
 
-def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iterator[Splits]:
-    options = [
-        [None, *ops, *range(len(sizes))] if ranks > 1 else [None] for _, ranks in mesh.axes
-    ]  # None leaves the tensor whole, a str makes it partial, an int splits that atom
+def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds) -> Iterator[Splits]:
+    options: list[list[int | str | tuple[int] | None]] = [
+        [None, *ops, *range(len(sizes)), *((a,) for a in folded(axis, sizes, mesh, folds))] if ranks > 1 else [None]
+        for axis, ranks in mesh.axes
+    ]  # None leaves the tensor whole, a str makes it partial, an int splits that atom, an int in a tuple folds it
     for choice in itertools.product(*options):
         partial = tuple([(axis, c) for axis, c in zip(mesh.names, choice, strict=True) if isinstance(c, str)])
         if len({op for _, op in partial}) > 1:
@@ -105,6 +110,8 @@ def _enumerate(sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...]) -> Iter
         for axis, atom in zip(mesh.names, choice, strict=True):
             if isinstance(atom, int):
                 splitting[atom] += (axis,)
+            elif isinstance(atom, tuple):
+                splitting[atom[0]] += (in_order(axis, FOLDED),)
         if all(map(mesh.splits, sizes, splitting)):
             for order in itertools.product(*map(itertools.permutations, splitting)):
                 yield Splits(order, partial)

@@ -27,10 +27,12 @@ from typing import NamedTuple
 import z3
 
 from shardc.ir.facts import origin_of
+from shardc.ir.layout import is_folded
 from shardc.ir.program import Role, value_of
 from shardc.planning.cost_network import CostNetwork, base_demand
 from shardc.rules.factors.factored import Key, Op
 from shardc.rules.factors.strategy import Shape, splittable
+from shardc.runtime.mesh.orders import axis_of
 
 Axes = tuple[str, ...]
 
@@ -259,10 +261,15 @@ class ConflictFinder:
     def _write_size(self, place: Place, axes: Axes, number: dict[Fact, str]) -> None:
         shape, mesh = self._shapes[place.op], self.network.mesh
         factor = shape.factors[place.factor]
+        if len(set(map(axis_of, axes))) < len(axes):  # one axis, in two orders
+            self._clause(*(f"(not {number[Fact(place, axis)]})" for axis in axes))
+            return
         if factor.whole or any(splittable(shape, place.factor, way, mesh) for way in itertools.permutations(axes)):
             return
         ways, name, by = mesh.ways(axes), _name(self.ops[place.op]), ",".join(axes)
-        if factor.parting is not None and factor.parting.parts is not None:
+        if is_folded(axes):
+            text = f"{name} does not read {factor.name} ({factor.size}) folded, as {by} would deal it out"
+        elif factor.parting is not None and factor.parting.parts is not None:
             parts = sorted(factor.parting.parts)
             text = f"{name} splits {factor.name} over one axis only, into one of {parts} parts"
         elif not mesh.splits(factor.size, axes):
@@ -280,8 +287,9 @@ class ConflictFinder:
             for one, other in itertools.combinations(factors, 2):
                 if self._together(one, other):
                     continue
-                for axis in set(self._axes_of[one]) & set(self._axes_of[other]):
-                    self._clause(f"(not {number[Fact(one, axis)]})", f"(not {number[Fact(other, axis)]})")
+                for a, b in itertools.product(self._axes_of[one], self._axes_of[other]):
+                    if axis_of(a) == axis_of(b):
+                        self._clause(f"(not {number[Fact(one, a)]})", f"(not {number[Fact(other, b)]})")
 
     def _together(self, one: Place, other: Place) -> bool:
         """Whether one axis may split both of an operator's factors."""
@@ -331,7 +339,7 @@ class ConflictFinder:
             for other in reached.setdefault(fact.place.op, []):
                 rival = self._shapes[other.place.op].factors[other.place.factor].name
                 if (
-                    fact.axis == other.axis
+                    axis_of(fact.axis) == axis_of(other.axis)
                     and fact.place != other.place
                     and not self._together(fact.place, other.place)
                 ):

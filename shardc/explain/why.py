@@ -18,7 +18,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
-from shardc.explain.chosen_strategy import splits_text, ways_to_run
+from shardc.explain.chosen_strategy import instead, splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse
 from shardc.ir.facts import origin_of
@@ -31,6 +31,7 @@ from shardc.planning.cost_network import Assignment
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, demand, make
+from shardc.runtime.mesh.orders import axis_of
 from shardc.solver.problem import Problem
 from shardc.solver.proof.certificate import Certificate
 
@@ -76,6 +77,7 @@ class Questions:
             self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
+            () if self.solution is None else instead(self.network, op, strategy, self._solved),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
@@ -249,8 +251,8 @@ class Questions:
                 f"{len(dims)} entries for {name} of shape {shape}; give one per dim, or a layout as plans print it, "
                 f"like {example}"
             )
-        names, sizes = self.network.mesh.names, self.network.mesh.sizes
-        unknown = next((a for dim in dims for a in dim or () if a not in names), None)
+        names, sizes = self.network.mesh.names, self.network.mesh.ranks
+        unknown = next((axis_of(a) for dim in dims for a in dim or () if axis_of(a) not in names), None)
         if unknown is not None:
             raise LayoutError(f"mesh {self.network.mesh} has no axis {unknown!r}; it has {', '.join(names)}")
         return [None if dim is None else tuple(a for a in dim if sizes[a] > 1) for dim in dims]
@@ -356,7 +358,8 @@ class Questions:
         for step in tensor.path(start, end):
             after = apply(start, step, mesh)
             kind, moved = step.collective, tensor.operand_bytes(start, after, step)
-            seconds, sent = tensor.step_seconds(kind, step.axis, moved), kind.sent(mesh.sizes[step.axis], moved)
+            seconds = tensor.step_seconds(kind, step.axis, moved, bool(step.orders))
+            sent = kind.sent(mesh.sizes[step.axis], moved)
             conversions.append(Conversion(kind.name, step.axis, "", sent, seconds, "", place, self._name_of(value.key)))
             start = after
         return tuple(conversions)

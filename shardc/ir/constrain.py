@@ -10,6 +10,7 @@ import torch
 
 from shardc.errors import LayoutError
 from shardc.ir.layout import Layout
+from shardc.runtime.mesh.orders import ORDERS, axis_of, in_order, order_of
 
 OPEN = "?"
 """A dim about which the constraint says nothing."""
@@ -59,7 +60,8 @@ def constrain(x: torch.Tensor, spec: Spec) -> torch.Tensor:
 
     `spec` has one entry per dim: an axis name, a tuple of axis names (major to minor), None to keep the dim whole, or
     "?" to leave it open: `constrain(x, ("dp", None, ("sp", "tp"), "?"))`. Its text form is `"dp,-,(sp,tp),?"`. A layout
-    as plans print it does as well: `constrain(x, "f32[32@dp, 64]")`.
+    as plans print it does as well: `constrain(x, "f32[32@dp, 64]")`. An axis that is to fold the dim is written as
+    `"cp~folded"`.
     """
     text = serialise(spec)
     check(text, x.ndim, "constrain")
@@ -106,7 +108,7 @@ def check(text: str, rank: int, place: str) -> None:
             f"{place}: the spec ({text}) has {len(dims)} entries but the tensor has {rank} dims; "
             'give one entry per dim: an axis, a tuple of axes, None to keep it whole, or "?" to leave it open'
         )
-    axes = [axis for dim in dims for axis in dim or ()]
+    axes = [axis_of(axis) for dim in dims for axis in dim or ()]
     for axis in axes:
         if axes.count(axis) > 1:
             raise LayoutError(f"{place}: the spec ({text}) uses axis {axis!r} twice; an axis splits one dim at most")
@@ -136,7 +138,11 @@ def _dim(entry: str | Sequence[str] | None) -> Dim:
         return None
     axes = (entry,) if isinstance(entry, str) else tuple(entry)
     for axis in axes:
-        if not axis.isidentifier():
+        if (
+            not axis_of(axis).isidentifier()
+            or in_order(axis_of(axis), order_of(axis)) != axis
+            or (order_of(axis) not in ORDERS)
+        ):
             raise LayoutError(f'{entry!r} is no axis name; an entry is an axis, a tuple of axes, None or "-", or "?"')
     return axes
 

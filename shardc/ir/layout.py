@@ -4,7 +4,8 @@ An atom may be split by an axis that does not divide it: `250@tp` on four ranks 
 are padding on the last rank.
 A dim is a list of atoms, major to minor; an atom may be split by mesh axes, major to minor.
 Printed and parsed as `f32[(4@dp 512@tp), 4096]`: dim 0 is 4 x 512 with the 4 split by dp and the 512 by tp, dim 1 is
-whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. An axis is used once in a layout.
+whole. In `f32[32@dp, 4096] +sum@tp` every tp rank holds an addend. In `f32[4096@cp~folded, 64]` rank i of n on cp holds
+pieces i and 2n-1-i of 2n (see `shardc/runtime/mesh/orders.py`). An axis is used once in a layout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shardc.errors import LayoutError
 from shardc.ir.mesh import Mesh
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import cuts_of, placements
+from shardc.runtime.mesh.orders import FOLDED, axis_of, order_of
 
 SHORT_DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -115,20 +117,24 @@ class Layout:
             if name == axis:
                 return P(op)
         for index, dim in enumerate(self.dims):
-            if any(axis in atom.axes for atom in dim):
+            if any(axis in map(axis_of, atom.axes) for atom in dim):
                 return S(index)
         return B
 
     def check(self, mesh: Mesh) -> None:
-        """Raise LayoutError if an axis is unknown or used twice."""
+        """Raise LayoutError if an axis is unknown or used twice, or cannot deal out its atom in the order given."""
         seen: set[str] = set()
-        used = [a for dim in self.dims for atom in dim for a in atom.axes] + [name for name, _ in self.partial]
+        atoms = [atom for dim in self.dims for atom in dim]
+        used = [axis_of(axis) for atom in atoms for axis in atom.axes] + [name for name, _ in self.partial]
         for axis in used:
             if axis not in mesh.names:
                 raise LayoutError(f"{self}: mesh {mesh} has no axis {axis!r}; it has {', '.join(mesh.names)}")
             if axis in seen:
                 raise LayoutError(f"{self} uses axis {axis!r} twice; an axis splits one dim or none")
             seen.add(axis)
+        for atom in atoms:
+            if is_folded(atom.axes) and mesh.ways(atom.axes) > 1 and not mesh.splits(atom.size, atom.axes):
+                raise LayoutError(f"{self}: {unfoldable(atom.size, atom.axes, mesh)}")
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape that every rank holds, padding included."""
@@ -164,7 +170,7 @@ class Layout:
             for position, atom in enumerate(dim):
                 if atom.size % mesh.ways(atom.axes) and any(later.size > 1 for later in dim[position + 1 :]):
                     raise LayoutError(f"{self}: {atom} does not divide, and stands before others in its dim")
-                slices += [(index, outer, axis) for axis in atom.axes if mesh.sizes[axis] > 1]
+                slices += [(index, outer, axis) for axis in atom.axes if mesh.ranks[axis] > 1]
                 outer *= mesh.chunk(atom.size, atom.axes)
         return tuple(slices)
 
@@ -201,7 +207,7 @@ class Layout:
         """The layout that a chain of local slices leads to; inverse of `cuts`."""
         dims = [[Atom(int(size))] for size in shape]
         for dim, outer, axis in cuts:
-            if mesh.sizes[axis] > 1:
+            if mesh.ranks[axis] > 1:
                 dims[dim] = _cut(dims[dim], outer, axis, mesh)
         layout = Layout(tuple(tuple(dim) for dim in dims), partial).simplify(mesh)
         layout.check(mesh)
@@ -234,6 +240,19 @@ class Layout:
             tuple(_parse_dim(dim[0]) for dim in _DIM.finditer(dims)),
             tuple((axis, op) for op, axis in _PARTIAL.findall(partial)),
         )
+
+
+def is_folded(axes: Sequence[str]) -> bool:
+    """Whether one of the axes deals out its dim folded."""
+    return any(order_of(axis) == FOLDED for axis in axes)
+
+
+def unfoldable(size: int, axes: Sequence[str], mesh: Mesh) -> str:
+    """Why axes cannot split a dim of `size`, one of them folded."""
+    if is_folded(axes[:-1]):
+        return f"of {' and '.join(axes)}, only the last may deal out the dim folded"
+    pieces = 2 * mesh.ways(tuple(axes))
+    return f"{axes[-1]} cuts the dim into {pieces} pieces of one size, and {pieces} does not divide {size}"
 
 
 @lru_cache(maxsize=1 << 14)
@@ -274,7 +293,7 @@ def parse_typed(text: str) -> tuple[torch.dtype, Layout]:
 def _merge(dim: tuple[Atom, ...], mesh: Mesh) -> tuple[Atom, ...]:
     merged: list[Atom] = []
     for given in dim:
-        atom = Atom(given.size, tuple(axis for axis in given.axes if mesh.sizes[axis] > 1))
+        atom = Atom(given.size, tuple(axis for axis in given.axes if mesh.ranks[axis] > 1))
         if atom.size == 1 and not atom.axes and len(dim) > 1:
             continue
         last = merged[-1] if merged else None
@@ -316,7 +335,8 @@ def _dtype_of_torch(name: str) -> object:
 
 
 _AXIS = r"[^\W\d]\w*"
-_AXES = rf"@(?:{_AXIS}|\(\s*{_AXIS}(?:\s*,\s*{_AXIS})*\s*\))"
+_SPLIT = rf"{_AXIS}(?:~{FOLDED})?"
+_AXES = rf"@(?:{_SPLIT}|\(\s*{_SPLIT}(?:\s*,\s*{_SPLIT})*\s*\))"
 _PIECE = rf"(?:0|[1-9]\d*)(?:{_AXES})?"
 _ATOM = re.compile(rf"(\d+)({_AXES})?")
 _DIM = re.compile(rf"(?:{_PIECE}|\(\s*(?:{_PIECE}(?:\s+{_PIECE})*)?\s*\))")
@@ -326,4 +346,4 @@ _LAYOUT = re.compile(rf"\s*([\w.]*)\[\s*({_DIMS})\s*\]((?:\s*\+\w+@{_AXIS})*)\s*
 
 
 def _parse_dim(text: str) -> tuple[Atom, ...]:
-    return tuple(Atom(int(size), tuple(re.findall(_AXIS, axes))) for size, axes in _ATOM.findall(text))
+    return tuple(Atom(int(size), tuple(re.findall(_SPLIT, axes))) for size, axes in _ATOM.findall(text))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shardc.errors import MeshError
+from shardc.runtime.mesh.orders import FOLDED, in_order, order_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,18 @@ class Mesh:
         return dict(self.axes)
 
     @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The sizes of axes, under the names that they have in layouts: with the order in which they deal out a dim."""
+        return {**self.sizes, **{in_order(name, FOLDED): size for name, size in self.axes}}
+
+    @cached_property
     def size(self) -> int:
         """Number of devices."""
         return math.prod(size for _, size in self.axes)
 
     def ways(self, axes: tuple[str, ...]) -> int:
         """Into how many parts `axes` together split a dim."""
-        sizes, ways = self.sizes, 1
+        sizes, ways = self.ranks, 1
         for axis in axes:
             ways *= sizes[axis]
         return ways
@@ -62,13 +68,19 @@ class Mesh:
     def chunk(self, size: int, axes: tuple[str, ...]) -> int:
         """Elements that a rank holds of a dim of `size` split over `axes`, major to minor: each axis deals out equal
         chunks, the last of which may be padded."""
-        sizes = self.sizes
+        sizes = self.ranks
         for axis in axes:
             size = -(-size // sizes[axis])
         return size
 
     def splits(self, size: int, axes: tuple[str, ...]) -> bool:
-        """Whether `axes` may split a dim of `size`: evenly, or with padding where there is something for every rank."""
+        """Whether `axes` may split a dim of `size`: evenly, or with padding where there is something for every rank.
+        Only the minor-most axis may deal it out folded, in pieces of equal size."""
+        if any(order_of(axis) == FOLDED for axis in axes):
+            major, last = axes[:-1], axes[-1]
+            outer = self.ways(major)
+            plain = all(order_of(axis) != FOLDED for axis in major)
+            return plain and size % outer == 0 and self.ranks[last] > 1 and size // outer % (2 * self.ranks[last]) == 0
         return size == 0 or size >= self.ways(axes)
 
     def __str__(self) -> str:

@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from shardc.errors import ConstraintError, InfeasibleError, LayoutError
 from shardc.ir.constrain import Dim, Spec, parse, printed_layout, serialise, spec_text
-from shardc.ir.layout import Layout
+from shardc.ir.layout import Layout, is_folded, unfoldable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, tensor_of, where
 from shardc.ir.splits import Splits
 from shardc.planning.cost_network import Accepts
 from shardc.rules.factors.atoms import Ref
 from shardc.rules.factors.factored import Factored, Key, Value
+from shardc.runtime.mesh.orders import axis_of
 from shardc.runtime.mesh.parameters import binding
 
 Axes = tuple[str, ...]
@@ -84,7 +85,7 @@ class Spread:
             def test(splits: Splits) -> bool:
                 pending = {axis for axis, _ in splits.partial}
                 # an axis with partial sums splits the value later, where the sums are reduced
-                goal = [tuple(a for a in leaf_axes if a not in pending) for leaf_axes in axes]
+                goal = [tuple(a for a in leaf_axes if axis_of(a) not in pending) for leaf_axes in axes]
                 pairs = zip(splits.axes, goal, strict=True)
                 return all(have == want or (or_whole and not have) for have, want in pairs)
 
@@ -101,6 +102,11 @@ def collect(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) 
     """
     program = factored.program
     nodes = {port: node for port, node in zip(program.inputs, program.placeholders, strict=True)}
+    for one in demands:
+        if any(is_folded(axes or ()) for axes in one.dims):
+            raise InfeasibleError(
+                f"{one.label}: a parameter is stored as a DTensor, whose shards are blocks; it cannot be folded"
+            )
     constraints = [
         Constraint((nodes[one.port], 0), factored.values[nodes[one.port]], one.dims, one.label, one.layout)
         for one in demands
@@ -131,7 +137,7 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
         )
     seen: dict[str, int] = {}
     for dim, axes in enumerate(constraint.dims):
-        for axis in axes or ():
+        for axis in map(axis_of, axes or ()):
             if axis not in mesh.names:
                 raise LayoutError(
                     f"{constraint.label}: mesh {mesh} has no axis {axis!r}; it has {', '.join(mesh.names)}"
@@ -141,6 +147,9 @@ def _check(constraint: Constraint, mesh: Mesh) -> None:
                     f"{constraint.label}: axis {axis!r} splits dim {seen[axis]} and dim {dim}; it can split one"
                 )
             seen[axis] = dim
+        axes = tuple([axis for axis in axes or () if mesh.ranks[axis] > 1])
+        if is_folded(axes) and not mesh.splits(shape[dim], axes):
+            raise InfeasibleError(f"{constraint.label}: dim {dim}: {unfoldable(shape[dim], axes, mesh)}")
         if axes and not mesh.splits(shape[dim], axes):
             raise InfeasibleError(
                 f"{constraint.label}: dim {dim} has {shape[dim]} elements, fewer than the {mesh.ways(axes)} ranks of "
@@ -156,7 +165,8 @@ def _refuse_contradictions(constraints: list[Constraint], mesh: Mesh) -> None:
     names = {c.key: f"{c.key[0].name}.{c.key[1]}" for c in constraints}
     shapes = {names[c.key]: tuple(int(n) for n in tensor_of(c.key).shape) for c in constraints}
     requests = [LayoutRequest(c.label, names[c.key], c.dims) for c in constraints]
-    core = minimal_conflict(shapes, mesh.sizes, requests)
+    used = {axis: mesh.ranks[axis] for one in requests for dim in one.dims for axis in dim or ()}
+    core = minimal_conflict(shapes, {**mesh.sizes, **used}, requests)
     if core:
         raise _contradictory((request.label, spec_text(request.dims)) for request in core)
 
@@ -214,21 +224,30 @@ def _pieces(
 def _deal(factored: Factored, mesh: Mesh, leaves: list[Ref], axes: Axes, constraint: Constraint) -> list[Axes]:
     """The axes of every atom of a dim. Axes go to atoms from the major one on; an atom takes axes until each rank has
     one element of it."""
-    active = [a for a in axes if mesh.sizes[a] > 1]
+    active = [a for a in axes if mesh.ranks[a] > 1]
     dealt: list[Axes] = [() for _ in leaves]
     atom = 0
     for axis in active:
         while atom < len(leaves) - 1 and factored.atoms.size(leaves[atom]) == mesh.ways(dealt[atom]):
             atom += 1
         size = factored.atoms.size(leaves[atom])
-        if not mesh.splits(size, (*dealt[atom], axis)):
-            pieces = " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
+        if is_folded((axis,)) and not mesh.splits(size, (*dealt[atom], axis)):
             raise InfeasibleError(
-                f"{constraint.label}: the model uses this dim as {pieces}, and its piece of {size} has fewer elements "
-                f"than axis {axis!r} has ranks ({mesh.sizes[axis]}); use a smaller axis, or split another dim"
+                f"{constraint.label}: the model uses this dim as {_factors(factored, leaves)}, and of its piece of "
+                f"{size}, {unfoldable(size, (*dealt[atom], axis), mesh)}"
+            )
+        if not mesh.splits(size, (*dealt[atom], axis)):
+            raise InfeasibleError(
+                f"{constraint.label}: the model uses this dim as {_factors(factored, leaves)}, and its piece of "
+                f"{size} has fewer elements than axis {axis!r} has ranks ({mesh.ranks[axis]}); "
+                "use a smaller axis, or split another dim"
             )
         dealt[atom] += (axis,)
     return dealt
+
+
+def _factors(factored: Factored, leaves: list[Ref]) -> str:
+    return " x ".join(str(factored.atoms.size(ref)) for ref in leaves)
 
 
 def parameter_demands(

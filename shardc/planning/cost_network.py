@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,7 +26,7 @@ from shardc.ir.facts import origin_of
 from shardc.ir.layout import Layout, is_sliceable, is_storable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
-from shardc.ir.splits import Splits
+from shardc.ir.splits import Folds, Splits
 from shardc.planning.strategies import OperatorOptions
 from shardc.planning.variables import Domain, Variable
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
@@ -71,18 +71,20 @@ class LayoutDemands:
 
 @dataclass(eq=False)
 class CostNetwork:
-    """Builds the problem for one program on one mesh. see `LayoutDemands`."""
+    """Builds the problem for one program on one mesh. see `LayoutDemands`. If `balanced`, it counts attention as if
+    sequences were folded (see `shardc/planning/folding.py`)."""
 
     factored: Factored
     mesh: Mesh
     device: Hardware
     demands: LayoutDemands
     variables: list[Variable] = field(default_factory=list[Variable])
+    balanced: bool = False
 
     def __post_init__(self) -> None:
-        self._classes: dict[tuple[tuple[int, ...], int], TensorClass] = {}
+        self._classes: dict[tuple[tuple[int, ...], int, Folds], TensorClass] = {}
         self._class_of: dict[Key, TensorClass] = {}
-        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype], TensorClass] = {}
+        self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype, Folds], TensorClass] = {}
         self._options: dict[Kind, OperatorOptions] = {}
         self._distinct: dict[Shape, OperatorOptions] = {}
         self._tables: dict[object, np.ndarray] = {}
@@ -136,29 +138,30 @@ class CostNetwork:
         """The variable of an operator or placeholder."""
         return self._op_variable[node]
 
-    def tensor_class(self, sizes: tuple[int, ...], itemsize: int) -> TensorClass:
+    def tensor_class(self, sizes: tuple[int, ...], itemsize: int, folds: Folds = ()) -> TensorClass:
         """The layouts of tensors with atoms of these sizes and elements of `itemsize` bytes, and their conversions."""
-        key = (sizes, itemsize)
+        key = sizes, itemsize, folds
         if key not in self._classes:
-            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device)
+            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device, folds=folds)
         return self._classes[key]
 
     def class_of(self, key: Key) -> TensorClass:
         """The tensor class of a base value."""
         if key not in self._class_of:
-            self._class_of[key] = self.tensor_class(self.factored.sizes(key), tensor_of(key).element_size())
+            sizes, folds = self.factored.sizes(key), self.factored.folds(key)
+            self._class_of[key] = self.tensor_class(sizes, tensor_of(key).element_size(), folds)
         return self._class_of[key]
 
     def gradient_class(self, key: Key) -> TensorClass:
         """The tensor class of a base value that is a gradient: collectives that convert it to the layout of its
         parameter run in buckets, and cost less."""
-        sizes, dtype = self.factored.sizes(key), tensor_of(key).dtype
-        if (sizes, dtype) not in self._gradient_classes:
+        sizes, dtype, folds = self.factored.sizes(key), tensor_of(key).dtype, self.factored.folds(key)
+        if (sizes, dtype, folds) not in self._gradient_classes:
             tensor_class = TensorClass(
-                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype]
+                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype], folds
             )
-            self._gradient_classes[sizes, dtype] = tensor_class
-        return self._gradient_classes[sizes, dtype]
+            self._gradient_classes[sizes, dtype, folds] = tensor_class
+        return self._gradient_classes[sizes, dtype, folds]
 
     @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
@@ -205,14 +208,17 @@ class CostNetwork:
     def options_of(self, op: Op) -> OperatorOptions:
         """The strategies of an operator; operators of one shape share them."""
         if op.kind not in self._options:
-            self._options[op.kind] = self._options_of(shape_of(op))
+            shape = shape_of(op)
+            if self.balanced and shape.band is not None:
+                shape = replace(shape, band=replace(shape.band, balanced=True))
+            self._options[op.kind] = self._options_of(shape)
         return self._options[op.kind]
 
     def _options_of(self, shape: Shape) -> OperatorOptions:
         if shape not in self._distinct:
 
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
-                return [self.tensor_class(side.sizes, side.itemsize) for side in sides]
+                return [self.tensor_class(side.sizes, side.itemsize, side.folds) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
             self._distinct[shape] = OperatorOptions(shape, self.mesh, self.device, operands, results)

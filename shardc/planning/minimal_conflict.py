@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import z3
 
 from shardc.errors import ConstraintError
+from shardc.runtime.mesh.orders import axis_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def minimal_conflict(
 ) -> list[LayoutRequest] | None:
     """A minimal set of the requests that cannot be met together, in their order; None if all can.
 
-    `shapes` are those of the values, `mesh` the sizes of its axes, `ties` pairs of values that share their split.
+    `shapes` are those of the values, `mesh` the sizes of its axes (also as they are written where they fold a
+    dim), `ties` pairs of values that share their split.
     Raises ConstraintError for a request or a tie that names no value or no axis, or has another number of dims.
     """
     _check_names(shapes, mesh, requests, ties)
@@ -101,6 +103,10 @@ class _Legality:
             return
         self.known.add(group)
         rank = len(self.shapes[group])
+        for a, b in itertools.combinations(self.mesh, 2):
+            if axis_of(a) == axis_of(b):  # one axis, in two orders
+                for d, e in itertools.product(range(rank), repeat=2):
+                    self.solver.add(z3.Or(z3.Not(self.split(group, d, a)), z3.Not(self.split(group, e, b))))
         for axis in self.mesh:
             for d, e in itertools.combinations(range(rank), 2):
                 self.solver.add(z3.Or(z3.Not(self.split(group, d, axis)), z3.Not(self.split(group, e, axis))))

@@ -13,24 +13,26 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from shardc.cost.conversion import TensorClass, step_seconds
+from shardc.analysis.bodies import Body, body_of
+from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
+from shardc.rules.factors.bodies import is_ring, work
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
     demand,
     make,
     one_reduction,
-    sends,
     splittable,
     variants_of,
-    work,
 )
+from shardc.runtime.mesh.orders import BLOCKS, FOLDED, in_order
 
 
 @dataclass(eq=False)
@@ -62,6 +64,11 @@ class Strategies:
         """Flops and bytes that a rank computes and moves, one entry a strategy."""
         flops, moved = np.array([work(self.shape, s, self.mesh) for s in self.strategies]).reshape(-1, 2).T
         return flops, moved
+
+    @cached_property
+    def rings(self) -> list[int]:
+        """The numbers of the strategies whose bodies go round a ring."""
+        return [place for place, strategy in enumerate(self.strategies) if is_ring(self.shape, strategy)]
 
 
 @lru_cache(maxsize=512)
@@ -106,15 +113,18 @@ class OperatorOptions:
         return self.compute + np.array([self.sending(s) for s in self.strategies])
 
     def sending(self, strategy: Strategy) -> float:
-        """Seconds of the collectives inside the body of one strategy."""
-        return sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
+        """Seconds of the collectives inside the body of one strategy that nothing hides which it computes itself."""
+        return self._body(strategy).exposed
 
     @cached_property
     def compute(self) -> np.ndarray:
         """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
-        return self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        for place in self._known.rings:
+            seconds[place] = self._body(self.strategies[place]).compute
+        return seconds
 
     @cached_property
     def least(self) -> float:
@@ -123,14 +133,15 @@ class OperatorOptions:
 
     def compute_of(self, strategy: Strategy) -> float:
         """Compute seconds of one strategy."""
-        if strategy not in self._computes:
-            done = work(self.shape, strategy, self.mesh)
-            seconds = self.device.compute_seconds(*done, self.shape.dtype) if self.shape.computes else 0.0
-            self._computes[strategy] = seconds
-        return self._computes[strategy]
+        return self._body(strategy).compute
+
+    def _body(self, strategy: Strategy) -> Body:
+        if strategy not in self._bodies:
+            self._bodies[strategy] = body_of(self.shape, strategy, self.mesh, self.device)
+        return self._bodies[strategy]
 
     @cached_property
-    def _computes(self) -> dict[Strategy, float]:
+    def _bodies(self) -> dict[Strategy, Body]:
         return {}
 
 
@@ -142,12 +153,24 @@ def _indices(classes: list[TensorClass], layouts: list[list[Splits]]) -> list[np
     ]
 
 
+class _Splitting(NamedTuple):
+    """What an axis splits: these factors together, in one order."""
+
+    factors: tuple[int, ...] = ()
+    order: str = BLOCKS
+
+
 def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
     """One strategy for every split and every variant that runs it."""
     free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
-    choices = [(), *free, *shape.bundles, *(f"group {g}" for g in range(len(shape.linear)))]
-    options: list[list[tuple[int, ...] | str]] = [choices if ways > 1 else [()] for _, ways in mesh.axes]
-    # a tuple: the axis splits these factors; a str: the axis's partial sums pass through this linear group
+    plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
+    folded = [
+        _Splitting(together, FOLDED) for together in (*free, *shape.bundles)
+        if all(shape.factors[i].folds for i in together)
+    ]  # fmt: skip
+    choices = [*plain, *range(len(shape.linear)), *folded]
+    options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]
+    # an int: the axis's partial sums pass through this linear group
 
     @cache
     def splits(factor: int, axes: tuple[str, ...]) -> bool:
@@ -158,11 +181,11 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
         return variants_of(shape, split)
 
     for choice in itertools.product(*options):
-        passes = tuple((a, int(c[6:])) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, str))
+        passes = tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int))
         axes_of: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
-            for factor in c if isinstance(c, tuple) else ():
-                axes_of[factor] = (*axes_of.get(factor, ()), axis)
+            for factor in c.factors if isinstance(c, _Splitting) else ():
+                axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
         if all(splits(factor, axes) for factor, axes in axes_of.items()):
             orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
             for order in itertools.product(*orders):

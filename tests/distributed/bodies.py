@@ -6,9 +6,13 @@ import torch
 import torch.distributed as dist
 
 from shardc.runtime import DistributedMesh, Part, convolution, flip, local_mesh, roll, softmax, topk
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.reorder import reorder
 from shardc.runtime.kernels.extremes import argmax
 from shardc.runtime.kernels.scans import cummax
 from shardc.runtime.kernels.windows import convolution_backward
+from shardc.runtime.mesh.orders import dealt
 
 aten = torch.ops.aten
 mesh = local_mesh({"a": int(os.environ["WORLD_SIZE"])})
@@ -46,6 +50,23 @@ for dtype in (torch.float64, torch.bool, torch.int16):
     some = (4 * x).to(dtype)
     same(lambda d2, x: flip(x, [2], d2=d2), lambda x: x.flip(2), [some], 2)
     same(lambda d2, x: roll(x, [5], [2], d2=d2), lambda x: x.roll(5, 2), [some], 2)
+
+
+def moved(collective, x, **told):
+    return mesh.run(lambda: collective(x, axis="a", **told), lambda _: ())[0]
+
+
+for dtype in (torch.float64, torch.bool, torch.int16):  # dims that are dealt out in other orders
+    whole = (4 * torch.randn(2, 4 * count, 4 * count, dtype=torch.float64)).to(dtype)
+    parts = {
+        (dim, order): dealt(whole, dim, order, count, mesh.rank) for dim in (1, 2) for order in ("blocks", "folded")
+    }
+    for (dim, order), part in parts.items():
+        other = "folded" if order == "blocks" else "blocks"
+        assert torch.equal(moved(reorder, part, dim=dim, order=other), parts[dim, other]), (dim, order)
+        told = {"split_dim": 3 - dim, "concat_dim": dim, "split_order": other, "concat_order": order}
+        assert torch.equal(moved(all_to_all, part, **told), parts[3 - dim, other]), (dim, order)
+        assert torch.equal(moved(all_gather, part, dim=dim, order=order), whole), (dim, order)
 
 weight, more = torch.randn(2, 3, 3, 3, dtype=torch.float64), ([2, 1], [1, 1], [1, 1], False, [0, 0], 1)
 same(

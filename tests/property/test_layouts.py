@@ -33,6 +33,7 @@ from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.rules.factors.factored import Factored
 from shardc.rules.factors.factoring import factor
 from shardc.runtime import Executable, cut, load, paste
+from shardc.runtime.mesh.orders import FOLDED, in_order
 
 randoms = st.randoms(use_true_random=False)
 
@@ -55,6 +56,10 @@ def layout_of(random: Random, mesh: Mesh) -> Layout:
         atoms: list[Atom] = []
         for _ in range(random.choice((1, 1, 2, 3))):
             axes = tuple(free.pop() for _ in range(random.choice((0, 0, 1, 1, 2))) if free)
+            if axes and mesh.sizes[axes[-1]] > 1 and random.random() < 0.2:
+                axes = (*axes[:-1], in_order(axes[-1], FOLDED))
+                atoms.append(Atom(2 * mesh.ways(axes) * random.choice((1, 1, 2, 3)), axes))
+                continue
             even = random.random() < 0.7
             atoms.append(Atom(mesh.ways(axes) * random.choice((1, 1, 2, 3)) if even else random.randint(2, 9), axes))
         dims.append(tuple(atoms))
@@ -188,7 +193,8 @@ def test_every_conversion_moves_the_right_values(random: Random) -> None:
     factored = factor(program)
     key = (program.placeholders[0], 0)
     assert factored.sizes(key) == atoms
-    tensor = TensorClass(atoms, 8, ops, mesh, device)
+    folds = tuple(tuple(axis for axis in mesh.names if random.random() < 0.5) for _ in atoms)
+    tensor = TensorClass(atoms, 8, ops, mesh, device, folds=folds)
     whole = Splits(((),) * len(atoms))
     start, end = random.choice(tensor.layouts), random.choice(tensor.layouts)
 
@@ -233,7 +239,8 @@ def _price(tensor: TensorClass, start: Splits, end: Splits) -> None:
     for step in tensor.path(start, end):
         there = apply(here, step, tensor.mesh)
         moved = tensor.operand_bytes(here, there, step)
-        total += step_seconds(step.collective, step.axis, moved, tensor.mesh, tensor.device)
+        folded = bool(step.orders)
+        total += step_seconds(step.collective, step.axis, moved, tensor.mesh, tensor.device, folded)
         here = there
     assert here == end
     assert tensor.seconds[tensor.index[start], tensor.index[end]] == pytest.approx(total)

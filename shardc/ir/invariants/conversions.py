@@ -14,6 +14,7 @@ from shardc.ir.splits import Splits, Step, apply, steps
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, Collective, wait
 from shardc.runtime.collectives.reductions import REDUCTIONS
+from shardc.runtime.mesh.orders import BLOCKS, axis_of, order_of
 
 
 class ConversionCall(NamedTuple):
@@ -53,7 +54,8 @@ def misplaced(conversion: ConversionCall, before: Layout, after: Layout, mesh: M
         return f"{shown}: the atoms have changed"
     step = _step(collective, axis, told.get("op"), before, after)
     splits = Splits(_axes(before), before.partial)
-    if ways > 1 and step not in steps(splits, _sizes(before), mesh, tuple(REDUCTIONS)):
+    foldable = (mesh.names,) * len(_sizes(before))
+    if ways > 1 and step not in steps(splits, _sizes(before), mesh, tuple(REDUCTIONS), foldable):
         return f"no {collective.name} over {axis} leads {shown}"
     reached = apply(splits, step, mesh)
     if reached != Splits(_axes(after), after.partial):
@@ -61,9 +63,11 @@ def misplaced(conversion: ConversionCall, before: Layout, after: Layout, mesh: M
     dims = [_dim(before, atom, mesh) for atom in (step.source, step.target)]
     if None in [dim for dim, atom in zip(dims, (step.source, step.target), strict=True) if atom is not None]:
         return f"{shown}: the atom that moves has others before it in its dim"
-    wanted = collective.dims(*dims)
+    wanted = {**collective.dims(*dims), **step.orders}
     if any(told.get(name) != dim for name, dim in wanted.items()):
         return f"{shown} is a move along {wanted}, not { ({name: told.get(name) for name in wanted}) }"
+    if any("order" in name and name not in wanted for name in told):
+        return f"{shown} is a move along {wanted}, and {collective.name} is told of another order"
     return missized(conversion, before, after, mesh)
 
 
@@ -76,13 +80,18 @@ def missized(conversion: ConversionCall, before: Layout, after: Layout, mesh: Me
 
 def _step(collective: AnyCollective, axis: str, op: str | None, before: Layout, after: Layout) -> Step:
     """The step that would lead from one layout to the other: where the axis was, and where it is."""
-    held, holds = ([i for i, axes in enumerate(_axes(layout)) if axis in axes] for layout in (before, after))
+    held, holds = (
+        [(i, order_of(one)) for i, axes in enumerate(_axes(layout)) for one in axes if axis_of(one) == axis]
+        for layout in (before, after)
+    )
     reduced = dict((*before.partial, *after.partial))
     return Step(
         collective, axis,
-        held[0] if held else None,
-        holds[0] if holds else None,
+        held[0][0] if held else None,
+        holds[0][0] if holds else None,
         (op or "sum") if axis in reduced else None,
+        held[0][1] if held else BLOCKS,
+        holds[0][1] if holds else BLOCKS,
     )  # fmt: skip
 
 

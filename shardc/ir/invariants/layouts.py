@@ -20,6 +20,7 @@ from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import wait
 from shardc.runtime.collectives.reductions import REDUCTIONS
 from shardc.runtime.kernels import indexing
+from shardc.runtime.mesh.orders import axis_of
 
 aten = torch.ops.aten
 _REGROUPS = frozenset({
@@ -57,7 +58,7 @@ def layouts_are_well_formed(checked: Checked) -> Iterator[Broken]:
 def _malformed(layout: Layout, mesh: Mesh) -> str:
     seen = set[str]()
     atoms = [atom for dim in layout.dims for atom in dim]
-    for axis in [*(axis for atom in atoms for axis in atom.axes), *(axis for axis, _ in layout.partial)]:
+    for axis in [*(axis_of(axis) for atom in atoms for axis in atom.axes), *(axis for axis, _ in layout.partial)]:
         if axis not in mesh.names:
             return f"{layout}: the mesh {mesh} has no axis {axis!r}"
         if axis in seen:

@@ -15,6 +15,7 @@ from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, demand, make, split_of
 from shardc.runtime.kernels.parts import Part
+from shardc.runtime.mesh.orders import axis_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Chosen:
     def sums(self, axis: str, operands: frozenset[int]) -> bool:
         """Whether it may read just these operands as addends over an axis: they are a linear group, or those that the
         axis makes sums of parts, as it splits a factor of the others."""
-        split = {factor for factor, axes in enumerate(self.strategy.split) if axis in axes}
+        split = {factor for factor, axes in enumerate(self.strategy.split) if axis in map(axis_of, axes)}
         parts = frozenset(index for index, factors in enumerate(self.shape.addends) if factors & split)
         return operands in self.shape.linear or operands == parts
 

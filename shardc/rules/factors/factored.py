@@ -21,6 +21,7 @@ from torch import fx
 from shardc.ir.facts import Key
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.program import Program
+from shardc.ir.splits import Folds
 from shardc.rules.factors.atoms import Atoms, Ref
 from shardc.rules.notation import Rule
 from shardc.rules.trial.trial import Learned
@@ -36,6 +37,7 @@ class Form:
 
     dims: tuple[tuple[tuple[int | None, int], ...], ...]
     base: tuple[int, ...]
+    folds: Folds = ()
 
     @cached_property
     def atoms(self) -> tuple[tuple[int | None, int], ...]:
@@ -49,7 +51,7 @@ class Form:
     @cached_property
     def flat(self) -> Form:
         """The form of a view in which every atom is a dim."""
-        return Form(tuple([(atom,) for atom in self.atoms]), self.base)
+        return Form(tuple([(atom,) for atom in self.atoms]), self.base, self.folds)
 
     @cached_property
     def _layouts(self) -> dict[object, Layout]:
@@ -114,13 +116,15 @@ class Parting:
 
 @dataclass(frozen=True)
 class Factor:
-    """An atom of an operator: piece number `index` of the factor that its rule calls `name`."""
+    """An atom of an operator: piece number `index` of the factor that its rule calls `name`. `folds` are the
+    axes that may deal it out folded."""
 
     name: str
     index: int
     size: int
     whole: bool
     parting: Parting | None = None
+    folds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +176,10 @@ class Factored:
 
     def sizes(self, key: Key) -> tuple[int, ...]:
         return self.base[key].form.base
+
+    def folds(self, key: Key) -> Folds:
+        """Which axes may fold the atoms of a base value."""
+        return self.base[key].form.folds
 
 
 @lru_cache(maxsize=1 << 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch._ops import OpOverload
 
 from shardc.errors import RuleError
 from shardc.ir.program import Program, Role, frozen, value_of, where
+from shardc.ir.splits import Folds
 from shardc.rules.custom import given_rule
 from shardc.rules.factors.atoms import Atoms, Ref
 from shardc.rules.factors.factored import Factor, Factored, Form, Key, Kind, Op, Operand, Parting, Result, Value
+from shardc.rules.factors.foldable import foldable
 from shardc.rules.notation import Rule, maker_of, parse
 from shardc.rules.trial.learned import learned
 from shardc.rules.trial.trial import Learned
@@ -28,17 +30,18 @@ VIEWS = frozenset(
 )
 
 
-def factor(program: Program) -> Factored:
-    """Tie the dims of the program through its rules, in one walk, then read off every operator's factors.
+def factor(program: Program, offered: Mapping[str, int] | None = None) -> Factored:
+    """Tie the dims of the program through its rules, in one walk, then read off every operator's factors. The axes that
+    are `offered`, by their number of ranks, may fold what causal operators read.
 
     RuleError, with the place in the user's code, if an operator has no rule and none can be learned.
     """
-    return _Walk(program).run()
+    return _Walk(program, offered or {}).run()
 
 
 class _Walk:
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, offered: Mapping[str, int]) -> None:
+        self.program, self.offered = program, offered
         self.atoms = Atoms()
         self.values: dict[fx.Node, Value] = {}
         self.base: dict[Key, Value] = {}
@@ -173,13 +176,15 @@ class _Walk:
     def _settle(self) -> None:
         """Set the forms of values and the kinds of operators, now that the atoms are final."""
         sizes, base = self.atoms.sizes, self.base
+        self.folds = foldable(self.ops, self.atoms, self.offered)
         forms: dict[object, Form] = {}
         plain: dict[object, Form] = {}
         for value in base.values():  # every dim is one ref, or of size 1
             dims = tuple([sizes(dim[0]) if dim else () for dim in value.dims])
-            if dims not in plain:
-                plain[dims] = self._form_of(value, value, forms)
-            value.form = plain[dims]
+            known = dims, self._folds_of(value)
+            if known not in plain:
+                plain[known] = self._form_of(value, value, forms)
+            value.form = plain[known]
         views: dict[object, Form] = {}
         for value in self.values.values():
             viewed = base[value.key]
@@ -204,10 +209,17 @@ class _Walk:
         leaves, size = self.atoms.leaves, self.atoms.size
         places = {leaf: place for place, leaf in enumerate([leaf for dim in base.dims for leaf in leaves(dim)])}
         dims = tuple([tuple([(places.get(leaf), size(leaf)) for leaf in leaves(dim)]) for dim in value.dims])
-        key = dims, tuple([size(leaf) for leaf in places])
+        key = dims, tuple([size(leaf) for leaf in places]), self._folds_of(base)
         if key not in forms:
             forms[key] = Form(*key)
         return forms[key]
+
+    def _folds_of(self, base: Value) -> Folds:
+        """Which axes may fold the atoms of a base value."""
+        if not self.folds:
+            return ()
+        atoms = [self.atoms.piece(leaf) for dim in base.dims for leaf in self.atoms.leaves(dim)]
+        return tuple([self.folds.get(atom, ()) for atom in atoms]) if not self.folds.keys().isdisjoint(atoms) else ()
 
 
 def _ties(items: list[Operand | Result]) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -229,11 +241,16 @@ def _alike(op: Op) -> object:
 
 def _kind(op: Op) -> Kind:
     dims: dict[str, list[list[int]]] = {}
+    folds: dict[str, list[tuple[str, ...]]] = {}
     for item in op.items:
-        for name, dim in zip(item.names, item.value.form.dims, strict=True):
+        form = item.value.form
+        for name, dim in zip(item.names, form.dims, strict=True):
             if name is not None and dim:
                 dims.setdefault(name, []).append([size for _, size in dim])
-    factors = [factor for name, sizes in dims.items() for factor in _pieces(op.rule, name, sizes)]
+                if form.folds:
+                    here = [() if place is None else form.folds[place] for place, _ in dim]
+                    folds[name] = [*map(max, folds.get(name, here), here)]
+    factors = [factor for name, sizes in dims.items() for factor in _pieces(op.rule, name, sizes, folds.get(name, []))]
     position = {(factor.name, factor.index): i for i, factor in enumerate(factors)}
     carried = [
         [
@@ -246,8 +263,9 @@ def _kind(op: Op) -> Kind:
     return Kind(factors, carried)
 
 
-def _pieces(rule: Rule, name: str, dims: list[list[int]]) -> list[Factor]:
-    """The atoms of one factor, from the sizes in all dims that carry it."""
+def _pieces(rule: Rule, name: str, dims: list[list[int]], folds: list[tuple[str, ...]]) -> list[Factor]:
+    """The atoms of one factor, from the sizes in all dims that carry it. `folds` are those of the atoms; it may be
+    empty."""
     sizes, parting, window = dims[0], None, name in rule.parts
     if name in rule.parted:
         parting = Parting(math.prod(sizes), rule.parts.get(name))
@@ -256,7 +274,12 @@ def _pieces(rule: Rule, name: str, dims: list[list[int]]) -> list[Factor]:
     # a rank's part of an indexed or parted dim must be one chunk, so only the major atom may be split
     chunk = parting is not None or name in rule.indices.values()
     whole = name in rule.whole or (window and any(len(dim) > 1 for dim in dims))
-    return [Factor(name, i, size, whole or (chunk and i > 0), parting) for i, size in enumerate(sizes)]
+    if not folds or name in rule.indices.values() or (parting and not any(name in v.folds for v in rule.variants)):
+        folds = [()] * len(sizes)  # the last two look at positions, and read them only in blocks
+    return [
+        Factor(name, i, size, whole or (chunk and i > 0), parting, fold)
+        for i, (size, fold) in enumerate(zip(sizes, folds, strict=True))
+    ]
 
 
 def _form(node: fx.Node) -> Any:

@@ -8,19 +8,21 @@ on the operator's `Shape`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
-from shardc.ir.splits import Splits
+from shardc.ir.splits import Folds, Splits
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import Variant
-from shardc.runtime.collectives.collective import AnyCollective
+from shardc.rules.notation import Band, Variant, Workspace
+from shardc.runtime.mesh.orders import axis_of
 
 PLAIN = ""
 """The variant where no parted factor is split: the operator itself, on local tensors."""
@@ -29,9 +31,9 @@ PLAIN = ""
 class Strategy(NamedTuple):
     """What every mesh axis does in one operator.
 
-    `split` lists, per factor, the axes that split it, major to minor. `passes` lists axes over which a linear group of
-    operands is partial, with the index of the group. With `again`, backward recomputes the results instead of keeping
-    them. `variant` names the variant that runs.
+    `split` lists, per factor, the axes that split it, major to minor, each with its order. `passes` lists axes over
+    which a linear group of operands is partial, with the index of the group. With `again`, backward recomputes the
+    results instead of keeping them. `variant` names the variant that runs.
     """
 
     split: tuple[tuple[str, ...], ...]
@@ -48,6 +50,7 @@ class Side:
     itemsize: int
     leaves: tuple[tuple[int | None, int | None], ...]
     names: frozenset[str]
+    folds: Folds = ()
 
     @cached_property
     def factors(self) -> tuple[int | None, ...]:
@@ -86,6 +89,10 @@ class Shape:
     repeated: bool
     """Whether every rank computes all results and keeps its part."""
     variants: tuple[Variant, ...]
+    workspace: tuple[Workspace, ...]
+    """What the operator itself allocates and frees again."""
+    band: Band | None
+    """The pairs of two factors that are computed."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -184,6 +191,8 @@ def shape_of(op: Op) -> Shape:
         op.rule.multiplied,
         op.rule.repeated,
         op.rule.variants,
+        op.rule.workspace,
+        op.rule.band,
     )
 
 
@@ -206,7 +215,7 @@ def _integers(op: Op) -> frozenset[int]:
 def _side(item: Operand | Result, tensor: torch.Tensor, carried: list[int | None]) -> Side:
     form = item.value.form
     leaves = tuple(zip(form.places, carried, strict=True))
-    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n))
+    return Side(form.base, tensor.element_size(), leaves, frozenset(n for n in item.names if n), form.folds)
 
 
 IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
@@ -225,33 +234,21 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     }
 
 
-def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
-    """The collectives in the body of a strategy's variant, each with its axis and the bytes of its local operand."""
-    variant = shape.variant_of(strategy)
-    if variant is None:
-        return
-    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
-    for factor, axes in zip(shape.factors, strategy.split, strict=True):
-        for send in variant.sends.get(factor.name, ()) if factor.parting and axes else ():
-            if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
-                continue
-            pairs = zip(shape.factors, strategy.split, strict=True)
-            size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
-            size *= send.itemsize * send.elements
-            for axis in reversed(axes):
-                yield send.collective, axis, size
-                size = send.collective.result_bytes(mesh.sizes[axis], size)
-
-
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
-    """Bytes that the body of a strategy's variant allocates and frees again."""
+    """Bytes that the operator, or the body of a strategy's variant, allocates and frees again."""
     variant = shape.variant_of(strategy)
+    needed = shape.workspace if variant is None else variant.workspace
+    if not needed:
+        return 0
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-
-    def size(factors: tuple[str, ...]) -> int:
-        return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
-
-    return sum(one.itemsize * one.elements * size(one.factors) for one in (variant.workspace if variant else ()))
+    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    stages: Counter[int] = Counter()
+    for one in needed:
+        if split.issuperset(one.beside):
+            pairs = zip(shape.factors, chunks, strict=True)
+            size = int(math.prod(chunk for f, chunk in pairs if f.name in one.factors) * one.itemsize * one.elements)
+            stages[one.stage] += size if one.most is None else min(size, one.most)
+    return max(stages.values(), default=0)
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
@@ -264,43 +261,6 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
         return strategy.split
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
-
-
-def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
-    """The flops that a rank computes for an operator, and the bytes that it reads and writes.
-
-    A product counts two flops for every point of its factors. Padding and masks count.
-    """
-
-    every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    together = shape.groups.get(strategy.variant)
-
-    def chunks(carried: Collection[int]) -> list[int]:
-        if not together:
-            return every
-        split = split_of(shape, strategy, carried)
-        return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
-
-    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
-    if shape.repeated:
-        moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
-    for operand, side in enumerate(shape.operands):
-        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
-        moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    flops = 0
-    for product in shape.products:
-        local = chunks(product)
-        flops += 2 * math.prod([local[i] for i in product])
-    return float(flops), moved
-
-
-def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
-    """Elements of an operand or result that a rank reads or writes. An expanded dim is read once."""
-    elements = 1
-    for size, factor in zip(side.sizes, side.factors, strict=True):
-        # the factor of a window has a size that divides the dim's
-        elements *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
-    return elements
 
 
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
@@ -318,11 +278,17 @@ def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, 
 
 
 def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether the factors of each group are split alike, and no axis splits two factors that share no group."""
+    """Whether the factors of each group are split alike, no axis splits two factors that share no group, and the body
+    reads those that are folded."""
+    parted = (
+        factor.name for factor, axes in zip(shape.factors, split, strict=True) if factor.parting and is_folded(axes)
+    )
+    if not variant.folds.issuperset(parted):
+        return False
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
-    axes = [axis for i, split_by in enumerate(split) if i not in later for axis in split_by]
+    axes = [axis_of(axis) for i, split_by in enumerate(split) if i not in later for axis in split_by]
     used = not variant.together or any(split[group[0]] for group in groups)
     return alike and used and len(axes) == len(set(axes))
 
@@ -343,6 +309,8 @@ def splittable(shape: Shape, position: int, axes: tuple[str, ...], mesh: Mesh) -
     """
     factor = shape.factors[position]
     parting = factor.parting
+    if is_folded(axes):
+        return axis_of(axes[0]) in factor.folds and len(axes) == 1 and mesh.splits(factor.size, axes)
     if axes and parting is not None and parting.parts is not None:
         return len(axes) == 1 and mesh.ways(axes) in parting.parts
     if factor.size % mesh.ways(axes) == 0:
@@ -360,16 +328,24 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
     """The layout that a strategy demands of an operand's base value."""
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
     for factor in shape.addends[operand]:
-        partial |= dict.fromkeys(strategy.split[factor], "sum")
+        partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), "sum")
     return _splits(shape, shape.operands[operand], strategy, partial, mesh)
 
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
-    partial = {axis: "sum" for axis, _ in strategy.passes}
+    partial, side = {axis: "sum" for axis, _ in strategy.passes}, shape.results[result]
+    complete = _complete(shape, strategy, side)
     for factor, op in shape.reduced_in[result].items():
-        partial |= dict.fromkeys(strategy.split[factor], op)
-    return _splits(shape, shape.results[result], strategy, partial, mesh)
+        if factor not in complete:
+            partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), op)
+    return _splits(shape, side, strategy, partial, mesh)
+
+
+def _complete(shape: Shape, strategy: Strategy, side: Side) -> set[int]:
+    """The factors over which a variant completes a result, because it splits them together with one that it has."""
+    groups = shape.groups.get(strategy.variant, ())
+    return {factor for group in groups if not side.carried.isdisjoint(group) for factor in group}
 
 
 def _splits(shape: Shape, side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:

@@ -32,13 +32,13 @@ def constant_like(x: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> 
 def arange(*arguments: Any, **_: Any) -> Rule:
     numbers = [g for g in arguments if isinstance(g, (int, float))]
     count = len(torch.arange(*numbers, device="meta"))
-    return parse(f"-> {'n~' if count != 1 else '1'}", body=moves.arange)
+    return parse(f"-> {'n~' if count != 1 else '1'}", body=moves.arange, folds="n" if count != 1 else "")
 
 
 @rule(aten.linspace.default)
 def linspace(start: float, end: float, steps: int, **_: Any) -> Rule:
     del start, end
-    return parse(f"-> {'n~' if steps != 1 else '1'}", body=moves.linspace)
+    return parse(f"-> {'n~' if steps != 1 else '1'}", body=moves.linspace, folds="n" if steps != 1 else "")
 
 
 @rule(aten.eye.default, aten.eye.m)

@@ -54,7 +54,7 @@ def test_text_round_trip(text: str) -> None:
         "[-8]",
         "[8]]", "[[8]]", "[8] +sum", "[8] sum@tp", "[8@3]", "[8x8]", "[8] garbage", "g32[8]", "torch.nothing[8]",
         "8, 8", "",
-        "[(8@dp 4]", "[8@dp)]", "[8.5]", "[8@dp:1]", "[8@dp~folded]", "[8@dp] @tp",
+        "[(8@dp 4]", "[8@dp)]", "[8.5]", "[8@dp:1]", "[8@dp~spiral]", "[8@dp] @tp",
     ],
 )  # fmt: skip
 def test_a_text_that_is_more_or_less_than_a_layout_is_refused(text: str) -> None:

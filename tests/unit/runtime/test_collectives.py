@@ -25,6 +25,7 @@ from shardc.runtime.collectives.collective import AnyCollective, Collective, Hel
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
 from shardc.runtime.collectives.reduce_scatter_bucket import reduce_scatter_bucket
+from shardc.runtime.collectives.reorder import reorder
 from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
 
@@ -93,6 +94,11 @@ def sharded(given: list[Tensor], rank: int, told: Told) -> Tensor:
     return chunk(padded_to(given[rank], told["dim"], size * len(given)), told["dim"], rank, size)
 
 
+def folded(given: list[Tensor], rank: int, told: Told) -> Tensor:
+    pieces = torch.cat(given, told["dim"]).chunk(2 * len(given), told["dim"])
+    return torch.cat([pieces[rank], pieces[-1 - rank]], told["dim"])
+
+
 def as_partial(given: list[Tensor], rank: int, told: Told) -> Tensor:
     if rank == 0 or told["op"] in ("max", "min"):
         return given[rank]
@@ -123,6 +129,8 @@ CALLS: list[tuple[AnyCollective, Formula, tuple[int, ...], Callable[[int], Told]
         lambda n: {"split_dim": 0, "concat_dim": 1, "size": 4 * n - (n > 1)},
     ),
     (permute, permuted, (3, 2), lambda n: {"sources": [*range(1, n), 0]}),
+    (reorder, folded, (4, 3), lambda n: {"dim": 0, "order": "folded"}),
+    (reorder, folded, (4, 6), lambda n: {"dim": 1, "order": "folded"}),
     (shard, sharded, (6, 4), lambda n: {"dim": 0}),
     (shard, sharded, (4, 7), lambda n: {"dim": 1, "chunk": uneven(n, 7)}),
     (to_partial, as_partial, (3, 2), lambda n: {"op": "sum"}),
@@ -170,6 +178,7 @@ def test_bytes_sent() -> None:
             all_to_all: (ways - 1) / ways,
             all_reduce: 2 * (ways - 1) / ways,
             permute: 1 if ways > 1 else 0,
+            reorder: {1: 0, 2: 0.5}.get(ways, 1),
             shard: 0,
             to_partial: 0,
             all_reduce_bucket: 2 * (ways - 1) / ways,
