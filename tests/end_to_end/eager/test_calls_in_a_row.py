@@ -266,3 +266,20 @@ def test_what_is_returned_is_not_what_a_call_without_gradients_changes() -> None
             expected, got = single(torch.ones(2, WIDTH))[1], model(torch.ones(2, WIDTH))[1]
             assert torch.equal(expected, got)
             assert torch.equal(single.one, model.one) and torch.equal(single.two, model.two)
+
+
+def test_a_class_that_notes_its_subclasses_is_not_told() -> None:
+    noted: dict[str, type] = {}
+
+    class Noting(Model):
+        def __init_subclass__(cls) -> None:
+            noted[cls.__name__] = cls
+
+    class Noted(Noting):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x) * (2.0 if noted["Noted"] is type(self) else 3.0)
+
+    model, x = Noted(), torch.randn(6, WIDTH)
+    expected = model(x)
+    torch.testing.assert_close(shard(model, mesh="a=2")(x), expected)
+    assert noted["Noted"] is Noted and isinstance(model, Noted)
