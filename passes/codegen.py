@@ -18,7 +18,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -151,13 +151,15 @@ class _Source:
 
     def _body(self, nodes: list[fx.Node], results: Sequence[fx.Node | None], saved: list[fx.Node]) -> list[str]:
         lines: list[str] = []
+        own = set(nodes)
         dead, place = dead_after([[*node.all_input_nodes, node] for node in nodes], [*results, *saved]), ""
         for line, node in enumerate(nodes):
             if node.op == "call_function":
                 if where(node) != place:
                     place = where(node)
                     lines.append(f"    # {place}")
-                lines.append(f"    {self.names[node]} = {self._call(node)}  # {self._type(node)}")
+                call = self._call(node, _writes_in_place(node, own, dead.get(line, [])))
+                lines.append(f"    {self.names[node]} = {call}  # {self._type(node)}")
             if line in dead:
                 lines.append(f"    del {', '.join(sorted(self.names[value] for value in dead[line]))}")
         return lines
@@ -172,7 +174,7 @@ class _Source:
             return "several results"
         return f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(self.mesh)}"
 
-    def _call(self, node: fx.Node) -> str:
+    def _call(self, node: fx.Node, in_place: bool) -> str:
         if node.target is operator.getitem:
             return f"{self._show(node.args[0])}[{node.args[1]}]"
         keywords = {k: v for k, v in node.kwargs.items() if k not in ("pin_memory", "layout", "memory_format")}
@@ -181,7 +183,8 @@ class _Source:
         shown = [self._show(a) for a in node.args]
         shown += [f"{k}={'current().device' if k == 'device' else self._show(v)}" for k, v in keywords.items()]
         start = ".start" if is_started(node) else ""
-        return f"{_callee(node, self.bodies)}{start}({', '.join(shown)})"
+        callee = str(_IN_PLACE[node.target]) if in_place else _callee(node, self.bodies)
+        return f"{callee}{start}({', '.join(shown)})"
 
     def _show(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -192,6 +195,29 @@ class _Source:
         if isinstance(value, float) and not math.isfinite(value):
             return f"float({str(value)!r})"
         return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
+
+
+_IN_PLACE: dict[Any, torch._ops.OpOverload] = {
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+    torch.ops.aten.index_add.default: torch.ops.aten.index_add_.default,
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+}
+"""Operators that copy their first operand, and write to few places of the copy; and those that write to it."""
+
+
+def _writes_in_place(node: fx.Node, own: Collection[fx.Node], dead: Sequence[fx.Node]) -> bool:
+    """Whether an operator may write to its first operand: nobody else reads that, and it shares memory with nothing."""
+    first = node.args[0] if node.target in _IN_PLACE else None
+    if not isinstance(first, fx.Node) or first not in own or first not in dead or list(first.users) != [node]:
+        return False
+    makes = first.target
+    own_memory = isinstance(makes, torch._ops.OpOverload) and makes.namespace == "aten"
+    return (
+        own_memory
+        and makes.is_view is False
+        and list(node.args).count(first) == 1
+        and dtype_of(first) == dtype_of(node)
+    )
 
 
 def _callee(node: fx.Node, bodies: Mapping[object, str]) -> str:

@@ -249,7 +249,7 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     # pickle finds no class of its own in the module: the original is named, and sharded again
     methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
     methods |= {SHARDED_FROM: original, "__class__": property(lambda self: original, _set_class)}
-    module.__class__ = _sharded_kind(type(original))(original.__name__, (original,), methods)
+    module.__class__ = _subclass(original, methods)
     module.__dict__["_shardc"] = _Engine(request)
     return module
 
@@ -265,6 +265,16 @@ class _WritesToOriginal(type):
 
     def __delattr__(cls, name: str) -> None:
         delattr(unsharded(cls), name)
+
+
+def _subclass(original: type[nn.Module], methods: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that `original` is not told of: its `__init_subclass__` may keep what it is told."""
+    kind: Any = _sharded_kind(type(original))
+    if nn.Module in original.__mro__[1:]:
+        made = kind(original.__name__, (nn.Module,), methods)
+        made.__bases__ = (original,)
+        return made
+    return kind(original.__name__, (original,), methods)
 
 
 @cache

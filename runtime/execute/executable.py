@@ -91,7 +91,7 @@ class Executable:
         names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
         recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
         if not (recording and any(tensor.requires_grad for tensor in tensors)):
-            result = self._forward(names)
+            result = self._forward(names, differentiable=False)
             self._mutate(result.mutations, names)
             return result.outputs
         mutations: dict[str, Tensor] = {}
@@ -132,16 +132,19 @@ class Executable:
             for name, value in mutations.items():
                 self._boundary.store(targets[name], value)
 
-    def _forward(self, values: Mapping[str, Tensor]) -> _Forward:
+    def _forward(self, values: Mapping[str, Tensor], differentiable: bool = True) -> _Forward:
         # Backward needs the values from before the run, so a buffer that the run changes goes in as a copy.
-        copies = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
-        values = {**values, **copies}
+        if differentiable:
+            copies = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
+            values = {**values, **copies}
 
         def arguments(rank: int) -> tuple[Tensor, ...]:
             return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
 
         with no_autocast():
             results = self.mesh.run(self.module.forward, arguments, random=self.random)
+        if not differentiable and self._mutated:
+            results = self._apart(results, [values[name] for name in self._mutated if name in values])
         outputs: list[Tensor] = []
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -152,6 +155,17 @@ class Executable:
                 else:
                     mutations[slot.name] = value
         return _Forward(outputs, mutations, [tuple(result[1]) for result in results])
+
+    def _apart(self, results: Sequence[Any], changed: Sequence[Tensor]) -> list[Any]:
+        """The results of all ranks, with copies of those that lie in the memory of what is about to be changed."""
+        local = [value.to_local() if isinstance(value, DTensor) else value for value in changed]
+        memory = {value.untyped_storage().data_ptr() for value in local}
+
+        def apart(value: Any) -> Any:
+            shares = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in memory
+            return value.clone() if shares else value
+
+        return [(tuple(map(apart, result[0])), *result[1:]) for result in results]
 
     def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -152,7 +154,42 @@ class CallsByName(Kind):
         globals()["FACTOR"] = 1.0 + step
 
 
+class AppearsLater(Kind):
+    def set_up(self, model: Any) -> None:
+        model.choices = types.SimpleNamespace()
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return h * getattr(model.choices, "bonus", 1.0) * (2.0 if hasattr(model, "extra") else 1.0)
+
+    def between(self, model: Any, step: int) -> None:
+        if step == 1:
+            model.choices.bonus = 0.5
+        if step == 2:
+            model.extra, model.choices = True, types.SimpleNamespace()
+
+
+class MinusZero(Kind):
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        return h * math.copysign(1.0, model.signed)
+
+    def between(self, model: Any, step: int) -> None:
+        model.signed = 0.0 if step % 2 else -0.0
+
+
+class MovesToTheEnd(Kind):
+    def set_up(self, model: Any) -> None:
+        model.recent = OrderedDict(a=1.0, b=0.5)
+
+    def forward(self, model: Any, h: Tensor, batch: dict[str, Any]) -> Tensor:
+        model.recent.move_to_end(next(iter(model.recent)))
+        return h * next(iter(model.recent.values()))
+
+    def seen(self, model: Any) -> Any:
+        return list(model.recent)
+
+
 KINDS: tuple[type[Kind], ...] = (
     AsksForParameters, AsksForGradients, AsksWhetherItCompiles, ChecksValues, AttributeOfTensor, AttributeOfInput,
     ComputesNames, ReadsAllAttributes, OrderOfDict, ManyObjects, ReplacedFunction, AsksForTypes, CallsByName,
+    AppearsLater, MinusZero, MovesToTheEnd,
 )  # fmt: skip

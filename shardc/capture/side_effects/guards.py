@@ -11,6 +11,7 @@ is the object that it was, and one pass over all of them in C says so.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -114,6 +115,10 @@ class Guards:
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [cls.forward for cls in self._classes]
         self._unpatched = [vars(module) for module in modules if "forward" not in vars(module)]
+        self._open = [(holder, held.keys()) for holder, held in contents if _may_grow(holder)]
+        """What may get attributes that it did not have, and that code asks for."""
+        self._spaces = [holder.target for holder, _ in self._open]
+        self._sizes = list(map(len, self._spaces))
         self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
         self._methods = frozenset(vars(Tensor))
         self._gather()
@@ -163,6 +168,10 @@ class Guards:
                 for holder, keys in self._counted.values()
                 if isinstance(holder.target, dict) and list(holder.target) != keys
             )
+        if list(map(len, self._spaces)) != self._sizes:
+            reason = self._appeared()
+            if reason:
+                return reason
         queried = [query() for query, _ in self._queries]
         for (query, before), now in zip(self._queries, queried, strict=True):
             if now != before:
@@ -190,6 +199,18 @@ class Guards:
         for array in self._arrays:
             if _form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
+        return ""
+
+    def _appeared(self) -> str:
+        """What code asks for and was not there; "" if nothing is there now."""
+        for index, (holder, known) in enumerate(self._open):
+            if len(holder.target) != self._sizes[index]:
+                asked = holder.used.keys() if isinstance(holder, Names) else self._names
+                written = {place.key for place, _ in self._written if place.holder.target is holder.target}
+                new = (holder.target.keys() & asked) - known - NEVER_READ - written
+                if new:
+                    return f"{holder.name(min(new))} was not there"
+        self._sizes = list(map(len, self._spaces))
         return ""
 
     def holds(self, value: Any) -> bool:
@@ -259,6 +280,8 @@ class Guards:
             return False
         if isinstance(now, (Tensor, np.ndarray)):
             return bool(_form(now) == self._known.get(id(expected), [None, _form(expected)])[1])
+        if isinstance(now, float) and now == expected == 0:
+            return math.copysign(1, now) == math.copysign(1, expected)
         if isinstance(now, (*PLAIN, Enum)):
             return bool(now == expected) or (now != now and expected != expected)  # type: ignore[comparison-overlap]
         if id(expected) in self._live or callable(now):
@@ -275,7 +298,8 @@ class Guards:
 
 
 _QUERIES: dict[str, Callable[[], Any]] = {
-    name: getattr(torch, name) for name in ("get_num_threads", "get_num_interop_threads", "is_inference_mode_enabled")
+    name: getattr(torch, name)
+    for name in ("get_num_threads", "get_num_interop_threads", "is_inference_mode_enabled", "initial_seed")
 }
 """Functions of torch that tell something of the process or of the thread."""
 
@@ -295,6 +319,12 @@ MOST_COMPARED = 100_000
 
 GONE = _Gone()
 """What stands in a place where nothing does."""
+
+
+def _may_grow(holder: Holder) -> bool:
+    if isinstance(holder, Names):
+        return isinstance(holder.target, dict)
+    return isinstance(holder, Attributes) and not holder.whole
 
 
 def _key(place: Location) -> tuple[int, Any]:

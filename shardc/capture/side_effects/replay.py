@@ -267,6 +267,8 @@ class SideEffect:
     written: Mapping[Any, Recipe]
     deleted: Sequence[Any] = ()
     appended: Sequence[Recipe] | None = None
+    order: Sequence[Any] = ()
+    """All keys, where the call changes their order."""
 
     def replay(self, run: CallRun) -> None:
         """Do it again."""
@@ -277,7 +279,7 @@ class SideEffect:
         run.before = holder.get()
         contents = {key: value for key, value in run.before.items() if key not in self.deleted}
         contents |= {key: value.make(run) for key, value in self.written.items()}
-        holder.put(contents)
+        holder.put({key: contents[key] for key in self.order} if self.order else contents)
 
 
 def side_effect(change: Change, describer: Describer) -> SideEffect:
@@ -303,4 +305,10 @@ def side_effect(change: Change, describer: Describer) -> SideEffect:
     def described(key: Any, value: Any) -> Recipe:
         return Before(stood[id(value)]) if id(value) in stood and key != stood[id(value)] else describer.describe(value)
 
-    return SideEffect(change.holder, {key: described(key, change.now[key]) for key in change.written}, change.deleted)
+    natural = [
+        *(key for key in change.before if key in change.now),
+        *(key for key in change.now if key not in change.before),
+    ]
+    order = () if natural == list(change.now) else tuple(change.now)
+    written = {key: described(key, change.now[key]) for key in change.written}
+    return SideEffect(change.holder, written, change.deleted, order=order)

@@ -242,3 +242,44 @@ def test_a_method_of_tensors_that_was_replaced_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(Tensor, "erfinv", lambda x: method(x) * 2)
     with pytest.raises(ShardcError, match=r"torch\.Tensor\.erfinv was replaced by .*lambda"):
         model(torch.randn(6, WIDTH))
+
+
+class Swaps(Model):
+    """Buffers that take each other's values, and one whose old value is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.zeros(WIDTH))
+        self.register_buffer("two", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        old = self.one.clone()
+        self.one.copy_(self.two)
+        self.two.copy_(old + 1)
+        return self.up(x), old
+
+
+def test_what_is_returned_is_not_what_a_call_without_gradients_changes() -> None:
+    single, model = Swaps(), shard(Swaps(), mesh="a=1")
+    with torch.no_grad():
+        for _ in range(3):
+            expected, got = single(torch.ones(2, WIDTH))[1], model(torch.ones(2, WIDTH))[1]
+            assert torch.equal(expected, got)
+            assert torch.equal(single.one, model.one) and torch.equal(single.two, model.two)
+
+
+def test_a_class_that_notes_its_subclasses_is_not_told() -> None:
+    noted: dict[str, type] = {}
+
+    class Noting(Model):
+        def __init_subclass__(cls) -> None:
+            noted[cls.__name__] = cls
+
+    class Noted(Noting):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x) * (2.0 if noted["Noted"] is type(self) else 3.0)
+
+    model, x = Noted(), torch.randn(6, WIDTH)
+    expected = model(x)
+    torch.testing.assert_close(shard(model, mesh="a=2")(x), expected)
+    assert noted["Noted"] is Noted and isinstance(model, Noted)
