@@ -3,6 +3,7 @@
     python benchmarks/attention.py memory                        # 4 k to 64 k positions on a virtual mesh; minutes
     python benchmarks/attention.py memory --lengths 4096 8192
     python benchmarks/attention.py choice                        # a minute: heads, lengths and links, by the cost model
+    python benchmarks/attention.py balance                       # a minute: causal work in blocks and folded
     sudo .venv/bin/python benchmarks/attention.py network        # two hosts of two processes, at 100 and 400 Mbit/s
 
 Attention stands between operators that work on split sequences, and its variant is the only thing that differs: keys
@@ -37,6 +38,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import shardc  # noqa: E402
 from checks import forced, meter  # noqa: E402  (found by the line above)
 from shardc.cost.hardware import Hardware, hardware  # noqa: E402
+from shardc.runtime.kernels.attention_blocks import attend  # noqa: E402
+from shardc.runtime.kernels.attention_pieces import Literals  # noqa: E402
+from shardc.runtime.mesh.bands import pairs, runs_of_parts, visits  # noqa: E402
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 TWO = ("a", "b")
@@ -147,6 +151,48 @@ def slow() -> Hardware:
     return replace(h100, devices_per_node=4, between=replace(h100.between, bandwidth=12.5e9))
 
 
+# balance
+
+
+def balance() -> None:
+    """The causal work of the rank that has most, folded over blocks: of pairs by count, and of kernels in CPU-seconds.
+    The limit is n / (2n - 1): in blocks the last rank has 2n - 1 of the n * n blocks' halves, folded every rank n."""
+    torch.set_num_threads(1)  # threads that wait for each other would count
+    print("| ranks | keys gathered | ring | n / (2n - 1) | measured, 4096 positions |")
+    print("| --- " * 5 + "|")
+    for ranks in (2, 4, 8, 16, 32, 64):
+        gathered, rings = ([found(split, ranks) for split in ("a~folded", "a")] for found in (most_pairs, ring_pairs))
+        clock = [slowest(split, ranks, 4096) for split in ("a~folded", "a")] if ranks <= 8 else []
+        cells = [gathered[0] / gathered[1], rings[0] / rings[1], ranks / (2 * ranks - 1)]
+        cells += [clock[0] / clock[1]] if clock else []
+        print(f"| {ranks} | {' | '.join(f'{cell:.3f}' for cell in cells)}{'' if clock else ' | –'} |", flush=True)
+
+
+def most_pairs(split: str, ranks: int, length: int = 1 << 16) -> int:
+    """Pairs of queries and keys of the rank that computes most of them, where every rank has all keys."""
+    return max(pairs(rows, ((0, length),), True, 0) for rows in runs_of_parts(length, (split,), (ranks,)))
+
+
+def ring_pairs(split: str, ranks: int, length: int = 1 << 16) -> int:
+    """The same over the steps of a ring, in each of which all wait for the rank that computes most."""
+    parts = runs_of_parts(length, (split,), (ranks,))
+    return sum(visit.pairs for visit in visits(parts, parts, (ranks,), True, 0))
+
+
+def slowest(split: str, ranks: int, length: int) -> float:
+    """CPU-seconds of the rank that takes longest for its queries and all keys, the least of three."""
+    k, v = torch.randn(2, 1, 4, length, 64).unbind(0)
+    literals, seconds = Literals(True, 0.125, 0, 0.0, 0.0), list[float]()
+    for rows in runs_of_parts(length, (split,), (ranks,)):
+        q, times = torch.randn(1, 4, 1, length // ranks, 64), list[float]()
+        for _ in range(3):
+            start = time.process_time()
+            attend(q, k, v, None, literals, rows, ((0, length),))
+            times.append(time.process_time() - start)
+        seconds.append(min(times))
+    return max(seconds)
+
+
 # the emulated network
 
 
@@ -242,7 +288,7 @@ def network(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The variants of attention: memory, choice, time.")
-    parser.add_argument("part", choices=("memory", "choice", "network"))
+    parser.add_argument("part", choices=("memory", "choice", "balance", "network"))
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="positions, for memory")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 400.0], help="Mbit/s between the hosts")
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each, after two that are not")
@@ -257,6 +303,8 @@ def main() -> None:
         memory(options.lengths)
     elif options.part == "choice":
         choice()
+    elif options.part == "balance":
+        balance()
     else:
         network(options)
 

@@ -184,8 +184,9 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
         passes = tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int))
         axes_of: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
-            for factor in c.factors if isinstance(c, _Splitting) else ():
-                axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
+            if isinstance(c, _Splitting):
+                for factor in c.factors:
+                    axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
         if all(splits(factor, axes) for factor, axes in axes_of.items()):
             orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
             for order in itertools.product(*orders):
