@@ -19,7 +19,17 @@ from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.streams import Stream, filled
 from shardc.runtime.mesh.mesh import Context, current
 
-__all__ = ["binomial", "draw", "multinomial", "poisson", "randperm", "rrelu", "sample_dirichlet", "standard_gamma"]
+__all__ = [
+    "attention_draw",
+    "binomial",
+    "draw",
+    "multinomial",
+    "poisson",
+    "randperm",
+    "rrelu",
+    "sample_dirichlet",
+    "standard_gamma",
+]
 
 
 def _generator(context: Context) -> torch.Generator:
@@ -44,6 +54,12 @@ def draw(
     context = current()
     stream = Stream(distribution, parameters, dtype, _generator(context))
     return filled(stream, shape, strides, by_dim(parts)).to(context.device)
+
+
+def attention_draw(shape: Sequence[int]) -> Tensor:
+    """What the dropout mask of attention scores of global `shape` is drawn from (see `shardc::attention_draw`)."""
+    context = current()
+    return torch.empty(1, dtype=torch.int64).random_(2**32, generator=_generator(context)).to(context.device)
 
 
 def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
@@ -106,5 +122,7 @@ def _as_eager(x: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype).copy_(x)
 
 
-DRAWS = frozenset({draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu})
+DRAWS = frozenset(
+    {attention_draw, draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu}
+)
 """The functions that advance the random stream."""

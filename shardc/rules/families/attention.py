@@ -1,70 +1,118 @@
-"""Scaled dot-product attention as one operator. Batch, heads and, without a causal mask, queries split freely.
+"""Scaled dot-product attention as one operator.
 
-With a causal mask, queries are the parted factor r. Keys are always the parted factor s.
+Batch `b`, heads of keys `h`, the group of queries `g` that share keys, and queries `q` split freely. Where positions
+count (a causal mask, a window), queries are the parted factor `r`. Keys are always the parted factor `s`. With dropout
+all of them are parted: a rank draws what the single device draws for its part.
 """
 
 from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, Send, parse, rule
+from shardc.rules.notation import Rule, Send, letters, mark, parse, rule
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import attention_parts
-from shardc.runtime.kernels.attention import compute_dtype
+from shardc.runtime.kernels.attention_blocks import compute_dtype
 
 
-def _query(causal: bool) -> str:
-    return "r" if causal else "q"
+class _Names:
+    """The factors of one call, as words of a rule."""
+
+    def __init__(
+        self, q: torch.Tensor, draw: torch.Tensor | None, causal: bool, window: int, queries: str, keys: str
+    ) -> None:
+        self.group = q.dim() == 5
+        self.positions = causal or window > 0 or draw is not None
+        parted = "" if draw is None else "~" if "sum" not in keys else ":sum~"
+        self.batch, self.heads = f"b{parted}", [f"h{parted}", *([f"g{parted}"] if self.group else [])]
+        self.query, self.key = queries if self.positions else "q", keys
+        self.rows = [self.batch, *self.heads, self.query]
+
+    def queries(self, x: torch.Tensor, last: str) -> str:
+        """A tensor with a row for every query."""
+        return _named(x, [*self.rows, last])
+
+    def keys(self, x: torch.Tensor, last: str) -> str:
+        """A tensor with a row for every key."""
+        return _named(x, [self.batch, self.heads[0], self.key, last])
+
+    def sums(self, x: torch.Tensor) -> str:
+        """A number for every query."""
+        return _named(x, self.rows)
+
+    def sinks(self, x: torch.Tensor) -> str:
+        """A number for every head."""
+        return _named(x, self.heads)
+
+    def others(self, mask: torch.Tensor | None, sinks: torch.Tensor | None, draw: torch.Tensor | None) -> list[str]:
+        """The operands that may be absent."""
+        texts: list[str] = []
+        if mask is not None:
+            texts.append(_named(mask, [*self.rows, self.key][len(self.rows) + 1 - mask.dim() :]))
+        if sinks is not None:
+            texts.append(self.sinks(sinks))
+        if draw is not None:
+            texts.append(mark_whole(draw))
+        return texts
+
+    def flops(self, products: str) -> list[str]:
+        """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
+        factors = " ".join(_plain(word) for word in [*self.rows, self.key])
+        return [f"{factors} {inner}" for inner in products]
 
 
-def _flops(products: list[str], causal: bool) -> list[str]:
-    """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
-    return [f"b h {_query(causal)} s {inner}" for inner in products]
+def mark_whole(x: torch.Tensor) -> str:
+    """A tensor of which every rank has all."""
+    return mark(letters(x, "z"), range(x.dim()))
 
 
-def _mask(mask: torch.Tensor | None, query: str, keys: str) -> str:
-    if mask is None:
-        return ""
-    names = ["b", "h", query, keys][4 - mask.dim() :]
-    return ", " + " ".join("1" if size == 1 else name for size, name in zip(mask.shape, names, strict=True))
+def _plain(word: str) -> str:
+    return word.partition(":")[0].rstrip("~")
 
 
-def _named(x: torch.Tensor, text: str) -> str:
-    return " ".join("1" if size == 1 else name for size, name in zip(x.shape, text.split(), strict=True))
+def _named(x: torch.Tensor, names: list[str]) -> str:
+    return " ".join("1" if size == 1 else name for size, name in zip(x.shape, names, strict=True))
 
 
 @rule(torch.ops.shardc.attention.default)
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
-) -> Rule:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
+    draw: torch.Tensor | None, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> Rule:  # fmt: skip
     """Over split keys, the body weighs the result of each part by its log-sum-exp."""
-    del scale
-    query = "r~" if causal else "q"
-    result = _named(q, f"b h {query} 1").rsplit(" ", 1)[0]
-    rows = tuple(name.rstrip("~") for name in result.split() if name != "1")
+    del scale, softcap, dropout
+    names = _Names(q, draw, causal, window, "r~", "s~")
+    result = names.sums(q.select(-1, 0))
+    rows = tuple(_plain(name) for name in result.split() if name != "1")
     size = compute_dtype(q.dtype).itemsize
     sums = [Send(all_reduce, rows, size), Send(all_reduce, rows, size), Send(all_reduce, (*rows, "e"), size)]
+    operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
     return parse(
-        f"{_named(q, f'b h {query} d!')}, {_named(k, 'b h s~ d!')}, {_named(v, 'b h s~ e!')}{_mask(mask, query, 's~')}"
-        f" -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
-        flops=_flops(["d", "e"], causal), body=attention_parts.attention_in_parts, sends={"s": sums},
+        f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
+        flops=names.flops("de"), body=attention_parts.attention_in_parts, sends={"s": sums},
     )  # fmt: skip
 
 
 @rule(torch.ops.shardc.attention_backward.default)
 def attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    out: torch.Tensor, logsumexp: torch.Tensor, causal: bool, scale: float,
+    sinks: torch.Tensor | None, draw: torch.Tensor | None, out: torch.Tensor, logsumexp: torch.Tensor, causal: bool,
+    scale: float, window: int, softcap: float, dropout: float,
 ) -> Rule:  # fmt: skip
-    """The gradients of keys and values sum over queries, that of queries over keys."""
-    del scale
-    query, keys = "r:sum~" if causal else "q", "s:sum~"
-    queries, keyed, values = _named(q, f"b h {query} d!"), _named(k, f"b h {keys} d!"), _named(v, f"b h {keys} e!")
-    outputs, grads = _named(out, f"b h {query} e!"), _named(grad, f"b h {query} e!")
-    summed = _named(logsumexp, f"b h {query}")
+    """The gradients of keys and values sum over queries and the group, that of queries over keys, that of sinks over
+    batch and queries."""
+    del scale, softcap, dropout
+    names = _Names(q, draw, causal, window, "r:sum~", "s:sum~")
+    queries, keys, values = names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!")
+    others = names.others(mask, sinks, draw)
+    operands = [
+        names.queries(grad, "e!"), queries, keys, values, *others, names.queries(out, "e!"), names.sums(logsumexp),
+    ]  # fmt: skip
+    count = len(operands)
+    all_of = range(count)
+    of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
-        f"{grads}, {queries}, {keyed}, {values}{_mask(mask, query, keys)}, {outputs}, {summed}"
-        f" -> {queries}, {keyed}, {values}",
-        [{0}], flops=_flops(["d", "d", "d", "e", "e"], causal), body=attention_parts.attention_in_parts_backward,
-        multiplied=[0],
+        f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
+        [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
+        body=attention_parts.attention_in_parts_backward, multiplied=[0],
     )  # fmt: skip
