@@ -50,6 +50,7 @@ from shardc.capture.torch_patches.aot_autograd import joint_graph
 from shardc.capture.torch_patches.fake_tensors import fake_dynamic, fake_like, fake_mode, is_traced, require_equal
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
+from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace_errors import explained
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
@@ -76,8 +77,9 @@ class ModelTrace:
         dynamic: Mapping[int, Mapping[int, str]],
         watch: Watch | None,
         stand_ins: StandIns | None,
+        recognition: Recognition,
     ) -> None:
-        self.watch, self.stand_ins = watch, stand_ins
+        self.watch, self.stand_ins, self.recognition = watch, stand_ins, recognition
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad, self.differentiable = state, grad, differentiable
@@ -109,7 +111,7 @@ class ModelTrace:
         self.attached: set[int] = set()
         self.met: set[str] = set()
         self.escapes = Escapes()
-        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, stand_ins)
+        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, recognition, stand_ins)
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None

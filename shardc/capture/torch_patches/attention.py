@@ -21,7 +21,7 @@ from shardc.capture.torch_patches.tensor_notes import Notes, Repeated
 from shardc.runtime.kernels.attention import attention as fused_attention
 from shardc.runtime.kernels.attention import attention_draw
 
-_TORCH_ATTENTION = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def attention(
         if enable_gqa and query.ndim > 2 and query.shape[-3] != whole[0].shape[-3] == whole[1].shape[-3]:
             whole = _repeated(whole[0], query.shape[-3]), _repeated(whole[1], query.shape[-3])
         with sdpa_kernel(SDPBackend.MATH):
-            return _TORCH_ATTENTION(query, *whole, attn_mask, dropout_p, is_causal, scale=scale)
+            return SDPA(query, *whole, attn_mask, dropout_p, is_causal, scale=scale)
     options = Options(
         attn_mask, causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale
     )

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
-from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
+from shardc.capture.torch_patches.written_attention import Recognition, WrittenAttention
 from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
 
@@ -46,6 +46,7 @@ class Provenance(TorchFunctionMode):
         module: nn.Module,
         after: Callable[[str, Any], Any],
         made: Callable[[Any, str], None],
+        recognition: Recognition,
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
@@ -58,9 +59,10 @@ class Provenance(TorchFunctionMode):
         """Where operators are called after the model has set a seed."""
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
-        self._attention = F.scaled_dot_product_attention
+        self._recognition, self._attention = recognition, WrittenAttention(recognition)
 
     def __enter__(self) -> Provenance:
+        self._attention = WrittenAttention(self._recognition)
         parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
         return super().__enter__()
 
@@ -76,7 +78,7 @@ class Provenance(TorchFunctionMode):
         if func == _SET_DATA:
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
-            return func(*args, **kwargs)
+            return self._attention.read(func, *args)
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
@@ -95,7 +97,7 @@ class Provenance(TorchFunctionMode):
             if self.seeds.seeded:
                 self.after_seed.add((self.stack[-1], line))
             if result is None:
-                result = attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+                result = self._attention.call(func, args, kwargs, line)
             self._made(result, line)
             return result
         except Exception as error:
@@ -127,7 +129,8 @@ class Provenance(TorchFunctionMode):
             stack.callback(nn.modules.module.register_module_forward_pre_hook(enter).remove)
             stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
             # nn.MultiheadAttention calls attention from inside torch, where function modes do not see it.
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            attention = F.scaled_dot_product_attention
+            stack.enter_context(patch.object(F, attention.__name__, lambda *a, **k: self._attention.attention(*a, **k)))
             # What `parametrize.cached()` holds is real, and is not to hold what is fake.
             stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())

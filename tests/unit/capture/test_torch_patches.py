@@ -41,6 +41,7 @@ from shardc.capture.torch_patches.module_internals import (
 from shardc.capture.torch_patches.provenance_mode import Provenance, provenance_of
 from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
+from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 
@@ -208,7 +209,7 @@ class Layers(nn.Module):
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
-    provenance = Provenance(model, lambda path, output: None, lambda result, line: None)
+    provenance = Provenance(model, lambda path, output: None, lambda result, line: None, Recognition())
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
         with provenance:
