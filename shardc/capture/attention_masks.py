@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shardc.capture.canonical import is_random, numbered
-from shardc.capture.known_tensors import INFINITY, Choice, Cond, KnownTensors, Line, Spread, condition_of
+from shardc.capture.known_tensors import INFINITY, Biased, Choice, KnownTensors, Line, Spread, condition_of
 from shardc.capture.torch_patches.written_scores import ABSENT
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import Program, call, value_of
@@ -127,6 +126,9 @@ def parts_of(node: fx.Node, known: Any, lengths: tuple[Any, Any]) -> Mask | None
         return Mask(Band(condition.low, condition.high), condition.rest)
     if isinstance(known, Line) and not known.slopes and known.const == 0:
         return Mask(Band())
+    if isinstance(known, Biased):
+        mask = _added(known.choice, lengths)
+        return Mask(mask.band, (known.bias,)) if mask is not None and not mask.rest else None
     return _added(known, lengths) if isinstance(known, Choice) else None
 
 
@@ -141,7 +143,7 @@ def _added(known: Choice, lengths: tuple[Any, Any]) -> Mask | None:
             band, inside, outside = Band(low=band.high + 1), 0, inside
         elif band.high == INFINITY:
             band, inside, outside = Band(high=band.low - 1), 0, inside
-    if inside == 0 and (outside == -INFINITY or outside <= ABSENT and not condition.rest and _all_see(band, lengths)):
+    if inside == 0 and (outside == -INFINITY or (outside <= ABSENT and not condition.rest and _all_see(band, lengths))):
         return Mask(band, condition.rest)
     return Mask(Band(), condition.rest, (inside, outside)) if band == Band() and condition.rest else None
 
@@ -180,10 +182,9 @@ def _remaining(mask: fx.Node, parts: Mask) -> fx.Node | None:
     whole = reduce(lambda x, y: add(aten.bitwise_and.Tensor, x, y), pieces)
     if parts.added is None:
         return whole
-    inside, outside = parts.added
-    chosen = add(aten.where.Scalar, whole, inside, outside)
-    dtype = value_of(mask).dtype
-    return chosen if value_of(chosen).dtype == dtype else add(aten._to_copy.default, chosen, dtype=dtype)
+    like = value_of(mask)
+    numbers = [add(aten.full.default, [], number, dtype=like.dtype, device=like.device) for number in parts.added]
+    return add(aten.where.self, whole, *numbers)
 
 
 def _viewed(add: Callable[..., fx.Node], spread: Spread) -> fx.Node:
@@ -200,8 +201,7 @@ def _adder(after: fx.Node) -> Callable[..., fx.Node]:
         with after.graph.inserting_after(last):
             last = call(after.graph, target, args, kwargs)
         values: Any = fx.map_arg((args, kwargs), value_of)
-        mode = next(v.fake_mode for v in fx.map_arg(args, value_of) if isinstance(v, FakeTensor))
-        with mode:
+        with value_of(after).fake_mode:
             describe(last, Captured(target(*values[0], **values[1]), origin_of(after)))
         return last
 

@@ -71,7 +71,15 @@ def _is_everywhere(condition: Cond) -> bool:
     return (condition.low, condition.high) == (-INFINITY, INFINITY)
 
 
-Known = Line | Distance | Spread | Cond | Choice
+@dataclass(frozen=True)
+class Biased:
+    """A choice, with a tensor added to it."""
+
+    choice: Choice
+    bias: Spread
+
+
+Known = Line | Distance | Spread | Cond | Choice | Biased
 NOT = Cond(negated=True)
 
 
@@ -103,7 +111,8 @@ class KnownTensors:
     def _operand(self, operand: fx.Node, node: fx.Node) -> Known | None:
         """What is known of an operand as a call sees it: where rows or columns are broadcast, a band is none there."""
         known = self._known.get(operand)
-        condition = known.condition if isinstance(known, Choice) else known
+        choice = known.choice if isinstance(known, Biased) else known
+        condition = choice.condition if isinstance(choice, Choice) else known
         if not isinstance(condition, Cond) or _is_everywhere(condition) or node.target in _MOVES:
             return known
         before, after = (tuple(value_of(n).shape) for n in (operand, node))
@@ -217,6 +226,9 @@ def _placed(node: fx.Node, x: Known, places: Mapping[int, int]) -> Known | None:
             if -dim <= len(x.shape):
                 sizes[place] = x.shape[dim]
         return Spread(x.node, tuple(sizes))
+    if isinstance(x, Biased):
+        choice, bias = _placed(node, x.choice, places), _placed(node, x.bias, places)
+        return Biased(choice, bias) if isinstance(choice, Choice) and isinstance(bias, Spread) else None
     if isinstance(x, Choice):
         condition = _placed(node, x.condition, places)
         return Choice(condition, x.inside, x.outside) if isinstance(condition, Cond) else None
@@ -296,6 +308,8 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
             return _choice(y, lambda value: apply(a, value))
         if a is not None and b is not None:
             return Line(apply(a, b))
+        if kind == 8 and (isinstance(x, Choice) or isinstance(y, Choice)):
+            return _biased(node, x, y)
         first, second = (Line(n) if (n := _number(v)) is not None else v for v in (x, y))
         if not isinstance(first, Line) or not isinstance(second, Line):
             return None
@@ -308,6 +322,16 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
         return _line(node, line.const * factor, {d: s * factor for d, s in line.slopes.items()}) if plain else None
 
     return rule
+
+
+def _biased(node: fx.Node, x: Any, y: Any) -> Biased | None:
+    choice, bias, operand = (x, y, node.args[1]) if isinstance(x, Choice) else (y, x, node.args[0])
+    if bias is None and isinstance(operand, fx.Node):
+        bias = Spread(operand, tuple(value_of(operand).shape))
+    floating = value_of(node).is_floating_point()
+    if not floating or not isinstance(bias, Spread) or value_of(bias.node).dtype != value_of(node).dtype:
+        return None
+    return Biased(choice, bias)
 
 
 def _choice(x: Choice, apply: Callable[[float], float]) -> Choice | None:
@@ -434,7 +458,7 @@ def _masked_fill(node: fx.Node, x: Any, mask: Any, value: Any) -> Known | None:
 
 def _indexed(node: fx.Node, x: Any, *_: Any) -> Known | None:
     """Elements of a tensor whose elements are all alike."""
-    return x if isinstance(x, Line) and not x.slopes or x in (Cond(), NOT) else None
+    return x if (isinstance(x, Line) and not x.slopes) or x in (Cond(), NOT) else None
 
 
 def _absolute(node: fx.Node, x: Any) -> Known | None:
@@ -446,8 +470,15 @@ _RULES: dict[Any, Callable[..., Known | None]] = {
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     **dict.fromkeys(
         (
-            aten.full.default, aten.ones.default, aten.zeros.default, aten.full_like.default, aten.ones_like.default,
-            aten.zeros_like.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
+            aten.full.default,
+            aten.ones.default,
+            aten.zeros.default,
+            aten.full_like.default,
+            aten.ones_like.default,
+            aten.zeros_like.default,
+            aten.new_ones.default,
+            aten.new_zeros.default,
+            aten.new_full.default,
             aten.scalar_tensor.default,
         ),  # fmt: skip
         _full,

@@ -25,9 +25,9 @@ from shardc.capture.state import State
 from shardc.capture.stitch import fill
 from shardc.capture.torch_patches.written_attention import Recognition, Unrecognised
 from shardc.capture.unsupported_parts import refuse_unsupported
-from shardc.errors import ShardcError
 from shardc.ir.constrain import Spec
 from shardc.ir.program import Program
+from shardc.runtime.errors import RankError
 
 
 def capture(
@@ -91,7 +91,7 @@ def _recognised(captured: Callable[[], Program], recognition: Recognition) -> Pr
             return captured()
         except Unrecognised as error:
             recognition.leave(error.sites)
-        except ShardcError:
+        except RankError:  # that the operator has no second derivative
             if not recognition.used:
                 raise
             recognition.stop()

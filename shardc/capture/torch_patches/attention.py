@@ -55,13 +55,10 @@ def attention(
             whole = _repeated(whole[0], query.shape[-3]), _repeated(whole[1], query.shape[-3])
         with sdpa_kernel(SDPBackend.MATH):
             return SDPA(query, *whole, attn_mask, dropout_p, is_causal, scale=scale)
-    options = Options(
-        attn_mask, causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    )
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    heads = [query.shape[-3]] if query.ndim > 2 else []
+    options = Options(attn_mask, causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if dropout_p > 0:
-        shape = (*batch, *heads, query.shape[-2], key.shape[-2])
+        batch = torch.broadcast_shapes(query.shape[:-2], (*key.shape[:-3], 1), (*value.shape[:-3], 1))
+        shape = (*batch[: query.ndim - 2], query.shape[-2], key.shape[-2])
         options = replace(options, draw=attention_draw(query, shape), dropout=dropout_p)
     return attended(query, key, value, options)
 
@@ -79,8 +76,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, shared
         return False
     sizes = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
     if query.ndim > 2:
-        heads = query.shape[-3], key.shape[-3] * shared, value.shape[-3] * shared
-        sizes = sizes and (heads[1] == heads[2] and (heads[0] == heads[1] or grouped and heads[0] % heads[1] == 0))
+        heads, keys, values = query.shape[-3], key.shape[-3] * shared, value.shape[-3] * shared
+        sizes = sizes and keys == values and (heads == keys or 1 in (heads, keys) or (grouped and heads % keys == 0))
     if mask is None:
         return sizes
     fitting = mask.dtype in (torch.bool, query.dtype) and not mask.requires_grad
@@ -112,7 +109,8 @@ def attended(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     single, rank = q.ndim == 2, max(q.ndim, 3)
     q, k, v = (x.unsqueeze(0) if single else x for x in (q, k, v))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    heads, shared = q.shape[-3], k.shape[-3]
+    heads, shared = max(q.shape[-3], k.shape[-3]), k.shape[-3]
+    q = q if q.shape[-3] == heads else q.expand(*q.shape[:-3], heads, *q.shape[-2:])
     mask, sinks = options.mask, options.sinks
     q, k, v = (_batched(x, batch) for x in (q, k, v))
     mask = None if mask is None else _mask_of(mask, batch)

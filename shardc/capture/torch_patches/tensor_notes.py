@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -101,9 +100,7 @@ def _merged(notes: Notes, x: Tensor, args: Any, kwargs: Any, result: Tensor) -> 
     return Repeated(note.source.squeeze(dim), dim - 1, times)
 
 
-def _interleaved(
-    notes: Notes, x: Tensor, args: Any, kwargs: Any, result: Tensor
-) -> Repeated | None:
+def _interleaved(notes: Notes, x: Tensor, args: Any, kwargs: Any, result: Tensor) -> Repeated | None:
     times = args[0] if args else kwargs.get("repeats")
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return Repeated(x, dim % x.ndim, times) if isinstance(times, int) and isinstance(dim, int) and times > 1 else None

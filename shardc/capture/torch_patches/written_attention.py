@@ -66,7 +66,7 @@ def _(out: Tensor) -> Tensor:
     return torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
-attention_product.register_autograd(lambda ctx, grad: grad.clone())
+attention_product.register_autograd(lambda _, grad: attention_product(grad))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,9 +131,9 @@ class Recognition:
         """Raise Unrecognised for weights that the calls of a trace read, and for what could not be shown of a mask."""
         sites = set[int]()
         for node in calls:
-            if node.target is WEIGHTS and (node.args[1] is not None or node.args[3] in self.used):
-                sites.add(int(node.args[3]))  # type: ignore[arg-type]
-            elif node.target is FILL:
+            if (
+                node.target is WEIGHTS and (node.args[1] is not None or node.args[3] in self.used)
+            ) or node.target is FILL:
                 sites.add(int(node.args[3]))  # type: ignore[arg-type]
         if sites:
             raise Unrecognised(sites)
@@ -164,7 +164,7 @@ class WrittenAttention:
         if name in _PRODUCTS:
             operands = _operands(name, args, kwargs)
             weights = self.notes.get(operands[0], Weights) if operands else None
-            out = self._attended(weights, operands[1]) if weights is not None else None
+            out = self._attended(weights, *operands) if weights is not None else None
             if out is not None:
                 return out
             note = product(*operands) if operands else None
@@ -185,7 +185,9 @@ class WrittenAttention:
         """An attribute of a tensor: `x.mT` is noted as a transpose is."""
         result = getter(tensor, *rest)
         if isinstance(result, Tensor):
-            note_repetition(self.notes, getattr(getattr(getter, "__self__", None), "__name__", ""), (tensor,), {}, result)
+            note_repetition(
+                self.notes, getattr(getattr(getter, "__self__", None), "__name__", ""), (tensor,), {}, result
+            )
         return result
 
     def _note(self, name: str, args: tuple[Any, ...], result: Any, note: Any) -> None:
@@ -210,27 +212,31 @@ class WrittenAttention:
         self.notes.put(result, Weights(scores, scores.sinks is not None, site))
         return result
 
-    def _dropped(self, input: Tensor, p: float = 0.5, training: bool | None = None, train: bool = True, **_: Any) -> Any:
+    def _dropped(
+        self, input: Tensor, p: float = 0.5, training: bool | None = None, train: bool = True, **_: Any
+    ) -> Any:
         """The result of dropout on weights; None for dropout on anything else."""
         weights = self.notes.get(input, Weights)
         if weights is None or weights.dropout or not 0 <= p < 1:
             return None
         if p == 0 or not (train if training is None else training):
             return input
-        if weights.joined or not input.is_contiguous() and weights.scores.sinks is None:
+        if weights.joined or (not input.is_contiguous() and weights.scores.sinks is None):
             return None
-        draw = attention_draw(input, input.shape)
+        draw = attention_draw(weights.scores.q, input.shape)  # not of the weights, which are to be dead code
         result = attention_weights(input, draw, p, weights.site)
         self.notes.put(result, replace(weights, draw=draw, dropout=p))
         return result
 
-    def _attended(self, weights: Weights, value: Any) -> Tensor | None:
+    def _attended(self, weights: Weights, given: Tensor, value: Any, *rest: Any) -> Tensor | None:
         """The product of weights and values by the operator; None where it does not fit."""
         scores = weights.scores
-        if weights.joined or not isinstance(value, Tensor) or value.ndim < 3:
+        if weights.joined or rest or not isinstance(value, Tensor):
             return None
-        shape = (*value.shape[:-2], *scores.shape[-2:])
-        if len(shape) != len(scores.shape) or not _broadcasts(value.shape[:-2], scores.shape[:-2]):
+        lead, before = given.shape[:-2], scores.shape[:-2]
+        if lead != before and value.shape[:-2] == lead:  # a view has changed the dims before those of rows
+            value = value.reshape(*before, *value.shape[-2:])
+        if value.ndim != len(scores.shape) or not _broadcasts(value.shape[:-2], before):
             return None
         q, keys, v = lowered(scores.q), lowered(scores.keys), lowered(value)
         keys, v, _ = unrepeated(self.notes, scores.keys, value) if keys is scores.keys and v is value else (keys, v, 1)
@@ -244,6 +250,7 @@ class WrittenAttention:
         )
         out = _by_rank(q, k, v, options)
         self._recognition.used.add(weights.site)
+        out = out if lead == before else out.reshape(*lead, *out.shape[-2:])
         return attention_product(out if out.dtype == wanted else out.to(wanted))
 
     def _multi_head(
@@ -271,10 +278,9 @@ _HEADS = tuple(F.multi_head_attention_forward.__code__.co_varnames[:25])
 def _operands(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """The arguments of `product` for a matrix product, or None if it is no plain one."""
     if name == "baddbmm":
-        bias, first, second = args[:3] if len(args) >= 3 else (None, None, None)
-        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        plain = isinstance(bias, Tensor) and isinstance(beta, (int, float)) and len(args) == 3
-        return (first, second, float(alpha), bias * beta if beta else None) if plain else None
+        given = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | dict(kwargs)
+        beta, alpha = given.get("beta", 1), float(given.get("alpha", 1))
+        return given["batch1"], given["batch2"], alpha, given["input"] * beta if beta else None
     if name == "einsum":
         return _einsum(args)
     return args if len(args) == 2 and not kwargs else None
@@ -285,7 +291,9 @@ def _einsum(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if not args or not isinstance(args[0], str):
         return None
     equation = args[0].replace(" ", "")
-    operands = args[1:] if len(args) == 3 else tuple(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else ()
+    operands = (
+        args[1:] if len(args) == 3 else tuple(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else ()
+    )
     left, _, result = equation.partition("->")
     terms = left.split(",")
     if len(terms) != 2 or len(operands) != 2 or "." in equation or len(result) < 3:
@@ -307,7 +315,7 @@ def _turned(x: Tensor, dims: str, wanted: str) -> Tensor:
 
 def _kept(name: str, args: tuple[Any, ...], weights: Weights) -> Weights | None:
     """The note on the result of an operator on weights."""
-    if name in _COPIES or name in _VIEWS and not weights.joined and weights.scores.sinks is None:
+    if name in _COPIES or (name in _VIEWS and not weights.joined and weights.scores.sinks is None):
         return weights
     if name == "__getitem__" and weights.joined:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -350,6 +358,7 @@ def _by_rank(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     mask = options.mask
     if mask is not None and mask.ndim > 3:
         one = mask.shape[-4:-2].numel() == 1
-        mask = mask.squeeze(-3) if one else mask.expand(*mask.shape[:-4], shared, group, *mask.shape[-2:]).flatten(-4, -3)
+        mask = (
+            mask.squeeze(-3) if one else mask.expand(*mask.shape[:-4], shared, group, *mask.shape[-2:]).flatten(-4, -3)
+        )
     return attended(q, k, v, replace(options, mask=mask)).unflatten(1, (shared, group))
-

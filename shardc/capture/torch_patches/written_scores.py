@@ -83,7 +83,7 @@ def product(q: Any, keys: Any, scale: float = 1.0, bias: Tensor | None = None) -
     """The note on a matrix product that may be one of queries and keys."""
     if not (isinstance(q, Tensor) and isinstance(keys, Tensor)) or min(q.ndim, keys.ndim) < 3 or q.ndim != keys.ndim:
         return None
-    if not q.is_floating_point() or bias is not None and bias.requires_grad:
+    if not q.is_floating_point() or (bias is not None and bias.requires_grad):
         return None
     shape = (*torch.broadcast_shapes(q.shape[:-2], keys.shape[:-2]), q.shape[-2], keys.shape[-1])
     return Scores(q, keys, shape, scale, bias=bias)
@@ -115,7 +115,11 @@ def _scaled(notes: Notes, scores: Scores, factor: Any, apply: Callable[[Any, Any
         q = apply(scores.q, factor)
         return replace(scores, q=q) if q.shape == scores.q.shape and q.dtype == scores.q.dtype else None
     if number <= 0:
-        return None if scores.masked or scores.softcap or number == 0 else replace(scores, scale=apply(scores.scale, number))
+        return (
+            None
+            if scores.masked or scores.softcap or number == 0
+            else replace(scores, scale=apply(scores.scale, number))
+        )
     part = {"softcap": apply(scores.softcap, number)} if scores.softcap else {"scale": apply(scores.scale, number)}
     return replace(scores, **part, bias=None if scores.bias is None else apply(scores.bias, number))
 
@@ -230,7 +234,7 @@ def _joined(notes: Notes, tensors: Any, dim: int = 0) -> Scores | None:
 
 def _largest(notes: Notes, input: Any, dim: Any = None, keepdim: bool = False) -> Largest | None:
     scores = notes.get(input, Scores)
-    last = dim in (-1, [-1], (-1,)) or isinstance(dim, int) and scores is not None and dim == len(scores.shape) - 1
+    last = dim in (-1, [-1], (-1,)) or (isinstance(dim, int) and scores is not None and dim == len(scores.shape) - 1)
     return Largest(scores) if scores is not None and last and keepdim else None
 
 
