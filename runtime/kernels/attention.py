@@ -29,6 +29,8 @@ from torch import Tensor
 from shardc.runtime.errors import RankError
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.bernoulli import state_of_draw
+from shardc.runtime.kernels.mersenne import STATE
 
 __all__ = ["attention", "attention_backward"]
 
@@ -51,11 +53,12 @@ def _heads_inside(q: Tensor, width: int, mask: Tensor | None, dropout: float) ->
 
 @torch.library.custom_op("shardc::attention_draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def attention_draw(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """What the dropout mask of scores of `shape` is drawn from, on the device of `like`: `[1]`, int64.
+    """What the dropout mask of scores of `shape` is drawn from, in the type of `like` and on its device: the state of
+    the generator, bytes `[5056]`.
 
     It advances the random stream as dropout of the scores does in eager mode.
     """
-    return torch.empty(1, dtype=torch.int64).random_(2**32).to(like.device)
+    return state_of_draw(torch.default_generator, shape, like.dtype).to(like.device)
 
 
 @torch.library.custom_op("shardc::attention", mutates_args=())
@@ -96,7 +99,7 @@ def _empty_by_position(x: Tensor, size: int | None = None) -> Tensor:
 
 @attention_draw.register_fake
 def _(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return like.new_empty(1, dtype=torch.int64)
+    return like.new_empty(STATE, dtype=torch.uint8)
 
 
 @attention.register_fake

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention_blocks import Literals, compute_dtype, grouped, scores_of, seen
-from shardc.runtime.kernels.attention_dropout import kept
+from shardc.runtime.kernels.attention_blocks import attend, attend_backward, compute_dtype, seen
+from shardc.runtime.kernels.attention_dropout import Dropping
+from shardc.runtime.kernels.attention_pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
 
 __all__ = ["attention_in_parts", "attention_in_parts_backward"]
-
-_NOTHING = float("-inf")
 
 
 def attention_in_parts(
@@ -30,26 +29,17 @@ def attention_in_parts(
 
     The results of the parts are weighed by their log-sum-exp (Dao et al. 2022, section 3.1).
     """
-    literals = Literals(causal, scale, window, softcap, dropout)
-    scores, _ = _scores(q, k, mask, literals, r, s)
-    logsumexp = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - seen(logsumexp).unsqueeze(-1))
-    if draw is not None:
-        weights = weights * _kept(draw, scores, dropout, (b, h, g, r, s))
-    values = (s.fill(v, 2, 0) if s else v).to(scores.dtype)
-    result = torch.matmul(weights, values.unsqueeze(2))
+    literals, ours = Literals(causal, scale, window, softcap, dropout), grouped(q)
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
+    out, logsumexp = attend(ours, k, v, mask_of(mask, q), literals, rows, columns, dropping)
     if s is not None:
-        top = s.reduce(logsumexp, "max")
-        share = torch.exp(logsumexp - seen(top))
-        total = s.reduce(share)
-        result = s.reduce(result * share.unsqueeze(-1)) / total.masked_fill(total == 0, 1).unsqueeze(-1)
-        logsumexp = torch.log(total) + seen(top)
+        out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s)
     if sinks is not None:
-        total = torch.logaddexp(logsumexp, _by_row(sinks, logsumexp))
-        result, logsumexp = result * torch.exp(logsumexp - total).unsqueeze(-1), total
+        out, logsumexp = with_sinks(out, logsumexp, sinks)
     if q.dim() == 4:
-        result, logsumexp = result.squeeze(2), logsumexp.squeeze(2)
-    return result.to(q.dtype), seen(logsumexp)
+        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
+    return out.to(q.dtype), seen(logsumexp)
 
 
 def attention_in_parts_backward(
@@ -57,72 +47,73 @@ def attention_in_parts_backward(
     out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float, *,
     b: Part | None = None, h: Part | None = None, g: Part | None = None, r: Part | None = None, s: Part | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`shardc::attention_backward`: where a gradient sums over a split dim, this rank's addend of it.
-
-    Source: Dao et al. 2022, appendix B.2.
-    """
-    if s is not None:
-        k, v = s.fill(k, 2, 0), s.fill(v, 2, 0)
-    if r is not None:
-        grad, q, out, logsumexp = (r.fill(x, q.dim() - 2, 0) for x in (grad, q, out, logsumexp))
-    literals = Literals(causal, scale, window, softcap, dropout)
-    scores, slope = _scores(q, k, mask, literals, r, s)
-    dtype, summed = scores.dtype, grouped(logsumexp, 2) if q.dim() == 4 else logsumexp
-    weights = torch.exp(scores - summed.unsqueeze(-1))
-    upper, ours = grouped(grad).to(dtype), grouped(out).to(dtype)
-    delta = (upper * ours).sum(-1)
-    inner, dropped = torch.matmul(upper, v.to(dtype).unsqueeze(2).transpose(-2, -1)), weights
-    if draw is not None:
-        factors = _kept(draw, scores, dropout, (b, h, g, r, s))
-        inner, dropped = inner * factors, weights * factors
-    change = weights * (inner - delta.unsqueeze(-1)) * scale
-    if slope is not None:
-        change = change * slope
-    grad_q = torch.matmul(change, k.to(dtype).unsqueeze(2))
-    grad_k = torch.matmul(change.transpose(-2, -1), grouped(q).to(dtype)).sum(2)
-    grad_v = torch.matmul(dropped.transpose(-2, -1), upper).sum(2)
-    grad_q = grad_q.squeeze(2) if q.dim() == 4 else grad_q
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), _grad_sinks(sinks, summed, delta, q, r)
+    """`shardc::attention_backward`: where a gradient sums over a split dim, this rank's addend of it."""
+    literals, ours, upper, made = Literals(causal, scale, window, softcap, dropout), *map(grouped, (q, grad, out))
+    total = logsumexp.unsqueeze(2) if q.dim() == 4 else logsumexp
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
+    grad_q, grad_k, grad_v = attend_backward(
+        upper, ours, k, v, mask_of(mask, q), made, total, literals, rows, columns, dropping
+    )
+    batch = b.valid if b else len(q)
+    own = (x[:batch] for x in (upper, made, total))
+    grad_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, *own, rows)
+    return grad_q.squeeze(2) if q.dim() == 4 else grad_q, grad_k, grad_v, grad_sinks
 
 
-def _grad_sinks(sinks: Tensor | None, logsumexp: Tensor, delta: Tensor, q: Tensor, r: Part | None) -> Tensor:
-    if sinks is None:
-        return q.new_zeros(1)
-    share = torch.exp(_by_row(sinks, logsumexp) - logsumexp) * delta
-    if r is not None:
-        share = r.fill(share, 3, 0)
+def _over_keys(out: Tensor, logsumexp: Tensor, s: Part) -> tuple[Tensor, Tensor]:
+    """The result and log-sum-exp over the keys of all ranks."""
+    top = seen(s.reduce(logsumexp, "max"))
+    share = torch.exp(logsumexp - top)
+    total = s.reduce(share)
+    out = s.reduce(out.mul_(share.unsqueeze(-1))).div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
+    return out, torch.log(total) + top
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Queries, or what has a row for each of them, with a dim for the group."""
+    return x if x.dim() == 5 else x.unsqueeze(2)
+
+
+def mask_of(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask with the five dims of the scores, or ones."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (q.dim() - mask.dim()) + tuple(mask.shape))
+    return grouped(mask)
+
+
+def runs_of(part: Part | None, length: int) -> Runs:
+    """The positions of the rank's queries or keys, without padding."""
+    return [(0, length)] if part is None else [(part.start, part.valid)]
+
+
+def dropping_of(
+    draw: Tensor | None, literals: Literals, q: Tensor, k: Tensor, parts: Sequence[Part | None]
+) -> Dropping | None:
+    """What drops the weights of the rank; `q` has a group."""
+    if draw is None:
+        return None
+    local = (*q.shape[:-1], k.shape[2])
+    shape = [part.size if part else n for part, n in zip(parts, local, strict=True)]
+    return Dropping(draw, literals.dropout, q.dtype, shape, parts[:3])
+
+
+def with_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The result and log-sum-exp with one more key for each head, whose value is zero."""
+    total = torch.logaddexp(logsumexp, _by_row(sinks, logsumexp))
+    return out * torch.exp(logsumexp - total).unsqueeze(-1), total
+
+
+def grad_of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, logsumexp: Tensor, rows: Runs) -> Tensor:
+    """The gradient of the sinks from the rank's queries."""
+    count = sum(length for _, length in rows)
+    dtype, total = compute_dtype(out.dtype), logsumexp[..., :count]
+    delta = (grad[..., :count, :].to(dtype) * out[..., :count, :]).sum(-1)
+    share = torch.exp(_by_row(sinks, total) - total) * delta
     return -share.sum((0, 3)).reshape(sinks.shape).to(sinks.dtype)
 
 
 def _by_row(sinks: Tensor, logsumexp: Tensor) -> Tensor:
     """The sinks, to be used beside a log-sum-exp `[batch, kv_heads, group, q_length]`."""
     return sinks.to(logsumexp.dtype).view(1, *logsumexp.shape[1:3], 1)
-
-
-def _kept(draw: Tensor, scores: Tensor, dropout: float, parts: Sequence[Part | None]) -> Tensor:
-    shape = tuple(part.size if part else n for part, n in zip(parts, scores.shape, strict=True))
-    whole = kept(draw, shape, dropout).to(scores.dtype)
-    for dim, part in enumerate(parts):
-        if part is not None:
-            whole = whole.narrow(dim, min(part.start, part.size), part.valid)
-            padding = [0] * 2 * (scores.dim() - 1 - dim) + [0, part.length - part.valid]
-            whole = torch.nn.functional.pad(whole, padding)
-    return whole
-
-
-def _scores(
-    q: Tensor, k: Tensor, mask: Tensor | None, literals: Literals, r: Part | None, s: Part | None
-) -> tuple[Tensor, Tensor | None]:
-    """The scores of the rank's queries and keys. Keys and queries in the padding are masked."""
-    if mask is not None and q.dim() == 4:
-        mask = mask.to(compute_dtype(q.dtype)) if mask.dtype != torch.bool else mask
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).unsqueeze(2)
-    queries = _positions(r, q.shape[-2], q.device)
-    keys = _positions(s, k.shape[-2], q.device)
-    scores, slope = scores_of(grouped(q), k, mask, literals, queries, keys)
-    scores = s.fill(scores, 4, _NOTHING) if s else scores
-    return r.fill(scores, 3, _NOTHING) if r else scores, slope
-
-
-def _positions(part: Part | None, length: int, device: torch.device) -> Tensor:
-    return torch.arange(length, device=device) + (part.start if part else 0)

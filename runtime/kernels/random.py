@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.kernels.bernoulli import state_of_draw
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.streams import Stream, filled
 from shardc.runtime.mesh.mesh import Context, current
@@ -56,10 +57,10 @@ def draw(
     return filled(stream, shape, strides, by_dim(parts)).to(context.device)
 
 
-def attention_draw(shape: Sequence[int]) -> Tensor:
+def attention_draw(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
     """What the dropout mask of attention scores of global `shape` is drawn from (see `shardc::attention_draw`)."""
     context = current()
-    return torch.empty(1, dtype=torch.int64).random_(2**32, generator=_generator(context)).to(context.device)
+    return state_of_draw(_generator(context), shape, dtype).to(context.device)
 
 
 def randperm(count: int, *, dtype: torch.dtype) -> Tensor:

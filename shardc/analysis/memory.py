@@ -40,7 +40,7 @@ from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.random import draw
-from shardc.runtime.kernels.streams import BLOCK, SERIAL
+from shardc.runtime.kernels.streams import BLOCK, IN_PIECES
 
 aten = torch.ops.aten
 
@@ -353,7 +353,7 @@ class _Execution:
             return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
-            return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
+            return (min(count, BLOCK) if node.args[1] in IN_PIECES else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
         chosen = chosen_of(node)
         if chosen is not None:
             return workspace(chosen.shape, chosen.strategy, self.mesh)

@@ -43,8 +43,8 @@ def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
 
 
 @rule(random.attention_draw)
-def attention_draw(shape: Any) -> Rule:
-    return parse("-> 1")
+def attention_draw(shape: Any, **_: Any) -> Rule:
+    return parse("-> n!")
 
 
 @rule(random.poisson, random.binomial, random.standard_gamma, random.sample_dirichlet)
@@ -157,8 +157,8 @@ def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool =
     return b.item(b(aten.topk.default, scores, count), 1)
 
 
-def _drawn(b: Builder, _: fx.Node, shape: Any) -> fx.Node:
-    return b.run(random.attention_draw, [int(n) for n in shape])
+def _drawn(b: Builder, like: fx.Node, shape: Any) -> fx.Node:
+    return b.run(random.attention_draw, [int(n) for n in shape], dtype=value_of(like).dtype)
 
 
 def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:

@@ -27,7 +27,10 @@ def attentions() -> Iterator[Sample]:
     for heads, rows, columns, outer, shape, sinking, dropping, causal, window, softcap in CALLS:
         q, k, v = real(2, *heads, rows, 2), real(2, heads[0], columns, 2), real(2, heads[0], columns, outer)
         mask = None if shape is None else boolean(*shape) if window else real(*shape)
-        sinks, draw = real(*heads) if sinking else None, torch.tensor([12345]) if dropping else None
+        sinks, draw = (
+            real(*heads) if sinking else None,
+            torch.Generator().manual_seed(5).get_state() if dropping else None,
+        )
         literals = (causal, 0.5, window, softcap, 0.25 if dropping else 0.0)
         yield Sample(FORWARD, (q, k, v, mask, sinks, draw, *literals))
         out, total = FORWARD(q, k, v, mask, sinks, draw, *literals)
