@@ -221,7 +221,9 @@ class WrittenAttention:
             return None
         if p == 0 or not (train if training is None else training):
             return input
-        if weights.joined or (not input.is_contiguous() and weights.scores.sinks is None):
+        if weights.joined or not input.dtype == weights.scores.q.dtype == weights.scores.keys.dtype:
+            return None
+        if not input.is_contiguous() and weights.scores.sinks is None:
             return None
         draw = attention_draw(weights.scores.q, input.shape)  # not of the weights, which are to be dead code
         result = attention_weights(input, draw, p, weights.site)
