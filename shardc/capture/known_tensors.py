@@ -202,8 +202,26 @@ def _full(node: fx.Node, *args: Any) -> Known | None:
 
 def _viewed(node: fx.Node, x: Any, shape: Any) -> Known | None:
     """A view that only puts in, or takes out, dims of size 1."""
-    places = _places(tuple(value_of(node.args[0]).shape), tuple(shape))
-    return None if x is None or places is None else _placed(node, x, places)
+    before = tuple(value_of(node.args[0]).shape)
+    places = _places(before, tuple(shape))
+    if x is None or places is not None:
+        return None if x is None or places is None else _placed(node, x, places)
+    return _split(node, x, before, tuple(shape))
+
+
+def _split(node: fx.Node, x: Known, before: tuple[Any, ...], after: tuple[Any, ...]) -> Known | None:
+    """A view that divides or joins dims before rows, none of which a band sees, nor the rest of a condition."""
+    first = next((dim for dim, sizes in enumerate(zip(before, after, strict=False)) if str(sizes[0]) != str(sizes[1])), 0)
+    seen = [-1, -2, *range(-len(before), first - len(before))]
+    if [str(size) for size in before[-2:]] != [str(size) for size in after[-2:]] or first > len(before) - 3:
+        return None
+    condition = x.condition if isinstance(x, Choice) else x
+    if not isinstance(condition, Cond):
+        return None
+    for part in condition.rest:
+        if not all(_is_one(n) or dim in seen for dim, n in zip(range(-len(part.shape), 0), part.shape, strict=True)):
+            return None
+    return _placed(node, x, {dim: dim if dim >= -2 else dim + len(before) - len(after) for dim in seen})
 
 
 def _places(before: tuple[Any, ...], after: tuple[Any, ...]) -> dict[int, int] | None:

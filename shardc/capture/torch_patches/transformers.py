@@ -45,13 +45,17 @@ def flex_sinks(flex: FlexAttention) -> Generator[None]:
     if interface is None:
         yield
         return
-    forward = interface._global_mapping["flex_attention"]
+    chosen, forward = interface.get_interface, interface._global_mapping["flex_attention"]
 
     def with_sinks(*args: Any, s_aux: Tensor | None = None, **kwargs: Any) -> Any:
         with flex.sinks(s_aux):
             return forward(*args, **kwargs)
 
-    with patch.dict(interface._global_mapping, {"flex_attention": with_sinks}):
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = chosen(self, *args, **kwargs)
+        return with_sinks if function is forward else function
+
+    with patch.object(interface, "get_interface", get_interface):
         yield
 
 
