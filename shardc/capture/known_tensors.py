@@ -327,7 +327,7 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
         if a is not None and b is not None:
             return Line(apply(a, b))
         if kind == 8 and (isinstance(x, Choice) or isinstance(y, Choice)):
-            return _biased(node, x, y)
+            return _biased(node, x, y, node.args[1]) if isinstance(x, Choice) else _biased(node, y, x, node.args[0])
         first, second = (Line(n) if (n := _number(v)) is not None else v for v in (x, y))
         if not isinstance(first, Line) or not isinstance(second, Line):
             return None
@@ -342,8 +342,8 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
     return rule
 
 
-def _biased(node: fx.Node, x: Any, y: Any) -> Biased | None:
-    choice, bias, operand = (x, y, node.args[1]) if isinstance(x, Choice) else (y, x, node.args[0])
+def _biased(node: fx.Node, choice: Any, bias: Any, operand: Any) -> Biased | None:
+    """A choice with an operand added, of which `bias` is known."""
     if bias is None and isinstance(operand, fx.Node):
         bias = Spread(operand, tuple(value_of(operand).shape))
     floating = value_of(node).is_floating_point()
@@ -389,9 +389,11 @@ def _compare(node: fx.Node, x: Any, y: Any, compare: Callable[[float, float], bo
         if inside == outside:
             return Cond() if inside else NOT
         return x.condition if inside else _opposite(x.condition)
+    if isinstance(x, Distance) and number is not None and not compare(0, number):
+        return _opposite(condition_of(None, _compare(node, x, y, lambda a, b: not compare(a, b))))
     if isinstance(x, Distance) and number is not None:
         within, beyond = _compare(node, x.line, number, compare), _compare(node, x.line, -number, _mirrored(compare))
-        if compare(0, number) and isinstance(within, Cond) and isinstance(beyond, Cond):
+        if number >= 0 and isinstance(within, Cond) and isinstance(beyond, Cond):
             return _both(within, beyond)
         return None
     difference = _elementwise(lambda a, b: a - b)(node, x, y)
@@ -457,7 +459,7 @@ def _where(node: fx.Node, condition: Any, x: Any, y: Any) -> Known | None:
     if isinstance(x, Choice) and b == x.outside:
         both = _both(chosen, x.condition)
         return None if both is None else Choice(both, x.inside, x.outside)
-    return None
+    return _biased(node, Choice(chosen, 0.0, b), x, node.args[1]) if b == -INFINITY else None
 
 
 def _masked_fill(node: fx.Node, x: Any, mask: Any, value: Any) -> Known | None:

@@ -24,7 +24,8 @@ from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
 from shardc.capture.torch_patches.flex_attention import FlexAttention, flex_attention_patched
-from shardc.capture.torch_patches.transformers import flex_sinks
+from shardc.capture.torch_patches.tensor_notes import Counted
+from shardc.capture.torch_patches.transformers import flex_sinks, packing
 from shardc.capture.torch_patches.written_attention import Recognition, WrittenAttention
 from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
@@ -136,6 +137,7 @@ class Provenance(TorchFunctionMode):
             flex = FlexAttention(lambda: self._attention.notes)
             stack.enter_context(flex_attention_patched(flex))
             stack.enter_context(flex_sinks(flex))
+            stack.enter_context(packing(lambda ids: self._attention.notes.get(ids, Counted) is not None))
             # What `parametrize.cached()` holds is real, and is not to hold what is fake.
             stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())

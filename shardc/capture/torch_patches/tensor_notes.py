@@ -34,6 +34,11 @@ class Repeated:
     times: int
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Numbers of which each is one more than that before it along the last dim."""
+
+
 class Notes:
     """What is known of the tensors of one trace."""
 
@@ -43,16 +48,14 @@ class Notes:
     def put(self, tensor: Any, note: Any) -> None:
         """Note something of a tensor; nothing of a tensor of which torch does not count how often it was written."""
         if isinstance(tensor, Tensor) and note is not None and not tensor.is_inference():
-            self._notes[tensor] = note, _versions([tensor, *_tensors(note)])
+            self._notes.setdefault(tensor, {})[type(note)] = note, _versions([tensor, *_tensors(note)])
 
     def get(self, tensor: Any, kind: type[Note]) -> Note | None:
         """The note of a kind on a tensor, if it has one that holds."""
         if not isinstance(tensor, Tensor):
             return None
-        note, versions = self._notes.get(tensor, (None, ()))
-        if not isinstance(note, kind) or versions != _versions([tensor, *_tensors(note)]):
-            return None
-        return note
+        note, versions = self._notes.get(tensor, {}).get(kind, (None, ()))
+        return note if note is not None and versions == _versions([tensor, *_tensors(note)]) else None
 
 
 def _tensors(note: Any) -> list[Tensor]:
@@ -70,12 +73,29 @@ def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def note_repetition(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    """Note of the result of a function of torch called `name` what it repeats."""
+def note_source(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Note of the result of a function of torch called `name` what it repeats, or that it counts."""
+    if not isinstance(result, Tensor) or not args:
+        return
+    if name == "arange":
+        notes.put(result, Counted() if len(args) < 3 and "step" not in kwargs else None)
+    elif name in _COUNTING and notes.get(args[0], Counted) and _same_end(result, args[0]):
+        rest = [*args[1:], *kwargs.values()]
+        index = name == "__getitem__" and not all(part in (None, slice(None), ...) for part in _parts(rest[0]))
+        notes.put(result, None if index or any(isinstance(arg, Tensor) for arg in rest) else Counted())
     maker = _MAKERS.get(name)
-    if maker is None or not args or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
+    if maker is None or not isinstance(args[0], Tensor):
         return
     notes.put(result, maker(notes, args[0], args[1:], kwargs, result))
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple("tensor" if isinstance(part, Tensor) else part for part in parts)
+
+
+def _same_end(first: Tensor, second: Tensor) -> bool:
+    return first.shape[-1:] == second.shape[-1:]
 
 
 Maker = Callable[[Notes, Tensor, tuple[Any, ...], Mapping[str, Any], Tensor], Any]
@@ -135,6 +155,7 @@ def _copied(notes: Notes, x: Tensor, args: Any, kwargs: Any, result: Tensor) -> 
     return notes.get(x, Expanded) if x.dtype == result.dtype else None
 
 
+_COUNTING = ("unsqueeze", "view", "reshape", "expand", "repeat", "__getitem__", "add", "__add__", "to", "long", "int")
 _MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("expand", "expand_as", "repeat", "tile", "broadcast_to"), _expanded),
     **dict.fromkeys(("reshape", "view", "flatten"), _merged),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -23,9 +23,6 @@ def patched(module: nn.Module) -> Generator[None]:
     with ExitStack() as stack:
         masks = sys.modules.get("transformers.masking_utils")
         if masks is not None:
-            # Position ids tell transformers whether sequences are packed. In a trace it cannot see them, so it would
-            # replace is_causal by a dense mask. None says that no sequences are packed.
-            stack.enter_context(patch.object(masks, "find_packed_sequence_indices", lambda *_, **__: None))
             # Whether a padding mask is all ones decides how the mask is made, and only a run knows that.
             stack.enter_context(patch.object(masks, "fast_all", lambda _: False))
         configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
@@ -35,6 +32,23 @@ def patched(module: nn.Module) -> Generator[None]:
             chosen = getattr(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0])
             if chosen not in TRACEABLE_EXPERTS:
                 stack.enter_context(patch.object(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0]))
+        yield
+
+
+@contextmanager
+def packing(counted: Callable[[Any], bool]) -> Generator[None]:
+    """Position ids tell transformers whether sequences are packed: those that the model has counted itself are not. Of
+    others only a run knows, so their mask is made."""
+    masks = sys.modules.get("transformers.masking_utils")
+    if masks is None:
+        yield
+        return
+    find = masks.find_packed_sequence_indices
+
+    def found(position_ids: Tensor) -> Tensor | None:
+        return None if counted(position_ids) else find(position_ids)
+
+    with patch.object(masks, find.__name__, found):
         yield
 
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from shardc.capture.torch_patches.attention import SDPA, Options, attended, attention, unrepeated
 from shardc.capture.torch_patches.autocast import lowered
-from shardc.capture.torch_patches.tensor_notes import Notes, note_repetition
+from shardc.capture.torch_patches.tensor_notes import Notes, note_source
 from shardc.capture.torch_patches.written_scores import Scores, noted, product, reshaped
 from shardc.runtime.kernels.attention import attention_draw
 from shardc.runtime.kernels.attention_blocks import compute_dtype
@@ -41,7 +41,7 @@ def attention_fill(where: Tensor, value: float, dtype: torch.dtype, site: int) -
 
     It stands in traces only: where that cannot be shown, capture traces the model again.
     """
-    return torch.where(where, value, 0.0).to(dtype)
+    return torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill_(where, value)
 
 
 @attention_weights.register_fake
@@ -162,12 +162,12 @@ class WrittenAttention:
             return self._multi_head(function, args, kwargs, line)
         note = None
         if name in _PRODUCTS:
-            operands = _operands(name, args, kwargs)
+            operands, order = _einsum(args) if name == "einsum" else (_operands(name, args, kwargs), None)
             weights = self.notes.get(operands[0], Weights) if operands else None
             out = self._attended(weights, *operands) if weights is not None else None
             if out is not None:
-                return out
-            note = product(*operands) if operands else None
+                return out if order is None else out.permute(order)
+            note = product(*operands) if operands and order is None else None
         elif name == "dropout" and args:
             dropped = self._dropped(*args, **kwargs)
             if dropped is not None:
@@ -175,7 +175,7 @@ class WrittenAttention:
         else:
             note = noted(self.notes, name, args, kwargs)
         result = function(*args, **kwargs)
-        note_repetition(self.notes, name, args, kwargs, result)
+        note_source(self.notes, name, args, kwargs, result)
         if name == "softmax":
             return self._softmax(result, args, kwargs, line)
         self._note(name, args, result, note)
@@ -185,7 +185,7 @@ class WrittenAttention:
         """An attribute of a tensor: `x.mT` is noted as a transpose is."""
         result = getter(tensor, *rest)
         if isinstance(result, Tensor):
-            note_repetition(
+            note_source(
                 self.notes, getattr(getattr(getter, "__self__", None), "__name__", ""), (tensor,), {}, result
             )
         return result
@@ -283,32 +283,27 @@ def _operands(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
         given = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | dict(kwargs)
         beta, alpha = given.get("beta", 1), float(given.get("alpha", 1))
         return given["batch1"], given["batch2"], alpha, given["input"] * beta if beta else None
-    if name == "einsum":
-        return _einsum(args)
     return args if len(args) == 2 and not kwargs else None
 
 
-def _einsum(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The operands of the matrix product that an einsum is; None for another."""
-    if not args or not isinstance(args[0], str):
-        return None
-    equation = args[0].replace(" ", "")
-    operands = (
-        args[1:] if len(args) == 3 else tuple(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else ()
-    )
-    left, _, result = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) != 2 or len(operands) != 2 or "." in equation or len(result) < 3:
-        return None
-    lead, row, column = result[:-2], result[-2], result[-1]
-    shared = set(terms[0]) & set(terms[1]) - set(result)
-    if len(shared) != 1 or any(len(set(term)) != len(term) for term in (*terms, result)):
-        return None
-    inner = shared.pop()
-    for (first, x), (second, y) in (zip(terms, operands, strict=True), zip(terms[::-1], operands[::-1], strict=True)):
-        if set(first) == {*lead, row, inner} and set(second) == {*lead, column, inner}:
-            return _turned(x, first, lead + row + inner), _turned(y, second, lead + inner + column)
-    return None
+def _einsum(args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[int] | None]:
+    """The operands of the matrix product that an einsum is, and the order of its dims in the result, if it is another;
+    None for no matrix product."""
+    equation, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    first, _, second = terms.partition(",")
+    inner, every = set(first) & set(second) - set(result), [first, second, result]
+    letters = all(term.isalpha() and len(set(term)) == len(term) >= 3 for term in every)
+    if not letters or len(inner) != 1 or set(result) | inner != set(first) | set(second) or len(operands) != 2:
+        return None, None
+    rows, columns = set(first) - set(second), set(second) - set(first)
+    if len(rows) != 1 or len(columns) != 1:
+        return None, None
+    lead = "".join(dim for dim in result if dim not in rows | columns)
+    row, column, summed = rows.pop(), columns.pop(), inner.pop()
+    x, y = _turned(operands[0], first, lead + row + summed), _turned(operands[1], second, lead + summed + column)
+    made = lead + row + column
+    return (x, y), None if made == result else [made.index(dim) for dim in result]
 
 
 def _turned(x: Tensor, dims: str, wanted: str) -> Tensor:
@@ -336,11 +331,7 @@ def _mask(scores: Scores, q: Tensor, site: int) -> Tensor | None:
     """The mask that the operator takes."""
     mask = scores.bias
     if scores.fill is not None:
-        dtype = compute_dtype(q.dtype)
-        if mask is not None or abs(scores.value) * torch.finfo(dtype).eps < 1e6:
-            filled = attention_fill(scores.fill, scores.value, dtype, site)
-        else:  # so large that whatever is added to it is lost
-            filled = torch.where(scores.fill, scores.value, 0.0).to(dtype)
+        filled = attention_fill(scores.fill, scores.value, compute_dtype(q.dtype), site)
         mask = filled if mask is None else mask + filled
     if scores.keep is None or mask is None:
         return mask if scores.keep is None else scores.keep
