@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from shardc.capture.attention_masks import with_plain_masks
 from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import flatten
+from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.torch_patches.fake_tensors import fake_mode
 from shardc.capture.torch_patches.symbols import Free, Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError

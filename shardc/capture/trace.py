@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from shardc.capture.attention_masks import with_plain_masks
 from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import opaque
+from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find

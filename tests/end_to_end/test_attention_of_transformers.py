@@ -1,4 +1,4 @@
-"""transformers' attention by its three paths: one operator a layer, no tensor of queries times keys, right gradients."""
+"""transformers' attention by its three paths: one operator a layer, no mask of all pairs, right gradients."""
 
 from __future__ import annotations
 
@@ -87,7 +87,12 @@ def test_every_layer_is_one_operator_without_a_mask_of_all_pairs(name: str, path
     assert squares(program) == []
 
 
-MESHES = [("llama", "eager", "tp=2"), ("mistral", "sdpa", "dp=2"), ("gemma2", "flex_attention", "tp=2"), ("gpt_oss", "eager", "dp=2")]
+MESHES = [
+    ("llama", "eager", "tp=2"),
+    ("mistral", "sdpa", "dp=2"),
+    ("gemma2", "flex_attention", "tp=2"),
+    ("gpt_oss", "eager", "dp=2"),
+]
 
 
 @pytest.mark.parametrize(("name", "path", "mesh"), MESHES)
@@ -96,7 +101,7 @@ def test_values_and_gradients_on_a_mesh_equal_eager_mode(name: str, path: str, m
     model, given = build(name, path), inputs(name)
     expected = build(name, "eager")
     expected(**given).loss.backward()
-    compiled = shardc.compile(copy.deepcopy(model), mesh, (), given)
+    compiled = shardc.compile(copy.deepcopy(model), mesh, given)
     compiled(**given).loss.backward()
     grads = dict(expected.named_parameters())
     for path_of, parameter in compiled.named_parameters():
@@ -111,7 +116,7 @@ def test_packed_positions_are_packed() -> None:
     given["position_ids"] = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None].expand(2, -1)
     expected = copy.deepcopy(model)
     loss = expected(**given).loss
-    compiled = shardc.compile(model, "dp=2", (), given)
+    compiled = shardc.compile(model, "dp=2", given)
     torch.testing.assert_close(compiled(**given).loss, loss, rtol=1e-6, atol=1e-7)
     plain = {**given, "position_ids": torch.arange(LENGTH)[None].expand(2, -1)}
     torch.testing.assert_close(compiled(**plain).loss, expected(**plain).loss, rtol=1e-6, atol=1e-7)

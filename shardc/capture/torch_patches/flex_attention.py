@@ -3,8 +3,8 @@
     flex_attention(q, k, v, score_mod=alibi, block_mask=causal)
         ->    %bias = mul(%slopes, %distance);  %out, %lse = shardc.attention(%q, %k, %v, %bias, ..., True, ...)
 
-`mask_mod` is evaluated on the positions, and gives a mask. `score_mod` runs on a stand-in for the score, which notes what
-is done to it. What the operator has no argument for is traced as torch's own mathematics.
+`mask_mod` is evaluated on the positions, and gives a mask. `score_mod` runs on a stand-in for the score, which notes
+what is done to it. What the operator has no argument for is traced as torch's own mathematics.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ class FlexAttention:
         if kernel_options["OUTPUT_MAX"]:
             raise CaptureError("flex_attention is asked for max_scores, which shardc has not: ask for lse at most")
         query, key, value = lowered(query), lowered(key), lowered(value)
-        options = None if kernel_options["OUTPUT_LOGSUMEXP"] else self._options(query, key, score_mod, block_mask, scale)
+        options = (
+            None if kernel_options["OUTPUT_LOGSUMEXP"] else self._options(query, key, score_mod, block_mask, scale)
+        )
         if options is None and self._sinks is None:
             return math_attention(query, key, value, score_mod, block_mask, scale, kernel_options)
         if options is None:

@@ -5,9 +5,9 @@
     weights = F.dropout(weights, 0.1)   Weights
     out = weights @ v             ->    %out, %lse = shardc.attention(%q, %k, %v, %mask, ...)
 
-What the notes describe is traced as it is written, too. Where nothing else reads it, it is dead code. Weights go through
-`shardc::attention_weights`, so that capture sees where something reads them: there it traces the model again, without
-notes at that line.
+What the notes describe is traced as it is written, too. Where nothing else reads it, it is dead code. Weights go
+through `shardc::attention_weights`, so that capture sees where something reads them: there it traces the model again,
+without notes at that line.
 """
 
 from __future__ import annotations
@@ -185,9 +185,7 @@ class WrittenAttention:
         """An attribute of a tensor: `x.mT` is noted as a transpose is."""
         result = getter(tensor, *rest)
         if isinstance(result, Tensor):
-            note_source(
-                self.notes, getattr(getattr(getter, "__self__", None), "__name__", ""), (tensor,), {}, result
-            )
+            note_source(self.notes, getattr(getattr(getter, "__self__", None), "__name__", ""), (tensor,), {}, result)
         return result
 
     def _note(self, name: str, args: tuple[Any, ...], result: Any, note: Any) -> None:

@@ -53,7 +53,9 @@ def squares(program: Program) -> list[str]:
     return [n.name for n in nodes if list(value_of(n).shape).count(LENGTH) > 1]
 
 
-def check(function: Callable[..., Tensor], *expected: Any, shared: int = HEADS, rest: tuple[Tensor, ...] = ()) -> Program:
+def check(
+    function: Callable[..., Tensor], *expected: Any, shared: int = HEADS, rest: tuple[Tensor, ...] = ()
+) -> Program:
     program = verify(Attention(function, shared), inputs(), *rest)
     assert calls(program) == [expected]
     assert not any("softmax" in name for name in operators(program))
@@ -193,7 +195,9 @@ FORMS: dict[str, tuple[Callable[..., Tensor], int]] = {
 def test_forms_of_attention(name: str) -> None:
     function, shared = FORMS[name]
     program = verify(Attention(function, shared), inputs())
-    assert operators(program)["shardc.attention.default"] == operators(program)["shardc.attention_backward.default"] == 1
+    assert (
+        operators(program)["shardc.attention.default"] == operators(program)["shardc.attention_backward.default"] == 1
+    )
     assert not any("softmax" in name for name in operators(program))
     assert [name for name in squares(program) if "zeros" not in name and "add" not in name] == []
 
@@ -246,7 +250,10 @@ def test_a_mask_that_learns_stays_mathematics() -> None:
 
         def forward(self, x: Tensor, *_: Tensor) -> Tensor:
             q, k, v = self.up(x).unflatten(-1, (-1, SIZE)).transpose(1, 2).split(HEADS, 1)
-            return F.scaled_dot_product_attention(q, k, v, self.bias).sum() + written(q, k, v, lambda s: s + self.bias).sum()
+            return (
+                F.scaled_dot_product_attention(q, k, v, self.bias).sum()
+                + written(q, k, v, lambda s: s + self.bias).sum()
+            )
 
     assert operators(verify(Learned(), inputs()))["shardc.attention.default"] == 0
 
@@ -288,12 +295,18 @@ FLEX: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
 def test_flex_attention(name: str) -> None:
     """The CPU has no backward of flex_attention: so gradients are compared with those of its mathematics."""
     score_mod, mask_mod, expected = FLEX[name]
-    index = [torch.arange(n).view([-1 if d == dim else 1 for d in range(4)]) for dim, n in enumerate((2, HEADS, LENGTH, LENGTH))]
+    index = [
+        torch.arange(n).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, n in enumerate((2, HEADS, LENGTH, LENGTH))
+    ]
 
     def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT / math.sqrt(SIZE)
         scores = scores if score_mod is None else score_mod(scores, *index)
-        return torch._safe_softmax(scores if mask_mod is None else scores.masked_fill(~mask_mod(*index), -math.inf), -1) @ v
+        return (
+            torch._safe_softmax(scores if mask_mod is None else scores.masked_fill(~mask_mod(*index), -math.inf), -1)
+            @ v
+        )
 
     def by_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from shardc.capture.canonical import is_random, numbered
-from shardc.capture.known_tensors import INFINITY, Biased, Choice, KnownTensors, Line, Spread, condition_of
+from shardc.capture.masks.known_tensors import KnownTensors
+from shardc.capture.masks.known_values import INFINITY, Biased, Choice, Line, Spread, condition_of
 from shardc.capture.torch_patches.written_scores import ABSENT
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import Program, call, value_of
