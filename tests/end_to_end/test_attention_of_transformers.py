@@ -104,7 +104,7 @@ def test_values_and_gradients_on_a_mesh_equal_eager_mode(name: str, path: str, m
     compiled = shardc.compile(copy.deepcopy(model), mesh, given)
     compiled(**given).loss.backward()
     grads = dict(expected.named_parameters())
-    for path_of, parameter in compiled.named_parameters():
+    for path_of, parameter in compiled.module.named_parameters():
         wanted = grads[path_of].grad
         assert wanted is not None and parameter.grad is not None, path_of
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-6)
