@@ -27,7 +27,7 @@ from shardc.ir.versions import GraphVersion
 
 aten: Any = torch.ops.aten
 _ATTENTION = torch.ops.shardc.attention.default
-_FIRST = {_ATTENTION: 0, torch.ops.shardc.attention_backward.default: 1}
+_FIRST: dict[Any, int] = {_ATTENTION: 0, torch.ops.shardc.attention_backward.default: 1}
 """The index of q among the arguments; the mask stands three places further."""
 
 

@@ -253,7 +253,7 @@ def _band(node: fx.Node, line: Line, compare: Callable[[float, float], bool]) ->
 def _triangle(node: fx.Node, x: Any, diagonal: int = 0) -> Known | None:
     upper = "triu" in str(node.target)
     part = Cond(low=diagonal) if upper else Cond(high=diagonal)
-    if not isinstance(diagonal, int) or value_of(node).ndim < 2:
+    if value_of(node).ndim < 2:
         return None
     if isinstance(x, Cond):
         return both_of(x, part)
@@ -277,7 +277,7 @@ def _where(node: fx.Node, condition: Any, x: Any, y: Any) -> Known | None:
     if isinstance(x, Choice) and b == x.outside:
         both = both_of(chosen, x.condition)
         return None if both is None else Choice(both, x.inside, x.outside)
-    return _biased(node, Choice(chosen, 0.0, b), x, node.args[1]) if b == -INFINITY else None
+    return _biased(node, Choice(chosen, 0.0, b), x, node.args[1]) if b is not None and b == -INFINITY else None
 
 
 def _masked_fill(node: fx.Node, x: Any, mask: Any, value: Any) -> Known | None:

@@ -27,7 +27,7 @@ from shardc.ir.program import value_of
 
 def _viewed(node: fx.Node, x: Any, shape: Any) -> Known | None:
     """A view that only puts in, or takes out, dims of size 1."""
-    before = tuple(value_of(node.args[0]).shape)
+    before = tuple(value_of(node.all_input_nodes[0]).shape)
     places = _places(before, tuple(shape))
     if x is None or places is not None:
         return None if x is None or places is None else _placed(node, x, places)
@@ -100,7 +100,7 @@ def _expanded(node: fx.Node, x: Any, shape: Any) -> Known | None:
 
 
 def _sliced(node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Known | None:
-    size, dim = value_of(node.args[0]).shape[dim], dim % value_of(node).ndim - value_of(node).ndim
+    size, dim = value_of(node.all_input_nodes[0]).shape[dim], dim % value_of(node).ndim - value_of(node).ndim
     start = 0 if start is None else start
     if x is None or step != 1 or not isinstance(start, int) or not isinstance(size, int):
         return None

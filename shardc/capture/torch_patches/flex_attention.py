@@ -157,7 +157,7 @@ class FlexAttention:
             return math_attention(query, key, value, score_mod, block_mask, scale, kernel_options)
         if options is None:
             raise CaptureError("flex_attention with sinks has a score_mod or a mask that shardc does not know")
-        key, value, _ = unrepeated(self._notes(), key, value)
+        key, value, _times = unrepeated(self._notes(), key, value)
         out = attended(query, key, value, replace(options, sinks=self._sinks))
         return out, out.new_empty(0), out.new_empty(0)
 
@@ -170,8 +170,9 @@ class FlexAttention:
             score = _evaluated(lambda *positions: score_mod(Score(scale), *positions), sizes)
         except _Unlike:
             return None
-        seen = _evaluated(lambda *positions: Score(keep=block_mask[-1](*positions)), sizes).keep
-        keep = seen if score.keep is None else score.keep & seen
+        keep = _evaluated(lambda *positions: Score(keep=block_mask[-1](*positions)), sizes).keep
+        assert keep is not None
+        keep = keep if score.keep is None else score.keep & keep
         if score.bias is not None and score.bias.requires_grad:
             return None
         mask = keep if score.bias is None else torch.where(keep, score.bias, float("-inf"))

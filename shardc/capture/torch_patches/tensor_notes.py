@@ -43,7 +43,7 @@ class Notes:
     """What is known of the tensors of one trace."""
 
     def __init__(self) -> None:
-        self._notes = WeakIdKeyDictionary()
+        self._notes: Any = WeakIdKeyDictionary()
 
     def put(self, tensor: Any, note: Any) -> None:
         """Note something of a tensor; nothing of a tensor of which torch does not count how often it was written."""
@@ -78,7 +78,7 @@ def note_source(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[
     if not isinstance(result, Tensor) or not args:
         return
     if name == "arange":
-        notes.put(result, Counted() if len(args) < 3 and "step" not in kwargs else None)
+        notes.put(result, None if args[2:] or "step" in kwargs else Counted())
     elif name in _COUNTING and notes.get(args[0], Counted) and _same_end(result, args[0]):
         rest = [*args[1:], *kwargs.values()]
         index = name == "__getitem__" and not all(part in (None, slice(None), ...) for part in _parts(rest[0]))

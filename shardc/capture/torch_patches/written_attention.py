@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from shardc.capture.torch_patches.attention import SDPA, Options, attended, attention, unrepeated
@@ -156,7 +157,7 @@ class WrittenAttention:
         if function is SDPA:
             return self.attention(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if bool(peek_interpreter_stack()) or forward_ad._current_level >= 0:
             return function(*args, **kwargs)  # the operator knows no transforms
         if function is F.multi_head_attention_forward:
             return self._multi_head(function, args, kwargs, line)
@@ -164,7 +165,7 @@ class WrittenAttention:
         if name in _PRODUCTS:
             operands, order = _einsum(args) if name == "einsum" else (_operands(name, args, kwargs), None)
             weights = self.notes.get(operands[0], Weights) if operands else None
-            out = self._attended(weights, *operands) if weights is not None else None
+            out = self._attended(weights, *operands) if operands and weights is not None else None
             if out is not None:
                 return out if order is None else out.permute(order)
             note = product(*operands) if operands and order is None else None
