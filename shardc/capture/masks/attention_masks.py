@@ -19,7 +19,7 @@ from torch import fx
 
 from shardc.capture.canonical import is_random, numbered
 from shardc.capture.masks.known_tensors import KnownTensors
-from shardc.capture.masks.known_values import INFINITY, Biased, Choice, Line, Spread, condition_of
+from shardc.capture.masks.known_values import INFINITY, Biased, Broadcast, Choice, Ramp, condition_of
 from shardc.capture.torch_patches.written_scores import ABSENT
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import Program, call, value_of
@@ -47,7 +47,7 @@ class Mask:
     """A mask in two parts: a band, and what is added, or has to be true, besides."""
 
     band: Band
-    rest: tuple[Spread, ...] = ()
+    rest: tuple[Broadcast, ...] = ()
     added: tuple[float, float] | None = None
     """The numbers that are added where all of the rest is true, and elsewhere; None for a mask of booleans."""
 
@@ -118,14 +118,14 @@ def _simplify(node: fx.Node, known: KnownTensors, made: dict[Any, fx.Node | None
 
 def parts_of(node: fx.Node, known: Any, lengths: tuple[Any, Any]) -> Mask | None:
     """What is known of a mask as a band and the rest; None if that is nothing."""
-    if isinstance(known, Spread):
+    if isinstance(known, Broadcast):
         return Mask(Band(), (known,))
     if value_of(node).dtype == torch.bool:
         condition = condition_of(None, known) if known is not None else None
         if condition is None or condition.negated:
             return None
         return Mask(Band(condition.low, condition.high), condition.rest)
-    if isinstance(known, Line) and not known.slopes and known.const == 0:
+    if isinstance(known, Ramp) and not known.slopes and known.const == 0:
         return Mask(Band())
     if isinstance(known, Biased):
         mask = _added(known.choice, lengths)
@@ -188,7 +188,7 @@ def _remaining(mask: fx.Node, parts: Mask) -> fx.Node | None:
     return add(aten.where.self, whole, *numbers)
 
 
-def _viewed(add: Callable[..., fx.Node], spread: Spread) -> fx.Node:
+def _viewed(add: Callable[..., fx.Node], spread: Broadcast) -> fx.Node:
     same = tuple(value_of(spread.node).shape) == spread.shape
     return spread.node if same else add(aten.view.default, spread.node, list(spread.shape))
 

@@ -1,6 +1,6 @@
 """What the elements of a tensor are, where that follows from how a graph makes it of nothing but positions.
 
-    %i = arange(8);  %c = view(%i, [8, 1])           Line: the row
+    %i = arange(8);  %c = view(%i, [8, 1])           Ramp: the row
     %m = le(%i, %c)                                  Cond: column - row <= 0
     %f = where(%m, 0, -inf)                          Choice: 0 where that holds, else -inf
     %b = bitwise_and(%m, view(%padding, [2, 1, 8]))  Cond: column - row <= 0, and %padding
@@ -21,12 +21,12 @@ from shardc.capture.masks.known_values import (
     INFINITY,
     NOT,
     Biased,
+    Broadcast,
     Choice,
     Cond,
     Distance,
     Known,
-    Line,
-    Spread,
+    Ramp,
     aten,
     both_of,
     condition_of,
@@ -77,7 +77,7 @@ class KnownTensors:
         ones = [is_one(size) for size in ((1, 1, *before)[-2:])]
         if not any(one and not is_one(size) for one, size in zip(ones, (1, 1, *after)[-2:], strict=True)):
             return known
-        return Spread(operand, before) if known is condition else None
+        return Broadcast(operand, before) if known is condition else None
 
 
 def _and(node: fx.Node, x: Any, y: Any) -> Known | None:
@@ -109,16 +109,16 @@ def _full(node: fx.Node, *args: Any) -> Known | None:
         return None
     if value_of(node).dtype == torch.bool:
         return Cond() if value else NOT
-    return Line(value)
+    return Ramp(value)
 
 
 def _cast(node: fx.Node, x: Any, *_: Any) -> Known | None:
     dtype = value_of(node).dtype
     if isinstance(x, Cond) and dtype != torch.bool:
         return Choice(x, 1, 0)
-    if dtype == torch.bool and not isinstance(x, (Cond, Spread)):
+    if dtype == torch.bool and not isinstance(x, (Cond, Broadcast)):
         return _compare(node, x, 0, lambda a, b: a != b)
-    if isinstance(x, Spread) and value_of(x.node).dtype != dtype:
+    if isinstance(x, Broadcast) and value_of(x.node).dtype != dtype:
         return None
     if isinstance(x, Choice) and dtype.is_floating_point:  # the lowest number of one type may be -inf in another
         numbers = torch.tensor([x.inside, x.outside], dtype=torch.float64).to(dtype).tolist()
@@ -143,11 +143,11 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
         if isinstance(y, Choice) and a is not None:
             return _choice(y, lambda value: apply(a, value))
         if a is not None and b is not None:
-            return Line(apply(a, b))
+            return Ramp(apply(a, b))
         if kind == 8 and (isinstance(x, Choice) or isinstance(y, Choice)):
             return _biased(node, x, y, node.args[1]) if isinstance(x, Choice) else _biased(node, y, x, node.args[0])
-        first, second = (Line(n) if (n := number_of(v)) is not None else v for v in (x, y))
-        if not isinstance(first, Line) or not isinstance(second, Line):
+        first, second = (Ramp(n) if (n := number_of(v)) is not None else v for v in (x, y))
+        if not isinstance(first, Ramp) or not isinstance(second, Ramp):
             return None
         if kind in (8, 2, -2):
             dims = {*first.slopes, *second.slopes}
@@ -163,9 +163,9 @@ def _elementwise(apply: Callable[[float, float], float]) -> Callable[..., Known 
 def _biased(node: fx.Node, choice: Any, bias: Any, operand: Any) -> Biased | None:
     """A choice with an operand added, of which `bias` is known."""
     if bias is None and isinstance(operand, fx.Node):
-        bias = Spread(operand, tuple(value_of(operand).shape))
+        bias = Broadcast(operand, tuple(value_of(operand).shape))
     floating = value_of(node).is_floating_point()
-    if not floating or not isinstance(bias, Spread) or value_of(bias.node).dtype != value_of(node).dtype:
+    if not floating or not isinstance(bias, Broadcast) or value_of(bias.node).dtype != value_of(node).dtype:
         return None
     return Biased(choice, bias)
 
@@ -179,13 +179,13 @@ def _floor_divided(node: fx.Node, x: Any, y: Any, *_: Any) -> Known | None:
     """Zero, if all positions are below the divisor."""
     rounding = node.kwargs.get("rounding_mode", "floor" if "floor" in str(node.target) else None)
     number = number_of(y)
-    if number is None or number <= 0 or rounding is None or not isinstance(x, Line):
+    if number is None or number <= 0 or rounding is None or not isinstance(x, Ramp):
         return None
     low, high = _bounds(node, x)
-    return Line(0) if low >= 0 and high < number else None
+    return Ramp(0) if low >= 0 and high < number else None
 
 
-def _bounds(node: fx.Node, line: Line) -> tuple[float, float]:
+def _bounds(node: fx.Node, line: Ramp) -> tuple[float, float]:
     low = high = line.const
     for dim, slope in line.slopes.items():
         size = value_of(node).shape[dim]
@@ -215,7 +215,7 @@ def _compare(node: fx.Node, x: Any, y: Any, compare: Callable[[float, float], bo
             return both_of(within, beyond)
         return None
     difference = _elementwise(lambda a, b: a - b)(node, x, y)
-    if not isinstance(difference, Line):
+    if not isinstance(difference, Ramp):
         return None
     low, high = _bounds(node, difference)
     signs = [sign for sign, met in ((-1, low < 0), (0, low <= 0 <= high), (1, high > 0)) if met]
@@ -229,7 +229,7 @@ def _mirrored(compare: Callable[[float, float], bool]) -> Callable[[float, float
     return lambda a, b: compare(-a, -b)
 
 
-def _band(node: fx.Node, line: Line, compare: Callable[[float, float], bool]) -> Cond | None:
+def _band(node: fx.Node, line: Ramp, compare: Callable[[float, float], bool]) -> Cond | None:
     """Where a line of column - row compares so with 0."""
     shape, slopes = value_of(node).shape, dict(line.slopes)
     single = len(shape) < 2 or is_one(shape[-2])
@@ -268,7 +268,7 @@ def _where(node: fx.Node, condition: Any, x: Any, y: Any) -> Known | None:
     chosen = condition_of(node.args[0], condition)
     if chosen is None:
         return None
-    if isinstance(x, Cond) and isinstance(y, (Cond, Line)) and value_of(node).dtype == torch.bool:
+    if isinstance(x, Cond) and isinstance(y, (Cond, Ramp)) and value_of(node).dtype == torch.bool:
         other = condition_of(None, y)
         return both_of(chosen, x) if other == NOT else None
     a, b = number_of(x), number_of(y)
@@ -295,7 +295,7 @@ def _masked_fill(node: fx.Node, x: Any, mask: Any, value: Any) -> Known | None:
 
 
 def _absolute(node: fx.Node, x: Any) -> Known | None:
-    return Distance(x) if isinstance(x, Line) else None
+    return Distance(x) if isinstance(x, Ramp) else None
 
 
 _RULES: dict[Any, Callable[..., Known | None]] = {

@@ -22,7 +22,7 @@ INFINITY = math.inf
 
 
 @dataclass(frozen=True)
-class Line:
+class Ramp:
     """The number `const + slopes[dim] * position along dim + ...`; alike along dims without a slope."""
 
     const: float
@@ -33,11 +33,11 @@ class Line:
 class Distance:
     """The absolute value of a line."""
 
-    line: Line
+    line: Ramp
 
 
 @dataclass(frozen=True)
-class Spread:
+class Broadcast:
     """The elements of a tensor that is viewed as `shape` and broadcasts."""
 
     node: fx.Node
@@ -50,7 +50,7 @@ class Cond:
 
     low: float = -INFINITY
     high: float = INFINITY
-    rest: tuple[Spread, ...] = ()
+    rest: tuple[Broadcast, ...] = ()
     negated: bool = False
 
 
@@ -68,14 +68,14 @@ class Biased:
     """A choice, with a tensor added to it."""
 
     choice: Choice
-    bias: Spread
+    bias: Broadcast
 
 
 def is_everywhere(condition: Cond) -> bool:
     return (condition.low, condition.high) == (-INFINITY, INFINITY)
 
 
-Known = Line | Distance | Spread | Cond | Choice | Biased
+Known = Ramp | Distance | Broadcast | Cond | Choice | Biased
 
 
 NOT = Cond(negated=True)
@@ -85,12 +85,12 @@ def condition_of(node: Any, known: Any) -> Cond | None:
     """What is known of a boolean operand: at least itself."""
     if isinstance(known, Cond):
         return known
-    if isinstance(known, Spread) and value_of(known.node).dtype == torch.bool:
+    if isinstance(known, Broadcast) and value_of(known.node).dtype == torch.bool:
         return Cond(rest=(known,))
-    if isinstance(known, Line) and not known.slopes:
+    if isinstance(known, Ramp) and not known.slopes:
         return Cond() if known.const else NOT
     if isinstance(node, fx.Node) and value_of(node).dtype == torch.bool:
-        return Cond(rest=(Spread(node, tuple(value_of(node).shape)),))
+        return Cond(rest=(Broadcast(node, tuple(value_of(node).shape)),))
     return None
 
 
@@ -117,10 +117,10 @@ def opposite_of(condition: Cond | None) -> Cond | None:
     return replace(condition, negated=not condition.negated)
 
 
-def line_of(node: fx.Node, const: float, slopes: Mapping[int, float]) -> Line:
+def line_of(node: fx.Node, const: float, slopes: Mapping[int, float]) -> Ramp:
     """A line, without slopes along dims of size 1."""
     shape = value_of(node).shape
-    return Line(const, {dim: slope for dim, slope in slopes.items() if slope and not is_one(shape[dim])})
+    return Ramp(const, {dim: slope for dim, slope in slopes.items() if slope and not is_one(shape[dim])})
 
 
 def is_one(size: Any) -> bool:
@@ -130,4 +130,4 @@ def is_one(size: Any) -> bool:
 def number_of(x: Any) -> float | None:
     if isinstance(x, (int, float)):
         return float(x) if isinstance(x, bool) else x
-    return x.const if isinstance(x, Line) and not x.slopes else None
+    return x.const if isinstance(x, Ramp) and not x.slopes else None

@@ -11,12 +11,12 @@ from torch import fx
 from shardc.capture.masks.known_values import (
     NOT,
     Biased,
+    Broadcast,
     Choice,
     Cond,
     Distance,
     Known,
-    Line,
-    Spread,
+    Ramp,
     aten,
     is_everywhere,
     is_one,
@@ -61,19 +61,19 @@ def _places(before: tuple[Any, ...], after: tuple[Any, ...]) -> dict[int, int] |
 
 def _placed(node: fx.Node, x: Known, places: Mapping[int, int]) -> Known | None:
     rank = value_of(node).ndim
-    if isinstance(x, Line):
-        return Line(x.const, {places[dim]: slope for dim, slope in x.slopes.items()})
+    if isinstance(x, Ramp):
+        return Ramp(x.const, {places[dim]: slope for dim, slope in x.slopes.items()})
     if isinstance(x, Distance):
-        return Distance(Line(x.line.const, {places[dim]: slope for dim, slope in x.line.slopes.items()}))
-    if isinstance(x, Spread):
+        return Distance(Ramp(x.line.const, {places[dim]: slope for dim, slope in x.line.slopes.items()}))
+    if isinstance(x, Broadcast):
         sizes = [1] * rank
         for dim, place in places.items():
             if -dim <= len(x.shape):
                 sizes[place] = x.shape[dim]
-        return Spread(x.node, tuple(sizes))
+        return Broadcast(x.node, tuple(sizes))
     if isinstance(x, Biased):
         choice, bias = _placed(node, x.choice, places), _placed(node, x.bias, places)
-        return Biased(choice, bias) if isinstance(choice, Choice) and isinstance(bias, Spread) else None
+        return Biased(choice, bias) if isinstance(choice, Choice) and isinstance(bias, Broadcast) else None
     if isinstance(x, Choice):
         condition = _placed(node, x.condition, places)
         return Choice(condition, x.inside, x.outside) if isinstance(condition, Cond) else None
@@ -84,7 +84,7 @@ def _placed(node: fx.Node, x: Known, places: Mapping[int, int]) -> Known | None:
         moved = -x.high, -x.low
     else:
         return None
-    return Cond(*moved, tuple(part for part in rest if isinstance(part, Spread)), x.negated)
+    return Cond(*moved, tuple(part for part in rest if isinstance(part, Broadcast)), x.negated)
 
 
 def _permuted(node: fx.Node, x: Any, order: Sequence[int]) -> Known | None:
@@ -96,7 +96,7 @@ def _expanded(node: fx.Node, x: Any, shape: Any) -> Known | None:
     if x is not None:
         return x
     source = node.args[0]
-    return Spread(source, tuple(value_of(source).shape)) if isinstance(source, fx.Node) else None
+    return Broadcast(source, tuple(value_of(source).shape)) if isinstance(source, fx.Node) else None
 
 
 def _sliced(node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Known | None:
@@ -105,7 +105,7 @@ def _sliced(node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = N
     if x is None or step != 1 or not isinstance(start, int) or not isinstance(size, int):
         return None
     start = max(0, start + size if start < 0 else start)
-    if isinstance(x, Line):
+    if isinstance(x, Ramp):
         return line_of(node, x.const + x.slopes.get(dim, 0) * start, x.slopes)
     if isinstance(x, Cond) and not x.rest and dim in (-1, -2):
         shift = start if dim == -1 else -start
@@ -117,7 +117,7 @@ def _sliced(node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = N
 
 def _indexed(node: fx.Node, x: Any, *_: Any) -> Known | None:
     """Elements of a tensor whose elements are all alike."""
-    return x if (isinstance(x, Line) and not x.slopes) or x in (Cond(), NOT) else None
+    return x if (isinstance(x, Ramp) and not x.slopes) or x in (Cond(), NOT) else None
 
 
 MOVES: dict[Any, Callable[..., Known | None]] = {

@@ -25,7 +25,7 @@ SDPA = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
-class Options:
+class AttentionOptions:
     """What `shardc::attention` takes beside queries, keys and values. `dropout` and its `draw` stand together."""
 
     mask: Tensor | None = None
@@ -55,7 +55,9 @@ def attention(
             whole = _repeated(whole[0], query.shape[-3]), _repeated(whole[1], query.shape[-3])
         with sdpa_kernel(SDPBackend.MATH):
             return SDPA(query, *whole, attn_mask, dropout_p, is_causal, scale=scale)
-    options = Options(attn_mask, causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    options = AttentionOptions(
+        attn_mask, causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    )
     if dropout_p > 0:
         batch = torch.broadcast_shapes(query.shape[:-2], (*key.shape[:-3], 1), (*value.shape[:-3], 1))
         shape = (*batch[: query.ndim - 2], query.shape[-2], key.shape[-2])
@@ -99,7 +101,7 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(-3).expand(*batch, shared, heads // shared, length, size).reshape(*batch, heads, length, size)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
     """`shardc::attention` of operands of any rank whose batches broadcast. Where k and v have fewer heads than q, each
     serves a group of them.
 

@@ -21,7 +21,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as flex
 
-from shardc.capture.torch_patches.attention import Options, attended, unrepeated
+from shardc.capture.torch_patches.attention import AttentionOptions, attended, unrepeated
 from shardc.capture.torch_patches.autocast import lowered
 from shardc.capture.torch_patches.tensor_notes import Notes
 from shardc.errors import CaptureError
@@ -163,7 +163,7 @@ class FlexAttention:
 
     def _options(
         self, query: Tensor, key: Tensor, score_mod: Callable[..., Any], block_mask: tuple[Any, ...], scale: float
-    ) -> Options | None:
+    ) -> AttentionOptions | None:
         """What score_mod and mask_mod do, as arguments of the operator; None if it has none for it, or they learn."""
         sizes = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
         try:
@@ -177,7 +177,7 @@ class FlexAttention:
             return None
         mask = keep if score.bias is None else torch.where(keep, score.bias, float("-inf"))
         factor = score.scale * score.softcap if score.softcap else score.scale
-        return Options(mask, scale=factor, softcap=score.softcap)
+        return AttentionOptions(mask, scale=factor, softcap=score.softcap)
 
 
 def _evaluated(function: Callable[..., Any], sizes: tuple[int, ...]) -> Score:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from shardc.capture.torch_patches.attention import SDPA, Options, attended, attention, unrepeated
+from shardc.capture.torch_patches.attention import SDPA, AttentionOptions, attended, attention, unrepeated
 from shardc.capture.torch_patches.autocast import lowered
 from shardc.capture.torch_patches.tensor_notes import Notes, note_source
 from shardc.capture.torch_patches.written_scores import Scores, noted, product, reshaped
@@ -246,7 +246,7 @@ class WrittenAttention:
         q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, keys.transpose(-1, -2), v))
         mask = _mask(scores, q, weights.site)
         scale = scores.scale * scores.softcap if scores.softcap else scores.scale
-        options = Options(
+        options = AttentionOptions(
             mask, scores.sinks, weights.draw, False, scale, softcap=scores.softcap, dropout=weights.dropout
         )
         out = _by_rank(q, k, v, options)
@@ -337,7 +337,7 @@ def _mask(scores: Scores, q: Tensor, site: int) -> Tensor | None:
     return torch.where(scores.keep, mask, float("-inf"))
 
 
-def _by_rank(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+def _by_rank(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
     """`attended`, where groups of queries have a dim of their own: q `[batch, kv_heads, group, q_length, head_dim]`."""
     if k.shape[-3] != v.shape[-3]:
         heads = max(k.shape[-3], v.shape[-3])
