@@ -17,12 +17,16 @@ import torch
 from torch import fx
 
 from shardc.capture.torch_patches.fake_tensors import is_fake, same_shape
+from shardc.capture.torch_patches.written_attention import PRODUCT, WEIGHTS
 from shardc.ir.facts import NOWHERE, Captured, Origin, describe
 from shardc.ir.program import call, value_of
 
 aten: Any = torch.ops.aten
 
-_COPIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
+_COPIES = {
+    aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default,
+    WEIGHTS, PRODUCT,
+}  # fmt: skip
 _VIEWS = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default, aten._reshape_alias.default, aten.unflatten.int, aten.flatten.using_ints,
@@ -60,9 +64,9 @@ class Rewriter:
         """The graph with its output, without the calls that have no users any more."""
         self.graph.output(tuple(results))
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users and not _is_random(node):
+            if node.op == "call_function" and not node.users and not is_random(node):
                 self.graph.erase_node(node)
-        return _numbered(self.graph)
+        return numbered(self.graph)
 
     def _copied(self, old: fx.Node) -> fx.Node:
         args: Any
@@ -89,7 +93,7 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return new
 
 
-def _numbered(old: fx.Graph) -> fx.Graph:
+def numbered(old: fx.Graph) -> fx.Graph:
     """The same graph with names numbered anew: erased nodes left gaps in the numbers."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in old.nodes:
@@ -111,7 +115,7 @@ def live(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> list[fx.Node]:
     needed = {root for root in roots if root is not None}
     calls: list[fx.Node] = []
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and (node in needed or _is_random(node)):
+        if node.op == "call_function" and (node in needed or is_random(node)):
             calls.append(node)
             needed.update(node.all_input_nodes)
     return calls[::-1]
@@ -189,5 +193,6 @@ def _does_nothing(target: Target, args: tuple[Any, ...], val: Any) -> bool:
     return target is not aten.permute.default or args[1] == sorted(args[1])
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a call advances the random generator."""
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

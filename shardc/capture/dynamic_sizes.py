@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import flatten
+from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.torch_patches.fake_tensors import fake_mode
 from shardc.capture.torch_patches.symbols import Free, Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
@@ -148,7 +149,8 @@ class Template:
                 describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
         version = GraphVersion.of(graph)
         leaves, effects = self._leaves(number), self._effects(number)
-        return with_eager_results(replace(self.program, version=version, out_leaves=leaves, effects=effects))
+        program = replace(self.program, version=version, out_leaves=leaves, effects=effects)
+        return with_eager_results(with_plain_masks(program))
 
     def _leaves(self, number: Callable[[Any], Any]) -> list[int | Constant | Made]:
         old = self.program.out_leaves

@@ -45,6 +45,7 @@ from shardc.capture.torch_patches.fake_tensors import (
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
+from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace_errors import explained
 from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
@@ -73,9 +74,10 @@ class ModelTrace:
         watch: Watch | None,
         stand_ins: StandIns | None,
         compiling: CompilingFlag,
+        recognition: Recognition,
     ) -> None:
         self._compiling = compiling
-        self.watch, self.stand_ins = watch, stand_ins
+        self.watch, self.stand_ins, self.recognition = watch, stand_ins, recognition
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad = state, grad
@@ -115,7 +117,9 @@ class ModelTrace:
         self.met: set[str] = set()
         self.escapes = Escapes()
         self._facts = TensorFacts()
-        self.provenance = Provenance(state.module, self._constrained, self.escapes.note, self._facts.answer, stand_ins)
+        self.provenance = Provenance(
+            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, stand_ins
+        )
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
         symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None

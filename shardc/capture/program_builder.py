@@ -15,6 +15,7 @@ from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Location
 from shardc.capture.torch_patches.aot_autograd import drop_tangents, input_index, output_kinds, tangent_index
 from shardc.capture.torch_patches.fake_tensors import fake_like, is_fake
+from shardc.capture.torch_patches.written_attention import WEIGHTS
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.ir.program import Port, Program, Role
@@ -42,6 +43,8 @@ class ProgramBuilder:
         ports, values = self._results()
         self.written = {port.name for port in ports if port.role is Role.MUTATION}
         nodes = canonical.live(graph, values)
+        # not those of masks, of which more is known when the graph is whole
+        self.trace.recognition.check(node for node in nodes if node.target is WEIGHTS)
         self._placeholders(nodes)
         used = {port.name for port in self.inputs}
         refuse_shared(self.written, [(name, tensor) for name, tensor in self.trace.tensors() if name in used])

@@ -15,6 +15,7 @@ from torch import nn
 
 from shardc.capture.eager_results import with_eager_results
 from shardc.capture.inputs import opaque
+from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
@@ -23,10 +24,12 @@ from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
+from shardc.capture.torch_patches.written_attention import Recognition, Unrecognised
 from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec
 from shardc.ir.program import Program
+from shardc.runtime.errors import RankError
 
 
 def capture(
@@ -58,11 +61,12 @@ def capture(
     """
     refuse_unsupported(module)
     arguments = tuple(args), dict(kwargs or {})
+    recognition = Recognition()
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
         rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
         for compiling in (CompilingFlag(False), CompilingFlag(True)):
-            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling)
+            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition)
             try:
                 return trace, ProgramBuilder(trace, trace.run()).program()
             except CaptureError:
@@ -70,15 +74,35 @@ def capture(
                     raise
         raise AssertionError
 
-    repeats = [] if dynamic else find(module, constraints or ())
-    trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
-    if trace.candidates:
-        trace, program = _with_stand_ins(traced, trace, program)
-    trace.check_met()
+    def captured() -> Program:
+        repeats = [] if dynamic else find(module, constraints or ())
+        trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
+        if trace.candidates:
+            trace, program = _with_stand_ins(traced, trace, program)
+        program = with_plain_masks(program)
+        recognition.check(program.graph.nodes)
+        trace.check_met()
+        return program
+
+    program = _recognised(captured, recognition)
     return program if dynamic else with_eager_results(program)
 
 
 Traced = Callable[..., tuple[ModelTrace, Program]]
+
+
+def _recognised(captured: Callable[[], Program], recognition: Recognition) -> Program:
+    """The program with the operator for attention that the model writes out, where the model can have it: not where it
+    reads the weights, or takes second derivatives."""
+    while True:
+        try:
+            return captured()
+        except Unrecognised as error:
+            recognition.leave(error.sites)
+        except RankError:  # that the operator has no second derivative
+            if not recognition.used:
+                raise
+            recognition.stop()
 
 
 def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[ModelTrace, Program] | None:
@@ -88,6 +112,8 @@ def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[ModelTrace, Progra
         trace, program = traced(watch)
         for number, repeat in enumerate(repeats):
             program = fill(program, number, repeat)
+    except Unrecognised:
+        raise
     except Exception:  # the full trace fails for the same reason, or works
         return None
     return None if watch.broken else (trace, program)
@@ -108,6 +134,8 @@ def _with_stand_ins(traced: Traced, trace: ModelTrace, program: Program) -> tupl
         known = len(read)
         try:
             again = traced(None, stand_ins)
+        except Unrecognised:
+            raise
         except Exception:
             if len(read) == known:  # a stand-in is no number to some library
                 break

@@ -21,10 +21,13 @@ from torch.overrides import TorchFunctionMode
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.side_effects.tensor_facts import ASKED
-from shardc.capture.torch_patches.attention import attention
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
+from shardc.capture.torch_patches.flex_attention import FlexAttention, flex_attention_patched
+from shardc.capture.torch_patches.tensor_notes import Counted
+from shardc.capture.torch_patches.transformers import flex_sinks, packing
+from shardc.capture.torch_patches.written_attention import Recognition, WrittenAttention
 from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
 
@@ -48,6 +51,7 @@ class Provenance(TorchFunctionMode):
         after: Callable[[str, Any], Any],
         made: Callable[[Any, str], None],
         answer: Callable[[Callable[..., Any], Any, str], Any],
+        recognition: Recognition,
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
@@ -60,9 +64,10 @@ class Provenance(TorchFunctionMode):
         """Where operators are called after the model has set a seed."""
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
-        self._attention = F.scaled_dot_product_attention
+        self._recognition, self._attention = recognition, WrittenAttention(recognition)
 
     def __enter__(self) -> Provenance:
+        self._attention = WrittenAttention(self._recognition)
         parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
         return super().__enter__()
 
@@ -79,7 +84,7 @@ class Provenance(TorchFunctionMode):
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             known = self._answer(func, args[0], source_line(sys._getframe(1))) if func in ASKED else ()
-            return known[0] if known else func(*args, **kwargs)
+            return known[0] if known else self._attention.read(func, *args)
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
@@ -98,7 +103,7 @@ class Provenance(TorchFunctionMode):
             if self.seeds.seeded:
                 self.after_seed.add((self.stack[-1], line))
             if result is None:
-                result = attention(*args, **kwargs) if func is self._attention else func(*args, **kwargs)
+                result = self._attention.call(func, args, kwargs, line)
             self._made(result, line)
             return result
         except Exception as error:
@@ -130,7 +135,12 @@ class Provenance(TorchFunctionMode):
             stack.callback(nn.modules.module.register_module_forward_pre_hook(enter).remove)
             stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
             # nn.MultiheadAttention calls attention from inside torch, where function modes do not see it.
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+            attention = F.scaled_dot_product_attention
+            stack.enter_context(patch.object(F, attention.__name__, lambda *a, **k: self._attention.attention(*a, **k)))
+            flex = FlexAttention(lambda: self._attention.notes)
+            stack.enter_context(flex_attention_patched(flex))
+            stack.enter_context(flex_sinks(flex))
+            stack.enter_context(packing(lambda ids: self._attention.notes.get(ids, Counted) is not None))
             # What `parametrize.cached()` holds is real, and is not to hold what is fake.
             stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from shardc.capture.torch_patches.flex_attention import FlexAttention
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""
@@ -21,9 +23,8 @@ def patched(module: nn.Module) -> Generator[None]:
     with ExitStack() as stack:
         masks = sys.modules.get("transformers.masking_utils")
         if masks is not None:
-            # Position ids tell transformers whether sequences are packed. In a trace it cannot see them, so it would
-            # replace is_causal by a dense mask. None says that no sequences are packed.
-            stack.enter_context(patch.object(masks, "find_packed_sequence_indices", lambda *_, **__: None))
+            # Whether a padding mask is all ones decides how the mask is made, and only a run knows that.
+            stack.enter_context(patch.object(masks, "fast_all", lambda _: False))
         configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
         for config in configs.values():
             # The eager experts loop over the experts that were hit, which only the values know. The property
@@ -31,6 +32,44 @@ def patched(module: nn.Module) -> Generator[None]:
             chosen = getattr(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0])
             if chosen not in TRACEABLE_EXPERTS:
                 stack.enter_context(patch.object(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0]))
+        yield
+
+
+@contextmanager
+def packing(counted: Callable[[Any], bool]) -> Generator[None]:
+    """Position ids tell transformers whether sequences are packed: those that the model has counted itself are not. Of
+    others only a run knows, so their mask is made."""
+    masks = sys.modules.get("transformers.masking_utils")
+    if masks is None:
+        yield
+        return
+    find = masks.find_packed_sequence_indices
+
+    def found(position_ids: Tensor) -> Tensor | None:
+        return None if counted(position_ids) else find(position_ids)
+
+    with patch.object(masks, find.__name__, found):
+        yield
+
+
+@contextmanager
+def flex_sinks(flex: FlexAttention) -> Generator[None]:
+    """Sinks in transformers' path by flex_attention, which renormalises by a log-sum-exp that the CPU does not give."""
+    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    if interface is None:
+        yield
+        return
+    chosen, forward = interface.get_interface, interface._global_mapping["flex_attention"]
+
+    def with_sinks(*args: Any, s_aux: Tensor | None = None, **kwargs: Any) -> Any:
+        with flex.sinks(s_aux):
+            return forward(*args, **kwargs)
+
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = chosen(self, *args, **kwargs)
+        return with_sinks if function is forward else function
+
+    with patch.object(interface, "get_interface", get_interface):
         yield
 
 

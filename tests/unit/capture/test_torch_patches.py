@@ -36,6 +36,7 @@ from shardc.capture.torch_patches.fake_tensors import (
     require_equal,
     same_shape,
 )
+from shardc.capture.torch_patches.flex_attention import FlexAttention
 from shardc.capture.torch_patches.module_internals import (
     has_global_hooks,
     has_gradient_hooks,
@@ -43,7 +44,9 @@ from shardc.capture.torch_patches.module_internals import (
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance, provenance_of
 from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
+from shardc.capture.torch_patches.tensor_notes import Notes
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
+from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 
@@ -211,7 +214,7 @@ class Layers(nn.Module):
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
-    provenance = Provenance(model, lambda path, output: None, lambda result, line: None, lambda *_: ())
+    provenance = Provenance(model, lambda path, output: None, lambda result, line: None, lambda *_: (), Recognition())
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
         with provenance:
@@ -293,13 +296,35 @@ def test_transformers_is_patched_for_the_time_of_a_trace() -> None:
     config = hf.MixtralConfig(experts_implementation="eager")
     model = nn.Module()
     model.config = config  # type: ignore[assignment]
-    original = masking_utils.find_packed_sequence_indices
+    original = masking_utils.fast_all
     assert config._experts_implementation_internal == "eager"
     with transformers.patched(model):
         assert config._experts_implementation_internal in transformers.TRACEABLE_EXPERTS
-        assert masking_utils.find_packed_sequence_indices(torch.arange(4)[None]) is None
+        assert not masking_utils.fast_all(torch.ones(4, dtype=torch.bool))
     assert config._experts_implementation_internal == "eager"
+    assert masking_utils.fast_all is original
+
+
+def test_transformers_asks_whether_positions_are_packed() -> None:
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    with transformers.packing(lambda ids: ids.ndim == 1):
+        assert masking_utils.find_packed_sequence_indices(torch.arange(4)) is None
+        packed = masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0, 1]]))
+    assert packed.tolist() == [[0, 0, 1, 1]]
     assert masking_utils.find_packed_sequence_indices is original
+
+
+def test_transformers_path_by_flex_attention_keeps_its_sinks() -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    flex, original = FlexAttention(Notes), AttentionInterface.get_interface
+    with transformers.flex_sinks(flex):
+        forward = AttentionInterface._global_mapping["flex_attention"]
+        assert AttentionInterface().get_interface("flex_attention", print) is not forward
+        assert AttentionInterface().get_interface("eager", print) is print
+    assert AttentionInterface.get_interface is original
 
 
 def test_key_value_caches_are_opened() -> None:

@@ -144,7 +144,7 @@ def test_attention_means_what_torch_means(kind: str) -> None:
     q = torch.randn(2, 4, 2, 4, dtype=torch.float64)
     program = verify(Small(then), X, q, torch.tensor([[True, False], [True, True]]))
     fused = operators(program)["shardc.attention.default"]
-    assert fused == (0 if kind in ("3-D", "learned mask", "broadcast") else 1)
+    assert fused == (0 if kind == "learned mask" else 1)
     assert not any("scaled_dot" in name for name in operators(program))
 
 

@@ -146,7 +146,7 @@ def test_checkpointing_is_ignored() -> None:
 def test_dropout_draws_the_same_random_numbers() -> None:
     verify(gpt2(), input_ids=TOKENS, labels=TOKENS)
     program = verify(GPT(), TOKENS, TOKENS)
-    assert not any("attention" in op or "flash" in op for op in operators(program))
+    assert operators(program)["shardc.attention_draw.default"] == operators(program)["shardc.attention.default"] > 0
     assert program.tied == {"head.weight": "tokens.weight"}
 
 
