@@ -16,7 +16,7 @@ Sources: Liu, Zaharia, Abbeel, "Ring attention with blockwise transformers", 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,17 +99,24 @@ def _ring(r: Part, s: Part, causal: bool, window: int) -> _Ring:
     return _Ring(r.axes, rows, columns, causal, window)
 
 
-def _steps(ring: _Ring, k: Tensor, v: Tensor) -> Iterator[tuple[Visit, Tensor, Tensor]]:
-    """Every step with its keys and values. Those of the next step are on their way while the caller works on them."""
-    packed = torch.cat([k.flatten(), v.flatten()]) if len(ring.visits) > 1 else None
-    for place, visit in enumerate(ring.visits):
-        coming = None
-        if packed is not None and place + 1 < len(ring.visits):
-            coming = ring.pass_on(packed, visit, ring.visits[place + 1])
-        yield (visit, k, v)
-        if coming is not None:
-            packed = wait(coming)
-            k, v = _unpacked(packed, k, v)
+class _Travelling:
+    """Keys and values `k` and `v` on their way round, in one message."""
+
+    def __init__(self, ring: _Ring, k: Tensor, v: Tensor) -> None:
+        self.ring, self.k, self.v = ring, k, v
+        self._packed = torch.cat([k.flatten(), v.flatten()]) if len(ring.visits) > 1 else k
+        self._coming: Started[Tensor] | None = None
+
+    def start(self, place: int) -> None:
+        """Start to send what is held in a step to the next one, if there is one."""
+        if place + 1 < len(self.ring.visits):
+            self._coming = self.ring.pass_on(self._packed, self.ring.visits[place], self.ring.visits[place + 1])
+
+    def land(self) -> None:
+        """Hold what has come."""
+        if self._coming is not None:
+            self._packed, self._coming = wait(self._coming), None
+            self.k, self.v = _unpacked(self._packed, self.k, self.v)
 
 
 def _unpacked(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,15 +131,19 @@ def ring_attention(
     """`shardc::attention` of the rank's queries and all keys: the result and the log-sum-exp of the scores."""
     ring, literals, ours = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout), grouped(q)
     dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
-    made: tuple[Tensor, Tensor] | None = None
-    for visit, keys, values in _steps(ring, k, v):
-        if not ring.busy(visit):
-            continue
-        part = attend(ours, keys, values, whole.of(ring, visit), literals, ring.mine, ring.held(visit), dropping)
-        if made is None:
-            made = part[0].to(part[1].dtype), part[1]
-        else:
-            combine(*made, *part)
+    keys, made = _Travelling(ring, k, v), list[Tensor]()
+    for place, visit in enumerate(ring.visits):
+        keys.start(place)
+        if ring.busy(visit):
+            out, sums = attend(
+                ours, keys.k, keys.v, whole.of(ring, visit), literals, ring.mine, ring.held(visit), dropping
+            )
+            if made:
+                combine(made[0], made[1], out, sums)
+            else:
+                made = [out.to(sums.dtype), sums]
+            del out, sums  # the next step needs the room
+        keys.land()
     out, logsumexp = made or nothing(ours, v)
     if sinks is not None:
         out, logsumexp = with_sinks(out, logsumexp, sinks)
@@ -154,21 +165,24 @@ def ring_attention_backward(
     dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
     grad_q = torch.zeros(ours.shape, dtype=compute_dtype(q.dtype), device=q.device)
     gathered = torch.zeros(k.numel() + v.numel(), dtype=grad_q.dtype, device=q.device)
-    coming: Started[Tensor] | None = None
-    for place, (visit, keys, values) in enumerate(_steps(ring, k, v)):
-        grads: tuple[Tensor, Tensor, Tensor] | None = None
+    keys, coming = _Travelling(ring, k, v), None
+    for place, visit in enumerate(ring.visits):
+        keys.start(place)
+        grads: list[Tensor] = []
         if ring.busy(visit):
-            grads = attend_backward(
-                upper, ours, keys, values, whole.of(ring, visit), made, total, literals, ring.mine,
+            grads += attend_backward(
+                upper, ours, keys.k, keys.v, whole.of(ring, visit), made, total, literals, ring.mine,
                 ring.held(visit), dropping,
             )  # fmt: skip
         if coming is not None:
-            gathered = wait(coming)
-        if grads is not None:
-            for sum_of, more in zip((grad_q, *_unpacked(gathered, k, v)), grads, strict=True):
-                sum_of.add_(more)
+            gathered, coming = wait(coming), None
+        for sum_of, more in zip((grad_q, *_unpacked(gathered, k, v)), grads, strict=bool(grads)):
+            sum_of.add_(more)
+        del grads  # the next step needs the room
         if place + 1 < len(ring.visits):
             coming = ring.pass_on(gathered, visit, ring.visits[place + 1])
+        keys.land()
+    del keys
     of_keys, of_values = _unpacked(ring.home(gathered, ring.visits[-1]), k, v)
     of_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, upper, made, total, ring.mine)
     return grad_q.view(q.shape).to(q.dtype), of_keys.to(k.dtype), of_values.to(v.dtype), of_sinks

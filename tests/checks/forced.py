@@ -65,5 +65,5 @@ def split_keys(*axes: str) -> Accepts:
 
 
 def ulysses(*axes: str) -> Accepts:
-    """Heads split over just these axes."""
-    return lambda split, _: set(split.get("h", ())) == set(axes) and not {"r", "s"} & split.keys()
+    """Heads split over just these axes, those of keys or those of a group that shares them."""
+    return lambda split, _: {*split.get("h", ()), *split.get("g", ())} == set(axes) and not {"r", "s"} & split.keys()
