@@ -76,13 +76,16 @@ def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
     return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
 
 
-def _ring(body: Body, passed_on: list[Send], mask: torch.Tensor | None, k: torch.Tensor) -> list[Variant]:
-    """The variant of a ring; none where a mask has no columns, from whose shape a rank could not tell what it holds.
+def _ring(
+    body: Body, passed_on: list[Send], mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+) -> list[Variant]:
+    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose shape
+    a rank could not tell what it holds.
 
     A mask that is the same for all queries is split along the keys; the ring gathers it.
     """
     sends = list(passed_on)
-    if mask is not None and mask.shape[-1] != k.shape[2]:
+    if 1 in (q.shape[-2], k.shape[2]) or (mask is not None and mask.shape[-1] != k.shape[2]):
         return []
     if mask is not None and (mask.dim() == 1 or mask.shape[-2] == 1):
         names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
@@ -119,7 +122,7 @@ def attention(
         flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
         variants=[
             Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed),
-            *_ring(ring_attention, [_passed_on(k, v)], mask, k),
+            *_ring(ring_attention, [_passed_on(k, v)], mask, q, k),
         ],
     )  # fmt: skip
 
@@ -150,6 +153,6 @@ def attention_backward(
         multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
         variants=[
             Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed),
-            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, k),
+            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, q, k),
         ],
     )  # fmt: skip
