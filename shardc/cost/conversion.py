@@ -30,7 +30,7 @@ def step_seconds(collective: AnyCollective, axis: str, operand_bytes: float, mes
         return device.launch + operand_bytes / device.memory_bandwidth
     if mesh.sizes[axis] == 1:
         return 0.0
-    return device.collective_seconds(collective, operand_bytes, mesh, axis)
+    return device.collective_seconds(collective.single, operand_bytes, mesh, axis)
 
 
 @dataclass(eq=False)

@@ -107,14 +107,23 @@ class OperatorOptions:
 
     def sending(self, strategy: Strategy) -> float:
         """Seconds of the collectives inside the body of one strategy."""
-        return sum(step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
+        each = (step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
+        return sum(each) * self._imbalance(strategy)
+
+    def _imbalance(self, strategy: Strategy) -> float:
+        """How much more the slowest rank does than the mean."""
+        variant = self.shape.variant_of(strategy)
+        return 1.0 if variant is None else variant.imbalance
 
     @cached_property
     def compute(self) -> np.ndarray:
         """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
-        return self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        balanced = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        if all(variant.imbalance == 1.0 for variant in self.shape.variants):
+            return balanced
+        return balanced * np.array([self._imbalance(s) for s in self.strategies])
 
     @cached_property
     def least(self) -> float:
@@ -126,7 +135,7 @@ class OperatorOptions:
         if strategy not in self._computes:
             done = work(self.shape, strategy, self.mesh)
             seconds = self.device.compute_seconds(*done, self.shape.dtype) if self.shape.computes else 0.0
-            self._computes[strategy] = seconds
+            self._computes[strategy] = seconds * self._imbalance(strategy)
         return self._computes[strategy]
 
     @cached_property

@@ -47,6 +47,7 @@ class Send:
     """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
 
     It is sent only where the parted factor is in `parts` parts (None: any number), and the factors `beside` are split.
+    With `each`, the operand has so much for every rank of the axis.
     """
 
     collective: AnyCollective
@@ -55,16 +56,33 @@ class Send:
     elements: int = 1
     parts: int | None = None
     beside: tuple[str, ...] = ()
+    each: bool = False
 
 
 @dataclass(frozen=True)
 class Workspace:
     """Memory that a body allocates and frees again: `elements` for every local point of `factors`, of `itemsize`
-    bytes."""
+    bytes. `bound` says how many rows there may be, each with so much memory; without it, one."""
 
     factors: tuple[str, ...]
     itemsize: int
     elements: int = 1
+    bound: RowBound | None = None
+
+
+@dataclass(frozen=True)
+class RowBound:
+    """The most rows that may come to the local points of factor `to`, where each point of `of` (tokens) sends a row to
+    `each` of the points of `to` (experts).
+
+    At worst, all points that can send here do: those of the rank, and, if the factors are exchanged, of the ranks it
+    exchanges with. `capacity` (0: none) bounds what is exchanged, in multiples of the rows that the rank sends.
+    """
+
+    of: str
+    to: str
+    each: int
+    capacity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,12 @@ class Variant:
     gets a `Part` for each. An operand or result with several factors of a group is split along the one that the group
     names first. A variant with groups runs only where one of its groups is split.
 
+    `exchange` names two factors, such as experts and tokens, whose parts the body exchanges. An axis that splits the
+    first, which is parted, splits the second too; others may split the second alone. A result with one of the two is
+    split along it and complete.
+
+    The slowest rank computes and sends `imbalance` times what the mean does.
+
     Variants that cost the same are equal, whatever their bodies.
     """
 
@@ -88,6 +112,8 @@ class Variant:
     sends: Mapping[str, Sequence[Send]] = field(default_factory=dict[str, Sequence[Send]], hash=False)
     together: tuple[tuple[str, ...], ...] = ()
     workspace: tuple[Workspace, ...] = ()
+    exchange: tuple[str, str] | None = None
+    imbalance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +164,8 @@ def parse(
 ) -> Rule:
     """The rule that `text`, in the notation above, and the other arguments describe.
 
-    - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors.
+    - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors, or a part of the
+      points: `2/8 t e d`.
     - `body` with its `sends` is the only variant. A rule with several variants lists them as `variants`.
     - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
@@ -228,6 +255,8 @@ def _check_variants(
             raise RuleError(
                 f"{title} splits {variant.together} together: groups have two or more factors and share none"
             )
+        if variant.exchange is not None and (variant.exchange[0] not in parted or variant.exchange[1] in parted):
+            raise RuleError(f"{title} exchanges {variant.exchange}: only the first may be parted, and must be")
         for group in variant.together:
             for index, dims in enumerate(results):
                 summed = [name for name in group if name in reductions and name not in (dims or ())]

@@ -18,6 +18,7 @@ import torch
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
+from shardc.rules.factors.exchanges import can_exchange, exchanged, exchanges_of, rows_at_most, senders, split_by_second
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
 from shardc.rules.notation import Variant
 from shardc.runtime.collectives.collective import AnyCollective
@@ -99,9 +100,16 @@ class Shape:
         }
 
     @cached_property
+    def exchanges(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """For each variant that exchanges the parts of two factors, the first, and the atoms of the second."""
+        return exchanges_of(self)
+
+    @cached_property
     def bundles(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of all variants, each once."""
-        return tuple(dict.fromkeys(group for groups in self.groups.values() for group in groups))
+        """The factors that one axis may split at once: the groups of all variants and what they exchange, each once."""
+        groups = [group for groups in self.groups.values() for group in groups]
+        exchanged = [(first, second) for first, seconds in self.exchanges.values() for second in seconds]
+        return tuple(dict.fromkeys([*groups, *exchanged]))
 
     def variant_of(self, strategy: Strategy) -> Variant | None:
         """The variant that a strategy runs; None where the operator itself runs."""
@@ -150,10 +158,11 @@ class Shape:
         return values
 
     @cached_property
-    def products(self) -> tuple[tuple[int, ...], ...]:
-        """For each matrix product of the operator, its factors."""
+    def products(self) -> tuple[tuple[float, tuple[int, ...]], ...]:
+        """For each matrix product of the operator, the part of its points that counts, and its factors."""
         return tuple(
-            tuple(i for i, f in enumerate(self.factors) if f.name in product.split()) for product in self.flops
+            (_part(product), tuple(i for i, f in enumerate(self.factors) if f.name in product.split()))
+            for product in self.flops
         )
 
     @cached_property
@@ -161,6 +170,11 @@ class Shape:
         """Whether some strategy could make a result partial by two reductions."""
         passing = {"sum"} if self.linear else set[str]()
         return any(len(passing.union(factors.values())) > 1 for factors in self.reduced_in)
+
+
+def _part(product: str) -> float:
+    over, slash, under = product.split()[0].partition("/")
+    return int(over) / int(under) if slash else 1.0
 
 
 def shape_of(op: Op) -> Shape:
@@ -239,6 +253,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCol
             size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
             for axis in reversed(axes):
+                size *= mesh.sizes[axis] if send.each else 1
                 yield send.collective, axis, size
                 size = send.collective.result_bytes(mesh.sizes[axis], size)
 
@@ -251,17 +266,23 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     def size(factors: tuple[str, ...]) -> int:
         return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
 
-    return sum(one.itemsize * one.elements * size(one.factors) for one in (variant.workspace if variant else ()))
+    others = senders(shape, strategy, mesh)
+    return sum(
+        one.itemsize * one.elements * size(one.factors)
+        * (rows_at_most(one.bound, size((one.bound.of,)), size((one.bound.to,)), others) if one.bound else 1)
+        for one in (variant.workspace if variant else ())
+    )  # fmt: skip
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
     """For each factor, the axes that split it in a tensor or product with the factors `carried`.
 
-    Of a group that the variant splits together, only the first of the carried factors is split.
+    Of a group that the variant splits together, only the first of the carried factors is split; of two that it
+    exchanges, the second.
     """
     groups = shape.groups.get(strategy.variant)
     if not groups:
-        return strategy.split
+        return split_by_second(shape, strategy, carried)
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
 
@@ -273,7 +294,7 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     """
 
     every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    together = shape.groups.get(strategy.variant)
+    together = shape.groups.get(strategy.variant) or strategy.variant in shape.exchanges
 
     def chunks(carried: Collection[int]) -> list[int]:
         if not together:
@@ -287,10 +308,10 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    flops = 0
-    for product in shape.products:
+    flops = 0.0
+    for part, product in shape.products:
         local = chunks(product)
-        flops += 2 * math.prod([local[i] for i in product])
+        flops += 2 * part * math.prod([local[i] for i in product])
     return float(flops), moved
 
 
@@ -319,6 +340,8 @@ def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, 
 
 def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
     """Whether the factors of each group are split alike, and no axis splits two factors that share no group."""
+    if variant.exchange is not None:
+        return can_exchange(shape, variant, split)
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
@@ -367,8 +390,9 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
     partial = {axis: "sum" for axis, _ in strategy.passes}
+    complete = exchanged(shape, strategy)
     for factor, op in shape.reduced_in[result].items():
-        partial |= dict.fromkeys(strategy.split[factor], op)
+        partial |= {axis: op for axis in strategy.split[factor] if axis not in complete}
     return _splits(shape, shape.results[result], strategy, partial, mesh)
 
 
