@@ -11,6 +11,8 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.torch_patches.experts import fused
+
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""
 
@@ -24,6 +26,11 @@ def patched(module: nn.Module) -> Generator[None]:
             # Position ids tell transformers whether sequences are packed. In a trace it cannot see them, so it would
             # replace is_causal by a dense mask. None says that no sequences are packed.
             stack.enter_context(patch.object(masks, "find_packed_sequence_indices", lambda *_, **__: None))
+        layers = sys.modules.get("transformers.integrations.moe")
+        if layers is not None:
+            known = layers.ExpertsInterface._global_mapping
+            traced = {name: fused(known[name]) for name in TRACEABLE_EXPERTS}
+            stack.enter_context(patch.dict(known, traced))
         configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
         for config in configs.values():
             # The eager experts loop over the experts that were hit, which only the values know. The property
