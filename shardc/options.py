@@ -124,7 +124,24 @@ class Options:
     """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter that
     trains. Without it, `adamw` where the bound is that of the hardware; else none."""
 
+    capacity: float | None = None
+    """The rows that a rank takes at most where experts exchange tokens, in multiples of what its own tokens send:
+    2.0 leaves room for twice the mean. Without it, for the worst that routing can do; nothing overflows then."""
+
+    overflow: Literal["error", "drop"] = "error"
+    """What becomes of rows past `capacity`: the step fails (`error`), or these experts count as zero for their tokens
+    (`drop`)."""
+
+    imbalance: float = 1.0
+    """How many times the mean the busiest rank's experts do, as measured: it sets their time. Without it, routing is
+    taken to be balanced."""
+
     def __post_init__(self) -> None:
+        if self.imbalance < 1.0 or (self.capacity is not None and self.capacity <= 0.0):
+            raise ShardcError(
+                f"imbalance={self.imbalance} must be 1 or more, and capacity={self.capacity} above 0: both are "
+                "multiples of the mean"
+            )
         for name, values in _choices(type(self)).items():
             if getattr(self, name) not in values:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")

@@ -8,9 +8,9 @@
     down         [experts, d, f];  down_bias  None, or [experts, d]
     result       [tokens, d]: the sum over k of scores times `down @ activation(up @ x)`
 
-`activation` is a formula (runtime/kernels/formulas.py) of `gate` and `up` where g is 2, of `up` alone where it is 1, and
-`slope` one of these and `grad`, for their gradients. Backward computes `up @ x` and the activation again, and keeps no
-value a row.
+`activation` is a formula (runtime/kernels/formulas.py) of `gate` and `up` where g is 2, of `up` alone where it is 1,
+and `slope` one of these and `grad`, for their gradients. Backward computes `up @ x` and the activation again, and keeps
+no value a row.
 
 `capacity` and `overflow` speak to bodies that send rows to other ranks (runtime/kernels/experts_parts.py); `imbalance`
 speaks to the planner.
@@ -18,6 +18,8 @@ speaks to the planner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,7 +96,7 @@ def _flat(up: Tensor) -> tuple[Tensor, bool]:
 def _halves(rows: Tensor, count: int, between: bool) -> tuple[Tensor, ...]:
     if count == 1:
         return (rows,)
-    return rows.view(len(rows), -1, count).unbind(2) if between else rows.chunk(count, 1)
+    return rows.unflatten(1, (rows.shape[1] // count, count)).unbind(2) if between else rows.chunk(count, 1)
 
 
 def _names(count: int) -> tuple[str, ...]:
@@ -109,6 +111,23 @@ def hidden(groups: Groups, expert: Tensor, rows: Tensor, up: Tensor, bias: Tenso
         flat = (bias.transpose(1, 2) if between else bias).flatten(1)
         result += flat.index_select(0, expert)
     return result
+
+
+@dataclass
+class Gradients:
+    """Gradients of the scores and of the rows, one a row, and those of weights that learn."""
+
+    scores: Tensor
+    rows: Tensor | None = None
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
+    down: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def in_order(self, x: Tensor, scores: Tensor) -> list[Tensor]:
+        """What `experts_backward` returns, with the gradients of x and scores by token."""
+        every = x, scores, self.up, self.down, self.up_bias, self.down_bias
+        return [one for one in every if one is not None]
 
 
 def forward_rows(
@@ -127,9 +146,9 @@ def forward_rows(
 
 def backward_rows(
     groups: Groups, expert: Tensor, grad: Tensor, rows: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None,
-    down: Tensor, down_bias: Tensor | None, activation: str, slope: str, first: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of rows and of scores, a row each, then of weights and biases.
+    down: Tensor, down_bias: Tensor | None, activation: str, slope: str, learns: bool, first: bool = True,
+) -> Gradients:  # fmt: skip
+    """The gradients of rows and of scores, a row each, and, if `learns`, of weights and biases.
 
     `grad` are the rows of the result's gradient, before they are multiplied by the scores. Only the `first` of the
     ranks that split f counts the bias.
@@ -142,18 +161,21 @@ def backward_rows(
     scale = scores.unsqueeze(1)
     if down_bias is not None and first:
         grad_scores = grad_scores + (grad * down_bias.index_select(0, expert)).sum(1)
-    grad_down = groups.products(grad, (active * scale).to(grad.dtype))
-    del active
-    grad_down_bias = None if down_bias is None else groups.sums((grad * scale).to(grad.dtype))
-    del grad
+    grads = Gradients(grad_scores)
+    if learns:
+        grads.down = groups.products(grad, (active * scale).to(grad.dtype))
+        grads.down_bias = None if down_bias is None else groups.sums((grad * scale).to(grad.dtype))
+    del active, grad
     made = formula(slope, *_names(count), "grad")(*inner, upper.mul_(scale))
     del inner, upper
     halves = made if isinstance(made, tuple) else (made,)
     below = halves[0] if count == 1 else torch.stack(halves, 2).flatten(1) if between else torch.cat(halves, 1)
     del made, halves
-    grad_up = _unflat(groups.products(below, rows), count, between)
-    grad_up_bias = None if up_bias is None else _unflat(groups.sums(below), count, between)
-    return groups.times(below, weight.transpose(1, 2)), grad_scores, grad_up, grad_up_bias, grad_down, grad_down_bias
+    if learns:
+        grads.up = _unflat(groups.products(below, rows), count, between)
+        grads.up_bias = None if up_bias is None else _unflat(groups.sums(below), count, between)
+    grads.rows = groups.times(below, weight.transpose(1, 2))
+    return grads
 
 
 def _unflat(grad: Tensor, count: int, between: bool) -> Tensor:
@@ -176,23 +198,29 @@ def experts(
 @torch.library.custom_op("shardc::experts_backward", mutates_args=())
 def experts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, capacity: float = 0.0, overflow: str = "error",
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = 0.0, overflow: str = "error",
     imbalance: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, scores, up and down, and then of the biases that there are."""
+    """The gradients of x and scores and, if the weights learn, of up and down, and then of the biases that there
+    are."""
     routing = Routing(ids, 0, up.shape[0], every=True)
     rows = routing.rows(grad), routing.rows(x), routing.entries(scores)
     grads = backward_rows(
-        routing.groups, routing.expert, *rows, up, up_bias, down, down_bias, activation, slope
+        routing.groups, routing.expert, *rows, up, up_bias, down, down_bias, activation, slope, learns
     )  # fmt: skip
-    return in_order(routing.total(grads[0]).to(x.dtype), routing.each(grads[1]).to(scores.dtype), *grads[2:])
+    return by_token(grads, routing, lambda one: one, x, scores)
 
 
-def in_order(
-    x: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
+def by_token(
+    grads: Gradients, routing: Routing, back: Callable[[Tensor], Tensor], x: Tensor, scores: Tensor
 ) -> list[Tensor]:
-    """Gradients in the order in which `experts_backward` returns them."""
-    return [x, scores, up, down, *(bias for bias in (up_bias, down_bias) if bias is not None)]
+    """What `experts_backward` returns, where `back` brings rows to the tokens of `routing`."""
+    rows, grads.rows = grads.rows, None
+    assert rows is not None
+    return grads.in_order(
+        routing.total(back(rows)).to(x.dtype),
+        routing.each(back(grads.scores.unsqueeze(1)).squeeze(1)).to(scores.dtype),
+    )
 
 
 @experts.register_fake
@@ -203,12 +231,10 @@ def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
 @experts_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, *_: Any, **__: Any,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, *_: Any, **__: Any,
 ) -> list[Tensor]:  # fmt: skip
-    one, *others = (
-        None if like is None else like.new_empty(like.shape) for like in (x, scores, up, up_bias, down, down_bias)
-    )
-    return in_order(one, *others)  # type: ignore[arg-type]
+    like = [x, scores, *((up, down, up_bias, down_bias) if learns else ())]
+    return [one.new_empty(one.shape) for one in like if one is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,10 +244,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, ids, scores, up, up_bias, down, down_bias = ctx.saved_tensors
-    given = experts_backward(grad, x, ids, scores, up, up_bias, down, down_bias, *ctx.told)
+    activation, slope, *told = ctx.told
+    learns = any(ctx.needs_input_grad[3:7])
+    given = experts_backward(
+        grad, x, ids, scores, up, up_bias, down, down_bias, activation, slope, learns, *told
+    )  # fmt: skip
     biases = iter(given[4:])
-    grads = [next(biases) if bias is not None else None for bias in (up_bias, down_bias)]
-    return given[0], None, given[1], given[2], grads[0], given[3], grads[1], *(None for _ in ctx.told)
+    grads = [next(biases) if learns and bias is not None else None for bias in (up_bias, down_bias)]
+    weights = (given[2], grads[0], given[3], grads[1]) if learns else (None,) * 4
+    return given[0], None, given[1], *weights, *(None for _ in ctx.told)
 
 
 def _second(ctx: Any, *grads: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from shardc.runtime.collectives.all_to_all import all_to_all
 from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.errors import RankError
-from shardc.runtime.kernels.experts import Routing, backward_rows, forward_rows, in_order
+from shardc.runtime.kernels.experts import Routing, backward_rows, by_token, forward_rows
 from shardc.runtime.kernels.grouped import Groups
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.mesh import current
@@ -37,7 +37,7 @@ _Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 def experts_in_parts(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, *_: Any, e: Part | None = None, f: Part | None = None,
+    activation: str, slope: str, *, e: Part | None = None, f: Part | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """`shardc::experts`: this rank's addend, of its experts' results for all tokens."""
     routing = _local(ids, e, up.shape[0])
@@ -48,20 +48,21 @@ def experts_in_parts(
 
 def experts_in_parts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, *_: Any, e: Part | None = None, f: Part | None = None,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, *, e: Part | None = None,
+    f: Part | None = None, **_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """`shardc::experts_backward`: addends of the gradients of x and scores, and the gradients of this rank's weights."""
+    """`shardc::experts_backward`: addends of the gradients of x and scores, and the gradients of its weights."""
     routing = _local(ids, e, up.shape[0])
     weights = _filled(up, up_bias, down, down_bias, f)
     rows = routing.rows(grad), routing.rows(x), routing.entries(scores)
-    grads = backward_rows(routing.groups, routing.expert, *rows, *weights, activation, slope, _first(f))
-    return in_order(routing.total(grads[0]).to(x.dtype), routing.each(grads[1]).to(scores.dtype), *grads[2:])
+    grads = backward_rows(routing.groups, routing.expert, *rows, *weights, activation, slope, learns, _first(f))
+    return by_token(grads, routing, lambda one: one, x, scores)
 
 
 def experts_exchanged(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, capacity: float = 0.0, overflow: str = "error", _: float = 1.0, *, e: Part,
-    f: Part | None = None,
+    activation: str, slope: str, *, e: Part, f: Part | None = None, capacity: float = 0.0, overflow: str = "error",
+    **_: Any,
 ) -> Tensor:  # fmt: skip
     """`shardc::experts`: the results of this rank's tokens; of a split inner dim, this rank's addend."""
     exchange = _Exchange(ids, e, capacity, overflow)
@@ -74,22 +75,21 @@ def experts_exchanged(
 
 def experts_exchanged_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, capacity: float = 0.0, overflow: str = "error",
-    _: float = 1.0, *, e: Part, f: Part | None = None,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, *, e: Part, f: Part | None = None,
+    capacity: float = 0.0, overflow: str = "error", **_: Any,
 ) -> list[Tensor]:  # fmt: skip
     """`shardc::experts_backward`: the gradients of this rank's tokens, scores and weights."""
     exchange = _Exchange(ids, e, capacity, overflow)
     weights, routing = _filled(up, up_bias, down, down_bias, f), exchange.routing
-    upper = exchange.there(routing.rows(grad))
-    scale = exchange.there(routing.entries(scores).unsqueeze(1)).squeeze(1)
-    rows = exchange.there(routing.rows(x))
+    rows = (
+        exchange.there(routing.rows(grad)),
+        exchange.there(routing.rows(x)),
+        exchange.there(routing.entries(scores).unsqueeze(1)).squeeze(1),
+    )
     grads = backward_rows(
-        exchange.groups, exchange.expert, upper, rows, scale, *weights, activation, slope, _first(f)
+        exchange.groups, exchange.expert, *rows, *weights, activation, slope, learns, _first(f)
     )  # fmt: skip
-    del upper, rows
-    grad_x = routing.total(exchange.back(grads[0])).to(x.dtype)
-    grad_scores = routing.each(exchange.back(grads[1].unsqueeze(1)).squeeze(1)).to(scores.dtype)
-    return in_order(grad_x, grad_scores, *grads[2:])
+    return by_token(grads, routing, exchange.back, x, scores)
 
 
 class _Exchange:
@@ -149,8 +149,8 @@ class _Hop:
             rows = int(arriving.sum())
             if rows > limit:
                 raise RankError(
-                    f"{rows} rows come to the experts of this rank over axis {self.axis!r}, and capacity leaves room for "
-                    f"{limit}: raise capacity, leave it out (then nothing overflows), or drop what overflows "
+                    f"{rows} rows come to the experts of this rank over axis {self.axis!r}, and capacity leaves "
+                    f"room for {limit}: raise capacity, leave it out (then nothing overflows), or drop what overflows "
                     "(overflow='drop')"
                 )
             return table, arriving

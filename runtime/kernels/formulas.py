@@ -33,7 +33,7 @@ def formula(text: str, *arguments: str) -> Formula:
         raise RankError(f"{text!r} is no formula of {', '.join(arguments)}: {error.msg}") from None
     local = {*arguments, *(step.split(" = ")[0] for step in steps)}
     scope = {name: _meaning(name, text) for name in names - local}
-    exec(source, scope)  # noqa: S102  (the text is an argument of an operator, written by capture)
+    exec(source, scope)
     return scope["formula"]
 
 

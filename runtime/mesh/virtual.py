@@ -14,7 +14,6 @@ from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 
-
 _Posted = tuple[Tensor, str]
 """What a rank posts: its operand, and the `op` of `Context.start`."""
 

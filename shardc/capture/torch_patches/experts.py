@@ -101,7 +101,7 @@ def _activation(layer: Any) -> tuple[tuple[str, str], bool] | None:
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):  # pyright: ignore
         try:
             found = formulas(act, count, weight.dtype)
-        except Exception:  # noqa: BLE001  (whatever the layer does with what is no tensor: it is traced as it is)
+        except Exception:  # (whatever the layer does with what is no tensor: it is traced as it is)
             return None
     return None if found is None else (found, between)
 
@@ -125,10 +125,14 @@ def formulas(act: Callable[..., Tensor], count: int, dtype: torch.dtype) -> tupl
         texts = _text(forward.graph, names), _text(backward.graph, (*names, "grad"))
         if texts[0] is None or texts[1] is None:
             return None
-        made = formula(texts[0], *names)(*given)
-        if not torch.equal(made, act(*given)):
+        made = formula(texts[0], *names)(*given), formula(texts[1], *names, "grad")(*given, grad)
+        if not torch.equal(made[0], act(*given)) or not all(map(torch.equal, _tuple(made[1]), slope(*given, grad))):
             return None
     return texts[0], texts[1]
+
+
+def _tuple(made: Any) -> tuple[Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
 
 
 def _text(graph: fx.Graph, names: tuple[str, ...]) -> str | None:
@@ -166,12 +170,23 @@ def _call(node: fx.Node, texts: dict[fx.Node, str]) -> str | None:
     if node.target is aten._to_copy.default:
         kinds = set(node.kwargs) - {"dtype"}
         return None if kinds else f"to({texts[node.args[0]]}, {_literal(node.kwargs['dtype'], texts)})"
+    if node.target is aten.scalar_tensor.default:
+        return repr(node.args[0])
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags or target.namespace != "aten":
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or torch.Tag.pointwise not in target.tags
+        or target.namespace != "aten"
+    ):
         return None
+    name = target._opname
+    if target._schema.is_mutable:
+        if not name.endswith("_") or len(node.args[0].users) > 1:
+            return None
+        name = name.removesuffix("_")
     arguments = [_literal(value, texts) for value in node.args]
     arguments += [f"{name}={_literal(value, texts)}" for name, value in node.kwargs.items()]
-    return f"{target._opname}({', '.join(arguments)})"
+    return f"{name}({', '.join(arguments)})"
 
 
 def _literal(value: Any, texts: dict[fx.Node, str]) -> str:

@@ -1,9 +1,9 @@
 """Experts as one operator. Tokens split freely; experts and their inner dim are parted.
 
-    axis splits         runs                    sends
-    t                   the operator itself     nothing
-    e, or f             in parts                nothing: the results are addends
-    e and t             exchanged               rows, to their experts and back, priced as if routing were balanced
+axis splits         runs                    sends
+t                   the operator itself     nothing
+e, or f             in parts                nothing: the results are addends
+e and t             exchanged               rows, to their experts and back, priced as if routing were balanced
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ def _weights(up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor
     return [_named(text, x) for x, text in pairs if x is not None]
 
 
-def _told(ids: Tensor, experts: int, capacity: float, overflow: str) -> list[Send]:
+def _told(capacity: float, overflow: str) -> list[Send]:
     """How many rows go where, and, if some may be dropped, how many are taken."""
-    del ids, experts
     return [Send(all_to_all, ("e",), 8, each=True)] * (2 if capacity and overflow == "drop" else 1)
 
 
@@ -53,7 +52,7 @@ def experts(
     left = [_named(text, one) for text, one in (("t d!", x), ("t k!", ids), ("t k!", scores))]
     k, size = ids.shape[1], x.element_size()
     rows = Send(all_to_all_rows, ("t", "d"), size, elements=k)
-    sends = {"e": [*_told(ids, up.shape[0], capacity, overflow), rows, rows]}
+    sends = {"e": [*_told(capacity, overflow), rows, rows]}
     outer, inner = forward_elements(up.shape[1])
     memory = _workspace(k, size, outer, inner, capacity)
     return parse(
@@ -69,7 +68,7 @@ def experts(
 @rule(torch.ops.shardc.experts_backward.default)
 def experts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, capacity: float = 0.0, overflow: str = "error",
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = 0.0, overflow: str = "error",
     imbalance: float = 1.0,
 ) -> Rule:  # fmt: skip
     """The gradients of weights sum over tokens, those of x and scores over experts and their inner dim."""
@@ -79,13 +78,13 @@ def experts_backward(
     weights = _weights(up, up_bias, down, down_bias)
     named = dict(zip(_present(up_bias, down_bias), weights, strict=True))
     every = set(range(4 + len(weights)))
-    order = ["up", "down", *(name for name in named if name.endswith("bias"))]
+    order = ["up", "down", *(name for name in named if name.endswith("bias"))] if learns else []
     reads = [every, every, *({0, 2, 3} if name == "down_bias" else every for name in order)]
     k, size = ids.shape[1], x.element_size()
     rows, numbers = Send(all_to_all_rows, ("t", "d"), size, elements=k), scores.element_size()
     sends = {
         "e": [
-            *_told(ids, up.shape[0], capacity, overflow), rows, rows, rows,
+            *_told(capacity, overflow), rows, rows, rows,
             Send(all_to_all_rows, ("t",), numbers, elements=k), Send(all_to_all_rows, ("t",), size, elements=k),
         ]
     }  # fmt: skip
@@ -93,7 +92,7 @@ def experts_backward(
     memory = _workspace(k, size, outer, inner, capacity)
     return parse(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
-        [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2), multiplied=[0],
+        [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1), multiplied=[0],
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
             Variant("exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, ("e", "t"), imbalance),
