@@ -12,8 +12,7 @@
 and `slope` one of these and `grad`, for their gradients. Backward computes `up @ x` and the activation again, and keeps
 no value a row.
 
-`capacity` and `overflow` speak to bodies that send rows to other ranks (runtime/kernels/experts_parts.py); `imbalance`
-speaks to the planner.
+`capacity` and `overflow` speak to the bodies of runtime/kernels/experts_parts.py; `imbalance` speaks to the planner.
 """
 
 from __future__ import annotations
@@ -31,6 +30,10 @@ from shardc.runtime.kernels.formulas import formula
 from shardc.runtime.kernels.grouped import Groups
 
 __all__ = ["experts", "experts_backward"]
+
+
+CAPACITY = 2.0
+"""The rows for which a rank has room, in multiples of the mean, where nothing else is asked."""
 
 
 class Routing:
@@ -187,7 +190,7 @@ def _unflat(grad: Tensor, count: int, between: bool) -> Tensor:
 @torch.library.custom_op("shardc::experts", mutates_args=())
 def experts(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, capacity: float = 0.0, overflow: str = "error", imbalance: float = 1.0,
+    activation: str, slope: str, capacity: float = CAPACITY, overflow: str = "rounds", imbalance: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """The experts' results, weighed and summed by token. Shapes are those of the module's docstring."""
     routing = Routing(ids, 0, up.shape[0], every=True)
@@ -198,8 +201,8 @@ def experts(
 @torch.library.custom_op("shardc::experts_backward", mutates_args=())
 def experts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = 0.0, overflow: str = "error",
-    imbalance: float = 1.0,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = CAPACITY,
+    overflow: str = "rounds", imbalance: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x and scores and, if the weights learn, of up and down, and then of the biases that there
     are."""

@@ -47,7 +47,6 @@ class Send:
     """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
 
     It is sent only where the parted factor is in `parts` parts (None: any number), and the factors `beside` are split.
-    With `each`, the operand has so much for every rank of the axis.
     """
 
     collective: AnyCollective
@@ -56,7 +55,6 @@ class Send:
     elements: int = 1
     parts: int | None = None
     beside: tuple[str, ...] = ()
-    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,15 @@ class Workspace:
 
 @dataclass(frozen=True)
 class RowBound:
-    """The most rows that may come to the local points of factor `to`, where each point of `of` (tokens) sends a row to
-    `each` of the points of `to` (experts).
-
-    At worst, all points that can send here do: those of the rank, and, if the factors are exchanged, of the ranks it
-    exchanges with. `capacity` (0: none) bounds what is exchanged, in multiples of the rows that the rank sends.
+    """The rows for which there is room at the local points of factor `to` (experts), where each point of `of` (tokens)
+    sends a row to `each` of the points of `to`: `capacity` times the mean, but no more than can come at worst.
     """
 
     of: str
     to: str
     each: int
-    capacity: float = 0.0
+    total: int
+    capacity: float
 
 
 @dataclass(frozen=True)

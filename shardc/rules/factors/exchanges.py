@@ -57,10 +57,10 @@ def split_by_second(shape: Shape, strategy: Strategy, carried: Collection[int]) 
 
 
 def rows_at_most(bound: RowBound, own: int, here: int, senders: int) -> int:
-    """The most rows that come to `here` local points of factor `to`, from `senders` ranks with `own` points of `of`."""
-    most = own * senders * min(bound.each, here)
-    limited = bound.capacity and senders > 1
-    return min(most, math.ceil(bound.capacity * own * bound.each)) if limited else most
+    """The rows for which there is room at `here` local points of factor `to`, from `senders` ranks with `own` points of
+    `of` each."""
+    sent = own * senders
+    return min(sent * min(bound.each, here), math.ceil(bound.capacity * sent * bound.each * here / bound.total))
 
 
 def senders(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:

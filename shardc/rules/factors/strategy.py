@@ -253,7 +253,6 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCol
             size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
             size *= send.itemsize * send.elements
             for axis in reversed(axes):
-                size *= mesh.sizes[axis] if send.each else 1
                 yield send.collective, axis, size
                 size = send.collective.result_bytes(mesh.sizes[axis], size)
 

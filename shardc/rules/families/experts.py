@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from shardc.rules.notation import RowBound, Rule, Send, Variant, Workspace, parse, rule
-from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.kernels import experts_parts
-from shardc.runtime.kernels.experts import backward_elements, forward_elements
+from shardc.runtime.kernels.experts import CAPACITY, backward_elements, forward_elements
 
 
 def _named(text: str, x: Tensor) -> str:
@@ -32,9 +32,9 @@ def _weights(up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor
     return [_named(text, x) for x, text in pairs if x is not None]
 
 
-def _told(capacity: float, overflow: str) -> list[Send]:
-    """How many rows go where, and, if some may be dropped, how many are taken."""
-    return [Send(all_to_all, ("e",), 8, each=True)] * (2 if capacity and overflow == "drop" else 1)
+def _told(experts: int) -> Send:
+    """How many rows a rank has for each expert."""
+    return Send(all_gather, (), 8, elements=experts)
 
 
 def _products(up: Tensor, ids: Tensor, count: int) -> list[str]:
@@ -45,16 +45,16 @@ def _products(up: Tensor, ids: Tensor, count: int) -> list[str]:
 @rule(torch.ops.shardc.experts.default)
 def experts(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, capacity: float = 0.0, overflow: str = "error", imbalance: float = 1.0,
+    activation: str, slope: str, capacity: float = CAPACITY, overflow: str = "rounds", imbalance: float = 1.0,
 ) -> Rule:  # fmt: skip
     """Linear in the scores."""
-    del activation, slope
+    del activation, slope, overflow
     left = [_named(text, one) for text, one in (("t d!", x), ("t k!", ids), ("t k!", scores))]
     k, size = ids.shape[1], x.element_size()
     rows = Send(all_to_all_rows, ("t", "d"), size, elements=k)
-    sends = {"e": [*_told(capacity, overflow), rows, rows]}
+    sends = {"e": [_told(up.shape[0]), rows, rows]}
     outer, inner = forward_elements(up.shape[1])
-    memory = _workspace(k, size, outer, inner, capacity)
+    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
     return parse(
         f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
         flops=_products(up, ids, up.shape[1] + 1), multiplied=[2],
@@ -68,11 +68,11 @@ def experts(
 @rule(torch.ops.shardc.experts_backward.default)
 def experts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = 0.0, overflow: str = "error",
-    imbalance: float = 1.0,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = CAPACITY,
+    overflow: str = "rounds", imbalance: float = 1.0,
 ) -> Rule:  # fmt: skip
     """The gradients of weights sum over tokens, those of x and scores over experts and their inner dim."""
-    del activation, slope
+    del activation, slope, overflow
     tokens = [(grad, "t:sum d!"), (x, "t:sum d!"), (ids, "t:sum k!"), (scores, "t:sum k!")]
     left = [_named(text, one) for one, text in tokens]
     weights = _weights(up, up_bias, down, down_bias)
@@ -84,12 +84,12 @@ def experts_backward(
     rows, numbers = Send(all_to_all_rows, ("t", "d"), size, elements=k), scores.element_size()
     sends = {
         "e": [
-            *_told(capacity, overflow), rows, rows, rows,
+            _told(up.shape[0]), rows, rows, rows,
             Send(all_to_all_rows, ("t",), numbers, elements=k), Send(all_to_all_rows, ("t",), size, elements=k),
         ]
     }  # fmt: skip
     outer, inner = backward_elements(up.shape[1])
-    memory = _workspace(k, size, outer, inner, capacity)
+    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
     return parse(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
         [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1), multiplied=[0],
@@ -105,7 +105,7 @@ def _present(up_bias: Tensor | None, down_bias: Tensor | None) -> list[str]:
     return [name for name, one in names.items() if one is not None]
 
 
-def _workspace(k: int, size: int, outer: int, inner: int, capacity: float) -> tuple[Workspace, ...]:
+def _workspace(k: int, experts: int, size: int, outer: int, inner: int, capacity: float) -> tuple[Workspace, ...]:
     """`outer` values of width d and `inner` of width f for each row that may come."""
-    bound = RowBound("t", "e", k, capacity)
+    bound = RowBound("t", "e", k, experts, capacity)
     return Workspace(("d",), size, outer, bound), Workspace(("f",), size, inner, bound)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import fx
+
+from shardc.runtime.kernels.experts import CAPACITY
 
 EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default)
 
@@ -17,14 +19,13 @@ EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.d
 class Routing:
     """The options `capacity`, `overflow` and `imbalance` of `shardc.options`."""
 
-    capacity: float | None = None
-    overflow: str = "error"
+    capacity: float = CAPACITY
+    overflow: str = "rounds"
     imbalance: float = 1.0
 
     def tell(self, graph: fx.Graph) -> None:
         """Write it into the calls of experts, in place, where it is not what they take for granted."""
-        told = {"capacity": self.capacity, "overflow": self.overflow} if self.capacity is not None else {}
-        told |= {"imbalance": self.imbalance} if self.imbalance != 1.0 else {}
+        told = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
         for node in graph.nodes if told else ():
             if node.target in EXPERTS:
                 node.kwargs = {**node.kwargs, **told}
