@@ -20,6 +20,7 @@ from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.all_reduce_bucket import all_reduce_bucket
 from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, Collective, Held
 from shardc.runtime.collectives.permute import permute
