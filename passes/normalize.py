@@ -24,7 +24,7 @@ from shardc.rules.notation import maker_of
 from shardc.rules.rewrites.borrowed import body_of
 from shardc.rules.rewrites.builder import Builder, Values
 from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
-from shardc.rules.rewrites.routing import BALANCED, Routing
+from shardc.rules.rewrites.routing import BALANCED, RoutingOptions
 from shardc.runtime.kernels.random import DRAWS
 
 
@@ -32,15 +32,15 @@ from shardc.runtime.kernels.random import DRAWS
 def normalize(c: Compilation) -> Compilation:
     """Replace every operator that has a decomposition."""
     asked = c.options
-    return replace(c, program=normalized(c.program, Routing(asked.capacity, asked.overflow, asked.imbalance)))
+    return replace(c, program=normalized(c.program, RoutingOptions(asked.capacity, asked.overflow, asked.imbalance)))
 
 
-def normalized(program: Program, routing: Routing = BALANCED) -> Program:
+def normalized(program: Program, routing: RoutingOptions = BALANCED) -> Program:
     """The program in operators that have rules. `routing` is what its experts are told."""
     return replace(program, version=program.version.derived("normalize", lambda graph: _normalized(graph, routing)))
 
 
-def _normalized(graph: fx.Graph, routing: Routing) -> fx.Graph:
+def _normalized(graph: fx.Graph, routing: RoutingOptions) -> fx.Graph:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     _rewrite(graph, Values())
     routing.tell(graph)

@@ -17,7 +17,7 @@ from shardc.errors import ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
-from shardc.runtime.kernels.experts import CAPACITY
+from shardc.runtime.kernels.mixture.fused import CAPACITY
 
 SMALL = 2.0**20
 """Bytes up to which `outputs="auto"` gathers an output: on the links of a node this takes no longer than a few kernels

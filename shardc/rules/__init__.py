@@ -4,7 +4,7 @@
 import shardc.ir.constrain  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.kernels.attention  # pyright: ignore[reportUnusedImport]
 import shardc.runtime.kernels.checks  # pyright: ignore[reportUnusedImport]
-import shardc.runtime.kernels.experts  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import shardc.runtime.kernels.mixture.fused  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from shardc.rules.families import (
     attention,
     contraction,

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from shardc.runtime import DistributedMesh, Part, local_mesh
-from shardc.runtime.kernels.experts import experts, experts_backward
-from shardc.runtime.kernels.experts_parts import experts_exchanged, experts_exchanged_backward
+from shardc.runtime.kernels.mixture.experts_parts import experts_exchanged, experts_exchanged_backward
+from shardc.runtime.kernels.mixture.fused import experts, experts_backward
 
 COUNT, TOKENS, K, D, F = 8, 6, 2, 4, 3
 TOLD = ("mul(silu(gate), up)", "silu_backward(mul(grad, up), gate), mul(grad, silu(gate))")

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 
-from shardc.runtime.kernels.experts import experts
-from shardc.runtime.kernels.formulas import formula
+from shardc.runtime.kernels.mixture.formulas import formula
+from shardc.runtime.kernels.mixture.fused import experts
 
 aten = torch.ops.aten
 _SAMPLE = 4

@@ -66,3 +66,9 @@ def rows_at_most(bound: RowBound, own: int, here: int, senders: int) -> int:
 def senders(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     """The ranks that send rows to one: those it exchanges with, and itself."""
     return mesh.ways(exchanged(shape, strategy))
+
+
+def part_of(product: str) -> float:
+    """The part of a product's points that counts: 0.25 of `2/8 t e d`."""
+    over, slash, under = product.split()[0].partition("/")
+    return int(over) / int(under) if slash else 1.0

@@ -18,9 +18,9 @@ import torch
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
-from shardc.rules.factors.exchanges import can_exchange, exchanged, exchanges_of, rows_at_most, senders, split_by_second
+from shardc.rules.factors import exchanges as exchange
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import Variant
+from shardc.rules.notation import RowBound, Variant
 from shardc.runtime.collectives.collective import AnyCollective
 
 PLAIN = ""
@@ -102,7 +102,7 @@ class Shape:
     @cached_property
     def exchanges(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """For each variant that exchanges the parts of two factors, the first, and the atoms of the second."""
-        return exchanges_of(self)
+        return exchange.exchanges_of(self)
 
     @cached_property
     def bundles(self) -> tuple[tuple[int, ...], ...]:
@@ -161,7 +161,7 @@ class Shape:
     def products(self) -> tuple[tuple[float, tuple[int, ...]], ...]:
         """For each matrix product of the operator, the part of its points that counts, and its factors."""
         return tuple(
-            (_part(product), tuple(i for i, f in enumerate(self.factors) if f.name in product.split()))
+            (exchange.part_of(product), tuple(i for i, f in enumerate(self.factors) if f.name in product.split()))
             for product in self.flops
         )
 
@@ -170,11 +170,6 @@ class Shape:
         """Whether some strategy could make a result partial by two reductions."""
         passing = {"sum"} if self.linear else set[str]()
         return any(len(passing.union(factors.values())) > 1 for factors in self.reduced_in)
-
-
-def _part(product: str) -> float:
-    over, slash, under = product.split()[0].partition("/")
-    return int(over) / int(under) if slash else 1.0
 
 
 def shape_of(op: Op) -> Shape:
@@ -265,12 +260,15 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     def size(factors: tuple[str, ...]) -> int:
         return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
 
-    others = senders(shape, strategy, mesh)
-    return sum(
-        one.itemsize * one.elements * size(one.factors)
-        * (rows_at_most(one.bound, size((one.bound.of,)), size((one.bound.to,)), others) if one.bound else 1)
-        for one in (variant.workspace if variant else ())
-    )  # fmt: skip
+    def rows(bound: RowBound | None) -> int:
+        return (
+            exchange.rows_at_most(bound, size((bound.of,)), size((bound.to,)), exchange.senders(shape, strategy, mesh))
+            if bound
+            else 1
+        )
+
+    declared = variant.workspace if variant else ()
+    return sum(one.itemsize * one.elements * size(one.factors) * rows(one.bound) for one in declared)
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
@@ -281,7 +279,7 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
     """
     groups = shape.groups.get(strategy.variant)
     if not groups:
-        return split_by_second(shape, strategy, carried)
+        return exchange.split_by_second(shape, strategy, carried)
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
 
@@ -340,7 +338,7 @@ def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, 
 def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) -> bool:
     """Whether the factors of each group are split alike, and no axis splits two factors that share no group."""
     if variant.exchange is not None:
-        return can_exchange(shape, variant, split)
+        return exchange.can_exchange(shape, variant, split)
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
@@ -389,7 +387,7 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
     partial = {axis: "sum" for axis, _ in strategy.passes}
-    complete = exchanged(shape, strategy)
+    complete = exchange.exchanged(shape, strategy)
     for factor, op in shape.reduced_in[result].items():
         partial |= {axis: op for axis in strategy.split[factor] if axis not in complete}
     return _splits(shape, shape.results[result], strategy, partial, mesh)

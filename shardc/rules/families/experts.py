@@ -16,8 +16,8 @@ from torch import Tensor
 from shardc.rules.notation import RowBound, Rule, Send, Variant, Workspace, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
-from shardc.runtime.kernels import experts_parts
-from shardc.runtime.kernels.experts import CAPACITY, backward_elements, forward_elements
+from shardc.runtime.kernels.mixture import experts_parts
+from shardc.runtime.kernels.mixture.fused import CAPACITY, backward_elements, forward_elements
 
 
 def _named(text: str, x: Tensor) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import fx
 
-from shardc.runtime.kernels.experts import CAPACITY
+from shardc.runtime.kernels.mixture.fused import CAPACITY
 
 EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default)
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingOptions:
     """The options `capacity`, `overflow` and `imbalance` of `shardc.options`."""
 
     capacity: float = CAPACITY
@@ -31,4 +31,4 @@ class Routing:
                 node.kwargs = {**node.kwargs, **told}
 
 
-BALANCED = Routing()
+BALANCED = RoutingOptions()

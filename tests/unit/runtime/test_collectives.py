@@ -169,6 +169,7 @@ def test_bytes_sent() -> None:
             all_gather: ways - 1,
             reduce_scatter: (ways - 1) / ways,
             all_to_all: (ways - 1) / ways,
+            all_to_all_rows: (ways - 1) / ways,
             all_reduce: 2 * (ways - 1) / ways,
             permute: 1 if ways > 1 else 0,
             shard: 0,

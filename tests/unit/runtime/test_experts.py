@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from shardc.errors import ShardcError
-from shardc.runtime.kernels.experts import experts
-from shardc.runtime.kernels.formulas import formula
-from shardc.runtime.kernels.grouped import Groups
+from shardc.runtime.kernels.mixture.formulas import formula
+from shardc.runtime.kernels.mixture.fused import experts
+from shardc.runtime.kernels.mixture.grouped import RowGroups
 
 GATED = ("mul(silu(gate), up)", "silu_backward(mul(grad, up), gate), mul(grad, silu(gate))")
 SQUARED = ("pow(relu(up), 2)", "threshold_backward(mul(grad, mul(relu(up), 2)), up, 0)")
@@ -70,7 +70,7 @@ def test_weights_that_do_not_learn_cost_no_gradient(monkeypatch: pytest.MonkeyPa
     x, scores = learned(4, 6), learned(4, 2)
     weights = [learned(3, 2, 4, 6).detach(), None, learned(3, 6, 4).detach(), None]
     out = experts(x, torch.tensor([[0, 1]] * 4), scores, *weights, *GATED)
-    monkeypatch.delattr(Groups, "products")
+    monkeypatch.delattr(RowGroups, "products")
     assert all(grad is not None for grad in torch.autograd.grad(out.sum(), [x, scores]))
 
 
@@ -90,7 +90,7 @@ def test_there_is_no_second_derivative() -> None:
 def test_products_by_group(counts: list[int], width: int, dtype: torch.dtype) -> None:
     """Also where torch has no kernel for the type or the width, and for groups without rows."""
     rows, other = torch.randn(sum(counts), 8).to(dtype), torch.randn(sum(counts), width).to(dtype)
-    weights, groups = torch.randn(3, width, 8).to(dtype), Groups(torch.tensor(counts))
+    weights, groups = torch.randn(3, width, 8).to(dtype), RowGroups(torch.tensor(counts))
     apart = list(zip(rows.split(counts), weights, strict=True))
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(groups.times(rows, weights), torch.cat([one @ w.t() for one, w in apart]), **close)

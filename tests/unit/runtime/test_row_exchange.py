@@ -16,13 +16,13 @@ from torch import Tensor
 from checks.fuzz import searched
 from shardc.errors import ShardcError
 from shardc.runtime import Part, VirtualMesh
-from shardc.runtime.kernels.experts import experts, experts_backward
-from shardc.runtime.kernels.experts_parts import (
+from shardc.runtime.kernels.mixture.experts_parts import (
     experts_exchanged,
     experts_exchanged_backward,
     experts_in_parts,
     experts_in_parts_backward,
 )
+from shardc.runtime.kernels.mixture.fused import experts, experts_backward
 
 TOLD = ("mul(silu(gate), up)", "silu_backward(mul(grad, up), gate), mul(grad, silu(gate))")
 COUNT, D, F = 6, 4, 3
@@ -131,7 +131,7 @@ SKEWED = torch.zeros(2 * EACH, 1, dtype=torch.int64)
 
 
 def test_rounds_bound_what_is_in_work_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardc.runtime.kernels import experts_parts
+    from shardc.runtime.kernels.mixture import experts_parts
 
     most: list[int] = []
     plain = experts_parts.forward_rows

@@ -8,11 +8,10 @@
     down         [experts, d, f];  down_bias  None, or [experts, d]
     result       [tokens, d]: the sum over k of scores times `down @ activation(up @ x)`
 
-`activation` is a formula (runtime/kernels/formulas.py) of `gate` and `up` where g is 2, of `up` alone where it is 1,
-and `slope` one of these and `grad`, for their gradients. Backward computes `up @ x` and the activation again, and keeps
-no value a row.
+`activation` is a formula (formulas.py) of `gate` and `up` where g is 2, of `up` alone where it is 1, and `slope` one of
+these and `grad`, for their gradients. Backward computes `up @ x` and the activation again, and keeps no value a row.
 
-`capacity` and `overflow` speak to the bodies of runtime/kernels/experts_parts.py; `imbalance` speaks to the planner.
+`capacity` and `overflow` speak to the bodies of experts_parts.py; `imbalance` speaks to the planner.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
-from shardc.runtime.kernels.formulas import formula
-from shardc.runtime.kernels.grouped import Groups
+from shardc.runtime.kernels.mixture.formulas import formula
+from shardc.runtime.kernels.mixture.grouped import RowGroups
 
 __all__ = ["experts", "experts_backward"]
 
@@ -52,7 +51,7 @@ class Routing:
         self.expert, order = torch.sort(key, stable=True)
         edges = torch.arange(count + 1, device=key.device, dtype=key.dtype)
         counts = torch.searchsorted(self.expert, edges).diff()
-        self.groups = Groups(F.pad(counts, (0, room - count)) if room > count else counts)
+        self.groups = RowGroups(F.pad(counts, (0, room - count)) if room > count else counts)
         self.every = every
         if not every:
             kept = sum(self.groups.sizes)
@@ -106,7 +105,7 @@ def _names(count: int) -> tuple[str, ...]:
     return ("gate", "up")[2 - count :]
 
 
-def hidden(groups: Groups, expert: Tensor, rows: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+def hidden(groups: RowGroups, expert: Tensor, rows: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """`up @ row + bias` of every row, gate and the rest side by side or in turns, as in `up`."""
     weight, between = _flat(up)
     result = groups.times(rows, weight)
@@ -134,7 +133,7 @@ class Gradients:
 
 
 def forward_rows(
-    groups: Groups, expert: Tensor, rows: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
+    groups: RowGroups, expert: Tensor, rows: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
     down_bias: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     """`down @ activation(up @ row)` of every row."""
@@ -148,7 +147,7 @@ def forward_rows(
 
 
 def backward_rows(
-    groups: Groups, expert: Tensor, grad: Tensor, rows: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None,
+    groups: RowGroups, expert: Tensor, grad: Tensor, rows: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None,
     down: Tensor, down_bias: Tensor | None, activation: str, slope: str, learns: bool, first: bool = True,
 ) -> Gradients:  # fmt: skip
     """The gradients of rows and of scores, a row each, and, if `learns`, of weights and biases.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.errors import RankError
-from shardc.runtime.kernels.experts import Routing
-from shardc.runtime.kernels.grouped import Groups
+from shardc.runtime.kernels.mixture.fused import Routing
+from shardc.runtime.kernels.mixture.grouped import RowGroups
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.mesh import current
 
@@ -58,10 +58,10 @@ class RowExchange:
         self._counts = table.to(self._device)
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> RowGroups:
         """The rows of this rank's experts."""
         self._ready()
-        return Groups(self._counts)
+        return RowGroups(self._counts)
 
     @property
     def expert(self) -> Tensor:

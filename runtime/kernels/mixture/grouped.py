@@ -18,7 +18,7 @@ _ALIGNED = 16
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Groups:
+class RowGroups:
     """Rows in groups, `counts` of them in each. Where the kernel runs, the counts stay on their device."""
 
     def __init__(self, counts: Tensor) -> None:

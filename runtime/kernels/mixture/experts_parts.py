@@ -1,8 +1,8 @@
 """Experts where a rank holds part `e` of the experts, part `f` of their inner dim, or both.
 
-Shapes are those of `shardc.runtime.kernels.experts`. In `experts_in_parts`, a rank has the tokens of all: the results
-are addends, and nothing is sent. In `experts_exchanged`, the ranks that split the experts split the tokens too, and
-rows travel (runtime/kernels/row_exchange.py).
+Shapes are those of fused.py. In `experts_in_parts`, a rank has the tokens of all: the results are addends, and nothing
+is sent. In `experts_exchanged`, the ranks that split the experts split the tokens too, and rows travel
+(row_exchange.py).
 
 Where more than `capacity` times the mean of rows come to a rank, it takes the tokens in rounds, so that memory is
 bounded whatever the routing. An exchange may also be asked to fail, or to drop what overflows.
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.experts import CAPACITY, Routing, backward_rows, by_token, forward_rows
+from shardc.runtime.kernels.mixture.fused import CAPACITY, Routing, backward_rows, by_token, forward_rows
+from shardc.runtime.kernels.mixture.row_exchange import RowExchange
 from shardc.runtime.kernels.parts import Part
-from shardc.runtime.kernels.row_exchange import RowExchange
 
 __all__ = [
     "experts_exchanged", "experts_exchanged_backward", "experts_in_parts", "experts_in_parts_backward",
