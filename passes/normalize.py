@@ -24,23 +24,26 @@ from shardc.rules.notation import maker_of
 from shardc.rules.rewrites.borrowed import body_of
 from shardc.rules.rewrites.builder import Builder, Values
 from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
+from shardc.rules.rewrites.routing import BALANCED, RoutingOptions
 from shardc.runtime.kernels.random import DRAWS
 
 
 @compiler_pass
 def normalize(c: Compilation) -> Compilation:
     """Replace every operator that has a decomposition."""
-    return replace(c, program=normalized(c.program))
+    asked = c.options
+    return replace(c, program=normalized(c.program, RoutingOptions(asked.capacity, asked.overflow, asked.imbalance)))
 
 
-def normalized(program: Program) -> Program:
-    """The program in operators that have rules."""
-    return replace(program, version=program.version.derived("normalize", _normalized))
+def normalized(program: Program, routing: RoutingOptions = BALANCED) -> Program:
+    """The program in operators that have rules. `routing` is what its experts are told."""
+    return replace(program, version=program.version.derived("normalize", lambda graph: _normalized(graph, routing)))
 
 
-def _normalized(graph: fx.Graph) -> fx.Graph:
+def _normalized(graph: fx.Graph, routing: RoutingOptions) -> fx.Graph:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     _rewrite(graph, Values())
+    routing.tell(graph)
     for node in reversed(graph.nodes):
         # draws stay, needed or not: they move the random stream
         if not node.users and node.op == "call_function" and node.target not in DRAWS:

@@ -17,6 +17,7 @@ from shardc.errors import ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
+from shardc.runtime.kernels.mixture.fused import CAPACITY
 
 SMALL = 2.0**20
 """Bytes up to which `outputs="auto"` gathers an output: on the links of a node this takes no longer than a few kernels
@@ -124,7 +125,24 @@ class Options:
     """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter that
     trains. Without it, `adamw` where the bound is that of the hardware; else none."""
 
+    capacity: float = CAPACITY
+    """The rows for which a rank that holds a part of the experts has room, in multiples of the mean: its memory is
+    reckoned with so many. The worst that routing can do is the most that is ever reckoned with."""
+
+    overflow: Literal["rounds", "error", "drop"] = "rounds"
+    """What becomes of more rows than `capacity`, where experts exchange tokens: they travel in several rounds
+    (`rounds`), the step fails (`error`), or these experts count as zero for their tokens (`drop`)."""
+
+    imbalance: float = 1.0
+    """How many times the mean the busiest rank's experts do, as measured: it sets their time. Without it, routing is
+    taken to be balanced."""
+
     def __post_init__(self) -> None:
+        if self.imbalance < 1.0 or self.capacity <= 0.0:
+            raise ShardcError(
+                f"imbalance={self.imbalance} must be 1 or more, and capacity={self.capacity} above 0: both are "
+                "multiples of the mean"
+            )
         for name, values in _choices(type(self)).items():
             if getattr(self, name) not in values:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")

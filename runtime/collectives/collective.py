@@ -76,6 +76,8 @@ class Collective(ABC, Generic[Arguments, Result]):
     """Whether it is local: it sends nothing."""
     works_on_copy = False
     """Whether it copies its operand into the result at the start, and so need not hold the operand."""
+    uneven = False
+    """Whether ranks send different amounts. `op` then differs too, and `exchange` gets all of them, joined by `;`."""
     keeps_part = False
     """Whether it reads only the chunk of its operand that it keeps."""
     bucket: Bucket[..., Any] | None = None
@@ -102,7 +104,8 @@ class Collective(ABC, Generic[Arguments, Result]):
 
     @property
     def single(self) -> AnyCollective:
-        """The collective that runs and is priced: that of the members if this one is a bucket, else itself."""
+        """The collective that is priced: that of the members if this one is a bucket, the even one if ranks send
+        different amounts, else itself."""
         return self
 
     @abstractmethod
@@ -118,10 +121,14 @@ class Collective(ABC, Generic[Arguments, Result]):
 
     @abstractmethod
     def sent(self, ranks: int, size: float) -> float:
-        """Bytes that one rank sends if its local operand has `size` bytes.
+        """Bytes that one rank sends if its local operand has `size` bytes (if it is `uneven`: where all send alike).
 
         This is the least that any algorithm sends for a long operand (docs/design/costs.md), whatever the backend does.
         """
+
+    def counted(self, ranks: int, position: int, operand: Tensor, op: str) -> float:
+        """Bytes that the rank at `position` of its axis sends in one call. Those of `sent`, unless it is `uneven`."""
+        return self.sent(ranks, operand.numel() * operand.element_size())
 
     @abstractmethod
     def shape(self, shape: Sizes, ranks: int, keywords: Mapping[str, Any]) -> Sizes:

@@ -24,7 +24,7 @@ class RuntimeMesh(ABC):
     """Named axes and the ranks on them, numbered row-major: the first axis is the slowest.
 
     `axes` maps names to sizes. `ranks` are those that run in this process. `traffic` is the number of bytes, per axis,
-    that one rank has sent since the last `reset`, by `Collective.sent`. RankError for an axis without ranks.
+    that one rank has sent since the last `reset`, by `Collective.counted`. RankError for an axis without ranks.
     """
 
     def __init__(self, axes: Mapping[str, int]) -> None:
@@ -75,9 +75,9 @@ class RuntimeMesh(ABC):
         """The `source` of the first process, on all processes."""
         return source
 
-    def count(self, collective: AnyCollective, axis: str, operand: Tensor) -> None:
-        """Add to `traffic` the bytes that one rank sends in this collective."""
-        self.traffic[axis] += collective.sent(self.axes[axis], operand.numel() * operand.element_size())
+    def count(self, collective: AnyCollective, axis: str, position: int, operand: Tensor, op: str) -> None:
+        """Add to `traffic` the bytes that the rank at `position` of the axis sends in this collective."""
+        self.traffic[axis] += collective.counted(self.axes[axis], position, operand, op)
 
 
 class Context:
@@ -121,7 +121,7 @@ class Context:
         """Start one collective (see `RuntimeMesh.begin`) and count its bytes. Its result is `finish(what arrives)`."""
         self.operation = (collective.name, axis)
         if self.rank == self.mesh.ranks[0]:
-            self.mesh.count(collective, axis, operand)
+            self.mesh.count(collective, axis, self.coordinates[axis], operand, op)
         operand = operand.contiguous()
         arrive = self.mesh.begin(self, collective, axis, operand, op)
         self.operation = None

@@ -14,6 +14,9 @@ from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 
+_Posted = tuple[Tensor, str]
+"""What a rank posts: its operand, and the `op` of `Context.start`."""
+
 
 class _Aborted(Exception):
     """Another rank failed, so this one stops."""
@@ -39,8 +42,8 @@ class _Run:
 class _Group:
     def __init__(self, size: int) -> None:
         self.size = size
-        self.posted: dict[int, tuple[str, Tensor]] = {}
-        self.complete: list[tuple[str, Tensor]] = []
+        self.posted: dict[int, tuple[str, _Posted]] = {}
+        self.complete: list[tuple[str, _Posted]] = []
         self.fetched = 0
         self.round = 0
 
@@ -109,19 +112,22 @@ class VirtualMesh(RuntimeMesh):
         """See `RuntimeMesh.begin`. The collective runs to its end at once."""
         others = tuple(index for name, index in context.coordinates.items() if name != axis)
         position = context.coordinates[axis]
-        label = f"{collective.name}({tuple(operand.shape)}, {operand.dtype}{', ' + op if op else ''})"
-        operands = self._meet(context.rank, (axis, others), position, label, operand)
-        result = collective.exchange(operands, position, op)
+        told = "" if collective.uneven else op
+        shape = ("rows", *operand.shape[1:]) if collective.uneven else tuple(operand.shape)
+        label = f"{collective.name}({shape}, {operand.dtype}{', ' + told if told else ''})"
+        posted = self._meet(context.rank, (axis, others), position, label, (operand, op))
+        ops = ";".join(one for _, one in posted) if collective.uneven else op
+        result = collective.exchange([one for one, _ in posted], position, ops)
         return lambda: result
 
     def _meet(
-        self, rank: int, key: tuple[str, tuple[int, ...]], position: int, label: str, operand: Tensor
-    ) -> list[Tensor]:
-        """Wait for all ranks of the group; return their operands in order."""
+        self, rank: int, key: tuple[str, tuple[int, ...]], position: int, label: str, posted: _Posted
+    ) -> list[_Posted]:
+        """Wait for all ranks of the group; return what they posted, in order."""
         run = self._run
         with run.condition:
             group = run.groups.setdefault(key, _Group(self.axes[key[0]]))
-            group.posted[position] = (label, operand)
+            group.posted[position] = (label, posted)
             if len(group.posted) == group.size:
                 group.complete = [group.posted[index] for index in range(group.size)]
                 group.posted = {}
@@ -146,4 +152,4 @@ class VirtualMesh(RuntimeMesh):
                 f"the ranks of axis {key[0]!r} disagree on the collective: {', '.join(labels)}. "
                 "All must start the same one"
             )
-        return [operand for _, operand in complete]
+        return [one for _, one in complete]

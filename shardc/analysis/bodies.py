@@ -10,7 +10,7 @@ from shardc.cost.clock import TimedStep, Transfer, rounded, seconds_of
 from shardc.cost.conversion import step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
-from shardc.rules.factors.bodies import Sent, steps, work
+from shardc.rules.factors.bodies import Sent, imbalance, steps, work
 from shardc.rules.factors.strategy import Shape, Strategy
 from shardc.runtime.collectives.collective import AnyCollective
 
@@ -50,15 +50,16 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
     """What runs for an operator. Every step of a ring is a kernel of its own, which reads its operands and writes what
     it makes."""
     flops, moved = work(shape, strategy, mesh)
+    slowest = imbalance(shape, strategy)
     made: list[TimedStep] = []
     inner: list[Inner] = []
 
     def timed(several: Sequence[Sent]) -> tuple[Transfer, ...]:
-        known = [(*sent, step_seconds(*sent, mesh, device)) for sent in several]
+        known = [(*sent, slowest * step_seconds(*sent, mesh, device)) for sent in several]
         inner.extend(known)
         return tuple([(axis, seconds) for _, axis, _, seconds in known])
 
     for step in steps(shape, strategy, mesh):
         compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
-        made.append(TimedStep(compute, timed(step.before), timed(step.beside), timed(step.after)))
+        made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))
     return Body(mesh, device, tuple(made), tuple(inner))

@@ -34,7 +34,7 @@ def step_seconds(
     more = device.launch if folded else 0.0
     if collective.local:
         return device.launch + operand_bytes / device.memory_bandwidth + more
-    return device.collective_seconds(collective, operand_bytes, mesh, axis) + more
+    return device.collective_seconds(collective.single, operand_bytes, mesh, axis) + more
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
-from shardc.rules.factors.bodies import is_ring, work
+from shardc.rules.factors.bodies import imbalance, is_ring, work
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
@@ -66,9 +66,13 @@ class Strategies:
         return flops, moved
 
     @cached_property
-    def rings(self) -> list[int]:
-        """The numbers of the strategies whose bodies go round a ring."""
-        return [place for place, strategy in enumerate(self.strategies) if is_ring(self.shape, strategy)]
+    def bodies(self) -> list[int]:
+        """The numbers of the strategies whose bodies go round a ring, or are uneven."""
+        return [
+            place
+            for place, strategy in enumerate(self.strategies)
+            if is_ring(self.shape, strategy) or imbalance(self.shape, strategy) != 1.0
+        ]
 
 
 @lru_cache(maxsize=512)
@@ -122,7 +126,7 @@ class OperatorOptions:
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
         seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
-        for place in self._known.rings:
+        for place in self._known.bodies:
             seconds[place] = self._body(self.strategies[place]).compute
         return seconds
 

@@ -91,7 +91,8 @@ class Band:
 @dataclass(frozen=True)
 class Workspace:
     """Memory that an operator or a body allocates and frees again: `elements` for every local point of `factors`, of
-    `itemsize` bytes, but `most` bytes at most.
+    `itemsize` bytes, but `most` bytes at most. `bound` says how many rows there may be, each with so much memory;
+    without it, one.
 
     It is allocated only where all factors of `beside` are split. What is not there at the same time has different
     numbers of a `stage`; the largest stage counts.
@@ -103,6 +104,20 @@ class Workspace:
     most: int | None = None
     beside: tuple[str, ...] = ()
     stage: int = 0
+    bound: RowBound | None = None
+
+
+@dataclass(frozen=True)
+class RowBound:
+    """The rows for which there is room at the local points of factor `to` (experts), where each point of `of` (tokens)
+    sends a row to `each` of the points of `to`: `capacity` times the mean, but no more than can come at worst.
+    """
+
+    of: str
+    to: str
+    each: int
+    total: int
+    capacity: float
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,12 @@ class Variant:
 
     `folds` are the parted factors that an axis may deal out folded: the body asks for their `Part.runs`.
 
+    `exchange` names two factors, such as experts and tokens, whose parts the body exchanges. An axis that splits the
+    first, which is parted, splits the second too; others may split the second alone. A result with one of the two is
+    split along it and complete.
+
+    The slowest rank computes and sends `imbalance` times what the mean does.
+
     Variants that cost the same are equal, whatever their bodies.
     """
 
@@ -130,6 +151,8 @@ class Variant:
     together: tuple[tuple[str, ...], ...] = ()
     workspace: tuple[Workspace, ...] = ()
     folds: frozenset[str] = frozenset()
+    exchange: tuple[str, str] | None = None
+    imbalance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +208,8 @@ def parse(
 ) -> Rule:
     """The rule that `text`, in the notation above, and the other arguments describe.
 
-    - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors.
+    - `flops`: matrix products such as `m k n`; each counts two flops for every point of its factors, or a part of the
+      points: `2/8 t e d`.
     - `body` with its `sends` and `folds` is the only variant. A rule with several variants lists them as `variants`.
     - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
@@ -282,6 +306,8 @@ def _check_variants(text: str, variants: Sequence[Variant], parted: set[str], ba
             raise RuleError(
                 f"{title} sends round a ring: the rule needs a band, whose rows and columns the variant splits together"
             )
+        if variant.exchange is not None and (variant.exchange[0] not in parted or variant.exchange[1] in parted):
+            raise RuleError(f"{title} exchanges {variant.exchange}: only the first may be parted, and must be")
 
 
 Maker = Callable[..., Rule]

@@ -14,6 +14,11 @@ def test_training_equals_eager(torchrun):
     assert all(f"rank {rank} is right" in output for rank in range(4)), output
 
 
+def test_five_hundred_routings_of_experts(torchrun):
+    output = torchrun("routings.py")
+    assert all(f"rank {rank} is right" in output for rank in range(4)), output
+
+
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_operators_along_split_dims_equal_whole_ones(spawn, nproc):
     for rank, (code, output) in enumerate(spawn("bodies.py", nproc=nproc)):

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.torch_patches.experts import fused
 from shardc.capture.torch_patches.flex_attention import FlexAttention
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
@@ -25,6 +26,11 @@ def patched(module: nn.Module) -> Generator[None]:
         if masks is not None:
             # Whether a padding mask is all ones decides how the mask is made, and only a run knows that.
             stack.enter_context(patch.object(masks, "fast_all", lambda _: False))
+        layers = sys.modules.get("transformers.integrations.moe")
+        if layers is not None:
+            known = layers.ExpertsInterface._global_mapping
+            traced = {name: fused(known[name]) for name in TRACEABLE_EXPERTS}
+            stack.enter_context(patch.dict(known, traced))
         configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
         for config in configs.values():
             # The eager experts loop over the experts that were hit, which only the values know. The property

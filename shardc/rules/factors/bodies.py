@@ -77,6 +77,12 @@ def is_ring(shape: Shape, strategy: Strategy) -> bool:
     return variant is not None and any(True for _ in _travelling(variant))
 
 
+def imbalance(shape: Shape, strategy: Strategy) -> float:
+    """How much more the slowest rank does than the mean."""
+    variant = shape.variant_of(strategy)
+    return 1.0 if variant is None else variant.imbalance
+
+
 def _travelling(variant: Variant) -> Iterator[Send]:
     return (send for several in variant.sends.values() for send in several if send.travel is not Travel.ONCE)
 
@@ -143,7 +149,7 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     """
 
     every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    together = shape.groups.get(strategy.variant)
+    together = shape.groups.get(strategy.variant) or strategy.variant in shape.exchanges
 
     def chunks(carried: Collection[int]) -> list[int]:
         if not together:
@@ -157,18 +163,18 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    return float(_flops(shape, strategy, mesh, chunks)), moved
+    return _flops(shape, strategy, mesh, chunks), moved
 
 
-def _flops(shape: Shape, strategy: Strategy, mesh: Mesh, chunks: Callable[[Collection[int]], list[int]]) -> int:
-    flops, band = 0, shape.band
+def _flops(shape: Shape, strategy: Strategy, mesh: Mesh, chunks: Callable[[Collection[int]], list[int]]) -> float:
+    flops, band = 0.0, shape.band
     sides = frozenset[str]() if band is None else {band.rows, band.columns}
-    for text, product in zip(shape.flops, shape.products, strict=True):
+    for text, (part, product) in zip(shape.flops, shape.products, strict=True):
         local, rest, points = chunks(product), product, 1
         if band is not None and sides.issubset(text.split()):
             rest = tuple(i for i in product if shape.factors[i].name not in sides)
             points = _computed(shape, strategy, band, mesh)
-        flops += 2 * points * math.prod([local[i] for i in rest])
+        flops += 2 * part * points * math.prod([local[i] for i in rest])
     return flops
 
 

@@ -20,8 +20,9 @@ from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Folds, Splits
+from shardc.rules.factors import exchanges as exchange
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import Band, Variant, Workspace
+from shardc.rules.notation import Band, RowBound, Variant, Workspace
 from shardc.runtime.mesh.orders import axis_of
 
 PLAIN = ""
@@ -106,9 +107,16 @@ class Shape:
         }
 
     @cached_property
+    def exchanges(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """For each variant that exchanges the parts of two factors, the first, and the atoms of the second."""
+        return exchange.exchanges_of(self)
+
+    @cached_property
     def bundles(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of all variants, each once."""
-        return tuple(dict.fromkeys(group for groups in self.groups.values() for group in groups))
+        """The factors that one axis may split at once: the groups of all variants and what they exchange, each once."""
+        groups = [group for groups in self.groups.values() for group in groups]
+        exchanged = [(first, second) for first, seconds in self.exchanges.values() for second in seconds]
+        return tuple(dict.fromkeys([*groups, *exchanged]))
 
     def variant_of(self, strategy: Strategy) -> Variant | None:
         """The variant that a strategy runs; None where the operator itself runs."""
@@ -157,10 +165,11 @@ class Shape:
         return values
 
     @cached_property
-    def products(self) -> tuple[tuple[int, ...], ...]:
-        """For each matrix product of the operator, its factors."""
+    def products(self) -> tuple[tuple[float, tuple[int, ...]], ...]:
+        """For each matrix product of the operator, the part of its points that counts, and its factors."""
         return tuple(
-            tuple(i for i, f in enumerate(self.factors) if f.name in product.split()) for product in self.flops
+            (exchange.part_of(product), tuple(i for i, f in enumerate(self.factors) if f.name in product.split()))
+            for product in self.flops
         )
 
     @cached_property
@@ -243,10 +252,19 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
     split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     stages: Counter[int] = Counter()
+
+    def points(factors: tuple[str, ...]) -> int:
+        return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
+
+    def rows(bound: RowBound | None) -> int:
+        if bound is None:
+            return 1
+        senders = exchange.senders(shape, strategy, mesh)
+        return exchange.rows_at_most(bound, points((bound.of,)), points((bound.to,)), senders)
+
     for one in needed:
         if split.issuperset(one.beside):
-            pairs = zip(shape.factors, chunks, strict=True)
-            size = int(math.prod(chunk for f, chunk in pairs if f.name in one.factors) * one.itemsize * one.elements)
+            size = int(points(one.factors) * rows(one.bound) * one.itemsize * one.elements)
             stages[one.stage] += size if one.most is None else min(size, one.most)
     return max(stages.values(), default=0)
 
@@ -254,11 +272,12 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
     """For each factor, the axes that split it in a tensor or product with the factors `carried`.
 
-    Of a group that the variant splits together, only the first of the carried factors is split.
+    Of a group that the variant splits together, only the first of the carried factors is split; of two that it
+    exchanges, the second.
     """
     groups = shape.groups.get(strategy.variant)
     if not groups:
-        return strategy.split
+        return exchange.split_by_second(shape, strategy, carried)
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
 
@@ -285,6 +304,8 @@ def _runs(shape: Shape, variant: Variant, split: tuple[tuple[str, ...], ...]) ->
     )
     if not variant.folds.issuperset(parted):
         return False
+    if variant.exchange is not None:
+        return exchange.can_exchange(shape, variant, split)
     groups = shape.groups[variant.name]
     alike = all(split[i] == split[group[0]] for group in groups for i in group)
     later = {i for group in groups for i in group[1:]}
@@ -336,9 +357,10 @@ def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
     partial, side = {axis: "sum" for axis, _ in strategy.passes}, shape.results[result]
     complete = _complete(shape, strategy, side)
+    exchanged = exchange.exchanged(shape, strategy)
     for factor, op in shape.reduced_in[result].items():
         if factor not in complete:
-            partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), op)
+            partial |= {axis: op for axis in map(axis_of, strategy.split[factor]) if axis not in exchanged}
     return _splits(shape, side, strategy, partial, mesh)
 
 

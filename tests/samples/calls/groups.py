@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from samples.calls.layers import attentions, bags, grids, margins, norms, pools, whole_only, windows
+from samples.calls.layers import attentions, bags, grids, margins, mixtures, norms, pools, whole_only, windows
 from samples.calls.sample import Group
 from samples.calls.tensors import contraction, draws, factories, indices, reductions, shapes
 
 GROUPS: tuple[Group, ...] = (
     contraction, reductions, shapes, indices, norms, windows, grids, pools, margins, bags, attentions, factories,
-    draws, whole_only,
+    draws, whole_only, mixtures,
 )  # fmt: skip

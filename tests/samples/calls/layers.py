@@ -200,3 +200,17 @@ def whole_only() -> Iterator[Sample]:
     x, weight = real(6, 12), real(2, 12, 6)
     yield Sample(fallback.grouped_mm_fallback.default, (x, weight, offsets))
     yield Sample(fallback.grouped_mm_fallback_backward.default, (x, weight, offsets, real(6, 6)))
+
+
+def mixtures() -> Iterator[Sample]:
+    """Experts: with and without gates, biases and gradients of weights; 6 of 6, which is balanced, and 2 of 6."""
+    forward, backward = torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default
+    gated = "mul(silu(gate), up)", "silu_backward(mul(grad, up), gate), mul(grad, silu(gate))"
+    plain = "relu(up)", "threshold_backward(grad, up, 0)"
+    for k, g, bias in ((6, 2, True), (2, 1, False), (2, 2, True)):
+        x, scores, told = real(12, 4), real(12, k), gated if g == 2 else plain
+        ids = torch.stack([real(6).argsort()[:k] for _ in range(12)])
+        biases = (real(6, g, 6), real(6, 4)) if bias else (None, None)
+        weights = real(6, g, 6, 4), biases[0], real(6, 4, 6), biases[1]
+        yield Sample(forward, (x, ids, scores, *weights, *told))
+        yield Sample(backward, (real(12, 4), x, ids, scores, *weights, *told, k == 6), {"capacity": 0.5})

@@ -20,6 +20,7 @@ from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.all_reduce_bucket import all_reduce_bucket
 from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective, Collective, Held
 from shardc.runtime.collectives.permute import permute
@@ -176,6 +177,7 @@ def test_bytes_sent() -> None:
             all_gather: ways - 1,
             reduce_scatter: (ways - 1) / ways,
             all_to_all: (ways - 1) / ways,
+            all_to_all_rows: (ways - 1) / ways,
             all_reduce: 2 * (ways - 1) / ways,
             permute: 1 if ways > 1 else 0,
             reorder: {1: 0, 2: 0.5}.get(ways, 1),
@@ -224,7 +226,7 @@ def test_who_buckets_what() -> None:
     assert buckets == {all_reduce_bucket: all_reduce, reduce_scatter_bucket: reduce_scatter}
     for one in every().values():
         assert one.bucket in buckets if one in buckets.values() else one.bucket is None
-        assert one in buckets or one.single is one
+        assert one in buckets or one is all_to_all_rows or one.single is one
 
 
 @pytest.mark.parametrize(

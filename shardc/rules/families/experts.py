@@ -1,0 +1,111 @@
+"""Experts as one operator. Tokens split freely; experts and their inner dim are parted.
+
+axis splits         runs                    sends
+t                   the operator itself     nothing
+e, or f             in parts                nothing: the results are addends
+e and t             exchanged               rows, to their experts and back, priced as if routing were balanced
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shardc.rules.notation import RowBound, Rule, Send, Variant, Workspace, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
+from shardc.runtime.kernels.mixture import experts_parts
+from shardc.runtime.kernels.mixture.fused import CAPACITY, backward_elements, forward_elements
+
+
+def _named(text: str, x: Tensor) -> str:
+    names = zip(x.shape, text.split(), strict=True)
+    return " ".join("1" if size == 1 else name for size, name in names)
+
+
+def _weights(up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> list[str]:
+    """Rule texts of the weights that there are."""
+    e, f = "e:sum~", "f:sum~"
+    pairs = (up, f"{e} g! {f} d!"), (up_bias, f"{e} g! {f}"), (down, f"{e} d! {f}"), (down_bias, f"{e} d!")
+    return [_named(text, x) for x, text in pairs if x is not None]
+
+
+def _told(experts: int) -> Send:
+    """How many rows a rank has for each expert."""
+    return Send(all_gather, (), 8, elements=experts)
+
+
+def _products(up: Tensor, ids: Tensor, count: int) -> list[str]:
+    """`count` products of a row with a weight [f, d]; a token has a row at k of the experts."""
+    return [f"{ids.shape[1]}/{up.shape[0]} t e f d"] * count
+
+
+@rule(torch.ops.shardc.experts.default)
+def experts(
+    x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    activation: str, slope: str, capacity: float = CAPACITY, overflow: str = "rounds", imbalance: float = 1.0,
+) -> Rule:  # fmt: skip
+    """Linear in the scores."""
+    del activation, slope, overflow
+    left = [_named(text, one) for text, one in (("t d!", x), ("t k!", ids), ("t k!", scores))]
+    k, size = ids.shape[1], x.element_size()
+    rows = Send(all_to_all_rows, ("t", "d"), size, elements=k)
+    sends = {"e": [_told(up.shape[0]), rows, rows]}
+    outer, inner = forward_elements(up.shape[1])
+    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
+    return parse(
+        f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
+        flops=_products(up, ids, up.shape[1] + 1), multiplied=[2],
+        variants=[
+            Variant("in_parts", experts_parts.experts_in_parts, workspace=memory, imbalance=imbalance),
+            Variant("exchanged", experts_parts.experts_exchanged, sends, (), memory, ("e", "t"), imbalance),
+        ],
+    )  # fmt: skip
+
+
+@rule(torch.ops.shardc.experts_backward.default)
+def experts_backward(
+    grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = CAPACITY,
+    overflow: str = "rounds", imbalance: float = 1.0,
+) -> Rule:  # fmt: skip
+    """The gradients of weights sum over tokens, those of x and scores over experts and their inner dim."""
+    del activation, slope, overflow
+    tokens = [(grad, "t:sum d!"), (x, "t:sum d!"), (ids, "t:sum k!"), (scores, "t:sum k!")]
+    left = [_named(text, one) for one, text in tokens]
+    weights = _weights(up, up_bias, down, down_bias)
+    named = dict(zip(_present(up_bias, down_bias), weights, strict=True))
+    every = set(range(4 + len(weights)))
+    order = ["up", "down", *(name for name in named if name.endswith("bias"))] if learns else []
+    reads = [every, every, *({0, 2, 3} if name == "down_bias" else every for name in order)]
+    k, size = ids.shape[1], x.element_size()
+    rows, numbers = Send(all_to_all_rows, ("t", "d"), size, elements=k), scores.element_size()
+    sends = {
+        "e": [
+            _told(up.shape[0]), rows, rows, rows,
+            Send(all_to_all_rows, ("t",), numbers, elements=k), Send(all_to_all_rows, ("t",), size, elements=k),
+        ]
+    }  # fmt: skip
+    outer, inner = backward_elements(up.shape[1])
+    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
+    return parse(
+        f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
+        [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1), multiplied=[0],
+        variants=[
+            Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
+            Variant("exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, ("e", "t"), imbalance),
+        ],
+    )  # fmt: skip
+
+
+def _present(up_bias: Tensor | None, down_bias: Tensor | None) -> list[str]:
+    names: Mapping[str, Tensor | bool | None] = {"up": True, "up_bias": up_bias, "down": True, "down_bias": down_bias}
+    return [name for name, one in names.items() if one is not None]
+
+
+def _workspace(k: int, experts: int, size: int, outer: int, inner: int, capacity: float) -> tuple[Workspace, ...]:
+    """`outer` values of width d and `inner` of width f for each row that may come."""
+    bound = RowBound("t", "e", k, experts, capacity)
+    return Workspace(("d",), size, outer, bound), Workspace(("f",), size, inner, bound)
