@@ -101,10 +101,10 @@ def test_values_and_gradients_on_a_mesh_equal_eager_mode(name: str, path: str, m
     model, given = build(name, path), inputs(name)
     expected = build(name, "eager")
     expected(**given).loss.backward()
-    compiled = shardc.compile(copy.deepcopy(model), mesh, given)
+    compiled = shardc.shard(copy.deepcopy(model), mesh=mesh)
     compiled(**given).loss.backward()
     grads = dict(expected.named_parameters())
-    for path_of, parameter in compiled.module.named_parameters():
+    for path_of, parameter in compiled.named_parameters():
         wanted = grads[path_of].grad
         assert wanted is not None and parameter.grad is not None, path_of
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-6)
