@@ -122,8 +122,9 @@ def _bias(piece: Piece, mask: Tensor | None, literals: Literals, q: Tensor) -> T
     if piece.sight is Sight.BAND:
         unseen = piece.seen(literals, q.device).logical_not_()
         if bias is None:
-            bias = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)[None, None, None]
-        bias = bias.masked_fill(unseen, _NOTHING)
+            bias = torch.zeros((1, 1, 1, *unseen.shape), dtype=q.dtype, device=q.device).masked_fill_(unseen, _NOTHING)
+        else:
+            bias = bias.masked_fill(unseen, _NOTHING)
     if bias is None:
         return None
     if bias.shape[-1] != piece.columns or bias.stride(-1) != 1:
