@@ -47,7 +47,10 @@ def test_a_ring_allocates_what_it_says(ranks: int, dtype: torch.dtype) -> None:
             made = body(*tensors, *NONE, *rest, *LITERALS, r=part, s=part)  # type: ignore[operator]
         return meter.peak - before - sum(x.nbytes for x in made)
 
-    for body, operands, target in zip((ring_attention, ring_attention_backward), sides, (FORWARD, BACKWARD), strict=True):
+    for body, operands, target in zip(
+        (ring_attention, ring_attention_backward), sides, (FORWARD, BACKWARD), strict=True
+    ):
+
         def own(rank: int, operands: tuple[Tensor, ...] = operands) -> tuple[Tensor, ...]:
             return tuple(x.chunk(ranks, 2)[rank] for x in operands)
 
