@@ -19,12 +19,14 @@ TOGETHER = (("r", "s"),)
 
 
 def rings(of: Operands, *, backward: bool) -> list[Variant]:
-    """The variant of a ring; none where a mask has no columns, from whose shape a rank could not tell what it holds.
+    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose shape
+    a rank could not tell what it holds.
 
     Keys and values, and their gradients, go as one message. A mask that is the same for all queries is split along the
     keys; the ring gathers it.
     """
-    if of.mask is not None and of.mask.shape[-1] != of.k.shape[2]:
+    length = of.k.shape[2]
+    if 1 in (of.q.shape[-2], length) or (of.mask is not None and of.mask.shape[-1] != length):
         return []
     width = of.k.shape[3] + of.v.shape[3]
     around = Send(permute, KEYS, of.narrow, width, travel=Travel.ROUND)
