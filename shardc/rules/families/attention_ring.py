@@ -19,8 +19,8 @@ TOGETHER = (("r", "s"),)
 
 
 def rings(of: Operands, *, backward: bool) -> list[Variant]:
-    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose shape
-    a rank could not tell what it holds.
+    """The variant of a ring; none for one query or one key, nor where a mask has no columns, from whose shape a rank
+    could not tell what it holds.
 
     Keys and values, and their gradients, go as one message. A mask that is the same for all queries is split along the
     keys; the ring gathers it.
