@@ -94,8 +94,8 @@ class Workspace:
     `itemsize` bytes, but `most` bytes at most. `bound` says how many rows there may be, each with so much memory;
     without it, one.
 
-    It is allocated only where all factors of `beside` are split. What is not there at the same time has different
-    numbers of a `stage`; the largest stage counts.
+    It is allocated only where all factors of `beside` are split, each into `parts` parts at least. What is not there at
+    the same time has different numbers of a `stage`; the largest stage counts.
     """
 
     factors: tuple[str, ...]
@@ -104,6 +104,7 @@ class Workspace:
     most: int | None = None
     beside: tuple[str, ...] = ()
     stage: int = 0
+    parts: int = 2
     bound: RowBound | None = None
 
 

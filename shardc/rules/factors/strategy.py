@@ -250,7 +250,7 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     if not needed:
         return 0
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    ways = {f.name: mesh.ways(axes) for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     stages: Counter[int] = Counter()
 
     def points(factors: tuple[str, ...]) -> int:
@@ -263,7 +263,7 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
         return exchange.rows_at_most(bound, points((bound.of,)), points((bound.to,)), senders)
 
     for one in needed:
-        if split.issuperset(one.beside):
+        if all(ways.get(name, 1) >= one.parts for name in one.beside):
             size = int(points(one.factors) * rows(one.bound) * one.itemsize * one.elements)
             stages[one.stage] += size if one.most is None else min(size, one.most)
     return max(stages.values(), default=0)
