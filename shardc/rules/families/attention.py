@@ -79,8 +79,8 @@ def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
 def _ring(
     body: Body, passed_on: list[Send], mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
 ) -> list[Variant]:
-    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose shape
-    a rank could not tell what it holds.
+    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose
+    shape a rank could not tell what it holds.
 
     A mask that is the same for all queries is split along the keys; the ring gathers it.
     """
