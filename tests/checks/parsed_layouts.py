@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
     if op.node.op == "placeholder":
         return None
     shape, operands = shape_of(op), _operands(given.node)
+    if "~folded" in str([*given.results.values(), *map(laid, operands)]):  # the operator alone offers no such layout
+        shape = replace(shape, factors=tuple(replace(factor, folds=mesh.names) for factor in shape.factors))
 
     def agrees(strategy: Strategy) -> bool:
         pairs = zip(op.operands, operands, strict=True)
