@@ -212,10 +212,18 @@ def hosts(rate: float) -> Generator[None]:
 
 def measure(rate: float, options: argparse.Namespace, folder: Path) -> Found:
     """Calibrate and run all recipes and peers at one rate."""
-    out, port = folder / f"{rate:g}.json", 29731
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    out = folder / f"{rate:g}.json"
     own = [str(Path(__file__).resolve()), "--work", str(out), "--hardware", str(folder / f"net{rate:g}.toml")]
     own += ["--steps", str(options.steps), *(f"--recipe={name}" for name in options.recipe)]
+    on_hosts(rate, own, options.timeout)
+    read = json.loads(out.read_text())
+    return Found([Result(**one) for one in read["plans"]], read["peers"])
+
+
+def on_hosts(rate: float, own: list[str], timeout: float) -> None:
+    """Run a script with arguments on all ranks of the hosts, for at most `timeout` seconds. Exits if one fails."""
+    port = 29731
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
     with hosts(rate):
         running: list[subprocess.Popen[bytes]] = []
         for host in range(HOSTS):
@@ -224,7 +232,7 @@ def measure(rate: float, options: argparse.Namespace, folder: Path) -> Found:
             inside = ["ip", "netns", "exec", f"{PREFIX}-{host}", *torchrun, *own]
             running.append(subprocess.Popen(inside, env=environment))
         try:
-            codes = [process.wait(options.timeout) for process in running]
+            codes = [process.wait(timeout) for process in running]
         finally:
             for process in running:
                 process.terminate()
@@ -232,8 +240,6 @@ def measure(rate: float, options: argparse.Namespace, folder: Path) -> Found:
                 process.wait()
     if any(codes):
         sys.exit(f"a host failed: exit codes {codes}")
-    read = json.loads(out.read_text())
-    return Found([Result(**one) for one in read["plans"]], read["peers"])
 
 
 def ranks_of(values: list[float]) -> list[float]:

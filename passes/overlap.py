@@ -35,7 +35,8 @@ from dataclasses import replace
 from torch import fx
 
 from shardc.analysis.operands import collective_of
-from shardc.analysis.timeline import Clock, Flight, Order, Times
+from shardc.analysis.timeline import Order, Times
+from shardc.cost.clock import Clock, Flight
 from shardc.ir.facts import describe, dtype_of, laid, lowered
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
@@ -136,9 +137,7 @@ class _StreamOrder:
         if node in self.done:
             return
         self._supply(node)
-        self.clock.compute(self.compute[node])
-        for _, axis, _, seconds in self.times.inner.get(node, ()):
-            self.clock.run(axis, seconds)
+        self.times.run(node, self.clock)
         if self.seconds[node]:
             self.clock.run(_axis(node), self.seconds[node])
 

@@ -2,11 +2,17 @@
 
 Shapes:
 
-    q          [batch, heads, q_length, head_dim]
-    k          [batch, heads, length, head_dim]
-    v          [batch, heads, length, value_dim]
-    mask       broadcasts to [batch, heads, q_length, length]; bool: True takes part; float: added to the scores
-    logsumexp  [batch, heads, q_length], contiguous, float32 unless q is float64
+    q          [batch, heads, q_length, head_dim], or [batch, kv_heads, group, q_length, head_dim]
+    k          [batch, kv_heads, length, head_dim]
+    v          [batch, kv_heads, length, value_dim]
+    mask       broadcasts to [*heads of q, q_length, length]; bool: True takes part; float: added to the scores
+    sinks      [heads] or [kv_heads, group]: the logit of one more key of each head, whose value is zero
+    draw       what `attention_draw` returned
+    logsumexp  [*heads of q, q_length], contiguous, float32 unless q is float64; sinks count
+
+Query i sees key j where `j <= i`, if `causal`; where `window` is not 0, also `i - window < j`, and `j < i + window`
+if not causal. With `softcap`, scores become `softcap * tanh(scores / softcap)` before the mask. `dropout` is the
+probability with which a weight is dropped.
 
 The result has the strides that eager mode gives it: those of q, where flash kernels take the operands. Most often q has
 the heads of a position side by side in memory, so that joining the heads is a view. Gradients always have this layout.
@@ -14,187 +20,122 @@ the heads of a position side by side in memory, so that joining the heads is a v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.kernels import attention_parts
+from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.bernoulli import state_of_draw
+from shardc.runtime.kernels.mersenne import STATE
 
 __all__ = ["attention", "attention_backward"]
-
-_INFINITY = float("inf")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which scores are computed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as a 4-D tensor to add to the scores."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -_INFINITY)
-    return _rows(mask.to(dtype).reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` with the elements of a row side by side in memory. The flash kernel reads out of bounds otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _by_position(x: Tensor) -> Tensor:
     """`x` with the heads of a position side by side in memory."""
+    if x.dim() == 5:
+        return x.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _as_eager(out: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
-    """`out` with the strides of eager mode's result."""
-    return _by_position(out) if _heads_inside(q, out.shape[-1], mask) else out.contiguous()
-
-
-def _heads_inside(q: Tensor, width: int, mask: Tensor | None) -> bool:
+def _heads_inside(q: Tensor, width: int, mask: Tensor | None, dropout: float) -> bool:
     """Whether eager mode's result has the heads of a position side by side in memory.
 
     It has if q has, and if eager mode's flash kernels take the operands.
     """
-    return q.stride(1) < q.stride(2) and width == q.shape[-1] and (mask is None or mask.dim() in (2, 4))
+    inside = q.stride(-3) < q.stride(-2) and width == q.shape[-1]
+    return inside and dropout == 0 and (mask is None or mask.dim() in (2, q.dim()))
 
 
-def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether the CPU's flash kernel takes these operands."""
-    return (
-        q.device.type == "cpu"
-        and q.shape[-1] == k.shape[-1] == v.shape[-1]
-        and q.shape[:2] == k.shape[:2] == v.shape[:2]
-        and min(q.numel(), k.numel()) > 0
-        and not (causal and mask is not None)
-    )
+@torch.library.custom_op("shardc::attention_draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def attention_draw(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """What the dropout mask of scores of `shape` is drawn from, in the type of `like` and on its device: the state of
+    the generator, bytes `[5056]`.
 
-
-def scores_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, ahead: int = 0) -> Tensor:
-    """`scale * q @ k^T + mask`. The first query is `ahead` positions after the first key."""
-    dtype = compute_dtype(q.dtype)
-    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-2, -1)) * scale
-    bias = _bias(mask, dtype)
-    if bias is not None:
-        scores = scores + bias
-    if causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(ahead)
-        scores = scores.masked_fill(keep.logical_not(), -_INFINITY)
-    return scores
-
-
-def seen(logsumexp: Tensor) -> Tensor:
-    """The log-sum-exp, with zeros for rows where everything is masked, as the CPU's kernel returns it."""
-    return logsumexp.masked_fill(logsumexp == -_INFINITY, 0.0)
-
-
-def weights_of(scores: Tensor, logsumexp: Tensor) -> Tensor:
-    """Softmax of the scores; zeros in rows where everything is masked."""
-    return torch.exp(scores - seen(logsumexp).unsqueeze(-1))
-
-
-def gradients_of(
-    scores: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from the gradient of `out`, given the scores (Dao et al. 2022, appendix B.2)."""
-    dtype, weights = scores.dtype, weights_of(scores, logsumexp)
-    upper = grad.to(dtype)
-    inner = torch.matmul(upper, v.to(dtype).transpose(-2, -1)) - (upper * out.to(dtype)).sum(-1, keepdim=True)
-    slope = weights * inner * scale
-    grad_q = torch.matmul(slope, k.to(dtype))
-    grad_k = torch.matmul(slope.transpose(-2, -1), q.to(dtype))
-    grad_v = torch.matmul(weights.transpose(-2, -1), upper)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    It advances the random stream as dropout of the scores does in eager mode.
+    """
+    return state_of_draw(torch.default_generator, shape, like.dtype).to(like.device)
 
 
 @torch.library.custom_op("shardc::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
+    scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`softmax(scale * q @ k^T + mask) @ v` and the logsumexp of the scores.
 
-    Returns the result `[batch, heads, q_length, value_dim]` and logsumexp. With `causal`, query i sees keys 0 to i.
-    Rows that see nothing give zeros. A mask gets no gradient: RankError if it requires one.
+    Returns the result `[*heads of q, q_length, value_dim]` and logsumexp. Rows that see nothing give zeros. A mask gets
+    no gradient: RankError if it requires one.
     """
-    if _has_kernel(q, k, v, mask, causal):
-        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *map(_rows, (q, k, v)), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
-        )
-        return _as_eager(out, q, mask), logsumexp.contiguous()
-    scores = scores_of(q, k, mask, causal, scale)
-    logsumexp = seen(torch.logsumexp(scores, -1))
-    out = torch.matmul(weights_of(scores, logsumexp), v.to(scores.dtype)).to(q.dtype)
-    return _as_eager(out, q, mask), logsumexp
+    out, logsumexp = attention_parts.attention_in_parts(
+        q, k, v, mask, sinks, draw, causal, scale, window, softcap, dropout
+    )
+    inside = _heads_inside(q, out.shape[-1], mask, dropout)
+    return _by_position(out) if inside else out.contiguous(), logsumexp.contiguous()
 
 
 @torch.library.custom_op("shardc::attention_backward", mutates_args=())
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from the gradient of `out`; `out` and `logsumexp` are what `attention` returned."""
-    if _has_kernel(q, k, v, mask, causal):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(_rows, (grad, q, k, v, out)), logsumexp, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=scale
-        )
-    else:
-        grads = gradients_of(scores_of(q, k, mask, causal, scale), grad, q, k, v, out, logsumexp, scale)
-    return _by_position(grads[0]), _by_position(grads[1]), _by_position(grads[2])
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
+    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v and sinks from the gradient of `out`; `out` and `logsumexp` are what `attention`
+    returned. Without sinks, their gradient is a zero `[1]`."""
+    grads = attention_parts.attention_in_parts_backward(
+        grad, q, k, v, mask, sinks, draw, out, logsumexp, causal, scale, window, softcap, dropout
+    )
+    return _by_position(grads[0]), _by_position(grads[1]), _by_position(grads[2]), grads[3]
 
 
 def _empty_by_position(x: Tensor, size: int | None = None) -> Tensor:
-    batch, heads, length, width = x.shape
-    return x.new_empty((batch, length, heads, width if size is None else size)).transpose(1, 2)
+    *heads, length, width = x.shape
+    shape = (heads[0], length, *heads[1:], width if size is None else size)
+    return x.new_empty(shape).movedim(1, -2)
+
+
+@attention_draw.register_fake
+def _(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return like.new_empty(STATE, dtype=torch.uint8)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    shape = *q.shape[:-1], v.shape[-1]
-    out = _empty_by_position(q, v.shape[-1]) if _heads_inside(q, v.shape[-1], mask) else q.new_empty(shape)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
+    scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    width = v.shape[-1]
+    inside = _heads_inside(q, width, mask, dropout)
+    out = _empty_by_position(q, width) if inside else q.new_empty((*q.shape[:-1], width))
     return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
 @attention_backward.register_fake
 def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_by_position(q), _empty_by_position(k), _empty_by_position(v)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
+    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_sinks = q.new_empty(1) if sinks is None else sinks.new_empty(sinks.shape)
+    return _empty_by_position(q), _empty_by_position(k), _empty_by_position(v), grad_sinks
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, causal, scale = inputs
+    q, k, v, mask, sinks, draw, *ctx.literals = inputs
     if mask is not None and mask.requires_grad:
         raise RankError(
             "shardc::attention gives no gradient for its mask: detach it, or write attention with matmul and softmax"
         )
-    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.save_for_backward(q, k, v, mask, sinks, draw, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.causal, ctx.scale = causal, scale
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, mask, out, logsumexp = ctx.saved_tensors
-    grads = attention_backward(grad, q, k, v, mask, out, logsumexp, ctx.causal, ctx.scale)
-    return (*grads, None, None, None)
+    *_, sinks, _, _, _ = saved = ctx.saved_tensors
+    *grads, grad_sinks = attention_backward(grad, *saved, *ctx.literals)
+    return (*grads, None, None if sinks is None else grad_sinks, *[None] * 6)
 
 
 def _second(ctx: Any, *grads: Tensor | None) -> None:

@@ -1,59 +1,121 @@
 """Attention where a rank holds part `r` of the queries, part `s` of the keys and values, or both.
 
 Shapes are those of `shardc.runtime.kernels.attention`. Over split keys, the ranks all-reduce only each query's
-log-sum-exp and result. Over split queries, they send nothing.
+log-sum-exp and result. Over split queries, they send nothing. Parts `b` of the batch, `h` of the heads and `g` of the
+group are given only where there is dropout: a rank draws what the single device draws for its part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention import gradients_of, scores_of, seen, weights_of
+from shardc.runtime.kernels.attention_blocks import attend, attend_backward, compute_dtype, heads_inside, seen
+from shardc.runtime.kernels.attention_dropout import Dropping
+from shardc.runtime.kernels.attention_pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
 
 __all__ = ["attention_in_parts", "attention_in_parts_backward"]
 
-_NOTHING = float("-inf")
-
 
 def attention_in_parts(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, *, r: Part | None = None,
-    s: Part | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
+    scale: float, window: int, softcap: float, dropout: float, *, b: Part | None = None, h: Part | None = None,
+    g: Part | None = None, r: Part | None = None, s: Part | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`shardc::attention`: the result and the log-sum-exp of the scores, both complete.
 
     The results of the parts are weighed by their log-sum-exp (Dao et al. 2022, section 3.1).
     """
-    scores = _scores(q, k, mask, causal, scale, r, s)
-    logsumexp = torch.logsumexp(scores, -1)
-    values = (s.fill(v, 2, 0) if s else v).to(scores.dtype)
-    result = torch.matmul(weights_of(scores, logsumexp), values)
+    literals, ours = Literals(causal, scale, window, softcap, dropout), grouped(q)
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
+    out, logsumexp = attend(ours, k, v, mask_of(mask, q), literals, rows, columns, dropping)
     if s is not None:
-        top = s.reduce(logsumexp, "max")
-        share = torch.exp(logsumexp - seen(top))
-        total = s.reduce(share)
-        result = s.reduce(result * share.unsqueeze(-1)) / total.masked_fill(total == 0, 1).unsqueeze(-1)
-        logsumexp = torch.log(total) + seen(top)
-    return result.to(q.dtype), seen(logsumexp)
+        out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s, heads_inside(ours))
+    if sinks is not None:
+        out, logsumexp = with_sinks(out, logsumexp, sinks)
+    if q.dim() == 4:
+        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
+    return out.to(q.dtype), seen(logsumexp)
 
 
 def attention_in_parts_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
-    scale: float, *, r: Part | None = None, s: Part | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
+    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float, *,
+    b: Part | None = None, h: Part | None = None, g: Part | None = None, r: Part | None = None, s: Part | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`shardc::attention_backward`: where a gradient sums over a split dim, this rank's addend of it."""
-    if s is not None:
-        k, v = s.fill(k, 2, 0), s.fill(v, 2, 0)
-    if r is not None:
-        grad, q, out, logsumexp = (r.fill(x, 2, 0) for x in (grad, q, out, logsumexp))
-    return gradients_of(_scores(q, k, mask, causal, scale, r, s), grad, q, k, v, out, logsumexp, scale)
+    literals, ours, upper, made = Literals(causal, scale, window, softcap, dropout), *map(grouped, (q, grad, out))
+    total = logsumexp.unsqueeze(2) if q.dim() == 4 else logsumexp
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
+    grad_q, grad_k, grad_v = attend_backward(
+        upper, ours, k, v, mask_of(mask, q), made, total, literals, rows, columns, dropping
+    )
+    batch = b.valid if b else len(q)
+    own = (x[:batch] for x in (upper, made, total))
+    grad_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, *own, rows)
+    return grad_q.squeeze(2) if q.dim() == 4 else grad_q, grad_k, grad_v, grad_sinks
 
 
-def _scores(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, r: Part | None, s: Part | None
-) -> Tensor:
-    """The scores of the rank's queries and keys. Keys and queries in the padding are masked."""
-    scores = scores_of(q, k, mask, causal, scale, (r.start if r else 0) - (s.start if s else 0))
-    scores = s.fill(scores, 3, _NOTHING) if s else scores
-    return r.fill(scores, 2, _NOTHING) if r else scores
+def _over_keys(out: Tensor, logsumexp: Tensor, s: Part, turned: bool) -> tuple[Tensor, Tensor]:
+    """The result and log-sum-exp over the keys of all ranks. The result travels as it most often lies in memory, or
+    collectives would copy it: `turned`, the heads of a position are side by side."""
+    top = seen(s.reduce(logsumexp, "max"))
+    share = torch.exp(logsumexp - top)
+    total = s.reduce(share)
+    weighed = out.mul_(share.unsqueeze(-1))
+    out = s.reduce(weighed.movedim(-2, 1)).movedim(1, -2) if turned else s.reduce(weighed)
+    return out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1)), torch.log(total) + top
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Queries, or what has a row for each of them, with a dim for the group."""
+    return x if x.dim() == 5 else x.unsqueeze(2)
+
+
+def mask_of(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask with the five dims of the scores, or ones."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (q.dim() - mask.dim()) + tuple(mask.shape))
+    return grouped(mask)
+
+
+def runs_of(part: Part | None, length: int) -> Runs:
+    """The positions of the rank's queries or keys, without padding."""
+    return [(0, length)] if part is None else [(part.start, part.valid)]
+
+
+def dropping_of(
+    draw: Tensor | None, literals: Literals, q: Tensor, k: Tensor, parts: Sequence[Part | None]
+) -> Dropping | None:
+    """What drops the weights of the rank; `q` has a group."""
+    if draw is None:
+        return None
+    local = (*q.shape[:-1], k.shape[2])
+    shape = [part.size if part else n for part, n in zip(parts, local, strict=True)]
+    return Dropping(draw, literals.dropout, q.dtype, shape, parts[:3])
+
+
+def with_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The result and log-sum-exp with one more key for each head, whose value is zero."""
+    total = torch.logaddexp(logsumexp, _by_row(sinks, logsumexp))
+    return out * torch.exp(logsumexp - total).unsqueeze(-1), total
+
+
+def grad_of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, logsumexp: Tensor, rows: Runs) -> Tensor:
+    """The gradient of the sinks from the rank's queries."""
+    count = sum(length for _, length in rows)
+    dtype, total = compute_dtype(out.dtype), logsumexp[..., :count]
+    delta = (grad[..., :count, :].to(dtype) * out[..., :count, :]).sum(-1)
+    share = torch.exp(_by_row(sinks, total) - total) * delta
+    return -share.sum((0, 3)).reshape(sinks.shape).to(sinks.dtype)
+
+
+def _by_row(sinks: Tensor, logsumexp: Tensor) -> Tensor:
+    """The sinks, to be used beside a log-sum-exp `[batch, kv_heads, group, q_length]`."""
+    return sinks.to(logsumexp.dtype).view(1, *logsumexp.shape[1:3], 1)

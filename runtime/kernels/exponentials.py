@@ -83,7 +83,7 @@ def _reduced(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], fin
     for part in parts.values():
         top = part.reduce(top, "max")
     top = finite(top)
-    total = torch.exp(wide - top).sum(dims, keepdim=True)
+    total = (wide - top).exp_().sum(dims, keepdim=True)
     for part in parts.values():
         total = part.reduce(total)
     return top, total
@@ -92,7 +92,7 @@ def _reduced(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], fin
 def _gathered(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], finite: Finite) -> tuple[Tensor, Tensor]:
     """By one all-gather for each part, of each row's local maximum and its sum relative to that."""
     top = wide.amax(dims, keepdim=True)
-    total = torch.exp(wide - finite(top)).sum(dims, keepdim=True)
+    total = (wide - finite(top)).exp_().sum(dims, keepdim=True)
     for dim, part in parts.items():
         tops, totals = part.gather(torch.stack([top, total]), dim % wide.dim() + 1)
         top = tops.amax(dim, keepdim=True)
@@ -102,20 +102,20 @@ def _gathered(wide: Tensor, dims: tuple[int, ...], parts: Mapping[int, Part], fi
 
 def _softmax(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> Tensor:
     shifted, scale = _exponents(statistics, x, dim, half_to_float, s)
-    result = torch.exp(shifted) / scale
+    result = shifted.exp_().div_(scale)
     return result if half_to_float else result.to(x.dtype)
 
 
 def _log_softmax(statistics: Statistics, x: Tensor, dim: int, half_to_float: bool, s: Part) -> Tensor:
     shifted, scale = _exponents(statistics, x, dim, half_to_float, s)
-    result = shifted - torch.log(scale)
+    result = shifted.sub_(torch.log(scale))
     return result if half_to_float else result.to(x.dtype)
 
 
 def _safe_softmax(statistics: Statistics, x: Tensor, dim: int, dtype: torch.dtype | None, s: Part) -> Tensor:
     x = x if dtype is None else x.to(dtype)
     shifted, scale = _exponents(statistics, x, dim, False, s)
-    return (torch.exp(shifted) / scale.masked_fill(scale == 0, 1)).to(x.dtype)
+    return shifted.exp_().div_(scale.masked_fill(scale == 0, 1)).to(x.dtype)
 
 
 def _logsumexp(
@@ -143,10 +143,10 @@ def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype,
     """`aten._softmax_backward_data` over `dim`, of which this rank holds part `s`."""
     wide, result = widened(grad), widened(output)
     product = s.fill(wide * result, dim, 0)
-    return (product - result * s.reduce(product.sum(dim, keepdim=True))).to(dtype)
+    return product.addcmul_(result, s.reduce(product.sum(dim, keepdim=True)), value=-1).to(dtype)
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype, *, s: Part) -> Tensor:
     """`aten._log_softmax_backward_data` over `dim`, of which this rank holds part `s`."""
     wide, result = s.fill(widened(grad), dim, 0), widened(output)
-    return (wide - torch.exp(result) * s.reduce(wide.sum(dim, keepdim=True))).to(dtype)
+    return torch.exp(result).mul_(s.reduce(wide.sum(dim, keepdim=True))).neg_().add_(wide).to(dtype)

@@ -15,11 +15,22 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.kernels.bernoulli import state_of_draw
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.streams import Stream, filled
 from shardc.runtime.mesh.mesh import Context, current
 
-__all__ = ["binomial", "draw", "multinomial", "poisson", "randperm", "rrelu", "sample_dirichlet", "standard_gamma"]
+__all__ = [
+    "attention_draw",
+    "binomial",
+    "draw",
+    "multinomial",
+    "poisson",
+    "randperm",
+    "rrelu",
+    "sample_dirichlet",
+    "standard_gamma",
+]
 
 
 def _generator(context: Context) -> torch.Generator:
@@ -44,6 +55,12 @@ def draw(
     context = current()
     stream = Stream(distribution, parameters, dtype, _generator(context))
     return filled(stream, shape, strides, by_dim(parts)).to(context.device)
+
+
+def attention_draw(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """What the dropout mask of attention scores of global `shape` is drawn from (see `shardc::attention_draw`)."""
+    context = current()
+    return state_of_draw(_generator(context), shape, dtype).to(context.device)
 
 
 def randperm(count: int, *, dtype: torch.dtype) -> Tensor:
@@ -106,5 +123,7 @@ def _as_eager(x: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype).copy_(x)
 
 
-DRAWS = frozenset({draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu})
+DRAWS = frozenset(
+    {attention_draw, draw, randperm, multinomial, poisson, binomial, standard_gamma, sample_dirichlet, rrelu}
+)
 """The functions that advance the random stream."""

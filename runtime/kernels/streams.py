@@ -1,18 +1,21 @@
 """The random stream of one in-place method, as torch's CPU kernels draw it, in pieces of any length.
 
 Most kernels draw one element after the other. `normal_` on a contiguous tensor of 16 elements or more draws groups of
-16; if the number of elements is not a multiple of 16, it draws the last 16 elements once more. Some kernels draw all
-elements at once with a library. Then every rank must draw the whole tensor to get its part.
+16; if the number of elements is not a multiple of 16, it draws the last 16 elements once more. `exponential_` draws all
+elements at once with a library: every rank must draw the whole tensor to get its part. Of Bernoulli numbers, a rank
+draws its part alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from shardc.runtime.kernels.bernoulli import in_memory_order, kind, state_of_draw
 from shardc.runtime.kernels.parts import Part
 
 __all__: list[str] = []
@@ -23,8 +26,8 @@ BLOCK = 1 << 20
 GROUP = 16
 """Elements in a group of normal numbers."""
 
-SERIAL = frozenset({"uniform", "normal", "cauchy", "log_normal", "geometric", "random"})
-"""Methods that draw element by element, or group by group."""
+IN_PIECES = frozenset({"uniform", "normal", "cauchy", "log_normal", "geometric", "random", "bernoulli"})
+"""Methods that draw element by element, or group by group, and Bernoulli numbers."""
 
 
 class Stream:
@@ -36,9 +39,13 @@ class Stream:
         self.distribution, self.parameters, self.dtype, self.generator = distribution, parameters, dtype, generator
 
     @property
-    def serial(self) -> bool:
-        """Whether drawing a tensor in pieces gives the same numbers as drawing it whole."""
-        return self.distribution in SERIAL and not self.dtype.is_complex
+    def in_pieces(self) -> bool:
+        """Whether a tensor can be drawn in pieces."""
+        return self.distribution in IN_PIECES and not self.dtype.is_complex
+
+    def pieces(self, total: int, contiguous: bool) -> _Pieces:
+        """The elements of a tensor with `total` elements, of a stream that can be drawn in pieces."""
+        return (_Bernoulli if self.distribution == "bernoulli" else _Serial)(self, total, contiguous)
 
     def fill(self, x: Tensor) -> Tensor:
         """`x`, filled at once."""
@@ -50,11 +57,39 @@ class Stream:
             self.fill(torch.empty(min(BLOCK, count - start), dtype=self.dtype))
 
 
-class _Pieces:
-    """The `total` elements of a tensor in the order of its memory, drawn in blocks and returned piece by piece.
+class _Pieces(Protocol):
+    """The `total` elements of a tensor in the order of its memory, piece by piece. `contiguous` says whether the tensor
+    is contiguous in eager mode. All elements must be taken or skipped."""
 
-    `contiguous` says whether the tensor is contiguous in eager mode.
-    """
+    def __init__(self, stream: Stream, total: int, contiguous: bool) -> None: ...
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` elements."""
+        ...
+
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` elements."""
+        ...
+
+
+class _Bernoulli(_Pieces):
+    """Elements that can be drawn from any place. The generator goes behind all of them at once."""
+
+    def __init__(self, stream: Stream, total: int, contiguous: bool) -> None:
+        state = state_of_draw(stream.generator, [total], stream.dtype)
+        self._numbers = kind()(state, stream.parameters[0] if stream.parameters else 0.5, stream.dtype, total)
+        self._place, self._dtype = 0, stream.dtype
+
+    def take(self, count: int) -> Tensor:
+        self._place += count
+        return self._numbers.take(self._place - count, count).to(self._dtype)
+
+    def skip(self, count: int) -> None:
+        self._place += count
+
+
+class _Serial(_Pieces):
+    """Elements that are drawn one after the other, in blocks."""
 
     def __init__(self, stream: Stream, total: int, contiguous: bool) -> None:
         self._stream = stream
@@ -62,8 +97,10 @@ class _Pieces:
         self._left = total
         self._ready = torch.empty(0, dtype=stream.dtype)
 
+    def skip(self, count: int) -> None:
+        self.take(count)
+
     def take(self, count: int) -> Tensor:
-        """The next `count` elements."""
         while len(self._ready) < count:
             self._ready = torch.cat([self._ready, self._block()])
         piece, self._ready = self._ready.split([count, len(self._ready) - count])
@@ -94,7 +131,7 @@ def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, 
     ]
     local = [parts[d].length if d in parts else n for d, n in enumerate(shape)]
     inside = tuple(slice(0, span.stop - span.start) for span in spans)
-    if not parts or not stream.serial:
+    if not parts or not stream.in_pieces:
         whole = stream.fill(torch.empty_strided(shape, like.stride(), dtype=stream.dtype))
         if not parts:
             return whole.contiguous()
@@ -102,8 +139,10 @@ def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, 
         result[inside] = whole[tuple(spans)]
         return result
     result = torch.zeros(local, dtype=stream.dtype)
-    order = sorted(range(len(shape)), key=lambda d: -like.stride(d))
-    pieces = _Pieces(stream, math.prod(shape), like.is_contiguous())
+    order = list(range(len(shape)))
+    if stream.distribution != "bernoulli" or in_memory_order():
+        order.sort(key=lambda d: -like.stride(d))
+    pieces = stream.pieces(math.prod(shape), like.is_contiguous())
     _walk(pieces, result[inside].permute(order), [shape[d] for d in order], [spans[d] for d in order])
     return result
 
@@ -124,7 +163,9 @@ def _walk(pieces: _Pieces, target: Tensor | None, shape: Sequence[int], spans: S
     step = max(BLOCK // max(row, 1), 1)
     for start in range(0, count, step):
         rows = min(step, count - start)
-        piece = pieces.take(rows * row).view(rows, *shape[1:])
         low, high = max(first, start), min(last, start + rows)
-        if target is not None and low < high:
+        if target is None or low >= high:
+            pieces.skip(rows * row)
+        else:
+            piece = pieces.take(rows * row).view(rows, *shape[1:])
             target[low - first : high - first] = piece[(slice(low - start, high - start), *spans[1:])]

@@ -8,7 +8,7 @@ Parameters, buffers, inputs and the optimizer's state are held throughout. What 
 and what it saved until backward deletes it. Backward also holds the tangents. A view holds what it views.
 
 torch's meta kernels tell which results are views, and how results are laid out in memory; each distinct call asks once.
-What a kernel of torch allocates for itself and frees again is not counted.
+What an operator or a body allocates for itself and frees again is what its rule declares.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.kernels.random import draw
-from shardc.runtime.kernels.streams import BLOCK, SERIAL
+from shardc.runtime.kernels.streams import BLOCK, IN_PIECES
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ aten = torch.ops.aten
 class Memory:
     """The most that a rank holds at once while the generated code runs: `peak` bytes, in `phase` (forward or backward),
     at `place` in the user's code. `parts` says what the bytes are, by label; `budget` is the bound in bytes, if there
-    is one. What kernels allocate for themselves is not counted. `print(memory)` shows it."""
+    is one. What kernels allocate for themselves counts where their rules declare it. `print(memory)` shows it."""
 
     peak: float = 0.0
     phase: str = ""
@@ -344,19 +344,20 @@ class _Execution:
         return [_form_of(one, numbers) for one in results]
 
     def _workspace(self, node: fx.Node) -> int:
-        """Bytes that functions of the runtime allocate and free again.
+        """Bytes that a call allocates and frees again.
 
         A collective along another dim than the first makes a rearranged copy. A bucket is filled into a buffer. A draw
-        goes through the numbers of other ranks. The variant of an operator declares its workspace.
+        goes through the numbers of other ranks. The rule of an operator declares its workspace, and that of each
+        variant.
         """
-        if isinstance(node.target, torch._ops.OpOverload):
-            return 0
         if node.target is draw and any(isinstance(value, Part) for value in node.kwargs.values()):
             count = math.prod(node.args[0])  # type: ignore[arg-type]
-            return (min(count, BLOCK) if node.args[1] in SERIAL else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
+            return (min(count, BLOCK) if node.args[1] in IN_PIECES else count) * node.kwargs["dtype"].itemsize  # type: ignore[union-attr]
         chosen = chosen_of(node)
         if chosen is not None:
             return workspace(chosen.shape, chosen.strategy, self.mesh)
+        if isinstance(node.target, torch._ops.OpOverload):
+            return 0
         collective = collective_of(node)
         if collective is None or self.mesh.sizes[str(node.kwargs["axis"])] == 1:
             return 0

@@ -35,13 +35,22 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """Another way to run an operator: what the axes do in the best plan with it, and the `extra` seconds a step."""
+
+    strategy: str
+    extra: float
+
+
+@dataclass(frozen=True)
 class Why:
     """Why a value has its layout. `maker` is the operator that makes it, in `compute` seconds; `strategy` what the mesh
     axes do there; `place` its line.
 
     `demands` are the constraints on the value. `shared` are the conversions made once for all readers, to
     `shared_layout`. `runner_up` is the best plan in which the value has another layout; where that is None,
-    `runner_up_missing` says why. `ways` are the variant that runs, then the others that could; empty without others.
+    `runner_up_missing` says why. `ways` are the variant that runs, then the others that could with the same splits;
+    empty without others. `instead` are the variants that have splits of their own, cheapest first.
     """
 
     value: str
@@ -57,6 +66,7 @@ class Why:
     runner_up: WhyNot | None
     runner_up_missing: str = ""
     ways: tuple[Way, ...] = ()
+    instead: tuple[Instead, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
@@ -66,6 +76,7 @@ class Why:
             runs, *others = self.ways
             would = "".join(f"; {way.variant} would send for {in_seconds(way.seconds)}" for way in others)
             lines.append(f"  variant    {runs.variant}, which sends for {in_seconds(runs.seconds)}{would}")
+        lines += [f"  instead    {one.strategy}: {_signed(one.extra)} a step" for one in self.instead]
         lines += [f"  demanded   {demand}" for demand in self.demands]
         if self.shared:
             lines.append(f"  converted  once for all readers, to {self.shared_layout}: {_steps(self.shared)}")

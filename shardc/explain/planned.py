@@ -115,7 +115,7 @@ def _conversions(graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str]) ->
     for node in _nodes(graph):
         chosen = chosen_of(node)
         if chosen is not None:
-            for kind, axis, moved, seconds in pace.operator(chosen)[1]:
+            for kind, axis, moved, seconds in pace.operator(chosen).sent:
                 add(node, kind, axis, moved, seconds, value_names.get((chosen.op.node, 0), node.name))
             continue
         step = pace.step(node)

@@ -18,7 +18,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
-from shardc.explain.chosen_strategy import splits_text, ways_to_run
+from shardc.explain.chosen_strategy import instead, splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse
 from shardc.ir.facts import origin_of
@@ -76,6 +76,7 @@ class Questions:
             self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
+            () if self.solution is None else instead(self.network, op, strategy, self._solved),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:

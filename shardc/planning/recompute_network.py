@@ -106,7 +106,7 @@ class RecomputeNetwork(CostNetwork):
     def _hold_workspace(self, op: Op, variable: int, domain: Domain) -> None:
         """Record the workspace of every strategy: it is held while the operator runs, and again while it runs again."""
         shape = self.options_of(op).shape
-        if not any(one.workspace for one in shape.variants):
+        if not shape.workspace and not any(one.workspace for one in shape.variants):
             return
         again = np.array([strategy.again for strategy in domain.strategies])
         sizes = np.array([float(workspace(shape, strategy, self.mesh)) for strategy in domain.strategies])

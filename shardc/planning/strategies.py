@@ -16,20 +16,20 @@ from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
-from shardc.cost.conversion import TensorClass, step_seconds
+from shardc.analysis.bodies import Body, body_of
+from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
+from shardc.rules.factors.bodies import is_ring, work
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
     demand,
     make,
     one_reduction,
-    sends,
     splittable,
     variants_of,
-    work,
 )
 
 
@@ -62,6 +62,11 @@ class Strategies:
         """Flops and bytes that a rank computes and moves, one entry a strategy."""
         flops, moved = np.array([work(self.shape, s, self.mesh) for s in self.strategies]).reshape(-1, 2).T
         return flops, moved
+
+    @cached_property
+    def rings(self) -> list[int]:
+        """The numbers of the strategies whose bodies go round a ring."""
+        return [place for place, strategy in enumerate(self.strategies) if is_ring(self.shape, strategy)]
 
 
 @lru_cache(maxsize=512)
@@ -106,24 +111,24 @@ class OperatorOptions:
         return self.compute + np.array([self.sending(s) for s in self.strategies])
 
     def sending(self, strategy: Strategy) -> float:
-        """Seconds of the collectives inside the body of one strategy."""
-        each = (step_seconds(*sent, self.mesh, self.device) for sent in sends(self.shape, strategy, self.mesh))
-        return sum(each) * self._imbalance(strategy)
-
-    def _imbalance(self, strategy: Strategy) -> float:
-        """How much more the slowest rank does than the mean."""
-        variant = self.shape.variant_of(strategy)
-        return 1.0 if variant is None else variant.imbalance
+        """Seconds of the collectives inside the body of one strategy that nothing hides which it computes itself."""
+        return self._body(strategy).exposed
 
     @cached_property
     def compute(self) -> np.ndarray:
         """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
-        balanced = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
-        if all(variant.imbalance == 1.0 for variant in self.shape.variants):
-            return balanced
-        return balanced * np.array([self._imbalance(s) for s in self.strategies])
+        seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        for place in self._unlike:
+            seconds[place] = self._body(self.strategies[place]).compute
+        return seconds
+
+    @property
+    def _unlike(self) -> list[int]:
+        """The strategies whose compute is not that of one kernel on the mean of ranks."""
+        uneven = {variant.name for variant in self.shape.variants if variant.imbalance != 1.0}
+        return [*self._known.rings, *(i for i, one in enumerate(self.strategies) if one.variant in uneven)]
 
     @cached_property
     def least(self) -> float:
@@ -132,14 +137,15 @@ class OperatorOptions:
 
     def compute_of(self, strategy: Strategy) -> float:
         """Compute seconds of one strategy."""
-        if strategy not in self._computes:
-            done = work(self.shape, strategy, self.mesh)
-            seconds = self.device.compute_seconds(*done, self.shape.dtype) if self.shape.computes else 0.0
-            self._computes[strategy] = seconds * self._imbalance(strategy)
-        return self._computes[strategy]
+        return self._body(strategy).compute
+
+    def _body(self, strategy: Strategy) -> Body:
+        if strategy not in self._bodies:
+            self._bodies[strategy] = body_of(self.shape, strategy, self.mesh, self.device)
+        return self._bodies[strategy]
 
     @cached_property
-    def _computes(self) -> dict[Strategy, float]:
+    def _bodies(self) -> dict[Strategy, Body]:
         return {}
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -42,11 +43,23 @@ Size = int | str | tuple[str | int, ...]
 Body = Callable[..., Any]
 
 
+class Travel(Enum):
+    """When a body sends."""
+
+    ONCE = "once"
+    """When it has computed; it waits for what arrives."""
+    ROUND = "round"
+    """From one step of a ring to the next, while a rank computes the step before."""
+    HOME = "home"
+    """What a step of a ring has made: to the next step, while a rank computes that; after the last, to its owner."""
+
+
 @dataclass(frozen=True)
 class Send:
     """One collective of a body: its local operand has `elements` for every point of `factors`, of `itemsize` bytes.
 
     It is sent only where the parted factor is in `parts` parts (None: any number), and the factors `beside` are split.
+    What goes round a ring (see `Travel`) is sent as often as the ring has steps to go to: see `Band`.
     """
 
     collective: AnyCollective
@@ -55,16 +68,39 @@ class Send:
     elements: int = 1
     parts: int | None = None
     beside: tuple[str, ...] = ()
+    travel: Travel = Travel.ONCE
+
+
+@dataclass(frozen=True)
+class Band:
+    """The pairs of two factors that an operator computes: row i and column j where `j <= i`, if `causal`; and, where
+    `window` is not 0, where `i - window < j`, and `j < i + window` if not causal.
+
+    A matrix product with both factors counts these pairs alone, as many as the rank with most of them has. A ring over
+    both goes to the parts of the columns, and leaves out those that no rank reads.
+    """
+
+    rows: str
+    columns: str
+    causal: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory that a body allocates and frees again: `elements` for every local point of `factors`, of `itemsize`
-    bytes. `bound` says how many rows there may be, each with so much memory; without it, one."""
+    """Memory that an operator or a body allocates and frees again: `elements` for every local point of `factors`, of
+    `itemsize` bytes, but `most` bytes at most.
+
+    It is allocated only where all factors of `beside` are split. What is not there at the same time has different
+    numbers of a `stage`; the largest stage counts. With a `bound`, there is so much for every row.
+    """
 
     factors: tuple[str, ...]
     itemsize: int
-    elements: int = 1
+    elements: float = 1
+    most: int | None = None
+    beside: tuple[str, ...] = ()
+    stage: int = 0
     bound: RowBound | None = None
 
 
@@ -92,7 +128,8 @@ class Variant:
 
     `together` holds groups of parted factors. An axis that splits one factor of a group splits them all, and the body
     gets a `Part` for each. An operand or result with several factors of a group is split along the one that the group
-    names first. A variant with groups runs only where one of its groups is split.
+    names first. A result with one factor of a group is complete over the others: that is the body's work. A variant
+    with groups runs only where one of its groups is split.
 
     `exchange` names two factors, such as experts and tokens, whose parts the body exchanges. An axis that splits the
     first, which is parted, splits the second too; others may split the second alone. A result with one of the two is
@@ -134,6 +171,8 @@ class Rule:
     even: bool = False
     multiplied: frozenset[int] = frozenset()
     repeated: bool = False
+    band: Band | None = None
+    workspace: tuple[Workspace, ...] = ()
 
     def variant(self, name: str) -> Variant:
         """The variant called `name`."""
@@ -157,6 +196,8 @@ def parse(
     even: bool = False,
     multiplied: Iterable[int] = (),
     repeated: bool = False,
+    band: Band | None = None,
+    workspace: Sequence[Workspace] = (),
 ) -> Rule:
     """The rule that `text`, in the notation above, and the other arguments describe.
 
@@ -166,6 +207,8 @@ def parse(
     - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
     - `repeated`: every rank computes all results, whatever is split, and keeps its part.
+    - `band`: the pairs of two factors that are computed at all.
+    - `workspace`: what the operator itself allocates, where no variant runs.
 
     RuleError if the text cannot be read, or its variants do not fit it.
     """
@@ -206,7 +249,7 @@ def parse(
         raise RuleError(f"rule {text!r} has a body and variants; list the body among the variants")
     if body is not None:
         variants = [Variant(ONLY, body, sends or {})]
-    _check_variants(text, variants, parted, results, reductions)
+    _check_variants(text, variants, parted, band)
     return Rule(
         operands,
         results,
@@ -223,14 +266,14 @@ def parse(
         even,
         frozenset(multiplied),
         repeated,
+        band,
+        tuple(workspace),
     )
 
 
-def _check_variants(
-    text: str, variants: Sequence[Variant], parted: set[str], results: Sequence[Dims | None],
-    reductions: Mapping[str, str],
-) -> None:  # fmt: skip
-    """RuleError if two variants share a name, or one axis cannot split a group of factors together."""
+def _check_variants(text: str, variants: Sequence[Variant], parted: set[str], band: Band | None) -> None:
+    """RuleError if two variants share a name, one axis cannot split a group of factors together, or what goes round a
+    ring has no ring."""
     seen: set[str] = set()
     for variant in variants:
         if not variant.name or variant.name in seen:
@@ -253,15 +296,11 @@ def _check_variants(
             )
         if variant.exchange is not None and (variant.exchange[0] not in parted or variant.exchange[1] in parted):
             raise RuleError(f"{title} exchanges {variant.exchange}: only the first may be parted, and must be")
-        for group in variant.together:
-            for index, dims in enumerate(results):
-                summed = [name for name in group if name in reductions and name not in (dims or ())]
-                kept = [name for name in group if name in (dims or ())]
-                if dims is not None and summed and kept:
-                    raise RuleError(
-                        f"{title} splits {summed[0]} and {kept[0]} together: one axis would both split result {index} "
-                        f"and make it partial; drop the reduction of {summed[0]}, and have the body complete it"
-                    )
+        travels = any(send.travel is not Travel.ONCE for sends in variant.sends.values() for send in sends)
+        if travels and (band is None or (band.rows, band.columns) not in variant.together):
+            raise RuleError(
+                f"{title} sends round a ring: the rule needs a band, whose rows and columns the variant splits together"
+            )
 
 
 Maker = Callable[..., Rule]

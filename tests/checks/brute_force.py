@@ -27,10 +27,11 @@ from shardc.ir.versions import GraphVersion
 from shardc.passes.codegen import source_of
 from shardc.passes.localize import localized
 from shardc.planning.strategies import OperatorOptions
+from shardc.rules.factors.bodies import sends
 from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
-from shardc.rules.factors.strategy import Strategy, demand, make, sends, shape_of, split_of
+from shardc.rules.factors.strategy import Strategy, demand, make, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
 from shardc.runtime.kernels.widening import LOW
 

@@ -59,7 +59,7 @@ class Meter(TorchDispatchMode):
 def metered(module: ModuleType) -> dict[int, Meter]:
     """Make a generated module measure itself; per rank its meter."""
     meters: dict[int, Meter] = {}
-    forward, backward = module.forward, module.backward
+    forward, backward = module.forward, getattr(module, "backward", None)
 
     def metered_forward(*given: Any) -> Any:
         meter = meters.setdefault(current().rank, Meter())
@@ -71,7 +71,9 @@ def metered(module: ModuleType) -> dict[int, Meter]:
         meter = meters[current().rank]
         meter.show(given)
         with meter:
-            return backward(given)
+            return backward(given)  # type: ignore[misc]
 
-    module.forward, module.backward = metered_forward, metered_backward  # type: ignore[attr-defined]
+    module.forward = metered_forward  # type: ignore[attr-defined]
+    if backward is not None:
+        module.backward = metered_backward  # type: ignore[attr-defined]
     return meters

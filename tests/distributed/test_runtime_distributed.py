@@ -26,6 +26,12 @@ def test_operators_along_split_dims_equal_whole_ones(spawn, nproc):
         assert f"rank {rank} is right" in output
 
 
+def test_a_ring_equals_attention_of_one_device(spawn):
+    for rank, (code, output) in enumerate(spawn("attention.py", nproc=4)):
+        assert code == 0, output
+        assert f"rank {rank} is right" in output
+
+
 @pytest.mark.parametrize(("accident", "nproc"), [("raise", 2), ("kill", 4), ("hang", 2)])
 def test_accident_ends_every_rank(spawn, accident, nproc):
     results = spawn("fail.py", accident, nproc=nproc)

@@ -43,7 +43,7 @@ def attention(
     free_mask = attn_mask is None or not (is_causal or attn_mask.requires_grad)
     if dropout_p == 0.0 and plain and free_mask and _fused():
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return fused_attention(query, key, value, attn_mask, is_causal, scale)[0]
+        return fused_attention(query, key, value, attn_mask, None, None, is_causal, scale, 0, 0.0, 0.0)[0]
     with sdpa_kernel(SDPBackend.MATH):
         return _TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 

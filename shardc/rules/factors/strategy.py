@@ -8,7 +8,8 @@ on the operator's `Shape`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,8 +21,7 @@ from shardc.ir.program import value_of
 from shardc.ir.splits import Splits
 from shardc.rules.factors import exchanges as exchange
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
-from shardc.rules.notation import RowBound, Variant
-from shardc.runtime.collectives.collective import AnyCollective
+from shardc.rules.notation import Band, RowBound, Variant, Workspace
 
 PLAIN = ""
 """The variant where no parted factor is split: the operator itself, on local tensors."""
@@ -87,6 +87,10 @@ class Shape:
     repeated: bool
     """Whether every rank computes all results and keeps its part."""
     variants: tuple[Variant, ...]
+    workspace: tuple[Workspace, ...]
+    """What the operator itself allocates and frees again."""
+    band: Band | None
+    """The pairs of two factors that are computed."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -193,6 +197,8 @@ def shape_of(op: Op) -> Shape:
         op.rule.multiplied,
         op.rule.repeated,
         op.rule.variants,
+        op.rule.workspace,
+        op.rule.band,
     )
 
 
@@ -234,41 +240,28 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     }
 
 
-def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[tuple[AnyCollective, str, float]]:
-    """The collectives in the body of a strategy's variant, each with its axis and the bytes of its local operand."""
-    variant = shape.variant_of(strategy)
-    if variant is None:
-        return
-    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
-    for factor, axes in zip(shape.factors, strategy.split, strict=True):
-        for send in variant.sends.get(factor.name, ()) if factor.parting and axes else ():
-            if send.parts not in (None, mesh.ways(axes)) or not split.issuperset(send.beside):
-                continue
-            pairs = zip(shape.factors, strategy.split, strict=True)
-            size = math.prod(mesh.chunk(f.size, split_by) for f, split_by in pairs if f.name in send.factors)
-            size *= send.itemsize * send.elements
-            for axis in reversed(axes):
-                yield send.collective, axis, size
-                size = send.collective.result_bytes(mesh.sizes[axis], size)
-
-
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
-    """Bytes that the body of a strategy's variant allocates and frees again."""
+    """Bytes that the operator, or the body of a strategy's variant, allocates and frees again."""
     variant = shape.variant_of(strategy)
+    needed = shape.workspace if variant is None else variant.workspace
+    if not needed:
+        return 0
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+    others = exchange.senders(shape, strategy, mesh)
 
     def size(factors: tuple[str, ...]) -> int:
         return math.prod(chunk for f, chunk in zip(shape.factors, chunks, strict=True) if f.name in factors)
 
-    def rows(bound: RowBound | None) -> int:
-        return (
-            exchange.rows_at_most(bound, size((bound.of,)), size((bound.to,)), exchange.senders(shape, strategy, mesh))
-            if bound
-            else 1
-        )
+    def rows(bound: RowBound) -> int:
+        return exchange.rows_at_most(bound, size((bound.of,)), size((bound.to,)), others)
 
-    declared = variant.workspace if variant else ()
-    return sum(one.itemsize * one.elements * size(one.factors) * rows(one.bound) for one in declared)
+    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    stages: Counter[int] = Counter()
+    for one in needed:
+        if split.issuperset(one.beside):
+            bytes_ = int(size(one.factors) * one.itemsize * one.elements) * (rows(one.bound) if one.bound else 1)
+            stages[one.stage] += bytes_ if one.most is None else min(bytes_, one.most)
+    return max(stages.values(), default=0)
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:
@@ -282,43 +275,6 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
         return exchange.split_by_second(shape, strategy, carried)
     later = {i for group in groups for i in [i for i in group if i in carried][1:]}
     return tuple(() if i in later else axes for i, axes in enumerate(strategy.split))
-
-
-def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
-    """The flops that a rank computes for an operator, and the bytes that it reads and writes.
-
-    A product counts two flops for every point of its factors. Padding and masks count.
-    """
-
-    every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    together = shape.groups.get(strategy.variant) or strategy.variant in shape.exchanges
-
-    def chunks(carried: Collection[int]) -> list[int]:
-        if not together:
-            return every
-        split = split_of(shape, strategy, carried)
-        return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
-
-    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
-    if shape.repeated:
-        moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
-    for operand, side in enumerate(shape.operands):
-        passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
-        moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    flops = 0.0
-    for part, product in shape.products:
-        local = chunks(product)
-        flops += 2 * part * math.prod([local[i] for i in product])
-    return float(flops), moved
-
-
-def _local(shape: Shape, side: Side, chunks: list[int]) -> int:
-    """Elements of an operand or result that a rank reads or writes. An expanded dim is read once."""
-    elements = 1
-    for size, factor in zip(side.sizes, side.factors, strict=True):
-        # the factor of a window has a size that divides the dim's
-        elements *= size if factor is None else size // max(shape.factors[factor].size, 1) * chunks[factor]
-    return elements
 
 
 def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
@@ -386,11 +342,18 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
 
 def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
-    partial = {axis: "sum" for axis, _ in strategy.passes}
-    complete = exchange.exchanged(shape, strategy)
+    partial, side = {axis: "sum" for axis, _ in strategy.passes}, shape.results[result]
+    complete, exchanged = _complete(shape, strategy, side), exchange.exchanged(shape, strategy)
     for factor, op in shape.reduced_in[result].items():
-        partial |= {axis: op for axis in strategy.split[factor] if axis not in complete}
-    return _splits(shape, shape.results[result], strategy, partial, mesh)
+        if factor not in complete:
+            partial |= {axis: op for axis in strategy.split[factor] if axis not in exchanged}
+    return _splits(shape, side, strategy, partial, mesh)
+
+
+def _complete(shape: Shape, strategy: Strategy, side: Side) -> set[int]:
+    """The factors over which a variant completes a result, because it splits them together with one that it has."""
+    groups = shape.groups.get(strategy.variant, ())
+    return {factor for group in groups if not side.carried.isdisjoint(group) for factor in group}
 
 
 def _splits(shape: Shape, side: Side, strategy: Strategy, partial: dict[str, str], mesh: Mesh) -> Splits:

@@ -1,70 +1,158 @@
-"""Scaled dot-product attention as one operator. Batch, heads and, without a causal mask, queries split freely.
+"""Scaled dot-product attention as one operator.
 
-With a causal mask, queries are the parted factor r. Keys are always the parted factor s.
+Batch `b`, heads of keys `h`, the group of queries `g` that share keys, and queries `q` split freely. Where positions
+count (a causal mask, a window), queries are the parted factor `r`. Keys are always the parted factor `s`. With dropout
+all of them are parted: a rank draws what the single device draws for its part.
 """
 
 from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, Send, parse, rule
+from shardc.rules.families import attention_workspace
+from shardc.rules.notation import Band, Body, Rule, Send, Travel, Variant, letters, mark, parse, rule
+from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import attention_parts
-from shardc.runtime.kernels.attention import compute_dtype
+from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
 
 
-def _query(causal: bool) -> str:
-    return "r" if causal else "q"
+class _Names:
+    """The factors of one call, as words of a rule."""
+
+    def __init__(
+        self, q: torch.Tensor, draw: torch.Tensor | None, causal: bool, window: int, queries: str, keys: str
+    ) -> None:
+        self.group = q.dim() == 5
+        parted = "" if draw is None else "~" if "sum" not in keys else ":sum~"
+        self.batch, self.heads = f"b{parted}", [f"h{parted}", *([f"g{parted}"] if self.group else [])]
+        self.query, self.key = queries, keys
+        self.band = Band("r", "s", causal, window)
+        self.rows = [self.batch, *self.heads, self.query]
+
+    def queries(self, x: torch.Tensor, last: str) -> str:
+        """A tensor with a row for every query."""
+        return _named(x, [*self.rows, last])
+
+    def keys(self, x: torch.Tensor, last: str) -> str:
+        """A tensor with a row for every key."""
+        return _named(x, [self.batch, self.heads[0], self.key, last])
+
+    def sums(self, x: torch.Tensor) -> str:
+        """A number for every query."""
+        return _named(x, self.rows)
+
+    def sinks(self, x: torch.Tensor) -> str:
+        """A number for every head."""
+        return _named(x, self.heads)
+
+    def others(self, mask: torch.Tensor | None, sinks: torch.Tensor | None, draw: torch.Tensor | None) -> list[str]:
+        """The operands that may be absent."""
+        texts: list[str] = []
+        if mask is not None:
+            texts.append(_named(mask, [*self.rows, self.key][len(self.rows) + 1 - mask.dim() :]))
+        if sinks is not None:
+            texts.append(self.sinks(sinks))
+        if draw is not None:
+            texts.append(mark_whole(draw))
+        return texts
+
+    def flops(self, products: str) -> list[str]:
+        """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
+        factors = " ".join(_plain(word) for word in [*self.rows, self.key])
+        return [f"{factors} {inner}" for inner in products]
 
 
-def _flops(products: list[str], causal: bool) -> list[str]:
-    """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
-    return [f"b h {_query(causal)} s {inner}" for inner in products]
+def mark_whole(x: torch.Tensor) -> str:
+    """A tensor of which every rank has all."""
+    return mark(letters(x, "z"), range(x.dim()))
 
 
-def _mask(mask: torch.Tensor | None, query: str, keys: str) -> str:
-    if mask is None:
-        return ""
-    names = ["b", "h", query, keys][4 - mask.dim() :]
-    return ", " + " ".join("1" if size == 1 else name for size, name in zip(mask.shape, names, strict=True))
+def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
+    """Keys and values, or their gradients in the type of the scores, as one message from rank to rank."""
+    size, travel = (compute_dtype(k.dtype).itemsize, Travel.HOME) if grads else (k.element_size(), Travel.ROUND)
+    return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
 
 
-def _named(x: torch.Tensor, text: str) -> str:
-    return " ".join("1" if size == 1 else name for size, name in zip(x.shape, text.split(), strict=True))
+def _ring(
+    body: Body, passed_on: list[Send], mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+) -> list[Variant]:
+    """The variant of a ring; none where there is one query or one key, nor where a mask has no columns, from whose
+    shape a rank could not tell what it holds.
+
+    A mask that is the same for all queries is split along the keys; the ring gathers it.
+    """
+    sends = list(passed_on)
+    if 1 in (q.shape[-2], k.shape[2]) or (mask is not None and mask.shape[-1] != k.shape[2]):
+        return []
+    if mask is not None and (mask.dim() == 1 or mask.shape[-2] == 1):
+        names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
+        carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
+        sends.append(Send(all_gather, carried, mask.element_size()))
+    return [Variant("ring", body, {"s": sends}, together=(("r", "s"),))]
+
+
+def _plain(word: str) -> str:
+    return word.partition(":")[0].rstrip("~")
+
+
+def _named(x: torch.Tensor, names: list[str]) -> str:
+    return " ".join("1" if size == 1 else name for size, name in zip(x.shape, names, strict=True))
 
 
 @rule(torch.ops.shardc.attention.default)
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
-) -> Rule:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
+    draw: torch.Tensor | None, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> Rule:  # fmt: skip
     """Over split keys, the body weighs the result of each part by its log-sum-exp."""
-    del scale
-    query = "r~" if causal else "q"
-    result = _named(q, f"b h {query} 1").rsplit(" ", 1)[0]
-    rows = tuple(name.rstrip("~") for name in result.split() if name != "1")
+    del scale, dropout
+    names = _Names(q, draw, causal, window, "r~", "s~")
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    needed = attention_workspace.in_parts(of, backward=False)
+    result = names.sums(q.select(-1, 0))
+    rows = tuple(_plain(name) for name in result.split() if name != "1")
     size = compute_dtype(q.dtype).itemsize
     sums = [Send(all_reduce, rows, size), Send(all_reduce, rows, size), Send(all_reduce, (*rows, "e"), size)]
+    operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
     return parse(
-        f"{_named(q, f'b h {query} d!')}, {_named(k, 'b h s~ d!')}, {_named(v, 'b h s~ e!')}{_mask(mask, query, 's~')}"
-        f" -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
-        flops=_flops(["d", "e"], causal), body=attention_parts.attention_in_parts, sends={"s": sums},
+        f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
+        flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
+        variants=[
+            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed),
+            *_ring(ring_attention, [_passed_on(k, v)], mask, q, k),
+        ],
     )  # fmt: skip
 
 
 @rule(torch.ops.shardc.attention_backward.default)
 def attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    out: torch.Tensor, logsumexp: torch.Tensor, causal: bool, scale: float,
+    sinks: torch.Tensor | None, draw: torch.Tensor | None, out: torch.Tensor, logsumexp: torch.Tensor, causal: bool,
+    scale: float, window: int, softcap: float, dropout: float,
 ) -> Rule:  # fmt: skip
-    """The gradients of keys and values sum over queries, that of queries over keys."""
-    del scale
-    query, keys = "r:sum~" if causal else "q", "s:sum~"
-    queries, keyed, values = _named(q, f"b h {query} d!"), _named(k, f"b h {keys} d!"), _named(v, f"b h {keys} e!")
-    outputs, grads = _named(out, f"b h {query} e!"), _named(grad, f"b h {query} e!")
-    summed = _named(logsumexp, f"b h {query}")
+    """The gradients of keys and values sum over queries and the group, that of queries over keys, that of sinks over
+    batch and queries."""
+    del scale, dropout
+    names = _Names(q, draw, causal, window, "r:sum~", "s:sum~")
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    needed = attention_workspace.in_parts(of, backward=True)
+    queries, keys, values = names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!")
+    others = names.others(mask, sinks, draw)
+    operands = [
+        names.queries(grad, "e!"), queries, keys, values, *others, names.queries(out, "e!"), names.sums(logsumexp),
+    ]  # fmt: skip
+    count = len(operands)
+    all_of = range(count)
+    of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
-        f"{grads}, {queries}, {keyed}, {values}{_mask(mask, query, keys)}, {outputs}, {summed}"
-        f" -> {queries}, {keyed}, {values}",
-        [{0}], flops=_flops(["d", "d", "d", "e", "e"], causal), body=attention_parts.attention_in_parts_backward,
-        multiplied=[0],
+        f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
+        [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
+        multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
+        variants=[
+            Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed),
+            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, q, k),
+        ],
     )  # fmt: skip

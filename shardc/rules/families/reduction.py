@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardc.rules.notation import Body, Rule, Send, Variant, adds, letters, mark, parse, rule
+from shardc.rules.notation import Body, Rule, Send, Variant, Workspace, adds, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import exponentials, extremes, lists
@@ -64,17 +64,20 @@ def stats_size(x: torch.Tensor) -> int:
 
 
 def row_statistics(
-    reduced: Body, gathered: Body, parted: Iterable[str], rest: tuple[str, ...], x: torch.Tensor
+    reduced: Body, gathered: Body, parted: Iterable[str], rest: tuple[str, ...], x: torch.Tensor, kept: int = 0
 ) -> list[Variant]:
     """The two variants of an operator that needs each row's maximum and sum of exponentials.
 
-    `reduced` all-reduces one after the other. `gathered` all-gathers both at once.
+    `reduced` all-reduces one after the other. `gathered` all-gathers both at once. Each makes the exponentials, before
+    a result of `kept` bytes an element, and a copy of `x` in wide numbers.
     """
     names, size = [*parted], stats_size(x)
     one, both = Send(all_reduce, rest, size), Send(all_gather, rest, size, elements=2)
+    needed = size * (2 if size > x.element_size() else 1) - kept
+    work = (Workspace((*names, *rest), 1, needed),) if needed > 0 else ()
     return [
-        Variant("all_reduce", reduced, dict.fromkeys(names, (one, one))),
-        Variant("all_gather", gathered, dict.fromkeys(names, (both,))),
+        Variant("all_reduce", reduced, dict.fromkeys(names, (one, one)), workspace=work),
+        Variant("all_gather", gathered, dict.fromkeys(names, (both,)), workspace=work),
     ]
 
 

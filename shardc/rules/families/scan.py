@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from shardc.rules.families.reduction import along, row_statistics, stats_size
-from shardc.rules.notation import Body, Rule, Send, adds, letters, mark, parse, rule
+from shardc.rules.notation import ONLY, Body, Rule, Send, Variant, Workspace, adds, letters, mark, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels import exponentials, scans
@@ -17,10 +17,10 @@ aten = torch.ops.aten
 
 
 def _softmax(reduced: Body, gathered: Body) -> Callable[..., Rule]:
-    def maker(x: torch.Tensor, dim: int, *_: object) -> Rule:
+    def maker(x: torch.Tensor, dim: int, widens: object = False, *_: object) -> Rule:
         names, rest = along(x, dim)
-        text = " ".join(names)
-        return parse(f"{text} -> {text}", variants=row_statistics(reduced, gathered, "s", rest, x))
+        text, made = " ".join(names), stats_size(x) if widens is True else x.element_size()
+        return parse(f"{text} -> {text}", variants=row_statistics(reduced, gathered, "s", rest, x, made))
 
     return maker
 
@@ -39,7 +39,10 @@ def _softmax_backward(body: Body) -> Callable[..., Rule]:
     def maker(grad: torch.Tensor, output: torch.Tensor, dim: int, *_: object) -> Rule:
         names, rest = along(grad, dim)
         sent, text = Send(all_reduce, rest, stats_size(grad)), " ".join(names)
-        return parse(f"{text}, {text} -> {text}", [{0}], body=body, sends={"s": [sent]})
+        # in wide numbers: the operands, and what becomes the result
+        copies = (Workspace(("s", *rest), stats_size(grad), 3),) if stats_size(grad) > grad.element_size() else ()
+        variants = [Variant(ONLY, body, {"s": [sent]}, workspace=copies)]
+        return parse(f"{text}, {text} -> {text}", [{0}], variants=variants)
 
     return maker
 

@@ -42,6 +42,11 @@ def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
     return parse(f"{batch} {column} -> {batch} {'j!' if count != 1 else '1'}", body=random.multinomial)
 
 
+@rule(random.attention_draw)
+def attention_draw(shape: Any, **_: Any) -> Rule:
+    return parse("-> n!")
+
+
 @rule(random.poisson, random.binomial, random.standard_gamma, random.sample_dirichlet)
 def elementwise(*operands: torch.Tensor, **_: Any) -> Rule:
     return parse(f"{', '.join(_whole(x) for x in operands)} -> {_whole(operands[0])}")
@@ -152,6 +157,10 @@ def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool =
     return b.item(b(aten.topk.default, scores, count), 1)
 
 
+def _drawn(b: Builder, like: fx.Node, shape: Any) -> fx.Node:
+    return b.run(random.attention_draw, [int(n) for n in shape], dtype=value_of(like).dtype)
+
+
 def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:
     return b.run(random.randperm, count, dtype=b.result.dtype)
 
@@ -199,4 +208,5 @@ DECOMPOSITIONS: Mapping[Any, Decomposition] = {
     aten._standard_gamma.default: _sampled(random.standard_gamma),
     aten._sample_dirichlet.default: _sampled(random.sample_dirichlet),
     aten.randperm.default: _permuted,
+    torch.ops.shardc.attention_draw.default: _drawn,
 }

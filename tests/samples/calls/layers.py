@@ -182,9 +182,9 @@ def attentions() -> Iterator[Sample]:
             real(batch, heads, columns, inner),
             real(batch, heads, columns, outer),
         )
-        yield Sample(forward, (q, k, v, mask, causal, 0.5))
-        out, total = forward(q, k, v, mask, causal, 0.5)
-        yield Sample(backward, (real(*out.shape), q, k, v, mask, out, total, causal, 0.5))
+        yield Sample(forward, (q, k, v, mask, None, None, causal, 0.5, 0, 0.0, 0.0))
+        out, total = forward(q, k, v, mask, None, None, causal, 0.5, 0, 0.0, 0.0)
+        yield Sample(backward, (real(*out.shape), q, k, v, mask, None, None, out, total, causal, 0.5, 0, 0.0, 0.0))
 
 
 def whole_only() -> Iterator[Sample]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from samples.calls.attentions import attentions as attentions_of_many_kinds
 from samples.calls.sample import Group, Sample, View, boolean, positive, real, whole
 
 aten = torch.ops.aten
@@ -199,12 +200,13 @@ def attentions() -> Iterator[Sample]:
     ):
         dtype, tolerance = (torch.bfloat16, 0.05) if low else (torch.float64, 1e-9)
         q, k, v = (real(1, 2, n, 2).to(dtype) for n in (rows, columns, columns))
-        yield Sample(forward, (q, k, v, mask, causal, 0.5), tolerance=tolerance)
+        yield Sample(forward, (q, k, v, mask, None, None, causal, 0.5, 0, 0.0, 0.0), tolerance=tolerance)
         if not low:
-            out, total = forward(q, k, v, mask, causal, 0.5)
-            yield Sample(backward, (real(*out.shape), q, k, v, mask, out, total, causal, 0.5))
+            out, total = forward(q, k, v, mask, None, None, causal, 0.5, 0, 0.0, 0.0)
+            yield Sample(backward, (real(*out.shape), q, k, v, mask, None, None, out, total, causal, 0.5, 0, 0.0, 0.0))
 
 
 PARTED: tuple[Group, ...] = (
     reductions, scans, norms, softmaxes, moves, factories, views, convolutions, pools, attentions,
+    attentions_of_many_kinds,
 )  # fmt: skip

@@ -209,6 +209,7 @@ def draws() -> Iterator[Sample]:
     yield Sample(random.draw, ([6, 2], "bernoulli", 0.5), {"dtype": torch.float64})
     yield Sample(random.draw, ([6, 1, 12], "normal", 0.0, 1.0), {"dtype": torch.float64, "strides": [1, 1, 6]})
     yield Sample(random.draw, ([5, 7], "uniform", 0.0, 1.0), {"dtype": torch.float32})
+    yield Sample(random.attention_draw, ([2, 3, 5, 7],), {"dtype": torch.float64})
     yield Sample(random.randperm, (6,), {"dtype": torch.int64})
     yield Sample(random.multinomial, (positive(6, 12), 3), {"strides": [1, 6]})
     yield Sample(random.multinomial, (positive(12), 2), {"strides": [1]})

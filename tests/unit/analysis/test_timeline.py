@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from shardc.analysis.timeline import Clock
+from shardc.cost.clock import Clock
 from shardc.cost.hardware import hardware
 from shardc.ir.mesh import Mesh
 

@@ -14,9 +14,10 @@ from samples.paired_operator import SCRATCH, prefix_mix_in_parts
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
 from shardc.planning.strategies import OperatorOptions
-from shardc.rules.factors.strategy import PLAIN, Strategy, demand, legal, make, variants_of, work, workspace
-from shardc.rules.notation import ONLY, Send, Variant, parse
-from shardc.runtime import VirtualMesh, all_reduce
+from shardc.rules.factors.bodies import work
+from shardc.rules.factors.strategy import PLAIN, Strategy, demand, legal, make, variants_of, workspace
+from shardc.rules.notation import ONLY, Band, Send, Travel, Variant, parse
+from shardc.runtime import VirtualMesh, all_reduce, permute
 
 aten = torch.ops.aten
 PAIR: Any = torch.ops.paired.prefix_mix.default
@@ -166,6 +167,7 @@ def test_variants_that_differ_in_their_body_alone_are_one_shape() -> None:
     assert one == other and hash(one) == hash(other)
 
 
+ROUND = Send(permute, ("s",), 8, travel=Travel.ROUND)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "two of one name": ("s~ -> s~", {"variants": [Variant("x", body), Variant("x", body)]}, "or used twice: 'x'"),
     "no name": ("s~ -> s~", {"variants": [Variant("", body)]}, "name is empty or used twice: ''"),
@@ -174,9 +176,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "not parted": ("r, s~ -> r", {"variants": [Variant("x", body, together=(("r", "s"),))]}, "splits r together"),
     "alone": ("r~ -> r~", {"variants": [Variant("x", body, together=(("r",),))]}, "two or more factors"),
     "twice": ("r~, s~ -> r~", {"variants": [Variant("x", body, together=(("r", "r"),))]}, "two or more factors"),
-    "partial": (
-        "r~, s:sum~ -> r~", {"variants": [Variant("x", body, together=(("r", "s"),))]}, "would both split result 0",
+    "no ring": (
+        "r~, s~ -> r~", {"variants": [Variant("x", body, {"s": [ROUND]}, together=(("r", "s"),))]}, "needs a band",
     ),
+    "apart": ("r~, s~ -> r~", {"variants": [Variant("x", body, {"s": [ROUND]})], "band": Band("r", "s")}, "together"),
 }  # fmt: skip
 
 

@@ -8,6 +8,11 @@ import torch.nn.functional as F
 
 from shardc.runtime import attention
 
+PLAIN = (0, 0.0, 0.0)
+"""No window, no soft cap, no dropout."""
+
+MASK = torch.ones(4, 4, dtype=torch.bool).tril()
+
 
 def masks():
     bools = torch.rand(2, 1, 5, 7) > 0.4
@@ -35,7 +40,7 @@ def test_equals_torch(dtype, value_dim, kind, inside):
         made = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in made]
     ours = [x.clone().requires_grad_() for x in made]
     theirs = [x.clone().requires_grad_() for x in made]
-    out, logsumexp = attention(*ours, mask, causal, 0.3)
+    out, logsumexp = attention(*ours, mask, None, None, causal, 0.3, 0, 0.0, 0.0)
     expected = F.scaled_dot_product_attention(*theirs, attn_mask=mask, is_causal=causal, scale=0.3)
     tangent = torch.randn_like(expected)
     out.backward(tangent)
@@ -48,7 +53,10 @@ def test_equals_torch(dtype, value_dim, kind, inside):
 
 def test_is_a_sound_custom_op():
     q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    for args in ((q, k, v, None, True, 0.5), (q, k, v[..., :4], torch.ones(4, 4, dtype=torch.bool).tril(), False, 0.5)):
+    for args in (
+        (q, k, v, None, None, None, True, 0.5, *PLAIN),
+        (q, k, v[..., :4], MASK, None, None, False, 0.5, *PLAIN),
+    ):
         torch.library.opcheck(torch.ops.shardc.attention.default, args)
 
 
@@ -64,6 +72,8 @@ def test_operands_may_lie_in_memory_as_they_like(turned):
 
 
 def _with_gradients(q, k, v, tangent):
-    out, logsumexp = attention(q, k, v, None, False, 0.3)
-    grads = torch.ops.shardc.attention_backward(tangent, q, k, v, None, out, logsumexp, False, 0.3)
+    out, logsumexp = attention(q, k, v, None, None, None, False, 0.3, *PLAIN)
+    grads = torch.ops.shardc.attention_backward(tangent, q, k, v, None, None, None, out, logsumexp, False, 0.3, *PLAIN)[
+        :3
+    ]
     return out, logsumexp, *grads

@@ -1,0 +1,212 @@
+"""The fused kernels of torch that attention calls on pieces, whatever the device: each returns a log-sum-exp.
+
+Shapes of this file: q and out `[batch, heads, q_length, ...]`, k and v `[batch, kv_heads, length, ...]`, where heads
+are a multiple of kv_heads; bias None or `[1 or batch, 1 or heads, q_length, length]`, in the type of q, with contiguous
+rows. The causal mask is that of as many queries as keys.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+
+
+class Kernel(Protocol):
+    """One fused kernel and its backward."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The result and the log-sum-exp `[batch, heads, q_length]`."""
+        ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients of q, k and v."""
+        ...
+
+
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Kernel | None:
+    """The kernel that takes these operands, as scaled_dot_product_attention chooses; None if only the mathematics."""
+    if min(q.numel(), k.numel(), v.numel()) == 0:  # the CPU's kernel divides by zero
+        return None
+    if q.device.type == "cpu":
+        return _CpuFlash() if q.dtype.is_floating_point else None
+    if q.device.type != "cuda":
+        return None
+    shared = k.shape[1] != q.shape[1]
+    backend = torch._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=shared)
+    if backend == SDPBackend.MATH.value and shared:
+        return _of_groups(_CUDA.get(torch._fused_sdp_choice(q[:, :: _group(q, k)], k, v, bias, 0.0, causal)))
+    return _CUDA.get(backend)
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] // k.shape[1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with the elements of a row side by side in memory. The flash kernels read out of bounds otherwise."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """`x` with zeros behind each row, up to `width` elements."""
+    return _rows(x if x.shape[-1] == width else F.pad(x, [0, width - x.shape[-1]]))
+
+
+class _CpuFlash:
+    """The CPU's kernel. It takes rows of one width only: zeros behind the narrower ones change nothing."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        width = max(q.shape[-1], v.shape[-1])
+        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
+            _wide(q, width), _wide(k, width), _wide(v, width), 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return out[..., : v.shape[-1]], logsumexp
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        width = max(q.shape[-1], v.shape[-1])
+        given = (_wide(x, width) for x in (grad, q, k, v, out))
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *given, logsumexp.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return grads[0][..., : q.shape[-1]], grads[1][..., : q.shape[-1]], grads[2][..., : v.shape[-1]]
+
+
+class _CudaFlash:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        width = -(-q.shape[-1] // 8) * 8  # as torch pads rows for this kernel
+        given = (_wide(x, width) for x in (q, k, v))
+        out, logsumexp, *_ = aten._scaled_dot_product_flash_attention(*given, 0.0, causal, False, scale=scale)
+        return out[..., : v.shape[-1]], logsumexp
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        width, nothing = -(-q.shape[-1] // 8) * 8, torch.zeros(2, dtype=torch.int64, device=q.device)
+        given = (_wide(x, width) for x in (grad, q, k, v, out))
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *given, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, nothing, nothing,
+            scale=scale,
+        )  # fmt: skip
+        return grads[0][..., : q.shape[-1]], grads[1][..., : k.shape[-1]], grads[2][..., : v.shape[-1]]
+
+
+class _CudaEfficient:
+    """The memory-efficient kernel, whose log-sum-exp has a multiple of 32 queries."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(
+            _rows(q), _rows(k), _rows(v), _expanded(bias, q, k), True, 0.0, causal, scale=scale
+        )
+        return out, logsumexp[..., : q.shape[2]]
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        padded = F.pad(logsumexp, [0, -q.shape[2] % 32], value=float("inf")).contiguous()
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            *map(_rows, (grad, q, k, v)), _expanded(bias, q, k), _rows(out), padded, nothing, nothing, 0.0,
+            [True, True, True, False], causal, scale=scale,
+        )  # fmt: skip
+        return grads[0], grads[1], grads[2]
+
+
+class _CudaCudnn:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
+            _rows(q), _rows(k), _rows(v), _expanded(bias, q, k), True, 0.0, causal, False, scale=scale
+        )
+        return out, logsumexp.reshape(q.shape[:3])
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *map(_rows, (grad, q, k, v, out)), logsumexp.unsqueeze(-1).contiguous(), nothing, nothing,
+            _expanded(bias, q, k), None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+        )  # fmt: skip
+
+
+class _Groups:
+    """A kernel that wants as many heads of keys as of queries, called once for every query of a group."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        count = _group(q, k)
+        made = [
+            self.kernel.forward(q[:, i::count], k, v, _of_heads(bias, i, count), causal, scale) for i in range(count)
+        ]
+        return _joined([out for out, _ in made]), _joined([logsumexp for _, logsumexp in made])
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        count = _group(q, k)
+        grads: list[Tensor] = []
+        grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for i in range(count):
+            mine = (x[:, i::count] for x in (grad, q))
+            more = (x[:, i::count] for x in (out, logsumexp))
+            of_q, of_k, of_v = self.kernel.backward(*mine, k, v, *more, _of_heads(bias, i, count), causal, scale)
+            grads.append(of_q)
+            grad_k += of_k
+            grad_v += of_v
+        return _joined(grads), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+_CUDA: dict[int, Kernel] = {
+    SDPBackend.FLASH_ATTENTION.value: _CudaFlash(),
+    SDPBackend.EFFICIENT_ATTENTION.value: _CudaEfficient(),
+    SDPBackend.CUDNN_ATTENTION.value: _CudaCudnn(),
+}
+
+
+def _of_groups(kernel: Kernel | None) -> Kernel | None:
+    return kernel and _Groups(kernel)
+
+
+def _of_heads(bias: Tensor | None, first: int, step: int) -> Tensor | None:
+    return bias if bias is None or bias.shape[1] == 1 else bias[:, first::step]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Heads of every query of a group, back in their order."""
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias with all dims, which these kernels ask for; a view."""
+    return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])

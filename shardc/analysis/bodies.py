@@ -1,0 +1,66 @@
+"""What runs for one operator under a strategy, in seconds: planner, timeline and plan all ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shardc.cost.clock import TimedStep, Transfer, rounded, seconds_of
+from shardc.cost.conversion import step_seconds
+from shardc.cost.hardware import Hardware
+from shardc.ir.mesh import Mesh
+from shardc.rules.factors.bodies import Sent, steps, work
+from shardc.rules.factors.strategy import Shape, Strategy
+from shardc.runtime.collectives.collective import AnyCollective
+
+Inner = tuple[AnyCollective, str, float, float]
+"""A collective inside an operator's body: which, axis, bytes of the local operand, seconds."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The steps of an operator, and all collectives in them."""
+
+    mesh: Mesh
+    device: Hardware
+    steps: tuple[TimedStep, ...]
+    sent: tuple[Inner, ...]
+
+    @cached_property
+    def compute(self) -> float:
+        """Seconds that the rank computes."""
+        return sum(step.compute for step in self.steps)
+
+    @cached_property
+    def sending(self) -> float:
+        """Seconds that its collectives take, each alone."""
+        return sum(seconds for *_, seconds in self.sent)
+
+    @cached_property
+    def exposed(self) -> float:
+        """Seconds of its collectives that it does not hide behind what it computes."""
+        if not any(step.beside for step in self.steps):
+            return self.sending
+        taken = seconds_of(self.steps, self.mesh, self.device)
+        return rounded(taken - self.compute, taken)
+
+
+def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> Body:
+    """What runs for an operator. Every step of a ring is a kernel of its own, which reads its operands and writes what
+    it makes."""
+    flops, moved = work(shape, strategy, mesh)
+    variant = shape.variant_of(strategy)
+    slowest = 1.0 if variant is None else variant.imbalance
+    made: list[TimedStep] = []
+    inner: list[Inner] = []
+
+    def timed(several: Sequence[Sent]) -> tuple[Transfer, ...]:
+        known = [(*sent, slowest * step_seconds(*sent, mesh, device)) for sent in several]
+        inner.extend(known)
+        return tuple([(axis, seconds) for _, axis, _, seconds in known])
+
+    for step in steps(shape, strategy, mesh):
+        compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
+        made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))
+    return Body(mesh, device, tuple(made), tuple(inner))
