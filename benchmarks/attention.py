@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import shardc  # noqa: E402
 from checks import forced, meter  # noqa: E402  (found by the line above)
 from shardc.cost.hardware import Hardware, hardware  # noqa: E402
-from shardc.runtime.kernels.attention_blocks import attend  # noqa: E402
-from shardc.runtime.kernels.attention_pieces import Literals  # noqa: E402
+from shardc.runtime.kernels.attention.blocks import attend  # noqa: E402
+from shardc.runtime.kernels.attention.pieces import Literals  # noqa: E402
 from shardc.runtime.mesh.bands import pairs, runs_of_parts, visits  # noqa: E402
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.capture.torch_patches.attention.written import PRODUCT, WEIGHTS
 from shardc.capture.torch_patches.fake_tensors import is_fake, same_shape
-from shardc.capture.torch_patches.written_attention import PRODUCT, WEIGHTS
 from shardc.ir.facts import NOWHERE, Captured, Origin, describe
 from shardc.ir.program import call, value_of
 

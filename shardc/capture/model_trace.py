@@ -35,6 +35,7 @@ from shardc.capture.side_effects.types_asked import answer_types
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State, StateEntry, registry
 from shardc.capture.torch_patches.aot_autograd import joint_graph
+from shardc.capture.torch_patches.attention.written import Recognition
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.fake_tensors import (
     attributes_noted,
@@ -45,7 +46,6 @@ from shardc.capture.torch_patches.fake_tensors import (
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
-from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace_errors import explained
 from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError

@@ -14,8 +14,8 @@ from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Location
 from shardc.capture.torch_patches.aot_autograd import drop_tangents, input_index, output_kinds, tangent_index
+from shardc.capture.torch_patches.attention.written import WEIGHTS
 from shardc.capture.torch_patches.fake_tensors import fake_like, is_fake
-from shardc.capture.torch_patches.written_attention import WEIGHTS
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.ir.program import Port, Program, Role

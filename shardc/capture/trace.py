@@ -23,8 +23,8 @@ from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
+from shardc.capture.torch_patches.attention.written import Recognition, Unrecognised
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
-from shardc.capture.torch_patches.written_attention import Recognition, Unrecognised
 from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec

@@ -54,6 +54,6 @@ def test_outputs_in_the_hands_of_a_user(spawn: Spawn) -> None:
 
 @pytest.mark.parametrize(("mesh", "batch"), [("cp=3", "-"), ("dp=2,cp=2", "dp")])
 def test_a_folded_sequence(spawn: Spawn, mesh: str, batch: str) -> None:
-    for code, output in spawn("folded.py", mesh, batch, nproc=3 if batch == "-" else 4):
+    for code, output in spawn("beside/folded.py", mesh, batch, nproc=3 if batch == "-" else 4):
         assert code == 0, output
         assert "folded as on one device" in output

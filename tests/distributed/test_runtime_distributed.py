@@ -27,7 +27,7 @@ def test_operators_along_split_dims_equal_whole_ones(spawn, nproc):
 
 
 def test_a_ring_equals_attention_of_one_device(spawn):
-    for rank, (code, output) in enumerate(spawn("attention.py", nproc=4)):
+    for rank, (code, output) in enumerate(spawn("beside/attention.py", nproc=4)):
         assert code == 0, output
         assert f"rank {rank} is right" in output
 

@@ -20,7 +20,7 @@ from torch import fx
 from shardc.capture.canonical import is_random, numbered
 from shardc.capture.masks.known_tensors import KnownTensors
 from shardc.capture.masks.known_values import INFINITY, Biased, Broadcast, Choice, Ramp, condition_of
-from shardc.capture.torch_patches.written_scores import ABSENT
+from shardc.capture.torch_patches.attention.scores import ABSENT
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import Program, call, value_of
 from shardc.ir.versions import GraphVersion
@@ -32,21 +32,21 @@ _FIRST: dict[Any, int] = {_ATTENTION: 0, torch.ops.shardc.attention_backward.def
 
 
 @dataclass(frozen=True)
-class Band:
+class SeenBand:
     """The keys that a query may see: `low <= key - query <= high`."""
 
     low: float = -INFINITY
     high: float = INFINITY
 
-    def __and__(self, other: Band) -> Band:
-        return Band(max(self.low, other.low), min(self.high, other.high))
+    def __and__(self, other: SeenBand) -> SeenBand:
+        return SeenBand(max(self.low, other.low), min(self.high, other.high))
 
 
 @dataclass(frozen=True)
 class Mask:
     """A mask in two parts: a band, and what is added, or has to be true, besides."""
 
-    band: Band
+    band: SeenBand
     rest: tuple[Broadcast, ...] = ()
     added: tuple[float, float] | None = None
     """The numbers that are added where all of the rest is true, and elsewhere; None for a mask of booleans."""
@@ -119,14 +119,14 @@ def _simplify(node: fx.Node, known: KnownTensors, made: dict[Any, fx.Node | None
 def parts_of(node: fx.Node, known: Any, lengths: tuple[Any, Any]) -> Mask | None:
     """What is known of a mask as a band and the rest; None if that is nothing."""
     if isinstance(known, Broadcast):
-        return Mask(Band(), (known,))
+        return Mask(SeenBand(), (known,))
     if value_of(node).dtype == torch.bool:
         condition = condition_of(None, known) if known is not None else None
         if condition is None or condition.negated:
             return None
-        return Mask(Band(condition.low, condition.high), condition.rest)
+        return Mask(SeenBand(condition.low, condition.high), condition.rest)
     if isinstance(known, Ramp) and not known.slopes and known.const == 0:
-        return Mask(Band())
+        return Mask(SeenBand())
     if isinstance(known, Biased):
         mask = _added(known.choice, lengths)
         return Mask(mask.band, (known.bias,)) if mask is not None and not mask.rest else None
@@ -138,18 +138,18 @@ def _added(known: Choice, lengths: tuple[Any, Any]) -> Mask | None:
     condition, inside, outside = known.condition, known.inside, known.outside
     if condition.negated:
         condition, inside, outside = replace(condition, negated=False), outside, inside
-    band = Band(condition.low, condition.high)
+    band = SeenBand(condition.low, condition.high)
     if inside != 0 and outside == 0 and not condition.rest and inside <= ABSENT:  # 0 outside of the band
         if band.low == -INFINITY:
-            band, inside, outside = Band(low=band.high + 1), 0, inside
+            band, inside, outside = SeenBand(low=band.high + 1), 0, inside
         elif band.high == INFINITY:
-            band, inside, outside = Band(high=band.low - 1), 0, inside
+            band, inside, outside = SeenBand(high=band.low - 1), 0, inside
     if inside == 0 and (outside == -INFINITY or (outside <= ABSENT and not condition.rest and _all_see(band, lengths))):
         return Mask(band, condition.rest)
-    return Mask(Band(), condition.rest, (inside, outside)) if band == Band() and condition.rest else None
+    return Mask(SeenBand(), condition.rest, (inside, outside)) if band == SeenBand() and condition.rest else None
 
 
-def _all_see(band: Band, lengths: tuple[Any, Any]) -> bool:
+def _all_see(band: SeenBand, lengths: tuple[Any, Any]) -> bool:
     """Whether every query sees a key. With rows 0 and last, all do."""
     queries, keys = lengths
     if isinstance(queries, int) and isinstance(keys, int):
@@ -157,12 +157,12 @@ def _all_see(band: Band, lengths: tuple[Any, Any]) -> bool:
     return str(queries) == str(keys) and band.low <= 0 <= band.high
 
 
-def _band(causal: bool, window: int) -> Band:
+def _band(causal: bool, window: int) -> SeenBand:
     reach = window - 1 if window else INFINITY
-    return Band(-reach, 0 if causal else reach)
+    return SeenBand(-reach, 0 if causal else reach)
 
 
-def _options(band: Band, lengths: tuple[Any, Any]) -> tuple[bool, int] | None:
+def _options(band: SeenBand, lengths: tuple[Any, Any]) -> tuple[bool, int] | None:
     """`causal` and `window` for a band; None if they cannot say it."""
     queries, keys = lengths
     low = -INFINITY if isinstance(queries, int) and band.low <= 1 - queries else band.low

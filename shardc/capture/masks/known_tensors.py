@@ -37,7 +37,7 @@ from shardc.capture.masks.known_values import (
     opposite_of,
 )
 from shardc.capture.masks.known_views import MOVES, SPREADS
-from shardc.capture.torch_patches.written_attention import FILL
+from shardc.capture.torch_patches.attention.written import FILL
 from shardc.ir.program import value_of
 
 

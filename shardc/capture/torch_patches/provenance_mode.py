@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.side_effects.tensor_facts import ASKED
+from shardc.capture.torch_patches.attention.flex import FlexAttention, flex_attention_patched
+from shardc.capture.torch_patches.attention.notes import Counted
+from shardc.capture.torch_patches.attention.written import Recognition, WrittenAttention
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
-from shardc.capture.torch_patches.flex_attention import FlexAttention, flex_attention_patched
-from shardc.capture.torch_patches.tensor_notes import Counted
 from shardc.capture.torch_patches.transformers import flex_sinks, packing
-from shardc.capture.torch_patches.written_attention import Recognition, WrittenAttention
 from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.torch_patches.attention.flex import FlexAttention
 from shardc.capture.torch_patches.experts import fused
-from shardc.capture.torch_patches.flex_attention import FlexAttention
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""

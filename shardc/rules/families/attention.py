@@ -13,8 +13,8 @@ from shardc.rules.families import attention_workspace
 from shardc.rules.families.attention_ring import POSITIONS, rings
 from shardc.rules.notation import Band, Rule, Send, Variant, letters, mark, parse, rule
 from shardc.runtime.collectives.all_reduce import all_reduce
-from shardc.runtime.kernels import attention_parts
-from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.attention import parts
+from shardc.runtime.kernels.attention.blocks import compute_dtype
 
 
 class _Names:
@@ -95,7 +95,7 @@ def attention(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
         flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed, folds=POSITIONS),
+            Variant("parts", parts.attention_in_parts, {"s": sums}, workspace=needed, folds=POSITIONS),
             *rings(of, backward=False),
         ],
     )  # fmt: skip
@@ -126,7 +126,7 @@ def attention_backward(
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
         multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed, folds=POSITIONS),
+            Variant("parts", parts.attention_in_parts_backward, workspace=needed, folds=POSITIONS),
             *rings(of, backward=True),
         ],
     )  # fmt: skip

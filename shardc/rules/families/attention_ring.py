@@ -12,7 +12,7 @@ from shardc.rules.families.attention_workspace import KEYS, ROWS, Operands, whol
 from shardc.rules.notation import Send, Travel, Variant, Workspace
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.permute import permute
-from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
+from shardc.runtime.kernels.attention.ring import ring_attention, ring_attention_backward
 
 TOGETHER = (("r", "s"),)
 """Queries and keys."""

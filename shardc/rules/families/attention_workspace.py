@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from shardc.rules.notation import Workspace
-from shardc.runtime.kernels.attention_blocks import compute_dtype, tile_bytes
-from shardc.runtime.kernels.attention_pieces import Literals, rows_of_tile
+from shardc.runtime.kernels.attention.blocks import compute_dtype, tile_bytes
+from shardc.runtime.kernels.attention.pieces import Literals, rows_of_tile
 
 _CAPPED, _DROPPED = (2.0, 3.2), (2.25, 3.85)
 _MASKS = 1.2

@@ -57,7 +57,7 @@ def experts(
     memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
     return parse(
         f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
-        flops=_products(up, ids, up.shape[1] + 1), multiplied=[2],
+        flops=_products(up, ids, up.shape[1] + 1), multiplied=[2], workspace=memory,
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts, workspace=memory, imbalance=imbalance),
             Variant("exchanged", experts_parts.experts_exchanged, sends, (), memory, ("e", "t"), imbalance),
@@ -92,7 +92,8 @@ def experts_backward(
     memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
     return parse(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
-        [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1), multiplied=[0],
+        [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1),
+        multiplied=[0], workspace=memory,
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
             Variant("exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, ("e", "t"), imbalance),
@@ -108,4 +109,4 @@ def _present(up_bias: Tensor | None, down_bias: Tensor | None) -> list[str]:
 def _workspace(k: int, experts: int, size: int, outer: int, inner: int, capacity: float) -> tuple[Workspace, ...]:
     """`outer` values of width d and `inner` of width f for each row that may come."""
     bound = RowBound("t", "e", k, experts, capacity)
-    return Workspace(("d",), size, outer, bound), Workspace(("f",), size, inner, bound)
+    return Workspace(("d",), size, outer, bound=bound), Workspace(("f",), size, inner, bound=bound)

@@ -25,6 +25,9 @@ from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import transformers
 from shardc.capture.torch_patches.ambient_modes import modes, unobserved
 from shardc.capture.torch_patches.aot_autograd import input_index, joint_graph, output_kinds, tangent_index
+from shardc.capture.torch_patches.attention.flex import FlexAttention
+from shardc.capture.torch_patches.attention.notes import Notes
+from shardc.capture.torch_patches.attention.written import Recognition
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.eager_semantics import patched
 from shardc.capture.torch_patches.fake_tensors import (
@@ -36,7 +39,6 @@ from shardc.capture.torch_patches.fake_tensors import (
     require_equal,
     same_shape,
 )
-from shardc.capture.torch_patches.flex_attention import FlexAttention
 from shardc.capture.torch_patches.module_internals import (
     has_global_hooks,
     has_gradient_hooks,
@@ -44,9 +46,7 @@ from shardc.capture.torch_patches.module_internals import (
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance, provenance_of
 from shardc.capture.torch_patches.symbols import Symbols, is_symbolic
-from shardc.capture.torch_patches.tensor_notes import Notes
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
-from shardc.capture.torch_patches.written_attention import Recognition
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 

@@ -16,7 +16,7 @@ from shardc.ir.mesh import Mesh
 from shardc.rules.factors.strategy import PLAIN, Strategy, workspace
 from shardc.rules.families import attention_workspace
 from shardc.runtime import VirtualMesh, load
-from shardc.runtime.kernels import attention_blocks
+from shardc.runtime.kernels.attention import blocks
 
 FORWARD, BACKWARD = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ SPLIT = [*((name, factor, back) for name in ASKED for factor in "rs" for back in
 @pytest.mark.parametrize(("name", "factor", "backward"), SPLIT)
 def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch, name: str, factor: str, backward: bool) -> None:
     monkeypatch.setattr(attention_workspace, "inside_kernel", lambda *_: [])
-    monkeypatch.setattr(attention_blocks, "TILE", 1 << 16)
+    monkeypatch.setattr(blocks, "TILE", 1 << 16)
     sample = attention(backward, **ASKED[name])
     call, mesh = Call(sample), Mesh((("x", 2),))
     place = next(i for i, f in enumerate(call.shape.factors) if f.name == factor)

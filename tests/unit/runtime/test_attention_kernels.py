@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.runtime import Part, VirtualMesh
-from shardc.runtime.kernels import attention_blocks
-from shardc.runtime.kernels.attention_parts import attention_in_parts, attention_in_parts_backward
+from shardc.runtime.kernels.attention import blocks
+from shardc.runtime.kernels.attention.parts import attention_in_parts, attention_in_parts_backward
 
 FORWARD, BACKWARD = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
 
@@ -126,7 +126,7 @@ def compare(found: Sequence[Tensor], right: Sequence[Tensor], what: object, tole
 @pytest.mark.parametrize("tile", [1 << 22, 400])
 def test_equals_mathematics(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Whole, and in tiles that are smaller than the operands."""
-    monkeypatch.setattr(attention_blocks, "TILE", tile)
+    monkeypatch.setattr(blocks, "TILE", tile)
     for case in cases(100, tile):
         given = case.operands()
         out, grad, grads = expected_of(case, given)
@@ -185,7 +185,7 @@ def test_parts_equal_mathematics(monkeypatch: pytest.MonkeyPatch, number: int) -
     """Queries split, keys split, both, heads and batch, evenly or not."""
     axes, split = SPLITS[number]
     machine = VirtualMesh(axes)
-    monkeypatch.setattr(attention_blocks, "TILE", 700)
+    monkeypatch.setattr(blocks, "TILE", 700)
     for case in cases(24, 100 + number):
         given = case.operands()
         out, grad, grads = expected_of(case, given)
@@ -242,7 +242,7 @@ LARGE = (
 @pytest.mark.parametrize("number", range(len(LARGE)))
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch, number: int, split: dict[str, tuple[str, ...]]) -> None:
     """No tensor is larger than a tile or an operand. The scores would have 16 or 32 MiB."""
-    monkeypatch.setattr(attention_blocks, "TILE", 1 << 18)
+    monkeypatch.setattr(blocks, "TILE", 1 << 18)
     case = LARGE[number]
     given = case.operands(torch.float32)
     parts = {name: Part(on, LONG) for name, on in split.items()}

@@ -21,9 +21,9 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as flex
 
-from shardc.capture.torch_patches.attention import AttentionOptions, attended, unrepeated
+from shardc.capture.torch_patches.attention.notes import Notes
+from shardc.capture.torch_patches.attention.sdpa import AttentionOptions, attended, unrepeated
 from shardc.capture.torch_patches.autocast import lowered
-from shardc.capture.torch_patches.tensor_notes import Notes
 from shardc.errors import CaptureError
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
-from shardc.runtime.kernels import attention_parts
-from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.attention import parts
+from shardc.runtime.kernels.attention.blocks import compute_dtype
 from shardc.runtime.kernels.bernoulli import state_of_draw
 from shardc.runtime.kernels.mersenne import STATE
 
@@ -71,9 +71,7 @@ def attention(
     Returns the result `[*heads of q, q_length, value_dim]` and logsumexp. Rows that see nothing give zeros. A mask gets
     no gradient: RankError if it requires one.
     """
-    out, logsumexp = attention_parts.attention_in_parts(
-        q, k, v, mask, sinks, draw, causal, scale, window, softcap, dropout
-    )
+    out, logsumexp = parts.attention_in_parts(q, k, v, mask, sinks, draw, causal, scale, window, softcap, dropout)
     inside = _heads_inside(q, out.shape[-1], mask, dropout)
     return _by_position(out) if inside else out.contiguous(), logsumexp.contiguous()
 
@@ -85,7 +83,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and sinks from the gradient of `out`; `out` and `logsumexp` are what `attention`
     returned. Without sinks, their gradient is a zero `[1]`."""
-    grads = attention_parts.attention_in_parts_backward(
+    grads = parts.attention_in_parts_backward(
         grad, q, k, v, mask, sinks, draw, out, logsumexp, causal, scale, window, softcap, dropout
     )
     return _by_position(grads[0]), _by_position(grads[1]), _by_position(grads[2]), grads[3]

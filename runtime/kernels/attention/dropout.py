@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention_pieces import Piece
+from shardc.runtime.kernels.attention.pieces import Piece
 from shardc.runtime.kernels.bernoulli import kind
 from shardc.runtime.kernels.parts import Part
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention_blocks import attend, attend_backward, compute_dtype, heads_inside, seen
-from shardc.runtime.kernels.attention_dropout import Dropping
-from shardc.runtime.kernels.attention_pieces import Literals, Runs
+from shardc.runtime.kernels.attention.blocks import attend, attend_backward, compute_dtype, heads_inside, seen
+from shardc.runtime.kernels.attention.dropout import Dropping
+from shardc.runtime.kernels.attention.pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
 
 __all__ = ["attention_in_parts", "attention_in_parts_backward"]

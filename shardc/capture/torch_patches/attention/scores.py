@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.capture.torch_patches.tensor_notes import Expanded, Notes
+from shardc.capture.torch_patches.attention.notes import Expanded, Notes
 
 ABSENT = -1e4
 """What models add to scores, or put in their place, so that they get no weight, is at most this."""

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardc.capture.torch_patches.attention.notes import Notes, Repeated
 from shardc.capture.torch_patches.autocast import lowered
-from shardc.capture.torch_patches.tensor_notes import Notes, Repeated
 from shardc.runtime.kernels.attention import attention as fused_attention
-from shardc.runtime.kernels.attention import attention_draw
+from shardc.runtime.kernels.attention.operator import attention_draw
 
 SDPA = F.scaled_dot_product_attention
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention_dropout import Dropping
-from shardc.runtime.kernels.attention_kernels import Kernel, kernel_for
-from shardc.runtime.kernels.attention_pieces import Literals, Piece, Runs, Sight, rectangles, tiles
+from shardc.runtime.kernels.attention.dropout import Dropping
+from shardc.runtime.kernels.attention.kernels import Kernel, kernel_for
+from shardc.runtime.kernels.attention.pieces import Literals, Piece, Runs, Sight, rectangles, tiles
 
 __all__: list[str] = []
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from shardc.runtime.collectives.collective import Started, wait
 from shardc.runtime.collectives.permute import permute
-from shardc.runtime.kernels.attention_blocks import attend, attend_backward, combine, compute_dtype, nothing, seen
-from shardc.runtime.kernels.attention_parts import dropping_of, grad_of_sinks, grouped, mask_of, with_sinks
-from shardc.runtime.kernels.attention_pieces import Literals
+from shardc.runtime.kernels.attention.blocks import attend, attend_backward, combine, compute_dtype, nothing, seen
+from shardc.runtime.kernels.attention.parts import dropping_of, grad_of_sinks, grouped, mask_of, with_sinks
+from shardc.runtime.kernels.attention.pieces import Literals
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, shifted, visits
 from shardc.runtime.mesh.mesh import current

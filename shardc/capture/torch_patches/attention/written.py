@@ -22,12 +22,12 @@ from torch import Tensor, fx
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from shardc.capture.torch_patches.attention import SDPA, AttentionOptions, attended, attention, unrepeated
+from shardc.capture.torch_patches.attention.notes import Notes, note_source
+from shardc.capture.torch_patches.attention.scores import Scores, noted, product, reshaped
+from shardc.capture.torch_patches.attention.sdpa import SDPA, AttentionOptions, attended, attention, unrepeated
 from shardc.capture.torch_patches.autocast import lowered
-from shardc.capture.torch_patches.tensor_notes import Notes, note_source
-from shardc.capture.torch_patches.written_scores import Scores, noted, product, reshaped
-from shardc.runtime.kernels.attention import attention_draw
-from shardc.runtime.kernels.attention_blocks import compute_dtype
+from shardc.runtime.kernels.attention.blocks import compute_dtype
+from shardc.runtime.kernels.attention.operator import attention_draw
 
 
 @torch.library.custom_op("shardc::attention_weights", mutates_args=())

@@ -1,0 +1,1 @@
+"""Attention in a trace, however the model writes it: as one operator."""
