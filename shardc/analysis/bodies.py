@@ -55,7 +55,7 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
     inner: list[Inner] = []
 
     def timed(several: Sequence[Sent]) -> tuple[Transfer, ...]:
-        known = [(*sent, slowest * step_seconds(*sent, mesh, device)) for sent in several]
+        known = [(one.collective, one.axis, one.size, slowest * _seconds(one, mesh, device)) for one in several]
         inner.extend(known)
         return tuple([(axis, seconds) for _, axis, _, seconds in known])
 
@@ -63,3 +63,9 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
         compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
         made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))
     return Body(mesh, device, tuple(made), tuple(inner))
+
+
+def _seconds(sent: Sent, mesh: Mesh, device: Hardware) -> float:
+    if sent.by and mesh.sizes[sent.axis] > 1:
+        return device.passing_seconds(sent.size, mesh, sent.axis, sent.by)
+    return step_seconds(sent.collective, sent.axis, sent.size, mesh, device)

@@ -44,6 +44,7 @@ from shardc.cost.collectives import ALGORITHMS, BY_NAME, TEXTBOOK, Line, Wires, 
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.collectives.permute import permute
 
 DISTANCE = 0.02
 """By this part a link counts as slower for every doubling of the distance between its ranks."""
@@ -158,6 +159,20 @@ class Hardware:
         return min(line.at(size) for line in self.collective_lines(collective, mesh, axis)) * self._links[key].strays(
             size
         )
+
+    def passing_seconds(self, size: float, mesh: Mesh, axis: str, by: int) -> float:
+        """Seconds of a permute in which each rank's operand of `size` bytes goes `by` ranks on along `axis`.
+
+        Of the ranks of a node, no more than `by` send to another node. So a ring's neighbours share the uplink less
+        than the ranks of a permute that all cross, which is what `collective_seconds` prices.
+        """
+        wires, whole = self.wires(mesh, axis, permute), self.collective_seconds(permute, size, mesh, axis)
+        crossing = min(by, wires.ranks - by, wires.near)
+        if wires.nodes == 1 or crossing == wires.near:
+            return whole
+        latency, per_byte = wires.slowest.latency + self.launch + self.start, crossing * wires.between.per_byte
+        line = Line(latency, max(per_byte, wires.inside.per_byte))
+        return min(whole, line.at(size) * self.link(mesh, axis, permute).strays(size))
 
     def collective_lines(self, collective: AnyCollective, mesh: Mesh, axis: str) -> list[Line]:
         """The time of every algorithm that the backend chooses among for `collective` over `axis`, as lines over bytes.

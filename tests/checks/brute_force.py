@@ -174,7 +174,7 @@ class Call:
             return f"failed: {str(error)[-500:]}\n{source[source.index('def forward') :]}"
         expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
         predicted, routed = dict.fromkeys(mesh.names, 0.0), set[str]()
-        for kind, axis, size in sends(self.shape, strategy, mesh):
+        for kind, axis, size, _ in sends(self.shape, strategy, mesh):
             predicted[axis] += kind.sent(mesh.sizes[axis], size)
             routed |= {axis} if kind.uneven else set()  # what it sends depends on values
         if any(not math.isclose(predicted[axis], sent) for axis, sent in machine.traffic.items() if axis not in routed):

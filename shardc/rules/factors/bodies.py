@@ -19,8 +19,14 @@ from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
 from shardc.runtime.mesh.orders import FOLDED, axis_of, in_order
 
-Sent = tuple[AnyCollective, str, float]
-"""A collective, its axis, and the bytes of its local operand."""
+
+class Sent(NamedTuple):
+    """A collective, its axis, and the bytes of its local operand; in a ring also `by` how many ranks it goes on."""
+
+    collective: AnyCollective
+    axis: str
+    size: float
+    by: int = 0
 
 
 class BodyStep(NamedTuple):
@@ -51,11 +57,11 @@ def steps(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[BodyStep, ...]:
         before, beside, after = list[Sent](), list[Sent](), list[Sent]()
         for send, size in moving:
             returns = send.travel is Travel.HOME
-            along = [(send.collective, axes[axis], size) for axis, _ in _hop_beside(hops, place - returns)]
+            along = [Sent(send.collective, axes[axis], size, by) for axis, by in _hop_beside(hops, place - returns)]
             before += along[:-1]  # on its way it can wait at one rank only
             beside += along[-1:]
             if returns and place == len(visited) - 1:
-                after += [(send.collective, axes[axis], size) for axis, _ in home]
+                after += [Sent(send.collective, axes[axis], size, by) for axis, by in home]
         part = visit.pairs / total if total else 1.0 / len(visited)
         made.append(BodyStep(part, tuple(before), tuple(beside), tuple(after)))
     return (*made[:-1], made[-1]._replace(after=(*made[-1].after, *once)))
@@ -97,7 +103,7 @@ def _once(shape: Shape, strategy: Strategy, variant: Variant, mesh: Mesh) -> Ite
                 continue
             size = _size(shape, strategy, send, mesh)
             for axis in map(axis_of, reversed(axes)):
-                yield send.collective, axis, size
+                yield Sent(send.collective, axis, size)
                 size = send.collective.result_bytes(mesh.sizes[axis], size)
 
 

@@ -95,3 +95,14 @@ def test_rings_of_all_devices_of_a_node_share_its_uplink() -> None:
         all_reduce, 1e9, one, "dp"
     )
     assert ratio == pytest.approx(8, rel=0.1)
+
+
+def test_neighbours_of_a_ring_share_the_uplink_less() -> None:
+    """Of eight ranks in two nodes, one of each node sends to the other, not four."""
+    link, uplink = Link(0.0, 4e9), Link(0.0, 1e9)
+    device = Hardware("two nodes", {"float32": 1e12}, 1e12, 0.0, 4, link, uplink)
+    mesh = Mesh.parse("a=8")
+    seconds = [device.passing_seconds(1e9, mesh, "a", by) for by in (1, 2, 3, 4, 5, 7)]
+    assert seconds == pytest.approx([1.0, 2.0, 3.0, 4.0, 3.0, 1.0])
+    assert device.collective_seconds(permute, 1e9, mesh, "a") == pytest.approx(4.0)
+    assert device.passing_seconds(1e9, Mesh.parse("a=4"), "a", 1) == pytest.approx(0.25)
