@@ -59,22 +59,22 @@ class Attending(nn.Module):
     def __init__(self, heads: int, kv_heads: int, length: int, width: int, axes: tuple[str, ...], causal: bool) -> None:
         super().__init__()
         shared = (kv_heads, heads // kv_heads) if heads > kv_heads else (heads,)
-        self.q = nn.Parameter(torch.randn(1, *shared, length, width))
-        self.k, self.v = (nn.Parameter(torch.randn(1, kv_heads, length, width)) for _ in "kv")
+        self.q = nn.Parameter(torch.randn(length, *shared, width))  # a rank's part is a view, on a virtual mesh too
+        self.k, self.v = (nn.Parameter(torch.randn(length, kv_heads, width)) for _ in "kv")
         self.axes, self.literals = axes, (causal, width**-0.5, 0, 0.0, 0.0)
 
     def split(self, x: Tensor) -> Tensor:
         return shardc.constrain(x, (*[None] * (x.dim() - 2), self.axes, None))
 
     def forward(self) -> Tensor:
-        q, k, v = (self.split(x * 1.5) for x in (self.q, self.k, self.v))
+        q, k, v = (self.split((x * 1.5).movedim(0, -2)[None]) for x in (self.q, self.k, self.v))
         out, _ = torch.ops.shardc.attention(q, k, v, None, None, None, *self.literals)
         return self.split(out).square().mean()
 
     @property
     def weights(self) -> Mapping[str, Any]:
         """The constraints on the parameters: split along the sequence."""
-        return {name: (*[None] * (p.dim() - 2), self.axes, None) for name, p in self.named_parameters()}
+        return {name: (self.axes, *[None] * (p.dim() - 1)) for name, p in self.named_parameters()}
 
 
 def planned(model: Attending, mesh: str, accepts: forced.Accepts | None, device: str | Hardware) -> shardc.Compiled:

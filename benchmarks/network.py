@@ -142,7 +142,7 @@ def work(wanted: list[str], hardware: str, steps: int, out: Path) -> None:
     calibrated = calibrate.calibrate(mesh, Path(hardware).stem)
     if mesh.rank == 0:
         Path(hardware).write_text(calibrate.toml(calibrated))
-        print(calibrate.table(calibrated), flush=True)
+        print(calibrate.report(calibrated), flush=True)
     running: dict[str, tuple[nn.Module, Tensor]] = {}
     for recipe in (recipe for recipe in RECIPES if recipe.name in wanted):
         model, x = fresh()

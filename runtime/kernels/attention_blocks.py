@@ -122,8 +122,9 @@ def _bias(piece: Piece, mask: Tensor | None, literals: Literals, q: Tensor) -> T
     if piece.sight is Sight.BAND:
         unseen = piece.seen(literals, q.device).logical_not_()
         if bias is None:
-            bias = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)[None, None, None]
-        bias = bias.masked_fill(unseen, _NOTHING)
+            bias = torch.zeros((1, 1, 1, *unseen.shape), dtype=q.dtype, device=q.device).masked_fill_(unseen, _NOTHING)
+        else:
+            bias = bias.masked_fill(unseen, _NOTHING)
     if bias is None:
         return None
     if bias.shape[-1] != piece.columns or bias.stride(-1) != 1:
@@ -195,10 +196,16 @@ def _by_kernel_backward(
     return _in_types(made or [_zeros_of(x) for x in (q, k, v)], q, k, v)
 
 
+def heads_inside(q: Tensor) -> bool:
+    """Whether the heads of a position are side by side in memory. All ranks say the same."""
+    return q.stride(1) < q.stride(3)
+
+
 def nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and log-sum-exp of queries that have seen nothing yet."""
-    out = _zeros_of(q, v.shape[-1])
-    return out, torch.full(q.shape[:-1], _NOTHING, dtype=out.dtype, device=q.device)
+    """The result and log-sum-exp of queries that have seen nothing yet. The result lies in memory as `q` does."""
+    dtype, shape = compute_dtype(q.dtype), (*q.shape[:-1], v.shape[-1])
+    out = _zeros_of(q, v.shape[-1]) if heads_inside(q) else torch.zeros(shape, dtype=dtype, device=q.device)
+    return out, torch.full(q.shape[:-1], _NOTHING, dtype=dtype, device=q.device)
 
 
 def _zeros_of(x: Tensor, width: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention_blocks import attend, attend_backward, compute_dtype, seen
+from shardc.runtime.kernels.attention_blocks import attend, attend_backward, compute_dtype, heads_inside, seen
 from shardc.runtime.kernels.attention_dropout import Dropping
 from shardc.runtime.kernels.attention_pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
@@ -34,7 +34,7 @@ def attention_in_parts(
     rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
     out, logsumexp = attend(ours, k, v, mask_of(mask, q), literals, rows, columns, dropping)
     if s is not None:
-        out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s)
+        out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s, heads_inside(ours))
     if sinks is not None:
         out, logsumexp = with_sinks(out, logsumexp, sinks)
     if q.dim() == 4:
@@ -61,16 +61,15 @@ def attention_in_parts_backward(
     return grad_q.squeeze(2) if q.dim() == 4 else grad_q, grad_k, grad_v, grad_sinks
 
 
-def _over_keys(out: Tensor, logsumexp: Tensor, s: Part) -> tuple[Tensor, Tensor]:
-    """The result and log-sum-exp over the keys of all ranks."""
+def _over_keys(out: Tensor, logsumexp: Tensor, s: Part, turned: bool) -> tuple[Tensor, Tensor]:
+    """The result and log-sum-exp over the keys of all ranks. The result travels as it most often lies in memory, or
+    collectives would copy it: `turned`, the heads of a position are side by side."""
     top = seen(s.reduce(logsumexp, "max"))
     share = torch.exp(logsumexp - top)
     total = s.reduce(share)
-    weighed, turned = out.mul_(share.unsqueeze(-1)), not out.is_contiguous()
-    weighed = weighed.movedim(-2, 1) if turned else weighed  # as it lies in memory: collectives would copy it
-    out = s.reduce(weighed)
-    out = (out.movedim(1, -2) if turned else out).div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
-    return out, torch.log(total) + top
+    weighed = out.mul_(share.unsqueeze(-1))
+    out = s.reduce(weighed.movedim(-2, 1)).movedim(1, -2) if turned else s.reduce(weighed)
+    return out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1)), torch.log(total) + top
 
 
 def grouped(x: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ def ring_attention_backward(
             )  # fmt: skip
         if coming is not None:
             gathered, coming = wait(coming), None
-        for sum_of, more in zip((grad_q, *_unpacked(gathered, k, v)), grads, strict=bool(grads)):
-            sum_of.add_(more)
+        if grads:
+            _add(grads, grad_q, *_unpacked(gathered, k, v))
         del grads  # the next step needs the room
         if place + 1 < len(ring.visits):
             coming = ring.pass_on(gathered, visit, ring.visits[place + 1])
@@ -185,6 +185,11 @@ def ring_attention_backward(
     of_keys, of_values = _unpacked(ring.home(gathered, ring.visits[-1]), k, v)
     of_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, upper, made, total, ring.mine)
     return grad_q.view(q.shape).to(q.dtype), of_keys.to(k.dtype), of_values.to(v.dtype), of_sinks
+
+
+def _add(grads: Sequence[Tensor], *sums: Tensor) -> None:
+    for sum_of, more in zip(sums, grads, strict=True):
+        sum_of.add_(more)
 
 
 class _Mask:

@@ -25,8 +25,8 @@ def splits_text(op: Op, strategy: Strategy) -> str:
     variant = f" ({strategy.variant})" if len(op.rule.variants) > 1 else ""
     texts: list[str] = []
     for names, axes, parted in _splits(op, strategy):
-        together = f"{' and '.join(names)} together" if len(names) > 1 else names[0]
-        texts.append(f"{','.join(axes)} splits {together}{variant if parted else ''}")
+        together = " together" if len(names) > 1 else ""
+        texts.append(f"{','.join(axes)} splits {' and '.join(names)}{together}{variant if parted else ''}")
     texts += [f"sums over {axis} pass through" for axis, _ in strategy.passes]
     return ", ".join(texts) or "every rank makes all of it"
 

@@ -93,8 +93,8 @@ class Workspace:
     """Memory that an operator or a body allocates and frees again: `elements` for every local point of `factors`, of
     `itemsize` bytes, but `most` bytes at most.
 
-    It is allocated only where all factors of `beside` are split. What is not there at the same time has different
-    numbers of a `stage`; the largest stage counts.
+    It is allocated only where all factors of `beside` are split, each into `parts` parts at least. What is not there at
+    the same time has different numbers of a `stage`; the largest stage counts.
     """
 
     factors: tuple[str, ...]
@@ -103,6 +103,7 @@ class Workspace:
     most: int | None = None
     beside: tuple[str, ...] = ()
     stage: int = 0
+    parts: int = 2
 
 
 @dataclass(frozen=True)

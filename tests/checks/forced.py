@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -20,7 +20,7 @@ Accepts = Callable[[Mapping[str, tuple[str, ...]], str], bool]
 
 
 @contextmanager
-def attention(accepts: Accepts) -> Iterator[None]:
+def attention(accepts: Accepts) -> Generator[None]:
     """Every attention has a strategy that `accepts`, in forward and in backward."""
     kept = CostNetwork._kept
 

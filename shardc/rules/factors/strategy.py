@@ -241,10 +241,10 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     if not needed:
         return 0
     chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
-    split = {f.name for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
+    ways = {f.name: mesh.ways(axes) for f, axes in zip(shape.factors, strategy.split, strict=True) if axes}
     stages: Counter[int] = Counter()
     for one in needed:
-        if split.issuperset(one.beside):
+        if all(ways.get(name, 1) >= one.parts for name in one.beside):
             pairs = zip(shape.factors, chunks, strict=True)
             size = int(math.prod(chunk for f, chunk in pairs if f.name in one.factors) * one.itemsize * one.elements)
             stages[one.stage] += size if one.most is None else min(size, one.most)

@@ -10,16 +10,11 @@ from __future__ import annotations
 import torch
 
 from shardc.rules.families import attention_workspace
-from shardc.rules.notation import Band, Body, Rule, Send, Travel, Variant, letters, mark, parse, rule
-from shardc.runtime.collectives.all_gather import all_gather
+from shardc.rules.families.attention_ring import FOLDS, rings
+from shardc.rules.notation import Band, Rule, Send, Variant, letters, mark, parse, rule
 from shardc.runtime.collectives.all_reduce import all_reduce
-from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import attention_parts
 from shardc.runtime.kernels.attention_blocks import compute_dtype
-from shardc.runtime.kernels.attention_ring import ring_attention, ring_attention_backward
-
-_FOLDS = frozenset({"r", "s"})
-"""Where queries and keys are, all bodies read from the runs of their parts."""
 
 
 class _Names:
@@ -73,30 +68,6 @@ def mark_whole(x: torch.Tensor) -> str:
     return mark(letters(x, "z"), range(x.dim()))
 
 
-def _passed_on(k: torch.Tensor, v: torch.Tensor, grads: bool = False) -> Send:
-    """Keys and values, or their gradients in the type of the scores, as one message from rank to rank."""
-    size, travel = (compute_dtype(k.dtype).itemsize, Travel.HOME) if grads else (k.element_size(), Travel.ROUND)
-    return Send(permute, ("b", "h", "s"), size, k.shape[3] + v.shape[3], travel=travel)
-
-
-def _ring(
-    body: Body, passed_on: list[Send], mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
-) -> list[Variant]:
-    """The variant of a ring; none where a mask has no columns, from whose shape a rank could not tell what it holds,
-    nor for one query or one key.
-
-    A mask that is the same for all queries is split along the keys; the ring gathers it.
-    """
-    sends = list(passed_on)
-    if 1 in (q.shape[-2], k.shape[2]) or (mask is not None and mask.shape[-1] != k.shape[2]):
-        return []
-    if mask is not None and (mask.dim() == 1 or mask.shape[-2] == 1):
-        names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
-        carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
-        sends.append(Send(all_gather, carried, mask.element_size()))
-    return [Variant("ring", body, {"s": sends}, together=(("r", "s"),), folds=_FOLDS)]
-
-
 def _plain(word: str) -> str:
     return word.partition(":")[0].rstrip("~")
 
@@ -124,8 +95,8 @@ def attention(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
         flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed, folds=_FOLDS),
-            *_ring(ring_attention, [_passed_on(k, v)], mask, q, k),
+            Variant("parts", attention_parts.attention_in_parts, {"s": sums}, workspace=needed, folds=FOLDS),
+            *rings(of, backward=False),
         ],
     )  # fmt: skip
 
@@ -155,7 +126,7 @@ def attention_backward(
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
         multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
         variants=[
-            Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed, folds=_FOLDS),
-            *_ring(ring_attention_backward, [_passed_on(k, v, grads=True), _passed_on(k, v)], mask, q, k),
+            Variant("parts", attention_parts.attention_in_parts_backward, workspace=needed, folds=FOLDS),
+            *rings(of, backward=True),
         ],
     )  # fmt: skip

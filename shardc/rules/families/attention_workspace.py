@@ -7,18 +7,18 @@ what is measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import get_num_threads as threads
 
 from shardc.rules.notation import Workspace
 from shardc.runtime.kernels.attention_blocks import compute_dtype, tile_bytes
 from shardc.runtime.kernels.attention_pieces import Literals, rows_of_tile
 
-_TILES, _CAPPED, _DROPPED = (2.0, 2.25), (2.0, 3.5), (2.25, 4.25)
-_MASKS = 1.4
-"""Tiles that are there at once: of scores, forward and backward, plain, with a soft cap, with dropout; of masks."""
+_CAPPED, _DROPPED = (2.0, 3.2), (2.25, 3.85)
+_MASKS = 1.2
+"""Tiles that are there at once: of scores, forward and backward, with a soft cap and with dropout; of masks."""
 
 _KEYS, _QUERIES = 512, ((768, 256), (192, 64), (0, 32))
 """The blocks of torch's flash kernel on the CPU: of keys, and of queries by how many there are at least."""
@@ -113,43 +113,51 @@ def _padded(of: Operands, backward: bool) -> list[Workspace]:
     width, value = of.q.shape[-1], of.v.shape[-1]
     if not of.by_kernel or of.q.device.type == "cuda" or width == value:
         return []
-    most, size = max(width, value), of.narrow
+    most = max(width, value)
     if width < most:
-        rows, keys = (2 if backward else 1) * most, (2 if backward else 1) * most
-        rows -= width if backward else 0
-        keys -= width if backward else 0
-        return [Workspace(ROWS, size, rows), Workspace(KEYS, size, keys)]
-    rows = 2 * most if backward else most - value
-    keys = 2 * most - value if backward else most
-    return [Workspace(ROWS, size, rows), Workspace(KEYS, size, keys)]
+        rows, keys = (2 * most - width, 2 * most - width) if backward else (most, most)
+    else:
+        rows, keys = (2 * most, 2 * most - value) if backward else (most - value, most)
+    return [Workspace(ROWS, of.narrow, rows), Workspace(KEYS, of.narrow, keys)]
 
 
 def _blocks(of: Operands, backward: bool) -> list[Workspace]:
-    """Tiles of scores or masks, and the buffers of the CPU's kernel, which every thread has."""
+    """Tiles of scores or masks, and what is inside the kernel."""
     most, size = tile_bytes(of.q.device), of.wide
     points = (*ROWS, "s")
     if not of.by_kernel:
-        tiles = (_DROPPED if of.draw is not None else _CAPPED if of.softcap else _TILES)[backward]
+        tiles = (_DROPPED if of.draw is not None else _CAPPED)[backward]
         grads = (
             [Workspace(("s",), size, max(of.q.shape[-1], of.v.shape[-1]))] if of.draw is not None and backward else []
         )
+        if backward and size > of.narrow:  # the operands of a tile in wide numbers
+            side = math.isqrt(most // size)
+            grads.append(Workspace((), size, 2 * side * (of.q.shape[-1] + of.v.shape[-1])))
         return [*grads, Workspace(points, size, tiles, most=int(tiles * most))]
-    masks = [Workspace(("r", "s"), of.narrow, _MASKS, most=int(_MASKS * most))] if of.in_tiles else []
-    if of.window and backward:
+    count, masks = of.q.shape[-2], list[Workspace]()
+    step = count
+    if of.in_tiles:
         literals = Literals(of.causal, 1.0, of.window, 0.0, 0.0)
-        step = rows_of_tile(of.q.shape[-2], of.k.shape[2], literals, most // of.narrow)
-        near = min(of.window * (1 if of.causal else 2) + step, of.k.shape[2])
-        masks.append(Workspace(("b", "h"), of.narrow, near * (of.q.shape[-1] + of.v.shape[-1])))
+        step = rows_of_tile(count, of.k.shape[2], literals, most // of.narrow)
+        near = of.window * (1 if of.causal else 2) + step if of.window else most // (of.narrow * step)
+        near = min(near, of.k.shape[2])
+        masks.append(Workspace(("s",), of.narrow, _MASKS * step, most=int(_MASKS * step * near * of.narrow)))
+        if backward:  # the gradients of a tile
+            masks.append(Workspace(("b", "h"), of.narrow, near * (of.q.shape[-1] + of.v.shape[-1])))
+    return [*masks, *inside_kernel(of, backward, step)]
+
+
+def inside_kernel(of: Operands, backward: bool, step: int) -> list[Workspace]:
+    """The buffers of the CPU's kernel, which every thread has, for `step` queries at a time. Of widened operands, it
+    makes one copy more backward."""
     if of.q.device.type == "cuda":
-        return masks
-    count = of.q.shape[-2]
-    queries = next(block for least, block in _QUERIES if count >= least)
-    queries, keys, width = min(queries, count), min(_KEYS, of.k.shape[2]), max(of.q.shape[-1], of.v.shape[-1])
-    low = of.wide > of.narrow
-    if backward:
-        elements = 2 * queries * keys * (size + (of.narrow if low else 0)) + (
-            (queries + keys) * width * size if low else 0
-        )
-    else:
-        elements = queries * keys * (size + (of.narrow if low else 0)) + queries * (width + 2) * size
-    return [*masks, Workspace((), 1, threads() * elements)]
+        return []
+    value, width, size = of.v.shape[-1], max(of.q.shape[-1], of.v.shape[-1]), of.wide
+    queries = min(next(block for least, block in _QUERIES if step >= least), step)
+    keys, low = min(_KEYS, of.k.shape[2]), of.narrow if of.wide > of.narrow else 0
+    scores = queries * keys * (size + low)
+    if not backward:
+        return [Workspace((), 1, torch.get_num_threads() * (scores + queries * (width + 2) * size))]
+    needed = 2 * scores + ((queries + keys) * width * size if low else 0)
+    copied = [Workspace(ROWS, of.narrow, width)] if of.q.shape[-1] != value else []
+    return [*copied, Workspace((), 1, torch.get_num_threads() * needed)]
