@@ -17,7 +17,7 @@ def forced(variant: str, among: frozenset[str]) -> Generator[None]:
     every = strategies._enumerate
 
     def offered(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
-        asked = {one.name for one in shape.variants} == among
+        asked = frozenset(one.name for one in shape.variants) == among
         return (one for one in every(shape, mesh) if not asked or one.variant == variant)
 
     strategies.strategies_of.cache_clear()

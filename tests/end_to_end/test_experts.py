@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ VARIANTS = frozenset({"in_parts", "exchanged"})
 CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 
 
-def trained(model: nn.Module, call: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> list[float]:
+def trained(model: nn.Module, call: Callable[..., Tensor], inputs: dict[str, Tensor], steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses: list[float] = []
     for _ in range(steps):
@@ -84,11 +86,10 @@ def test_bytes_are_those_of_the_plan_where_routing_is_balanced() -> None:
 
 
 def test_imbalance_makes_split_experts_dearer() -> None:
-    def cost(**asked: float) -> float:
+    def cost(**asked: Any) -> float:
         with forced("exchanged", VARIANTS):
-            return shardc.compile(
-                Layer(), "ep=2", routed(EVERY), hardware="h100", memory="unbounded", **asked
-            ).plan.cost
+            compiled = shardc.compile(Layer(), "ep=2", routed(EVERY), hardware="h100", memory="unbounded", **asked)
+        return compiled.plan.cost
 
     assert cost(imbalance=2.0) > cost()
 
@@ -98,9 +99,9 @@ def test_capacity_bounds_memory_and_overflow_is_as_asked() -> None:
     inputs = routed(torch.zeros(12, 1, dtype=torch.int64))
     right = float(Layer()(*inputs).detach())
 
-    def asked(**options: object) -> tuple[float, float]:
+    def asked(**options: Any) -> tuple[float, float]:
         with forced("exchanged", VARIANTS):
-            compiled = shardc.compile(Layer(), "ep=2", inputs, hardware="h100", memory="unbounded", **options)  # type: ignore[arg-type]
+            compiled = shardc.compile(Layer(), "ep=2", inputs, hardware="h100", memory="unbounded", **options)
         return float(compiled(*inputs).detach()), compiled.plan.memory.peak
 
     (roomy, most), (narrow, least) = asked(capacity=2.0), asked(capacity=1.0)

@@ -166,10 +166,10 @@ def _name(number: int) -> str:
 
 def _call(node: fx.Node, texts: dict[fx.Node, str]) -> str | None:
     if node.target is aten.detach.default or node.target is aten.alias.default:
-        return texts[node.args[0]]
+        return texts[node.all_input_nodes[0]]
     if node.target is aten._to_copy.default:
         kinds = set(node.kwargs) - {"dtype"}
-        return None if kinds else f"to({texts[node.args[0]]}, {_literal(node.kwargs['dtype'], texts)})"
+        return None if kinds else f"to({texts[node.all_input_nodes[0]]}, {_literal(node.kwargs['dtype'], texts)})"
     if node.target is aten.scalar_tensor.default:
         return repr(node.args[0])
     target = node.target
@@ -181,7 +181,7 @@ def _call(node: fx.Node, texts: dict[fx.Node, str]) -> str | None:
         return None
     name = target._opname
     if target._schema.is_mutable:
-        if not name.endswith("_") or len(node.args[0].users) > 1:
+        if not name.endswith("_") or len(node.all_input_nodes[0].users) > 1:
             return None
         name = name.removesuffix("_")
     arguments = [_literal(value, texts) for value in node.args]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ def test_products_by_group(counts: list[int], width: int, dtype: torch.dtype) ->
     rows, other = torch.randn(sum(counts), 8).to(dtype), torch.randn(sum(counts), width).to(dtype)
     weights, groups = torch.randn(3, width, 8).to(dtype), RowGroups(torch.tensor(counts))
     apart = list(zip(rows.split(counts), weights, strict=True))
-    close = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(groups.times(rows, weights), torch.cat([one @ w.t() for one, w in apart]), **close)
     sums = torch.stack([one.t() @ two for one, two in zip(rows.split(counts), other.split(counts), strict=True)])
     torch.testing.assert_close(groups.products(rows, other), sums, **close)

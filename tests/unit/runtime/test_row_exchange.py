@@ -60,9 +60,10 @@ def ran(sizes: tuple[int, ...], ids: Tensor, *, gathered: bool = False, **asked:
         part = Part(axes, COUNT)
         local = [of_rank(one, part) for one in every]
         mine = slice(None) if gathered else slice(part.index * EACH, (part.index + 1) * EACH)
-        given_ = x[mine], ids[mine], scores[mine], *local, *TOLD
+        given_: tuple[Any, ...] = x[mine], ids[mine], scores[mine], *local, *TOLD
         made = forward(*given_, e=part, **asked)
-        grads = backward(grad[mine], *given_, True, e=part, **asked)
+        behind: tuple[Any, ...] = grad[mine], *given_, True
+        grads = backward(*behind, e=part, **asked)
         return [made, *grads[:2], *(one[: part.valid] for one in grads[2:])]
 
     mesh.reset()
