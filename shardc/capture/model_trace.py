@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten, refuse_unplain
-from shardc.capture.side_effects.arguments import Containers
+from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.guards import Guards
@@ -188,6 +188,7 @@ class ModelTrace:
                 self.stand_ins.put()
             args, kwargs = self._with_leaves(leaves)
             watched = Watched(self.state.reachable, (args, kwargs))
+            ways = passed_containers((args, kwargs))  # without what forward puts into the arguments
             output = self._called(args, kwargs)
             self._facts.undress()
             changes = watched.changes(self._is_buffer)
@@ -197,7 +198,7 @@ class ModelTrace:
             self.candidates = candidates(changes)
             self._write_back(tensors)
             slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-            return self.outputs.flat(output, changes, slots, (args, kwargs), self.stand_ins)
+            return self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
         """The arguments with other leaves. Containers are new ones, and one where those of the call are."""

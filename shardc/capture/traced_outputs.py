@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
-from shardc.capture.side_effects.arguments import Containers, passed_containers, passed_objects
+from shardc.capture.side_effects.arguments import Containers, Way, passed_objects
 from shardc.capture.side_effects.recorded import effects_of
 from shardc.capture.side_effects.replay import (
     Copied,
@@ -58,10 +58,11 @@ class TracedOutputs:
         changes: list[Change],
         slots: Mapping[int, StateEntry],
         arguments: Any,
+        ways: Mapping[int, Way],
         stand_ins: StandIns | None,
     ) -> tuple[Tensor, ...]:
         """The tensors among the outputs and among what the model leaves behind; notes what is made of them. `slots` are
-        the tensors of the model and the inputs, by identity."""
+        the tensors of the model and the inputs, by identity; `ways` lead to the containers that the call was given."""
         passed = passed_objects(arguments)
         if isinstance(output, Iterator):
             raise CaptureError(
@@ -81,7 +82,6 @@ class TracedOutputs:
                 leaves.append(tensor)
             return ProgramResult(positions[id(tensor)])
 
-        ways = passed_containers(arguments)
         describer = Describer(described, self._exists, {key: Passed(way) for key, way in ways.items()})
         kept = [change.now[key] for change in changes for key in change.written]
         shared = Containers(((output,), {})).shares(lambda value: self._exists(value) or id(value) in ways, kept)
