@@ -60,7 +60,10 @@ def experts(
         flops=_products(up, ids, up.shape[1] + 1), multiplied=[2], workspace=memory,
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts, workspace=memory, imbalance=imbalance),
-            Variant("exchanged", experts_parts.experts_exchanged, sends, (), memory, exchange=("e", "t"), imbalance=imbalance),
+            Variant(
+                "exchanged", experts_parts.experts_exchanged, sends, (), memory, exchange=("e", "t"),
+                imbalance=imbalance,
+            ),
         ],
     )  # fmt: skip
 
@@ -96,7 +99,10 @@ def experts_backward(
         multiplied=[0], workspace=memory,
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
-            Variant("exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, exchange=("e", "t"), imbalance=imbalance),
+            Variant(
+                "exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, exchange=("e", "t"),
+                imbalance=imbalance,
+            ),
         ],
     )  # fmt: skip
 
