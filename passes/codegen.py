@@ -210,7 +210,7 @@ def _writes_in_place(node: fx.Node, own: Collection[fx.Node], dead: Sequence[fx.
     first = node.args[0] if node.target in _IN_PLACE else None
     if not isinstance(first, fx.Node) or first not in own or first not in dead or list(first.users) != [node]:
         return False
-    makes = first.target
+    makes: Any = first.target
     own_memory = isinstance(makes, torch._ops.OpOverload) and makes.namespace == "aten"
     return (
         own_memory

@@ -103,8 +103,8 @@ class ModelTrace:
             if slot.port.role is Role.BUFFER
             for part, key in slot.owners
         }
-        ports = {id(self.leaves[i]): slot.port for slot in reversed(self.slots)
-                 if slot.port.role is Role.INPUT and (i := slot.port.index) is not None}  # fmt: skip
+        inputs = [slot.port for slot in self.slots if slot.port.role is Role.INPUT]
+        ports = {id(self.leaves[port.index]): port for port in reversed(inputs)}
         ports |= {key: Port(role, name) for key, (role, name) in state.names.items()}
         self._one_tensor = {
             i: ports[id(leaf)] for i, leaf in enumerate(self.leaves)

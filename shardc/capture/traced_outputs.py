@@ -86,12 +86,6 @@ class TracedOutputs:
         kept = [change.now[key] for change in changes for key in change.written]
         shared = Containers(((output,), {})).shares(lambda value: self._exists(value) or id(value) in ways, kept)
         made: dict[int, Recipe] = {}
-        if not self._grad and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves if is_traced(leaf)
-                                  and id(leaf) not in slots):  # fmt: skip
-            raise CaptureError(
-                "forward turns gradients on within torch.no_grad(), and returns what requires one: call the model with "
-                "gradients, or return it detached"
-            )
         for index, leaf in enumerate(list(leaves)):
             if isinstance(leaf, Tensor):
                 positions.setdefault(id(leaf), index)

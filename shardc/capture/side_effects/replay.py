@@ -9,7 +9,6 @@ objects that exist. What the model makes anew at every call is made anew at ever
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -180,9 +179,6 @@ class Opened(Recipe):
         return run.made[id(self)]
 
 
-_PLAIN_CONTAINERS = (list, tuple, dict, set, deque)
-
-
 class Describer:
     """Makes descriptions of the values that one trace left behind.
 
@@ -210,11 +206,11 @@ class Describer:
 
     def _describe(self, value: Any) -> None:
         if not self._exists(value):
-            node = pytree.SUPPORTED_NODES.get(type(value)) if type(value) not in _PLAIN_CONTAINERS else None
-            if node is not None and not isinstance(value, tuple):
+            node = pytree.SUPPORTED_NODES.get(type(value))
+            if isinstance(value, dict) and type(value) is not dict and node is not None:  # transformers' outputs, say
                 children, context = node.flatten_fn(value)
-                made = functools.partial(node.unflatten_fn, context=context)
-                self._known[id(value)] = Opened(made, [self.describe(child) for child in children])
+                parts = [self.describe(child) for child in children]
+                self._known[id(value)] = Opened(lambda made: node.unflatten_fn(made, context), parts)
                 return None
             if isinstance(value, (list, tuple, deque)):
                 return self._fresh(value, dict(enumerate(value)))

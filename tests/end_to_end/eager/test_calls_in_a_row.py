@@ -208,18 +208,6 @@ def test_a_gradient_that_stays_within_the_program_is_refused() -> None:
         h.retain_grad()
 
 
-class TurnsGradientsOn(Model):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            return self.up(x)
-
-
-def test_a_result_with_a_gradient_is_refused_in_a_call_without() -> None:
-    model = shard(TurnsGradientsOn(), mesh="a=2")
-    with torch.no_grad(), pytest.raises(ShardcError, match="turns gradients on"):
-        model(torch.randn(6, WIDTH))
-
-
 class Leaf(Model):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(x) * (2.0 if x.is_leaf else 3.0)
