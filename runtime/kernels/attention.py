@@ -133,8 +133,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *_, sinks, _, _, _ = saved = ctx.saved_tensors
-    *grads, grad_sinks = attention_backward(grad, *saved, *ctx.literals)
+    *grads, grad_sinks = attention_backward(grad, *ctx.saved_tensors, *ctx.literals)
+    sinks = ctx.saved_tensors[4]
     return (*grads, None, None if sinks is None else grad_sinks, *[None] * 6)
 
 

@@ -179,9 +179,9 @@ def _by_kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made: list[Tensor] = []
     for piece in _pieces(q, mask, literals, rows, columns):
-        given = (piece.queries(x).flatten(1, 2) for x in (grad, q))
+        upper, ours = (piece.queries(x).flatten(1, 2) for x in (grad, q))
         of_q, of_k, of_v = kernel.backward(
-            *given, piece.keys(k), piece.keys(v), piece.queries(out).flatten(1, 2),
+            upper, ours, piece.keys(k), piece.keys(v), piece.queries(out).flatten(1, 2),
             seen(piece.sums(logsumexp)).flatten(1, 2), _bias(piece, mask, literals, q), piece.sight is Sight.DIAGONAL,
             literals.scale,
         )  # fmt: skip
@@ -246,8 +246,8 @@ def _by_tiles_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = [_zeros_of(x) for x in (q, k, v)]
     for heads, piece in _tiles(q, literals, rows, columns, dropping):
-        ours = (heads.rows(x) for x in (grad, q, out, logsumexp))
-        given = *ours, heads.keys(k), heads.keys(v), heads.mask(mask)
+        upper, ours, result, total = (heads.rows(x) for x in (grad, q, out, logsumexp))
+        given = upper, ours, result, total, heads.keys(k), heads.keys(v), heads.mask(mask)
         grads = heads.rows(made[0]), heads.keys(made[1]), heads.keys(made[2])
         _tile_backward(piece, *given, literals, grads, heads.first, dropping)
     return _in_types(made, q, k, v)

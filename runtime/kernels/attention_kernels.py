@@ -45,9 +45,9 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: boo
     if q.device.type != "cuda":
         return None
     shared = k.shape[1] != q.shape[1]
-    backend = torch._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=shared)
+    backend = aten._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=shared)
     if backend == SDPBackend.MATH.value and shared:
-        return _of_groups(_CUDA.get(torch._fused_sdp_choice(q[:, :: _group(q, k)], k, v, bias, 0.0, causal)))
+        return _of_groups(_CUDA.get(aten._fused_sdp_choice(q[:, :: _group(q, k)], k, v, bias, 0.0, causal)))
     return _CUDA.get(backend)
 
 
@@ -178,9 +178,9 @@ class _Groups:
         grads: list[Tensor] = []
         grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for i in range(count):
-            mine = (x[:, i::count] for x in (grad, q))
-            more = (x[:, i::count] for x in (out, logsumexp))
-            of_q, of_k, of_v = self.kernel.backward(*mine, k, v, *more, _of_heads(bias, i, count), causal, scale)
+            upper, ours, result, total = (x[:, i::count] for x in (grad, q, out, logsumexp))
+            of_bias = _of_heads(bias, i, count)
+            of_q, of_k, of_v = self.kernel.backward(upper, ours, k, v, result, total, of_bias, causal, scale)
             grads.append(of_q)
             grad_k += of_k
             grad_v += of_v

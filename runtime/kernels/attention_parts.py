@@ -56,7 +56,7 @@ def attention_in_parts_backward(
         upper, ours, k, v, mask_of(mask, q), made, total, literals, rows, columns, dropping
     )
     batch = b.valid if b else len(q)
-    own = (x[:batch] for x in (upper, made, total))
+    own = upper[:batch], made[:batch], total[:batch]
     grad_sinks = q.new_zeros(1) if sinks is None else grad_of_sinks(sinks, *own, rows)
     return grad_q.squeeze(2) if q.dim() == 4 else grad_q, grad_k, grad_v, grad_sinks
 
