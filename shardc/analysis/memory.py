@@ -33,7 +33,7 @@ from shardc.ir.facts import dtype_of, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.printing import columns, in_bytes
-from shardc.ir.program import Program, Role, where
+from shardc.ir.program import Program, Role, tensor_of, where
 from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.strategy import workspace
 from shardc.runtime.collectives.bucket import Bucket
@@ -309,10 +309,21 @@ class _Execution:
         if isinstance(node.target, torch._ops.OpOverload):
             with suppress(RuntimeError, TypeError):  # as kernels say so (NotImplementedError is a RuntimeError)
                 return self._by_meta_kernel(node, storages)
+        form = self._contiguous if chosen_of(node) is None else self._as_captured
         if lowered(node).layout is not None:
-            return [self._contiguous(node)]
-        elements = {user.args[1]: self._contiguous(user) for user in node.users if user.target is operator.getitem}
+            return [form(node)]
+        elements = {user.args[1]: form(user) for user in node.users if user.target is operator.getitem}
         return [elements.get(index) for index in range(max(elements, default=-1) + 1)]  # type: ignore[type-var]
+
+    def _as_captured(self, node: fx.Node) -> _TensorForm:
+        """What a body makes: its result lies in memory as that of the operator does."""
+        form, base = self._contiguous(node), lowered(node).base
+        strides = tensor_of(base).stride() if base is not None else ()
+        if len(strides) != len(form.shape):
+            return form
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        laid_out = torch.empty_permuted(form.shape, order, dtype=form.dtype, device="meta")
+        return self.known.one(replace(form, stride=laid_out.stride()))
 
     def _contiguous(self, node: fx.Node) -> _TensorForm:
         shape, dtype = self._local(node), dtype_of(node)

@@ -14,6 +14,7 @@ log-sum-exp. Source: Dao et al., "FlashAttention", 2022, section 3.1 and appendi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -86,7 +87,8 @@ def _kernel(
     """The kernel, if there is one, and the mask; in numbers, where it is the same for all queries."""
     if literals.softcap or dropping is not None:
         return None, mask
-    bias = None if mask is None else q.new_empty(1).expand(1, 1, q.shape[3], k.shape[2])
+    biased = mask is not None or literals.window
+    bias = q.new_empty(1).expand(1, 1, q.shape[3], k.shape[2]) if biased else None
     kernel = kernel_for(q.flatten(1, 2), k, v, bias, False)
     return kernel, _as_numbers(mask, q.dtype) if mask is not None and mask.shape[-2] == 1 else mask
 
@@ -161,9 +163,20 @@ def _of_piece(
         piece.queries(q).flatten(1, 2), piece.keys(k), piece.keys(v), bias, piece.sight is Sight.DIAGONAL,
         literals.scale,
     )  # fmt: skip
-    if bias is not None:
-        sums = sums.masked_fill(bias.amax(-1) == _NOTHING, _NOTHING)
+    if bias is not None:  # kernels have zeros there, or NaN
+        unseen = _unseen(bias, piece)
+        out, sums = out.masked_fill_(unseen.unsqueeze(-1), 0), sums.masked_fill(unseen, _NOTHING)
     return out.unflatten(1, q.shape[1:3]), sums.unflatten(1, q.shape[1:3])
+
+
+def _unseen(bias: Tensor, piece: Piece) -> Tensor:
+    """Which rows see no key of a piece: `[1 or batch, 1 or heads, rows]`."""
+    unseen = bias.amax(-1) == _NOTHING
+    if piece.sight is not Sight.DIAGONAL:
+        return unseen
+    step = max(tile_bytes(bias.device) // (math.prod(bias.shape) // bias.shape[-2]), 1)
+    firsts = [(rows != _NOTHING).to(torch.uint8).argmax(-1) for rows in bias.split(step, -2)]
+    return unseen | (torch.cat(firsts, -1) > torch.arange(piece.rows, device=bias.device))
 
 
 def _alone(piece: Piece, columns: Runs, literals: Literals) -> bool:

@@ -42,13 +42,25 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: boo
         return None
     if q.device.type == "cpu":
         return _CpuFlash() if q.dtype.is_floating_point else None
-    if q.device.type != "cuda":
-        return None
-    shared = k.shape[1] != q.shape[1]
-    backend = aten._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=shared)
-    if backend == SDPBackend.MATH.value and shared:
-        return _of_groups(_CUDA.get(aten._fused_sdp_choice(q[:, :: _group(q, k)], k, v, bias, 0.0, causal)))
-    return _CUDA.get(backend)
+    return cuda_kernel(q, k, v, bias, causal) if q.device.type == "cuda" else None
+
+
+def cuda_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Kernel | None:
+    """The kernel for operands on CUDA."""
+    shared, chosen = k.shape[1] != q.shape[1], _chosen(q, k, v, bias, causal)
+    if not shared or chosen == SDPBackend.FLASH_ATTENTION.value:
+        return _CUDA.get(chosen)
+    # only flash shares keys; torch itself repeats them for the others
+    kernel = _CUDA.get(_chosen(q[:, :: _group(q, k)], k, v, bias, causal))
+    return kernel and _Groups(kernel)
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> int:
+    """What scaled_dot_product_attention would call for training: some kernels have no backward for some widths."""
+    with torch.enable_grad():
+        return aten._fused_sdp_choice(
+            q.detach().requires_grad_(), k, v, bias, 0.0, causal, enable_gqa=k.shape[1] != q.shape[1]
+        )
 
 
 def _group(q: Tensor, k: Tensor) -> int:
@@ -63,6 +75,22 @@ def _rows(x: Tensor) -> Tensor:
 def _wide(x: Tensor, width: int) -> Tensor:
     """`x` with zeros behind each row, up to `width` elements."""
     return _rows(x if x.shape[-1] == width else F.pad(x, [0, width - x.shape[-1]]))
+
+
+def _by_position(x: Tensor) -> Tensor:
+    """`x` with the heads of a position side by side, and nothing between positions."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias for the memory-efficient kernel, which asks for all dims, and for rows that start at a multiple of 16
+    elements."""
+    if bias is None:
+        return None
+    steps = [step for size, step in zip(bias.shape[:-1], bias.stride(), strict=False) if size > 1]
+    if any(place % 16 for place in (bias.storage_offset(), *steps)):
+        bias = F.pad(bias, [0, -bias.shape[-1] % 16])[..., : bias.shape[-1]]
+    return bias.expand(*q.shape[:3], k.shape[2])
 
 
 class _CpuFlash:
@@ -102,7 +130,7 @@ class _CudaFlash:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        width, nothing = -(-q.shape[-1] // 8) * 8, torch.zeros(2, dtype=torch.int64, device=q.device)
+        width, nothing = -(-q.shape[-1] // 8) * 8, torch.empty(2, dtype=torch.uint64, device=q.device)
         given = (_wide(x, width) for x in (grad, q, k, v, out))
         grads = aten._scaled_dot_product_flash_attention_backward(
             *given, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, nothing, nothing,
@@ -112,13 +140,14 @@ class _CudaFlash:
 
 
 class _CudaEfficient:
-    """The memory-efficient kernel, whose log-sum-exp has a multiple of 32 queries."""
+    """The memory-efficient kernel. Its log-sum-exp has a multiple of 32 queries. Backward takes for granted that the
+    result lies in memory as forward makes it."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(
-            _rows(q), _rows(k), _rows(v), _expanded(bias, q, k), True, 0.0, causal, scale=scale
+            _rows(q), _rows(k), _rows(v), _aligned(bias, q, k), True, 0.0, causal, scale=scale
         )
         return out, logsumexp[..., : q.shape[2]]
 
@@ -129,18 +158,22 @@ class _CudaEfficient:
         padded = F.pad(logsumexp, [0, -q.shape[2] % 32], value=float("inf")).contiguous()
         nothing = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_efficient_attention_backward(
-            *map(_rows, (grad, q, k, v)), _expanded(bias, q, k), _rows(out), padded, nothing, nothing, 0.0,
+            *map(_rows, (grad, q, k, v)), _aligned(bias, q, k), _by_position(out), padded, nothing, nothing, 0.0,
             [True, True, True, False], causal, scale=scale,
         )  # fmt: skip
         return grads[0], grads[1], grads[2]
 
 
 class _CudaCudnn:
+    """The kernel of cuDNN, which does not take a single key. Its log-sum-exp has one more dim."""
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
+        if k.shape[2] == 1:
+            return _CudaEfficient().forward(q, k, v, bias, causal, scale)
         out, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
-            _rows(q), _rows(k), _rows(v), _expanded(bias, q, k), True, 0.0, causal, False, scale=scale
+            _rows(q), _rows(k), _rows(v), bias, True, 0.0, causal, False, scale=scale
         )
         return out, logsumexp.reshape(q.shape[:3])
 
@@ -148,10 +181,12 @@ class _CudaCudnn:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        if k.shape[2] == 1:
+            return _CudaEfficient().backward(grad, q, k, v, out, logsumexp, bias, causal, scale)
         nothing = torch.zeros((), dtype=torch.int64, device=q.device)
         return aten._scaled_dot_product_cudnn_attention_backward(
-            *map(_rows, (grad, q, k, v, out)), logsumexp.unsqueeze(-1).contiguous(), nothing, nothing,
-            _expanded(bias, q, k), None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+            *map(_rows, (grad, q, k, v, out)), logsumexp.unsqueeze(-1).contiguous(), nothing, nothing, bias, None, None,
+            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
         )  # fmt: skip
 
 
@@ -176,7 +211,8 @@ class _Groups:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         count = _group(q, k)
         grads: list[Tensor] = []
-        grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for i in range(count):
             upper, ours, result, total = (x[:, i::count] for x in (grad, q, out, logsumexp))
             of_bias = _of_heads(bias, i, count)
@@ -194,10 +230,6 @@ _CUDA: dict[int, Kernel] = {
 }
 
 
-def _of_groups(kernel: Kernel | None) -> Kernel | None:
-    return kernel and _Groups(kernel)
-
-
 def _of_heads(bias: Tensor | None, first: int, step: int) -> Tensor | None:
     return bias if bias is None or bias.shape[1] == 1 else bias[:, first::step]
 
@@ -205,8 +237,3 @@ def _of_heads(bias: Tensor | None, first: int, step: int) -> Tensor | None:
 def _joined(parts: list[Tensor]) -> Tensor:
     """Heads of every query of a group, back in their order."""
     return torch.stack(parts, 2).flatten(1, 2)
-
-
-def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The bias with all dims, which these kernels ask for; a view."""
-    return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])

@@ -123,6 +123,8 @@ def draws() -> Iterator[Sample]:
     yield Sample(aten._standard_gamma.default, (chances,))
     yield Sample(aten._sample_dirichlet.default, (chances,))
     yield Sample(aten.randperm.default, (6,))
+    for like in (real(2, 3), real(2, 3).bfloat16()):
+        yield Sample(torch.ops.shardc.attention_draw.default, (like, [2, 3, 5, 7]))
     for training in (True, False):
         yield Sample(aten.rrelu_with_noise_functional.default, (x, torch.zeros_like(x), 0.1, 0.3, training))
         arguments = (real(6, 20), x, positive(6, 20), 0.1, 0.3, training, False)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checks.cuda_attention import CudaKernels
 from shardc.runtime import Part, VirtualMesh
-from shardc.runtime.kernels.attention import blocks
+from shardc.runtime.kernels.attention import blocks, kernels
 from shardc.runtime.kernels.attention.parts import attention_in_parts, attention_in_parts_backward
 
 FORWARD, BACKWARD = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
@@ -133,6 +135,52 @@ def test_equals_mathematics(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
         made, logsumexp = FORWARD(*given.values(), *case.literals)
         found = BACKWARD(grad, *given.values(), made, logsumexp, *case.literals)
         compare([made, *found], [out, *grads], case)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_diagonal_piece_in_which_a_query_sees_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Query 4 sees keys 0 to 3 only, which are a piece of their own where queries 4 to 7 are a rank's."""
+    monkeypatch.setattr(blocks, "TILE", 64)
+    q, k, v = torch.randn(3, 1, 1, 8, 8, dtype=torch.float64).unbind()
+    mask = torch.zeros(1, 1, rows, 8, dtype=torch.float64)
+    mask[..., 4] = -math.inf
+    causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    expected = (q @ k.mT + mask).masked_fill(causal, -math.inf)
+
+    def run() -> tuple[Tensor, Tensor]:
+        r = Part(("x",), 8)
+        own = q.narrow(2, r.start, 4), k, v, mask.narrow(2, r.start if rows > 1 else 0, min(rows, 4))
+        return attention_in_parts(*own, None, None, True, 1.0, 0, 0.0, 0.0, r=r)
+
+    made = VirtualMesh({"x": 2}).run(run, lambda _: ())
+    compare(
+        [torch.cat(parts, 2) for parts in zip(*made, strict=True)],
+        [expected.softmax(-1) @ v, expected.logsumexp(-1)],
+        rows,
+    )
+
+
+FLASH, EFFICIENT, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+
+
+@pytest.mark.parametrize("tile", [1 << 22, 400])
+@pytest.mark.parametrize("prefer", [(FLASH, EFFICIENT), (EFFICIENT,), (CUDNN, EFFICIENT), (CUDNN,)], ids=str)
+def test_kernels_of_cuda(monkeypatch: pytest.MonkeyPatch, prefer: tuple[SDPBackend, ...], tile: int) -> None:
+    """Stand-ins for the kernels of CUDA get what they ask for, and what is made of their results is right."""
+    there = CudaKernels(*prefer)
+    monkeypatch.setattr(kernels, "aten", there)
+    monkeypatch.setattr(blocks, "kernel_for", kernels.cuda_kernel)
+    monkeypatch.setattr(blocks, "TILE", tile)
+    for case in cases(60, tile):
+        *sizes, width, value = case.sizes
+        case = replace(case, sizes=(*sizes, 2 * width, 2 * value), softcap=0.0, dropout=0.0)
+        given = case.operands()
+        out, grad, grads = expected_of(case, given)
+        made, logsumexp = FORWARD(*given.values(), *case.literals)
+        found = BACKWARD(grad, *given.values(), made, logsumexp, *case.literals)
+        compare([made, *found], [out, *grads], case)
+    names = {one: f"_scaled_dot_product_{one.name.split('_')[0].lower()}_attention" for one in prefer}
+    assert there.called >= {name + end for name in names.values() for end in ("", "_backward")}
 
 
 DIMS = {
