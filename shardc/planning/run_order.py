@@ -26,7 +26,8 @@ from shardc.rules.factors.factored import Factored, Key, Op
 
 _EVERYWHERE, _MASK = 8, 3
 """How many readers a value (an encoder's output in a decoder), or an input (a mask), has at least if it does not count
-at waists; and how many values (every router's logits, for a loss) an operator joins if it does not count as a reader."""
+at waists; and how many values (the logits of all routers, for a loss) an operator joins if it does not count as a
+reader."""
 _OURS = frozenset({"shardc::attention"})
 _TURNS = 8  # stretches that one window consists of, at most
 
