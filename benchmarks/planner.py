@@ -62,6 +62,8 @@ TIMED = (
     Case("Llama-3-405B", DEEP, "node=16,gpu=8", 128),
 )
 DEEPER = (  # three axes, or a bound on memory
+    Case("Mixtral-8x7B", 32, "dp=4,ep=8", 32, "80GB"),
+    Case("DeepSeek-V3", 61, "dp=8,ep=32", 256, "80GB"),
     Case("Llama-3-405B", DEEP, "dp=8,cp=4,tp=8", 256),
     Case("Llama-3-405B", SHALLOW, "node=16,gpu=8", 128, "25GB"),
     Case("Llama-3-405B", DEEP, "node=16,gpu=8", 128, "80GB"),
@@ -80,19 +82,25 @@ def build(case: Case) -> tuple[nn.Module, dict[str, Tensor]]:
     sys.path.insert(0, str(HERE.parent / "examples"))
     import llama
 
-    if case.model != "Mixtral-8x7B":
+    if case.model.startswith("Llama"):
         size = case.model.rpartition("-")[2].lower()
         return llama.build(size, case.layers, llama.LlamaForCausalLMLoss), llama.example_inputs(case.batch, SEQUENCE)
-    from transformers import MixtralConfig, MixtralForCausalLM
+    import transformers
 
-    class Mixtral(MixtralForCausalLM):
+    class WithLoss(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
         def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-            return super().forward(input_ids=input_ids, labels=labels, use_cache=False).loss
+            return self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
 
+    name = {"Mixtral-8x7B": "Mixtral", "DeepSeek-V3": "DeepseekV3"}[case.model]
+    config = getattr(transformers, f"{name}Config")(num_hidden_layers=case.layers, use_cache=False)
     with torch.device("meta"):
         tokens = torch.empty(case.batch, SEQUENCE, dtype=torch.int64)
-        model = Mixtral(MixtralConfig(num_hidden_layers=case.layers, use_cache=False)).bfloat16()
-    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+        model = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
+    return WithLoss(model), {"input_ids": tokens, "labels": torch.empty_like(tokens)}
 
 
 def timed(case: Case) -> dict[str, Any]:

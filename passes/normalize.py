@@ -1,7 +1,7 @@
 """Normalize: rewrite operators that have no rule, or a rule too narrow, into ones that have.
 
 Means become global sums divided by the global count, so they stay right however the dim is split; random masks become
-factories of global shape, so every mesh draws the single-device stream.
+factories of global shape, so every mesh draws the single-device stream. What only backward reads is made there.
 
     %m = mean(%x, [1])                 ->   %s = sum(%x, [1]);  %m = div(%s, 512)
     %y, %k = native_dropout(%x, 0.1)   ->   %k = draw([32, 512], "bernoulli", 0.9);  %y = mul(mul(%x, %k), 1.11)
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from shardc.ir.facts import Captured, captured, describe, origin_of
-from shardc.ir.program import Program, value_of
+from shardc.ir.program import Program, Role, forward_part, value_of
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.factoring import VIEWS
 from shardc.rules.notation import maker_of
@@ -37,10 +37,11 @@ def normalize(c: Compilation) -> Compilation:
 
 def normalized(program: Program, routing: RoutingOptions = BALANCED) -> Program:
     """The program in operators that have rules. `routing` is what its experts are told."""
-    return replace(program, version=program.version.derived("normalize", lambda graph: _normalized(graph, routing)))
+    version = program.version.derived("normalize", lambda graph: _normalized(graph, program, routing))
+    return replace(program, version=version)
 
 
-def _normalized(graph: fx.Graph, routing: RoutingOptions) -> fx.Graph:
+def _normalized(graph: fx.Graph, program: Program, routing: RoutingOptions) -> fx.Graph:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
     _rewrite(graph, Values())
     routing.tell(graph)
@@ -48,7 +49,29 @@ def _normalized(graph: fx.Graph, routing: RoutingOptions) -> fx.Graph:
         # draws stay, needed or not: they move the random stream
         if not node.users and node.op == "call_function" and node.target not in DRAWS:
             graph.erase_node(node)
+    _make_late(graph, program)
     return graph
+
+
+def _make_late(graph: fx.Graph, program: Program) -> None:
+    """Move what stands in forward, though only backward reads it, to its first reader. Autograd writes there what it
+    saves in a form of its own (a clone, for one); at the start of backward it would be in the way of running layers
+    again one after the other."""
+    nodes, results = list(graph.nodes), graph.output_node().args[0]
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    pairs = zip(placeholders, program.inputs, strict=True)
+    reached = {node for node, port in pairs if port.role is Role.TANGENT}
+    forward = forward_part(graph, program.outputs, results)  # type: ignore[arg-type]
+    early: list[fx.Node] = []
+    for node in nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            break
+        makes = node.op == "call_function" and node not in forward
+        if makes and not (node.target is operator.getitem and node.args[0] in forward):
+            early.append(node)
+    if reached:
+        for node in reversed(early):
+            min(node.users).prepend(node)
 
 
 def _rewrite(graph: fx.Graph, values: Values) -> None:

@@ -26,7 +26,8 @@ from shardc.rules.factors.factored import Factored, Key, Op
 
 _EVERYWHERE, _MASK = 8, 3
 """How many readers a value (an encoder's output in a decoder), or an input (a mask), has at least if it does not count
-at waists."""
+at waists; and how many values (the logits of all routers, for a loss) an operator joins if it does not count as a
+reader."""
 _OURS = frozenset({"shardc::attention"})
 _TURNS = 8  # stretches that one window consists of, at most
 
@@ -129,8 +130,9 @@ def _windows(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int
 
 def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
     """The positions that a single value crosses, counted among floating-point inputs and values that depend on
-    parameters."""
+    parameters. Parameters, buffers and constants are held anyway."""
     ports = dict(zip(program.placeholders, program.inputs, strict=True))
+    joins = {position for position, op in enumerate(forward) if len(op.operands) >= _EVERYWHERE}
     learned: set[Key] = set()
     crossing = [0] * (len(forward) + 1)
     for position, op in enumerate(forward):
@@ -140,9 +142,9 @@ def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]
             many = _EVERYWHERE
         elif port is not None and port.role is Role.PARAMETER:
             learned.update(results)
-        elif port is not None and any(tensor.is_floating_point() for tensor in _tensors(op.node)):
+        elif port is not None and port.role is Role.INPUT and _tensors(op.node)[0].is_floating_point():
             many = _MASK
-        readers_of_results = [readers.get(key, ([], []))[0] for key in results]
+        readers_of_results = [[r for r in readers.get(key, ([], []))[0] if r not in joins] for key in results]
         for last in (max(each, default=0) for each in readers_of_results if len(each) < many):
             for place in range(position + 1, last + 1):
                 crossing[place] += 1
