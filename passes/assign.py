@@ -15,7 +15,7 @@ from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
-from shardc.planning.folding import along_sequences, folding, may_gain, offered
+from shardc.planning.folding import along_sequences, carried, folding, may_gain, offered
 from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
@@ -44,13 +44,17 @@ def assign(c: Compilation) -> Compilation:
         reused = _reused(c, c.reuse)
         if reused is not None:
             return reused
-    if not c.has("network"):
-        c = with_orders(c)
     budget = c.options.budget
-    if budget is not None and not c.options.hardware_bounds:
-        return assign_within(c, budget)
-    network = c.network if c.has("network") else network_of(c)
-    free = _candidate(c, network, solved(network.problem(), c.time_limit))
+    bounded = budget is not None and not c.options.hardware_bounds
+    network, solution = c.network if c.has("network") else None, None
+    if network is None and not (bounded and not _may_fold(c)):
+        network = first_network(c)
+    if network is not None and network.balanced:
+        c, network, solution = _with_orders(c, network, draft=bounded)
+    if budget is not None and bounded:
+        return assign_within(c, budget, network)
+    assert network is not None
+    free = _candidate(c, network, solution or solved(network.problem(), c.time_limit))
     if budget is None:
         return free
     fits = _if_it_fits(free, budget)
@@ -59,14 +63,31 @@ def assign(c: Compilation) -> Compilation:
     return fits or assign_within(c, budget, network)
 
 
-def with_orders(c: Compilation) -> Compilation:
-    """The same, with the layouts offered that fold a sequence, where they may make a plan cheaper."""
-    if c.options.mode == "propagate" or not may_gain(c.factored, c.mesh):
-        return c
-    network = _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=True))
-    assignment = network.assignment(solved(network.problem(), c.time_limit).choice)
-    axes = along_sequences(c.factored, c.mesh, assignment)
-    return replace(c, factored=offered(c.factored, c.mesh, axes))
+def first_network(c: Compilation) -> CostNetwork:
+    """The network that `assign` solves first: no plan costs less than the cheapest choice of it. Raises InfeasibleError
+    where a variable has no value left."""
+    return _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c)))
+
+
+def _may_fold(c: Compilation) -> bool:
+    return c.options.mode != "propagate" and may_gain(c.factored, c.mesh)
+
+
+def _with_orders(
+    c: Compilation, balanced: CostNetwork, *, draft: bool
+) -> tuple[Compilation, CostNetwork, Solution | None]:
+    """The same, with the layouts offered that fold a sequence, where they may make a plan cheaper; the network with
+    them; and its solution, if that of the balanced one is. Of a `draft`, the network is for sharing alone."""
+    gap = tuning.FREE_DRAFT_GAP if draft else TOLERANCE
+    found = solved(balanced.problem(), c.time_limit, gap, draft=draft)
+    axes = along_sequences(c.factored, c.mesh, balanced.assignment(found.choice))
+    c = replace(c, factored=offered(c.factored, c.mesh, axes))
+    if draft:
+        return c, balanced, None
+    network = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c))
+    network.share(balanced)
+    _built(network)
+    return c, network, None if axes else carried(found, balanced.problem(), network.problem())
 
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
@@ -164,11 +185,6 @@ def _within(frontier: Frontier, bound: float) -> Solution:
         return frontier.within(bound, tuning.TIME_LIMIT)
     except TimeoutError as error:
         raise _too_late(tuning.TIME_LIMIT) from error
-
-
-def network_of(c: Compilation) -> CostNetwork:
-    """The cost network. Raises InfeasibleError where a variable has no value left."""
-    return _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c)))
 
 
 def _demands(c: Compilation) -> LayoutDemands:

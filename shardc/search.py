@@ -22,7 +22,7 @@ from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
-from shardc.passes.assign import TooSlowError, network_of, with_orders
+from shardc.passes.assign import TooSlowError, first_network
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
@@ -188,8 +188,8 @@ def _candidate(c: Compilation, best: float) -> Candidate:
         return Candidate(mesh, math.inf, bound, 0.0, time.process_time() - start, remark)
 
     try:
-        c = with_orders(run(part("retile", "propagate"), c))
-        network = network_of(c)
+        c = run(part("retile", "propagate"), c)
+        network = first_network(c)
         bound = check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")

@@ -103,11 +103,19 @@ class CostNetwork:
         self._output_variable: dict[int, int] = {}
 
     def share(self, other: CostNetwork) -> None:
-        """Use the strategies and conversions that another network of the same program on the same mesh has computed."""
-        self._classes, self._class_of, self._gradient_classes = other._classes, other._class_of, other._gradient_classes
-        self._options, self._distinct = other._options, other._distinct
+        """Use the strategies and conversions that another network of the same program on the same mesh has computed,
+        also where the one offers layouts that the other does not, or only one of them is balanced."""
+        self._classes, self._distinct = other._classes, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
         self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
+        if self.factored is other.factored:
+            self._class_of = other._class_of
+            alike = self.balanced == other.balanced
+            self._options = other._options if alike else {
+                kind: options for kind, options in other._options.items() if options.shape.band is None
+            }  # fmt: skip
+            if alike or self._beneath == other._beneath:
+                self._gradient_classes = other._gradient_classes
 
     def problem(self) -> Problem:
         """The problem for the solver, as a copy that the caller may change."""
@@ -175,9 +183,14 @@ class CostNetwork:
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
-        backward = [op for op in self.factored.ops if origin_of(op.node).phase == "backward"]
-        beneath = sum(self.options_of(op).least for op in backward) / total if total else 0.0
+        beneath = self._beneath / total if total else 0.0
         return {dtype: Sharing(buckets, tuple(bytes_of_each), beneath) for dtype, bytes_of_each in sizes.items()}
+
+    @cached_property
+    def _beneath(self) -> float:
+        """Seconds that backward takes at least."""
+        backward = [op for op in self.factored.ops if origin_of(op.node).phase == "backward"]
+        return sum(self.options_of(op).least for op in backward)
 
     def build(self) -> None:
         """Make the variables and edges."""
