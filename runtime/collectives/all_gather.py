@@ -48,7 +48,7 @@ class _AllGather(Collective[Arguments, Result]):
 
 @_AllGather
 def all_gather(x: Tensor, *, dim: int, axis: str, size: int | None = None, order: str = BLOCKS) -> Started[Tensor]:
-    """The chunks of all ranks along `dim`, which grows n times, or to `size` if padding is cut off.
+    """The chunks of all ranks side by side along `dim`, which grows n times, or to `size` if padding is cut off.
 
     RankError where the mesh has no such axis, or `x` no such dim.
     """

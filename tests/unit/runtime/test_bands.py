@@ -30,12 +30,12 @@ def test_pairs() -> None:
 def test_the_positions_of_parts_are_those_that_ranks_see(axes: dict[str, int], size: int, unit: int) -> None:
     part = Part(tuple(axes), size, unit)
     seen = VirtualMesh(axes).run(lambda: (part.start, part.valid), lambda _: ())
-    assert runs_of_parts(size, tuple(axes.values()), unit) == tuple((one,) for one in seen)
+    assert runs_of_parts(size, tuple(axes), tuple(axes.values()), unit) == tuple((one,) for one in seen)
 
 
 @pytest.mark.parametrize("counts", [(5,), (2, 3), (2, 2, 3), (1, 4)])
 def test_a_ring_comes_to_every_part_along_one_axis_at_a_time(counts: tuple[int, ...]) -> None:
-    parts = runs_of_parts(60, counts)
+    parts = runs_of_parts(60, tuple("abcd"[: len(counts)]), counts)
     found = [one.offset for one in visits(parts, parts, counts, False, 0)]
     assert sorted(found) == list(itertools.product(*map(range, counts)))
     hops = [hop(one, other, counts) for one, other in itertools.pairwise(found)]
@@ -54,6 +54,6 @@ def test_steps_in_which_nobody_sees_a_key_are_left_out(
     causal: bool, window: int, offsets: list[int], most: list[int]
 ) -> None:
     """The slowest rank sets the time of every step."""
-    parts = runs_of_parts(16, (4,))
+    parts = runs_of_parts(16, ("a",), (4,))
     found = visits(parts, parts, (4,), causal, window)
     assert [one.offset[0] for one in found] == offsets and [one.pairs for one in found] == most
