@@ -41,8 +41,8 @@ def _backward(
     weights = torch.exp(_scores(q, k, bias, causal, scale) - logsumexp.unsqueeze(-1))
     change = weights * (grad @ _shared(q, v).mT - (grad * out).sum(-1, keepdim=True)) * scale
     of_k, of_v = change.mT @ q, weights.mT @ grad
-    both = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (of_k, of_v))
-    return change @ _shared(q, k), *both
+    of_k, of_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (of_k, of_v))
+    return change @ _shared(q, k), of_k, of_v
 
 
 def _rows_lie_together(*given: Tensor) -> None:
