@@ -31,7 +31,8 @@ _Round = Callable[[slice], list[Tensor]]
 
 def experts_in_parts(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, *, e: Part | None = None, f: Part | None = None, capacity: float = CAPACITY, **_: Any,
+    activation: str, slope: str, capacity: float = CAPACITY, *_: Any, e: Part | None = None, f: Part | None = None,
+    **__: Any,
 ) -> Tensor:  # fmt: skip
     """`shardc::experts`: this rank's addend, of its experts' results for all tokens."""
     weights = _filled(up, up_bias, down, down_bias if _first(f) else None, f)
@@ -46,8 +47,8 @@ def experts_in_parts(
 
 def experts_in_parts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, learns: bool, *, e: Part | None = None,
-    f: Part | None = None, capacity: float = CAPACITY, **_: Any,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = CAPACITY, *_: Any,
+    e: Part | None = None, f: Part | None = None, **__: Any,
 ) -> list[Tensor]:  # fmt: skip
     """`shardc::experts_backward`: addends of the gradients of x and scores, and the gradients of its weights."""
     weights = _filled(up, up_bias, down, down_bias, f)
@@ -56,6 +57,7 @@ def experts_in_parts_backward(
         routing = _local(ids[tokens], e, up.shape[0])
         rows = routing.rows(grad[tokens]), routing.rows(x[tokens]), routing.entries(scores[tokens])
         grads = backward_rows(routing.groups, routing.expert, *rows, *weights, activation, slope, learns, _first(f))
+        del rows
         return by_token(grads, routing, lambda one: one, x, scores)
 
     return _joined(map(round_of, _local_rounds(ids, e, up.shape[0], capacity)), 2)
@@ -63,24 +65,26 @@ def experts_in_parts_backward(
 
 def experts_exchanged(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, slope: str, *, e: Part, f: Part | None = None, capacity: float = CAPACITY,
-    overflow: str = "rounds", **_: Any,
+    activation: str, slope: str, capacity: float = CAPACITY, overflow: str = "rounds", *_: Any, e: Part,
+    f: Part | None = None, **__: Any,
 ) -> Tensor:  # fmt: skip
     """`shardc::experts`: the results of this rank's tokens; of a split inner dim, this rank's addend."""
     weights = _filled(up, up_bias, down, down_bias if _first(f) else None, f)
 
     def round_of(tokens: slice, exchange: RowExchange) -> list[Tensor]:
-        arrived = exchange.there(exchange.routing.rows(x[tokens]))
-        made = forward_rows(exchange.groups, exchange.expert, arrived, *weights, activation)
-        return [exchange.routing.total(exchange.back(made), scores[tokens]).to(x.dtype)]
+        def made() -> Tensor:  # (nothing here may hold rows while others travel)
+            arrived = exchange.there(exchange.routing.rows(x[tokens]))
+            return forward_rows(exchange.groups, exchange.expert, arrived, *weights, activation)
+
+        return [exchange.routing.total(exchange.back(made()), scores[tokens]).to(x.dtype)]
 
     return _joined((round_of(*one) for one in _exchanges(ids, e, capacity, overflow)), 1)[0]
 
 
 def experts_exchanged_backward(
     grad: Tensor, x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, slope: str, learns: bool, *, e: Part, f: Part | None = None,
-    capacity: float = CAPACITY, overflow: str = "rounds", **_: Any,
+    down_bias: Tensor | None, activation: str, slope: str, learns: bool, capacity: float = CAPACITY,
+    overflow: str = "rounds", *_: Any, e: Part, f: Part | None = None, **__: Any,
 ) -> list[Tensor]:  # fmt: skip
     """`shardc::experts_backward`: the gradients of this rank's tokens, scores and weights."""
     weights = _filled(up, up_bias, down, down_bias, f)

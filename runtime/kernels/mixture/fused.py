@@ -210,6 +210,7 @@ def experts_backward(
     grads = backward_rows(
         routing.groups, routing.expert, *rows, up, up_bias, down, down_bias, activation, slope, learns
     )  # fmt: skip
+    del rows
     return by_token(grads, routing, lambda one: one, x, scores)
 
 

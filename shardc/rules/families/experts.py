@@ -53,15 +53,16 @@ def experts(
     k, size = ids.shape[1], x.element_size()
     rows = Send(all_to_all_rows, ("t", "d"), size, elements=k)
     sends = {"e": [_told(up.shape[0]), rows, rows]}
-    outer, inner = forward_elements(up.shape[1])
-    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
+    bound = RowBound("t", "e", k, up.shape[0], capacity)
+    work = _work(forward_elements(up.shape[1]), size, bound, 0)
+    memory, exchanging = (*work, *_total(size, bound)), (*work, *_travel(2, size, bound))
     return parse(
         f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
         flops=_products(up, ids, up.shape[1] + 1), multiplied=[2], workspace=memory,
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts, workspace=memory, imbalance=imbalance),
             Variant(
-                "exchanged", experts_parts.experts_exchanged, sends, (), memory, exchange=("e", "t"),
+                "exchanged", experts_parts.experts_exchanged, sends, (), exchanging, exchange=("e", "t"),
                 imbalance=imbalance,
             ),
         ],
@@ -91,8 +92,12 @@ def experts_backward(
             Send(all_to_all_rows, ("t",), numbers, elements=k), Send(all_to_all_rows, ("t",), size, elements=k),
         ]
     }  # fmt: skip
-    outer, inner = backward_elements(up.shape[1])
-    memory = _workspace(k, up.shape[0], size, outer, inner, capacity)
+    bound = RowBound("t", "e", k, up.shape[0], capacity)
+    work = (
+        *_work(backward_elements(up.shape[1]), size, bound, up.shape[1] if learns else 0),
+        *_last_product(up.shape[1], size, bound),
+    )
+    memory, exchanging = (*work, *_total(size, bound)), (*work, *_travel(3, size, bound))
     return parse(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
         [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1),
@@ -100,7 +105,7 @@ def experts_backward(
         variants=[
             Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
             Variant(
-                "exchanged", experts_parts.experts_exchanged_backward, sends, (), memory, exchange=("e", "t"),
+                "exchanged", experts_parts.experts_exchanged_backward, sends, (), exchanging, exchange=("e", "t"),
                 imbalance=imbalance,
             ),
         ],
@@ -112,7 +117,34 @@ def _present(up_bias: Tensor | None, down_bias: Tensor | None) -> list[str]:
     return [name for name, one in names.items() if one is not None]
 
 
-def _workspace(k: int, experts: int, size: int, outer: int, inner: int, capacity: float) -> tuple[Workspace, ...]:
-    """`outer` values of width d and `inner` of width f for each row that may come."""
-    bound = RowBound("t", "e", k, experts, capacity)
-    return Workspace(("d",), size, outer, bound=bound), Workspace(("f",), size, inner, bound=bound)
+def _work(elements: tuple[int, int], size: int, bound: RowBound, gradients: int) -> tuple[Workspace, ...]:
+    """While rows are in work: values of width d and of width f for each that may come. The result by token is not yet
+    there, nor are the gradients of up, of which a gate and what it gates have `gradients`."""
+    outer, inner = elements
+    return (
+        Workspace(("d",), size, outer, bound=bound),
+        Workspace(("f",), size, inner, bound=bound),
+        Workspace(("t", "d"), size, -1),
+        Workspace(("e", "f", "d"), size, -gradients),
+    )
+
+
+def _last_product(count: int, size: int, bound: RowBound) -> tuple[Workspace, ...]:
+    """While backward makes the gradients of rows: these, what rows came in, and the gradients of `up @ x`."""
+    return (
+        Workspace(("d",), size, 3, stage=2, bound=bound),
+        Workspace(("f",), size, count, stage=2, bound=bound),
+        Workspace(("t", "d"), size, -1, stage=2),
+    )
+
+
+def _total(size: int, bound: RowBound) -> tuple[Workspace, ...]:
+    """While rows are summed by token: the rows, those of one k twice, and the sum, if that is wider than the result."""
+    wide = Workspace(("t", "d"), 4, 1, stage=1) if size < 4 else Workspace(("t", "d"), size, 0, stage=1)
+    return Workspace(("d",), size, 1, stage=1, bound=bound), Workspace(("t", "d"), size, 2, stage=1), wide
+
+
+def _travel(copies: int, size: int, bound: RowBound) -> tuple[Workspace, ...]:
+    """While rows travel: those of this rank's tokens, and `copies` of what may come: as they came and by expert, and in
+    backward other rows that came before. The result by token is not yet there."""
+    return Workspace(("d",), size, copies, stage=1, bound=bound), Workspace(("t", "d"), size, bound.each - 1, stage=1)
