@@ -204,9 +204,9 @@ def test_sizes_met_later_keep_to_the_budget() -> None:
         assert sharded.plan.memory is not None and sharded.plan.memory.peak <= budget
 
 
-def test_at_a_tight_budget_attention_runs_again_and_residuals_are_split_along_the_sequence() -> None:
-    """Korthikanti et al. 2022: sequence parallelism and selective recomputation keep a fifth of what tensor parallelism
-    alone does, and hardly any product of matrices runs twice."""
+def test_at_a_tight_budget_residuals_are_split_along_the_sequence_and_no_product_runs_again() -> None:
+    """Korthikanti et al. 2022, table 2: without scores, which attention by blocks never keeps, tensor parallelism keeps
+    10 + 24/t a layer, and sequence parallelism 34/t: a third for t = 8. Hardly any product of matrices runs twice."""
     layers = 4
     model, inputs = paper_gpt(layers, batch=8)
     keep_all = shardc.compile(
@@ -215,11 +215,10 @@ def test_at_a_tight_budget_attention_runs_again_and_residuals_are_split_along_th
     tight = shardc.compile(model, "tp=8", inputs, hardware="a100", memory="7GB").plan
     assert keep_all.memory is not None and tight.memory is not None and tight.memory.peak <= 7e9
     label = "kept for backward"
-    assert keep_all.memory.parts[label] >= 5.0 * tight.memory.parts[label]
-    assert tight.predicted <= 1.06 * keep_all.predicted
+    assert keep_all.memory.parts[label] >= 3.0 * tight.memory.parts[label]
+    assert tight.cost <= 1.06 * keep_all.cost
     assignment = tight.explainer.assignment
     again = Counter(node.name.rstrip("_0123456789") for node, one in assignment.strategies.items() if one.again)
-    assert again["softmax"] >= layers - 1 and again["bmm"] >= layers - 1  # the scores and what becomes of them
-    assert again["addmm"] + again["mm"] <= 1
+    assert again["native_layer_norm"] >= layers - 1 and again["attention"] + again["addmm"] + again["mm"] <= 1
     residuals = [splits for key, splits in assignment.kept.items() if key[0].name.startswith("add_")]
     assert sum(splits.axes[0] == ("tp",) for splits in residuals) >= 2 * layers - 1

@@ -100,7 +100,7 @@ TEXT: dict[str, Entry] = {
     "gpt2": Entry(decoder(t.GPT2LMHeadModel, t.GPT2Config, **GPT2)),
     "gpt_neox": Entry(decoder(t.GPTNeoXForCausalLM, t.GPTNeoXConfig, **BERT, use_cache=False)),
     "opt": Entry(decoder(t.OPTForCausalLM, t.OPTConfig, **OPT)),
-    "bloom": Entry(decoder(t.BloomForCausalLM, t.BloomConfig, **BLOOM)),
+    "bloom": Entry(decoder(t.BloomForCausalLM, t.BloomConfig, **BLOOM), ROUNDED),
     "falcon": Entry(decoder(t.FalconForCausalLM, t.FalconConfig, **BERT, use_cache=False)),
     "qwen2_moe": Entry(
         decoder(t.Qwen2MoeForCausalLM, t.Qwen2MoeConfig, **MOST, shared_expert_intermediate_size=16), ROUNDED
