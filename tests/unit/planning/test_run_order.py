@@ -38,7 +38,7 @@ class Routed(Tower):
         super().__init__(32, BLOCKS)
         for block in self.blocks:
             block.register_buffer("bias", torch.randn(32))
-            block.register_forward_hook(lambda block, _, made: made * block.bias)
+            block.register_forward_hook(_biased)
 
 
 class Collecting(Tower):
@@ -63,6 +63,10 @@ class Saving(Tower):
         super().__init__(32, BLOCKS)
         for block in self.blocks:
             block.register_forward_hook(_divided)
+
+
+def _biased(block: nn.Module, _: object, made: Tensor) -> Tensor:
+    return made * block.get_buffer("bias")
 
 
 def _divided(block: nn.Module, _: object, made: Tensor) -> Tensor:
