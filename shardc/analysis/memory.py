@@ -29,7 +29,7 @@ from shardc.analysis.liveness import dead_after
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
-from shardc.ir.facts import dtype_of, laid, lowered
+from shardc.ir.facts import FACTS, Captured, dtype_of, laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.printing import columns, in_bytes
@@ -318,7 +318,8 @@ class _Execution:
     def _as_captured(self, node: fx.Node) -> _TensorForm:
         """What a body makes: its result lies in memory as that of the operator does."""
         form, base = self._contiguous(node), lowered(node).base
-        strides = tensor_of(base).stride() if base is not None else ()
+        known = base is not None and isinstance(base[0].meta[FACTS], Captured)  # a program read from text is not
+        strides = tensor_of(base).stride() if base is not None and known else ()
         if len(strides) != len(form.shape):
             return form
         order = sorted(range(len(strides)), key=lambda dim: -strides[dim])

@@ -29,7 +29,8 @@ import z3
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import is_folded
 from shardc.ir.program import Role, value_of
-from shardc.planning.cost_network import CostNetwork, base_demand
+from shardc.planning.cost_network import CostNetwork
+from shardc.planning.variables import base_demand
 from shardc.rules.factors.factored import Key, Op
 from shardc.rules.factors.strategy import Shape, splittable
 from shardc.runtime.mesh.orders import axis_of

@@ -28,7 +28,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Folds, Splits
 from shardc.planning.strategies import OperatorOptions
-from shardc.planning.variables import Domain, Variable
+from shardc.planning.variables import Domain, Variable, base_demand, name_of
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
 from shardc.solver.problem import Problem, zeros
@@ -389,17 +389,3 @@ class CostNetwork:
     def gradient_demand(self, value: Value, parameter: fx.Node, stored: Splits) -> Splits:
         """The layout of the gradient's base value when the parameter is stored as `stored`."""
         return base_demand(value, stored.axes)
-
-
-def name_of(key: Key) -> str:
-    """A name for a base value, unique in the program."""
-    return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
-
-
-def base_demand(value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
-    """The layout of a base value when the leaves of its view `value` are split by `axes`."""
-    base_axes: list[tuple[str, ...]] = [() for _ in value.form.base]
-    for place, leaf_axes in zip(value.form.places, axes, strict=True):
-        if place is not None:
-            base_axes[place] = leaf_axes
-    return Splits(tuple(base_axes))

@@ -26,9 +26,9 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.memory import NO_STATES, States
 from shardc.ir.program import Port, Role
 from shardc.ir.splits import Splits
-from shardc.planning.cost_network import Assignment, CostNetwork, name_of
+from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.run_order import RunOrder
-from shardc.planning.variables import Domain
+from shardc.planning.variables import Domain, name_of
 from shardc.rules.factors.factored import Key, Op, Value
 from shardc.rules.factors.strategy import Strategy, workspace
 from shardc.solver.loads import Load, Loads

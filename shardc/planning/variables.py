@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardc.ir.splits import Splits
+from shardc.rules.factors.factored import Key, Value
 from shardc.rules.factors.strategy import Strategy
 
 
@@ -32,3 +33,17 @@ class Variable:
     name: str
     domain: list[Strategy] | list[Splits]
     unary: np.ndarray
+
+
+def name_of(key: Key) -> str:
+    """A name for a base value, unique in the program."""
+    return f"{key[0].name}.{key[1]}" if key[1] else key[0].name
+
+
+def base_demand(value: Value, axes: tuple[tuple[str, ...], ...]) -> Splits:
+    """The layout of a base value when the leaves of its view `value` are split by `axes`."""
+    base_axes: list[tuple[str, ...]] = [() for _ in value.form.base]
+    for place, leaf_axes in zip(value.form.places, axes, strict=True):
+        if place is not None:
+            base_axes[place] = leaf_axes
+    return Splits(tuple(base_axes))
