@@ -24,7 +24,7 @@ from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
 from shardc.capture.torch_patches.attention.written import Recognition, Unrecognised
-from shardc.capture.torch_patches.compiling_flag import CompilingFlag
+from shardc.capture.torch_patches.compiling_flag import CompilingFlag, Place
 from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec
@@ -65,14 +65,16 @@ def capture(
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
         rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
-        for compiling in (CompilingFlag(False), CompilingFlag(True)):
+        told: set[Place] = set()
+        while True:
+            compiling = CompilingFlag(told)
             trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition)
             try:
                 return trace, ProgramBuilder(trace, trace.run()).program()
             except CaptureError:
-                if compiling.answer or not compiling.asked:
+                if compiling.last is None or compiling.last in told:
                     raise
-        raise AssertionError
+                told.add(compiling.last)
 
     def captured() -> Program:
         repeats = [] if dynamic else find(module, constraints or ())

@@ -46,9 +46,12 @@ def history(model: Any, kinds: list[Kind], calls: int) -> list[Any]:
 def alike(one: Any, other: Any) -> None:
     (ones, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     assert spec == other_spec
+    # the gradient of a bias before a batch norm is zero but for what the others' sums lose
+    floats = [leaf for leaf in ones if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
+    largest = max([float(leaf.abs().max()) for leaf in floats], default=0.0)
     for a, b in zip(ones, others, strict=True):
         if isinstance(a, Tensor):
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * max(largest, 1.0))
         else:
             assert a == b
 

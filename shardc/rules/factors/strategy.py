@@ -266,7 +266,7 @@ def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
         if all(ways.get(name, 1) >= one.parts for name in one.beside):
             size = int(points(one.factors) * rows(one.bound) * one.itemsize * one.elements)
             stages[one.stage] += size if one.most is None else min(size, one.most)
-    return max(0, *stages.values())
+    return max(stages.values(), default=0)
 
 
 def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tuple[tuple[str, ...], ...]:

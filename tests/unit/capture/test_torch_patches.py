@@ -237,8 +237,8 @@ def test_forward_and_backward_nodes_know_module_and_line() -> None:
 def test_switches_are_set_and_set_back() -> None:
     states = torch.get_rng_state(), random.getstate()
     mkldnn = torch.backends.mkldnn.enabled
-    with tracing_flags(nn.Module(), CompilingFlag(True)):
-        assert torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    with tracing_flags(nn.Module(), CompilingFlag()):
+        assert isinstance(torch.compiler._is_compiling_flag, CompilingFlag) and not torch.compiler.is_exporting()
         assert not torch._C._get_mkldnn_enabled()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # anomaly mode warns where it is entered
@@ -251,10 +251,13 @@ def test_switches_are_set_and_set_back() -> None:
 
 
 def test_only_the_users_code_is_told_that_nothing_compiles() -> None:
-    flag = CompilingFlag(False)
+    told: set[tuple[str, int]] = set()
+    flag = CompilingFlag(told)
     with tracing_flags(nn.Module(), flag):
-        assert not flag.asked
-        assert not torch.compiler.is_compiling() and flag.asked
+        assert flag.last is None
+        for answer in (False, True):
+            assert bool(torch.compiler.is_compiling()) is answer and flag.last is not None
+            told.add(flag.last)
         installed = compile("bool(is_compiling())", os.path.join(sysconfig.get_path("purelib"), "library.py"), "eval")
         assert eval(installed, {"is_compiling": torch.compiler.is_compiling}) is True
 
