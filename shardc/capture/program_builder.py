@@ -21,6 +21,8 @@ from shardc.ir.facts import Origin
 from shardc.ir.program import Port, Program, Role
 from shardc.ir.versions import GraphVersion
 
+_ZEROS = torch.ops.aten.zeros.default
+
 
 class ProgramBuilder:
     """Makes the Program of one trace. Raises CaptureError for what a program cannot hold."""
@@ -85,10 +87,14 @@ class ProgramBuilder:
                     gradients[source.port] = value
                 else:
                     by_role[role].append((Port(role, source.port.name, source.port.index), value))
+        written = {(port.name, port.index) for port, _ in by_role[Role.MUTATION]}
         for slot in self.trace.slots:
             if slot.fake.requires_grad and gradients:
                 port = Port(Role.GRADIENT, slot.port.name, slot.port.index)
-                by_role[Role.GRADIENT].append((port, gradients.get(slot.port)))
+                gradient = gradients.get(slot.port)
+                if (port.name, port.index) in written and gradient is not None and gradient.target is _ZEROS:
+                    gradient = None  # that of the new value, which torch's tracer begins backward with
+                by_role[Role.GRADIENT].append((port, gradient))
         pairs = [pair for group in by_role.values() for pair in group]
         return [port for port, _ in pairs], [value for _, value in pairs]
 

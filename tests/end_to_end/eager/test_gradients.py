@@ -153,3 +153,22 @@ def test_a_saved_module_knows_what_has_no_gradient(tmp_path: Path) -> None:
         run(x, y)[0].sum().backward()
         found.append([None if grad is None else grad.clone() for grad in of(model, x, y)])
     same(*found)
+
+
+class ClampsItsBias(nn.Module):
+    """Backward does not reach the bias that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.bias.clamp_(-0.05, 0.05)
+        return self.second((self.first(x) + self.first.bias).detach())
+
+
+def test_a_parameter_that_is_changed_and_takes_no_part_has_no_gradient() -> None:
+    model = shard(ClampsItsBias(), mesh="a=2")
+    model(torch.randn(6, 4)).sum().backward()
+    assert model.first.bias.grad is None and model.second.bias.grad is not None
