@@ -169,6 +169,6 @@ class ClampsItsBias(nn.Module):
 
 
 def test_a_parameter_that_is_changed_and_takes_no_part_has_no_gradient() -> None:
-    model = shard(ClampsItsBias(), mesh="a=2")
+    model = shardc.shard(ClampsItsBias(), mesh="a=2")
     model(torch.randn(6, 4)).sum().backward()
     assert model.first.bias.grad is None and model.second.bias.grad is not None
