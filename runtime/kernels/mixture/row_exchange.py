@@ -122,12 +122,14 @@ class _Hop:
 
 def _places(part: Part) -> Tensor:
     """For each expert, its rank times the experts of a rank, plus its place there."""
-    expert, rank, size = torch.arange(part.size), torch.zeros(part.size, dtype=torch.int64), part.size
+    size = part.size // part.unit
+    expert = torch.arange(part.size) // part.unit
+    rank = torch.zeros_like(expert)
     for axis in part.axes:
         ways = current().size(axis)
         size = -(-size // ways)
         rank, expert = rank * ways + expert // size, expert % size
-    return rank * part.length + expert
+    return rank * part.length + expert * part.unit + torch.arange(part.size) % part.unit
 
 
 def _within(table: Tensor, limit: int) -> Tensor:
