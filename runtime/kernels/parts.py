@@ -16,7 +16,7 @@ from shardc.runtime.collectives.permute import permute
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.bands import Runs, runs_of_parts
 from shardc.runtime.mesh.mesh import current
-from shardc.runtime.mesh.orders import BLOCKS, axis_of, order_of
+from shardc.runtime.mesh.orders import BLOCKS, axis_of, extent, order_of
 
 __all__ = ["Part"]
 
@@ -40,7 +40,7 @@ class Part:
     @property
     def count(self) -> int:
         """The number of parts."""
-        return math.prod(current().size(axis_of(axis)) for axis in self.axes)
+        return math.prod(self._counts)
 
     @property
     def runs(self) -> Runs:
@@ -51,8 +51,7 @@ class Part:
     @property
     def all_runs(self) -> tuple[Runs, ...]:
         """The runs of every part, in order."""
-        counts = tuple([current().size(axis_of(axis)) for axis in self.axes])
-        return runs_of_parts(self.size, self.axes, counts, self.unit)
+        return runs_of_parts(self.size, self.axes, self._counts, self.unit)
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """The global positions of the local dim. Those of padding follow on the last one."""
@@ -88,19 +87,17 @@ class Part:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """`(start, valid)` of every part, in order."""
-        places = itertools.product(*(range(current().size(axis_of(axis))) for axis in self.axes))
-        extents = (self._extent(dict(zip(self.axes, place, strict=True))) for place in places)
+        places = itertools.product(*map(range, self._counts))
+        extents = (extent(self.size, self._counts, place, self.unit) for place in places)
         return [(start, valid) for start, _, valid in extents]
 
-    def _extent(self, coordinates: Mapping[str, int] | None = None) -> tuple[int, int, int]:
-        """Start, length and valid elements of the part at `coordinates`; None: of the rank's part."""
-        context = current()
-        start, chunk, valid = 0, self.size // self.unit, self.size // self.unit
-        for axis in map(axis_of, self.axes):
-            chunk = -(-chunk // context.size(axis))
-            first = (coordinates or context.coordinates)[axis] * chunk
-            start, valid = start + first, min(max(valid - first, 0), chunk)
-        return start * self.unit, chunk * self.unit, valid * self.unit
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return tuple([current().size(axis_of(axis)) for axis in self.axes])
+
+    def _extent(self) -> tuple[int, int, int]:
+        """Start, length and valid elements of the rank's part."""
+        return extent(self.size, self._counts, [current().coordinates[axis_of(axis)] for axis in self.axes], self.unit)
 
     def fill(self, x: Tensor, dim: int, value: float) -> Tensor:
         """`x` with `value` in the padding of its local `dim`. For booleans, a value above zero is true."""

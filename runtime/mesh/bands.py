@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from shardc.runtime.mesh.orders import FOLDED, order_of, runs_of
+from shardc.runtime.mesh.orders import FOLDED, extent, order_of, runs_of
 
 Runs = tuple[tuple[int, int], ...]
 """The positions in one part of a dim: `(start, length)` of every run of consecutive ones."""
@@ -26,17 +26,13 @@ Runs = tuple[tuple[int, int], ...]
 def runs_of_parts(size: int, axes: tuple[str, ...], counts: tuple[int, ...], unit: int = 1) -> tuple[Runs, ...]:
     """The positions of every part of a dim of `size` that `axes` of `counts` ranks split, major to minor. An axis that
     folds the dim is the last one, and gives every part two runs."""
+    folded = bool(axes) and order_of(axes[-1]) == FOLDED
     found: list[Runs] = []
     for place in itertools.product(*map(range, counts)):
-        start, chunk, valid, runs = 0, size // unit, size // unit, [(0, size // unit)]
-        for axis, count, coordinate in zip(axes, counts, place, strict=True):
-            if order_of(axis) == FOLDED:
-                runs = runs_of(FOLDED, chunk, count, coordinate)
-                continue
-            chunk = -(-chunk // count)
-            start, valid = start + coordinate * chunk, min(max(valid - coordinate * chunk, 0), chunk)
-            runs = [(0, valid)]
-        found.append(tuple([((start + first) * unit, length * unit) for first, length in runs]))
+        blocks = len(counts) - folded
+        start, chunk, valid = extent(size, counts[:blocks], place[:blocks], unit)
+        runs = runs_of(FOLDED, chunk // unit, counts[-1], place[-1]) if folded else [(0, valid // unit)]
+        found.append(tuple([(start + first * unit, length * unit) for first, length in runs]))
     return tuple(found)
 
 

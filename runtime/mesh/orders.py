@@ -36,6 +36,18 @@ def in_order(axis: str, order: str) -> str:
     return axis if order == BLOCKS else f"{axis}~{order}"
 
 
+def extent(size: int, counts: Sequence[int], place: Sequence[int], unit: int = 1) -> tuple[int, int, int]:
+    """Of a dim of `size` that axes of `counts` ranks split in blocks, major to minor, the part at `place`: where it
+    starts, its length, which is that of every part, and how many elements of it are no padding. All are multiples of
+    `unit`."""
+    start, chunk, valid = 0, size // unit, size // unit
+    for count, coordinate in zip(counts, place, strict=True):
+        chunk = -(-chunk // count)
+        first = coordinate * chunk
+        start, valid = start + first, min(max(valid - first, 0), chunk)
+    return start * unit, chunk * unit, valid * unit
+
+
 def runs_of(order: str, size: int, ranks: int, place: int) -> list[tuple[int, int]]:
     """`(start, length)` of the runs of neighbours that the rank at `place` has of `size` elements, in local order.
     The dim divides evenly."""

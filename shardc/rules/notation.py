@@ -374,6 +374,11 @@ def letters(value: torch.Tensor, prefix: str = "d") -> list[str]:
     return [f"{prefix}{i}" if size != 1 else "1" for i, size in enumerate(value.shape)]
 
 
+def named_dims(value: torch.Tensor, names: Iterable[str]) -> str:
+    """The names of its dims as rule text; `1` where the size is one."""
+    return " ".join("1" if size == 1 else name for size, name in zip(value.shape, names, strict=True))
+
+
 def mark(names: list[str], dims: Iterable[int], sign: str = "!") -> str:
     """The names as rule text; those of `dims` get the `sign`, which by default keeps them whole."""
     chosen = {d % len(names) for d in dims} if names else set[int]()

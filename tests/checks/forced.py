@@ -1,12 +1,13 @@
-"""Plans in which attention runs a given variant, chosen by the solver from what is left of its domain."""
+"""Plans in which attention or experts run a given variant, chosen by the solver from what is left of its domain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
+from torch._ops import OpOverload
 
 from shardc.ir.program import Port
 from shardc.planning.cost_network import CostNetwork
@@ -15,18 +16,28 @@ from shardc.rules.factors.factored import Op
 from shardc.rules.factors.strategy import Strategy
 
 ATTENTION = (torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default)
+EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default)
 Accepts = Callable[[Mapping[str, tuple[str, ...]], str], bool]
 """Whether a strategy may be chosen, by the axes that split each factor, and the name of the variant."""
 
 
-@contextmanager
-def attention(accepts: Accepts) -> Generator[None]:
+def attention(accepts: Accepts) -> AbstractContextManager[None]:
     """Every attention has a strategy that `accepts`, in forward and in backward."""
+    return _forced(ATTENTION, accepts)
+
+
+def experts(variant: str) -> AbstractContextManager[None]:
+    """All experts run that variant, in forward and in backward."""
+    return _forced(EXPERTS, lambda _, name: name == variant)
+
+
+@contextmanager
+def _forced(operators: Collection[OpOverload], accepts: Accepts) -> Generator[None]:
     kept = CostNetwork._kept
 
     def fewer(self: CostNetwork, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         keep = kept(self, op, options, port, frozen)
-        if op.node.target not in ATTENTION:
+        if op.node.target not in operators:
             return keep
         among = range(len(options.strategies)) if keep is None else keep
         return [

@@ -11,25 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import shardc
-from checks.forcing import forced
+from checks import forced
+from checks.training import losses_of
 from shardc.errors import ShardcError
 from shardc.options import Options
 from zoo.text import TEXT
 
-VARIANTS = frozenset({"in_parts", "exchanged"})
 CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 
 
-def trained(model: nn.Module, call: Callable[..., Tensor], inputs: dict[str, Tensor], steps: int = 3) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    losses: list[float] = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = call(**inputs)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+def trained(model: nn.Module, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> list[float]:
+    return losses_of(call, inputs, torch.optim.SGD(model.parameters(), 0.1))
 
 
 @pytest.mark.parametrize("variant", CALLS)
@@ -38,7 +30,7 @@ def test_every_variant_trains_like_the_single_device(name: str, mesh: str, varia
     torch.manual_seed(0)
     model, inputs = TEXT[name].build()
     alone = copy.deepcopy(model)
-    with forced(variant, VARIANTS):
+    with forced.experts(variant):
         compiled = shardc.compile(model, mesh, inputs, hardware="h100", memory="unbounded")
     assert CALLS[variant] in compiled.code
     losses, right = trained(model, compiled, inputs), trained(alone, alone, inputs)
@@ -77,7 +69,7 @@ EVERY = torch.arange(4).repeat(12, 1)
 
 def test_bytes_are_those_of_the_plan_where_routing_is_balanced() -> None:
     inputs = routed(EVERY)
-    with forced("exchanged", VARIANTS):
+    with forced.experts("exchanged"):
         compiled = shardc.compile(Layer(), "ep=2", inputs, hardware="h100", memory="unbounded")
     compiled.executable.mesh.reset()
     compiled(*inputs).backward()
@@ -87,7 +79,7 @@ def test_bytes_are_those_of_the_plan_where_routing_is_balanced() -> None:
 
 def test_imbalance_makes_split_experts_dearer() -> None:
     def cost(**asked: Any) -> float:
-        with forced("exchanged", VARIANTS):
+        with forced.experts("exchanged"):
             compiled = shardc.compile(Layer(), "ep=2", routed(EVERY), hardware="h100", memory="unbounded", **asked)
         return compiled.plan.cost
 
@@ -100,7 +92,7 @@ def test_capacity_bounds_memory_and_overflow_is_as_asked() -> None:
     right = float(Layer()(*inputs).detach())
 
     def asked(**options: Any) -> tuple[float, float]:
-        with forced("exchanged", VARIANTS):
+        with forced.experts("exchanged"):
             compiled = shardc.compile(Layer(), "ep=2", inputs, hardware="h100", memory="unbounded", **options)
         return float(compiled(*inputs).detach()), compiled.plan.memory.peak
 

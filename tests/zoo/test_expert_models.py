@@ -15,11 +15,11 @@ import transformers as t
 from torch import Tensor, nn
 
 import shardc
-from checks.forcing import forced
+from checks import forced
+from checks.training import losses_of
 from zoo.case import ROUNDED
 from zoo.text import EXPERTS, LLAMA, MOST, decoder
 
-VARIANTS = frozenset({"in_parts", "exchanged"})
 CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 DEEPSEEK = dict(
     q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
@@ -37,15 +37,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def trained(model: nn.Module, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-3)  # of a small eps, rounding would decide signs
-    losses: list[float] = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = call(**inputs)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+    # of a small eps, rounding would decide signs
+    return losses_of(call, inputs, torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-3))
 
 
 def compare(model: nn.Module, inputs: dict[str, Tensor]) -> str:
@@ -65,7 +58,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> str:
 def test_variants_train_like_the_single_device(name: str, variant: str) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
-    with forced(variant, VARIANTS):
+    with forced.experts(variant):
         assert CALLS[variant] in compare(model, inputs)
 
 

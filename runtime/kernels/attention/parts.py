@@ -35,11 +35,7 @@ def attention_in_parts(
     out, logsumexp = attend(ours, k, v, mask_of(mask, q), literals, rows, columns, dropping)
     if s is not None:
         out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s, heads_inside(ours))
-    if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, sinks)
-    if q.dim() == 4:
-        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
-    return out.to(q.dtype), seen(logsumexp)
+    return finished(out, logsumexp, sinks, q)
 
 
 def attention_in_parts_backward(
@@ -101,10 +97,15 @@ def dropping_of(
     return Dropping(draw, literals.dropout, q.dtype, shape, parts[:3])
 
 
-def with_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and log-sum-exp with one more key for each head, whose value is zero."""
-    total = torch.logaddexp(logsumexp, _by_row(sinks, logsumexp))
-    return out * torch.exp(logsumexp - total).unsqueeze(-1), total
+def finished(out: Tensor, logsumexp: Tensor, sinks: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """What the operator returns for queries `q`, from the result and log-sum-exp over all keys. Sinks are one more key
+    for each head, whose value is zero."""
+    if sinks is not None:
+        total = torch.logaddexp(logsumexp, _by_row(sinks, logsumexp))
+        out, logsumexp = out * torch.exp(logsumexp - total).unsqueeze(-1), total
+    if q.dim() == 4:
+        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
+    return out.to(q.dtype), seen(logsumexp)
 
 
 def grad_of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, logsumexp: Tensor, rows: Runs) -> Tensor:

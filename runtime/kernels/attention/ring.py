@@ -24,8 +24,8 @@ from torch import Tensor
 
 from shardc.runtime.collectives.collective import Started, wait
 from shardc.runtime.collectives.permute import permute
-from shardc.runtime.kernels.attention.blocks import attend, attend_backward, combine, compute_dtype, nothing, seen
-from shardc.runtime.kernels.attention.parts import dropping_of, grad_of_sinks, grouped, mask_of, with_sinks
+from shardc.runtime.kernels.attention.blocks import attend, attend_backward, combine, compute_dtype, nothing
+from shardc.runtime.kernels.attention.parts import dropping_of, finished, grad_of_sinks, grouped, mask_of
 from shardc.runtime.kernels.attention.pieces import Literals
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, shifted, visits
@@ -144,11 +144,7 @@ def ring_attention(
             del out, sums  # the next step needs the room
         keys.land()
     out, logsumexp = made or nothing(ours, v)
-    if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, sinks)
-    if q.dim() == 4:
-        out, logsumexp = out.squeeze(2), logsumexp.squeeze(2)
-    return out.to(q.dtype), seen(logsumexp)
+    return finished(out, logsumexp, sinks, q)
 
 
 def ring_attention_backward(

@@ -122,14 +122,7 @@ class _Hop:
 
 def _places(part: Part) -> Tensor:
     """For each expert, its rank times the experts of a rank, plus its place there."""
-    size = part.size // part.unit
-    expert = torch.arange(part.size) // part.unit
-    rank = torch.zeros_like(expert)
-    for axis in part.axes:
-        ways = current().size(axis)
-        size = -(-size // ways)
-        rank, expert = rank * ways + expert // size, expert % size
-    return rank * part.length + expert * part.unit + torch.arange(part.size) % part.unit
+    return torch.cat([rank * part.length + torch.arange(valid) for rank, (_, valid) in enumerate(part.spans)])
 
 
 def _within(table: Tensor, limit: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from shardc.rules.families import attention_workspace
 from shardc.rules.families.attention_ring import POSITIONS, rings
-from shardc.rules.notation import Band, Rule, Send, Variant, letters, mark, parse, rule
+from shardc.rules.notation import Band, Rule, Send, Variant, letters, mark, named_dims, parse, rule
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels.attention import parts
 from shardc.runtime.kernels.attention.blocks import compute_dtype
@@ -32,25 +32,25 @@ class _Names:
 
     def queries(self, x: torch.Tensor, last: str) -> str:
         """A tensor with a row for every query."""
-        return _named(x, [*self.rows, last])
+        return named_dims(x, [*self.rows, last])
 
     def keys(self, x: torch.Tensor, last: str) -> str:
         """A tensor with a row for every key."""
-        return _named(x, [self.batch, self.heads[0], self.key, last])
+        return named_dims(x, [self.batch, self.heads[0], self.key, last])
 
     def sums(self, x: torch.Tensor) -> str:
         """A number for every query."""
-        return _named(x, self.rows)
+        return named_dims(x, self.rows)
 
     def sinks(self, x: torch.Tensor) -> str:
         """A number for every head."""
-        return _named(x, self.heads)
+        return named_dims(x, self.heads)
 
     def others(self, mask: torch.Tensor | None, sinks: torch.Tensor | None, draw: torch.Tensor | None) -> list[str]:
         """The operands that may be absent."""
         texts: list[str] = []
         if mask is not None:
-            texts.append(_named(mask, [*self.rows, self.key][len(self.rows) + 1 - mask.dim() :]))
+            texts.append(named_dims(mask, [*self.rows, self.key][len(self.rows) + 1 - mask.dim() :]))
         if sinks is not None:
             texts.append(self.sinks(sinks))
         if draw is not None:
@@ -70,10 +70,6 @@ def mark_whole(x: torch.Tensor) -> str:
 
 def _plain(word: str) -> str:
     return word.partition(":")[0].rstrip("~")
-
-
-def _named(x: torch.Tensor, names: list[str]) -> str:
-    return " ".join("1" if size == 1 else name for size, name in zip(x.shape, names, strict=True))
 
 
 @rule(torch.ops.shardc.attention.default)

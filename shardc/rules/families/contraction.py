@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, fixed, named, parse, rule
+from shardc.rules.notation import Rule, fixed, named, named_dims, parse, rule
 
 aten = torch.ops.aten
 
@@ -72,5 +72,4 @@ def _ones(text: str, *operands: torch.Tensor | None) -> str:
 
 
 def _bias(bias: torch.Tensor, names: str) -> str:
-    dims = names[len(names) - bias.dim() :]
-    return " ".join("1" if size == 1 else name for size, name in zip(bias.shape, dims, strict=True))
+    return named_dims(bias, names[len(names) - bias.dim() :])

@@ -8,28 +8,23 @@ e and t             exchanged               rows, to their experts and back, pri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from shardc.rules.notation import RowBound, Rule, Send, Variant, Workspace, parse, rule
+from shardc.rules.notation import Body, RowBound, Rule, Send, Variant, Workspace, named_dims, parse, rule
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_to_all_rows import all_to_all_rows
 from shardc.runtime.kernels.mixture import experts_parts
 from shardc.runtime.kernels.mixture.fused import CAPACITY, backward_elements, forward_elements
 
 
-def _named(text: str, x: Tensor) -> str:
-    names = zip(x.shape, text.split(), strict=True)
-    return " ".join("1" if size == 1 else name for size, name in names)
-
-
 def _weights(up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> list[str]:
     """Rule texts of the weights that there are."""
     e, f = "e:sum~", "f:sum~"
     pairs = (up, f"{e} g! {f} d!"), (up_bias, f"{e} g! {f}"), (down, f"{e} d! {f}"), (down_bias, f"{e} d!")
-    return [_named(text, x) for x, text in pairs if x is not None]
+    return [named_dims(x, text.split()) for x, text in pairs if x is not None]
 
 
 def _told(experts: int) -> Send:
@@ -42,6 +37,16 @@ def _products(up: Tensor, ids: Tensor, count: int) -> list[str]:
     return [f"{ids.shape[1]}/{up.shape[0]} t e f d"] * count
 
 
+def _variants(
+    in_parts: Body, exchanged: Body, sends: Mapping[str, Sequence[Send]], memory: tuple[Workspace, ...],
+    exchanging: tuple[Workspace, ...], imbalance: float,
+) -> list[Variant]:  # fmt: skip
+    return [
+        Variant("in_parts", in_parts, workspace=memory, imbalance=imbalance),
+        Variant("exchanged", exchanged, sends, (), exchanging, exchange=("e", "t"), imbalance=imbalance),
+    ]
+
+
 @rule(torch.ops.shardc.experts.default)
 def experts(
     x: Tensor, ids: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
@@ -49,7 +54,7 @@ def experts(
 ) -> Rule:  # fmt: skip
     """Linear in the scores."""
     del activation, slope, overflow
-    left = [_named(text, one) for text, one in (("t d!", x), ("t k!", ids), ("t k!", scores))]
+    left = [named_dims(one, text.split()) for text, one in (("t d!", x), ("t k!", ids), ("t k!", scores))]
     k, size = ids.shape[1], x.element_size()
     rows = Send(all_to_all_rows, ("t", "d"), size, elements=k)
     sends = {"e": [_told(up.shape[0]), rows, rows]}
@@ -59,13 +64,9 @@ def experts(
     return parse(
         f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
         flops=_products(up, ids, up.shape[1] + 1), multiplied=[2], workspace=memory,
-        variants=[
-            Variant("in_parts", experts_parts.experts_in_parts, workspace=memory, imbalance=imbalance),
-            Variant(
-                "exchanged", experts_parts.experts_exchanged, sends, (), exchanging, exchange=("e", "t"),
-                imbalance=imbalance,
-            ),
-        ],
+        variants=_variants(
+            experts_parts.experts_in_parts, experts_parts.experts_exchanged, sends, memory, exchanging, imbalance
+        ),
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def experts_backward(
     """The gradients of weights sum over tokens, those of x and scores over experts and their inner dim."""
     del activation, slope, overflow
     tokens = [(grad, "t:sum d!"), (x, "t:sum d!"), (ids, "t:sum k!"), (scores, "t:sum k!")]
-    left = [_named(text, one) for one, text in tokens]
+    left = [named_dims(one, text.split()) for one, text in tokens]
     weights = _weights(up, up_bias, down, down_bias)
     named = dict(zip(_present(up_bias, down_bias), weights, strict=True))
     every = set(range(4 + len(weights)))
@@ -102,13 +103,10 @@ def experts_backward(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
         [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1),
         multiplied=[0], workspace=memory,
-        variants=[
-            Variant("in_parts", experts_parts.experts_in_parts_backward, workspace=memory, imbalance=imbalance),
-            Variant(
-                "exchanged", experts_parts.experts_exchanged_backward, sends, (), exchanging, exchange=("e", "t"),
-                imbalance=imbalance,
-            ),
-        ],
+        variants=_variants(
+            experts_parts.experts_in_parts_backward, experts_parts.experts_exchanged_backward, sends, memory,
+            exchanging, imbalance,
+        ),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules.notation import Rule, adds, family, parse
+from shardc.rules.notation import Rule, adds, family, named_dims, parse
 
 aten = torch.ops.aten
 
@@ -81,8 +81,7 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
     names = [f"d{i}" if size != 1 else "1" for i, size in enumerate(shape)]
 
     def dims(x: torch.Tensor) -> str:
-        aligned = names[len(names) - x.dim() :]
-        return " ".join("1" if size == 1 else name for size, name in zip(x.shape, aligned, strict=True))
+        return named_dims(x, names[len(names) - x.dim() :])
 
     results = [" ".join(names)] * len(operator._schema.returns)
     return parse(

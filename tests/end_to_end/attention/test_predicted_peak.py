@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import shardc
 from checks import forced
-from checks.forcing import forced as forced_variant
 from checks.meter import metered
 from samples.causal_decoder import CausalDecoder
 from shardc.rules.families import attention_workspace
@@ -61,14 +60,13 @@ def whole(split: Any, variant: str) -> bool:
     return not {"r", "s"} & split.keys()
 
 
-NAMES = frozenset({"in_parts", "exchanged"})
 CASES: dict[str, tuple[Callable[[], Case], Callable[[], AbstractContextManager[None]]]] = {
     "attention whole": (lambda: decoder(None), lambda: forced.attention(whole)),
     "queries split, keys gathered": (lambda: decoder("x"), lambda: forced.attention(forced.gathered("x"))),
     "ring": (lambda: decoder("x"), lambda: forced.attention(forced.ring("x"))),
     "vocabulary": (vocabulary, nullcontext),
-    "experts in parts": (experts, lambda: forced_variant("in_parts", NAMES)),
-    "experts exchanged": (experts, lambda: forced_variant("exchanged", NAMES)),
+    "experts in parts": (experts, lambda: forced.experts("in_parts")),
+    "experts exchanged": (experts, lambda: forced.experts("exchanged")),
 }
 
 

@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-from checks.brute_force import Call, scatter
-from checks.meter import Meter
+from checks.brute_force import Call
+from checks.peaks import peaks
 from samples.calls.sample import Sample
 from shardc.ir.mesh import Mesh
 from shardc.rules.factors.strategy import Side, Strategy, split_of, workspace
-from shardc.runtime import VirtualMesh, load
 from shardc.runtime.kernels.mixture.fused import experts, experts_backward  # noqa: F401  (registers the operators)
 
 FORWARD, BACKWARD = torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default
@@ -50,19 +49,6 @@ def test_predicted_peak_is_what_a_rank_holds(variant: str, split: str, inner: in
     strategy = next(s for s in made.strategies(mesh) if s.variant == variant and s.split == wanted and not s.passes)
     sides = [*made.shape.operands, *made.shape.results]
     predicted = sum(local(made, strategy, mesh, side) for side in sides) + workspace(made.shape, strategy, mesh)
-    source, bases, _ = made.lower(strategy, mesh)
-    machine = VirtualMesh(dict(mesh.axes))
-    parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
-    module = load(source)
-
-    def run(*given: torch.Tensor) -> int:
-        meter = Meter()
-        meter.show(given)
-        with meter:
-            result = module.forward(*given)
-        assert result is not None
-        return meter.peak
-
-    found = machine.run(run, lambda rank: tuple(p[rank] for p in parts), random=True)
+    found = peaks(made, strategy, mesh)
     # in collectives the threads of a virtual mesh hold what belongs to others, for as long as they happen to take
     assert any(predicted == pytest.approx(one, rel=0.05) for one in found), (predicted, found)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from checks.brute_force import Call, scatter
-from checks.meter import Meter
+from checks.brute_force import Call
+from checks.peaks import peaks
 from samples.calls.sample import Sample
 from shardc.ir.mesh import Mesh
 from shardc.rules.factors.strategy import PLAIN, Strategy, workspace
 from shardc.rules.families import attention_workspace
-from shardc.runtime import VirtualMesh, load
 from shardc.runtime.kernels.attention import blocks
 
 FORWARD, BACKWARD = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
@@ -90,24 +89,6 @@ def test_attention_whole(name: str, backward: bool) -> None:
     assert predicted == pytest.approx(allocated(sample), rel=0.05)
 
 
-def measured(call: Call, strategy: Strategy, mesh: Mesh) -> list[int]:
-    """What every rank holds at most while it runs a strategy, without what is inside kernels of torch."""
-    source, bases, _ = call.lower(strategy, mesh)
-    machine = VirtualMesh(dict(mesh.axes))
-    parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
-    module = load(source)
-
-    def run(*given: Tensor) -> int:
-        meter = Meter()
-        meter.show(given)
-        with meter:
-            made = module.forward(*given)
-        assert made is not None
-        return meter.peak
-
-    return machine.run(run, lambda rank: tuple(p[rank] for p in parts), random=True)
-
-
 SPLIT = [*((name, factor, back) for name in ASKED for factor in "rs" for back in (False, True))]
 
 
@@ -138,7 +119,7 @@ def compare(call: Call, strategy: Strategy, mesh: Mesh, within: float = 0.05) ->
     predicted = local(call.shape.operands) + local(call.shape.results) + workspace(call.shape, strategy, mesh)
     found: list[int] = []
     for _ in range(4):  # in collectives the threads of a virtual mesh hold what belongs to others, as long as they take
-        found += measured(call, strategy, mesh)
+        found += peaks(call, strategy, mesh)
         if any(predicted == pytest.approx(one, rel=within) for one in found):
             return
     raise AssertionError((predicted, found))
