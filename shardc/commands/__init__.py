@@ -1,0 +1,1 @@
+"""The commands of the command line, one a file: a dataclass whose fields are its flags, with a method `run`."""
