@@ -100,9 +100,28 @@ class MemoryAnalysis:
         """The peak of a run in these orders, where it is, and what the bytes are."""
         return _Execution(self).memory(forward, backward)
 
+    def line_by_line(self, forward: Order, backward: Order) -> Lines:
+        """The same run, line by line."""
+        execution = _Execution(self)
+        memory = execution.memory(forward, backward)
+        storages = {
+            node.name: tuple((one.storage, execution.sizes[one.storage]) for one in made if one is not None)
+            for node, made in execution.tensors.items()
+        }
+        return Lines(memory.peak, execution.lines, storages)
+
     def one(self, form: _TensorForm) -> _TensorForm:
         """The one object of all that are equal, so that equal forms can be compared by identity."""
         return self.equal.setdefault(form, form)
+
+
+class Lines(NamedTuple):
+    """What a rank holds line by line: the bytes while each line of `forward` and `backward` runs, and per value, by its
+    name, the storages of its tensors with their bytes. `peak` is the most."""
+
+    peak: float
+    held: Mapping[str, Sequence[float]]
+    storages: Mapping[str, tuple[tuple[int, int], ...]]
 
 
 class _StoredTensor(NamedTuple):
@@ -137,6 +156,7 @@ class _Execution:
         self.bytes_by_label: Counter[str] = Counter()
         self.total = 0  # of them all
         self.peak = Memory(0.0, "", "", {})
+        self.lines: dict[str, list[float]] = {}  # bytes, line by line
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         run, roles = self.known.run, self.known.roles
@@ -171,6 +191,7 @@ class _Execution:
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
                 workspace = self._workspace(node)
+            self.lines.setdefault(phase, []).append(float(self.total + workspace))
             if self.total + workspace > self.peak.peak:
                 held = {**self.bytes_by_label, "workspace": workspace}
                 parts = {label: float(size) for label, size in held.items() if size}

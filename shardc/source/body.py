@@ -1,0 +1,208 @@
+"""Straight lines of a function: calls with the names of what they read and make, the user's module above them, and what
+is deleted behind them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardc.analysis.operands import collective_of
+from shardc.ir.facts import FACTS, Captured, dtype_of, lowered
+from shardc.ir.layout import SHORT_DTYPES
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import value_of
+from shardc.rules.factors.chosen import chosen_of
+from shardc.runtime.collectives.bucket import Bucket
+from shardc.runtime.collectives.collective import wait
+from shardc.source.calls import Calls, may_write
+from shardc.source.naming import Naming, Scope
+from shardc.source.places import Place
+from shardc.source.text import Item, remark, tuple_of, values, written
+
+LEAST_LIST = 6
+"""Results of one call that are not named one by one, but stand in a list."""
+
+
+class Shared:
+    """What all functions of a module share. `told` is what is known of a collective, for a comment."""
+
+    def __init__(
+        self, calls: Calls, naming: Naming, mesh: Mesh, taken: set[str], told: Callable[[fx.Node], str]
+    ) -> None:
+        self.calls, self.naming, self.mesh, self.taken, self.told = calls, naming, mesh, taken, told
+        self.used: set[str] = set()
+        """What else is imported."""
+
+    def typed(self, node: fx.Node) -> str:
+        """`f32[32@dp, 64]`: dtype and layout of a value."""
+        layout = lowered(node).layout
+        return "" if layout is None else f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(self.mesh)}"
+
+    def annotation(self, node: fx.Node) -> str:
+        """The Python type of a value."""
+        if node.op == "call_function" and any(user.target is wait for user in node.users):
+            self.used.add("Started")
+            return "Started[list[Tensor]]" if isinstance(node.target, Bucket) else "Started[Tensor]"
+        return "Tensor" if lowered(node).layout is not None else "Sequence[Tensor]"
+
+    def list_of(self, nodes: Iterable[fx.Node]) -> str:
+        """The Python type of a list of values."""
+        kinds = dict.fromkeys(map(self.annotation, nodes))
+        return f"list[{' | '.join(kinds) or 'Tensor'}]"
+
+
+class Writer:
+    """Writes the lines of one function, statement by statement. `nodes` are those that it calls; `layer` says that it
+    is the function of a repeated layer."""
+
+    def __init__(self, shared: Shared, nodes: Collection[fx.Node], layer: bool) -> None:
+        self.shared, self.here, self.layer = shared, set(nodes), layer
+        self.scope = Scope(shared.taken)
+        self.where: dict[fx.Node, Place] = {}
+        self.level = 1
+        self._blocks: list[list[str]] = [[]]
+        self._owned: dict[str, fx.Node | str] = {}
+        self._touched: dict[str, int] = {}
+        self._module: str | None = None
+
+    def begin(self) -> None:
+        """What follows is another statement."""
+        self._blocks.append([])
+
+    def own(self, name: str, what: fx.Node | str) -> None:
+        """The function may free what is called so."""
+        self._owned[name] = what
+        self._touched[name] = len(self._blocks) - 1
+
+    def name(self, node: fx.Node, wanted: str = "") -> Place:
+        """Give a value of the function's own a name."""
+        self.where[node] = Place(self.scope.name(wanted or self.shared.naming.of(node, self.layer)))
+        self.own(self.where[node].name, node)
+        return self.where[node]
+
+    def read(self, place: Place) -> Place:
+        """A value is read here."""
+        self._touched[place.name] = len(self._blocks) - 1
+        return place
+
+    def place(self, node: fx.Node) -> Place:
+        """Where a value is that is read here. One of several results that has no name is taken out."""
+        if node not in self.where and node.target is operator.getitem:
+            source, index = node.args
+            return self.read(Place(self.where[source].name, index))  # type: ignore[index, arg-type]
+        return self.read(self.where[node])
+
+    def add(self, *parts: Item, comment: str = "") -> None:
+        """Lines of the statement."""
+        self._blocks[-1] += written(parts, self.level, comment)
+
+    def remark(self, text: str) -> None:
+        """A comment on lines of its own."""
+        self._blocks[-1] += remark(text, self.level)
+
+    def lines(self, left: Iterable[fx.Node | str], dropped: Collection[fx.Node | str] | None) -> list[str]:
+        """All lines. What is neither `left` to the caller, nor read by the last statement, is deleted behind its last
+        reader if it is among `dropped`; None stands for all."""
+        stays, last = set(left), len(self._blocks) - 1
+        gone: dict[int, list[str]] = {}
+        for name, number in self._touched.items():
+            what = self._owned.get(name)
+            if what is not None and what not in stays and number < last and (dropped is None or what in dropped):
+                gone.setdefault(number, []).append(name)
+        for number, names in gone.items():
+            self._blocks[number] += written(["del ", tuple_of(sorted(names))], 1)
+        return [line for block in self._blocks for line in block]
+
+    def call(self, node: fx.Node, operands: Sequence[Place], own: bool) -> None:
+        """The statement of a call. `own` says that its first operand is the function's own and dies here."""
+        parts = self.shared.calls.parts(node, operands, may_write(node, own))
+        targets = self._targets(node)
+        comment = "; ".join(text for text in (self.shared.typed(node), self.shared.told(node)) if text)
+        self.add(*targets, " = ", *parts, comment=comment)
+
+    def _targets(self, node: fx.Node) -> list[Item]:
+        pieces = unpacked(node, self.here)
+        if not pieces:
+            return [str(self.name(node))]
+        if len(pieces) < LEAST_LIST:
+            return [values([str(self.name(piece)) for piece in pieces], bare=len(pieces) > 1)]
+        whole = self.name(node)
+        self.own(whole.name, whole.name)
+        for index, piece in enumerate(pieces):
+            self.where[piece] = Place(whole.name, index, len(pieces))
+        return [str(whole)]
+
+    def header(self, node: fx.Node, following: Sequence[fx.Node]) -> None:
+        """Name the user's module above the calls that come from it, with its lines."""
+        module = lowered(node).origin.module
+        if module == self._module:
+            return
+        self._module = module
+        mine: list[fx.Node] = []
+        for one in following:
+            if lowered(one).origin.module != module:
+                break
+            mine.append(one)
+        below = re.sub(r"^.*?\.\d+(\.|$)", "", module) if self.layer else module
+        text = ", ".join(part for part in (below, _sources(mine)) if part)
+        if text:
+            self.remark(text)
+
+
+def unpacked(node: fx.Node, here: Collection[fx.Node]) -> list[fx.Node]:
+    """The results of a call that has several, if each is taken out once, `here`; then all get names where the call is
+    made."""
+    if lowered(node).layout is not None:
+        return []
+    if any(user.target is not operator.getitem or user not in here for user in node.users):
+        return []
+    pieces = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
+    indices = [piece.args[1] for piece in pieces]
+    return pieces if pieces and indices == list(range(_results(node))) else []
+
+
+def _results(node: fx.Node) -> int:
+    """How many results a call has; -1 if that is not known."""
+    source = node.args[0] if node.target is wait else node
+    if isinstance(source, fx.Node) and isinstance(source.target, Bucket):
+        return len(source.all_input_nodes)
+    chosen = chosen_of(node)
+    if chosen is not None and isinstance(chosen.op.node.meta.get(FACTS), Captured):
+        made = value_of(chosen.op.node)
+        return len(made) if isinstance(made, (tuple, list)) else -1
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and not any("[]" in str(one.type) for one in target._schema.returns):
+        return len(target._schema.returns)
+    return -1
+
+
+def _sources(nodes: Sequence[fx.Node]) -> str:
+    """`modeling_llama.py:63-66`: the lines of one file; of several, the first of each."""
+    lines: dict[str, list[int]] = {}
+    for node in nodes:
+        file, _, line = lowered(node).origin.source.partition(":")
+        if file:
+            lines.setdefault(file, []).append(int(line) if line.isdigit() else 0)
+    spans = {file: sorted(set(numbers) - {0}) for file, numbers in lines.items()}
+    return ", ".join(
+        file if not found else f"{file}:{found[0]}" + (f"-{found[-1]}" if len(found) > 1 else "")
+        for file, found in spans.items()
+    )
+
+
+def sends(node: fx.Node) -> bool:
+    """Whether a node is a collective that sends something."""
+    collective = collective_of(node)
+    return collective is not None and not collective.single.local
+
+
+def statements(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that are written as statements: not the results that are unpacked where they are made."""
+    here = set(nodes)
+    hidden = {piece for node in nodes for piece in unpacked(node, here)}
+    return [node for node in nodes if node not in hidden]

@@ -1,0 +1,125 @@
+"""What is freed before its function ends. A value dies with the function that holds its name; where the rank cannot
+hold it for so long, a `del` stands behind its last reader.
+
+    held by the plan, line by line    5 GiB  6 GiB  8 GiB  7 GiB       at most 8 GiB
+    `x`, 2 GiB, is dead after line 0; it may stay for lines 1 and 3 but not for line 2: del x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from shardc.runtime.collectives.collective import wait
+
+SLACK = 0.05
+"""What part of the peak stays free of values that stay longer than the plan says: predictions may be off."""
+
+SMALL = 0.005
+"""What part of the peak such values may add to it, so that a few bytes need no line of their own."""
+
+Storages = tuple[tuple[int, int], ...]
+"""The numbers of the storages of a value's tensors, and their bytes."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the plan holds. `lines` has for every node of a half the bytes while it runs, by the half's name; `storages`
+    what every value occupies, by the name of its node; `peak` the most that is held at once."""
+
+    lines: Mapping[str, Sequence[float]]
+    storages: Mapping[str, Storages]
+    peak: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Names of one function that hold memory. If they are not deleted, it `stays` from a node of the half to before
+    another: from, to, and bytes."""
+
+    names: tuple[fx.Node | str, ...]
+    stays: tuple[tuple[int, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """The most bytes that stay at once, at least."""
+        return max((size for _, _, size in self.stays), default=0)
+
+
+@dataclass
+class Lives:
+    """The values of one half: after which node each is read no more, by its place in the half."""
+
+    nodes: Sequence[fx.Node]
+    results: set[fx.Node]
+    given: set[fx.Node]
+    """What is held by others, whatever this half does."""
+    held: Held | None
+    half: str
+    place: dict[fx.Node, int] = field(init=False)
+    ends: dict[int, int] = field(init=False)
+    """After which node each storage is dead."""
+
+    def __post_init__(self) -> None:
+        self.place = {node: place for place, node in enumerate(self.nodes)}
+        self.ends = {}
+        self.room = np.empty(0)
+        """Bytes that the rank could hold besides, line by line."""
+        if self.held is not None:
+            lines = np.array(self.held.lines.get(self.half, ()), dtype=float)
+            self.room = np.maximum((1.0 - SLACK) * self.held.peak - lines, SMALL * self.held.peak)
+        read = dict.fromkeys(self.nodes)
+        for node in self.nodes:
+            read.update(dict.fromkeys(node.all_input_nodes))
+        for node in read:
+            end = self.last(node)
+            for storage, _ in self.storages(node):
+                self.ends[storage] = max(self.ends.get(storage, -1), end)
+
+    def last(self, node: fx.Node) -> int:
+        """The place of the last node that reads a value; behind the end if the value is still there then."""
+        if node in self.results or node in self.given:
+            return len(self.nodes)
+        return max((self.place[user] for user in node.users if user in self.place), default=self.place.get(node, -1))
+
+    def read(self, node: fx.Node) -> bool:
+        """Whether anything reads a value, be it the caller."""
+        return node in self.results or any(user in self.place for user in node.users)
+
+    def storages(self, node: fx.Node) -> Storages:
+        """What a value occupies."""
+        if self.held is None:
+            return ()
+        source = node.args[0] if node.target is wait else node
+        return self.held.storages.get(source.name, ()) if isinstance(source, fx.Node) else ()
+
+    def fits(self, unit: Unit) -> bool:
+        """Whether a unit may stay; if so, it does."""
+        for start, stop, size in unit.stays:
+            self.room[start:stop] -= size
+        fits = all(float(self.room[a:b].min(initial=0.0)) >= 0.0 for a, b, _ in unit.stays)
+        if not fits:
+            for start, stop, size in unit.stays:
+                self.room[start:stop] += size
+        return fits
+
+    def units(self, names: Sequence[fx.Node], spans: Sequence[tuple[int, int]]) -> list[Unit]:
+        """The storages of a function's values, with the spans for which they stay if the function runs from node to
+        node of each of `spans`; where it runs several times, `names` are those of the first."""
+        by_storage: dict[int, list[fx.Node]] = {}
+        sizes: dict[int, int] = {}
+        for node in names:
+            for storage, size in self.storages(node):
+                by_storage.setdefault(storage, []).append(node)
+                sizes[storage] = size
+        units: list[Unit] = []
+        (start, stop), length = spans[0], spans[0][1] - spans[0][0]
+        for storage, nodes in by_storage.items():
+            end = self.ends.get(storage, len(self.nodes)) + 1 - start
+            if end < length and sizes[storage]:
+                late = tuple((a + end, b, sizes[storage]) for a, b in spans)
+                units.append(Unit(tuple(nodes), late))
+        return units

@@ -1,0 +1,189 @@
+"""A generated module: its docstring, imports, slots, the functions of repeated layers, forward and backward."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from shardc.ir.mesh import Mesh
+from shardc.ir.partition import Partition, partition
+from shardc.ir.program import Port, Program, Role
+from shardc.runtime.kernels.random import DRAWS
+from shardc.source.body import Shared
+from shardc.source.calls import Calls, imported, shown
+from shardc.source.frees import Held
+from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
+from shardc.source.naming import Naming
+from shardc.source.places import Place
+from shardc.source.slots import rows, table
+from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
+
+LIVING = "nobody else holds them: each is freed with its last name"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the plan says of a program: the lines of the docstring, what is told beside a collective, and what is held,
+    without which every value is deleted behind its last reader."""
+
+    lines: Sequence[str] = ()
+    told: Callable[[fx.Node], str] = lambda _: ""
+    held: Held | None = None
+
+
+def source_of(graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted | None = None) -> str:
+    """The source of the module for a localized graph whose placeholders and outputs are those of `program`."""
+    module = _Module(graph, program, mesh, predicted or Predicted())
+    try:
+        return module.text(loops=True)
+    except TooLong:
+        return _Module(graph, program, mesh, predicted or Predicted()).text(loops=False)
+
+
+_NAMES = (
+    "torch", "Tensor", "Sequence", "Slot", "Started", "take", "aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS",
+    "TANGENTS", "GRADIENTS", "forward", "backward", "main", "x", "i", "slot", "shardc",
+)  # fmt: skip
+"""Names that mean something in every module; `x` and `i` are free in functions."""
+
+
+class _Module:
+    def __init__(self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted) -> None:
+        self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
+        self.run: Partition = partition(graph, program)
+        taken = set(_NAMES) - {"x"}
+        self.calls = Calls(graph, taken)
+        self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told)
+
+    def text(self, loops: bool) -> str:
+        forward = self._half("forward", self.run.forward, [*self.run.outputs, *self.run.saved], loops)
+        head = self._given(forward)
+        forward.write([])
+        saved, takes, backward = list(self.run.saved), list[Taken](), None
+        if self.run.gradients:
+            backward = self._half("backward", self.run.backward, self.run.gradients, loops)
+            takes = backward.taken(forward, saved)
+            inside = {node for one in takes for node in one.nodes}
+            saved = [*(node for node in saved if node not in inside), *(n for one in takes for n in one.nodes)]
+        parts = [*head, *forward.body(), *self._returned(forward, saved)]
+        functions = list(forward.functions)
+        if backward is not None:
+            start = self._start(backward, saved, takes)
+            backward.write(takes)
+            functions += backward.functions
+            parts += ["", "", *start, *backward.body(), *written(["return ", backward.returned(self.run.gradients)], 1)]
+        return "\n".join([*self._top(), *self._slots(), *functions, "", "", *parts, ""])
+
+    def _half(self, name: str, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None], loops: bool) -> Half:
+        placeholders = {*self.run.given, *(node for node in self.run.outputs if node is not None)}
+        given = set(self.run.given) if name == "forward" else placeholders
+        return Half(name, nodes, results, self.run.saved, self.shared, self.predicted.held, given, loops)
+
+    # the beginning and the end of forward
+
+    def _given(self, forward: Half) -> list[str]:
+        """The head of forward: its arguments by name, or one list with those that loops read run by run."""
+        read = {v for loop in forward.loops for c in loop.columns if not c.same and c.carried is None for v in c.values}
+        given, writer = self.run.given, forward.writer
+        stretches: list[tuple[int, int]] = []
+        at = 0
+        while at < len(given):
+            stop = at
+            while stop < len(given) and given[stop] in read:
+                stop += 1
+            if stop - at >= LEAST_GIVEN:
+                stretches.append((at, stop))
+            at = max(stop, at + 1)
+        returns = ") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:"
+        inside = {place for start, stop in stretches for place in range(start, stop)}
+        for place, node in enumerate(given):
+            if place not in inside:
+                unread = "" if forward.lives.read(node) or not stretches else "_"
+                writer.where[node] = Place(writer.scope.name(unread + self.shared.naming.of(node, layer=False)))
+        if not stretches:
+            named = [f"{writer.where[node]}: Tensor" for node in given]
+            return written(["def forward", arguments(named), returns[1:]], 0)
+        names = [writer.scope.name("layers") for _ in stretches]
+        for name, (start, stop) in zip(names, stretches, strict=True):
+            for place in range(start, stop):
+                writer.where[given[place]] = Place(name, place - start, stop - start)
+        whole = writer.scope.name("given")
+        lines = [f"def forward(*{whole}: Tensor{returns}"]
+        if len(stretches) == 1:
+            start, stop = stretches[0]
+            items = [str(writer.where[n]) for n in given[:start]] + [f"*{names[0]}"]
+            items += [str(writer.where[n]) for n in given[stop:]]
+            return [*lines, *written([tuple_of(items) if len(items) > 1 else values(items), f" = {whole}"], 1)]
+        for name, (start, stop) in zip(names, stretches, strict=True):
+            lines += written([f"{name} = {whole}[{start}:{stop}]"], 1)
+        edges = [0, *(edge for stretch in stretches for edge in stretch), len(given)]
+        between = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        for start, stop in between:
+            items = [str(writer.where[node]) for node in given[start:stop]]
+            lines += written([tuple_of(items) if len(items) > 1 else values(items), f" = {whole}[{start}:{stop}]"], 1)
+        return lines
+
+    def _returned(self, forward: Half, saved: Sequence[fx.Node]) -> list[str]:
+        outputs = forward.returned(self.run.outputs)
+        kept = forward.returned(saved if self.run.gradients else [])
+        return written(["return ", values([outputs, kept], bare=True)], 1)
+
+    def _start(self, backward: Half, saved: Sequence[fx.Node], takes: Sequence[Taken]) -> list[str]:
+        """The head of backward: what forward saved and the tangents, by name and in lists."""
+        writer = backward.writer
+        given = writer.scope.name("given")
+        inside = {node for one in takes for node in one.nodes}
+        named = [node for node in saved if node not in inside]
+        before = [str(writer.name(node)) for node in named]
+        for one in takes:
+            one.name = writer.scope.name(one.wanted)
+        after = [str(writer.name(node)) for node in self.run.tangents]
+        first = [f"*{takes[0].name}"] if takes else []
+        items: list[Item] = [*before, *first, *after]
+        lines = [f"def backward({given}: list[Tensor]) -> tuple[Tensor | None, ...]:"]
+        lines += written([values(items), f" = {given}"], 1)
+        lines += written([f"{given}.clear()"], 1, LIVING)
+        for one in reversed(takes[1:]):
+            self.shared.used.add("take")
+            lines += written([f"{one.name} = take({takes[0].name}, {len(one.nodes)})"], 1)
+        return lines
+
+    # the top of the module
+
+    def _top(self) -> list[str]:
+        names = sorted({"Slot", *self.calls.imports, *(self.shared.used & {"Started", "take"})}, key=_order)
+        line = written(["from shardc.runtime import ", tuple_of(names)], 0)
+        body = self.predicted.lines or ("Runs with torch and shardc.runtime alone.",)
+        doc = [f'"""Generated by shardc for mesh {self.mesh}.', ""]
+        for told in body:
+            doc += textwrap.wrap(told, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
+        doc.append('"""')
+        constants = [f"MESH = {shown(dict(self.mesh.sizes))}", f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}"]
+        return [
+            *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
+            "aten = torch.ops.aten", *constants, "",
+        ]  # fmt: skip
+
+    def _slots(self) -> list[str]:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        results: Sequence[fx.Node | None] = self.graph.output_node().args[0]  # type: ignore[assignment]
+        ins = list(zip(placeholders, self.program.inputs, strict=True))
+        outs = [(n, p) for n, p in zip(results, self.program.outputs, strict=True) if n is not None]
+
+        def of(name: str, slots: list[tuple[fx.Node, Port]]) -> list[str]:
+            return table(name, rows(slots, self.program, self.mesh))
+
+        return [
+            *of("INPUTS", [(n, p) for n, p in ins if p.role is not Role.TANGENT]),
+            *of("OUTPUTS", [(n, p) for n, p in outs if p.role is not Role.GRADIENT]),
+            *of("TANGENTS", [(n, p) for n, p in ins if p.role is Role.TANGENT]),
+            *of("GRADIENTS", [(n, p) for n, p in outs if p.role is Role.GRADIENT]),
+        ]  # fmt: skip
+
+
+def _order(name: str) -> tuple[int, str]:
+    """As `ruff` sorts imported names: constants, then classes, then functions."""
+    return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2), name

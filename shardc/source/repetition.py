@@ -1,0 +1,260 @@
+"""Repeated layers in a scheduled graph: equal stretches of nodes, which become one function that is called in a loop.
+
+    a0 = mm(x, w0)          for i in range(3):
+    y0 = relu(a0)               x = layer(x, w[i])
+    a1 = mm(y0, w1)
+    y1 = relu(a1)           what layer 1 reads at the place where layer 0 read `x` is what layer 0 made: it is carried.
+    a2 = mm(y1, w2)         The weights differ from run to run: they vary. What every layer reads is the same.
+    y2 = relu(a2)
+
+What counts is the graph that runs. Two layers of the user's that were planned, bucketed or overlapped differently are
+not equal here; nor are those that read something else of one another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from shardc.ir.facts import lowered
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import name_of
+
+LEAST_NODES = 4
+"""Nodes of the smallest stretch that becomes a function."""
+
+LEAST_SAVED = 12
+"""Nodes that a loop must save for a function to be worth it."""
+
+MOST_PERIODS = 6
+MOST_STARTS = 16
+"""How many lengths of a stretch are tried, and at how many places it may begin."""
+
+
+class Own(NamedTuple):
+    """An operand that the same run has made, as its node number `offset`."""
+
+    offset: int
+
+
+class Read(NamedTuple):
+    """An operand from outside of the run: number `column` of `Loop.columns`."""
+
+    column: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the runs of a loop read at one place, run by run. `carried` is the offset of the node of the run before that
+    makes it from the second run on; the first reads `values[0]`."""
+
+    values: tuple[fx.Node, ...]
+    carried: int | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether every run reads the same value."""
+        return self.carried is None and self.values.count(self.values[0]) == len(self.values)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """`runs` of equal nodes, one after another. `operands` has for every node of a run its operands, in the order in
+    which a call is printed. All runs leave what they make at `kept` offsets to what follows."""
+
+    start: int
+    runs: tuple[tuple[fx.Node, ...], ...]
+    columns: tuple[Column, ...]
+    operands: tuple[tuple[Own | Read, ...], ...]
+    kept: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Nodes of one run."""
+        return len(self.runs[0])
+
+    @property
+    def stop(self) -> int:
+        """The place after the last node."""
+        return self.start + self.size * len(self.runs)
+
+    @property
+    def carried(self) -> list[int]:
+        """The columns that are carried from run to run."""
+        return [number for number, column in enumerate(self.columns) if column.carried is not None]
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, in the order in which it is printed, with repetitions."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, dict(node.kwargs)), found.append)
+    return found
+
+
+_DIGITS = re.compile(r"\d+")
+
+
+@cache
+def _pattern(module: str) -> str:
+    return _DIGITS.sub("#", module)
+
+
+def key_of(node: fx.Node, mesh: Mesh) -> Hashable:
+    """What two nodes have in common if they are the same call at the same place of two layers, operands apart."""
+    facts = lowered(node)
+    layout = None if facts.layout is None else facts.layout.simplify(mesh)
+    place = facts.origin
+    skeleton = repr(fx.map_arg((node.args, dict(node.kwargs)), lambda _: _MARK))  # type: ignore[arg-type, return-value]
+    started = tuple(sorted(name_of(user.target) for user in node.users if user.op == "call_function"))
+    waits = "wait" in started
+    return node.target, skeleton, layout, facts.dtype, _pattern(place.module), place.source, place.phase, waits
+
+
+class _Mark:
+    def __repr__(self) -> str:
+        return "%"
+
+
+_MARK: Any = _Mark()
+
+
+def repeated(nodes: Sequence[fx.Node], results: Collection[fx.Node], mesh: Mesh) -> list[Loop]:
+    """The loops among the nodes of a function, in order; no two overlap. `results` are values that must be there when
+    the function ends."""
+    return _Search(nodes, results, mesh).loops()
+
+
+class _Search:
+    def __init__(self, nodes: Sequence[fx.Node], results: Collection[fx.Node], mesh: Mesh) -> None:
+        self.nodes, self.results = nodes, set(results)
+        self.place = {node: place for place, node in enumerate(nodes)}
+        numbers: dict[Hashable, int] = {}
+        self.keys = [numbers.setdefault(key_of(node, mesh), len(numbers)) for node in nodes]
+        self.operands = [operands_of(node) for node in nodes]
+
+    def loops(self) -> list[Loop]:
+        found: list[Loop] = []
+        stretches = [(0, len(self.nodes))]
+        while stretches:
+            low, high = stretches.pop()
+            loop = self._best(low, high)
+            if loop is not None:
+                found.append(loop)
+                stretches += [(low, loop.start), (loop.stop, high)]
+        return sorted(found, key=lambda loop: loop.start)
+
+    def _best(self, low: int, high: int) -> Loop | None:
+        """The loop that saves most between two places."""
+        best: Loop | None = None
+        for start, stop, period in self._stretches(low, high):
+            most = ((stop - start) // period - 1) * period
+            if most < LEAST_SAVED or (best is not None and most <= _saved(best)):
+                continue
+            for loop in self._within(start, stop, period):
+                if best is None or _saved(loop) > _saved(best):
+                    best = loop
+        return best
+
+    def _stretches(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """Where keys repeat: from, to, and with which period; what may save most comes first."""
+        last: dict[int, int] = {}
+        gaps: Counter[int] = Counter()
+        for place in range(low, high):
+            before = last.get(self.keys[place])
+            if before is not None:
+                gaps[place - before] += 1
+            last[self.keys[place]] = place
+        found: list[tuple[int, int, int]] = []
+        wide = sorted(((gap, votes) for gap, votes in gaps.items() if gap >= LEAST_NODES), key=lambda one: -one[1])
+        for period, _ in wide[:MOST_PERIODS]:
+            start = low
+            for place in range(low, high - period + 1):
+                if place + period == high or self.keys[place] != self.keys[place + period]:
+                    if place - start >= period:
+                        found.append((start, place + period, period))
+                    start = place + 1
+        return sorted(found, key=lambda one: -(one[1] - one[0] - one[2]))
+
+    def _within(self, start: int, stop: int, period: int) -> Iterator[Loop]:
+        """A loop in a stretch of repeated keys, if there is one: the longest, and of these the one that begins where a
+        layer of the user's does, or carries least."""
+        for missing in range(3):
+            tried: list[tuple[int, int, Loop]] = []
+            for first in self._starts(start, stop, period):
+                count = (stop - first) // period
+                if count - missing < 2:
+                    continue
+                for front in range(missing + 1):
+                    loop = self._loop(first + front * period, period, count - missing)
+                    if loop is not None:
+                        tried.append((-len(loop.runs), len(loop.carried), loop))
+            if tried:
+                yield min(tried, key=lambda one: one[:2])[2]
+                return
+
+    def _starts(self, start: int, stop: int, period: int) -> list[int]:
+        """Places at which the first run may begin: those where another layer begins, and the first."""
+        places = range(start, min(start + period, stop - 2 * period + 1))
+        layers = [_DIGITS.findall(lowered(self.nodes[place]).origin.module)[:1] for place in places]
+        borders = [place for place, one, other in zip(places[1:], layers, layers[1:], strict=False) if one != other]
+        return list(dict.fromkeys([places[0], *borders]))[:MOST_STARTS] if len(places) else []
+
+    def _loop(self, start: int, period: int, count: int) -> Loop | None:
+        """The loop of `count` runs from a place on; None where the runs do not read alike or leave alike."""
+        columns: dict[Column, int] = {}
+        operands: list[tuple[Own | Read, ...]] = []
+        for offset in range(period):
+            read: list[Own | Read] = []
+            for values in zip(*(self.operands[start + run * period + offset] for run in range(count)), strict=True):
+                one = self._operand(values, start, period, count)
+                if one is None:
+                    return None
+                read.append(one if isinstance(one, Own) else Read(columns.setdefault(one, len(columns))))
+            operands.append(tuple(read))
+        kept = self._kept({c.carried for c in columns if c.carried is not None}, start, period, count)
+        if kept is None:
+            return None
+        runs = tuple(tuple(self.nodes[start + run * period : start + (run + 1) * period]) for run in range(count))
+        return Loop(start, runs, tuple(columns), tuple(operands), kept)
+
+    def _operand(self, values: tuple[fx.Node, ...], start: int, period: int, count: int) -> Own | Column | None:
+        places = [self.place.get(value, -1) for value in values]
+        within = [start <= place < start + count * period for place in places]
+        if not any(within):
+            return Column(values)
+        own = [place - start - run * period for run, place in enumerate(places)]
+        if own.count(own[0]) == count and 0 <= own[0] < period:
+            return Own(own[0])
+        before = [place + period for place in own[1:]]
+        if not within[0] and before.count(before[0]) == count - 1 and 0 <= before[0] < period:
+            return Column(values, before[0])
+        return None
+
+    def _kept(self, carried: set[int], start: int, period: int, count: int) -> tuple[int, ...] | None:
+        """The offsets whose values are read after the loop, of every run. Of the last run alone what it would have
+        carried on may be read. None where some runs leave what others do not."""
+        stop = start + count * period
+        runs: dict[int, list[int]] = defaultdict(list)
+        for place in range(start, stop):
+            node = self.nodes[place]
+            if node in self.results or any(self.place.get(user, -1) >= stop for user in node.users):
+                runs[(place - start) % period].append((place - start) // period)
+        for offset, those in runs.items():
+            if len(those) != count and (those != [count - 1] or offset not in carried):
+                return None
+        return tuple(sorted(offset for offset, those in runs.items() if len(those) == count))
+
+
+def _saved(loop: Loop) -> int:
+    return loop.size * (len(loop.runs) - 1)
+
+
+def columns_by_value(loop: Loop, run: int) -> Mapping[fx.Node, int]:
+    """Of one run, the column in which each value that it reads from outside stands."""
+    return {column.values[run]: number for number, column in enumerate(loop.columns)}

@@ -1,0 +1,117 @@
+"""The tables of slots. Those of repeated layers are written once, with the number of the layer in their names.
+
+    INPUTS = (
+        Slot("parameter", "embed.weight", 0, (256, 64), "float32", ()),  # f32[256, 64]
+        *(
+            slot
+            for i in range(32)
+            for slot in (
+                Slot("parameter", f"layers.{i}.up.weight", 0, (64, 64), "float32", ()),  # f32[64, 64]
+            )
+        ),
+    )
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from shardc.ir.facts import dtype_of, laid
+from shardc.ir.layout import SHORT_DTYPES
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import Port, Program
+from shardc.source.calls import shown
+from shardc.source.text import Group, arguments, written
+
+LEAST_TURNS = 3
+"""Layers of which a table is written once."""
+
+
+class Row(NamedTuple):
+    """A slot: what stands before its name, the name, what stands behind, and its layout for people."""
+
+    role: str
+    name: str
+    rest: tuple[str, ...]
+    typed: str
+
+
+def rows(slots: Sequence[tuple[fx.Node, Port]], program: Program, mesh: Mesh) -> list[Row]:
+    """The slots of values with their ports."""
+    found: list[Row] = []
+    for node, port in slots:
+        layout = laid(node).simplify(mesh)
+        rest = [str(port.index), shown(tuple(layout.shape)), shown(str(dtype_of(node)).removeprefix("torch."))]
+        rest.append(shown(layout.cuts(mesh)))
+        facts: Sequence[tuple[str, Mapping[Port, tuple[int, ...]]]] = (
+            ("order", program.orders), ("depends_on", program.depends_on)
+        )  # fmt: skip
+        rest += [f"{name}={shown(told[port])}" for name, told in facts if port in told]
+        found.append(Row(shown(port.role.value), port.name, tuple(rest), f"{SHORT_DTYPES[dtype_of(node)]}{layout}"))
+    return found
+
+
+def table(name: str, slots: Sequence[Row]) -> list[str]:
+    """The lines of one table."""
+    if not slots:
+        return [f"{name} = ()"]
+    lines, at = [f"{name} = ("], 0
+    while at < len(slots):
+        width, turns = _turns(slots, at)
+        if not turns:
+            lines += _slot(slots[at], shown(slots[at].name), 1)
+            at += 1
+            continue
+        lines += ["    *(", "        slot", f"        for i in range({turns})", "        for slot in ("]
+        for row in slots[at : at + width]:
+            lines += _slot(row, f'f"{_numbered(row.name)}"', 3)
+        lines += ["        )", "    ),"]
+        at += width * turns
+    return [*lines, ")"]
+
+
+def _slot(row: Row, name: str, level: int) -> list[str]:
+    group: Group = arguments([row.role, name, *row.rest])
+    lines = written(["Slot", group], level, row.typed)
+    *above, last = lines
+    code, mark, comment = last.partition("  # ")
+    return [*above, f"{code},{mark}{comment}"]
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _numbered(name: str, number: str = "{i}") -> str:
+    """The name with its first number replaced."""
+    return _NUMBER.sub(number, name, count=1)
+
+
+def _turns(slots: Sequence[Row], at: int) -> tuple[int, int]:
+    """How many slots from `at` on are those of one layer, and how many equal layers follow, this one included."""
+
+    def number(row: Row) -> str | None:
+        found = _NUMBER.search(row.name)
+        return found.group() if found else None
+
+    if number(slots[at]) != "0":
+        return 0, 0
+    width = 1
+    while at + width < len(slots) and number(slots[at + width]) == "0":
+        width += 1
+    turns = 1
+    while at + (turns + 1) * width <= len(slots):
+        layer = slots[at + turns * width : at + (turns + 1) * width]
+        alike = all(
+            other == row._replace(name=_numbered(row.name, str(turns))) and "{" not in row.name
+            for row, other in zip(slots[at : at + width], layer, strict=True)
+        )
+        if not alike:
+            break
+        turns += 1
+    return (width, turns) if turns >= LEAST_TURNS else (0, 0)
+
+

@@ -1,0 +1,115 @@
+"""Lines of Python as `ruff format` leaves them: on one line where they fit, else one item a line with a comma behind it.
+
+    x = aten.mm.default(a, b)  # f32[32@dp, 64]
+
+    x = all_reduce_bucket(
+        [a, b],
+        axis="dp",
+    )
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+WIDTH = 120
+STEP = 4
+"""Columns of a line, and by how many what is inside of something is indented."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items between brackets. With `bare`, the brackets are only written where the items do not fit on a line."""
+
+    open: str
+    items: tuple[Item, ...]
+    close: str
+    bare: bool = False
+
+    def __str__(self) -> str:
+        inner = ", ".join(map(str, self.items))
+        if len(self.items) == 1 and self.open == "(":
+            inner += ","
+        if self.bare:
+            return inner
+        return f"{self.open}{inner}{self.close}"
+
+
+@dataclass(frozen=True)
+class Arguments(Group):
+    """The arguments of a call, or the parameters of a function: a single one has no comma behind it."""
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.items))})"
+
+
+Item = str | Group
+
+
+def values(items: Iterable[Item], bare: bool = False) -> Group:
+    """A tuple."""
+    return Group("(", tuple(items), ")", bare)
+
+
+def tuple_of(items: Sequence[Item]) -> Item:
+    """Several items without brackets, or the only one by itself."""
+    return values(items, bare=True) if len(items) != 1 else items[0]
+
+
+def listed(items: Iterable[Item]) -> Group:
+    """A list."""
+    return Group("[", tuple(items), "]")
+
+
+def arguments(items: Iterable[Item]) -> Group:
+    """What stands behind the name of a function."""
+    return Arguments("(", tuple(items), ")")
+
+
+def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:
+    """The lines of one statement, `level` steps to the right. The comment stands behind it if it fits there, else
+    above."""
+    indent = " " * STEP * level
+    line = indent + "".join(map(str, parts))
+    if comment and len(f"{line}  # {comment}") <= WIDTH:
+        return [f"{line}  # {comment}"]
+    above = remark(comment, level) if comment else []
+    if len(line) <= WIDTH:
+        return [*above, line]
+    groups = [number for number, part in enumerate(parts) if isinstance(part, Group) and part.items]
+    for broken in (groups[-1:], groups[:1], groups):
+        lines = _broken(parts, set(broken), level)
+        if all(len(one) <= WIDTH for one in lines):
+            break
+    return [*above, *lines]
+
+
+def _broken(parts: Sequence[Item], broken: set[int], level: int) -> list[str]:
+    """The statement with some groups one item a line."""
+    indent, done = " " * STEP * level, list[str]()
+    current = indent
+    for number, part in enumerate(parts):
+        if number not in broken or isinstance(part, str):
+            current += str(part)
+            continue
+        done.append(current + part.open)
+        for item in part.items:
+            done += _item(item, level + 1)
+        current = indent + part.close
+    return [*done, current]
+
+
+def _item(item: Item, level: int) -> list[str]:
+    if not isinstance(item, Group) or len(" " * STEP * level + f"{item},") <= WIDTH or not item.items:
+        return [" " * STEP * level + f"{item},"]
+    lines = _broken([item], {0}, level)
+    return [*lines[:-1], f"{lines[-1]},"]
+
+
+def remark(text: str, level: int) -> list[str]:
+    """A comment on lines of its own."""
+    indent = " " * STEP * level
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ",
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
