@@ -1,9 +1,9 @@
 """Names of values in generated code, from the paths of the user's modules.
 
-    layers.3.mlp.up_proj, its last value        mlp_up_proj in the function of a layer, layers_3_mlp_up_proj outside
-    the same module, a value before             mlp_up_proj_view
-    the gradient of layers.3.mlp.up_proj.weight grad_mlp_up_proj_weight
-    a collective that is under way              mlp_up_proj_started
+    layers.3.mlp.up_proj, its last value        mlp_up in the function of a layer, layers_3_mlp_up outside
+    the same module, a value before             mlp_up_view
+    the gradient of layers.3.mlp.up_proj.weight grad_mlp_up_weight
+    a collective that is under way              mlp_up_ar_started
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ MOST_PARTS = 5
 NEARLY_ALL = 0.8
 """What part of the paths must begin alike for names to leave the beginning out."""
 
-_SHORT = {"to_copy": "cast", "permute": "t", "getitem": "item"}
-"""Operators that people call by a shorter word."""
+_SHORT = {
+    "to_copy": "cast", "permute": "t", "getitem": "item", "scaled_dot_product_attention": "sdpa",
+    "all_reduce": "ar", "all_gather": "ag", "reduce_scatter": "rs", "all_to_all": "a2a",
+    "all_reduce_bucket": "ar_bucket", "reduce_scatter_bucket": "rs_bucket",
+}  # fmt: skip
+"""Operators and collectives that people call by a shorter word."""
+
+_WORDS = (("self_attention", "attn"), ("self_attn", "attn"), ("attention", "attn"), ("layernorm", "norm"),
+          ("layer_norm", "norm"), ("_proj", ""), ("embeddings", "embed"), ("embedding", "embed"))  # fmt: skip
+"""What names of modules say in more letters than it takes."""
 
 
 class Naming:
@@ -87,7 +95,10 @@ class Naming:
             parts = below or [_singular(parts[numbers[0] - 1] if numbers[0] else "layer")]
         elif path.startswith(self.root):
             parts = path[len(self.root) :].split(".")
-        return identifier("_".join(parts[-MOST_PARTS:]))
+        name = "_".join(parts[-MOST_PARTS:])
+        for long, short in _WORDS:
+            name = name.replace(long, short)
+        return identifier(name.strip("_") or "value")
 
 
 _STORED = (Role.PARAMETER, Role.BUFFER)

@@ -1,4 +1,5 @@
-"""Lines of Python as `ruff format` leaves them: on one line where they fit, else one item a line with a comma behind it.
+"""Lines of Python as `ruff format` leaves them: on one line where they fit; else arguments on a line of their own, and
+what does not fit there, or is no argument, one item a line with a comma behind it.
 
     x = aten.mm.default(a, b)  # f32[32@dp, 64]
 
@@ -95,8 +96,12 @@ def _broken(parts: Sequence[Item], broken: set[int], level: int) -> list[str]:
             current += str(part)
             continue
         done.append(current + part.open)
-        for item in part.items:
-            done += _item(item, level + 1)
+        inner = " " * STEP * (level + 1) + ", ".join(map(str, part.items))
+        if isinstance(part, Arguments) and len(inner) <= WIDTH:
+            done.append(inner)
+        else:
+            for item in part.items:
+                done += _item(item, level + 1)
         current = indent + part.close
     return [*done, current]
 
