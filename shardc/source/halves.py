@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from shardc.source.body import Shared, Writer, statements
 from shardc.source.frees import Held, Lives, Unit
-from shardc.source.layers import Layer, carried_units, function, modules_of, own_units
-from shardc.source.naming import layer_name
+from shardc.source.layers import Function, Layer, Part, carried_unit, layer_of, own_units
+from shardc.source.naming import Scope, layer_name
 from shardc.source.places import Place, moving, spread, turn
-from shardc.source.repetition import Loop, columns_by_value, operands_of, repeated
+from shardc.source.repetition import Loop, Own, operands_of, repeated
 from shardc.source.text import Item, arguments, listed, tuple_of, values, written
 
 LEAST_GIVEN = 4
@@ -36,8 +35,8 @@ class Taken:
     @property
     def nodes(self) -> list[fx.Node]:
         """Its values, in order."""
-        runs = reversed(range(len(self.loop.runs)))
-        return [self.loop.columns[column].values[run] for run in runs for column in self.columns]
+        turns = list(zip(*map(self.loop.values, self.columns), strict=True))
+        return [value for turn in reversed(turns) for value in turn if value is not None]
 
 
 class Half:
@@ -59,7 +58,7 @@ class Half:
         self.kept = set(kept)
         self.lives = Lives(nodes, self.results, given, held, name)
         self.loops = repeated(nodes, self.results, shared.mesh) if loops else []
-        inside = {node for loop in self.loops for run in loop.runs for node in run}
+        inside = {node for loop in self.loops for run in loop.every for node in run}
         self.inline = [node for node in nodes if node not in inside]
         self.writer = Writer(shared, self.inline, layer=False)
         self.layers: list[Layer] = []
@@ -71,11 +70,13 @@ class Half:
         """The lists of saved values that loops may take from: each value is read in one run alone."""
         found: list[Taken] = []
         mine, claimed = set(saved), set[fx.Node]()
+        for loop in self.loops[:]:
+            self._read_on(loop, forward)
         for loop in self.loops:
             groups: dict[str, list[int]] = {}
             for number, column in enumerate(loop.columns):
                 if column.carried is None and not column.same and not claimed.intersection(column.values):
-                    if mine.issuperset(column.values) and self._read_within(loop, number):
+                    if mine.issuperset(loop.values(number)) and self._read_within(loop, number):
                         claimed.update(column.values)
                         place = forward.writer.where.get(column.values[0]) if forward else None
                         groups.setdefault(place.name if place and place.index is not None else "", []).append(number)
@@ -85,16 +86,31 @@ class Half:
                 found.append(Taken(name or "saved", loop, columns))
         return found
 
+    def _read_on(self, loop: Loop, forward: Half | None) -> None:
+        """Find what the run that does not end would read further on: in lists of forward, the next in turn."""
+        if not loop.rest or forward is None:
+            return
+        at = {place: node for node, place in forward.writer.where.items() if place.index is not None}
+        found = list(loop.reads)
+        for number, column in enumerate(loop.columns):
+            if found[number] is None:
+                one, two = (forward.writer.where.get(value) for value in column.values[-2:])
+                if one and two and one.index is not None and two.index is not None and one.name == two.name:
+                    found[number] = at.get(two._replace(index=2 * two.index - one.index))
+        self.loops[self.loops.index(loop)] = replace(loop, reads=tuple(found))
+
     def _index(self, forward: Half, loop: Loop, number: int) -> int:
         place = forward.writer.where.get(loop.columns[number].values[0])
         return place.index if place is not None and place.index is not None else number
 
     def _read_within(self, loop: Loop, number: int) -> bool:
-        """Whether every value of a column is read in its own run alone."""
-        for run, value in enumerate(loop.columns[number].values):
+        """Whether every value of a column is read in its own run alone; that of a run that does not end, after it."""
+        for run, value in enumerate(loop.values(number)):
             start = loop.start + run * loop.size
-            places = [self.lives.place[user] for user in value.users if user in self.lives.place]
-            if value in self.results or not all(start <= place < start + loop.size for place in places):
+            stop = start + loop.size if run < len(loop.runs) else len(self.nodes)
+            if value is None or value in self.results:
+                return False
+            if not all(start <= self.lives.place[user] < stop for user in value.users if user in self.lives.place):
                 return False
         return True
 
@@ -114,7 +130,7 @@ class Half:
             if loop is not None:
                 layer = self.layers[number]
                 self._loop(layer, [one for one in takes if one.loop is loop])
-                self._function(layer, dropped)
+                self._functions(layer, dropped)
         self.dropped = dropped
 
     def _until(self, lines: Sequence[fx.Node], stop: int) -> list[fx.Node]:
@@ -129,24 +145,18 @@ class Half:
         self.writer.call(node, [self.writer.place(operand) for operand in operands], own)
 
     def _layer(self, loop: Loop, takes: Sequence[Taken]) -> Layer:
-        given = [column for one in takes for column in one.columns]
-        varying = [n for n, c in enumerate(loop.columns) if c.carried is None and not c.same and n not in given]
-        same = [n for n, c in enumerate(loop.columns) if c.same]
         groups: dict[str, list[int]] = {}
         for offset in loop.kept:
             runs = {run[offset] for run in loop.runs}
             name = "saved" if runs & self.kept else "grads" if runs & self.results else "made"
             groups.setdefault(name, []).append(offset)
-        layer = Layer(loop, "", False, given, varying, same, groups)
-        wanted = layer_name(modules_of(layer))
-        wanted = wanted if self.name == "forward" else f"{wanted}_{self.name}"
-        taken, count = wanted, 1
-        while taken in self.shared.taken:
-            count += 1
-            taken = f"{wanted}_{count}"
-        self.shared.taken.add(taken)
-        self.writer.scope.taken.add(taken)
-        layer.name = taken
+        layer = layer_of(loop, [column for one in takes for column in one.columns], groups)
+        name = layer_name(layer.modules())
+        for part in layer.parts:
+            wanted = name if self.name == "forward" else f"{name}_{self.name}"
+            part.name = Scope(self.shared.taken).name(wanted if part is layer.parts[0] else f"{wanted}_end")
+            self.shared.taken.add(part.name)
+            self.writer.scope.taken.add(part.name)
         return layer
 
     def _dropped(self) -> set[fx.Node | str] | None:
@@ -157,9 +167,8 @@ class Half:
             return None
         units: list[Unit] = []
         for layer in self.layers:
-            fits = [self.lives.fits(unit) for unit in carried_units(layer, self.lives)]
-            layer.state = not all(fits)
-            units += own_units(layer, self.lives)
+            layer.state = not self.lives.fits(carried_unit(layer, self.lives))
+            units += [unit for part in layer.parts for unit in own_units(layer, part, self.lives)]
         units += self.lives.units([*self.inline, *self.writer.where], [(0, len(self.nodes))])
         dropped = self._dropped_lists()
         for unit in sorted(units, key=lambda unit: unit.size):
@@ -173,7 +182,7 @@ class Half:
         dropped: set[fx.Node | str] = set()
         for layer in self.layers:
             for name, group in layer.groups.items():
-                made = [run[offset] for run in layer.loop.runs for offset in group]
+                made = [run[offset] for run in layer.loop.every for offset in group if offset < len(run)]
                 last = max(self.lives.last(node) for node in made) + 1
                 for stop in (len(self.nodes), last):
                     stays = [
@@ -186,7 +195,7 @@ class Half:
                         break
                     if stop == last:
                         raise TooLong
-                    dropped.add(f"{layer.name} {name}")
+                    dropped.add(f"{layer.parts[0].name} {name}")
         return dropped
 
     def _loop(self, layer: Layer, takes: Sequence[Taken]) -> None:
@@ -203,35 +212,62 @@ class Half:
             kinds = self.shared.list_of(layer.run[offset] for offset in layer.groups[name])
             writer.add(f"{whole}: {kinds} = []")
         for name, whole in lists.items():
-            writer.own(whole, f"{layer.name} {name}")
+            writer.own(whole, f"{layer.parts[0].name} {name}")
         if not state:
             for number, name in zip(layer.carried, carried, strict=True):
                 initial = writer.place(loop.columns[number].values[0])
                 if str(initial) != name:
                     writer.add(f"{name} = {initial}")
-        held = self._varying(layer)
-        turns = "i" if any("i" in re.split(r"\W+", item) for item in held) else "_"
+        self._varying(layer)
+        left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name}")) for name in lists}
+        between = writer.scope.name("between") if loop.rest else ""
+        state_or = [state] if state else carried
+        takes_ = [f"take({one.name}, {len(one.columns)})" for one in takes]
+        given = " + ".join([*([f"take({state}, {len(carried)})"] if state else []), *takes_])
+        if given:
+            self.shared.used.add("take")
+
+        def call(part: Part, run: int | None) -> None:
+            first = [*([] if state else carried), *([given] if given else [])]
+            first = first if part is layer.parts[0] else [between]
+            same = [str(writer.place(loop.columns[number].values[0])) for number in part.same]
+            passed = [*first, *self._turn(part, run), *same]
+            targets = [*(state_or if part is layer.parts[-1] else [between]), *(left[name] for name in part.groups)]
+            made: list[Item] = [tuple_of(targets), " = "] if targets else []
+            writer.add(*made, part.name, arguments(passed))
+            for name in part.groups:
+                writer.add(f"{lists[name]} += {left[name]}")
+
+        turns = "i" if any(self._turn(part, None) != self._turn(part, 0) for part in layer.parts) else "_"
         writer.add(f"for {turns} in range({len(loop.runs)}):", comment=_which(loop))
         writer.level += 1
-        given = [f"take({one.name}, {len(one.columns)})" for one in takes]
-        if takes:
-            self.shared.used.add("take")
-        if state:
-            given = [f"take({state}, {len(layer.carried)})", *given]
-            self.shared.used.add("take")
-        same = [str(writer.place(loop.columns[number].values[0])) for number in layer.same]
-        passed = [*([] if state else carried), *([" + ".join(given)] if given else []), *held, *same]
-        left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name}")) for name in lists}
-        targets = [*([state] if state else carried), *left.values()]
-        call: list[Item] = [layer.name, arguments(passed)]
-        writer.add(*([tuple_of(targets), " = "] if targets else []), *call)
-        for name, whole in lists.items():
-            writer.add(f"{whole} += {left[name]}")
+        for part in layer.parts:
+            call(part, None)
         writer.level -= 1
-        if state:
+        if loop.rest:
+            call(layer.parts[0], len(loop.runs))
+        elif state:
             writer.add(values(carried), f" = {state}")
             writer.add(f"{state}.clear()")
         self._after(layer, carried, lists)
+        if loop.rest:
+            self._go_on(layer, between)
+
+    def _go_on(self, layer: Layer, between: str) -> None:
+        """Names for what the run that does not end leaves to the lines behind it."""
+        loop, writer, names = layer.loop, self.writer, list[str]()
+        for one in layer.parts[0].after:
+            node = loop.rest[one.offset] if isinstance(one, Own) else loop.reads[one.column]
+            assert node is not None
+            read = node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
+            if node in writer.where and writer.where[node].index is None and isinstance(one, Own):
+                names.append(f"_{writer.where[node]}")
+                continue
+            wanted = ("" if read else "_") + self.shared.naming.of(node, False)
+            names.append(str(writer.name(node, wanted)))
+        if names:
+            writer.add(values(names), f" = {between}")
+            writer.add(f"{between}.clear()")
 
     def _carried(self, layer: Layer, number: int) -> str:
         """What a loop calls a value that it carries: as what it starts from is called, if nobody else reads that."""
@@ -254,45 +290,56 @@ class Half:
             offset = loop.columns[number].carried
             assert offset is not None
             last = loop.runs[-1][offset]
-            if last not in writer.where:
-                writer.where[last] = Place(name)
+            if layer.state and loop.rest:  # the call that does not end has taken it
+                continue
+            writer.where.setdefault(last, Place(name))
             writer.own(name, last)
         for name, group in layer.groups.items():
-            length = len(group) * len(loop.runs)
-            for run, nodes in enumerate(loop.runs):
-                for position, offset in enumerate(group):
-                    place = Place(lists[name], run * len(group) + position, length)
-                    writer.where.setdefault(nodes[offset], place)
+            rest = sum(offset < len(loop.rest) for offset in group)
+            length = len(group) * len(loop.runs) + rest
+            for run, nodes in enumerate(loop.every):
+                for position, offset in enumerate(group[: rest if nodes is loop.rest else None]):
+                    writer.where.setdefault(nodes[offset], Place(lists[name], run * len(group) + position, length))
 
-    def _varying(self, layer: Layer) -> list[str]:
-        """The arguments that differ from run to run, as expressions in `i`. What has no place in a list gets one."""
+    def _varying(self, layer: Layer) -> None:
+        """Find where the arguments are that differ from run to run. What has no place in a list gets one."""
         loop, writer = layer.loop, self.writer
-        places = {number: [writer.place(v) for v in loop.columns[number].values] for number in layer.held}
-        steps = {number: _even(found) for number, found in places.items()}
-        even = sorted((n for n in layer.held if steps[n] is not None), key=lambda n: places[n][0][:2])  # type: ignore[arg-type, return-value]
-        odd = [number for number in layer.held if steps[number] is None]
-        items = turn([places[n][0] for n in even], [step for n in even if (step := steps[n]) is not None])
-        if odd:
-            name = writer.scope.name("given_layers")
-            whole = [places[number][run] for run in range(len(loop.runs)) for number in odd]
-            writer.add(f"{name} = ", listed(spread(whole)))
-            writer.own(name, name)
-            items += turn([Place(name, at) for at in range(len(odd))], [len(odd)] * len(odd))
-        layer.held[:] = [*even, *odd]
-        return items
+        self.turns: dict[int, tuple[Place, int]] = {}
+        for part in layer.parts:
+            for number in part.held:
+                some = [v for v in loop.values(number) if v is not None]
+                places = [writer.place(value) for value in some]
+                step = _even(places)
+                if step is None:
+                    name = writer.scope.name("given_layers")
+                    writer.add(f"{name} = ", listed(spread(places)))
+                    writer.own(name, name)
+                    self.turns[number] = Place(name, 0), 1
+                else:
+                    self.turns[number] = places[0], step
+            part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].index))
 
-    def _function(self, layer: Layer, dropped: set[fx.Node | str] | None) -> None:
+    def _turn(self, part: Part, run: int | None) -> list[str]:
+        """The arguments that differ, in one run, or in run `i`."""
+        found = [self.turns[number] for number in part.held]
+        if run is None:
+            return turn([place for place, _ in found], [step for _, step in found])
+        return turn([p._replace(index=(p.index or 0) + step * run) for p, step in found], [0] * len(found))
+
+    def _functions(self, layer: Layer, dropped: set[fx.Node | str] | None) -> None:
         doc = f"{_which(layer.loop)}, in {self.name}." if _which(layer.loop) else f"A repeated part of {self.name}."
-        wanted: Callable[[int], str] = lambda number: self._wanted(layer, number)  # noqa: E731
-        self.functions += ["", "", *function(layer, self.shared, dropped, doc, wanted)]
+        for part in layer.parts:
+            told = doc if part is layer.parts[0] else f"The end of {layer.parts[0].name}, which its last call is without."
+            one = Function(layer, part, self.shared, lambda number: self._wanted(layer, number))
+            self.functions += ["", "", *one.lines(dropped, told)]
 
     def body(self) -> list[str]:
         """The lines between the beginning and the return."""
         lists = {
-            f"{layer.name} {name}"
+            f"{layer.parts[0].name} {name}"
             for layer in self.layers
             for name, group in layer.groups.items()
-            if any(layer.run[offset] in self.results for offset in group)
+            if any(run[offset] in self.results for run in layer.loop.runs for offset in group)
         }
         return self.writer.lines({*self.results, *lists}, self.dropped)
 

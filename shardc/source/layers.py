@@ -1,4 +1,4 @@
-"""A repeated layer as a function, and what a call of it takes and gives.
+"""A repeated layer as a function, or as two where the last run ends early; and what a call of it takes and gives.
 
     def layer(x: Tensor, q_weight: Tensor, cos: Tensor) -> tuple[Tensor, list[Tensor]]:
         ...
@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -19,28 +19,45 @@ from shardc.source.places import Place
 from shardc.source.repetition import Loop, Own, Read
 from shardc.source.text import Item, arguments, listed, tuple_of, values, written
 
+LIVING = "nobody else holds them: each is freed with its last name"
+
+
+@dataclass
+class Part:
+    """The nodes of a run from offset `low` to before `high`, as one function. `before` comes from the part before in a
+    list, `after` goes to the part behind in one. `held` and `same` are columns that are arguments; `groups` the offsets
+    of what runs leave, list by list."""
+
+    low: int
+    high: int
+    before: list[Own | Read] = field(default_factory=list[Own | Read])
+    after: list[Own | Read] = field(default_factory=list[Own | Read])
+    held: list[int] = field(default_factory=list[int])
+    same: list[int] = field(default_factory=list[int])
+    groups: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    name: str = ""
+
 
 @dataclass
 class Layer:
-    """How a loop calls its function. Columns are those of the loop: `given` are those that the function takes in one
-    list, which it empties, so that each value is freed where its last reader is; `held` and `same` are arguments. With
-    `state`, what is carried is in the list, too. `groups` are the offsets of what runs leave, list by list."""
+    """How a loop runs. Columns are those of the loop: `given` are those that the first function takes in one list,
+    which it empties, so that each value is freed where its last reader is. With `state`, what is carried is in the
+    list, too. `groups` are all offsets of what runs leave, list by list."""
 
     loop: Loop
-    name: str
-    state: bool
     given: list[int]
-    held: list[int]
-    same: list[int]
     groups: dict[str, list[int]]
+    parts: list[Part] = field(default_factory=list[Part])
+    state: bool = False
 
     @property
     def carried(self) -> list[int]:
+        """The columns that are carried."""
         return self.loop.carried
 
     @property
     def in_list(self) -> list[int]:
-        """The columns that come in the list."""
+        """The columns that come to the first function in a list."""
         return [*(self.carried if self.state else []), *self.given]
 
     @property
@@ -54,97 +71,151 @@ class Layer:
         assert offset is not None
         return self.run[offset]
 
+    def node(self, one: Own | Read) -> fx.Node:
+        """What the first run makes or reads."""
+        return self.run[one.offset] if isinstance(one, Own) else self.loop.columns[one.column].values[0]
 
-def span_of(loop: Loop) -> list[tuple[int, int]]:
-    """From node to node of the half, every run."""
-    return [(loop.start + run * loop.size, loop.start + (run + 1) * loop.size) for run in range(len(loop.runs))]
+    def modules(self) -> list[str]:
+        """The user's modules from which the functions come, in order."""
+        return [module for node in self.run if (module := lowered(node).origin.module)]
 
 
-def own_units(layer: Layer, lives: Lives) -> list[Unit]:
-    """The storages that the function may free."""
-    columns = [layer.loop.columns[column].values[0] for column in layer.in_list]
-    outside = {c.values[0] for n, c in enumerate(layer.loop.columns) if n not in layer.in_list}
+def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]]) -> Layer:
+    """How a loop runs: as two functions where its last run ends early."""
+    layer = Layer(loop, given, groups)
+    cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        read = {one.column for offset in range(low, high) for one in loop.operands[offset] if isinstance(one, Read)}
+        part = Part(low, high)
+        part.same = [n for n in sorted(read) if loop.columns[n].same]
+        part.held = [n for n in sorted(read) if not loop.columns[n].same and loop.columns[n].carried is None]
+        part.held = [n for n in part.held if n not in given]
+        part.groups = {name: mine for name, all_ in groups.items() if (mine := [o for o in all_ if low <= o < high])}
+        layer.parts.append(part)
+    if loop.rest:
+        first, second = layer.parts
+        later = [one for offset in range(second.low, second.high) for one in loop.operands[offset]]
+        passed = {one for one in later if isinstance(one, Own) and one.offset < first.high}
+        passed |= {one for one in later if isinstance(one, Read) and (one.column in (*given, *layer.carried))}
+        first.after = second.before = sorted(passed, key=lambda one: (isinstance(one, Read), one[0]))
+    return layer
+
+
+def spans_of(layer: Layer, part: Part) -> list[tuple[int, int]]:
+    """From node to node of the half, every time that a part runs."""
+    runs = len(layer.loop.runs) + bool(layer.loop.rest and part is layer.parts[0])
+    starts = [layer.loop.start + run * layer.loop.size for run in range(runs)]
+    return [(start + part.low, start + part.high) for start in starts]
+
+
+def own_units(layer: Layer, part: Part, lives: Lives) -> list[Unit]:
+    """The storages that a function may free."""
+    first = part is layer.parts[0]
+    columns = [layer.loop.columns[n].values[0] for n in layer.in_list] if first else list(map(layer.node, part.before))
+    inside = set(columns)
+    outside = {column.values[0] for column in layer.loop.columns} - inside
     theirs = {storage for node in outside for storage, _ in lives.storages(node)}
-    mine = [n for n in (*columns, *layer.run) if all(storage not in theirs for storage, _ in lives.storages(n))]
-    return lives.units(mine, span_of(layer.loop))
+    names = [*columns, *layer.run[part.low : part.high]]
+    mine = [n for n in names if all(storage not in theirs for storage, _ in lives.storages(n))]
+    return lives.units(mine, spans_of(layer, part))
 
 
-def carried_units(layer: Layer, lives: Lives) -> list[Unit]:
+def carried_unit(layer: Layer, lives: Lives) -> Unit:
     """What the loop holds of every run while the next one runs, if what is carried is passed as an argument."""
-    units: list[Unit] = []
-    spans = span_of(layer.loop)
+    late: list[tuple[int, int, int]] = []
     for number in layer.carried:
         offset = layer.loop.columns[number].carried
         assert offset is not None
-        values_of = [layer.loop.columns[number].values[0], *(run[offset] for run in layer.loop.runs[:-1])]
-        late: list[tuple[int, int, int]] = []
-        for value, (_, stop) in zip(values_of, spans, strict=True):
+        first = layer.loop.columns[number].values[0]
+        for run, value in enumerate([first, *(run[offset] for run in layer.loop.runs[:-1])]):
+            stop = layer.loop.start + (run + 1) * layer.loop.size
             for storage, size in lives.storages(value):
                 end = lives.ends[storage] + 1
                 if end < stop and size:
                     late.append((end, stop, size))
-        units.append(Unit((), tuple(late)))
-    return units
+    return Unit((), tuple(late))
 
 
-def function(
-    layer: Layer, shared: Shared, dropped: Collection[fx.Node | str] | None, doc: str, carried_name: Callable[[int], str]
-) -> list[str]:
-    """The lines of the function. `dropped` are values that are deleted behind their last reader; None for all."""
-    loop, run, writer = layer.loop, layer.run, Writer(shared, layer.run, layer=True)
-    columns: dict[int, Place] = {}
-    for number, column in enumerate(loop.columns):
-        wanted = carried_name(number) if column.carried is not None else shared.naming.of(column.values[0], True)
-        columns[number] = Place(writer.scope.name(wanted))
-    taken = writer.scope.name("given") if layer.in_list else ""
-    if taken:
-        writer.add(values([str(columns[number]) for number in layer.in_list]), f" = {taken}")
-        writer.add(f"{taken}.clear()", comment="nobody else holds them: each is freed with its last name")
-        for number in layer.in_list:
-            writer.own(columns[number].name, loop.columns[number].values[0])
-    left = {*map(layer.carried_node, layer.carried), *(run[offset] for offset in loop.kept)}
-    lines, offsets = statements(run), {node: offset for offset, node in enumerate(run)}
-    for number, node in enumerate(lines):
-        writer.begin()
-        writer.header(node, lines[number:])
-        read = loop.operands[offsets[node]]
-        places = [
-            writer.place(run[one.offset]) if isinstance(one, Own) else writer.read(columns[one.column]) for one in read
-        ]
-        own = bool(read) and isinstance(read[0], Own) and run[read[0].offset] not in left
-        writer.call(node, places, own)
-    body = writer.lines(left, dropped)
-    return [*_head(layer, shared, columns, taken, doc), *body, *_leave(layer, writer)]
+class Function:
+    """Writes the function of a part."""
+
+    def __init__(self, layer: Layer, part: Part, shared: Shared, wanted: Callable[[int], str]) -> None:
+        self.layer, self.part, self.shared = layer, part, shared
+        self.writer = Writer(shared, layer.run[part.low : part.high], layer=True)
+        self.first, self.last = part is layer.parts[0], part is layer.parts[-1]
+        self.columns: dict[int, Place] = {}
+        loop = layer.loop
+        read = {one.column for o in range(part.low, part.high) for one in loop.operands[o] if isinstance(one, Read)}
+        read.update(layer.given if self.first else ())
+        read.update(one.column for one in (*part.before, *part.after) if isinstance(one, Read))
+        for number in sorted({*read, *(layer.carried if self.first else ())}):
+            column = loop.columns[number]
+            name = wanted(number) if column.carried is not None else shared.naming.of(column.values[0], True)
+            self.columns[number] = Place(self.writer.scope.name(name))
+        self.given = list[Own | Read](map(Read, layer.in_list)) if self.first else part.before
+        self.taken = self.writer.scope.name("given") if self.given else ""
+
+    def lines(self, dropped: Collection[fx.Node | str] | None, doc: str) -> list[str]:
+        """All lines. `dropped` are values that are deleted behind their last reader; None for all."""
+        layer, part, writer = self.layer, self.part, self.writer
+        loop, run = layer.loop, layer.run
+        for one in self.given:
+            if isinstance(one, Own):
+                writer.name(run[one.offset])
+            else:
+                writer.own(self.columns[one.column].name, layer.node(one))
+        if self.taken:
+            writer.add(values([str(self._place(one)) for one in self.given]), f" = {self.taken}")
+            writer.add(f"{self.taken}.clear()", comment=LIVING)
+        mine = run[part.low : part.high]
+        left = {*(layer.node(one) for one in part.after), *(run[o] for group in part.groups.values() for o in group)}
+        left |= {layer.carried_node(number) for number in layer.carried} if self.last else set()
+        lines, offsets = statements(mine), {node: offset for offset, node in enumerate(run)}
+        for number, node in enumerate(lines):
+            writer.begin()
+            writer.header(node, lines[number:])
+            read = loop.operands[offsets[node]]
+            own = bool(read) and isinstance(read[0], Own) and run[read[0].offset] not in left
+            own = own and isinstance(read[0], Own) and read[0].offset >= part.low
+            writer.call(node, list(map(self._place, read)), own)
+        body = writer.lines(left, dropped)
+        return [*self._head(doc), *body, *self._leave()]
+
+    def _place(self, one: Own | Read) -> Place:
+        if isinstance(one, Own):
+            return self.writer.place(self.layer.run[one.offset])
+        return self.writer.read(self.columns[one.column])
+
+    def _leave(self) -> list[str]:
+        layer, part = self.layer, self.part
+        lists = [listed([str(self.writer.place(layer.run[o])) for o in group]) for group in part.groups.values()]
+        items: list[Item]
+        if not self.last:
+            items = [listed([str(self._place(one)) for one in part.after]), *lists]
+        else:
+            carried = [str(self.writer.place(layer.carried_node(number))) for number in layer.carried]
+            items = [*([listed(carried)] if layer.state else carried), *lists]
+        return written(["return ", tuple_of(items)], 1)
+
+    def _head(self, doc: str) -> list[str]:
+        layer, part, shared = self.layer, self.part, self.shared
+
+        def annotated(numbers: Iterable[int]) -> list[str]:
+            columns = layer.loop.columns
+            return [f"{self.columns[n]}: {shared.annotation(columns[n].values[0])}" for n in numbers]
+
+        first = annotated(layer.carried) if self.first and not layer.state else []
+        if self.taken:
+            first.append(f"{self.taken}: {shared.list_of(map(layer.node, self.given))}")
+        parameters = [*first, *annotated((*part.held, *part.same))]
+        nodes = list(map(layer.carried_node, layer.carried))
+        made = [shared.list_of(nodes)] if layer.state else list(map(shared.annotation, nodes))
+        made = made if self.last else [shared.list_of(map(layer.node, part.after))]
+        made += [shared.list_of(layer.run[offset] for offset in group) for group in part.groups.values()]
+        returns = made[0] if len(made) == 1 else f"tuple[{', '.join(made)}]" if made else "None"
+        return [*written([f"def {part.name}", arguments(parameters), f" -> {returns}:"], 0), f'    """{doc}"""']
 
 
-def _leave(layer: Layer, writer: Writer) -> list[str]:
-    carried: list[Item] = [str(writer.place(layer.carried_node(number))) for number in layer.carried]
-    lists = [listed([str(writer.place(layer.run[offset])) for offset in group]) for group in layer.groups.values()]
-    items = [*([listed(carried)] if layer.state else carried), *lists]
-    return written(["return ", tuple_of(items)], 1)
-
-
-def _head(layer: Layer, shared: Shared, columns: Mapping[int, Place], taken: str, doc: str) -> list[str]:
-    loop = layer.loop
-
-    def annotated(number: int) -> str:
-        return f"{columns[number]}: {shared.annotation(loop.columns[number].values[0])}"
-
-    first = [] if layer.state else [annotated(number) for number in layer.carried]
-    if taken:
-        first.append(f"{taken}: {shared.list_of(loop.columns[number].values[0] for number in layer.in_list)}")
-    parameters = [*first, *(annotated(number) for number in (*layer.held, *layer.same))]
-    carried = [shared.annotation(layer.carried_node(number)) for number in layer.carried]
-    state = [shared.list_of(map(layer.carried_node, layer.carried))] if layer.state else carried
-    lists = [shared.list_of(layer.run[offset] for offset in group) for group in layer.groups.values()]
-    made = [*state, *lists]
-    returns = made[0] if len(made) == 1 else f"tuple[{', '.join(made)}]" if made else "None"
-    return [
-        *written([f"def {layer.name}", arguments(parameters), f" -> {returns}:"], 0),
-        f'    """{doc}"""',
-    ]
-
-
-def modules_of(layer: Layer) -> list[str]:
-    """The user's modules from which the function comes, in order."""
-    return [module for node in layer.run if (module := lowered(node).origin.module)]
+def indices(groups: Mapping[str, Collection[int]]) -> Mapping[int, tuple[str, int]]:
+    """The list of each offset, and its place there within a run."""
+    return {offset: (name, place) for name, group in groups.items() for place, offset in enumerate(group)}

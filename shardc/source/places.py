@@ -1,7 +1,7 @@
 """Where the values of a function are: under names of their own, or at places of lists; and how several are written.
 
     layers[1], layers[2], layers[3]                                *layers[1:4]
-    a[0], b[0], b[1], a[1], b[2], b[3], a[2], b[4], b[5]            *(x for i in range(3) for x in (a[i], *b[2*i : 2*i+2]))
+    a[0], b[0], b[1], a[1], b[2], b[3], a[2], b[4], b[5]        *(x for i in range(3) for x in (a[i], *b[2 * i : ...]))
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDEST = 64
 
 
 class Place(NamedTuple):
-    """A name, or with `index` a place of the list that is called so; `of` is the length of the list, as far as known."""
+    """A name, or with `index` a place of the list that is called so; `of` is the length of the list, if known."""
 
     name: str
     index: int | None = None

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -66,13 +66,19 @@ class Column:
 @dataclass(frozen=True)
 class Loop:
     """`runs` of equal nodes, one after another. `operands` has for every node of a run its operands, in the order in
-    which a call is printed. All runs leave what they make at `kept` offsets to what follows."""
+    which a call is printed. All runs leave what they make at `kept` offsets to what follows.
+
+    `rest` are nodes behind the last run that are those of one more run, as far as they go; then other nodes stand
+    between. `reads` has what that run reads, by column; those that vary are not known where it does not come to them.
+    """
 
     start: int
     runs: tuple[tuple[fx.Node, ...], ...]
     columns: tuple[Column, ...]
     operands: tuple[tuple[Own | Read, ...], ...]
     kept: tuple[int, ...]
+    rest: tuple[fx.Node, ...] = ()
+    reads: tuple[fx.Node | None, ...] = ()
 
     @property
     def size(self) -> int:
@@ -82,7 +88,16 @@ class Loop:
     @property
     def stop(self) -> int:
         """The place after the last node."""
-        return self.start + self.size * len(self.runs)
+        return self.start + self.size * len(self.runs) + len(self.rest)
+
+    @property
+    def every(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """All runs, and the one that does not end, if there is one."""
+        return (*self.runs, self.rest) if self.rest else self.runs
+
+    def values(self, column: int) -> list[fx.Node | None]:
+        """What every run reads in a column, and the one that does not end."""
+        return [*self.columns[column].values, *([self.reads[column]] if self.rest else [])]
 
     @property
     def carried(self) -> list[int]:
@@ -195,8 +210,49 @@ class _Search:
                     if loop is not None:
                         tried.append((-len(loop.runs), len(loop.carried), loop))
             if tried:
-                yield min(tried, key=lambda one: one[:2])[2]
+                yield self._with_rest(min(tried, key=lambda one: one[:2])[2], stop)
                 return
+
+    def _with_rest(self, loop: Loop, stop: int) -> Loop:
+        """The loop with the nodes behind it that are those of one more run."""
+        size, count = loop.size, len(loop.runs)
+        first = loop.start + size * count
+        reads: list[fx.Node | None] = [c.values[0] if c.same else None for c in loop.columns]
+        for number, column in enumerate(loop.columns):
+            if column.carried is not None:
+                reads[number] = loop.runs[-1][column.carried]
+        taken = 0
+        while first + taken < stop and self._alike(loop, first, taken, reads):
+            taken += 1
+        carried = {column.carried for column in loop.columns if column.carried is not None}
+        taken = min([taken, *carried])
+        for offset in range(taken):
+            node = self.nodes[first + offset]
+            left = node in self.results or any(self.place.get(user, -1) >= first + taken for user in node.users)
+            if offset in loop.kept and not left:
+                taken = offset
+                break
+        # reads beyond what is taken may be wrong: they are asked again
+        reads = [one if c.same or c.carried is not None else None for one, c in zip(reads, loop.columns, strict=True)]
+        for offset in range(taken):
+            self._alike(loop, first, offset, reads)
+        if taken < LEAST_SAVED:
+            return loop
+        return replace(loop, rest=tuple(self.nodes[first : first + taken]), reads=tuple(reads))
+
+    def _alike(self, loop: Loop, first: int, offset: int, reads: list[fx.Node | None]) -> bool:
+        """Whether a node behind the loop reads as that of a run does; notes what it reads."""
+        operands = self.operands[first + offset]
+        for value, one in zip(operands, loop.operands[offset], strict=True):
+            if isinstance(one, Own):
+                if self.place.get(value) != first + one.offset:
+                    return False
+                continue
+            if reads[one.column] is None and self.place.get(value, -1) < loop.start:
+                reads[one.column] = value
+            if reads[one.column] is not value:
+                return False
+        return True
 
     def _starts(self, start: int, stop: int, period: int) -> list[int]:
         """Places at which the first run may begin: those where another layer begins, and the first."""
@@ -255,6 +311,3 @@ def _saved(loop: Loop) -> int:
     return loop.size * (len(loop.runs) - 1)
 
 
-def columns_by_value(loop: Loop, run: int) -> Mapping[fx.Node, int]:
-    """Of one run, the column in which each value that it reads from outside stands."""
-    return {column.values[run]: number for number, column in enumerate(loop.columns)}
