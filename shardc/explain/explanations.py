@@ -8,6 +8,7 @@ from typing import Protocol
 
 from shardc.analysis.conversions import Conversion
 from shardc.ir.printing import columns, in_bytes, in_seconds
+from shardc.ir.report import as_html
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Why:
     ways: tuple[Way, ...] = ()
     instead: tuple[Instead, ...] = ()
 
+    def _repr_html_(self) -> str:
+        return as_html(str(self).splitlines())
+
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
         maker = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
@@ -115,6 +119,9 @@ class WhyNot:
         if abs(self.extra) <= 1e-9 * self.of:
             return f"at the same cost{doubt}"
         return f"{_signed(self.extra)} a step{share}{doubt}"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self).splitlines())
 
     def __str__(self) -> str:
         if self.layout == self.chosen:

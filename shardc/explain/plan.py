@@ -10,6 +10,7 @@ from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
 from shardc.errors import ShardcError
 from shardc.explain.explanations import Assumption, Conflict, Explainer, Why, WhyNot
+from shardc.explain.summary import Summary
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
@@ -77,6 +78,8 @@ class Plan:
     outputs: tuple[Placed, ...] = ()
     """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
     whole for whoever calls the program."""
+    summary: Summary = field(default_factory=lambda: Summary(Mesh(()), ""))
+    """What the axes do, how fast a step is, how full a device gets, and what binds."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -144,6 +147,9 @@ class Plan:
 
     def __str__(self) -> str:
         return str(self.report())
+
+    def _repr_html_(self) -> str:
+        return self.report().html()
 
     def report(self) -> Report:
         """What `print(plan)` shows, in sections."""

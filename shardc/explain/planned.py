@@ -10,6 +10,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
 from shardc.explain.plan import Placed, Plan, Tried
+from shardc.explain.summarised import summary_of
 from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
 from shardc.ir.facts import Key, dtype_of, laid, lowered, origin_of
@@ -26,7 +27,8 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
     conversions, compute, schedule = _conversions(graph, c.pace, c.titles), _compute(c), c.schedule
-    cost, bound = compute + sum(one.seconds for one in conversions) - schedule.hidden, 0.0
+    predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
+    cost, bound = predicted, 0.0
     if c.solution is not None:
         cost, bound = c.solution.cost, c.solution.lower_bound
     return Plan(
@@ -34,7 +36,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
-        _outputs(c, graph),
+        _outputs(c, graph), summary_of(c, predicted),
     )  # fmt: skip
 
 

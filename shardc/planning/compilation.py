@@ -50,7 +50,8 @@ class Schedule:
     others stay out of buckets.
 
     `order` lists the nodes of `bucketed` as they run, and where collectives are awaited. `memory` is the peak that a
-    rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes.
+    rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes; `lost`
+    are the seconds, by axis, that the rank loses on account of one.
     """
 
     localized: GraphVersion
@@ -61,6 +62,7 @@ class Schedule:
     memory: Memory
     seconds: float
     hidden: float
+    lost: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
