@@ -47,8 +47,8 @@ class Flight(NamedTuple):
 
 
 class Clock:
-    """The time of the rank, `now`, in seconds, and how much is left of every collective that was started. By axis, `lost`
-    are the seconds that the rank waits, is slowed down or stalls on its account."""
+    """The time of the rank, `now`, in seconds, and how much is left of every collective that was started. By axis,
+    `lost` are the seconds that the rank waits, is slowed down or stalls on its account."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.now = 0.0
