@@ -9,6 +9,7 @@ from typing import Protocol
 from shardc.analysis.conversions import Conversion
 from shardc.ir.printing import columns, in_bytes, in_seconds
 from shardc.ir.report import as_html
+from shardc.planning.compilation import Compilation
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ class Assumption:
 
 
 class Explainer(Protocol):
-    """Answers a plan's questions: it has the program and the problem that was solved."""
+    """Answers a plan's questions: it has the program and the problem that was solved, in `c`."""
+
+    c: Compilation
 
     def why(self, name: str, /) -> Why: ...
 

@@ -88,7 +88,7 @@ class Plan:
         `value` is the path of a parameter or of a module (its output), `input:0`, or a name in `graph("reshard")`.
         Raises ShardcError, with near names, for a value that is not there, and for a plan loaded from a file.
         """
-        return self._explained().why(value)
+        return self.explained().why(value)
 
     def why_not(self, value: str, layout: Spec) -> WhyNot:
         """What the best plan with another `layout` of `value` would cost, or what forbids it. Solves the problem again.
@@ -96,18 +96,18 @@ class Plan:
         `layout` is written as plans print it (`f32[256@tp, 64]`), or as constraints are (`("tp", None)`, `tp,-`).
         Raises LayoutError for a layout that the value cannot have, and ShardcError as `why` does.
         """
-        return self._explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
+        return self.explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Which demands (constraints, outputs that come back whole) and operators' limits cannot hold together unless a
         split dim is gathered or moved. The sets are minimal, and no two have a constraint in common. There are none
         where the demands cost no more than the reduction of partial sums."""
-        return self._explained().conflicts()
+        return self.explained().conflicts()
 
     def assumes(self) -> tuple[Assumption, ...]:
         """At which other sizes of the inputs the plan is legal, and where it would pad: one entry for every size that
         is split."""
-        return self._explained().assumes()
+        return self.explained().assumes()
 
     def check(self) -> float:
         """Prove again a lower bound of the cost of every plan in the search space, in seconds a step. The proof uses a
@@ -116,9 +116,10 @@ class Plan:
         Plans of many equal layers come with their certificate. For others the first call makes it. Where that takes too
         long, the bound is less than `lower_bound`, which the search has proved. It is never more than `cost`.
         """
-        return self._explained().checked()
+        return self.explained().checked()
 
-    def _explained(self) -> Explainer:
+    def explained(self) -> Explainer:
+        """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""
         if self.explainer is None:
             raise ShardcError(
                 "this plan was loaded from a file, without the problem that it solves; compile the model again, and "
