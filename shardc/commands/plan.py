@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from tyro.conf import arg, create_mutex_group
 
+from shardc.commands.shows import Shows
 from shardc.commands.user_file import AXES, FLAT, UserFile, compile_file, load_file
 from shardc.errors import ShardcError
 from shardc.flags import spelled
-from shardc.inspect.console import show
+from shardc.inspect.data import data
 from shardc.options import Options, SearchOptions
 from shardc.search import search
 
@@ -19,7 +20,7 @@ ONE_OF = create_mutex_group(required=True, title="mesh, or devices")
 
 
 @dataclass(frozen=True)
-class PlanCommand:
+class PlanCommand(Shows):
     """Print the plan: layouts, conversions, predicted time, proof."""
 
     file: UserFile
@@ -32,12 +33,14 @@ class PlanCommand:
         flags = spelled(self.options, Options)
         if self.devices is not None:
             ranking = search(*load_file(self.file), self.devices, self.options)
-            show(ranking.report())
-            print("\n" + shlex.join(["shardc", "plan", str(self.file), f"--mesh={ranking.best}", *flags]))
+            command = shlex.join(["shardc", "plan", str(self.file), f"--mesh={ranking.best}", *flags])
+            report = ranking.report()
+            self.show(replace(report, tail=[*report.tail, "", command]), {**data(ranking), "command": command})
             return 0
         assert self.mesh is not None  # one of the two is required
         idle = [flag for flag in spelled(self.options, SearchOptions) if flag not in flags]
         if idle:
             raise ShardcError(f"{' '.join(idle)} is for a search; ask for one with --devices in place of --mesh")
-        show(compile_file(self.file, self.mesh, self.options).plan.report())
+        plan = compile_file(self.file, self.mesh, self.options).plan
+        self.show(plan.report(), plan)
         return 0

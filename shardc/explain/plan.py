@@ -17,6 +17,9 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
 
+DEAREST = 10
+"""So many conversions are told with their causes."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -157,6 +160,7 @@ class Plan:
         sections = {
             "tensors": self._tensors(),
             "sent, per rank and step": self._sent(),
+            "the dearest": self._dearest(),
             "rules found by trial": self._tried(),
             "run whole on every rank, for want of a rule": self._replicated(),
         }
@@ -166,7 +170,10 @@ class Plan:
         head = f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}"
         slow = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
         tail = f"compiled in {sum(self.phases.values()):.2f} CPU-seconds: {slow or 'nothing'}"
-        return Report([head, *self._time_lines(), *self._memory_lines()], shown, [tail])
+        lines = [head, *self._time_lines(), *self._memory_lines(), *self.summary.figures()]
+        if self.summary.parallelism.axes:
+            shown.insert(0, Section("what the axes do", self.summary.parallelism.lines))
+        return Report(lines, shown, [tail])
 
     def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
@@ -223,6 +230,23 @@ class Plan:
             seconds = in_seconds(sum(c.seconds for c in group))
             rows.append(("total", "", f"over {axis}", f"x{len(group)}", in_bytes(sent), seconds, ""))
         return Columns(rows, "<<<>>><")
+
+    def _dearest(self) -> Columns:
+        """The conversions that take longest, with their causes. Those of repeated layers have one line."""
+        groups: dict[tuple[str, ...], list[Conversion]] = {}
+        for one in self.conversions:
+            if one.sent:
+                pattern, place = (re.sub(r"\.\d+(?=\W|$)", ".*", text) for text in (one.cause, one.place))
+                groups.setdefault((one.phase, f"{one.kind} over {one.axis}", place, pattern), []).append(one)
+        ordered = sorted(groups.items(), key=lambda group: -sum(one.seconds for one in group[1]))
+        rows = [
+            (
+                in_seconds(sum(one.seconds for one in group)), f"x{len(group)}" if len(group) > 1 else "", kind, phase,
+                group[0].cause if len(group) == 1 else cause, group[0].place if len(group) == 1 else place,
+            )
+            for (phase, kind, place, cause), group in ordered[:DEAREST]
+        ]  # fmt: skip
+        return Columns(rows, ">><<<<")
 
     def _tried(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}

@@ -9,6 +9,7 @@ from torch import fx
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
+from shardc.explain.causes import Causes
 from shardc.explain.plan import Placed, Plan, Tried
 from shardc.explain.summarised import summary_of
 from shardc.explain.unruled import tried
@@ -26,7 +27,7 @@ from shardc.runtime.collectives.collective import AnyCollective
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
-    conversions, compute, schedule = _conversions(graph, c.pace, c.titles), _compute(c), c.schedule
+    conversions, compute, schedule = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(c), c.schedule
     predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
     cost, bound = predicted, 0.0
     if c.solution is not None:
@@ -106,13 +107,16 @@ def _tried(resharded: Compilation) -> tuple[Tried, ...]:
     return tried(resharded.network, resharded.assignment, graph, conversions)
 
 
-def _conversions(graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str]) -> tuple[Conversion, ...]:
-    """All collectives, and the local steps of conversions, in the order of the graph."""
+def _conversions(
+    graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str], causes: Causes | None = None
+) -> tuple[Conversion, ...]:
+    """All collectives, and the local steps of conversions, in the order of the graph, with their `causes`."""
     conversions: list[Conversion] = []
 
     def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
-        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), origin_of(node).phase
-        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
+        sent, phase, chosen = kind.sent(pace.mesh.sizes[axis], moved), origin_of(node).phase, chosen_of(node)
+        cause = "" if causes is None else causes.of_step(node) if chosen is None else causes.of_body(chosen)
+        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value, cause))
 
     for node in _nodes(graph):
         chosen = chosen_of(node)

@@ -63,22 +63,23 @@ class Summary:
 
     def report(self) -> Report:
         """What `print(summary)` shows, in sections."""
-        head = [f"{self.mesh} on {self.hardware}: {in_seconds(self.seconds)} a step", *self._figures()]
+        head = [f"{self.mesh} on {self.hardware}: {in_seconds(self.seconds)} a step", *self.figures()]
+        if self.held:
+            share = f", {self.held / self.room:.0%} of the {in_bytes(self.room)} of a device" if self.room else ""
+            head.append(f"  memory     {in_bytes(self.held)}{share}")
         sections = [Section("what the axes do", self.parallelism.lines)] if self.parallelism.axes else []
         blocks = Columns(list(_rows(self.parallelism.blocks)), "<<<<")
         return Report(head, [*sections, *([Section("in each block", blocks)] if blocks.rows else [])])
 
-    def _figures(self) -> Iterable[str]:
+    def figures(self) -> Iterable[str]:
+        """Lines of throughput, utilisation and what binds."""
         if self.rows:
             share = f", {self.rate / self.mesh.size:,.0f} a device" if self.mesh.size > 1 else ""
-            yield f"  throughput  {self.rate:,.0f} {self.unit} a second{share}"
+            yield f"  speed      {self.rate:,.0f} {self.unit} a second{share}"
         if self.flops:
-            yield f"  MFU         {self.mfu:.1%} of the peak, for {self.flops:.3g} FLOPs a step"
-        if self.held:
-            share = f", {self.held / self.room:.0%} of the {in_bytes(self.room)} of a device" if self.room else ""
-            yield f"  memory      {in_bytes(self.held)}{share}"
+            yield f"  MFU        {self.mfu:.1%} of the peak, for {self.flops:.3g} FLOPs a step"
         if self.spent:
-            yield f"  binds       {self._binding()}"
+            yield f"  binds      {self._binding()}"
 
     def _binding(self) -> str:
         total = sum(self.spent.values())
