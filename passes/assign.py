@@ -171,7 +171,7 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
     if best is None:
         least = lowered(frontier.smallest())  # which may fit
         if best is None:
-            raise InfeasibleError(out_of_memory(c, budget, least))
+            raise out_of_memory(c, budget, least)
     assert best.solution is not None
     return replace(best, solution=frontier.proved_for(best.solution, largest))
 

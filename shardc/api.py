@@ -20,13 +20,14 @@ from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
 from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
-from shardc.compiled import TRACING, Compiled
+from shardc.compiled import Compiled
 from shardc.distribution import check_data, distribute_if_started, with_global_batch
 from shardc.errors import MeshError, ShardcError
 from shardc.family import compiled
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharded
 from shardc.options import Options, ShardOptions, as_keywords
+from shardc.passes.capture import TRACING
 from shardc.runtime import Executable
 from shardc.runtime.mesh.parameters import moves
 

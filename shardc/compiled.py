@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,13 +19,11 @@ from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
+from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.mesh.distributed import CALLED
-
-TRACING = threading.RLock()
-"""Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
 
 
 class AnySizes(Protocol):

@@ -13,12 +13,13 @@ from typing import Any
 from shardc.analysis.sized_source import alike, samples, sized_source
 from shardc.capture.dynamic_sizes import Template, named_dims, sizes_of
 from shardc.capture.inputs import flatten
-from shardc.compiled import TRACING, Compiled
+from shardc.compiled import Compiled
 from shardc.distribution import check_data, check_world
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
 from shardc.options import Options
+from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import PIPELINE, part, run
 from shardc.planning.compilation import Compilation, Pass
 from shardc.planning.gc_pause import gc_paused

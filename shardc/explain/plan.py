@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
 from shardc.errors import ShardcError
+from shardc.explain.advice import Advice
 from shardc.explain.explanations import Assumption, Conflict, Explainer, Why, WhyNot
 from shardc.explain.summary import Summary
 from shardc.ir.constrain import Spec, serialise
@@ -17,6 +19,9 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
 
+LOADED = (
+    "this plan was loaded from a file, without the problem that it solves; compile the model again, and ask that plan"
+)
 DEAREST = 10
 """So many conversions are told with their causes."""
 
@@ -83,6 +88,8 @@ class Plan:
     whole for whoever calls the program."""
     summary: Summary = field(default_factory=lambda: Summary(Mesh(()), ""))
     """What the axes do, how fast a step is, how full a device gets, and what binds."""
+    adviser: Callable[[], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+    """Answers `advice`; not saved with the plan, as the explainer."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -124,14 +131,11 @@ class Plan:
     def explained(self) -> Explainer:
         """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""
         if self.explainer is None:
-            raise ShardcError(
-                "this plan was loaded from a file, without the problem that it solves; compile the model again, and "
-                "ask that plan"
-            )
+            raise ShardcError(LOADED)
         return self.explainer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "explainer": None}
+        return {**self.__dict__, "explainer": None, "adviser": None}
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
@@ -151,6 +155,14 @@ class Plan:
 
     def __str__(self) -> str:
         return str(self.report())
+
+    def advice(self) -> tuple[Advice, ...]:
+        """Up to three changes that would raise tokens (or samples) a second, the best first: another batch, another
+        mesh of as many devices, more memory. Each is planned again, so this takes several times as long as the plan
+        did. Raises ShardcError for a plan that was loaded from a file."""
+        if self.adviser is None:
+            raise ShardcError(LOADED)
+        return self.adviser()
 
     def _repr_html_(self) -> str:
         return self.report().html()

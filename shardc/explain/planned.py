@@ -9,6 +9,7 @@ from torch import fx
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
+from shardc.explain.advice import advice_on
 from shardc.explain.causes import Causes
 from shardc.explain.plan import Placed, Plan, Tried
 from shardc.explain.summarised import summary_of
@@ -37,7 +38,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
-        _outputs(c, graph), summary_of(c, predicted),
+        _outputs(c, graph), summary_of(c, predicted), lambda: advice_on(snapshots),
     )  # fmt: skip
 
 

@@ -71,7 +71,8 @@ class Compilation:
     AttributeError.
 
     `reuse` is the compilation of the same program at other sizes (`reuse_at`, in words). Its strategies are used where
-    they fit; `solution` is then None. `titles` are names of values for people. `time_limit` are the
+    they fit; `solution` is then None. `example` is the call as it was captured, with tensors that hold no memory.
+    `titles` are names of values for people. `time_limit` are the
     CPU-seconds that the solver may take without a bound on memory; a plan of `too_slow` seconds a step or more is not
     wanted. `seconds` are the CPU-seconds of every pass.
     """
@@ -87,6 +88,7 @@ class Compilation:
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     # capture, normalize, retile
+    example: ModelCall = _LATER
     program: Program = _LATER
     demands: tuple[ParameterDemand, ...] = ()
     # factor, retile
