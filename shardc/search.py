@@ -111,7 +111,7 @@ def _slower(one: Candidate, best: Candidate) -> str:
     return f"{worst}{link} takes {in_seconds(more[worst])} more{again}"
 
 
-COMPUTING = "computing"
+COMPUTING, TOO_LARGE = "computing", "does not fit"
 
 
 def _shares(summary: Summary) -> Mapping[str, float]:
@@ -148,7 +148,10 @@ def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
     )
     candidates.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(candidates[0].cost):
-        raise ShardcError(f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}")
+        way_out = "; a smaller batch or more devices would help" if candidates[0].remark.startswith(TOO_LARGE) else ""
+        raise ShardcError(
+            f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}{way_out}"
+        )
     return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
 
 
@@ -229,7 +232,7 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     except TooSlowError:
         raise
     except OutOfMemoryError as error:
-        return without(0.0, f"does not fit: {in_bytes(error.least)} at least")
+        return without(0.0, f"{TOO_LARGE}: {in_bytes(error.least)} at least")
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None

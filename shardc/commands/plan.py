@@ -57,6 +57,7 @@ class PlanCommand(Shows):
         with working(f"compiling {self.file.name} for {self.mesh}"):
             plan = compiled(call, Mesh.parse(self.mesh), self.options).plan
         self.show(plan.report(), plan)
+        return 0
 
     def _call(self) -> ModelCall:
         """What is planned: the call of a Python file, or the training step of a config."""
