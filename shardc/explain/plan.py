@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shardc.analysis.conversions import Conversion
@@ -114,6 +115,16 @@ class Plan:
         long, the bound is less than `lower_bound`, which the search has proved. It is never more than `cost`.
         """
         return self.explained().checked()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON that a person can read, compare and edit; `plan=` of `shard` and `compile` takes it.
+        Raises ShardcError where it cannot be written, and for a plan that was unpickled."""
+        from shardc.explain.plan_file.as_json import as_json, written  # which is made of plans
+
+        try:
+            Path(path).write_text(written(as_json(self)), encoding="utf-8")
+        except OSError as error:
+            raise ShardcError(f"cannot write {path}: {error.strerror}") from error
 
     def explained(self) -> Explainer:
         """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""
