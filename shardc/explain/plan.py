@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
@@ -16,6 +16,9 @@ from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
+
+if TYPE_CHECKING:
+    from shardc.explain.plan_file.diff import PlanDiff
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Plan:
         what the second-best layout costs.
 
         `value` is the path of a parameter or of a module (its output), `input:0`, or a name in `graph("reshard")`.
-        Raises ShardcError, with near names, for a value that is not there, and for a plan loaded from a file.
+        Raises ShardcError, with near names, for a value that is not there, and for a plan that was unpickled.
         """
         return self.explained().why(value)
 
@@ -126,11 +129,20 @@ class Plan:
         except OSError as error:
             raise ShardcError(f"cannot write {path}: {error.strerror}") from error
 
+    def diff(self, other: Plan | str | Path) -> PlanDiff:
+        """What is different in `other`, another plan or the file of one: what moved, what is sent, what that costs.
+        Raises ShardcError as `save` does, and for a file that is no plan."""
+        from shardc.explain.plan_file.as_json import as_json
+        from shardc.explain.plan_file.diff import PlanDiff
+        from shardc.explain.plan_file.reading import PlanFile
+
+        return PlanDiff(as_json(self), as_json(other) if isinstance(other, Plan) else PlanFile.read(other).data)
+
     def explained(self) -> Explainer:
         """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""
         if self.explainer is None:
             raise ShardcError(
-                "this plan was loaded from a file, without the problem that it solves; compile the model again, and "
+                "this plan was unpickled, without the problem that it solves; compile the model again, and "
                 "ask that plan"
             )
         return self.explainer
