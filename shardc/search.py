@@ -134,6 +134,8 @@ def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
         raise MeshError(f"cannot spread {devices} devices over {len(options.axes)} axes; both must be 1 or more")
     if options.dynamic:
         raise ShardcError("dynamic= has no meaning for a search: name the sizes to plan for")
+    if options.plan is not None:
+        raise ShardcError("plan= has no meaning for a search: it looks for plans")
     if any(isinstance(parameter, DTensor) for parameter in call.model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
     start = time.process_time()

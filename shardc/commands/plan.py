@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +41,14 @@ class PlanCommand(Shows):
     seq: Annotated[int | None, arg(metavar="TOKENS", help_behavior_hint="(for a config)")] = None
     """How many tokens a sequence has."""
 
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="PLAN.JSON", help_behavior_hint="")] = None
+    """Write the plan here, for --plan, for `shardc diff`, and to edit."""
+
     def run(self) -> int:
         flags = spelled(self.options, Options)
         if self.devices is not None:
+            if self.output is not None:
+                raise ShardcError("-o writes the plan for one mesh; name it with --mesh in place of --devices")
             ranking = search(self._call(), self.devices, self.options)
             sizes = [f"--{name}={size}" for name, size in (("batch", self.batch), ("seq", self.seq)) if size]
             command = shlex.join(["shardc", "plan", str(self.file), *sizes, f"--mesh={ranking.best}", *flags])
@@ -57,6 +63,9 @@ class PlanCommand(Shows):
         with working(f"compiling {self.file.name} for {self.mesh}"):
             plan = compiled(call, Mesh.parse(self.mesh), self.options).plan
         self.show(plan.report(), plan)
+        if self.output is not None:
+            plan.save(self.output)
+            print(f"wrote {self.output}", file=sys.stderr)
         return 0
 
     def _call(self) -> ModelCall:
@@ -66,4 +75,3 @@ class PlanCommand(Shows):
         if self.batch is not None or self.seq is not None:
             raise ShardcError(f"--batch and --seq are for a config; how large a step of {self.file} is, inputs() says")
         return ModelCall.of(*load_file(self.file))
-        return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
@@ -19,9 +20,10 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
 
-LOADED = (
-    "this plan was loaded from a file, without the problem that it solves; compile the model again, and ask that plan"
-)
+if TYPE_CHECKING:
+    from shardc.explain.plan_file.diff import PlanDiff
+
+LOADED = "this plan was unpickled, without the problem that it solves; compile the model again, and ask that plan"
 DEAREST = 10
 """So many conversions are told with their causes."""
 
@@ -96,7 +98,7 @@ class Plan:
         what the second-best layout costs.
 
         `value` is the path of a parameter or of a module (its output), `input:0`, or a name in `graph("reshard")`.
-        Raises ShardcError, with near names, for a value that is not there, and for a plan loaded from a file.
+        Raises ShardcError, with near names, for a value that is not there, and for a plan that was unpickled.
         """
         return self.explained().why(value)
 
@@ -127,6 +129,25 @@ class Plan:
         long, the bound is less than `lower_bound`, which the search has proved. It is never more than `cost`.
         """
         return self.explained().checked()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON that a person can read, compare and edit; `plan=` of `shard` and `compile` takes it.
+        Raises ShardcError where it cannot be written, and for a plan that was unpickled."""
+        from shardc.explain.plan_file.as_json import as_json, written  # which is made of plans
+
+        try:
+            Path(path).write_text(written(as_json(self)), encoding="utf-8")
+        except OSError as error:
+            raise ShardcError(f"cannot write {path}: {error.strerror}") from error
+
+    def diff(self, other: Plan | str | Path) -> PlanDiff:
+        """What is different in `other`, another plan or the file of one: what moved, what is sent, what that costs.
+        Raises ShardcError as `save` does, and for a file that is no plan."""
+        from shardc.explain.plan_file.as_json import as_json
+        from shardc.explain.plan_file.diff import PlanDiff
+        from shardc.explain.plan_file.reading import PlanFile
+
+        return PlanDiff(as_json(self), as_json(other) if isinstance(other, Plan) else PlanFile.read(other).data)
 
     def explained(self) -> Explainer:
         """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""

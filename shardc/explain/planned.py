@@ -11,7 +11,9 @@ from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
 from shardc.explain.advice import advice_on
 from shardc.explain.causes import Causes
+from shardc.explain.explanations import Explainer
 from shardc.explain.plan import Placed, Plan, Tried
+from shardc.explain.posed import PosedWhenAsked
 from shardc.explain.summarised import summary_of
 from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
@@ -33,6 +35,8 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     cost, bound = predicted, 0.0
     if c.solution is not None:
         cost, bound = c.solution.cost, c.solution.lower_bound
+    elif c.given is not None and c.given.proof is not None:
+        cost, bound = c.given.proof.cost, c.given.proof.lower_bound
     return Plan(
         mesh, c.options.device.name, c.options.mode, _placed(c, graph),
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
@@ -77,7 +81,12 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
     notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
-    if c.solution is None:
+    if c.given is not None and c.given.proof is None:
+        notes.append(
+            f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "
+            "that of plans that say the same"
+        )
+    elif c.solution is None and c.given is None:
         notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
     return tuple(notes)
 
@@ -148,7 +157,7 @@ def _compute(c: Compilation) -> float:
     return total
 
 
-def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Questions:
+def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Explainer:
     """The object that answers questions about the plan."""
     decided = snapshots["schedule"]
 
@@ -158,4 +167,9 @@ def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conve
         c = run(again, replace(decided, assignment=other, draft=None))
         return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)
 
-    return Questions(decided, tuple(conversions), compute, price)
+    def questions(c: Compilation) -> Questions:
+        return Questions(c, tuple(conversions), compute, price)
+
+    if decided.solution is None and decided.given is not None and decided.given.proof is not None:
+        return PosedWhenAsked(decided, decided.given.proof, questions)
+    return questions(decided)

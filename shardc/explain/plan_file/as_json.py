@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from shardc.explain.plan_file.fingerprint import digest, fingerprint
 from shardc.planning.compilation import Compilation
 from shardc.planning.given.entries import entries_of, outputs_of
 from shardc.planning.given.names import OPERATORS, OUTPUTS, SECTIONS, folded, pattern_of
-from shardc.planning.given.proof import proof_of
+from shardc.planning.given.posing import proof_of
 
 FORMAT = 1
 """The version of the format. It changes when a file of the old one can no longer be read."""
@@ -44,10 +45,24 @@ def as_json(plan: Plan) -> dict[str, Any]:
         **_decided(c),
         "conversions": _conversions(plan.conversions),
         "hardware": hardware_json(c.options.device),
-        "program": _program(c),
+        "program": {**fingerprint(c.factored).as_json(), "sizes": dict(c.sizes)},
     }
     data["proof"] = _proof(plan, c, decisions_digest(data))
     return data
+
+
+def written(data: Mapping[str, Any]) -> str:
+    """The data as the text of a file: JSON with one entry a line, two levels deep, so that `diff` shows what moved."""
+
+    def block(value: Any) -> str:
+        if isinstance(value, dict) and value:
+            lines = [f"    {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items()]
+            return "{\n" + ",\n".join(lines) + "\n  }"
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join([f"    {json.dumps(one)}" for one in value]) + "\n  ]"
+        return json.dumps(value)
+
+    return "{\n" + ",\n".join([f"  {json.dumps(key)}: {block(value)}" for key, value in data.items()]) + "\n}\n"
 
 
 def decisions_digest(data: Mapping[str, Any]) -> str:
@@ -92,16 +107,6 @@ def _conversions(conversions: tuple[Conversion, ...]) -> list[dict[str, Any]]:
         }
         for (phase, kind, axis, place), group in groups.items()
     ]  # fmt: skip
-
-
-def _program(c: Compilation) -> dict[str, Any]:
-    print_of = fingerprint(c.factored)
-    return {
-        "fingerprint": print_of.digest,
-        "trains": print_of.trains,
-        "returned": folded(print_of.returned),
-        "operators": folded(print_of.operators),
-    }
 
 
 def _proof(plan: Plan, c: Compilation, of: str) -> dict[str, Any]:

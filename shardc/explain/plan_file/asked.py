@@ -15,7 +15,9 @@ from shardc.options import Options
 
 def options_json(options: Options) -> dict[str, Any]:
     """The options that a plan depends on, those at their defaults too."""
-    plain: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields(Options)}
+    plain: dict[str, Any] = {
+        one.name: getattr(options, one.name) for one in fields(Options) if one.name not in ("plan", "cache")
+    }
     plain["constraints"] = {pattern: serialise(spec) for pattern, spec in options.constraints.items()}
     plain["dynamic"] = {
         argument: {str(dim): name for dim, name in dims.items()} for argument, dims in options.dynamic.items()

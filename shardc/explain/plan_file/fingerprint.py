@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, fx
 
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.program import Program, Role, name_of, value_of
-from shardc.planning.given.names import OPERATORS, names_of, output_entries, pattern_of
+from shardc.planning.given.names import OPERATORS, folded, names_of, output_entries, pattern_of
 from shardc.rules.factors.factored import Factored, Kind
 from shardc.rules.factors.strategy import shape_of
 
@@ -46,9 +48,29 @@ class Fingerprint:
         parts = [*given.items(), *self.operators.items(), *self.returned.items(), self.trains, self.structure]
         return digest(parts, 32)
 
+    def as_json(self) -> dict[str, Any]:
+        """It as plain data, in which repeated layers are one entry with their number."""
+        return {
+            "fingerprint": self.digest,
+            "trains": self.trains,
+            "given": _counted({" ".join(name): text for name, text in self.given.items()}),
+            "returned": _counted(self.returned),
+            "operators": _counted(self.operators),
+        }
+
+
+_known: weakref.WeakKeyDictionary[fx.Graph, Fingerprint] = weakref.WeakKeyDictionary()
+
 
 def fingerprint(factored: Factored) -> Fingerprint:
-    """The fingerprint of a program."""
+    """The fingerprint of a program. Which axes may fold a sequence does not count."""
+    graph = factored.program.graph
+    if graph not in _known:
+        _known[graph] = _made(factored)
+    return _known[graph]
+
+
+def _made(factored: Factored) -> Fingerprint:
     program, names, texts = factored.program, names_of(factored), dict[fx.Node, str]()
     kinds: dict[Kind, str] = {}
     operators: dict[str, str] = {}
@@ -75,6 +97,15 @@ def fingerprint(factored: Factored) -> Fingerprint:
 def _structure(program: Program) -> str:
     numbers = {node: number for number, node in enumerate(program.graph.nodes)}
     return digest([[numbers[one] for one in node.all_input_nodes] for node in numbers], 32)
+
+
+def _counted(entries: Mapping[str, str]) -> dict[str, str]:
+    """The entries folded, with how many are one."""
+    short, count = folded(entries), Counter((pattern_of(name), text) for name, text in entries.items())
+    return {
+        name: f"{text} x{count[name, text]}" if count[name, text] > 1 and "*" in name else text
+        for name, text in short.items()
+    }
 
 
 def _returned(program: Program, texts: Mapping[fx.Node, str]) -> dict[str, str]:
@@ -133,7 +164,7 @@ def canonical(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join([f'{canonical(key)}: {canonical(one)}' for key, one in value.items()])}}}"
     if is_dataclass(value):
-        own = ", ".join([canonical(getattr(value, one.name)) for one in fields(value)])
+        own = ", ".join([canonical(getattr(value, one.name)) for one in fields(value) if one.name != "folds"])
         return f"{type(value).__name__}({own})"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(canonical, value))}]"

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shardc.planning.compilation import Compilation
-from shardc.planning.recompute_network import RecomputeNetwork
-
 PLAIN_NETWORK, MEMORY_NETWORK, RECOMPUTE_NETWORK = "plain", "memory", "recompute"
 
 
@@ -23,15 +20,3 @@ class Proof:
     folded_axes: tuple[str, ...] = ()
     capacity: float | None = None
     multipliers: Mapping[int, float] = field(default_factory=dict[int, float])
-
-
-def proof_of(c: Compilation, cost: float, lower_bound: float) -> Proof:
-    """The proof of a compilation."""
-    network, relaxed = PLAIN_NETWORK, None if c.solution is None else c.solution.relaxation
-    if isinstance(c.network, RecomputeNetwork):
-        network = RECOMPUTE_NETWORK if c.network.recompute else MEMORY_NETWORK
-    axes = {axis for value in c.factored.base.values() for folds in value.form.folds for axis in folds}
-    if relaxed is None:
-        return Proof(cost, lower_bound, network, tuple(sorted(axes)))
-    multipliers = {int(position): float(value) for position, value in relaxed.multipliers.items()}
-    return Proof(cost, lower_bound, network, tuple(sorted(axes)), float(relaxed.capacity), multipliers)
