@@ -16,6 +16,9 @@ from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.planning.folding import along_sequences, carried, folding, may_gain, offered
+from shardc.planning.given.given import Given
+from shardc.planning.given.posing import network_of
+from shardc.planning.given.proof import Proof
 from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
@@ -40,12 +43,25 @@ class TooSlowError(InfeasibleError):
 def assign(c: Compilation) -> Compilation:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal, or nothing
     fits into memory."""
+    if c.given is not None:
+        c = replace(c, factored=offered(c.factored, c.mesh, c.given.folds))
+        if c.given.proof is not None:
+            return _as_given(c, c.given, c.given.proof)
+        try:
+            return _solved_anew(c)
+        except InfeasibleError as error:
+            raise InfeasibleError(f"with what {c.given.source} says held fixed: {error}") from error
     if c.reuse is not None:
         reused = _reused(c, c.reuse)
         if reused is not None:
             return reused
+    return _solved_anew(c)
+
+
+def _solved_anew(c: Compilation) -> Compilation:
     budget = c.options.budget
     bounded = budget is not None and not c.options.hardware_bounds
+    bounded = bounded or (budget is not None and c.given is not None and c.given.recomputes)
     network, solution = c.network if c.has("network") else None, None
     if network is None and not (bounded and not _may_fold(c)):
         network = first_network(c)
@@ -66,11 +82,11 @@ def assign(c: Compilation) -> Compilation:
 def first_network(c: Compilation) -> CostNetwork:
     """The network that `assign` solves first: no plan costs less than the cheapest choice of it. Raises InfeasibleError
     where a variable has no value left."""
-    return _built(CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c)))
+    return _built(c, CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c)))
 
 
 def _may_fold(c: Compilation) -> bool:
-    return c.options.mode != "propagate" and may_gain(c.factored, c.mesh)
+    return c.options.mode != "propagate" and c.given is None and may_gain(c.factored, c.mesh)
 
 
 def _with_orders(
@@ -86,8 +102,14 @@ def _with_orders(
         return c, balanced, None
     network = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c))
     network.share(balanced)
-    _built(network)
+    _built(c, network)
     return c, network, None if axes else carried(found, balanced.problem(), network.problem())
+
+
+def _as_given(c: Compilation, given: Given, proof: Proof) -> Compilation:
+    """The decisions of a file as they are: nothing is solved, and the problem is not even posed."""
+    network = network_of(c, proof, _demands(c))
+    return replace(c, network=network, assignment=given.assignment(network))
 
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
@@ -129,20 +151,24 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
         made = RecomputeNetwork(*asked, recompute=recompute, states=c.states)
         if like is not None:
             made.share(like)
-        return _built(made)
+        return _built(c, made)
 
-    simple = network(recompute=False, like=known)
-    problem, loads = simple.problem(), simple.memory_terms()
-    free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
-    if loads.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget:
-        free = free if free.exact else solved(problem, tuning.TIME_LIMIT)
-        solution = replace(free, relaxation=Relaxation({}, budget, loads))
-        fits = _if_it_fits(_candidate(c, simple, solution), budget)
-        if fits is not None:
-            return fits
-    full = network(recompute=True, like=simple)
-    frontier = Frontier(full.problem(), full.memory_terms())
-    frontier.know(free, full.widened(simple, free.choice))
+    if c.given is not None and c.given.recomputes:
+        full = network(recompute=True)
+        frontier = Frontier(full.problem(), full.memory_terms())
+    else:
+        simple = network(recompute=False, like=known)
+        problem, loads = simple.problem(), simple.memory_terms()
+        free = solved(problem, tuning.TIME_LIMIT, tuning.FREE_DRAFT_GAP, draft=True)
+        if loads.peak(free.choice) <= tuning.FREE_DRAFT_LOAD * budget:
+            free = free if free.exact else solved(problem, tuning.TIME_LIMIT)
+            solution = replace(free, relaxation=Relaxation({}, budget, loads))
+            fits = _if_it_fits(_candidate(c, simple, solution), budget)
+            if fits is not None:
+                return fits
+        full = network(recompute=True, like=simple)
+        frontier = Frontier(full.problem(), full.memory_terms())
+        frontier.know(free, full.widened(simple, free.choice))
     best: Compilation | None = None
     cheapest = math.inf
     low, bound, largest = 0.0, budget, budget
@@ -171,7 +197,7 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
     if best is None:
         least = lowered(frontier.smallest())  # which may fit
         if best is None:
-            raise InfeasibleError(out_of_memory(c, budget, least))
+            raise out_of_memory(c, budget, least)
     assert best.solution is not None
     return replace(best, solution=frontier.proved_for(best.solution, largest))
 
@@ -193,7 +219,7 @@ def _demands(c: Compilation) -> LayoutDemands:
     return LayoutDemands(c.spread.accepts(), c.options.whole_bytes, wishes)
 
 
-def _built(network: AnyNetwork) -> AnyNetwork:
+def _built(c: Compilation, network: AnyNetwork) -> AnyNetwork:
     network.build()
     for variable in network.variables:
         if not variable.domain:
@@ -201,6 +227,8 @@ def _built(network: AnyNetwork) -> AnyNetwork:
                 f"no strategy of {variable.name} makes the layout that the constraints demand of it; "
                 f"leave one of its dims open"
             )
+    if c.given is not None:
+        c.given.restrict(network)
     return network
 
 

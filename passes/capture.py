@@ -11,6 +11,7 @@ def forward(self, x):                     %up_weight = input           f32[256, 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,9 @@ import torch
 from shardc.capture import trace
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.constraints import module_constraints, parameter_demands
+
+TRACING = threading.RLock()
+"""Held by whoever runs this pass: for all threads, the model's tensors are fakes then, and flags of torch are set."""
 
 
 @compiler_pass
@@ -35,4 +39,4 @@ def capture(c: Compilation) -> Compilation:
         dynamic=c.dims,
     )
     demands = parameter_demands(program, call.model, constraints, c.mesh)
-    return replace(c, call=call.without_arguments(), program=program, demands=demands)
+    return replace(c, call=call.without_arguments(), example=call.example(), program=program, demands=demands)

@@ -20,13 +20,16 @@ from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
 from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
-from shardc.compiled import TRACING, Compiled
+from shardc.compiled import Compiled
+from shardc.decided import as_asked
 from shardc.distribution import check_data, distribute_if_started, with_global_batch
 from shardc.errors import MeshError, ShardcError
+from shardc.explain.plan_file.reading import PlanFile
 from shardc.family import compiled
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharded
 from shardc.options import Options, ShardOptions, as_keywords
+from shardc.passes.capture import TRACING
 from shardc.runtime import Executable
 from shardc.runtime.mesh.parameters import moves
 
@@ -86,6 +89,8 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
+        self.planned_by_file = False
+        """Whether a program was made by the plan that the options name; it is for no other."""
         self.registries: list[dict[str, Any]] | None = None
         """Where the tensors of the model stand; None where a capture may have met others."""
 
@@ -137,8 +142,21 @@ class _Engine:
     def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
         calls = self.calls.get((key, call.differentiable))
         if calls is None:
-            calls = self.calls[key, call.differentiable] = Calls(*self.request, named)
+            options = self._options()
+            calls = Calls(self.request.mesh, options, named)
+            program = self._captured(calls.program, call, leaves)
+            self.calls[key, call.differentiable] = calls
+            self.planned_by_file = self.planned_by_file or options.plan is not None
+            return program
         return self._captured(calls.program, call, leaves)
+
+    def _options(self) -> Options:
+        """The options for a form of call that was not met before."""
+        options = self.request.options
+        if options.plan is None:
+            return options
+        evaluates = not torch.is_grad_enabled() and PlanFile.read(options.plan).trains
+        return replace(options, plan=None) if self.planned_by_file or evaluates else options
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""
@@ -218,7 +236,8 @@ def _shard(target: Any = None, *, options: ShardOptions) -> Any:
     torch.distributed the mesh is virtual, all ranks in this process; under torchrun it is real. Raises ShardcError for
     a request that makes no sense.
     """
-    request = Request(Mesh.parse(options.mesh) if options.mesh is not None else _default_mesh(), options)
+    asked, mesh = as_asked(options, Mesh.parse(options.mesh) if options.mesh is not None else None)
+    request = Request(mesh or _default_mesh(), asked)
     check_data(options.data, request.mesh)
     if target is None:
         return lambda real: _sharded(real, request)

@@ -8,7 +8,7 @@ model(x[4, 20])     the same program
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,8 @@ class Calls:
         return self._for_many_sizes(call, leaves) or self._for_these_sizes(call, leaves)
 
     def _for_these_sizes(self, call: ModelCall, leaves: list[Any]) -> Compiled:
-        program = compiled(call, self._mesh, self._options, {})
+        options = self._options if self._first is None else replace(self._options, plan=None)  # it is for the first
+        program = compiled(call, self._mesh, options, {})
         self._alone.setdefault(fixed_sizes(leaves, {}), []).insert(0, program)
         if self._first is None:
             # not the user's tensors, but their sizes

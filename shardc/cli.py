@@ -1,4 +1,5 @@
-"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
+"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc diff A.json B.json`,
+`shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -14,6 +15,7 @@ from tyro.conf import subcommand
 
 from shardc.commands.calibrate import CalibrateCommand
 from shardc.commands.compile import CompileCommand
+from shardc.commands.diff import DiffCommand
 from shardc.commands.explain import ExplainCommand
 from shardc.commands.plan import PlanCommand
 from shardc.commands.run import RunCommand
@@ -25,6 +27,7 @@ Command = (
     | Annotated[ExplainCommand, subcommand("explain")]
     | Annotated[CompileCommand, subcommand("compile")]
     | Annotated[RunCommand, subcommand("run")]
+    | Annotated[DiffCommand, subcommand("diff")]
     | Annotated[CalibrateCommand, subcommand("calibrate")]
 )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,20 +12,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
+from shardc.decided import Decided
 from shardc.distribution import agree_on_program, before_call, with_global_batch
 from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
-from shardc.explain.planned import plan_of
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
+from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.mesh.distributed import CALLED
-
-TRACING = threading.RLock()
-"""Held while a model is captured: for all threads, its tensors are fakes then, and flags of torch are set."""
 
 
 class AnySizes(Protocol):
@@ -41,9 +38,9 @@ class Compiled:
     Of a family, a call at other sizes runs the member for them; `at` gives that one.
     """
 
-    def __init__(self, snapshots: Mapping[str, Compilation], family: AnySizes | None = None) -> None:
-        self.plan: Plan = plan_of(snapshots)
-        self._snapshots = snapshots
+    def __init__(self, decided: Decided, family: AnySizes | None = None) -> None:
+        self.plan: Plan = decided.plan
+        self._snapshots = snapshots = decided.snapshots
         self._last = snapshots["codegen"]
         self._program = self._last.program
         self._module = self._last.call.model
@@ -81,14 +78,14 @@ class Compiled:
 
     @property
     def executable(self) -> Executable:
-        """The code, loaded on this process's mesh. Under torch.distributed all ranks take rank 0's code: each plans on
-        its own, and one with less time for it would find another plan."""
+        """The code, loaded on this process's mesh. Under torch.distributed all ranks take rank 0's code: at sizes
+        that a plan is not for, each plans on its own, and one with less time for it would find another."""
         if self._executable is None:
             mesh = local_mesh(self.plan.mesh.sizes)
             source = self._last.code()
             module = load(source)
             if isinstance(mesh, DistributedMesh):
-                agree_on_program(self._module, module.INPUTS, self._last.options)
+                agree_on_program(self._last)
             self._agreed = mesh.agreed(source)
             module = module if source == self._agreed else load(self._agreed)
             setattr(module, CALLED, type(self._module).__name__)

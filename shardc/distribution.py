@@ -21,9 +21,11 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
 from shardc.errors import MeshError, ShardcError
+from shardc.explain.plan_file.fingerprint import fingerprint
 from shardc.ir.mesh import Mesh
-from shardc.options import Options
-from shardc.runtime import DistributedMesh, Executable, Slot, local_mesh
+from shardc.ir.program import Role, value_of
+from shardc.planning.compilation import Compilation
+from shardc.runtime import DistributedMesh, Executable, local_mesh
 from shardc.runtime.mesh import mixed
 from shardc.runtime.mesh.agreement import Note, Sums, agree
 from shardc.runtime.mesh.batch import Batch, axes_of, join, own_parts, part_number, placements_of
@@ -91,19 +93,22 @@ def distribute_if_started(model: nn.Module, mesh: Mesh, data: str | None = None)
             vars(model)["accepts_loss_kwargs"] = False
 
 
-def agree_on_program(model: nn.Module, slots: Sequence[Slot], options: Options) -> None:
-    """Raise RankError on every rank unless all ranks are about to run the same program. Every rank must call it."""
-    kinds: dict[str, list[str]] = {"input": [], "parameter": [], "buffer": []}
-    for slot in slots:
-        kinds.setdefault(slot.role, []).append(f"{slot.name or slot.index} {slot.dtype}{list(slot.shape)}")
+def agree_on_program(c: Compilation) -> None:
+    """Raise RankError on every rank unless all ranks are about to plan the same program. Every rank must call it."""
+    kinds: dict[Role, list[str]] = {Role.INPUT: [], Role.PARAMETER: [], Role.BUFFER: []}
+    for port, node in zip(c.program.inputs, c.program.placeholders, strict=True):
+        value = value_of(node)
+        kinds.setdefault(port.role, []).append(f"{port.name or port.index} {value.dtype}{list(value.shape)}")
     facts = {
-        "inputs": ", ".join(kinds.pop("input")),
+        "inputs": ", ".join(kinds.pop(Role.INPUT)),
         "gradients": "recorded" if torch.is_grad_enabled() else "not recorded",
-        **{f"{role}s": ", ".join(named) for role, named in kinds.items()},
-        **{f"the option {one.name}": str(getattr(options, one.name)) for one in fields(options)},
+        **{f"{role.value}s": ", ".join(named) for role, named in kinds.items()},
+        **{f"the option {one.name}": str(getattr(c.options, one.name)) for one in fields(c.options)},
         "versions": f"shardc {version('shardc')}, torch {torch.__version__}",
+        "the program's operators, or what they read": fingerprint(c.factored).digest,
     }
-    agree(Note(f"the first call of a program of {type(model).__name__}", facts, advice=_advice(options.data)))
+    model = type(c.call.model).__name__
+    agree(Note(f"the first call of a program of {model}", facts, advice=_advice(c.options.data)))
 
 
 def before_call(

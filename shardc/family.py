@@ -13,14 +13,17 @@ from typing import Any
 from shardc.analysis.sized_source import alike, samples, sized_source
 from shardc.capture.dynamic_sizes import Template, named_dims, sizes_of
 from shardc.capture.inputs import flatten
-from shardc.compiled import TRACING, Compiled
+from shardc.compiled import Compiled
+from shardc.decided import Decided, as_asked, decided
 from shardc.distribution import check_data, check_world
 from shardc.errors import ShardcError
+from shardc.explain.plan_file.reading import PlanFile
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
 from shardc.options import Options
-from shardc.passes.pipeline import PIPELINE, part, run
-from shardc.planning.compilation import Compilation, Pass
+from shardc.passes.capture import TRACING
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation
 from shardc.planning.gc_pause import gc_paused
 from shardc.runtime import Executable, local_mesh
 from shardc.runtime.execute.sizes import for_sizes
@@ -30,19 +33,14 @@ Sizes = Mapping[str, int]
 
 def compiled(call: ModelCall, mesh: Mesh, options: Options, dims: Dims | None = None) -> Compiled:
     """Capture, plan and lower one call. The result serves all sizes of `dims` (None: of those that options name)."""
+    options, _ = as_asked(options, mesh)
     check_world(mesh)
     check_data(options.data, mesh)
     dims = named_dims(options.dynamic, call) if dims is None else dims
     with TRACING, gc_paused():
         if dims:
             return Family(Compilation(call, mesh, options, dims)).at(call, flatten((call.args, dict(call.kwargs)))[0])
-        return Compiled(_run(PIPELINE, Compilation(call, mesh, options)))
-
-
-def _run(passes: Sequence[Pass], c: Compilation) -> dict[str, Compilation]:
-    snapshots: dict[str, Compilation] = {}
-    run(passes, c, snapshots)
-    return snapshots
+        return Compiled(decided(Compilation(call, mesh, options)))
 
 
 ENOUGH = 2
@@ -97,7 +95,9 @@ class Family:
         if self._captured is None and min(sizes.values()) > 1:
             self.captured(call)
         if self._template is None or not self._template.admits(sizes):
-            alone = _run(PIPELINE, replace(self._asked, call=call, dims={}))
+            options = self._asked.options
+            options = replace(options, plan=None) if self._sizes_of_file() else options  # it is for the others
+            alone = decided(replace(self._asked, call=call, dims={}, options=options))
             return self._members.setdefault(key, Compiled(alone, self))
         return self._by_one_source(self._template, sizes) or self._member(self._template, sizes)
 
@@ -107,17 +107,30 @@ class Family:
             self._members[key] = Compiled(self._lowered(template, sizes), self)
         return self._members[key]
 
-    def _lowered(self, template: Template, sizes: Sizes) -> dict[str, Compilation]:
+    def _lowered(self, template: Template, sizes: Sizes) -> Decided:
         assert self._captured is not None
+        if self._planned is None:
+            self._plan_of_file(template, sizes)
         start = time.process_time()
         program = template.at(sizes)
         seconds = {} if self._members else self._captured.seconds
-        c = replace(self._captured, program=program, seconds={**seconds, "sizes": time.process_time() - start})
-        snapshots = {"capture": c}
-        run(PIPELINE[1:], replace(c, reuse=self._planned, reuse_at=self._planned_at), snapshots)
-        if self._planned is None or (not self._members and snapshots["assign"].solution is not None):
-            self._planned, self._planned_at = snapshots["assign"], ", ".join(f"{k}={n}" for k, n in sizes.items())
-        return snapshots
+        seconds = {**seconds, "sizes": time.process_time() - start}
+        c = replace(self._captured, program=program, seconds=seconds, sizes=sizes)
+        found = decided(replace(c, reuse=self._planned, reuse_at=self._planned_at), part("normalize", "propagate"))
+        assigned = found.snapshots["assign"]
+        if self._planned is None or (not self._members and assigned.solution is not None):
+            self._planned, self._planned_at = assigned, ", ".join(f"{k}={n}" for k, n in sizes.items())
+        return found
+
+    def _plan_of_file(self, template: Template, sizes: Sizes) -> None:
+        """Lower at the sizes of the plan that the options name, if it has others, so that these reuse it."""
+        there = self._sizes_of_file()
+        if there.keys() == sizes.keys() and there != sizes and template.admits(there):
+            self._lowered(template, there)
+
+    def _sizes_of_file(self) -> Sizes:
+        named = self._asked.options.plan
+        return {} if named is None else PlanFile.read(named).sizes
 
     def _by_one_source(self, template: Template, sizes: Sizes) -> Compiled | None:
         """The program at these sizes by the source of many; None where these must be lowered on their own."""
@@ -170,7 +183,7 @@ class Family:
     def _source(self, template: Template, free: Sizes) -> str | None:
         """The source at some sizes; None where the captured program is not for them."""
         sizes = template.sizes_at(free)
-        return None if sizes is None else self._lowered(template, sizes)["codegen"].code()
+        return None if sizes is None else self._lowered(template, sizes).snapshots["codegen"].code()
 
 
 Remainders = tuple[int, tuple[int, ...]]

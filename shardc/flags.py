@@ -43,7 +43,7 @@ def parsed(commands: Any, arguments: Sequence[str] | None, description: str) -> 
                 description=description,
                 args=words,
                 registry=REGISTRY,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagConversionOff),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
     except SystemExit as exit:
         if not exit.code:
@@ -108,7 +108,8 @@ def _flag(one: dataclasses.Field[Any], hint: Any, text: Text | None, help: str |
     hint_of_default = "" if one.default is None else None
     if text is None:
         told = tyro.conf.arg(help_behavior_hint=hint_of_default)
-        return StructFieldSpec(one.name, Annotated[hint, told], one.default, help)  # type: ignore[arg-type]
+        valued = tyro.conf.FlagConversionOff  # `--loud=True`: what is written back is read again
+        return StructFieldSpec(one.name, Annotated[hint, told, valued], one.default, help)  # type: ignore[arg-type]
     spec = PrimitiveConstructorSpec(
         nargs=1,
         metavar=text.form,

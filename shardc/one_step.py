@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,28 @@ from shardc.api import Inputs
 from shardc.compiled import Compiled
 
 
-def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inputs) -> list[str]:
+@dataclass(frozen=True)
+class Compared:
+    """`what` was compared with one device, its `value` in words, and the largest `difference` of an element (NaN where
+    one of two is missing). Of gradients, `worst` is the parameter whose gradient differs most."""
+
+    what: str
+    value: str
+    difference: float
+    worst: str = ""
+
+    def __str__(self) -> str:
+        if self.worst:
+            return f"{self.what}: largest difference {self.difference:.1e} ({self.worst})"
+        return f"{self.what}: {self.value}   largest difference to one device {self.difference:.1e}"
+
+
+def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inputs) -> list[Compared]:
     """Run `program`, compiled from `model`, and `single`, a copy of `model`, and tell how far their outputs and
-    gradients differ: a line an output, and one for all gradients."""
+    gradients differ: an entry an output, and one for all gradients."""
     outputs, expected = _outputs(program, inputs), _outputs(single, inputs)
     lines = [
-        f"output {index}: {_summary(_whole(a))}   largest difference to one device {_difference(a, b):.1e}"
+        Compared(f"output {index}", _summary(_whole(a)), _difference(a, b))
         for index, (a, b) in enumerate(zip(outputs, expected, strict=True))
     ]
     if expected and expected[0].requires_grad:
@@ -33,7 +50,7 @@ def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inp
         }
         if gradients:
             worst = max(gradients, key=gradients.__getitem__)
-            lines.append(f"{len(gradients)} gradients: largest difference {gradients[worst]:.1e} ({worst})")
+            lines.append(Compared(f"{len(gradients)} gradients", "", gradients[worst], worst))
     return lines
 
 

@@ -137,6 +137,14 @@ class Options:
     """How many times the mean the busiest rank's experts do, as measured: it sets their time. Without it, routing is
     taken to be balanced."""
 
+    plan: Annotated[str | Path | None, Text("PLAN.JSON", "plan.json")] = None
+    """A plan that was saved: nothing is solved. What the file leaves out is, with the rest held fixed. Options that
+    the call does not name are those of the plan. A plan of another program is refused."""
+
+    cache: bool = True
+    """Whether a plan that took long to find is kept for later processes, and theirs taken: in the folder
+    `$SHARDC_PLAN_CACHE` or, without it, `~/.cache/shardc/plans`."""
+
     def __post_init__(self) -> None:
         if self.imbalance < 1.0 or self.capacity <= 0.0:
             raise ShardcError(

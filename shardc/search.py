@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ParamSpec, Protocol
 
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardc.compiled import TRACING
 from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
+from shardc.explain.summarised import summary_of
+from shardc.explain.summary import Summary
 from shardc.inspect.progress import tracked, working
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Inputs, ModelCall
@@ -23,10 +24,12 @@ from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
 from shardc.options import SearchOptions, as_keywords
 from shardc.passes.assign import TooSlowError, first_network
+from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
+from shardc.planning.out_of_memory import OutOfMemoryError, refuse_too_large
 from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
@@ -38,7 +41,8 @@ CONSTRAIN = torch.ops.shardc.constrain.default
 @dataclass(frozen=True)
 class Candidate:
     """One mesh: the seconds of its best plan, the bound that none beats, the bytes that a device stores, and the
-    CPU-seconds spent. Without a plan `cost` is infinite and `remark` says why."""
+    CPU-seconds spent. Without a plan `cost` is infinite and `remark` says why. `summary` is there where memory is
+    bounded: only then is the program lowered."""
 
     mesh: Mesh
     cost: float
@@ -46,6 +50,7 @@ class Candidate:
     stored: float
     spent: float
     remark: str = ""
+    summary: Summary | None = None
 
     @property
     def gap(self) -> float:
@@ -77,15 +82,42 @@ class MeshSearch:
     def report(self) -> Report:
         """What `print(search)` shows, in sections."""
         stored = "held" if self.bounded else "stored"
-        rows = [["mesh", "a step", "gap", stored, "CPU", ""]]
+        rows = [["mesh", "a step", "gap", "MFU", stored, "CPU", "why not"]]
         for one in self.ranked:
             gap = "optimal" if one.gap < 1e-6 else f"{one.gap:.1%}"
-            known = [in_seconds(one.cost), gap, in_bytes(one.stored)] if math.isfinite(one.cost) else ["-", "-", "-"]
-            rows.append([str(one.mesh), *known, f"{one.spent:.1f} s", one.remark])
+            mfu = f"{one.summary.mfu:.1%}" if one.summary else "-"
+            known = [in_seconds(one.cost), gap, mfu, in_bytes(one.stored)] if math.isfinite(one.cost) else ["-"] * 4
+            rows.append([str(one.mesh), *known, f"{one.spent:.1f} s", one.remark or _slower(one, self.ranked[0])])
         head = f"{len(self.ranked)} meshes of {self.devices} devices on {self.hardware}, the cheapest plan first"
         means = "the most at any time" if self.bounded else "parameters and their gradients"
         tail = f"{stored}: {means} on one device; capture, shared by all, {self.shared:.1f} s"
-        return Report([head], [Section("", Columns(rows, "<>>>><"))], [tail])
+        best = self.ranked[0].summary
+        does = [] if best is None else [*(line.strip() for line in best.figures()), *best.parallelism.lines]
+        sections = [Section("", Columns(rows, "<>>>>><")), *([Section(f"the best: {self.best}", does)] if does else [])]
+        return Report([head], sections, [tail])
+
+
+def _slower(one: Candidate, best: Candidate) -> str:
+    """What a plan takes longer for than the best."""
+    if one is best or one.summary is None or best.summary is None:
+        return ""
+    here, there = _shares(one.summary), _shares(best.summary)
+    more = {name: seconds - there.get(name, 0.0) for name, seconds in here.items()}
+    worst = max(more, key=lambda name: more[name])
+    if more[worst] <= 0.001 * best.cost:
+        return "about as fast"
+    link = f" ({one.summary.links[worst]})" if worst in one.summary.links else ""
+    again = ", to fit into memory" if worst == COMPUTING and one.summary.memory_binds else ""
+    return f"{worst}{link} takes {in_seconds(more[worst])} more{again}"
+
+
+COMPUTING, TOO_LARGE = "computing", "does not fit"
+
+
+def _shares(summary: Summary) -> Mapping[str, float]:
+    """The seconds of a step that a rank computes, and those that it loses on account of every axis."""
+    lost = {axis: summary.spent[axis] for axis in summary.links}
+    return {COMPUTING: sum(summary.spent.values()) - sum(lost.values()), **lost}
 
 
 class SearchMesh(Protocol[Keywords]):
@@ -96,27 +128,32 @@ class SearchMesh(Protocol[Keywords]):
     ) -> MeshSearch: ...
 
 
-def search(model: nn.Module, example_inputs: Inputs, devices: int, options: SearchOptions) -> MeshSearch:
-    """`search_mesh` with its options in one."""
+def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
+    """`search_mesh` for a call, with its options in one."""
     if devices < 1 or not options.axes:
         raise MeshError(f"cannot spread {devices} devices over {len(options.axes)} axes; both must be 1 or more")
     if options.dynamic:
         raise ShardcError("dynamic= has no meaning for a search: name the sizes to plan for")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if options.plan is not None:
+        raise ShardcError("plan= has no meaning for a search: it looks for plans")
+    if any(isinstance(parameter, DTensor) for parameter in call.model.parameters()):
         raise MeshError("the parameters are stored on a mesh already; search before the model is distributed")
     start = time.process_time()
     with working("capturing"):
-        shared = _captured(
-            Compilation(ModelCall.of(model, example_inputs), Mesh(((options.axes[0], devices),)), options)
-        )
+        shared = _captured(Compilation(call, Mesh(((options.axes[0], devices),)), options))
     taken = time.process_time() - start
+    if options.budget is not None:
+        refuse_too_large(shared, options.budget, devices)
     annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in shared.program.graph.nodes)
     candidates = _planned(
         replace(shared, time_limit=options.time_limit), meshes(devices, options.axes, options.device, annotated)
     )
     candidates.sort(key=lambda one: (one.cost, one.lower_bound))
     if math.isinf(candidates[0].cost):
-        raise ShardcError(f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}")
+        way_out = "; a smaller batch or more devices would help" if candidates[0].remark.startswith(TOO_LARGE) else ""
+        raise ShardcError(
+            f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}{way_out}"
+        )
     return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
 
 
@@ -196,16 +233,19 @@ def _candidate(c: Compilation, best: float) -> Candidate:
         c = run(part("assign", "assign"), replace(c, network=network))
     except TooSlowError:
         raise
+    except OutOfMemoryError as error:
+        return without(0.0, f"{TOO_LARGE}: {in_bytes(error.least)} at least")
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None
-    cost, bound, remark = c.solution.cost, c.solution.lower_bound, ""
+    cost, bound, remark, summary = c.solution.cost, c.solution.lower_bound, "", None
     if c.options.budget is not None:
-        held = run(part("reshard", "schedule"), c).schedule.memory.peak
+        c = run(part("reshard", "schedule"), c)
+        held, summary = c.schedule.memory.peak, summary_of(c, c.schedule.seconds)
     else:
         held, memory = _stored(c.network, c.assignment), c.options.device.memory
         remark = f"more than the {in_bytes(memory)} of a device" if held > memory else ""
-    return Candidate(mesh, cost, bound, held, time.process_time() - start, remark)
+    return Candidate(mesh, cost, bound, held, time.process_time() - start, remark, summary)
 
 
 def _stored(network: CostNetwork, assignment: Assignment) -> float:
@@ -229,7 +269,7 @@ def _search_mesh(model: nn.Module, devices: int, example_inputs: Inputs, options
     an axis, only its size and its links matter. A mesh whose bound lies above the best plan so far is not solved.
     Raises ShardcError, also where no mesh has a plan.
     """
-    return search(model, example_inputs, devices, options)
+    return search(ModelCall.of(model, example_inputs), devices, options)
 
 
 def _search_function(options: Callable[Keywords, SearchOptions]) -> SearchMesh[Keywords]:

@@ -18,3 +18,5 @@ class Conversion:
     phase: str
     place: str
     value: str = ""
+    cause: str = ""
+    """What is converted from which layout to which, and for whom. Not told of prices."""

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from shardc.analysis.bodies import Body, body_of
@@ -108,8 +110,9 @@ def is_started(node: fx.Node) -> bool:
     return any(user.target is wait for user in node.users)
 
 
-def timed(order: Order, times: Times) -> tuple[float, float]:
-    """The seconds of a run in this order, and the seconds of collectives during which the rank computes."""
+def timed(order: Order, times: Times) -> tuple[float, float, Mapping[str, float]]:
+    """The seconds of a run in this order, the seconds of collectives during which the rank computes, and by axis the
+    seconds that the rank loses on account of it."""
     clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
     started = {node for node, awaited in order if awaited}
     for node, awaited in order:
@@ -123,4 +126,4 @@ def timed(order: Order, times: Times) -> tuple[float, float]:
             flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
         elif seconds:
             clock.run(str(node.kwargs["axis"]), seconds)
-    return clock.now, rounded(total - clock.now, total)
+    return clock.now, rounded(total - clock.now, total), clock.lost

@@ -12,14 +12,14 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
+from shardc.commands.shows import Shows
 from shardc.errors import ShardcError
-from shardc.inspect.console import show
 from shardc.inspect.progress import working
 from shardc.runtime import DistributedMesh, local_mesh
 
 
 @dataclass(frozen=True)
-class CalibrateCommand:
+class CalibrateCommand(Shows):
     """Measure this machine, or under torchrun the cluster, and write what --hardware takes."""
 
     file: Annotated[Path, Positional, arg(metavar="FILE.toml", help="Where the hardware file is written.")]
@@ -36,7 +36,7 @@ class CalibrateCommand:
     def _start_processes(self) -> int:
         processes = self.processes or torch.cuda.device_count() or 2
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*torchrun, "-m", "shardc.cli", "calibrate", str(self.file)]
+        command = [*torchrun, "-m", "shardc.cli", "calibrate", str(self.file), *(["--json"] if self.json else [])]
         return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
 
     def _measure(self) -> int:
@@ -48,6 +48,6 @@ class CalibrateCommand:
             measured = calibrate.calibrate(mesh, self.file.stem)
         if mesh.rank == 0:
             self.file.write_text(calibrate.toml(measured))
-            show(calibrate.report(measured))
-            print(f"wrote {self.file}")
+            self.show(calibrate.report(measured), measured.device)
+            self.say(f"wrote {self.file}")
         return 0

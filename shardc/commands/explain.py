@@ -7,13 +7,13 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from shardc.commands.shows import Shows
 from shardc.commands.user_file import OnMesh
 from shardc.errors import ShardcError
-from shardc.inspect.console import show
 
 
 @dataclass(frozen=True)
-class ExplainCommand(OnMesh):
+class ExplainCommand(OnMesh, Shows):
     """Tell which demands conflict, or why a value has its layout."""
 
     why: Annotated[str | None, arg(metavar="VALUE", help_behavior_hint="(without it: conflicts)")] = None
@@ -26,7 +26,10 @@ class ExplainCommand(OnMesh):
             raise ShardcError("--layout says how a value should lie; name the value with --why")
         plan = self.compiled().plan
         if self.why is None:
-            show("\n\n".join(map(str, plan.conflicts())) or "what was demanded needs no split dim gathered or moved")
+            conflicts = plan.conflicts()
+            text = "\n\n".join(map(str, conflicts)) or "what was demanded needs no split dim gathered or moved"
+            self.show(text, conflicts)
         else:
-            show(str(plan.why(self.why) if self.layout is None else plan.why_not(self.why, self.layout)))
+            answer = plan.why(self.why) if self.layout is None else plan.why_not(self.why, self.layout)
+            self.show(str(answer), answer)
         return 0

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shardc.commands.shows import Shows
 from shardc.commands.user_file import OnMesh, load_file
 from shardc.errors import ShardcError
 from shardc.family import compiled
-from shardc.inspect.console import show
 from shardc.inspect.progress import working
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
@@ -19,7 +19,7 @@ from shardc.one_step import compared
 
 
 @dataclass(frozen=True)
-class RunCommand(OnMesh):
+class RunCommand(OnMesh, Shows):
     """Run one step on the mesh (virtual, or under torchrun) and compare it with a single device."""
 
     def run(self) -> int:
@@ -34,5 +34,5 @@ class RunCommand(OnMesh):
             program = compiled(ModelCall.of(model, inputs), Mesh.parse(self.mesh), options)
         differences = compared(program, model, single, inputs)
         if os.environ.get("RANK", "0") == "0":
-            show("\n".join(differences))
+            self.show("\n".join(map(str, differences)), differences)
         return 0

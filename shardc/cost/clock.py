@@ -47,7 +47,8 @@ class Flight(NamedTuple):
 
 
 class Clock:
-    """The time of the rank, `now`, in seconds, and how much is left of every collective that was started."""
+    """The time of the rank, `now`, in seconds, and how much is left of every collective that was started. By axis,
+    `lost` are the seconds that the rank waits, is slowed down or stalls on its account."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         self.now = 0.0
@@ -56,6 +57,7 @@ class Clock:
         self._loads = {axis: 1.0 - overlap for axis, (overlap, _) in beside.items()}
         self._stalls = {axis: stall for axis, (_, stall) in beside.items()}
         self._started = dict.fromkeys(mesh.names, 0.0)  # seconds of all collectives of an axis
+        self.lost = dict.fromkeys(mesh.names, 0.0)
         self._left: dict[str, float] = {}  # the part of them that has not run yet, for axes that have any
 
     def hides(self, axis: str, seconds: float) -> bool:
@@ -69,6 +71,7 @@ class Clock:
 
     def start(self, axis: str, seconds: float) -> Flight:
         """A collective of `seconds` is started; the rank goes on computing."""
+        self.lost[axis] += self._stalls[axis]
         self.compute(self._stalls[axis])
         return self._enqueue(axis, seconds)
 
@@ -81,14 +84,18 @@ class Clock:
         """The rank computes what takes `seconds` alone."""
         while self._left and seconds > 0.0:
             step = min(seconds, *self._left.values())
+            for axis in self._left:
+                self.lost[axis] += step * self._loads[axis]
             self._go_on(step, 1.0 + self._load())
             seconds -= step
         self.now += seconds
 
     def wait(self, flight: Flight) -> None:
         """The rank waits until a collective has ended."""
+        begun = self.now
         while rest := self.rest(flight):
             self._go_on(min(rest, *self._left.values()), max(1.0, self._load()))
+        self.lost[flight.axis] += self.now - begun
 
     def rest(self, flight: Flight) -> float:
         """The seconds that a collective would still take alone; 0 if it has ended."""

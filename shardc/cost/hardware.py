@@ -210,13 +210,14 @@ class Hardware:
 
         Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel.
         """
-        return max(flops / self._rate(dtype), moved / self.memory_bandwidth) + self.launch
+        return max(flops / self.rate(dtype), moved / self.memory_bandwidth) + self.launch
 
     def compute_seconds_each(self, flops: np.ndarray, moved: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         """`compute_seconds` of several kernels, elementwise."""
-        return np.maximum(flops / self._rate(dtype), moved / self.memory_bandwidth) + self.launch
+        return np.maximum(flops / self.rate(dtype), moved / self.memory_bandwidth) + self.launch
 
-    def _rate(self, dtype: torch.dtype) -> float:
+    def rate(self, dtype: torch.dtype) -> float:
+        """The peak in a dtype, in flops a second; that of float32 where the file does not name the dtype."""
         return self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
 
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from shardc.analysis.conversions import Conversion
 from shardc.ir.printing import columns, in_bytes, in_seconds
+from shardc.ir.report import as_html
+from shardc.planning.compilation import Compilation
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Why:
     ways: tuple[Way, ...] = ()
     instead: tuple[Instead, ...] = ()
 
+    def _repr_html_(self) -> str:
+        return as_html(str(self).splitlines())
+
     def __str__(self) -> str:
         lines = [f"{self.value}  {self.layout}"]
         maker = f"made by    {self.maker}" + (f" in {in_seconds(self.compute)}" if self.compute else "")
@@ -115,6 +120,9 @@ class WhyNot:
         if abs(self.extra) <= 1e-9 * self.of:
             return f"at the same cost{doubt}"
         return f"{_signed(self.extra)} a step{share}{doubt}"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self).splitlines())
 
     def __str__(self) -> str:
         if self.layout == self.chosen:
@@ -179,7 +187,9 @@ class Assumption:
 
 
 class Explainer(Protocol):
-    """Answers a plan's questions: it has the program and the problem that was solved."""
+    """Answers a plan's questions: it has the program and the problem that was solved, in `c`."""
+
+    c: Compilation
 
     def why(self, name: str, /) -> Why: ...
 

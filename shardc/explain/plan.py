@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.memory import Memory
 from shardc.errors import ShardcError
+from shardc.explain.advice import Advice
 from shardc.explain.explanations import Assumption, Conflict, Explainer, Why, WhyNot
+from shardc.explain.summary import Summary
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
+
+if TYPE_CHECKING:
+    from shardc.explain.plan_file.diff import PlanDiff
+
+LOADED = "this plan was unpickled, without the problem that it solves; compile the model again, and ask that plan"
+DEAREST = 10
+"""So many conversions are told with their causes."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +88,19 @@ class Plan:
     outputs: tuple[Placed, ...] = ()
     """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
     whole for whoever calls the program."""
+    summary: Summary = field(default_factory=lambda: Summary(Mesh(()), ""))
+    """What the axes do, how fast a step is, how full a device gets, and what binds."""
+    adviser: Callable[[], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+    """Answers `advice`; not saved with the plan, as the explainer."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
         what the second-best layout costs.
 
         `value` is the path of a parameter or of a module (its output), `input:0`, or a name in `graph("reshard")`.
-        Raises ShardcError, with near names, for a value that is not there, and for a plan loaded from a file.
+        Raises ShardcError, with near names, for a value that is not there, and for a plan that was unpickled.
         """
-        return self._explained().why(value)
+        return self.explained().why(value)
 
     def why_not(self, value: str, layout: Spec) -> WhyNot:
         """What the best plan with another `layout` of `value` would cost, or what forbids it. Solves the problem again.
@@ -93,18 +108,18 @@ class Plan:
         `layout` is written as plans print it (`f32[256@tp, 64]`), or as constraints are (`("tp", None)`, `tp,-`).
         Raises LayoutError for a layout that the value cannot have, and ShardcError as `why` does.
         """
-        return self._explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
+        return self.explained().why_not(value, layout if isinstance(layout, str) else serialise(layout))
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Which demands (constraints, outputs that come back whole) and operators' limits cannot hold together unless a
         split dim is gathered or moved. The sets are minimal, and no two have a constraint in common. There are none
         where the demands cost no more than the reduction of partial sums."""
-        return self._explained().conflicts()
+        return self.explained().conflicts()
 
     def assumes(self) -> tuple[Assumption, ...]:
         """At which other sizes of the inputs the plan is legal, and where it would pad: one entry for every size that
         is split."""
-        return self._explained().assumes()
+        return self.explained().assumes()
 
     def check(self) -> float:
         """Prove again a lower bound of the cost of every plan in the search space, in seconds a step. The proof uses a
@@ -113,18 +128,35 @@ class Plan:
         Plans of many equal layers come with their certificate. For others the first call makes it. Where that takes too
         long, the bound is less than `lower_bound`, which the search has proved. It is never more than `cost`.
         """
-        return self._explained().checked()
+        return self.explained().checked()
 
-    def _explained(self) -> Explainer:
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON that a person can read, compare and edit; `plan=` of `shard` and `compile` takes it.
+        Raises ShardcError where it cannot be written, and for a plan that was unpickled."""
+        from shardc.explain.plan_file.as_json import as_json, written  # which is made of plans
+
+        try:
+            Path(path).write_text(written(as_json(self)), encoding="utf-8")
+        except OSError as error:
+            raise ShardcError(f"cannot write {path}: {error.strerror}") from error
+
+    def diff(self, other: Plan | str | Path) -> PlanDiff:
+        """What is different in `other`, another plan or the file of one: what moved, what is sent, what that costs.
+        Raises ShardcError as `save` does, and for a file that is no plan."""
+        from shardc.explain.plan_file.as_json import as_json
+        from shardc.explain.plan_file.diff import PlanDiff
+        from shardc.explain.plan_file.reading import PlanFile
+
+        return PlanDiff(as_json(self), as_json(other) if isinstance(other, Plan) else PlanFile.read(other).data)
+
+    def explained(self) -> Explainer:
+        """What answers questions about the plan. Raises ShardcError for a plan that was unpickled."""
         if self.explainer is None:
-            raise ShardcError(
-                "this plan was loaded from a file, without the problem that it solves; compile the model again, and "
-                "ask that plan"
-            )
+            raise ShardcError(LOADED)
         return self.explainer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "explainer": None}
+        return {**self.__dict__, "explainer": None, "adviser": None}
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
@@ -145,11 +177,23 @@ class Plan:
     def __str__(self) -> str:
         return str(self.report())
 
+    def advice(self) -> tuple[Advice, ...]:
+        """Up to three changes that would raise tokens (or samples) a second, the best first: another batch, another
+        mesh of as many devices, more memory. Each is planned again, so this takes several times as long as the plan
+        did. Raises ShardcError for a plan that was loaded from a file."""
+        if self.adviser is None:
+            raise ShardcError(LOADED)
+        return self.adviser()
+
+    def _repr_html_(self) -> str:
+        return self.report().html()
+
     def report(self) -> Report:
         """What `print(plan)` shows, in sections."""
         sections = {
             "tensors": self._tensors(),
             "sent, per rank and step": self._sent(),
+            "the dearest": self._dearest(),
             "rules found by trial": self._tried(),
             "run whole on every rank, for want of a rule": self._replicated(),
         }
@@ -159,7 +203,10 @@ class Plan:
         head = f"plan for mesh {self.mesh} on {self.hardware}, mode={self.mode}"
         slow = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
         tail = f"compiled in {sum(self.phases.values()):.2f} CPU-seconds: {slow or 'nothing'}"
-        return Report([head, *self._time_lines(), *self._memory_lines()], shown, [tail])
+        lines = [head, *self._time_lines(), *self._memory_lines(), *self.summary.figures()]
+        if self.summary.parallelism.axes:
+            shown.insert(0, Section("what the axes do", self.summary.parallelism.lines))
+        return Report(lines, shown, [tail])
 
     def _time_lines(self) -> list[str]:
         gap = (self.cost - self.lower_bound) / self.cost if self.cost else 0.0
@@ -216,6 +263,23 @@ class Plan:
             seconds = in_seconds(sum(c.seconds for c in group))
             rows.append(("total", "", f"over {axis}", f"x{len(group)}", in_bytes(sent), seconds, ""))
         return Columns(rows, "<<<>>><")
+
+    def _dearest(self) -> Columns:
+        """The conversions that take longest, with their causes. Those of repeated layers have one line."""
+        groups: dict[tuple[str, ...], list[Conversion]] = {}
+        for one in self.conversions:
+            if one.sent:
+                pattern, place = (re.sub(r"\.\d+(?=\W|$)", ".*", text) for text in (one.cause, one.place))
+                groups.setdefault((one.phase, f"{one.kind} over {one.axis}", place, pattern), []).append(one)
+        ordered = sorted(groups.items(), key=lambda group: -sum(one.seconds for one in group[1]))
+        rows = [
+            (
+                in_seconds(sum(one.seconds for one in group)), f"x{len(group)}" if len(group) > 1 else "", kind, phase,
+                group[0].cause if len(group) == 1 else cause, group[0].place if len(group) == 1 else place,
+            )
+            for (phase, kind, place, cause), group in ordered[:DEAREST]
+        ]  # fmt: skip
+        return Columns(rows, ">><<<<")
 
     def _tried(self) -> Columns:
         groups: dict[tuple[str, str], list[Tried]] = {}

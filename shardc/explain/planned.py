@@ -9,7 +9,12 @@ from torch import fx
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
+from shardc.explain.advice import advice_on
+from shardc.explain.causes import Causes
+from shardc.explain.explanations import Explainer
 from shardc.explain.plan import Placed, Plan, Tried
+from shardc.explain.posed import PosedWhenAsked
+from shardc.explain.summarised import summary_of
 from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
 from shardc.ir.facts import Key, dtype_of, laid, lowered, origin_of
@@ -25,16 +30,19 @@ from shardc.runtime.collectives.collective import AnyCollective
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
-    conversions, compute, schedule = _conversions(graph, c.pace, c.titles), _compute(c), c.schedule
-    cost, bound = compute + sum(one.seconds for one in conversions) - schedule.hidden, 0.0
+    conversions, compute, schedule = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(c), c.schedule
+    predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
+    cost, bound = predicted, 0.0
     if c.solution is not None:
         cost, bound = c.solution.cost, c.solution.lower_bound
+    elif c.given is not None and c.given.proof is not None:
+        cost, bound = c.given.proof.cost, c.given.proof.lower_bound
     return Plan(
         mesh, c.options.device.name, c.options.mode, _placed(c, graph),
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
-        _outputs(c, graph),
+        _outputs(c, graph), summary_of(c, predicted), lambda: advice_on(snapshots),
     )  # fmt: skip
 
 
@@ -73,7 +81,12 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
     notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
-    if c.solution is None:
+    if c.given is not None and c.given.proof is None:
+        notes.append(
+            f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "
+            "that of plans that say the same"
+        )
+    elif c.solution is None and c.given is None:
         notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
     return tuple(notes)
 
@@ -104,13 +117,16 @@ def _tried(resharded: Compilation) -> tuple[Tried, ...]:
     return tried(resharded.network, resharded.assignment, graph, conversions)
 
 
-def _conversions(graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str]) -> tuple[Conversion, ...]:
-    """All collectives, and the local steps of conversions, in the order of the graph."""
+def _conversions(
+    graph: fx.Graph, pace: Pace, value_names: Mapping[Key, str], causes: Causes | None = None
+) -> tuple[Conversion, ...]:
+    """All collectives, and the local steps of conversions, in the order of the graph, with their `causes`."""
     conversions: list[Conversion] = []
 
     def add(node: fx.Node, kind: AnyCollective, axis: str, moved: float, seconds: float, value: str) -> None:
-        sent, phase = kind.sent(pace.mesh.sizes[axis], moved), origin_of(node).phase
-        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value))
+        sent, phase, chosen = kind.sent(pace.mesh.sizes[axis], moved), origin_of(node).phase, chosen_of(node)
+        cause = "" if causes is None else causes.of_step(node) if chosen is None else causes.of_body(chosen)
+        conversions.append(Conversion(kind.name, axis, node.name, sent, seconds, phase, where(node), value, cause))
 
     for node in _nodes(graph):
         chosen = chosen_of(node)
@@ -141,7 +157,7 @@ def _compute(c: Compilation) -> float:
     return total
 
 
-def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Questions:
+def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conversion], compute: float) -> Explainer:
     """The object that answers questions about the plan."""
     decided = snapshots["schedule"]
 
@@ -151,4 +167,9 @@ def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conve
         c = run(again, replace(decided, assignment=other, draft=None))
         return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)
 
-    return Questions(decided, tuple(conversions), compute, price)
+    def questions(c: Compilation) -> Questions:
+        return Questions(c, tuple(conversions), compute, price)
+
+    if decided.solution is None and decided.given is not None and decided.given.proof is not None:
+        return PosedWhenAsked(decided, decided.given.proof, questions)
+    return questions(decided)

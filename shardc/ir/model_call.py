@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """Example inputs: positional ones, or keywords."""
@@ -39,6 +41,22 @@ class ModelCall:
     def without_arguments(self) -> ModelCall:
         """The same call without the user's tensors, so that whoever keeps it does not keep them."""
         return replace(self, args=(), kwargs={})
+
+    def example(self, rows: Callable[[int], int] = int) -> ModelCall:
+        """The same call with tensors that hold no memory, and `rows(n)` where the first tensor has n in dim 0, in all
+        tensors that have as many."""
+        leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs)))
+        first = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+        def alike(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            grown = leaf.dim() and leaf.shape[0] == first
+            shape = (rows(first), *leaf.shape[1:]) if grown else leaf.shape
+            return torch.empty(shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+
+        args, kwargs = pytree.tree_unflatten([alike(leaf) for leaf in leaves], spec)
+        return replace(self, args=args, kwargs=kwargs)
 
 
 SHARDED_FROM = "_sharded_from"

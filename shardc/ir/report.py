@@ -1,9 +1,11 @@
-"""A text in sections, some of them tables. `str` gives it plain; `shardc.inspect.console` lays it out on a terminal."""
+"""A text in sections, some of them tables. `str` gives it plain, `html` is for notebooks; `shardc.inspect.console` lays
+it out on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from shardc.ir.printing import columns
 
@@ -41,3 +43,29 @@ class Report:
         for section in self.sections:
             lines += ["", *([section.title] if section.title else []), *(f"  {line}" for line in section.lines)]
         return "\n".join([*lines, *(("", *self.tail) if self.tail else ())])
+
+    def html(self) -> str:
+        """What a notebook shows: the same, with tables. All text is escaped."""
+        parts = [as_html(self.head)]
+        for section in self.sections:
+            title = f"<b>{escape(section.title)}</b>" if section.title else ""
+            content = section.content
+            parts.append(title + (_table(content) if isinstance(content, Columns) else as_html(content)))
+        return "".join([*parts, as_html(self.tail)])
+
+
+def as_html(lines: Iterable[str]) -> str:
+    """Lines as they are, for a notebook; escaped."""
+    text = escape("\n".join(lines))
+    return f"<pre>{text}</pre>" if text else ""
+
+
+def _table(table: Columns) -> str:
+    sides = ["left" if side == "<" else "right" for side in table.aligned]
+    rows = [
+        "".join(
+            f'<td style="text-align: {side}">{escape(cell)}</td>' for side, cell in zip(sides, row, strict=True)
+        )
+        for row in table.rows
+    ]  # fmt: skip
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

@@ -21,6 +21,7 @@ from shardc.ir.versions import GraphVersion
 from shardc.options import Options
 from shardc.planning.constraints import Constraint, ParameterDemand, Spread
 from shardc.planning.cost_network import Assignment, CostNetwork
+from shardc.planning.given.given import Given
 from shardc.rules.factors.factored import Factored, Key
 from shardc.solver import tuning
 from shardc.solver.solve import Solution
@@ -50,7 +51,8 @@ class Schedule:
     others stay out of buckets.
 
     `order` lists the nodes of `bucketed` as they run, and where collectives are awaited. `memory` is the peak that a
-    rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes.
+    rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes; `lost`
+    are the seconds, by axis, that the rank loses on account of one.
     """
 
     localized: GraphVersion
@@ -61,6 +63,7 @@ class Schedule:
     memory: Memory
     seconds: float
     hidden: float
+    lost: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,28 @@ class Compilation:
     """The call to compile, and what each pass has added. Reading a field that no pass has filled yet raises
     AttributeError.
 
+    `sizes` are those that the dynamic `dims` have in this program, by name.
     `reuse` is the compilation of the same program at other sizes (`reuse_at`, in words). Its strategies are used where
-    they fit; `solution` is then None. `titles` are names of values for people. `time_limit` are the
-    CPU-seconds that the solver may take without a bound on memory; a plan of `too_slow` seconds a step or more is not
-    wanted. `seconds` are the CPU-seconds of every pass.
+    they fit; `solution` is then None. `example` is the call as it was captured, with tensors that hold no memory.
+    `given` are decisions of a file: `assign` takes them, and solves what they leave open. `titles` are names of values
+    for people. `time_limit` are the CPU-seconds that the solver may take without a bound on memory; a plan of
+    `too_slow` seconds a step or more is not wanted. `seconds` are the CPU-seconds of every pass.
     """
 
     call: ModelCall
     mesh: Mesh
     options: Options
     dims: Dims = field(default_factory=dict[int, Mapping[int, str]])
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     time_limit: float = field(default_factory=lambda: tuning.TIME_LIMIT)
     too_slow: float = math.inf
+    given: Given | None = None
     reuse: Compilation | None = None
     reuse_at: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     # capture, normalize, retile
+    example: ModelCall = _LATER
     program: Program = _LATER
     demands: tuple[ParameterDemand, ...] = ()
     # factor, retile

@@ -117,14 +117,14 @@ def collect(factored: Factored, mesh: Mesh, demands: Sequence[ParameterDemand]) 
             label = f"constrain(..., {text}) at {where(op.node)}"
             constraints.append(Constraint(made.key, made.value, parse(text), label, printed_layout(text)))
     for constraint in constraints:
-        _check(constraint, mesh)
+        check_constraint(constraint, mesh, tuple(int(n) for n in tensor_of(constraint.key).shape))
     _refuse_contradictions(constraints, mesh)
     _refuse_other_pieces(factored, constraints, mesh)
     return constraints
 
 
-def _check(constraint: Constraint, mesh: Mesh) -> None:
-    shape = tuple(int(n) for n in tensor_of(constraint.key).shape)
+def check_constraint(constraint: Constraint, mesh: Mesh, shape: tuple[int, ...]) -> None:
+    """Raise LayoutError or InfeasibleError for a constraint that a tensor of `shape` cannot fulfil on the mesh."""
     if len(constraint.dims) != len(shape):
         raise LayoutError(
             f"{constraint.label}: {len(constraint.dims)} entr{'y' if len(constraint.dims) == 1 else 'ies'} "

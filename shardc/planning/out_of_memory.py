@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from shardc.analysis.memory import Memory
+from shardc.errors import InfeasibleError
 from shardc.ir.printing import in_bytes
 from shardc.ir.program import Role, tensor_of
 from shardc.options import OPTIMIZER
@@ -24,8 +25,26 @@ LITTLE = 0.05
 """What helps less than this part of what is missing is not worth a line."""
 
 
-def out_of_memory(c: Compilation, budget: float, least: Memory) -> str:
-    """The message where nothing holds at most `budget` bytes a device, and the least that was found is `least`."""
+class OutOfMemoryError(InfeasibleError):
+    """No plan was found that fits; the smallest peak that was found is `least` bytes, infinite where none was tried."""
+
+    def __init__(self, message: str, least: float = math.inf) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+def refuse_too_large(c: Compilation, budget: float, devices: int) -> None:
+    """Raise OutOfMemoryError where so many devices cannot even store what is trained, however it is split."""
+    stored = _stored(c)
+    if stored.total() > budget * devices:
+        raise OutOfMemoryError(
+            f"no mesh of {devices} devices has a plan that holds at most {in_bytes(budget)} a device: "
+            f"{_are(stored, devices)}they alone take {math.ceil(stored.total() / budget)} devices or more"
+        )
+
+
+def out_of_memory(c: Compilation, budget: float, least: Memory) -> OutOfMemoryError:
+    """The error where nothing holds at most `budget` bytes a device, and the least that was found is `least`."""
     parts: dict[str, float] = {}
     for label, size in least.parts.items():
         kind = label if label in STORED else "activations"
@@ -39,17 +58,14 @@ def out_of_memory(c: Compilation, budget: float, least: Memory) -> str:
         f"the smallest peak found is {in_bytes(least.peak)}, in {least.phase}{place}: {consists}"
     )
     remedies = [*_remedies(c, budget, least, parts), "memory='unbounded' plans without a bound"]
-    return "\n".join([head, *(f"  - {one}" for one in remedies)])
+    return OutOfMemoryError("\n".join([head, *(f"  - {one}" for one in remedies)]), least.peak)
 
 
 def _remedies(c: Compilation, budget: float, least: Memory, parts: Mapping[str, float]) -> Iterator[str]:
     """What would help."""
     stored, devices = _stored(c), c.mesh.size
     total, over, work = stored.total(), least.peak - budget, least.parts.get("workspace", 0.0)
-    are = ""
-    if stored:
-        names = " and ".join(", ".join(stored).rsplit(", ", 1))
-        are = f"{names} are {in_bytes(total)} in all, {in_bytes(total / devices)} a device if all is split: "
+    are = _are(stored, devices)
     if total / devices > budget:
         yield f"{are}they alone take {math.ceil(total / budget)} devices or more"
     else:
@@ -68,6 +84,13 @@ def _remedies(c: Compilation, budget: float, least: Memory, parts: Mapping[str, 
     outputs = least.parts.get("outputs", 0.0)
     if c.options.outputs == "full" and outputs > LITTLE * over:
         yield f"outputs='sharded' gathers none of the outputs, which hold {in_bytes(outputs)}"
+
+
+def _are(stored: Counter[str], devices: int) -> str:
+    """`parameters and gradients are 22.0 MiB in all, 2.8 MiB a device if all is split: `."""
+    names, total = " and ".join(", ".join(stored).rsplit(", ", 1)), stored.total()
+    each = f"{in_bytes(total / devices)} a device if all is split"
+    return f"{names} are {in_bytes(total)} in all, {each}: " if stored else ""
 
 
 def _more_devices(c: Compilation, budget: float, least: Memory) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from shardc.ir.cached_files import cache_folder, keep_file
 from shardc.rules.trial import checker, guard, recombine, sample_call, trial
 from shardc.rules.trial.sample_call import SampleCall
 from shardc.rules.trial.trial import Learned, learn
@@ -29,7 +29,7 @@ def learned(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     """What trial knows about one call of an operator without a rule. A trial takes a fraction of a second."""
     key = _key(SampleCall.of(operator, args, kwargs))
     if key not in _KNOWN:
-        path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        path = cache_folder("rules") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         shipped = operator.namespace in ("aten", "prims")
         answer = _read(path, key) if shipped else None
         if answer is None:
@@ -51,10 +51,6 @@ def _code() -> str:
     modules = (checker, guard, recombine, sample_call, trial)
     text = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardc" / "rules"
 
 
 def _read(path: Path, key: str) -> Learned | None:
@@ -81,7 +77,6 @@ def _read(path: Path, key: str) -> Learned | None:
 
 
 def _write(path: Path, key: str, answer: Learned) -> None:
-    """Write an answer in one atomic step, so that no other process reads half a file. A full disk is not an error."""
     data = {
         "key": key,
         "text": answer.text,
@@ -91,10 +86,4 @@ def _write(path: Path, key: str, answer: Learned) -> None:
         "replicated": answer.replicated,
         "refused": answer.refused,
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(data))
-        part.replace(path)
-    except OSError:
-        return
+    keep_file(path, json.dumps(data))

@@ -62,10 +62,10 @@ def flag(name: str) -> str:
 @pytest.mark.parametrize(
     ("command", "options", "more"),
     [
-        ("plan", SearchOptions, {"--mesh", "--devices"}),
-        ("explain", Options, {"--mesh", "--why", "--layout"}),
+        ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json"}),
+        ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
-        ("run", Options, {"--mesh"}),
+        ("run", Options, {"--mesh", "--json"}),
     ],
 )
 def test_the_flags_are_the_options(

@@ -1,0 +1,98 @@
+"""Who decides a plan: a file that the user names, rank 0, an earlier process, or the solver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from shardc.distribution import agree_on_program
+from shardc.errors import ShardcError
+from shardc.explain.plan import Plan
+from shardc.explain.plan_file import cache
+from shardc.explain.plan_file.as_json import as_json
+from shardc.explain.plan_file.reading import PlanFile
+from shardc.explain.planned import plan_of
+from shardc.ir.mesh import Mesh
+from shardc.options import Options
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation, Pass
+from shardc.planning.given.given import Given
+from shardc.runtime import DistributedMesh, local_mesh
+from shardc.runtime.mesh.distributed import started
+
+BEFORE = part("capture", "propagate")
+"""The passes that pose the problem."""
+AFTER = part("assign", "codegen")
+
+
+class Decided(NamedTuple):
+    """What every pass left, and the plan."""
+
+    snapshots: dict[str, Compilation]
+    plan: Plan
+
+
+def as_asked(options: Options, mesh: Mesh | None) -> tuple[Options, Mesh | None]:
+    """The options with those of the plan that they name, where they ask for nothing else; and its mesh, where there is
+    none. Raises ShardcError for a plan of another mesh or of other options."""
+    if options.plan is None:
+        return options, mesh
+    file = PlanFile.read(options.plan)
+    if mesh is not None:
+        file.check_mesh(mesh)
+    return replace(options, **file.asked(options)), mesh or file.mesh
+
+
+def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
+    """Compile: run `passes`, then find the decisions, then run the rest."""
+    snapshots: dict[str, Compilation] = {"capture": c}
+    c = run(passes, c, snapshots)
+    if c.reuse is not None:
+        return _finished(c, snapshots)
+    if started() > 1:
+        mesh = local_mesh(c.mesh.sizes)
+        assert isinstance(mesh, DistributedMesh)
+        return _of_rank_0(c, snapshots, mesh)
+    return _alone(c, snapshots)
+
+
+def _finished(c: Compilation, before: dict[str, Compilation], given: Given | None = None) -> Decided:
+    snapshots = dict(before)
+    run(AFTER, replace(c, given=given), snapshots)
+    return Decided(snapshots, plan_of(snapshots))
+
+
+def _alone(c: Compilation, before: dict[str, Compilation]) -> Decided:
+    if c.options.plan is not None:
+        return _finished(c, before, PlanFile.read(c.options.plan).given(c))
+    path = cache.cached_at(c)
+    file = None if path is None else cache.look(path)
+    if file is not None:
+        with suppress(Exception):  # whatever is wrong with the file, the program is planned again
+            return _finished(c, before, file.decisions(c))
+    found = _finished(c, before)
+    if path is not None:
+        cache.keep(path, found.plan)
+    return found
+
+
+def _of_rank_0(c: Compilation, before: dict[str, Compilation], mesh: DistributedMesh) -> Decided:
+    """The plan of rank 0: the others do not solve. They raise what it raises, and all raise at once where their
+    programs differ."""
+    agree_on_program(c)
+    if mesh.rank == 0:
+        try:
+            found = _alone(c, before)
+        except Exception as error:
+            mesh.agreed(json.dumps({"error": str(error)}))
+            raise
+        mesh.agreed(json.dumps(as_json(found.plan)))
+        return found
+    text = mesh.agreed("")
+    told: dict[str, Any] = json.loads(text)
+    if "error" in told:
+        raise ShardcError(told["error"])
+    return _finished(c, before, PlanFile.parse(text, "the plan of rank 0").decisions(c))

@@ -1,0 +1,107 @@
+"""Advice: changes of a request that would make a step faster, each planned again to tell its effect.
+
+half the batch, twice the batch     the model is captured again
+a neighbouring mesh                 a factor moves from one axis to another, or two axes change places
+no bound on memory                  what the bound costs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from shardc.errors import ShardcError
+from shardc.explain.summarised import summary_of
+from shardc.explain.summary import Summary
+from shardc.ir.mesh import Mesh
+from shardc.ir.printing import in_bytes, in_seconds
+from shardc.options import UNBOUNDED
+from shardc.passes.capture import TRACING
+from shardc.passes.pipeline import part, run
+from shardc.planning.compilation import Compilation
+from shardc.planning.gc_pause import gc_paused
+
+MOST = 3
+"""So many changes are told."""
+LITTLE = 0.005
+"""By this part a change has to raise tokens a second to be told."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of what was asked, the summary of the best plan with it, and by what part it raises the tokens or
+    samples a second: 0.1 for 10 % more."""
+
+    change: str
+    summary: Summary
+    gain: float
+
+    def __str__(self) -> str:
+        one = self.summary
+        effect = f"{self.gain:+.1%} {one.unit} a second" if one.rows else f"{self.gain:+.1%} steps a second"
+        return f"{self.change}: {effect} ({in_seconds(one.seconds)} a step, {in_bytes(one.held)} a device)"
+
+
+def advice_on(snapshots: Mapping[str, Compilation]) -> tuple[Advice, ...]:
+    """The changes that help most, the best first; empty where none does. `snapshots` has the compilation after every
+    pass. Every change is planned, which takes as long as the plan did."""
+    now = snapshots["overlap"]
+    before = summary_of(now, now.schedule.seconds)
+    found: list[Advice] = []
+    for change, plan in _changes(snapshots["factor"], before):
+        try:
+            with gc_paused():
+                c = plan()
+        except ShardcError:  # what does not fit, or breaks a constraint, is no advice
+            continue
+        after = summary_of(c, c.schedule.seconds)
+        text = change.replace("{held}", in_bytes(after.held))
+        found.append(Advice(text, after, _pace(after) / _pace(before) - 1.0))
+    helping = [one for one in found if one.gain >= LITTLE]
+    return tuple(sorted(helping, key=lambda one: -one.gain)[:MOST])
+
+
+def _pace(summary: Summary) -> float:
+    """Rows a second, or steps."""
+    return (summary.rows or 1) / summary.seconds
+
+
+def _changes(c: Compilation, now: Summary) -> Iterator[tuple[str, Callable[[], Compilation]]]:
+    """Changes in words, and the function that plans with each. `c` is the compilation after `factor`."""
+    last = part("retile", "schedule")
+    for mesh in _neighbours(c.mesh):
+        yield f"mesh {mesh} in place of {c.mesh}", lambda mesh=mesh: run(last, replace(c, mesh=mesh))
+    if now.memory_binds:
+        free = replace(c, options=replace(c.options, memory=UNBOUNDED, optimizer=_optimizer(c)))
+        yield f"room for {{held}} a device in place of {in_bytes(now.bound or 0.0)}", lambda: run(last, free)
+    if not c.dims and now.rows:
+        for words, rows in (("twice the batch", lambda n: 2 * n), ("half the batch", lambda n: n // 2)):
+            yield words, lambda rows=rows: _captured_again(c, rows)
+
+
+def _optimizer(c: Compilation) -> str | float | None:
+    """The optimizer that is reckoned with, named: by default it depends on the bound."""
+    states = c.states
+    return c.options.optimizer if c.options.optimizer is not None or not states(4) else states(4)
+
+
+def _captured_again(c: Compilation, rows: Callable[[int], int]) -> Compilation:
+    with TRACING, torch.set_grad_enabled(bool(c.program.trained)):
+        captured = run(part("capture", "capture"), replace(c, call=c.example.example(rows)))
+    return run(part("normalize", "schedule"), captured)
+
+
+def _neighbours(mesh: Mesh) -> list[Mesh]:
+    """The meshes of as many devices that are next to one: its smallest factors moved, or its axes turned round."""
+    found: dict[Mesh, None] = {}
+    for source, ways in mesh.axes:
+        prime = next((n for n in range(2, ways + 1) if ways % n == 0), 0)
+        for target in mesh.names:
+            if prime and target != source:
+                moved = {**mesh.sizes, source: ways // prime, target: mesh.sizes[target] * prime}
+                found[Mesh(tuple((axis, moved[axis]) for axis in mesh.names))] = None
+    found[Mesh(mesh.axes[::-1])] = None
+    found.pop(mesh, None)
+    return list(found)

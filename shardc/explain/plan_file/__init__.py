@@ -1,0 +1,1 @@
+"""Plans as files: written, compared, cached, and read back."""

@@ -1,0 +1,52 @@
+"""What a plan was made for, as plain values: options and hardware."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from shardc.cost.hardware import Hardware, Link
+from shardc.ir.constrain import serialise
+from shardc.options import Options
+
+
+def options_json(options: Options) -> dict[str, Any]:
+    """The options that a plan depends on, those at their defaults too."""
+    plain: dict[str, Any] = {
+        one.name: getattr(options, one.name) for one in fields(Options) if one.name not in ("plan", "cache")
+    }
+    plain["constraints"] = {pattern: serialise(spec) for pattern, spec in options.constraints.items()}
+    plain["dynamic"] = {
+        argument: {str(dim): name for dim, name in dims.items()} for argument, dims in options.dynamic.items()
+    }
+    named = options.hardware
+    plain["hardware"] = named.name if isinstance(named, Hardware) else str(named) if isinstance(named, Path) else named
+    return plain
+
+
+def hardware_json(device: Hardware) -> dict[str, Any]:
+    """The figures of a device and its links; without a bound on memory that is null."""
+    return {
+        "name": device.name,
+        "memory": device.memory if math.isfinite(device.memory) else None,
+        "memory_bandwidth": device.memory_bandwidth,
+        "launch": device.launch,
+        "start": device.start,
+        "devices_per_node": device.devices_per_node,
+        "flops": dict(device.flops),
+        "inside": _link(device.inside),
+        "between": _link(device.between),
+        "algorithms": {collective.name: list(names) for collective, names in device.algorithms.items()},
+    }
+
+
+def _link(link: Link) -> dict[str, Any]:
+    plain: dict[str, Any] = {"latency": link.latency, "bandwidth": link.bandwidth}
+    plain |= {"overlap": link.overlap, "stall": link.stall, "profile": [list(pair) for pair in link.profile]}
+    for name in ("measured", "spanning"):
+        links: Mapping[Any, Link] = getattr(link, name)
+        plain |= {name: {collective.name: _link(one) for collective, one in links.items()}} if links else {}
+    return plain
