@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-
 from torch import fx
 
+from shardc.analysis.axis_roles import parallelism_of
 from shardc.analysis.memory import MemoryAnalysis
 from shardc.analysis.timeline import Times
-from shardc.cost.clock import Clock
-from shardc.ir.facts import laid, lowered
-from shardc.ir.mesh import Mesh
+from shardc.cost.clock import Clock, Flight
 from shardc.ir.partition import partition
 from shardc.ir.printing import in_bytes, in_seconds
-from shardc.ir.program import Role
 from shardc.planning.compilation import Compilation
 from shardc.runtime.collectives.collective import wait
 from shardc.source.frees import Held
@@ -53,16 +48,17 @@ class _Told:
 
     def _hidden(self, nodes: list[fx.Node]) -> dict[fx.Node, float]:
         """Per collective that is started, the part of it during which the rank computes; with one clock for all."""
-        clock, flights, found = Clock(self.c.mesh, self.c.options.device), dict[fx.Node, object](), dict[fx.Node, float]()
+        clock = Clock(self.c.mesh, self.c.options.device)
+        flights, found = dict[fx.Node, Flight](), dict[fx.Node, float]()
         for node in nodes:
             if node.target is wait:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 flight = flights.pop(source, None)
                 if flight is not None:
-                    rest = clock.rest(flight)  # type: ignore[arg-type]
+                    rest = clock.rest(flight)
                     found[source] = 1.0 - min(rest / self.times.sent[source], 1.0)
-                    clock.wait(flight)  # type: ignore[arg-type]
+                    clock.wait(flight)
                 continue
             self.times.run(node, clock)
             seconds = self.times.sent.get(node, 0.0)
@@ -85,53 +81,8 @@ class _Told:
 
 
 def parallelism(c: Compilation) -> list[str]:
-    """What each axis of the mesh does, a sentence an axis."""
-    graph = c.lowered.read()
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    split: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for node, port in zip(placeholders, c.program.inputs, strict=True):
-        if port.role not in (Role.PARAMETER, Role.INPUT):
-            continue
-        for dim, atoms in enumerate(laid(node).simplify(c.mesh).dims):
-            for axis in (axis.partition("~")[0] for atom in atoms for axis in atom.axes):
-                kind = "input" if port.role is Role.INPUT else "parameter"
-                split[axis][f"{kind} {dim}"].append(port.name)
-    sent = _sent(graph, c.mesh)
-    lines: list[str] = []
-    for axis, size in c.mesh.sizes.items():
-        words = [_splits(where, names) for where, names in split[axis].items()]
-        words += [f"in {phase} {', '.join(f'{count} {name}' for name, count in found.items())}"
-                  for phase, found in sent.get(axis, {}).items()]  # fmt: skip
-        lines.append(f"{axis} ({size} ranks): {'; '.join(words) or 'nothing is split over it'}")
-    return lines
-
-
-def _splits(where: str, names: list[str]) -> str:
-    kind, dim = where.split()
-    if kind == "input":
-        return f"splits dim {dim} of the inputs" if len(names) > 1 else f"splits dim {dim} of {names[0]}"
-    layers = list(dict.fromkeys(_below(name) for name in names))
-    listed = ", ".join(layers[:6]) + (", ..." if len(layers) > 6 else "")
-    return f"splits dim {dim} of {listed}"
-
-
-def _below(name: str) -> str:
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1 :]) if numbers else name
-
-
-def _sent(graph: fx.Graph, mesh: Mesh) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
-    """Per axis and phase, how many of which collectives there are."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or "axis" not in node.kwargs or getattr(node.target, "local", True):
-            continue
-        axis, phase = str(node.kwargs["axis"]), lowered(node).origin.phase or "forward"
-        counts = found.setdefault(axis, {}).setdefault(phase, {})
-        name = str(node.target.__name__)  # type: ignore[union-attr]
-        counts[name] = counts.get(name, 0) + 1
-    return found
+    """What each axis of the mesh does, a line an axis."""
+    return parallelism_of(c.lowered.read(), c.factored, c.mesh).lines if c.has("factored") else []
 
 
 def _docstring(c: Compilation) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shardc.ir.facts import dtype_of, lowered
@@ -83,30 +83,41 @@ def forward_runs_before_backward(checked: Checked) -> Iterator[Broken]:
 def names_are_read_while_they_live(checked: Checked) -> Iterator[Broken]:
     """Generated code reads no name before it is assigned, nor after it is deleted, and deletes none twice."""
     for function in ast.parse(checked.source).body:
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        statements = [(statement, list(_names(statement))) for statement in function.body]
-        local = {name.id for _, names in statements for name in names if not _reads(name)}
-        alive = {argument.arg for argument in function.args.args}
-        for statement, names in statements:
-            for name in names:
-                if not isinstance(name.ctx, ast.Store) and name.id in local and name.id not in alive:
-                    what = "reads" if _reads(name) else "deletes"
-                    yield Broken(statement.lineno - 1, f"{what} {name.id}, which is not there")
-            alive.difference_update(name.id for name in names if isinstance(name.ctx, ast.Del))
-            alive.update(name.id for name in names if isinstance(name.ctx, ast.Store))
+        if isinstance(function, ast.FunctionDef):
+            named = {name.id for statement in function.body for name in _names(statement) if not _reads(name)}
+            arguments = [*function.args.args, *([function.args.vararg] if function.args.vararg else [])]
+            yield from _read_alive(function.body, {argument.arg for argument in arguments}, named)
+
+
+def _read_alive(body: Sequence[ast.stmt], alive: set[str], local: set[str]) -> Iterator[Broken]:
+    """What statements read or delete of `local` names that are not `alive`; leaves in `alive` what lives after them."""
+    for statement in body:
+        looping = isinstance(statement, ast.For)
+        names = [*_names(statement.iter), *_names(statement.target)] if looping else list(_names(statement))
+        for name in names:
+            if not isinstance(name.ctx, ast.Store) and name.id in local and name.id not in alive:
+                what = "reads" if _reads(name) else "deletes"
+                yield Broken(statement.lineno - 1, f"{what} {name.id}, which is not there")
+        alive.difference_update(name.id for name in names if isinstance(name.ctx, ast.Del))
+        alive.update(name.id for name in names if isinstance(name.ctx, ast.Store))
+        if looping:
+            yield from _read_alive(statement.body, alive, local)
 
 
 def _names(tree: ast.AST) -> Iterator[ast.Name]:
-    """The names in a statement; constants and contexts, which hold none, are not walked."""
+    """The names in a statement, but for those that a comprehension gives to itself; constants and contexts, which hold
+    none, are not walked."""
     if isinstance(tree, ast.Name):
         yield tree
         return
+    own = {
+        name.id for turn in getattr(tree, "generators", ()) for name in ast.walk(turn.target) if isinstance(name, ast.Name)
+    }
     for field in tree._fields:
         value = getattr(tree, field, None)
         for item in value if isinstance(value, list) else (value,):  # pyright: ignore[reportUnknownVariableType]
             if isinstance(item, ast.AST) and not isinstance(item, (ast.Constant, ast.expr_context)):
-                yield from _names(item)
+                yield from (name for name in _names(item) if name.id not in own)
 
 
 def _reads(name: ast.Name) -> bool:
