@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ Sizes = tuple[int, ...]
 """The shape of a tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Started(Generic[Result]):
     """A collective under way. `land` waits for it and returns its result; call it once."""
 
@@ -47,8 +47,13 @@ class Started(Generic[Result]):
 
 
 def wait(started: Started[Result]) -> Result:
-    """The result of a collective that was started."""
-    return started.land()
+    """The result of a collective that was started, which holds nothing from then on."""
+    land, started.land = started.land, _landed
+    return land()
+
+
+def _landed() -> NoReturn:
+    raise RankError("a collective was awaited twice: keep the result of the first wait")
 
 
 def done(result: Result) -> Started[Result]:

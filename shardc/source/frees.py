@@ -116,7 +116,7 @@ class Lives:
                 by_storage.setdefault(storage, []).append(node)
                 sizes[storage] = size
         units: list[Unit] = []
-        (start, stop), length = spans[0], spans[0][1] - spans[0][0]
+        start, length = spans[0][0], spans[0][1] - spans[0][0]
         for storage, nodes in by_storage.items():
             end = self.ends.get(storage, len(self.nodes)) + 1 - start
             if end < length and sizes[storage]:

@@ -11,9 +11,9 @@ from shardc.source.body import Shared, Writer, statements
 from shardc.source.frees import Held, Lives, Unit
 from shardc.source.layers import Function, Layer, Part, carried_unit, layer_of, own_units
 from shardc.source.naming import Scope, layer_name
-from shardc.source.places import Place, moving, spread, turn
+from shardc.source.places import Place, spread, turn
 from shardc.source.repetition import Loop, Own, operands_of, repeated
-from shardc.source.text import Item, arguments, listed, tuple_of, values, written
+from shardc.source.text import Item, arguments, listed, tuple_of, values
 
 LEAST_GIVEN = 4
 """Arguments in a row that loops read, which get one list instead of names."""
@@ -75,11 +75,12 @@ class Half:
         for loop in self.loops:
             groups: dict[str, list[int]] = {}
             for number, column in enumerate(loop.columns):
-                if column.carried is None and not column.same and not claimed.intersection(column.values):
-                    if mine.issuperset(loop.values(number)) and self._read_within(loop, number):
-                        claimed.update(column.values)
-                        place = forward.writer.where.get(column.values[0]) if forward else None
-                        groups.setdefault(place.name if place and place.index is not None else "", []).append(number)
+                if column.carried is not None or column.same or claimed.intersection(column.values):
+                    continue
+                if mine.issuperset(loop.values(number)) and self._read_within(loop, number):
+                    claimed.update(column.values)
+                    place = forward.writer.where.get(column.values[0]) if forward else None
+                    groups.setdefault(place.name if place and place.at is not None else "", []).append(number)
             for name, columns in groups.items():
                 if forward:
                     columns.sort(key=lambda number: self._index(forward, loop, number))
@@ -90,18 +91,18 @@ class Half:
         """Find what the run that does not end would read further on: in lists of forward, the next in turn."""
         if not loop.rest or forward is None:
             return
-        at = {place: node for node, place in forward.writer.where.items() if place.index is not None}
+        at = {place: node for node, place in forward.writer.where.items() if place.at is not None}
         found = list(loop.reads)
         for number, column in enumerate(loop.columns):
             if found[number] is None:
                 one, two = (forward.writer.where.get(value) for value in column.values[-2:])
-                if one and two and one.index is not None and two.index is not None and one.name == two.name:
-                    found[number] = at.get(two._replace(index=2 * two.index - one.index))
+                if one and two and one.at is not None and two.at is not None and one.name == two.name:
+                    found[number] = at.get(two._replace(at=2 * two.at - one.at))
         self.loops[self.loops.index(loop)] = replace(loop, reads=tuple(found))
 
     def _index(self, forward: Half, loop: Loop, number: int) -> int:
         place = forward.writer.where.get(loop.columns[number].values[0])
-        return place.index if place is not None and place.index is not None else number
+        return place.at if place is not None and place.at is not None else number
 
     def _read_within(self, loop: Loop, number: int) -> bool:
         """Whether every value of a column is read in its own run alone; that of a run that does not end, after it."""
@@ -260,7 +261,7 @@ class Half:
             node = loop.rest[one.offset] if isinstance(one, Own) else loop.reads[one.column]
             assert node is not None
             read = node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
-            if node in writer.where and writer.where[node].index is None and isinstance(one, Own):
+            if node in writer.where and writer.where[node].at is None and isinstance(one, Own):
                 names.append(f"_{writer.where[node]}")
                 continue
             wanted = ("" if read else "_") + self.shared.naming.of(node, False)
@@ -274,7 +275,7 @@ class Half:
         column = layer.loop.columns[number]
         first = self.writer.where.get(column.values[0])
         alone = column.values[0] in self.writer.here and self.lives.last(column.values[0]) < layer.loop.stop
-        if first is not None and first.index is None and alone and not layer.state:
+        if first is not None and first.at is None and alone and not layer.state:
             return first.name
         return self.writer.scope.name(self._wanted(layer, number))
 
@@ -317,19 +318,21 @@ class Half:
                     self.turns[number] = Place(name, 0), 1
                 else:
                     self.turns[number] = places[0], step
-            part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].index))
+            part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].at))
 
     def _turn(self, part: Part, run: int | None) -> list[str]:
         """The arguments that differ, in one run, or in run `i`."""
         found = [self.turns[number] for number in part.held]
         if run is None:
             return turn([place for place, _ in found], [step for _, step in found])
-        return turn([p._replace(index=(p.index or 0) + step * run) for p, step in found], [0] * len(found))
+        return turn([p._replace(at=(p.at or 0) + step * run) for p, step in found], [0] * len(found))
 
     def _functions(self, layer: Layer, dropped: set[fx.Node | str] | None) -> None:
         doc = f"{_which(layer.loop)}, in {self.name}." if _which(layer.loop) else f"A repeated part of {self.name}."
         for part in layer.parts:
-            told = doc if part is layer.parts[0] else f"The end of {layer.parts[0].name}, which its last call is without."
+            told = (
+                doc if part is layer.parts[0] else f"The end of {layer.parts[0].name}, which its last call is without."
+            )
             one = Function(layer, part, self.shared, lambda number: self._wanted(layer, number))
             self.functions += ["", "", *one.lines(dropped, told)]
 
@@ -359,12 +362,10 @@ class Half:
 def _even(places: Sequence[Place]) -> int | None:
     """How far places move from run to run in one list; None if they do not move evenly."""
     first, second = places[0], places[1]
-    if first.index is None or second.index is None:
+    if first.at is None or second.at is None:
         return None
-    step = second.index - first.index
-    even = all(
-        place.name == first.name and place.index == first.index + step * run for run, place in enumerate(places)
-    )
+    step = second.at - first.at
+    even = all(place.name == first.name and place.at == first.at + step * run for run, place in enumerate(places))
     return step if even else None
 
 

@@ -1,12 +1,13 @@
 """A repeated layer as a function, or as two where the last run ends early; and what a call of it takes and gives.
 
-    def layer(x: Tensor, q_weight: Tensor, cos: Tensor) -> tuple[Tensor, list[Tensor]]:
-        ...
-        return x, [q, k]
+def layer(x: Tensor, q_weight: Tensor, cos: Tensor) -> tuple[Tensor, list[Tensor]]:
+    ...
+    return x, [q, k]
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]]) -> Laye
     """How a loop runs: as two functions where its last run ends early."""
     layer = Layer(loop, given, groups)
     cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in itertools.pairwise(cuts):
         read = {one.column for offset in range(low, high) for one in loop.operands[offset] if isinstance(one, Read)}
         part = Part(low, high)
         part.same = [n for n in sorted(read) if loop.columns[n].same]

@@ -45,16 +45,16 @@ def source_of(graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicte
 
 _NAMES = (
     "torch", "Tensor", "Sequence", "Slot", "Started", "take", "aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS",
-    "TANGENTS", "GRADIENTS", "forward", "backward", "main", "x", "i", "slot", "shardc",
+    "TANGENTS", "GRADIENTS", "forward", "backward", "main", "i", "slot", "shardc",
 )  # fmt: skip
-"""Names that mean something in every module; `x` and `i` are free in functions."""
+"""Names that mean something in every module."""
 
 
 class _Module:
     def __init__(self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted) -> None:
         self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
         self.run: Partition = partition(graph, program)
-        taken = set(_NAMES) - {"x"}
+        taken: set[str] = {*_NAMES}
         self.calls = Calls(graph, taken)
         self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told)
 
@@ -161,7 +161,10 @@ class _Module:
         for told in body:
             doc += textwrap.wrap(told, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
         doc.append('"""')
-        constants = [f"MESH = {shown(dict(self.mesh.sizes))}", f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}"]
+        constants = [
+            f"MESH = {shown(dict(self.mesh.sizes))}",
+            f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}",
+        ]
         return [
             *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
             "aten = torch.ops.aten", *constants, "",

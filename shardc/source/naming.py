@@ -1,9 +1,9 @@
 """Names of values in generated code, from the paths of the user's modules.
 
-    layers.3.mlp.up_proj, its last value        mlp_up in the function of a layer, layers_3_mlp_up outside
-    the same module, a value before             mlp_up_view
-    the gradient of layers.3.mlp.up_proj.weight grad_mlp_up_weight
-    a collective that is under way              mlp_up_ar_started
+layers.3.mlp.up_proj, its last value        mlp_up in the function of a layer, layers_3_mlp_up outside
+the same module, a value before             mlp_up_view
+the gradient of layers.3.mlp.up_proj.weight grad_mlp_up_weight
+a collective that is under way              mlp_up_ar_started
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Naming:
             return f"grad_{self._path(self.made[node], layer)}"
         module = lowered(node).origin.module
         what = name_of(node.target).strip("_")
+        if not node.name.startswith(what) and not module:
+            return node.name  # somebody has named it
         what = _SHORT.get(what, what)
         base = lowered(node).base
         if base in self.gradients:

@@ -1,7 +1,7 @@
 """Where the values of a function are: under names of their own, or at places of lists; and how several are written.
 
-    layers[1], layers[2], layers[3]                                *layers[1:4]
-    a[0], b[0], b[1], a[1], b[2], b[3], a[2], b[4], b[5]        *(x for i in range(3) for x in (a[i], *b[2 * i : ...]))
+layers[1], layers[2], layers[3]                                *layers[1:4]
+a[0], b[0], b[1], a[1], b[2], b[3], a[2], b[4], b[5]        *(x for i in range(3) for x in (a[i], *b[2 * i : ...]))
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ WIDEST = 64
 
 
 class Place(NamedTuple):
-    """A name, or with `index` a place of the list that is called so; `of` is the length of the list, if known."""
+    """A name, or with `at` a place of the list that is called so; `of` is the length of the list, if known."""
 
     name: str
-    index: int | None = None
+    at: int | None = None
     of: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        return self.name if self.at is None else f"{self.name}[{self.at}]"
 
 
 def spread(places: Sequence[Place]) -> list[Item]:
@@ -42,7 +42,7 @@ def spread(places: Sequence[Place]) -> list[Item]:
 
 def _best(places: Sequence[Place], at: int) -> tuple[int, str]:
     """How many places from `at` on are written as one item, and the item."""
-    if places[at].index is None:
+    if places[at].at is None:
         found = _turns(places, at, least=3 * LEAST) if at + 1 < len(places) else None
         return found or (1, str(places[at]))
     count = 1
@@ -62,20 +62,20 @@ def _step(places: Sequence[Place], at: int, stride: int) -> int | None:
     if at + stride >= len(places):
         return None
     one, other = places[at], places[at + stride]
-    if one.index is None or other.index is None or one.name != other.name:
+    if one.at is None or other.at is None or one.name != other.name:
         return None
-    return other.index - one.index
+    return other.at - one.at
 
 
 def _slice(first: Place, step: int, count: int) -> str:
-    assert first.index is not None
-    last = first.index + step * (count - 1)
+    assert first.at is not None
+    last = first.at + step * (count - 1)
     if step == 1:
-        whole = first.index == 0 and first.of == count
+        whole = first.at == 0 and first.of == count
         end = "" if first.of == last + 1 else str(last + 1)
-        start = str(first.index) if first.index else ""
+        start = str(first.at) if first.at else ""
         return first.name if whole else f"{first.name}[{start}:{end}]"
-    start = "" if first.of == first.index + 1 else str(first.index)
+    start = "" if first.of == first.at + 1 else str(first.at)
     end = str(last - 1) if last else ""
     return f"{first.name}[{start}:{end}:{step}]"
 
@@ -109,14 +109,14 @@ def turn(first: Sequence[Place], steps: Sequence[int]) -> list[str]:
     at = 0
     while at < len(first):
         one, count = first[at], 1
-        assert one.index is not None
+        assert one.at is not None
         while at + count < len(first) and first[at + count].name == one.name and steps[at + count] == steps[at] \
-                and first[at + count].index == one.index + count:  # fmt: skip
+                and first[at + count].at == one.at + count:  # fmt: skip
             count += 1
         if count == 1:
-            items.append(f"{one.name}[{moving(one.index, steps[at])}]")
+            items.append(f"{one.name}[{moving(one.at, steps[at])}]")
         else:
-            ends = [moving(edge, steps[at]) for edge in (one.index, one.index + count)]
+            ends = [moving(edge, steps[at]) for edge in (one.at, one.at + count)]
             gap = " " if any(" " in end for end in ends) else ""
             items.append(f"*{one.name}[{ends[0]}{gap}:{gap}{ends[1]}]")
         at += count

@@ -19,8 +19,10 @@ from shardc.source.module import Predicted
 def predicted(c: Compilation) -> Predicted:
     """What the docstring and the comments say, and what is held line by line. Of a program for many sizes nothing is
     told but what holds for all of them."""
+    if not c.has("schedule"):
+        return Predicted()
     if c.dims:
-        return Predicted(tuple(parallelism(c)))
+        return Predicted(tuple([*parallelism(c), "", *_LEGEND]))
     return Predicted(tuple(_docstring(c)), _Told(c).of, _held(c))
 
 
@@ -97,9 +99,13 @@ def _docstring(c: Compilation) -> list[str]:
         f"Predicted on {c.options.device.name}: {in_seconds(schedule.seconds)} a step, of which "
         f"{in_seconds(max(schedule.hidden, 0.0))} of collectives are hidden; {memory.summary}. Proof: {proof}.",
         "",
-        "Behind a value: its dtype, its global shape, and @ which axes split a dim; +sum@ over which axes a sum is to",
-        "come. Behind a collective: what a rank sends, and how long that takes alone. Runs with torch and",
-        "shardc.runtime alone.",
+        *_LEGEND,
     ]
 
 
+_LEGEND = (
+    "Behind a value: its dtype, its global shape, and @ which axes split a dim; +sum@ over which axes a sum is to come.",
+    "Behind a collective: what a rank sends, and how long that takes alone.",
+    "Runs with torch and shardc.runtime alone.",
+)
+"""How the comments are read."""

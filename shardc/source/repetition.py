@@ -309,5 +309,3 @@ class _Search:
 
 def _saved(loop: Loop) -> int:
     return loop.size * (len(loop.runs) - 1)
-
-

@@ -1,15 +1,15 @@
 """The tables of slots. Those of repeated layers are written once, with the number of the layer in their names.
 
-    INPUTS = (
-        Slot("parameter", "embed.weight", 0, (256, 64), "float32", ()),  # f32[256, 64]
-        *(
-            slot
-            for i in range(32)
-            for slot in (
-                Slot("parameter", f"layers.{i}.up.weight", 0, (64, 64), "float32", ()),  # f32[64, 64]
-            )
-        ),
-    )
+INPUTS = (
+    Slot("parameter", "embed.weight", 0, (256, 64), "float32", ()),  # f32[256, 64]
+    *(
+        slot
+        for i in range(32)
+        for slot in (
+            Slot("parameter", f"layers.{i}.up.weight", 0, (64, 64), "float32", ()),  # f32[64, 64]
+        )
+    ),
+)
 """
 
 from __future__ import annotations
@@ -113,5 +113,3 @@ def _turns(slots: Sequence[Row], at: int) -> tuple[int, int]:
             break
         turns += 1
     return (width, turns) if turns >= LEAST_TURNS else (0, 0)
-
-

@@ -111,7 +111,10 @@ def _names(tree: ast.AST) -> Iterator[ast.Name]:
         yield tree
         return
     own = {
-        name.id for turn in getattr(tree, "generators", ()) for name in ast.walk(turn.target) if isinstance(name, ast.Name)
+        name.id
+        for turn in getattr(tree, "generators", ())
+        for name in ast.walk(turn.target)
+        if isinstance(name, ast.Name)
     }
     for field in tree._fields:
         value = getattr(tree, field, None)

@@ -48,8 +48,9 @@ MAY_IMPORT = {
     "analysis": {"runtime", "ir", "rules", "cost"},
     "planning": {"runtime", "ir", "options", "rules", "cost", "solver", "analysis"},
 }
-MAY_IMPORT["passes"] = {*MAY_IMPORT["planning"], "planning", "capture"}
-MAY_IMPORT["explain"] = {*MAY_IMPORT["planning"], "planning", "passes"}
+MAY_IMPORT["source"] = {*MAY_IMPORT["analysis"], "analysis", "planning"}
+MAY_IMPORT["passes"] = {*MAY_IMPORT["planning"], "planning", "capture", "source"}
+MAY_IMPORT["explain"] = {*MAY_IMPORT["planning"], "planning", "passes", "source"}
 MAY_IMPORT["inspect"] = {*MAY_IMPORT["explain"], "explain"}
 MAY_IMPORT["top"] = {*MAY_IMPORT["inspect"], "inspect", "capture"}
 
