@@ -137,8 +137,8 @@ class Writer:
             self.where[piece] = Place(whole.name, index, len(pieces))
         return [str(whole)]
 
-    def header(self, node: fx.Node, following: Sequence[fx.Node]) -> None:
-        """Name the user's module above the calls that come from it, with its lines."""
+    def header(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
+        """Name the user's module above the calls that come from it, with its lines. `following` begins at `node`."""
         module = lowered(node).origin.module
         if module == self._module:
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -126,7 +127,7 @@ class Half:
         for number, loop in enumerate([*self.loops, None]):
             stop = len(self.nodes) if loop is None else loop.start
             while at < len(lines) and self.lives.place[lines[at]] < stop:
-                self._line(lines[at], self._until(lines[at:], stop))
+                self._line(lines[at], self._until(lines, at, stop))
                 at += 1
             if loop is not None:
                 layer = self.layers[number]
@@ -134,10 +135,11 @@ class Half:
                 self._functions(layer, dropped)
         self.dropped = dropped
 
-    def _until(self, lines: Sequence[fx.Node], stop: int) -> list[fx.Node]:
-        return [node for node in lines if self.lives.place[node] < stop]
+    def _until(self, lines: Sequence[fx.Node], at: int, stop: int) -> Iterator[fx.Node]:
+        following = itertools.islice(lines, at, None)
+        return itertools.takewhile(lambda node: self.lives.place[node] < stop, following)
 
-    def _line(self, node: fx.Node, following: Sequence[fx.Node]) -> None:
+    def _line(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
         self.writer.begin()
         self.writer.header(node, following)
         operands = operands_of(node)

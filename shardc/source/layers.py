@@ -174,7 +174,7 @@ class Function:
         lines, offsets = statements(mine), {node: offset for offset, node in enumerate(run)}
         for number, node in enumerate(lines):
             writer.begin()
-            writer.header(node, lines[number:])
+            writer.header(node, itertools.islice(lines, number, None))
             read = loop.operands[offsets[node]]
             own = bool(read) and isinstance(read[0], Own) and run[read[0].offset] not in left
             own = own and isinstance(read[0], Own) and read[0].offset >= part.low

@@ -149,12 +149,13 @@ class Scope:
 
     def __init__(self, taken: Iterable[str]) -> None:
         self.taken = {*RESERVED, *taken}
+        self._counts: Counter[str] = Counter()
 
     def name(self, wanted: str) -> str:
         """The name that is wanted, or with a number behind it if that is taken."""
-        name, count = wanted, 1
+        name = wanted
         while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}"
+            self._counts[wanted] += 1
+            name = f"{wanted}_{self._counts[wanted] + 1}"
         self.taken.add(name)
         return name

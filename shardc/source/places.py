@@ -43,8 +43,7 @@ def spread(places: Sequence[Place]) -> list[Item]:
 def _best(places: Sequence[Place], at: int) -> tuple[int, str]:
     """How many places from `at` on are written as one item, and the item."""
     if places[at].at is None:
-        found = _turns(places, at, least=3 * LEAST) if at + 1 < len(places) else None
-        return found or (1, str(places[at]))
+        return 1, str(places[at])
     count = 1
     step = _step(places, at, 1) or 1
     while at + count < len(places) and _step(places, at + count - 1, 1) == step and step in (1, -1):

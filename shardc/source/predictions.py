@@ -104,7 +104,7 @@ def _docstring(c: Compilation) -> list[str]:
 
 
 _LEGEND = (
-    "Behind a value: its dtype, its global shape, and @ which axes split a dim; +sum@ over which axes a sum is to come.",
+    "Behind a value: its dtype, its global shape, @ which axes split a dim; +sum@ over which axes a sum is to come.",
     "Behind a collective: what a rank sends, and how long that takes alone.",
     "Runs with torch and shardc.runtime alone.",
 )

@@ -24,7 +24,6 @@ from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
-from shardc.passes.codegen import source_of
 from shardc.passes.localize import localized
 from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.bodies import sends
@@ -34,6 +33,7 @@ from shardc.rules.factors.factoring import factor, tensor_arguments
 from shardc.rules.factors.strategy import Strategy, demand, make, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
 from shardc.runtime.kernels.widening import LOW
+from shardc.source.module import source_of
 
 aten = torch.ops.aten
 

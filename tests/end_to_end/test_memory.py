@@ -83,13 +83,19 @@ def test_part_of_the_memory_computes_the_same(case: Callable[[], Case], part: fl
     fitted(case(), part)
 
 
+def halves_with(code: str, call: str) -> set[str]:
+    """In which halves a call stands, be it in the function of a layer."""
+    functions = code.split("\ndef ")[1:]
+    names = {text.partition("(")[0] for text in functions if call in text}
+    return {"backward" if "backward" in name else "forward" for name in names}
+
+
 def test_what_is_large_and_cheap_is_made_again() -> None:
     torch.manual_seed(0)
     compiled, _ = fitted(tower(), 0.6, mesh="dp=2")
-    assert compiled.code.split("def backward")[1].count("aten.gelu.default(") >= 1
-    assert compiled.code.split("def backward")[0].count("aten.gelu.default(") == 3
+    assert halves_with(compiled.code, "aten.gelu.default(") == {"forward", "backward"}
     model, inputs = tower()
-    assert "aten.gelu.default" not in shardc.compile(model, "dp=2", inputs).code.split("def backward")[1]
+    assert halves_with(shardc.compile(model, "dp=2", inputs).code, "aten.gelu.default(") == {"forward"}
 
 
 def test_a_budget_that_is_not_reached_changes_nothing() -> None:

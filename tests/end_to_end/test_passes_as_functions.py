@@ -19,10 +19,10 @@ from shardc.ir.printing import printed
 from shardc.ir.verifier import VARIABLE
 from shardc.options import Options
 from shardc.passes import localize, reshard
-from shardc.passes.codegen import _bodies, _imported
 from shardc.passes.pipeline import NAMES, PIPELINE, part, run
 from shardc.planning.compilation import Compilation
 from shardc.rules.notation import RuleError, parse
+from shardc.source.calls import Calls, imported
 
 
 class Narrow(nn.Module):
@@ -111,10 +111,9 @@ def test_bodies_of_one_name_are_told_apart() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(other.softmax, (graph.call_function(one.softmax, (x,)),)))
-    names = _bodies(graph, {"softmax"})
-    assert sorted(map(_imported, names.items())) == [
-        "from users_one import softmax as softmax_1\n",
-        "from users_other import softmax as softmax_2\n",
+    assert sorted(imported(Calls(graph, {"softmax"}).bodies)) == [
+        "from users_one import softmax as softmax_1",
+        "from users_other import softmax as softmax_2",
     ]
 
 

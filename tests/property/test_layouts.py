@@ -25,7 +25,6 @@ from shardc.ir.facts import NOWHERE, Lowered, describe, laid
 from shardc.ir.layout import Atom, Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits, apply
-from shardc.passes.codegen import source_of
 from shardc.passes.localize import localized
 from shardc.passes.normalize import normalized
 from shardc.passes.reshard import _Rewrite
@@ -34,6 +33,7 @@ from shardc.rules.factors.factored import Factored
 from shardc.rules.factors.factoring import factor
 from shardc.runtime import Executable, cut, load, paste
 from shardc.runtime.mesh.orders import FOLDED, in_order
+from shardc.source.module import source_of
 
 randoms = st.randoms(use_true_random=False)
 

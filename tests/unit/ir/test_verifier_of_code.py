@@ -14,17 +14,17 @@ def generated() -> tuple[Left, list[str]]:
 def test_a_name_that_is_read_after_it_is_deleted() -> None:
     code, lines = generated()
     place = next(place for place, line in enumerate(lines) if line.startswith("    relu = "))
-    lines.insert(place, "    del mm")
+    lines.insert(place, "    del up")
     code.source = "\n".join(lines)
     shown = message_of(code, order.names_are_read_while_they_live)
-    at = shown.index("    ^ reads mm, which is not there")
-    assert shown[at - 2 : at] == ["        del mm", f"    {lines[place + 1]}"]
+    at = shown.index("    ^ reads up, which is not there")
+    assert shown[at - 2 : at] == ["        del up", f"    {lines[place + 1]}"]
 
 
 def test_a_name_that_is_deleted_twice() -> None:
     code, lines = generated()
-    place = next(place for place, line in enumerate(lines) if line.startswith("    del "))
-    lines.insert(place, lines[place])
+    place = next(place for place, line in enumerate(lines) if line.startswith("    relu = ")) + 1
+    lines[place:place] = ["    del up", "    del up"]
     code.source = "\n".join(lines)
     assert any("^ deletes " in line for line in message_of(code, order.names_are_read_while_they_live))
 
@@ -32,10 +32,10 @@ def test_a_name_that_is_deleted_twice() -> None:
 def test_a_name_that_is_read_before_it_is_there() -> None:
     code, lines = generated()
     product, reader = (
-        next(place for place, line in enumerate(lines) if line.startswith(f"    {name} = ")) for name in ("mm", "relu")
+        next(place for place, line in enumerate(lines) if line.startswith(f"    {name} = ")) for name in ("up", "relu")
     )
     lines.insert(product, lines.pop(reader))
     code.source = "\n".join(lines)
     assert any(
-        "^ reads mm, which is not there" in line for line in message_of(code, order.names_are_read_while_they_live)
+        "^ reads up, which is not there" in line for line in message_of(code, order.names_are_read_while_they_live)
     )

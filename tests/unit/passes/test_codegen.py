@@ -8,14 +8,15 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from shardc.ir.facts import NOWHERE, Lowered, describe
+from shardc.ir.facts import Lowered, describe, origin
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role
 from shardc.ir.versions import GraphVersion
-from shardc.passes.codegen import source_of
+from shardc.runtime import load
+from shardc.source.module import source_of
 
-MESH = Mesh.parse("dp=2")
+MESH = Mesh.parse("dp=1")
 
 
 def chain(length: int) -> Program:
@@ -24,13 +25,14 @@ def chain(length: int) -> Program:
     value, tangent = graph.placeholder("x"), graph.placeholder("tangent")
     made = [value]
     for _ in range(length):
-        made.append(graph.call_function(torch.ops.aten.relu.default, (made[-1],)))
+        made.append(graph.call_function(torch.ops.aten.tanh.default, (made[-1],)))
     gradient = tangent
-    for saved in reversed(made):
-        gradient = graph.call_function(torch.ops.aten.threshold_backward.default, (gradient, saved, 0))
+    for saved in reversed(made[1:]):
+        gradient = graph.call_function(torch.ops.aten.tanh_backward.default, (gradient, saved))
     graph.output((made[-1], gradient))
-    for node in graph.nodes:
-        describe(node, Lowered(NOWHERE, torch.float32, Layout.whole((4, 4))))
+    for place, node in enumerate(graph.nodes):
+        phase = "" if node.op == "placeholder" else "forward" if place < length + 2 else "backward"
+        describe(node, Lowered(origin("tower", "tower.py:1", phase), torch.float32, Layout.whole((4, 4))))
     inputs = [Port(Role.INPUT, "input:0"), Port(Role.TANGENT, "")]
     outputs = [Port(Role.OUTPUT, ""), Port(Role.GRADIENT, "input:0")]
     return Program(GraphVersion.of(graph), inputs, outputs, tree_flatten(0)[1], [0])
@@ -39,10 +41,32 @@ def chain(length: int) -> Program:
 def test_what_backward_reads_is_saved_and_every_value_dropped_after_its_last_use() -> None:
     program = chain(2)
     source = source_of(program.graph, program, MESH)
-    assert "    return (relu_default_1,), (x, relu_default, relu_default_1)\n" in source
+    assert "    return (tower,), (tower_tanh, tower)\n" in source
     backward = source.partition("def backward")[2]
-    assert "    del relu_default_1, tangent\n" in backward
-    assert "    del relu_default, threshold_backward_default\n" in backward
+    assert "    del tangent, tower\n" in backward
+
+
+def test_equal_stretches_become_a_loop_and_what_differs_stays_beside_it() -> None:
+    """The fifth layer adds something else than the others do."""
+    graph = fx.Graph()
+    given = [graph.placeholder(f"w{number}") for number in range(8)]
+    value = given[0]
+    for layer, weight in enumerate(given):
+        for operator in (torch.ops.aten.tanh, torch.ops.aten.sin, torch.ops.aten.cos):
+            value = graph.call_function(operator.default, (value,))
+        value = graph.call_function(torch.ops.aten.add.Tensor, (value, weight), {"alpha": 3 if layer == 4 else 2})
+    graph.output((value,))
+    for node in graph.nodes:
+        describe(node, Lowered(origin("", "", "forward"), torch.float32, Layout.whole((4, 4))))
+    inputs = [Port(Role.INPUT, f"input:{number}", number) for number in range(8)]
+    program = Program(GraphVersion.of(graph), inputs, [Port(Role.OUTPUT, "")], tree_flatten(0)[1], [0])
+    source = source_of(graph, program, MESH)
+    assert "for i in range(4):" in source and source.count("aten.tanh.default") < 8
+    weights = [torch.randn(4, 4) for _ in range(8)]
+    ((found,), _), expected = load(source).forward(*weights), weights[0]
+    for layer, weight in enumerate(weights):
+        expected = expected.tanh().sin().cos() + weight * (3 if layer == 4 else 2)
+    assert torch.allclose(found, expected)
 
 
 def test_time_is_linear_in_the_length_of_the_program() -> None:
