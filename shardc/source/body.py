@@ -28,6 +28,10 @@ LEAST_LIST = 6
 """Results of one call that are not named one by one, but stand in a list."""
 
 
+class NoPlace(Exception):
+    """A value is read that its function does not have: the layers are not written as functions."""
+
+
 class Shared:
     """What all functions of a module share. `told` is what is known of a collective, for a comment."""
 
@@ -95,6 +99,8 @@ class Writer:
         if node not in self.where and node.target is operator.getitem:
             source, index = node.args
             return self.read(Place(self.where[source].name, index))  # type: ignore[index, arg-type]
+        if node not in self.where:
+            raise NoPlace(node.name)
         return self.read(self.where[node])
 
     def add(self, *parts: Item, comment: str = "") -> None:

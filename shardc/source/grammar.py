@@ -157,7 +157,7 @@ def _places(node: ast.AST) -> bool:
     """Whether an expression only says where values are."""
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id == "take"
-    return isinstance(node, (ast.Name, ast.Tuple, ast.List, ast.Subscript, ast.BinOp))
+    return isinstance(node, (ast.Name, ast.Tuple, ast.List, ast.Subscript))
 
 
 def _call(kind: Kind) -> Fits:

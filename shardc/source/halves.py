@@ -153,7 +153,11 @@ class Half:
             runs = {run[offset] for run in loop.runs}
             name = "saved" if runs & self.kept else "grads" if runs & self.results else "made"
             groups.setdefault(name, []).append(offset)
-        layer = layer_of(loop, [column for one in takes for column in one.columns], groups)
+
+        def read_on(node: fx.Node) -> bool:
+            return node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
+
+        layer = layer_of(loop, [column for one in takes for column in one.columns], groups, read_on)
         name = layer_name(layer.modules())
         for part in layer.parts:
             wanted = name if self.name == "forward" else f"{name}_{self.name}"

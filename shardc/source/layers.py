@@ -81,8 +81,9 @@ class Layer:
         return [module for node in self.run if (module := lowered(node).origin.module)]
 
 
-def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]]) -> Layer:
-    """How a loop runs: as two functions where its last run ends early."""
+def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on: Callable[[fx.Node], bool]) -> Layer:
+    """How a loop runs: as two functions where its last run ends early. `read_on` says whether what that run makes is
+    read behind it."""
     layer = Layer(loop, given, groups)
     cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
     for low, high in itertools.pairwise(cuts):
@@ -98,6 +99,9 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]]) -> Laye
         later = [one for offset in range(second.low, second.high) for one in loop.operands[offset]]
         passed = {one for one in later if isinstance(one, Own) and one.offset < first.high}
         passed |= {one for one in later if isinstance(one, Read) and (one.column in (*given, *layer.carried))}
+        kept = {offset for group in groups.values() for offset in group}
+        ends = {Own(offset) for offset, node in enumerate(loop.rest) if offset not in kept and read_on(node)}
+        passed |= ends
         first.after = second.before = sorted(passed, key=lambda one: (isinstance(one, Read), one[0]))
     return layer
 

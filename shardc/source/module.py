@@ -12,7 +12,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
 from shardc.runtime.kernels.random import DRAWS
-from shardc.source.body import Shared
+from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import Calls, imported, shown
 from shardc.source.frees import Held
 from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
@@ -34,12 +34,15 @@ class Predicted:
     held: Held | None = None
 
 
-def source_of(graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted | None = None) -> str:
-    """The source of the module for a localized graph whose placeholders and outputs are those of `program`."""
+def source_of(
+    graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted | None = None, *, loops: bool = True
+) -> str:
+    """The source of the module for a localized graph whose placeholders and outputs are those of `program`. With
+    `loops`, repeated layers become functions, unless their lists would hold more than the plan says."""
     module = _Module(graph, program, mesh, predicted or Predicted())
     try:
-        return module.text(loops=True)
-    except TooLong:
+        return module.text(loops)
+    except (TooLong, NoPlace):
         return _Module(graph, program, mesh, predicted or Predicted()).text(loops=False)
 
 
