@@ -25,6 +25,17 @@ from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.mesh.distributed import CALLED
 
+MAIN = """
+
+if __name__ == "__main__":
+    import sys
+
+    from shardc.runtime.execute.saved import main
+
+    main(sys.argv[0])
+"""
+"""What a saved module does as a program."""
+
 
 class AnySizes(Protocol):
     """What has the program for the sizes of any call."""
@@ -63,8 +74,10 @@ class Compiled:
         return graph_after(self._snapshots[name])
 
     def save(self, path: str | Path) -> None:
-        """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`)."""
-        Path(path).write_text(self.code)
+        """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`). It is also a
+        program: `torchrun ... FILE --check` compares processes with a virtual mesh (`shardc.runtime.execute.saved`).
+        """
+        Path(path).write_text(f"{self.code}{MAIN}")
 
     @property
     def program(self) -> Program:

@@ -1,0 +1,32 @@
+"""A saved module is a program that checks itself: processes against a virtual mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardc
+from samples.textbook import MLP
+from shardc.runtime import RankError
+from shardc.runtime.execute import saved
+
+pytestmark = pytest.mark.distributed
+
+
+def test_processes_compute_what_a_virtual_mesh_does(torchrun: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "mlp.py"
+    shardc.compile(MLP(), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
+    with pytest.raises(RankError, match="start it with torchrun"):
+        saved.main(str(path), ["--check"])
+    told = torchrun(str(path), "--check", nproc=2)
+    assert "equal  output 0" in told and told.count("equal  gradient of") >= 2 and "WRONG" not in told
+
+
+def test_results_that_differ_are_far_from_each_other() -> None:
+    one = torch.ones(4)
+    assert saved._distance(one, one) == 0.0
+    assert saved._distance(one + 1e-2, one) > saved.CLOSE[torch.float32]
+    assert saved._distance(one, torch.ones(5)) == saved._distance(one, one.double()) == float("inf")
