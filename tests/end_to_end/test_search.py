@@ -105,9 +105,7 @@ def test_what_does_not_fit_is_said() -> None:
     assert "more than the 976.6 KiB of a device" in str(
         shardc.search_mesh(model, 2, inputs, hardware=small, memory="unbounded")
     )
-    with pytest.raises(
-        shardc.ShardcError, match=r"no mesh of 2 devices .*they alone take \d+ devices or"
-    ):
+    with pytest.raises(shardc.ShardcError, match=r"no mesh of 2 devices .*they alone take \d+ devices or"):
         shardc.search_mesh(model, 2, inputs, hardware=small)
 
 
@@ -123,9 +121,7 @@ def test_within_a_bound_on_memory_every_plan_fits() -> None:
             plan = shardc.compile(model, one.mesh, inputs, hardware="h100", optimizer="adamw", memory=bound).plan
             assert plan.memory is not None and plan.memory.peak <= bound
             assert one.cost == pytest.approx(plan.cost) and one.stored == plan.memory.peak
-    with pytest.raises(
-        shardc.ShardcError, match=r"no mesh of 4 devices .*they alone take \d+ devices or"
-    ):
+    with pytest.raises(shardc.ShardcError, match=r"no mesh of 4 devices .*they alone take \d+ devices or"):
         shardc.search_mesh(model, 4, inputs, hardware="h100", optimizer="adamw", memory="1MB")
 
 
