@@ -1,4 +1,4 @@
-"""`shardc plan config.json`: a training step of any model of transformers, without weights and without a Python file."""
+"""`shardc plan config.json`: a training step of a model of transformers, without weights and without a Python file."""
 
 from __future__ import annotations
 
