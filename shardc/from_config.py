@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +167,7 @@ def _built(file: Path, kind: type[nn.Module], config: Any) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without what transformers logs of defaults that are nothing to whoever plans."""
     logging = _transformers().logging
     before = logging.get_verbosity()
