@@ -20,7 +20,7 @@ from shardc.ir.mesh import Mesh
 from shardc.options import Options
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation, Pass
-from shardc.planning.given.given import Given
+from shardc.planning.given.given import GivenPlan
 from shardc.runtime import DistributedMesh, local_mesh
 from shardc.runtime.mesh.distributed import started
 
@@ -60,7 +60,7 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
     return _alone(c, snapshots)
 
 
-def _finished(c: Compilation, before: dict[str, Compilation], given: Given | None = None) -> Decided:
+def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
     snapshots = dict(before)
     run(AFTER, replace(c, given=given), snapshots)
     return Decided(snapshots, plan_of(snapshots))

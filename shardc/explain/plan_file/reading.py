@@ -22,7 +22,7 @@ from shardc.ir.mesh import Mesh
 from shardc.options import Options
 from shardc.planning.compilation import Compilation
 from shardc.planning.constraints import Constraint, demanded_leaves
-from shardc.planning.given.given import EntryReader, Given
+from shardc.planning.given.given import EntryReader, GivenPlan
 from shardc.planning.given.names import OPERATORS, OUTPUTS, Name, names_of, output_entries, unfolded
 from shardc.planning.given.proof import MEMORY_NETWORK, PLAIN_NETWORK, RECOMPUTE_NETWORK, Proof
 
@@ -104,7 +104,7 @@ class PlanFile:
         """Raise ShardcError unless the file is for this mesh."""
         self._refuse([f"the mesh is {mesh}, and was {self.mesh}"] if mesh != self.mesh else [])
 
-    def given(self, c: Compilation) -> Given:
+    def given(self, c: Compilation) -> GivenPlan:
         """Its decisions for a program that was factored. Raises ShardcError, with what changed, unless it is for this
         program, hardware and these options."""
         self.check_mesh(c.mesh)
@@ -127,7 +127,7 @@ class PlanFile:
                 if made.axes[leaf] != axes:
                     raise ShardcError(f"{reader.label(op)}, but {constraint.label} demands {constraint.text}")
 
-    def decisions(self, c: Compilation) -> Given:
+    def decisions(self, c: Compilation) -> GivenPlan:
         """Its decisions for a program that is known to be the one that it is for."""
         names = [*names_of(c.factored).values(), *((OUTPUTS, n) for n in output_entries(c.factored.program).values())]
         found, missing = dict[Name, str](), False
@@ -146,7 +146,7 @@ class PlanFile:
         outputs = {name: text for (section, name), text in found.items() if section == OUTPUTS}
         entries = {name: text for name, text in found.items() if name[0] != OUTPUTS}
         edited = missing or decisions_digest(self.data) != self.data["proof"]["decisions"]
-        return Given(self.source, entries, outputs, tuple(sorted(folds)), None if edited else proof)
+        return GivenPlan(self.source, entries, outputs, tuple(sorted(folds)), None if edited else proof)
 
     @property
     def proof(self) -> Proof:
