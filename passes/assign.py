@@ -16,7 +16,7 @@ from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.planning.folding import along_sequences, carried, folding, may_gain, offered
-from shardc.planning.given.given import Given
+from shardc.planning.given.given import GivenPlan
 from shardc.planning.given.posing import network_of
 from shardc.planning.given.proof import Proof
 from shardc.planning.out_of_memory import out_of_memory
@@ -43,14 +43,15 @@ class TooSlowError(InfeasibleError):
 def assign(c: Compilation) -> Compilation:
     """Build the cost network, solve it, read the choice back. Raises InfeasibleError when nothing is legal, or nothing
     fits into memory."""
-    if c.given is not None:
-        c = replace(c, factored=offered(c.factored, c.mesh, c.given.folds))
-        if c.given.proof is not None:
-            return _as_given(c, c.given, c.given.proof)
+    given = c.given
+    if given is not None:
+        c = replace(c, factored=offered(c.factored, c.mesh, given.folds))
+        if given.proof is not None:
+            return _as_given(c, given, given.proof)
         try:
             return _solved_anew(c)
         except InfeasibleError as error:
-            raise InfeasibleError(f"with what {c.given.source} says held fixed: {error}") from error
+            raise InfeasibleError(f"with what {given.source} says held fixed: {error}") from error
     if c.reuse is not None:
         reused = _reused(c, c.reuse)
         if reused is not None:
@@ -106,7 +107,7 @@ def _with_orders(
     return c, network, None if axes else carried(found, balanced.problem(), network.problem())
 
 
-def _as_given(c: Compilation, given: Given, proof: Proof) -> Compilation:
+def _as_given(c: Compilation, given: GivenPlan, proof: Proof) -> Compilation:
     """The decisions of a file as they are: nothing is solved, and the problem is not even posed."""
     network = network_of(c, proof, _demands(c))
     return replace(c, network=network, assignment=given.assignment(network))

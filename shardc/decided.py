@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from shardc import errors
 from shardc.distribution import agree_on_program
 from shardc.errors import ShardcError
 from shardc.explain.plan import Plan
@@ -19,7 +20,7 @@ from shardc.ir.mesh import Mesh
 from shardc.options import Options
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation, Pass
-from shardc.planning.given.given import Given
+from shardc.planning.given.given import GivenPlan
 from shardc.runtime import DistributedMesh, local_mesh
 from shardc.runtime.mesh.distributed import started
 
@@ -59,7 +60,7 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
     return _alone(c, snapshots)
 
 
-def _finished(c: Compilation, before: dict[str, Compilation], given: Given | None = None) -> Decided:
+def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
     snapshots = dict(before)
     run(AFTER, replace(c, given=given), snapshots)
     return Decided(snapshots, plan_of(snapshots))
@@ -87,12 +88,12 @@ def _of_rank_0(c: Compilation, before: dict[str, Compilation], mesh: Distributed
         try:
             found = _alone(c, before)
         except Exception as error:
-            mesh.agreed(json.dumps({"error": str(error)}))
+            mesh.agreed(json.dumps({"error": str(error), "kind": type(error).__name__}))
             raise
         mesh.agreed(json.dumps(as_json(found.plan)))
         return found
     text = mesh.agreed("")
     told: dict[str, Any] = json.loads(text)
     if "error" in told:
-        raise ShardcError(told["error"])
+        raise getattr(errors, told["kind"], ShardcError)(told["error"])
     return _finished(c, before, PlanFile.parse(text, "the plan of rank 0").decisions(c))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ def _loss_of(model: nn.Module) -> Callable[..., Tensor]:
     """The model as a function that returns the loss alone: nobody asks for the logits of a long batch."""
 
     def loss(**inputs: Tensor) -> Tensor:
-        return model(**inputs).loss
+        with _quiet():
+            return model(**inputs).loss
 
     return loss
 
@@ -166,8 +167,8 @@ def _built(file: Path, kind: type[nn.Module], config: Any) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers tells what it generates by default, which is nothing to whoever plans."""
+def _quiet() -> Generator[None]:
+    """Without what transformers logs of defaults that are nothing to whoever plans."""
     logging = _transformers().logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -18,6 +18,7 @@ torch.set_num_threads(1)  # the tests run in two processes on two cores
 gc.set_threshold(50_000, 20, 50)  # a tenth of the time went into walking over all of torch, where little is garbage
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardc-tests-")  # what trial learns is not the user's
+os.environ["SHARDC_PLAN_CACHE"] = "off"  # tests solve
 os.environ.setdefault("SHARDC_VERIFY", "1")  # after every pass, also in the processes that tests start
 
 # The tests start many processes. Where no bytecode may be written beside the sources, each would compile all of torch

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -46,7 +46,7 @@ class _Place:
 
     work: dict[Doing, float] = field(default_factory=lambda: defaultdict[Doing, float](float))
     weights: dict[Doing, dict[str, None]] = field(default_factory=lambda: defaultdict[Doing, dict[str, None]](dict))
-    beside: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict[tuple[str, str], float](float))
+    beside: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     total: float = 0.0
 
     def note(self, doing: Doing, work: float, weight: str = "") -> None:
@@ -77,10 +77,15 @@ class _Reading:
                 self._read(chosen, place)
 
     def result(self) -> Parallelism:
+        everywhere = Counter[tuple[str, str]]()
+        for place in self.places.values():
+            everywhere.update(place.beside)
         for place in self.places.values():
             for axis in self.axes:
                 _as_context(place, axis)
-                _note_between(place, axis)
+                # what is between the layers may stand in the code of none
+                alone = any(a == axis for a, _ in place.beside)
+                _note_between(place, axis, place.beside if alone else everywhere)
         return Parallelism(tuple(map(self._axis, self.axes)), tuple(self._blocks()))
 
     # pieces
@@ -206,7 +211,8 @@ class _Reading:
                 if doing[0] == axis:
                     work[doing] += amount
         most = sorted(
-            (doing for doing, amount in work.items() if amount >= LITTLE * total), key=lambda d: (-work[d], d[2])
+            (doing for doing, amount in work.items() if amount >= LITTLE * total),
+            key=lambda d: (d[1] is AxisRole.SEQUENCE, -work[d], d[2]),
         )
         weights = [port.name for port in self.program.inputs if port.role is Role.PARAMETER]
         gathered = len(self.gathers[axis].intersection(weights))
@@ -283,25 +289,26 @@ def _as_context(place: _Place, axis: str) -> None:
         place.note((axis, AxisRole.CONTEXT, HEADS), place.work.pop(heads))
 
 
-def _note_between(place: _Place, axis: str) -> None:
-    """What an axis that splits weights splits beside the products, if that is rows more often than nothing."""
+def _note_between(place: _Place, axis: str, beside: Mapping[tuple[str, str], float]) -> None:
+    """What an axis that splits weights splits beside the products, if that is rows more often than nothing. `beside`
+    are the bytes of results there, by axis and what it splits of them."""
     work = sum(amount for (a, role, _), amount in place.work.items() if a == axis and role is AxisRole.TENSOR)
-    rows = {what: place.beside[axis, what] for what in ("sequence", "batch")}
+    rows = {what: beside.get((axis, what), 0.0) for what in ("sequence", "batch")}
     what = max(rows, key=lambda one: rows[one])
-    if work and rows[what] > place.beside[axis, ""]:
+    if work and rows[what] > beside.get((axis, ""), 0.0):
         place.note((axis, AxisRole.SEQUENCE, f"{what} between them"), work)
 
 
 @cache
 def _block(path: str) -> str:
-    """The repeated layer that a module or weight belongs to (`model.layers.3`), else the module itself."""
+    """The repeated layer that a module or weight belongs to (`model.layers.3`); "" for what is in none."""
     layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path)
-    return layer[0] if layer else path
+    return layer[0] if layer else ""
 
 
 def _within(weight: str, block: str) -> str:
     """The path of a weight inside its block."""
-    return weight.removeprefix(f"{block}.").removesuffix(".weight")
+    return weight.removeprefix(f"{block}." if block else "").removesuffix(".weight")
 
 
 def _runs(pattern: str, layers: list[tuple[int, Mapping[str, tuple[Use, ...]]]]) -> Iterator[Block]:

@@ -72,7 +72,7 @@ def _joined(hows: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """What the axes do in one part of a model, or in `count` equal layers of it (`layers.*`, `layers.0-30`)."""
+    """What the axes do in `count` equal layers of a model (`layers.*`, `layers.0-30`), or in what is in none ("")."""
 
     name: str
     count: int

@@ -193,7 +193,7 @@ class Plan:
         sections = {
             "tensors": self._tensors(),
             "sent, per rank and step": self._sent(),
-            "the dearest": self._dearest(),
+            "dearest conversions": self._dearest(),
             "rules found by trial": self._tried(),
             "run whole on every rank, for want of a rule": self._replicated(),
         }

@@ -96,7 +96,8 @@ class Summary:
 
 def _rows(blocks: Sequence[Block]) -> Iterable[tuple[str, str, str, str]]:
     for block in blocks:
-        name, count = block.name or "the model", f"x{block.count}" if block.count > 1 else ""
+        name = block.name or ("the rest" if len(blocks) > 1 else "the model")
+        count = f"x{block.count}" if block.count > 1 else ""
         for axis, uses in block.uses.items():
             if uses:
                 yield name, count, axis, "; ".join(map(_told, uses))

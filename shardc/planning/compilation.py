@@ -21,7 +21,7 @@ from shardc.ir.versions import GraphVersion
 from shardc.options import Options
 from shardc.planning.constraints import Constraint, ParameterDemand, Spread
 from shardc.planning.cost_network import Assignment, CostNetwork
-from shardc.planning.given.given import Given
+from shardc.planning.given.given import GivenPlan
 from shardc.rules.factors.factored import Factored, Key
 from shardc.solver import tuning
 from shardc.solver.solve import Solution
@@ -86,7 +86,7 @@ class Compilation:
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     time_limit: float = field(default_factory=lambda: tuning.TIME_LIMIT)
     too_slow: float = math.inf
-    given: Given | None = None
+    given: GivenPlan | None = None
     reuse: Compilation | None = None
     reuse_at: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])

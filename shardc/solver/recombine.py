@@ -110,7 +110,11 @@ class Recombination:
             part[variables] = number
         terms = self.points.terms
         owner = terms.parts(part)
-        cheaper = (terms.at(large.choice) - terms.at(small.choice))[owner >= 0]
+        with np.errstate(invalid="ignore"):  # what both forbid is no difference
+            differences = np.nan_to_num(
+                terms.at(large.choice) - terms.at(small.choice), nan=0.0, posinf=np.inf, neginf=-np.inf
+            )
+        cheaper = differences[owner >= 0]
         gains: list[float] = np.bincount(owner[owner >= 0], cheaper, len(parts)).tolist()
         changes = self.loads.changes(small.choice, large.choice, part)
         swaps = [

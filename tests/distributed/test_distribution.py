@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,10 @@ def test_ranks_that_differ_are_told(spawn: Spawn, accident: str) -> None:
         assert code == 0, output
         assert "is right" in output or "exits" in output, output
         assert all(float(seconds) < 10 for seconds in re.findall(r"(?:told|ended) after ([\d.]+) s", output)), output
+
+
+def test_rank_0_plans_and_the_others_receive(spawn: Spawn, tmp_path: Path) -> None:
+    """In `planned.py` no other rank may solve; all train like one device, also by a file, and all are told alike."""
+    for code, output in spawn("planned.py", str(tmp_path / "plan.json"), nproc=2):
+        assert code == 0, output
+        assert "refused: no plan was found for tp=2 that holds at most 1000 B" in output

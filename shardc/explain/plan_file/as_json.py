@@ -98,7 +98,7 @@ def _conversions(conversions: tuple[Conversion, ...]) -> list[dict[str, Any]]:
     and the sums of what they send and take."""
     groups: dict[tuple[str, ...], list[Conversion]] = {}
     for one in conversions:
-        place = pattern_of(one.place.partition(",")[0])
+        place = pattern_of(one.place.partition(",")[0].partition(":")[0])  # lines move
         groups.setdefault((one.phase, one.kind, one.axis, place), []).append(one)
     return [
         {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from shardc.cost.hardware import Hardware, Link
 from shardc.ir.constrain import serialise
 from shardc.options import Options
+
+_PLAIN = (str, int, float, bool, dict, type(None))
 
 
 def options_json(options: Options) -> dict[str, Any]:
@@ -22,9 +23,8 @@ def options_json(options: Options) -> dict[str, Any]:
     plain["dynamic"] = {
         argument: {str(dim): name for dim, name in dims.items()} for argument, dims in options.dynamic.items()
     }
-    named = options.hardware
-    plain["hardware"] = named.name if isinstance(named, Hardware) else str(named) if isinstance(named, Path) else named
-    return plain
+    plain["hardware"] = options.hardware.name if isinstance(options.hardware, Hardware) else options.hardware
+    return {name: value if type(value) in _PLAIN else str(value) for name, value in plain.items()}
 
 
 def hardware_json(device: Hardware) -> dict[str, Any]:

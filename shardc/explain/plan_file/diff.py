@@ -82,8 +82,8 @@ class PlanDiff:
             yield from _amounts(name, one[key], other[key], in_seconds)
         axes = dict.fromkeys([*one["bytes_sent"], *other["bytes_sent"]])
         for axis in axes:
-            sent = (plan["bytes_sent"].get(axis, 0.0) for plan in (one, other))
-            yield from _amounts(f"sent over {axis}", *sent, in_bytes)
+            sent, now = (plan["bytes_sent"].get(axis, 0.0) for plan in (one, other))
+            yield from _amounts(f"sent over {axis}", sent, now, in_bytes)
         yield from _amounts("memory, the most", one["memory_bytes"], other["memory_bytes"], in_bytes)
 
     def _moved(self, section: str) -> Iterator[tuple[str, str, str, str, int]]:

@@ -21,7 +21,8 @@ from shardc.explain.plan_file.fingerprint import Fingerprint, fingerprint
 from shardc.ir.mesh import Mesh
 from shardc.options import Options
 from shardc.planning.compilation import Compilation
-from shardc.planning.given.given import Given
+from shardc.planning.constraints import Constraint, demanded_leaves
+from shardc.planning.given.given import EntryReader, GivenPlan
 from shardc.planning.given.names import OPERATORS, OUTPUTS, Name, names_of, output_entries, unfolded
 from shardc.planning.given.proof import MEMORY_NETWORK, PLAIN_NETWORK, RECOMPUTE_NETWORK, Proof
 
@@ -103,7 +104,7 @@ class PlanFile:
         """Raise ShardcError unless the file is for this mesh."""
         self._refuse([f"the mesh is {mesh}, and was {self.mesh}"] if mesh != self.mesh else [])
 
-    def given(self, c: Compilation) -> Given:
+    def given(self, c: Compilation) -> GivenPlan:
         """Its decisions for a program that was factored. Raises ShardcError, with what changed, unless it is for this
         program, hardware and these options."""
         self.check_mesh(c.mesh)
@@ -111,9 +112,22 @@ class PlanFile:
         self._refuse(_changes("hardware ", before, now))
         self._refuse(_changes("option ", {**options_json(c.options), **self.data["options"]}, options_json(c.options)))
         self._check_program(fingerprint(c.factored))
-        return self.decisions(c)
+        given = self.decisions(c)
+        for constraint in c.constraints:
+            self._check_demand(constraint, EntryReader(given, c.factored, c.mesh), c)
+        return given
 
-    def decisions(self, c: Compilation) -> Given:
+    def _check_demand(self, constraint: Constraint, reader: EntryReader, c: Compilation) -> None:
+        """Raise ShardcError where a parameter lies otherwise than is demanded: it may be stored otherwise by now."""
+        op = next(op for op in c.factored.ops if op.node is constraint.key[0])
+        entry = reader.entry(op)
+        made = entry.made.get(constraint.key[1]) if entry is not None and op.node.op == "placeholder" else None
+        if made is not None:
+            for leaf, axes in demanded_leaves(c.factored, c.mesh, constraint):
+                if made.axes[leaf] != axes:
+                    raise ShardcError(f"{reader.label(op)}, but {constraint.label} demands {constraint.text}")
+
+    def decisions(self, c: Compilation) -> GivenPlan:
         """Its decisions for a program that is known to be the one that it is for."""
         names = [*names_of(c.factored).values(), *((OUTPUTS, n) for n in output_entries(c.factored.program).values())]
         found, missing = dict[Name, str](), False
@@ -132,7 +146,7 @@ class PlanFile:
         outputs = {name: text for (section, name), text in found.items() if section == OUTPUTS}
         entries = {name: text for name, text in found.items() if name[0] != OUTPUTS}
         edited = missing or decisions_digest(self.data) != self.data["proof"]["decisions"]
-        return Given(self.source, entries, outputs, tuple(sorted(folds)), None if edited else proof)
+        return GivenPlan(self.source, entries, outputs, tuple(sorted(folds)), None if edited else proof)
 
     @property
     def proof(self) -> Proof:

@@ -36,7 +36,7 @@ SHOWN = 6
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenPlan:
     """What `source` says of a program: an entry per operator and value, by name; of what it leaves out there is none.
 
     `folds` are the axes that may fold a sequence. `proof` is None where the file was edited: then what it says is held
@@ -100,7 +100,7 @@ class Entry:
 class EntryReader:
     """Reads the entries of a file for the operators of a program; those of equal layers once."""
 
-    def __init__(self, given: Given, factored: Factored, mesh: Mesh) -> None:
+    def __init__(self, given: GivenPlan, factored: Factored, mesh: Mesh) -> None:
         self.given, self.factored, self.mesh = given, factored, mesh
         self.names, self.texts = names_of(factored), LayoutTexts(factored, mesh)
         self._known: dict[object, Entry] = {}
@@ -196,7 +196,7 @@ class EntryReader:
 class _Restriction:
     """Forbids values of the variables of a network."""
 
-    def __init__(self, given: Given, network: CostNetwork) -> None:
+    def __init__(self, given: GivenPlan, network: CostNetwork) -> None:
         self.network, self.reader = network, EntryReader(given, network.factored, network.mesh)
         self._arrays: dict[object, tuple[np.ndarray, object]] = {}
 

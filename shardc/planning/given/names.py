@@ -36,7 +36,7 @@ Name = tuple[str, str]
 """A section, and the name of an entry in it."""
 
 Text = TypeVar("Text")
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=[. ]|$)")
+_NUMBER = re.compile(r"(?:(?<=[. ])|^)\d+(?=[. ]|$)")
 
 
 def names_of(factored: Factored) -> dict[fx.Node, Name]:

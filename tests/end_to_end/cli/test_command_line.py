@@ -62,7 +62,7 @@ def flag(name: str) -> str:
 @pytest.mark.parametrize(
     ("command", "options", "more"),
     [
-        ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json"}),
+        ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json", "--output"}),
         ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
         ("run", Options, {"--mesh", "--json"}),
