@@ -18,6 +18,7 @@ from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
+from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.pipeline import NAMES
@@ -68,6 +69,16 @@ class Compiled:
     def save(self, path: str | Path) -> None:
         """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`)."""
         Path(path).write_text(self.code)
+
+    def trace(self, path: str | Path) -> None:
+        """Write the predicted timeline of a step as a trace that Perfetto (ui.perfetto.dev) shows: what the rank
+        computes, what every mesh axis carries, and what is held. Raises ShardcError where the file cannot be
+        written."""
+        write(Path(path), [self.timeline()])
+
+    def timeline(self) -> Process:
+        """The predicted timeline of a step, as traces show it."""
+        return predicted(self._snapshots["overlap"])
 
     @property
     def program(self) -> Program:

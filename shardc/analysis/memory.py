@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,7 @@ from torch.fx.node import map_arg
 
 from shardc.analysis.liveness import dead_after
 from shardc.analysis.operands import collective_of, operand_bytes
+from shardc.analysis.tensor_forms import StoredTensor, TensorForm
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.facts import FACTS, Captured, dtype_of, laid, lowered
@@ -91,51 +92,38 @@ class MemoryAnalysis:
         self.roles = {node: port.role for node, port in ports.items()}
         trained = program.trained
         self.trained = {node for node, port in ports.items() if port.name in trained}
-        self.by_call: dict[object, list[_TensorForm | None]] = {}
-        self.by_node: dict[fx.Node, list[_TensorForm | None]] = {}
-        self.equal: dict[_TensorForm, _TensorForm] = {}
-        self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], _TensorForm] = {}
+        self.by_call: dict[object, list[TensorForm | None]] = {}
+        self.by_node: dict[fx.Node, list[TensorForm | None]] = {}
+        self.equal: dict[TensorForm, TensorForm] = {}
+        self.contiguous: dict[tuple[tuple[int, ...], torch.dtype], TensorForm] = {}
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         """The peak of a run in these orders, where it is, and what the bytes are."""
         return _Execution(self).memory(forward, backward)
 
-    def one(self, form: _TensorForm) -> _TensorForm:
+    def held(self, forward: Order, backward: Order) -> list[int]:
+        """The bytes that are held while each entry of the two orders runs."""
+        execution = _Execution(self)
+        execution.memory(forward, backward)
+        return execution.held
+
+    def one(self, form: TensorForm) -> TensorForm:
         """The one object of all that are equal, so that equal forms can be compared by identity."""
         return self.equal.setdefault(form, form)
-
-
-class _StoredTensor(NamedTuple):
-    """One tensor in memory: the number of its storage, and its form within it."""
-
-    storage: int
-    form: _TensorForm
-
-
-@dataclass(frozen=True)
-class _TensorForm:
-    """One result of a call: a view into the storage of an operand (`operand` counts the call's storages), or, where
-    that is None, a new storage of `size` bytes. `offset` and `stride` are in elements."""
-
-    operand: int | None
-    size: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
 
 
 class _Execution:
     def __init__(self, known: MemoryAnalysis) -> None:
         self.known, self.mesh = known, known.mesh
         self.started: set[fx.Node] = set()
-        self.under_way: dict[fx.Node, list[_StoredTensor | None]] = {}  # what a collective that was started holds
-        self.tensors: dict[fx.Node, list[_StoredTensor | None]] = {}  # the results of every node
+        self.under_way: dict[fx.Node, list[StoredTensor | None]] = {}  # what a collective that was started holds
+        self.tensors: dict[fx.Node, list[StoredTensor | None]] = {}  # the results of every node
         self.sizes: list[int] = []  # bytes of every storage
         self.labels: list[str] = []  # what every storage counts as
         self.references: Counter[int] = Counter()  # how many tensors hold a storage
         self.bytes_by_label: Counter[str] = Counter()
         self.total = 0  # of them all
+        self.held: list[int] = []
         self.peak = Memory(0.0, "", "", {})
 
     def memory(self, forward: Order, backward: Order) -> Memory:
@@ -171,10 +159,11 @@ class _Execution:
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
                 workspace = self._workspace(node)
-            if self.total + workspace > self.peak.peak:
+            self.held.append(self.total + workspace)
+            if self.held[-1] > self.peak.peak:
                 held = {**self.bytes_by_label, "workspace": workspace}
                 parts = {label: float(size) for label, size in held.items() if size}
-                self.peak = Memory(float(self.total + workspace), phase, where(node), parts)
+                self.peak = Memory(float(self.held[-1]), phase, where(node), parts)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:
@@ -184,7 +173,7 @@ class _Execution:
         form = self._contiguous(node)
         self.tensors[node] = [self._store(form, label, [])]
 
-    def _call(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _call(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         if node.target is operator.getitem:
             source, index = node.args
             element = self.tensors[source][index]  # type: ignore[index]
@@ -205,27 +194,27 @@ class _Execution:
             self.known.by_node[node] = forms
         return [None if form is None else self._store(form, label, storages) for form in forms]
 
-    def _pieces(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _pieces(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         """The results of a bucket: pieces of one storage, one after another."""
         results = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
         forms = [self._contiguous(user) for user in results]
         storage, start = len(self.sizes), 0
         self.sizes.append(sum(one.size for one in forms))
         self.labels.append(label)
-        pieces: list[_StoredTensor | None] = []
+        pieces: list[StoredTensor | None] = []
         for one in forms:
             self._hold(storage, label)
-            pieces.append(_StoredTensor(storage, self.known.one(replace(one, offset=start))))
+            pieces.append(StoredTensor(storage, self.known.one(replace(one, offset=start))))
             start += math.prod(one.shape)
         return pieces
 
-    def _begin(self, node: fx.Node) -> list[_StoredTensor | None]:
+    def _begin(self, node: fx.Node) -> list[StoredTensor | None]:
         """What a collective that was started holds: its result, and the operand that it reads until it ends."""
         collective = collective_of(node)
         assert collective is not None
         bucket, holds = isinstance(collective, Bucket), collective.holds(node.kwargs)
         form = self._contiguous(next(iter(node.users)) if bucket else node)
-        tensors: list[_StoredTensor | None] = (
+        tensors: list[StoredTensor | None] = (
             self._pieces(node, "in use") if bucket else [self._store(form, "in use", [])]
         )
         if holds is Held.COPY:
@@ -237,7 +226,7 @@ class _Execution:
             tensors.append(read)
         return tensors
 
-    def _await(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _await(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         """The result of a collective that was awaited. It is in the storage where it arrived, or in a new one, if it
         was joined along another dim than the first."""
         collective = collective_of(node)
@@ -251,7 +240,7 @@ class _Execution:
             self._hold(one.storage, label)
         return arrived
 
-    def _store(self, form: _TensorForm, label: str, storages: Sequence[int]) -> _StoredTensor:
+    def _store(self, form: TensorForm, label: str, storages: Sequence[int]) -> StoredTensor:
         if form.operand is None:
             storage = len(self.sizes)
             self.sizes.append(form.size)
@@ -259,7 +248,7 @@ class _Execution:
         else:
             storage = storages[form.operand]
         self._hold(storage, label)
-        return _StoredTensor(storage, form)
+        return StoredTensor(storage, form)
 
     def _hold(self, storage: int, label: str) -> None:
         if self.references[storage] and label != "in use" and self.labels[storage] == "in use":
@@ -271,7 +260,7 @@ class _Execution:
             self.total += self.sizes[storage]
         self.references[storage] += 1
 
-    def _release(self, values: Iterable[_StoredTensor | None]) -> None:
+    def _release(self, values: Iterable[StoredTensor | None]) -> None:
         for one in values:
             if one is not None:
                 self.references[one.storage] -= 1
@@ -279,7 +268,7 @@ class _Execution:
                     self.bytes_by_label[self.labels[one.storage]] -= self.sizes[one.storage]
                     self.total -= self.sizes[one.storage]
 
-    def _call_key(self, node: fx.Node, operands: Sequence[_StoredTensor | None], storages: list[int]) -> object:
+    def _call_key(self, node: fx.Node, operands: Sequence[StoredTensor | None], storages: list[int]) -> object:
         """All that the results of a call depend on. The kind of an operator says all of it, but for how its operands
         are laid out, and which of several results are read."""
         chosen = chosen_of(node)
@@ -303,7 +292,7 @@ class _Execution:
     def _local(self, node: fx.Node) -> tuple[int, ...]:
         return laid(node).local_shape(self.mesh)
 
-    def _forms(self, node: fx.Node, storages: list[int]) -> list[_TensorForm | None]:
+    def _forms(self, node: fx.Node, storages: list[int]) -> list[TensorForm | None]:
         """What torch's meta kernel makes. Functions of the runtime have no such kernel, nor have some operators, or it
         asks for values: these make new tensors of the layouts' sizes. All views have one."""
         if isinstance(node.target, torch._ops.OpOverload):
@@ -315,7 +304,7 @@ class _Execution:
         elements = {user.args[1]: form(user) for user in node.users if user.target is operator.getitem}
         return [elements.get(index) for index in range(max(elements, default=-1) + 1)]  # type: ignore[type-var]
 
-    def _as_captured(self, node: fx.Node) -> _TensorForm:
+    def _as_captured(self, node: fx.Node) -> TensorForm:
         """What a body makes: its result lies in memory as that of the operator does."""
         form, base = self._contiguous(node), lowered(node).base
         known = base is not None and isinstance(base[0].meta[FACTS], Captured)  # a program read from text is not
@@ -326,15 +315,15 @@ class _Execution:
         laid_out = torch.empty_permuted(form.shape, order, dtype=form.dtype, device="meta")
         return self.known.one(replace(form, stride=laid_out.stride()))
 
-    def _contiguous(self, node: fx.Node) -> _TensorForm:
+    def _contiguous(self, node: fx.Node) -> TensorForm:
         shape, dtype = self._local(node), dtype_of(node)
         if (shape, dtype) not in self.known.contiguous:
             stride = torch.empty(shape, device="meta").stride()
-            form = _TensorForm(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
+            form = TensorForm(None, math.prod(shape) * dtype.itemsize, shape, stride, 0, dtype)
             self.known.contiguous[shape, dtype] = self.known.one(form)
         return self.known.contiguous[shape, dtype]
 
-    def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[_TensorForm | None]:
+    def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[TensorForm | None]:
         memory = [torch.UntypedStorage(self.sizes[storage], device="meta") for storage in storages]
         # _cdata: Python makes a new object for a storage whenever it is asked; this number of it stays
         numbers = {storage._cdata: number for number, storage in enumerate(memory)}
@@ -385,12 +374,12 @@ class _Execution:
         return collective.workspace(node.kwargs, operand, self.sizes[result.storage], started)
 
 
-def _form_of(one: Any, numbers: Mapping[int, int]) -> _TensorForm | None:
+def _form_of(one: Any, numbers: Mapping[int, int]) -> TensorForm | None:
     if not isinstance(one, Tensor):
         return None
     storage = one.untyped_storage()
     stride, offset = tuple(one.stride()), int(one.storage_offset())
-    return _TensorForm(numbers.get(storage._cdata), storage.nbytes(), tuple(one.shape), stride, offset, one.dtype)
+    return TensorForm(numbers.get(storage._cdata), storage.nbytes(), tuple(one.shape), stride, offset, one.dtype)
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

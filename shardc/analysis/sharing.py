@@ -55,7 +55,7 @@ class _Kind(NamedTuple):
 @cache
 def _kind(target: Any) -> _Kind:
     if not isinstance(target, torch._ops.OpOverload):
-        return _Kind(False, False, False, isinstance(target, Collective) and not target.local)
+        return _Kind(False, False, isinstance(target, Collective), False)
     view = target.is_view is True
     new = target.namespace == "aten" and not view and target not in _MAY_RETURN_OPERAND
     as_operands = target in REGROUPS or (new and torch.Tag.pointwise in target.tags)
