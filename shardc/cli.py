@@ -1,4 +1,5 @@
-"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
+"""The command line: `shardc plan | explain | compile | run | trace | profile FILE --mesh dp=2,tp=2`, and
+`shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -16,7 +17,9 @@ from shardc.commands.calibrate import CalibrateCommand
 from shardc.commands.compile import CompileCommand
 from shardc.commands.explain import ExplainCommand
 from shardc.commands.plan import PlanCommand
+from shardc.commands.profile import ProfileCommand
 from shardc.commands.run import RunCommand
+from shardc.commands.trace import TraceCommand
 from shardc.errors import ShardcError
 from shardc.flags import parsed
 
@@ -25,6 +28,8 @@ Command = (
     | Annotated[ExplainCommand, subcommand("explain")]
     | Annotated[CompileCommand, subcommand("compile")]
     | Annotated[RunCommand, subcommand("run")]
+    | Annotated[TraceCommand, subcommand("trace")]
+    | Annotated[ProfileCommand, subcommand("profile")]
     | Annotated[CalibrateCommand, subcommand("calibrate")]
 )
 
