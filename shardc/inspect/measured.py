@@ -44,7 +44,7 @@ class Statement:
     place: str
 
 
-class Measured:
+class MeasuredSteps:
     """What was measured since the last `clear`, in seconds of this process's clock."""
 
     def __init__(self, mesh: RuntimeMesh, statements: Sequence[Statement]) -> None:
@@ -89,10 +89,10 @@ class Measured:
 
 
 @contextmanager
-def measuring(executable: Executable, code: str) -> Generator[Measured]:
+def measuring(executable: Executable, code: str) -> Generator[MeasuredSteps]:
     """In here, a module that was generated as `code` is measured as it runs."""
     tree, statements = _ticking(code)
-    measured, module, mesh = Measured(executable.mesh, statements), executable.module, executable.mesh
+    measured, module, mesh = MeasuredSteps(executable.mesh, statements), executable.module, executable.mesh
     names = {**vars(module), _TICK: measured.tick}
     exec(compile(tree, str(module.__file__), "exec"), names)
     plain = {name: getattr(module, name) for name in ("forward", "backward") if hasattr(module, name)}
@@ -107,7 +107,7 @@ def measuring(executable: Executable, code: str) -> Generator[Measured]:
             setattr(module, name, function)
 
 
-def _timed(mesh: RuntimeMesh, measured: Measured) -> Callable[..., Callable[[], Tensor]]:
+def _timed(mesh: RuntimeMesh, measured: MeasuredSteps) -> Callable[..., Callable[[], Tensor]]:
     """`mesh.begin`, and when each collective began and ended. On a virtual mesh it has ended when it was started."""
     begin, later = mesh.begin, isinstance(mesh, DistributedMesh)
 
