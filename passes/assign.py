@@ -133,11 +133,10 @@ def _lowered(c: Compilation) -> tuple[Compilation, Memory]:
     """A candidate with the draft of its code, and what this holds at most without buckets and overlap."""
     from shardc.passes.pipeline import LOWERING, run  # the list of passes names this one
 
-    candidate = run(LOWERING, c)
-    localized = candidate.lowered
-    assert localized.source is not None
-    memory = memory_in_order(localized.read(), c.program, c.mesh, c.states)
-    return replace(c, draft=Draft(c.assignment, localized.source, candidate.titles)), memory
+    snapshots: dict[str, Compilation] = {}
+    candidate = run(LOWERING, c, snapshots)
+    memory = memory_in_order(candidate.lowered.read(), c.program, c.mesh, c.states)
+    return replace(c, draft=Draft(c.assignment, snapshots["reshard"].lowered, candidate.titles)), memory
 
 
 def assign_within(c: Compilation, budget: float, known: CostNetwork | None = None) -> Compilation:

@@ -20,11 +20,13 @@ from shardc.passes.propagate import propagate
 from shardc.passes.reshard import reshard
 from shardc.passes.retile import retile
 from shardc.passes.schedule import schedule
+from shardc.passes.simplify import simplify
 from shardc.planning.compilation import Compilation, Pass
 from shardc.runtime.execute.ambient import no_autocast
 
 PIPELINE: tuple[Pass, ...] = (
-    capture, normalize, factor, retile, propagate, assign, reshard, localize, schedule, bucket, overlap, codegen,
+    capture, normalize, factor, retile, propagate, assign, reshard, localize, simplify, schedule, bucket, overlap,
+    codegen,
 )  # fmt: skip
 NAMES: tuple[str, ...] = tuple(one.name for one in PIPELINE)
 
@@ -34,7 +36,7 @@ def part(first: str, last: str) -> tuple[Pass, ...]:
     return PIPELINE[NAMES.index(first) : NAMES.index(last) + 1]
 
 
-LOWERING = part("reshard", "localize")
+LOWERING = part("reshard", "simplify")
 """What it takes to know what a choice holds in memory."""
 
 

@@ -1,5 +1,5 @@
-"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc diff A.json B.json`,
-`shardc calibrate FILE.toml`.
+"""The command line: `shardc plan | explain | compile | run | trace | profile FILE --mesh dp=2,tp=2`,
+`shardc diff A.json B.json`, and `shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -18,7 +18,9 @@ from shardc.commands.compile import CompileCommand
 from shardc.commands.diff import DiffCommand
 from shardc.commands.explain import ExplainCommand
 from shardc.commands.plan import PlanCommand
+from shardc.commands.profile import ProfileCommand
 from shardc.commands.run import RunCommand
+from shardc.commands.trace import TraceCommand
 from shardc.errors import ShardcError
 from shardc.flags import parsed
 
@@ -28,6 +30,8 @@ Command = (
     | Annotated[CompileCommand, subcommand("compile")]
     | Annotated[RunCommand, subcommand("run")]
     | Annotated[DiffCommand, subcommand("diff")]
+    | Annotated[TraceCommand, subcommand("trace")]
+    | Annotated[ProfileCommand, subcommand("profile")]
     | Annotated[CalibrateCommand, subcommand("calibrate")]
 )
 

@@ -17,6 +17,7 @@ from shardc.distribution import agree_on_program, before_call, with_global_batch
 from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
+from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.capture import TRACING
@@ -78,6 +79,16 @@ class Compiled:
         program: `torchrun ... FILE --check` compares processes with a virtual mesh (`shardc.runtime.execute.saved`).
         """
         Path(path).write_text(f"{self.code}{MAIN}")
+
+    def trace(self, path: str | Path) -> None:
+        """Write the predicted timeline of a step as a trace that Perfetto (ui.perfetto.dev) shows: what the rank
+        computes, what every mesh axis carries, and what is held. Raises ShardcError where the file cannot be
+        written."""
+        write(Path(path), [self.timeline()])
+
+    def timeline(self) -> Process:
+        """The predicted timeline of a step, as traces show it."""
+        return predicted(self._snapshots["overlap"])
 
     @property
     def program(self) -> Program:

@@ -54,6 +54,13 @@ def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inp
     return lines
 
 
+def step(function: Callable[..., Any], inputs: Inputs) -> None:
+    """One forward, and one backward from the first output if that has a gradient."""
+    outputs = _outputs(function, inputs)
+    if outputs and outputs[0].requires_grad:
+        outputs[0].sum().backward()
+
+
 def _outputs(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """The tensors of the result; what is random is drawn from the same seed in every call."""
     torch.manual_seed(1)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import fx
 
@@ -113,17 +113,32 @@ def is_started(node: fx.Node) -> bool:
 def timed(order: Order, times: Times) -> tuple[float, float, Mapping[str, float]]:
     """The seconds of a run in this order, the seconds of collectives during which the rank computes, and by axis the
     seconds that the rank loses on account of it."""
-    clock, flights, total = Clock(times.mesh, times.device), dict[fx.Node, Flight](), 0.0
-    started = {node for node, awaited in order if awaited}
+    clock, total = Clock(times.mesh, times.device), 0.0
+    for node, awaited in run_on(clock, order, started_in(order), times):
+        if not awaited:
+            sending = times.bodies[node].sending if node in times.bodies else 0.0
+            total += times.compute[node] + times.sent[node] + sending
+    return clock.now, rounded(total - clock.now, total), clock.lost
+
+
+def started_in(order: Order) -> set[fx.Node]:
+    """The collectives that are started ahead, and awaited by a later entry."""
+    return {node for node, awaited in order if awaited}
+
+
+def run_on(
+    clock: Clock, order: Iterable[tuple[fx.Node, bool]], started: Collection[fx.Node], times: Times
+) -> Iterator[tuple[fx.Node, bool]]:
+    """Run nodes in this order on a clock; each comes right after it ran."""
+    flights = dict[fx.Node, Flight]()
     for node, awaited in order:
         if awaited:
             clock.wait(flights[node])
-            continue
-        seconds = times.sent[node]
-        times.run(node, clock)
-        total += times.compute[node] + seconds + (times.bodies[node].sending if node in times.bodies else 0.0)
-        if seconds and node in started:
-            flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
-        elif seconds:
-            clock.run(str(node.kwargs["axis"]), seconds)
-    return clock.now, rounded(total - clock.now, total), clock.lost
+        else:
+            seconds = times.sent[node]
+            times.run(node, clock)
+            if seconds and node in started:
+                flights[node] = clock.start(str(node.kwargs["axis"]), seconds)
+            elif seconds:
+                clock.run(str(node.kwargs["axis"]), seconds)
+        yield node, awaited

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shardc.commands.shows import Shows
-from shardc.commands.user_file import OnMesh, load_file
-from shardc.errors import ShardcError
+from shardc.commands.user_file import OnMesh, load_values
 from shardc.family import compiled
 from shardc.inspect.progress import working
 from shardc.ir.mesh import Mesh
@@ -24,10 +23,7 @@ class RunCommand(OnMesh, Shows):
 
     def run(self) -> int:
         torch.manual_seed(0)
-        model, inputs = load_file(self.file)
-        meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-        if meta is not None:
-            raise ShardcError(f"{self.file}: {meta} is on the meta device; such a model can be planned but not run")
+        model, inputs = load_values(self.file)
         with working(f"compiling {self.file.name} for {self.mesh}"):
             single = copy.deepcopy(model)
             options = replace(self.options, data=None)  # inputs() gives the whole batch on every rank

@@ -45,6 +45,15 @@ def compile_file(file: Path, mesh: str, options: Options) -> Compiled:
         return compiled(ModelCall.of(model, inputs), Mesh.parse(mesh), options)
 
 
+def load_values(path: Path) -> tuple[nn.Module, Inputs]:
+    """The model and the inputs of the user's file, to run: with values."""
+    model, inputs = load_file(path)
+    meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if meta is not None:
+        raise ShardcError(f"{path}: {meta} is on the meta device; such a model can be planned but not run")
+    return model, inputs
+
+
 def load_file(path: Path) -> tuple[nn.Module, Inputs]:
     """The model and the inputs of the user's file, which may import its neighbours."""
     if not path.is_file():

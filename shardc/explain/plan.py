@@ -92,6 +92,9 @@ class Plan:
     """What the axes do, how fast a step is, how full a device gets, and what binds."""
     adviser: Callable[[], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
     """Answers `advice`; not saved with the plan, as the explainer."""
+    simplified: float = 0.0
+    """Seconds of compute that `cost` charges, in operators that the code does without: constraints, and what `simplify`
+    dropped."""
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -169,8 +172,8 @@ class Plan:
         hidden.
 
         This may be less than `cost`. `cost` charges every conversion of a value in full, though several can share
-        steps, and hides none but those of gradients. It may also be more: for gradients, `cost` assumes that a bucket
-        holds all of their dtype, and that all of backward hides them.
+        steps, hides none but those of gradients, and charges operators that the code does without. It may also be more:
+        for gradients, `cost` assumes that a bucket holds all of their dtype, and that all of backward hides them.
         """
         return self.compute + sum(c.seconds for c in self.conversions) - self.hidden
 
@@ -219,14 +222,22 @@ class Plan:
             parts += f", of which {in_seconds(self.hidden)} hidden"
         if in_seconds(self.cost) == in_seconds(self.predicted):
             return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
+        return [
+            f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
+            f"  objective  {in_seconds(self.cost)}, {proof}; {self._charged()}",
+        ]
+
+    def _charged(self) -> str:
+        """Why the objective is not what is predicted."""
+        away = "operators that the code does without"
+        if in_seconds(self.cost - self.simplified) == in_seconds(self.predicted):
+            return f"it charges {away}"
         why, more = "it charges in full the steps that conversions share", ", and hides none but gradients"
         if self.predicted > self.cost:
             why, more = "it assumes fuller buckets than there are", ", and that all of backward hides them"
-        why += more if self.hidden else ""
-        return [
-            f"  predicted  {in_seconds(self.predicted)} a step: {parts}",
-            f"  objective  {in_seconds(self.cost)}, {proof}; {why}",
-        ]
+        elif in_seconds(self.simplified) != in_seconds(0.0):
+            why += f" and {away}"
+        return why + (more if self.hidden else "")
 
     def _memory_lines(self) -> list[str]:
         parts = ", ".join(f"{label} {in_bytes(size)}" for label, size in self.memory.largest)

@@ -30,7 +30,8 @@ from shardc.runtime.collectives.collective import AnyCollective
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
-    conversions, compute, schedule = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(c), c.schedule
+    conversions, compute = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(graph, c.pace)
+    schedule = c.schedule
     predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
     cost, bound = predicted, 0.0
     if c.solution is not None:
@@ -43,6 +44,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
         _outputs(c, graph), summary_of(c, predicted), lambda: advice_on(snapshots),
+        max(0.0, _compute_of_strategies(c) - compute),
     )  # fmt: skip
 
 
@@ -148,8 +150,13 @@ def _nodes(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op != "output"]
 
 
-def _compute(c: Compilation) -> float:
-    """Seconds of compute of a rank in a step."""
+def _compute(graph: fx.Graph, pace: Pace) -> float:
+    """Seconds of compute of a rank in a step, in the operators of a lowered graph."""
+    return sum([pace.operator(chosen).compute for node in _nodes(graph) if (chosen := chosen_of(node)) is not None])
+
+
+def _compute_of_strategies(c: Compilation) -> float:
+    """The same of all operators with their strategies, as the solver's objective charges them."""
     total = 0.0
     for op in c.factored.ops:
         strategy = c.assignment.strategies[op.node]
@@ -163,9 +170,10 @@ def _questions(snapshots: Mapping[str, Compilation], conversions: Sequence[Conve
 
     def price(other: Assignment) -> Priced:
         """The conversions and the compute of another assignment, with the buckets of this plan."""
-        again = [*part("reshard", "localize"), *part("bucket", "bucket")]
+        again = [*part("reshard", "simplify"), *part("bucket", "bucket")]
         c = run(again, replace(decided, assignment=other, draft=None))
-        return _conversions(c.lowered.read(), c.pace, c.titles), _compute(c)
+        graph = c.lowered.read()
+        return _conversions(graph, c.pace, c.titles), _compute(graph, c.pace)
 
     def questions(c: Compilation) -> Questions:
         return Questions(c, tuple(conversions), compute, price)

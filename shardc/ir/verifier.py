@@ -25,6 +25,7 @@ from shardc.ir.invariants.invariant import Broken, Checked, Invariant
 from shardc.ir.invariants.layouts import LAYOUTS, facts_are_lowered
 from shardc.ir.invariants.order import BUCKETS, CODE, OVERLAP
 from shardc.ir.invariants.shapes import GLOBAL, LOCAL
+from shardc.ir.invariants.simple import SIMPLE
 from shardc.ir.invariants.structure import STRUCTURE
 from shardc.ir.mesh import Mesh
 from shardc.ir.printing import printed
@@ -36,13 +37,15 @@ AROUND = 4
 """Lines that are shown before and after the one at which an invariant does not hold."""
 
 _LOWERED = (*STRUCTURE, facts_are_lowered)
-_BUCKETED = (*_LOWERED, *BUCKETS, *LAYOUTS, *LOCAL)
-_OVERLAPPED = (*_LOWERED, *OVERLAP, *BUCKETS, *LAYOUTS, *LOCAL)
+_SIMPLIFIED = (*_LOWERED, *LAYOUTS, *LOCAL, *SIMPLE)
+_BUCKETED = (*_LOWERED, *BUCKETS, *LAYOUTS, *LOCAL, *SIMPLE)
+_OVERLAPPED = (*_LOWERED, *OVERLAP, *BUCKETS, *LAYOUTS, *LOCAL, *SIMPLE)
 
 STAGES: Mapping[str, tuple[Invariant, ...]] = {
     "captured": (*STRUCTURE, *CAPTURED),
     "resharded": (*_LOWERED, *LAYOUTS, *GLOBAL),
     "localized": (*_LOWERED, *LAYOUTS, *LOCAL),
+    "simplified": _SIMPLIFIED,
     "bucketed": _BUCKETED,
     "overlapped": _OVERLAPPED,
     "generated": (*_OVERLAPPED, *CODE),
@@ -52,7 +55,8 @@ STAGES: Mapping[str, tuple[Invariant, ...]] = {
 STAGE_AFTER: Mapping[str, str] = {
     **dict.fromkeys(("capture", "normalize", "factor", "retile", "propagate", "assign"), "captured"),
     "reshard": "resharded",
-    **dict.fromkeys(("localize", "schedule"), "localized"),
+    "localize": "localized",
+    **dict.fromkeys(("simplify", "schedule"), "simplified"),
     "bucket": "bucketed",
     "overlap": "overlapped",
     "codegen": "generated",

@@ -66,7 +66,7 @@ def before(snapshots: Mapping[str, Compilation], name: str) -> str:
 def graph_of(name: str) -> str:
     """The pass as after which the graph is shown that the pass `name` is given: `schedule` changes none."""
     previous = NAMES[NAMES.index(name) - 1]
-    return "localize" if previous == "schedule" else previous
+    return "simplify" if previous == "schedule" else previous
 
 
 def graph(c: Compilation, beside: Callable[[fx.Node], Cells]) -> str:

@@ -66,6 +66,8 @@ def flag(name: str) -> str:
         ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
         ("run", Options, {"--mesh", "--json"}),
+        ("trace", Options, {"--mesh", "--output"}),
+        ("profile", Options, {"--mesh", "--output", "--steps"}),
     ],
 )
 def test_the_flags_are_the_options(
@@ -186,7 +188,7 @@ def test_output_has_a_short_flag() -> None:
     ("arguments", "message"),
     [
         ("", "Expected one of {plan, explain, compile, run, calibrate}"),
-        ("plann x.py", "Available subcommands: plan, explain, compile, run, calibrate"),
+        ("plann x.py", "Available subcommands: plan, explain, compile, run, trace, profile, calibrate"),
         ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
         ("run x.py", "--mesh"),
         ("plan x.py", "--mesh, --devices"),

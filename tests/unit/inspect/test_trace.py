@@ -1,0 +1,128 @@
+"""Traces: the format, that they tell what the plan predicts, and that what is measured is what the plan has."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shardc
+from checks.verifying import Stack
+from shardc.analysis.spans import COMPUTE
+from shardc.cli import main
+from shardc.compiled import Compiled
+from shardc.cost.hardware import hardware
+from shardc.errors import ShardcError
+from shardc.inspect.measured import measuring
+from shardc.inspect.trace import Process
+from shardc.one_step import step
+
+FILE = """
+import torch
+
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+def inputs():
+    return (torch.ones(8, 8),)
+"""
+X = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def stack() -> Compiled:
+    """Three layers whose gradients are reduced beside compute."""
+    cpu = hardware("cpu")
+    device = replace(cpu, flops={"float32": 1e6}, inside=replace(cpu.inside, overlap=1.0, stall=0.0))
+    layers = {f"layers.{layer}": ("dp", None) for layer in (0, 2, 4)}
+    constraints: dict[str, Any] = {"layers.0.weight": ("dp", None), "layers.2.weight": (None, "dp"), **layers}
+    return shardc.compile(Stack(), "dp=2,tp=1", (X,), hardware=device, constraints=constraints)
+
+
+@pytest.fixture(scope="module")
+def expected(stack: Compiled) -> Process:
+    return stack.timeline()
+
+
+def test_the_rank_is_busy_or_waits_for_as_long_as_is_predicted(stack: Compiled, expected: Process) -> None:
+    own = [one for one in expected.slices if one.track == COMPUTE]
+    assert all(one.end == other.start for one, other in itertools.pairwise(own)) and own[0].start == 0.0
+    assert sum(one.end - one.start for one in own) == pytest.approx(stack.plan.predicted)
+    assert max(one.end for one in expected.slices) == pytest.approx(stack.plan.predicted)
+    assert max(size for _, size in expected.held) == stack.plan.memory.peak
+    assert stack.plan.hidden > 0.0
+
+
+def test_an_axis_carries_what_the_plan_sends_one_after_another(stack: Compiled, expected: Process) -> None:
+    carried = [one for one in expected.slices if one.track == "dp"]
+    sent = sum(one.seconds for one in stack.plan.conversions if one.sent)
+    assert len(carried) == sum(one.sent > 0 for one in stack.plan.conversions)
+    assert sum(one.end - one.start for one in carried) >= 0.9 * sent  # but for what fills buckets, which the rank does
+    assert all(one.end <= other.start + 1e-12 for one, other in itertools.pairwise(carried))
+    assert {one.module for one in carried} >= {"layers.0"} and all(one.told["bytes"] > 0 for one in carried)
+    assert all(one.told["layout"].startswith("f32[") for one in carried if "layout" in one.told)
+
+
+def check_format(path: Path) -> dict[int, str]:
+    """What the Trace Event Format asks of every event. Returns the names of the processes."""
+    trace = json.loads(path.read_text(), parse_constant=pytest.fail)
+    processes, threads, tracks = dict[int, str](), set[tuple[int, int]](), defaultdict[Any, list[Any]](list)
+    for event in trace["traceEvents"]:
+        assert event["ph"] in "MXC" and isinstance(event["name"], str) and event["pid"] > 0
+        if event["ph"] == "M":
+            if event["name"] == "process_name":
+                processes[event["pid"]] = event["args"]["name"]
+            elif event["name"] == "thread_name":
+                threads.add((event["pid"], event["tid"]))
+        elif event["ph"] == "C":
+            assert event["ts"] >= 0.0 and event["args"]["bytes"] >= 0
+        else:
+            assert event["ts"] >= 0.0 and event["dur"] >= 0.0 and isinstance(event["args"], dict)
+            assert (event["pid"], event["tid"]) in threads and event["pid"] in processes
+            tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+    for slices in tracks.values():
+        slices.sort()
+        assert all(end <= start + 1e-3 for (_, end), (start, _) in itertools.pairwise(slices))
+    return processes
+
+
+def test_commands_write_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, trace, profile = tmp_path / "model.py", tmp_path / "trace.json", tmp_path / "profile.json"
+    file.write_text(FILE)
+    assert main(["trace", str(file), "--mesh=dp=2", "-o", str(trace)]) == 0
+    assert check_format(trace) == {1: "predicted"}
+    assert main(["profile", str(file), "--mesh=dp=2", "--steps=1", "-o", str(profile)]) == 0
+    assert check_format(profile) == {1: "predicted", 2: "measured, rank 0", 3: "measured, rank 1"}
+    said = capsys.readouterr().out
+    assert "a step, measured" in said and "where they part most" in said and "difference" in said
+    assert main(["profile", str(file), "--mesh=dp=2", "--steps=0", "-o", str(profile)]) == 2
+
+
+def test_a_measured_step_has_every_collective_of_the_plan(stack: Compiled) -> None:
+    executable = stack.executable
+    forward, before = executable.module.forward, stack(X).detach()
+    with measuring(executable, stack.code) as measured:
+        step(stack, (X,))
+        during = stack(X).detach()
+        measured.clear()
+        step(stack, (X,))
+    assert torch.equal(before, during) and executable.module.forward is forward and "begin" not in vars(executable.mesh)
+    planned = Counter((one.kind, one.axis) for one in stack.plan.conversions if one.sent)
+    for process in measured.processes():
+        collectives = Counter((one.kind, one.track) for one in process.slices if one.track != COMPUTE)
+        assert collectives == planned
+        own = [one for one in process.slices if one.track == COMPUTE]
+        assert {one.module for one in own} >= {"layers.0", "layers.2", "layers.4"}
+        assert {one.kind for one in own} >= {"addmm", "tanh", "mm"}
+        assert {one.told["phase"] for one in own} == {"forward", "backward"}
+
+
+def test_a_trace_that_cannot_be_written(stack: Compiled, tmp_path: Path) -> None:
+    with pytest.raises(ShardcError, match=r"cannot be written: .*; name another file"):
+        stack.trace(tmp_path / "no" / "such" / "folder.json")
