@@ -27,7 +27,7 @@ from shardc.ir.program import call
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.chosen import Chosen, chosen_of
 from shardc.rules.factors.factored import Kind, Op
-from shardc.rules.factors.strategy import Strategy, masks
+from shardc.rules.factors.strategy import Strategy, masks, split_of
 from shardc.rules.notation import Size
 from shardc.runtime.kernels import indexing
 from shardc.runtime.kernels.parts import Part
@@ -84,7 +84,7 @@ IDENTITIES = (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.defaul
 def _is_local(chosen: Chosen, mesh: Mesh) -> bool:
     """Whether the arguments of an operator are the same for the global tensors and for a rank's parts."""
     op, strategy = chosen.op, chosen.strategy
-    return not (op.rule.sizes or op.rule.indices or chosen.parts() or _is_uneven(op, strategy, mesh))
+    return not (op.rule.sizes or op.rule.indices or not chosen.is_itself or _is_uneven(op, strategy, mesh))
 
 
 def _is_uneven(op: Op, strategy: Strategy, mesh: Mesh) -> bool:
@@ -101,7 +101,7 @@ def _operator(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> Non
         for position, meaning in op.rule.sizes.items():
             arguments[position] = _size(node, op, meaning, split, mesh)
         node.args = tuple(arguments)
-    node.target, parts = chosen.runs()
+    node.target, parts = chosen.runs(mesh)
     node.kwargs = {**node.kwargs, **parts}  # type: ignore[assignment]
     for name in set(op.rule.indices.values()):
         axes = split.get((name, 0), ())
@@ -159,9 +159,10 @@ def _mask(graph: fx.Graph, node: fx.Node, chosen: Chosen, mesh: Mesh) -> None:
     operands = _operand_nodes(node)
     with graph.inserting_before(node):
         for index, operand in enumerate(op.operands):
+            split = split_of(chosen.shape, strategy, chosen.shape.operands[index].carried)
             for position, value in masks(chosen.shape, strategy, index, mesh).items():
-                factor, axes = op.factors[position], strategy.split[position]
-                pairs = zip(op.factors, strategy.split, strict=True)
+                factor, axes = op.factors[position], split[position]
+                pairs = zip(op.factors, split, strict=True)
                 before = [(f, held) for f, held in pairs if f.name == factor.name and f.index < factor.index]
                 outer = math.prod(mesh.chunk(f.size, held) for f, held in before)
                 for dim in [i for i, name in enumerate(operand.names) if name == factor.name]:

@@ -36,7 +36,7 @@ from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
 from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Form, Kind, Op, Value
-from shardc.rules.factors.strategy import Shape, Strategy, demand, make
+from shardc.rules.factors.strategy import Shape, Strategy, demand, make, split_of
 
 aten = torch.ops.aten
 Axes = tuple[tuple[str, ...], ...]
@@ -82,13 +82,11 @@ class _Layouts:
     axes of its own atoms, per result the layout."""
 
     def __init__(self, op: Op, shape: Shape, strategy: Strategy, mesh: Mesh) -> None:
-        self.operands = [
-            (
-                demand(shape, strategy, index, mesh),
-                tuple([() if factor is None else strategy.split[factor] for factor in op.kind.carried[index]]),
-            )
-            for index in range(len(op.operands))
-        ]
+        self.operands: list[tuple[Splits, Axes]] = []
+        for index, carried in enumerate(op.kind.carried[: len(op.operands)]):
+            split = split_of(shape, strategy, shape.operands[index].carried)
+            axes = tuple([() if factor is None else split[factor] for factor in carried])
+            self.operands.append((demand(shape, strategy, index, mesh), axes))
         self.results = [make(shape, strategy, index, mesh) for index in range(len(op.results))]
 
 

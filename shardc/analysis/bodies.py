@@ -61,6 +61,7 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
 
     for step in steps(shape, strategy, mesh):
         compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
+        compute += device.compute_seconds(0.0, step.copied, shape.dtype) if step.copied else 0.0
         made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))
     return Body(mesh, device, tuple(made), tuple(inner))
 

@@ -166,6 +166,12 @@ class Hardware:
         Of the ranks of a node, no more than `by` send to another node. So a ring's neighbours share the uplink less
         than the ranks of a permute that all cross, which is what `collective_seconds` prices.
         """
+        key = size, axis, by, mesh.axes
+        if key not in self._passing:
+            self._passing[key] = self._passing_seconds(size, mesh, axis, by)
+        return self._passing[key]
+
+    def _passing_seconds(self, size: float, mesh: Mesh, axis: str, by: int) -> float:
         wires, whole = self.wires(mesh, axis, permute), self.collective_seconds(permute, size, mesh, axis)
         crossing = min(by, wires.ranks - by, wires.near)
         if wires.nodes == 1 or crossing == wires.near:
@@ -189,6 +195,11 @@ class Hardware:
         return {}
 
     @cached_property
+    def _passing(self) -> dict[tuple[float, str, int, tuple[tuple[str, int], ...]], float]:
+        """Memo of `passing_seconds`, by bytes, axis, distance and mesh."""
+        return {}
+
+    @cached_property
     def _links(self) -> dict[tuple[AnyCollective, str, tuple[tuple[str, int], ...]], Link]:
         """Memo of `link`, by collective, axis and mesh."""
         return {}
@@ -199,6 +210,10 @@ class Hardware:
             return 0.0, 0.0
         link = self.inside if self._near(mesh, axis)[0] == mesh.sizes[axis] else self.between
         return link.overlap, link.stall
+
+    def hiding(self, mesh: Mesh) -> tuple[str, ...]:
+        """The axes along which a collective may run beside what is computed."""
+        return tuple(axis for axis in mesh.names if self.overlapping(mesh, axis)[0] > 0.0)
 
     def hidden(self, mesh: Mesh, axis: str, seconds: float) -> float:
         """Seconds of a collective of `seconds` that computing hides, if the device has enough to compute beside it."""

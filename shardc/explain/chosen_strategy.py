@@ -12,7 +12,8 @@ from shardc.planning.cost_network import CostNetwork
 from shardc.planning.solved import Solved
 from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Op
-from shardc.rules.factors.strategy import PLAIN, Strategy, variants_of
+from shardc.rules.factors.rings import circle_of
+from shardc.rules.factors.strategy import PLAIN, Strategy, shape_of, variants_of
 
 Kind = tuple[str, tuple[str, ...]]
 """A variant, and the parted factors that are split."""
@@ -22,6 +23,14 @@ def splits_text(op: Op, strategy: Strategy) -> str:
     """`dp splits n, tp splits k`, with the variant where the operator has several; "" for placeholders."""
     if op.node.op == "placeholder":
         return ""
+    circle = circle_of(shape_of(op), strategy) if strategy.variant else None
+    if circle is not None:
+        names = op.factors[circle.inside].name, op.factors[circle.around].name
+        rest = tuple(tuple([axis for axis in axes if axis != circle.axis]) for axes in strategy.split)
+        others = splits_text(op, strategy._replace(split=rest, variant=PLAIN)) if any(rest) else ""
+        return f"{circle.axis} splits {' and '.join(names)} together ({strategy.variant})" + f", {others}" * bool(
+            others
+        )
     variant = f" ({strategy.variant})" if len(op.rule.variants) > 1 else ""
     texts: list[str] = []
     for names, axes, parted in _splits(op, strategy):
@@ -44,6 +53,8 @@ def _splits(op: Op, strategy: Strategy) -> Iterator[tuple[tuple[str, ...], tuple
 
 def ways_to_run(options: OperatorOptions, strategy: Strategy) -> tuple[Way, ...]:
     """The variant that runs, then the others that could run the operator with the same splits; empty without others."""
+    if strategy.variant in options.shape.rings:
+        return ()  # one that splits the same factors needs other layouts
     others = [name for name in variants_of(options.shape, strategy.split) if name != strategy.variant]
     names = [strategy.variant, *others] if others else []
     return tuple(Way(name, options.sending(strategy._replace(variant=name))) for name in names)
@@ -52,9 +63,9 @@ def ways_to_run(options: OperatorOptions, strategy: Strategy) -> tuple[Way, ...]
 def instead(network: CostNetwork, op: Op, strategy: Strategy, solved: Callable[[], Solved]) -> tuple[Instead, ...]:
     """What the best plan costs in which an operator runs another variant, or splits other parted factors; empty but for
     operators with variants that split factors together, whose variants have splits of their own."""
-    if not any(variant.together for variant in op.rule.variants):
+    variable, rings = network.variable_of(op.node), network.options_of(op).rings
+    if not any(variant.together for variant in op.rule.variants) and not rings:
         return ()
-    variable = network.variable_of(op.node)
     kinds = [_kind(op, other) for other in network.variables[variable].domain if isinstance(other, Strategy)]
     found: list[Instead] = []
     for kind in [kind for kind in dict.fromkeys(kinds) if kind != _kind(op, strategy)]:

@@ -77,7 +77,7 @@ class ChosenStrategy(Protocol):
         """Whether it may read just these operands as addends over an axis."""
         ...
 
-    def runs(self) -> tuple[Any, Mapping[str, Any]]:
+    def runs(self, mesh: Mesh) -> tuple[Any, Mapping[str, Any]]:
         """What a rank runs in its place, itself or a body, and the parts that this is told of."""
         ...
 

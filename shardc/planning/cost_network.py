@@ -27,6 +27,7 @@ from shardc.ir.layout import Layout, is_sliceable, is_storable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Folds, Splits
+from shardc.planning.ring_offers import RingOffers
 from shardc.planning.strategies import OperatorOptions
 from shardc.planning.variables import Domain, Variable, base_demand, name_of
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
@@ -172,6 +173,10 @@ class CostNetwork:
         return self._gradient_classes[sizes, dtype, folds]
 
     @cached_property
+    def _rings(self) -> RingOffers:
+        return RingOffers(self.factored)
+
+    @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
         """By dtype, the gradients that share collectives in buckets, and the seconds a byte of backward that hide
         them. The model assumes that all of a dtype are in buckets, and that every operator of backward is split as far
@@ -272,8 +277,9 @@ class CostNetwork:
 
     def _kept(self, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
+        offered = self._rings.offered(op, options) if options.rings else None
         if port is None and not self.demands.accepts and not self.demands.wishes:
-            return None
+            return None if offered is None else [*offered]
         tests: list[tuple[int, Accepts]] = [
             (k, self.demands.accepts[result.key])
             for k, result in enumerate(op.results)
@@ -289,12 +295,12 @@ class CostNetwork:
         elif port is not None:
             tests.append((0, self._sliceable(op.results[0].value)))
         if not tests and not self.demands.wishes:
-            return None
+            return None if offered is None else [*offered]
 
         def passing(among: Sequence[int], k: int, ok: Accepts) -> list[int]:
             return [i for i in among if ok(options.result_classes[k].layouts[options.result_layouts[k][i]])]
 
-        keep = list(range(len(options.strategies)))
+        keep = list(range(len(options.strategies)) if offered is None else offered)
         for k, ok in tests:
             keep = passing(keep, k, ok)
         for k, result in enumerate(op.results):

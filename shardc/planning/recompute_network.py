@@ -105,8 +105,9 @@ class RecomputeNetwork(CostNetwork):
 
     def _hold_workspace(self, op: Op, variable: int, domain: Domain) -> None:
         """Record the workspace of every strategy: it is held while the operator runs, and again while it runs again."""
-        shape = self.options_of(op).shape
-        if not shape.workspace and not any(one.workspace for one in shape.variants):
+        options = self.options_of(op)
+        shape = options.shape
+        if not shape.workspace and not options.rings and not any(one.workspace for one in shape.variants):
             return
         again = np.array([strategy.again for strategy in domain.strategies])
         sizes = np.array([float(workspace(shape, strategy, self.mesh)) for strategy in domain.strategies])

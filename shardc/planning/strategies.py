@@ -23,6 +23,7 @@ from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
 from shardc.rules.factors.bodies import imbalance, is_ring, work
+from shardc.rules.factors.rings import circle_of
 from shardc.rules.factors.strategy import (
     Shape,
     Strategy,
@@ -41,11 +42,8 @@ class Strategies:
 
     shape: Shape
     mesh: Mesh
-
-    @cached_property
-    def strategies(self) -> list[Strategy]:
-        """All strategies of the shape whose results are partial under one reduction at most."""
-        return [s for s in _enumerate(self.shape, self.mesh) if one_reduction(self.shape, s, self.mesh)]
+    strategies: list[Strategy]
+    """Those whose results are partial under one reduction at most."""
 
     @cached_property
     def demanded(self) -> list[list[Splits]]:
@@ -77,8 +75,25 @@ class Strategies:
 
 @lru_cache(maxsize=512)
 def strategies_of(shape: Shape, mesh: Mesh) -> Strategies:
-    """The strategies of a shape; compilations of whatever program share them."""
-    return Strategies(shape, mesh)
+    """All strategies of a shape but those of rings over factors that are not parted; compilations of whatever program
+    share them."""
+    return Strategies(shape, mesh, [s for s in _enumerate(shape, mesh) if one_reduction(shape, s, mesh)])
+
+
+@lru_cache(maxsize=512)
+def rings_of(shape: Shape, mesh: Mesh, along: tuple[str, ...]) -> Strategies:
+    """The strategies of a shape in which something goes round one of the axes `along`, and all other axes split a
+    factor."""
+    return Strategies(shape, mesh, [s for axis in along for s in _enumerate(shape, mesh, axis)])
+
+
+def together(one: Strategies, other: Strategies, places: list[int]) -> Strategies:
+    """The strategies of one, and those of the other at some places."""
+    made = Strategies(one.shape, one.mesh, [*one.strategies, *(other.strategies[place] for place in places)])
+    for known, more, name in ((one.demanded, other.demanded, "demanded"), (one.made, other.made, "made")):
+        lists = [[*first, *(rest[place] for place in places)] for first, rest in zip(known, more, strict=True)]
+        vars(made)[name] = lists
+    return made
 
 
 @dataclass(eq=False)
@@ -93,6 +108,55 @@ class OperatorOptions:
 
     def __post_init__(self) -> None:
         self._known = strategies_of(self.shape, self.mesh)
+        along = self.device.hiding(self.mesh) if self.shape.rings else ()
+        if along:
+            rings = rings_of(self.shape, self.mesh, along)
+            self._known = together(self._known, rings, self._faster(rings))
+
+    def _faster(self, rings: Strategies) -> list[int]:
+        """The places of the rings that take less time than every strategy without one, even if that first converts what
+        lies as the ring demands it, and then what it makes to what the ring makes. No plan is faster with the others.
+        """
+        if not rings.strategies:
+            return []
+        plain = self._known
+        taken = self.device.compute_seconds_each(*plain.work, self.shape.dtype)
+        instead = np.broadcast_to(taken, (len(rings.strategies), len(taken))).copy()
+        for classes, ours, theirs, made in (
+            (self.operand_classes, rings.demanded, plain.demanded, False),
+            (self.result_classes, rings.made, plain.made, True),
+        ):
+            ring, other = _indices(classes, ours), _indices(classes, theirs)
+            for tensor, here, there in zip(classes, ring, other, strict=True):
+                seconds = tensor.seconds.T if made else tensor.seconds
+                instead += seconds[np.ix_(here, there)]
+        least = instead.min(axis=1)
+        possible = np.flatnonzero(self._sending_least(rings) < least)  # most are out by this alone
+        return [int(place) for place in possible if self._takes_less(rings.strategies[place], least[place])]
+
+    def _sending_least(self, rings: Strategies) -> np.ndarray:
+        """Seconds that the collectives of each ring take alone: it takes no less."""
+        seconds: list[float] = []
+        for place, strategy in enumerate(rings.strategies):
+            circle, variant = circle_of(self.shape, strategy), self.shape.variant_of(strategy)
+            assert circle is not None and variant is not None and variant.ring is not None
+            if variant.ring.operand is None:
+                size = self.result_classes[0].local_bytes(rings.made[0][place])
+            else:
+                goes = variant.ring.operand
+                size = self.operand_classes[goes].local_bytes(rings.demanded[goes][place])
+            steps = self.mesh.sizes[circle.axis] - 1
+            seconds.append(steps * self.device.passing_seconds(size, self.mesh, circle.axis, 1))
+        return np.array(seconds)
+
+    def _takes_less(self, strategy: Strategy, seconds: float) -> bool:
+        body = self._body(strategy)
+        return max(body.compute, body.sending) < seconds and body.compute + body.exposed < seconds
+
+    @cached_property
+    def rings(self) -> list[int]:
+        """The places of the strategies in which something goes round though no factor is parted."""
+        return [place for place, one in enumerate(self.strategies) if one.variant in self.shape.rings]
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -113,7 +177,10 @@ class OperatorOptions:
     def seconds(self) -> np.ndarray:
         """Seconds of each strategy: compute, and the collectives inside its body."""
         if all(factor.parting is None for factor in self.shape.factors):
-            return self.compute
+            seconds = self.compute.copy()
+            for place in self._known.bodies:
+                seconds[place] += self.sending(self.strategies[place])
+            return seconds
         return self.compute + np.array([self.sending(s) for s in self.strategies])
 
     def sending(self, strategy: Strategy) -> float:
@@ -164,8 +231,9 @@ class _Splitting(NamedTuple):
     order: str = BLOCKS
 
 
-def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
-    """One strategy for every split and every variant that runs it."""
+def _enumerate(shape: Shape, mesh: Mesh, round_axis: str | None = None) -> Iterator[Strategy]:
+    """One strategy for every split and every variant that runs it. With `round_axis`, those in which something goes
+    round along it; else, those of no such ring."""
     free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
     plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
     folded = [
@@ -175,6 +243,14 @@ def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
     choices = [*plain, *range(len(shape.linear)), *folded]
     options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]
     # an int: the axis's partial sums pass through this linear group
+    if round_axis is not None:
+        pairs = {tuple(sorted(pair)) for pairs in shape.rings.values() for pair in pairs}
+        splits_one: list[_Splitting | int] = [_Splitting(one) for one in free]
+        options = [
+            [_Splitting(pair) for pair in sorted(pairs)] if name == round_axis
+            else splits_one if ways > 1 else [_Splitting()]
+            for name, ways in mesh.axes
+        ]  # fmt: skip
 
     @cache
     def splits(factor: int, axes: tuple[str, ...]) -> bool:

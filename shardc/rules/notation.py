@@ -36,6 +36,7 @@ import torch
 from torch._ops import OpOverload
 
 from shardc.errors import RuleError
+from shardc.rules.ring import Ring
 from shardc.runtime.collectives.collective import AnyCollective
 
 Dims = tuple[str | None, ...]
@@ -141,6 +142,8 @@ class Variant:
     first, which is parted, splits the second too; others may split the second alone. A result with one of the two is
     split along it and complete.
 
+    With a `ring`, the variant runs where one axis splits two factors that are not parted.
+
     The slowest rank computes and sends `imbalance` times what the mean does.
 
     Variants that cost the same are equal, whatever their bodies.
@@ -153,6 +156,7 @@ class Variant:
     workspace: tuple[Workspace, ...] = ()
     folds: frozenset[str] = frozenset()
     exchange: tuple[str, str] | None = None
+    ring: Ring | None = None
     imbalance: float = 1.0
 
 

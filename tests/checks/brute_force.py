@@ -25,7 +25,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
 from shardc.passes.localize import localized
-from shardc.planning.strategies import OperatorOptions
+from shardc.planning.strategies import rings_of, strategies_of
 from shardc.rules.factors.bodies import sends
 from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Op
@@ -115,7 +115,9 @@ class Call:
         return node
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:
-        return OperatorOptions(self.shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
+        along = tuple(name for name, ways in mesh.axes if ways > 1)
+        rings = rings_of(self.shape, mesh, along).strategies if self.shape.rings else []
+        return [*strategies_of(self.shape, mesh).strategies, *rings]
 
     def lower(self, strategy: Strategy, mesh: Mesh) -> tuple[str, list[tuple[Tensor, Layout]], dict[int, Layout]]:
         """The source of the operator's local call, every placeholder with its layout, the layout of every result."""

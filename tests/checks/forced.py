@@ -1,4 +1,5 @@
-"""Plans in which attention or experts run a given variant, chosen by the solver from what is left of its domain."""
+"""Plans in which attention, experts or products run a given variant, chosen by the solver from what is left of its
+domain."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from torch._ops import OpOverload
 
 from shardc.ir.program import Port
 from shardc.planning.cost_network import CostNetwork
+from shardc.planning.ring_offers import RingOffers
 from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Op
 from shardc.rules.factors.strategy import Strategy
 
 ATTENTION = (torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default)
 Accepts = Callable[[Mapping[str, tuple[str, ...]], str], bool]
 """Whether a strategy may be chosen, by the axes that split each factor, and the name of the variant."""
@@ -32,7 +35,19 @@ def experts(variant: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _forced(operators: Collection[OpOverload], accepts: Accepts) -> Generator[None]:
+def products(*variants: str) -> Generator[None]:
+    """All products that can run one of the variants do (`""` is the plain one), whatever it costs and whatever hides
+    anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OperatorOptions, "_faster", lambda _, rings: [*range(len(rings.strategies))])
+        patch.setattr(RingOffers, "offered", lambda *_: None)
+        with _forced(PRODUCTS, lambda _, name: name in variants, where_it_can=True):
+            yield
+
+
+@contextmanager
+def _forced(operators: Collection[OpOverload], accepts: Accepts, *, where_it_can: bool = False) -> Generator[None]:
+    """With `where_it_can`, an operator of which no strategy is accepted has all of them."""
     kept = CostNetwork._kept
 
     def fewer(self: CostNetwork, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
@@ -40,11 +55,12 @@ def _forced(operators: Collection[OpOverload], accepts: Accepts) -> Generator[No
         if op.node.target not in operators:
             return keep
         among = range(len(options.strategies)) if keep is None else keep
-        return [
+        accepted = [
             place
             for place in among
             if accepts(_split(op, options.strategies[place]), options.strategies[place].variant)
         ]
+        return accepted or ([*among] if where_it_can else [])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CostNetwork, "_kept", fewer)

@@ -26,7 +26,7 @@ from shardc.ir.program import Port, Program, Role, name_of
 from shardc.ir.splits import Splits
 from shardc.ir.versions import GraphVersion
 from shardc.planning.cost_network import CostNetwork
-from shardc.planning.strategies import OperatorOptions
+from shardc.planning.strategies import strategies_of
 from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Form, Key, Op
 from shardc.rules.factors.factoring import VIEWS, factor
@@ -90,7 +90,7 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
             if result.key[1] in given.results
         )
 
-    strategies = OperatorOptions(shape, mesh, None, [], []).strategies  # type: ignore[arg-type]
+    strategies = strategies_of(shape, mesh).strategies
     body = given.node.target if not isinstance(given.node.target, torch._ops.OpOverload) else None
     fitting = [one for one in strategies if agrees(one) and (body is None or _body(shape, one) is body)]
     lies = ", ".join(str(laid(node).simplify(mesh)) for node in operands)

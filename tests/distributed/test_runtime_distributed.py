@@ -32,6 +32,12 @@ def test_a_ring_equals_attention_of_one_device(spawn):
         assert f"rank {rank} is right" in output
 
 
+def test_rings_of_products_equal_whole_ones(spawn):
+    for rank, (code, output) in enumerate(spawn("beside/products.py", nproc=4)):
+        assert code == 0, output
+        assert f"rank {rank} is right" in output
+
+
 @pytest.mark.parametrize(("accident", "nproc"), [("raise", 2), ("kill", 4), ("hang", 2)])
 def test_accident_ends_every_rank(spawn, accident, nproc):
     results = spawn("fail.py", accident, nproc=nproc)

@@ -107,6 +107,7 @@ def test_gradients(
 ) -> None:
     """As on one device; to the last bit as without buckets, and as many bytes."""
     torch.manual_seed(0)
+    monkeypatch.setattr(Hardware, "hiding", lambda *_: ())  # no ring of sums in place of a reduction
     model, inputs = case()
     expected = gradients(model, model, inputs)
 

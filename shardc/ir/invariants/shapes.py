@@ -104,7 +104,7 @@ def split_factors_have_their_body(checked: Checked) -> Iterator[Broken]:
     """An operator one of whose parted factors is split has given way to the body of its variant, which is told of the
     parts; every other operator is what it was."""
     for node, chosen in checked.operators:
-        target, parts = checked.once(("runs", chosen.alike), chosen.runs)
+        target, parts = checked.once(("runs", chosen.alike), lambda c=chosen: c.runs(checked.mesh))
         if node.target != target:
             yield Broken(node, f"runs {node.target}, its strategy {target}")
         elif any(node.kwargs.get(name) != part for name, part in parts.items()):

@@ -2,6 +2,7 @@
 
 mm [m, k] x [k, n]                 tp splits k: 2 m k n / tp flops, nothing sent
 ring attention, two ranks          step 0: the rank's own keys, while the next ones come; step 1: those
+mm in a ring, two ranks            step 0: the rows that the rank has, while the next ones come; step 1: those
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import NamedTuple
 
 from shardc.ir.mesh import Mesh
 from shardc.rules.factors.foldable import is_worth_folding
+from shardc.rules.factors.rings import Circle, adds_up, circle_of, part_of_ring, sliced, travelling
 from shardc.rules.factors.strategy import Shape, Side, Strategy, masks, split_of
 from shardc.rules.notation import Band, Send, Travel, Variant
 from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.collectives.permute import permute
 from shardc.runtime.mesh.bands import Runs, Visit, hop, pairs, runs_of_parts, visits
 from shardc.runtime.mesh.orders import FOLDED, axis_of, in_order
 
@@ -30,10 +33,11 @@ class Sent(NamedTuple):
 
 
 class BodyStep(NamedTuple):
-    """One step of what runs for an operator: the part (0 to 1) of its flops, and the collectives `before`, `beside` and
-    `after` what is computed (see `shardc.cost.clock.TimedStep`)."""
+    """One step of what runs for an operator: the part (0 to 1) of its flops, the bytes that a second kernel reads and
+    writes, and the collectives `before`, `beside` and `after` what is computed (see `shardc.cost.clock.TimedStep`)."""
 
     part: float
+    copied: int = 0
     before: tuple[Sent, ...] = ()
     beside: tuple[Sent, ...] = ()
     after: tuple[Sent, ...] = ()
@@ -41,7 +45,9 @@ class BodyStep(NamedTuple):
 
 def steps(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[BodyStep, ...]:
     """The steps of an operator: one, but for a ring."""
-    variant = shape.variant_of(strategy)
+    variant, circle = shape.variant_of(strategy), circle_of(shape, strategy)
+    if circle is not None:
+        return tuple(_circling(shape, strategy, circle, mesh))
     once = tuple(_once(shape, strategy, variant, mesh)) if variant else ()
     ring = _ring(shape, strategy, mesh)
     if ring is None or variant is None:
@@ -63,8 +69,23 @@ def steps(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[BodyStep, ...]:
             if returns and place == len(visited) - 1:
                 after += [Sent(send.collective, axes[axis], size, by) for axis, by in home]
         part = visit.pairs / total if total else 1.0 / len(visited)
-        made.append(BodyStep(part, tuple(before), tuple(beside), tuple(after)))
+        made.append(BodyStep(part, before=tuple(before), beside=tuple(beside), after=tuple(after)))
     return (*made[:-1], made[-1]._replace(after=(*made[-1].after, *once)))
+
+
+def _circling(shape: Shape, strategy: Strategy, circle: Circle, mesh: Mesh) -> Iterator[BodyStep]:
+    """The steps of a ring in which every rank meets every part. An operand is sent on before a step uses it, a sum
+    after a step has added to it."""
+    chunks = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
+    count, outer = mesh.sizes[circle.axis], part_of_ring(shape, strategy, circle, mesh)[2]
+    side, result = travelling(shape, strategy), shape.results[0]
+    sent = Sent(permute, circle.axis, side.itemsize * _local(shape, side, chunks), 1)
+    slice_of = sliced(shape, circle)
+    cut = 2 * slice_of.itemsize * _local(shape, slice_of, chunks) if outer > 1 else 0
+    added = 3 * result.itemsize * _local(shape, result, chunks) if adds_up(shape, circle) else 0
+    for step in range(count):
+        beside = step > 0 if side is result else step + 1 < count
+        yield BodyStep(1 / count, cut + (added if step else 0), beside=(sent,) if beside else ())
 
 
 def _hop_beside(hops: list[list[tuple[int, int]]], place: int) -> list[tuple[int, int]]:
@@ -80,7 +101,7 @@ def sends(shape: Shape, strategy: Strategy, mesh: Mesh) -> Iterator[Sent]:
 def is_ring(shape: Shape, strategy: Strategy) -> bool:
     """Whether the body of a strategy's variant computes in steps, beside which it sends."""
     variant = shape.variant_of(strategy)
-    return variant is not None and any(True for _ in _travelling(variant))
+    return variant is not None and (variant.ring is not None or any(True for _ in _travelling(variant)))
 
 
 def imbalance(shape: Shape, strategy: Strategy) -> float:
@@ -151,7 +172,8 @@ def _computed(shape: Shape, strategy: Strategy, band: Band, mesh: Mesh) -> int:
 def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     """The flops that a rank computes for an operator, and the bytes that it reads and writes.
 
-    A product counts two flops for every point of its factors; of a band, for its pairs. Padding and masks count.
+    A product counts two flops for every point of its factors; of a band, for its pairs. Padding and masks count. The
+    bytes of a ring are those of each step.
     """
 
     every = [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)]
@@ -169,7 +191,9 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
-    return _flops(shape, strategy, mesh, chunks), moved
+    circle = circle_of(shape, strategy)
+    rounds = 1 if circle is None else mesh.sizes[circle.axis]
+    return rounds * _flops(shape, strategy, mesh, chunks), moved
 
 
 def _flops(shape: Shape, strategy: Strategy, mesh: Mesh, chunks: Callable[[Collection[int]], list[int]]) -> float:

@@ -13,7 +13,8 @@ from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
 from shardc.rules.factors.factored import Op, Value
-from shardc.rules.factors.strategy import Shape, Side, Strategy, demand, make, split_of
+from shardc.rules.factors.rings import circle_of, part_of_ring
+from shardc.rules.factors.strategy import PLAIN, Shape, Side, Strategy, demand, make, split_of
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.orders import axis_of
 
@@ -72,8 +73,19 @@ class Chosen:
                 parts[factor.name] = Part(axes, size, 1 if window else size // factor.size)
         return parts
 
-    def runs(self) -> tuple[Any, Mapping[str, Part]]:
-        """What a rank runs in its place: the body of the variant where parted factors are split, told of the parts."""
+    @property
+    def is_itself(self) -> bool:
+        """Whether the operator itself runs, and no body."""
+        return self.strategy.variant == PLAIN
+
+    def runs(self, mesh: Mesh) -> tuple[Any, Mapping[str, Part | int]]:
+        """What a rank runs in its place: the body of the variant where parted factors are split, or something goes
+        round, told of the parts."""
+        circle = circle_of(self.shape, self.strategy)
+        if circle is not None:
+            name, part, outer = part_of_ring(self.shape, self.strategy, circle, mesh)
+            told = {name: part, "outer": outer} if outer > 1 else {name: part}
+            return self.op.rule.variant(self.strategy.variant).body, told
         parts = self.parts()
         return (self.op.rule.variant(self.strategy.variant).body if parts else self.op.node.target), parts
 

@@ -21,6 +21,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Folds, Splits
 from shardc.rules.factors import exchanges as exchange
+from shardc.rules.factors import rings
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
 from shardc.rules.notation import Band, RowBound, Variant, Workspace
 from shardc.runtime.mesh.orders import axis_of
@@ -110,6 +111,11 @@ class Shape:
     def exchanges(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """For each variant that exchanges the parts of two factors, the first, and the atoms of the second."""
         return exchange.exchanges_of(self)
+
+    @cached_property
+    def rings(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """For each variant with a ring, the pairs of factors that one axis may split."""
+        return rings.pairs_of(self)
 
     @cached_property
     def bundles(self) -> tuple[tuple[int, ...], ...]:
@@ -236,16 +242,19 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     Only unevenly split factors count. Factors that the operator reduces get the identity of the reduction. The others
     get 0, a valid index, if the operand holds indices.
     """
+    split = split_of(shape, strategy, shape.operands[operand].carried)
     return {
         position: value
         for position, value in shape.filled[operand].items()
-        if shape.factors[position].size % mesh.ways(strategy.split[position])
+        if shape.factors[position].size % mesh.ways(split[position])
     }
 
 
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:
     """Bytes that the operator, or the body of a strategy's variant, allocates and frees again."""
-    variant = shape.variant_of(strategy)
+    variant, circle = shape.variant_of(strategy), rings.circle_of(shape, strategy)
+    if circle is not None:
+        return rings.workspace_of_ring(shape, strategy, circle, mesh)
     needed = shape.workspace if variant is None else variant.workspace
     if not needed:
         return 0
@@ -273,8 +282,11 @@ def split_of(shape: Shape, strategy: Strategy, carried: Collection[int]) -> tupl
     """For each factor, the axes that split it in a tensor or product with the factors `carried`.
 
     Of a group that the variant splits together, only the first of the carried factors is split; of two that it
-    exchanges, the second.
+    exchanges, the second; of two in a ring, that which stays.
     """
+    circle = rings.circle_of(shape, strategy)
+    if circle is not None:
+        return rings.split_in_ring(circle, strategy.split, carried)
     groups = shape.groups.get(strategy.variant)
     if not groups:
         return exchange.split_by_second(shape, strategy, carried)
@@ -290,9 +302,13 @@ def legal(shape: Shape, strategy: Strategy, mesh: Mesh) -> bool:
 
 
 def variants_of(shape: Shape, split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """The variants that may run with this split: only the plain one if no parted factor is split."""
+    """The variants that may run with this split. If no parted factor is split, that is the plain one; or, where an axis
+    splits two factors, what has them in a ring."""
     if not any(factor.parting and axes for factor, axes in zip(shape.factors, split, strict=True)):
-        return (PLAIN,)
+        axes = [axis_of(axis) for several in split for axis in several] if shape.rings else []
+        if len(axes) == len(set(axes)):
+            return (PLAIN,)
+        return tuple([v.name for v in shape.variants if v.name in shape.rings and rings.can_circle(shape, v, split)])
     return tuple(variant.name for variant in shape.variants if _runs(shape, variant, split))
 
 
@@ -349,7 +365,7 @@ def demand(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> Splits
     """The layout that a strategy demands of an operand's base value."""
     partial = {axis: "sum" for axis, group in strategy.passes if operand in shape.linear[group]}
     for factor in shape.addends[operand]:
-        partial |= dict.fromkeys(map(axis_of, strategy.split[factor]), "sum")
+        partial |= {axis: "sum" for axis in map(axis_of, strategy.split[factor]) if axis not in _round(shape, strategy)}
     return _splits(shape, shape.operands[operand], strategy, partial, mesh)
 
 
@@ -357,11 +373,17 @@ def make(shape: Shape, strategy: Strategy, result: int, mesh: Mesh) -> Splits:
     """The layout of a result under a strategy."""
     partial, side = {axis: "sum" for axis, _ in strategy.passes}, shape.results[result]
     complete = _complete(shape, strategy, side)
-    exchanged = exchange.exchanged(shape, strategy)
+    sent_over = *exchange.exchanged(shape, strategy), *_round(shape, strategy)
     for factor, op in shape.reduced_in[result].items():
         if factor not in complete:
-            partial |= {axis: op for axis in map(axis_of, strategy.split[factor]) if axis not in exchanged}
+            partial |= {axis: op for axis in map(axis_of, strategy.split[factor]) if axis not in sent_over}
     return _splits(shape, side, strategy, partial, mesh)
+
+
+def _round(shape: Shape, strategy: Strategy) -> tuple[str, ...]:
+    """The axis of a ring over factors that are not parted, if there is one."""
+    circle = rings.circle_of(shape, strategy)
+    return () if circle is None else (circle.axis,)
 
 
 def _complete(shape: Shape, strategy: Strategy, side: Side) -> set[int]:

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import torch
 
-from shardc.rules.notation import Rule, fixed, named, named_dims, parse, rule
+from shardc.rules.notation import Rule, Variant, fixed, named, named_dims, parse, rule
+from shardc.rules.ring import Ring
+from shardc.runtime.kernels import matmul_rings
 
 aten = torch.ops.aten
 
-fixed(aten.mm.default, text="m k, k n -> m n", linear=[{0}, {1}], flops=["m k n"])
-fixed(aten.bmm.default, text="b m k, b k n -> b m n", linear=[{0}, {1}], flops=["b m k n"])
+
+def _rings(first: int = 0) -> list[Variant]:
+    """Collective products: the operand numbered `first`, or that after it, or sums go round
+    (docs/design/collective-matmul.md)."""
+    adds = first > 0
+    return [
+        Variant(
+            "ring_lhs", matmul_rings.add_ring_lhs if adds else matmul_rings.ring_lhs,
+            ring=Ring((("n", "m"), ("n", "k")), operand=first),
+        ),
+        Variant(
+            "ring_rhs", matmul_rings.add_ring_rhs if adds else matmul_rings.ring_rhs,
+            ring=Ring((("m", "n"), ("m", "k")), operand=first + 1),
+        ),
+        Variant(
+            "ring_sum", matmul_rings.add_ring_sum if adds else matmul_rings.ring_sum,
+            ring=Ring((("k", "m"), ("k", "n"))),
+        ),
+    ]  # fmt: skip
+
+
+fixed(aten.mm.default, text="m k, k n -> m n", linear=[{0}, {1}], flops=["m k n"], variants=_rings())
+fixed(aten.bmm.default, text="b m k, b k n -> b m n", linear=[{0}, {1}], flops=["b m k n"], variants=_rings())
 fixed(aten.dot.default, text="k, k -> ", linear=[{0}, {1}], flops=["k"])
 fixed(aten.mv.default, text="m k, k -> m", linear=[{0}, {1}], flops=["m k"])
 
 
 @rule(aten.addmm.default)
 def addmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
-    return parse(f"{_bias(bias, 'mn')}, m k, k n -> m n", [{0, 1}, {0, 2}], flops=["m k n"])
+    text = f"{_bias(bias, 'mn')}, m k, k n -> m n"
+    return parse(text, [{0, 1}, {0, 2}], flops=["m k n"], variants=_rings(1))
 
 
 @rule(aten.baddbmm.default)
 def baddbmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
-    return parse(f"{_bias(bias, 'bmn')}, b m k, b k n -> b m n", [{0, 1}, {0, 2}], flops=["b m k n"])
+    text = f"{_bias(bias, 'bmn')}, b m k, b k n -> b m n"
+    return parse(text, [{0, 1}, {0, 2}], flops=["b m k n"], variants=_rings(1))
 
 
 @rule(aten._grouped_mm.default)

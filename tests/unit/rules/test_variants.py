@@ -13,7 +13,7 @@ from samples.calls.sample import Sample, real
 from samples.paired_operator import SCRATCH, prefix_mix_in_parts
 from shardc.errors import RuleError
 from shardc.ir.mesh import Mesh
-from shardc.planning.strategies import OperatorOptions
+from shardc.planning.strategies import OperatorOptions, strategies_of
 from shardc.rules.factors.bodies import work
 from shardc.rules.factors.strategy import PLAIN, Strategy, demand, legal, make, variants_of, workspace
 from shardc.rules.notation import ONLY, Band, Send, Travel, Variant, parse
@@ -82,7 +82,7 @@ def test_no_strategy_is_offered_twice(sample: Sample, mesh: Mesh) -> None:
 def test_one_variant_makes_no_more_strategies_and_no_other_order(sample: Sample) -> None:
     """Axes choose in the order: nothing, each factor, each linear group; each split has its orders of axes."""
     call = Call(sample)
-    strategies = call.strategies(TWO)
+    strategies = strategies_of(call.shape, TWO).strategies
     free = [i for i, factor in enumerate(call.shape.factors) if not factor.whole]
     groups = [f"group {g}" for g in range(len(call.shape.linear))]
     expected: list[tuple[Any, Any]] = []

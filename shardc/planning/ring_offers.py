@@ -1,0 +1,59 @@
+"""Which matrix products are offered rings: those whose collective nothing else would hide.
+
+forward     gate = mm(x, w)     no ring in which w goes round is offered: w is gathered while the layer before computes
+backward    dw = mm(xt, dy)     nor one of its sums: gradients are reduced beside the rest of backward
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from shardc.ir.program import Role
+from shardc.planning.strategies import OperatorOptions
+from shardc.rules.factors.factored import Factored, Key, Op
+
+
+class RingOffers:
+    """Of one program, the values that are made of parameters alone, and those of which only gradients are made."""
+
+    def __init__(self, factored: Factored) -> None:
+        program = factored.program
+        parameters = {
+            node for node, port in zip(program.placeholders, program.inputs, strict=True) if port.role is Role.PARAMETER
+        }
+        self.weights: set[Key] = set()
+        readers: dict[Key, list[Op | None]] = defaultdict(list)  # None: an output that is no gradient
+        ends: set[Key] = set()
+        for op in factored.ops:
+            keys = [operand.value.key for operand in op.operands]
+            if op.node in parameters or (keys and self.weights.issuperset(keys)):
+                self.weights.update(result.key for result in op.results)
+            for key in keys:
+                readers[key].append(op)
+        for port, node in zip(program.outputs, program.results, strict=True):
+            if node is not None:
+                key = factored.values[node].key
+                readers[key] += [None] if port.role is not Role.GRADIENT else []
+                ends.add(key)
+        self.gradients: set[Key] = set()
+        for op in reversed(factored.ops):
+            for result in op.results:
+                reading = readers[result.key]
+                if (reading or result.key in ends) and all(one is not None and self._ends(one) for one in reading):
+                    self.gradients.add(result.key)
+
+    def _ends(self, op: Op) -> bool:
+        return all(result.key in self.gradients for result in op.results)
+
+    def offered(self, op: Op, options: OperatorOptions) -> Sequence[int] | None:
+        """The places of the strategies that are offered to an operator; None for all of them."""
+        dropped = {place for place in options.rings if self._hides_anyway(op, options, place)}
+        return [place for place in range(len(options.strategies)) if place not in dropped] if dropped else None
+
+    def _hides_anyway(self, op: Op, options: OperatorOptions, place: int) -> bool:
+        variant = options.shape.variant_of(options.strategies[place])
+        assert variant is not None and variant.ring is not None
+        if variant.ring.operand is None:
+            return op.results[0].key in self.gradients
+        return op.operands[variant.ring.operand].value.key in self.weights
