@@ -187,8 +187,8 @@ def test_output_has_a_short_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "Expected one of {plan, explain, compile, run, calibrate}"),
-        ("plann x.py", "Available subcommands: plan, explain, compile, run, trace, profile, calibrate"),
+        ("", "Expected one of {plan, explain, compile, run, diff, trace, profile, report, calibrate}"),
+        ("plann x.py", "Available subcommands: plan, explain, compile, run, diff, trace, profile, report, calibrate"),
         ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
         ("run x.py", "--mesh"),
         ("plan x.py", "--mesh, --devices"),
