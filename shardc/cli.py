@@ -1,4 +1,4 @@
-"""The command line: `shardc plan | explain | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
+"""The command line: `shardc plan | explain | report | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """
@@ -16,6 +16,7 @@ from shardc.commands.calibrate import CalibrateCommand
 from shardc.commands.compile import CompileCommand
 from shardc.commands.explain import ExplainCommand
 from shardc.commands.plan import PlanCommand
+from shardc.commands.report import ReportCommand
 from shardc.commands.run import RunCommand
 from shardc.errors import ShardcError
 from shardc.flags import parsed
@@ -23,6 +24,7 @@ from shardc.flags import parsed
 Command = (
     Annotated[PlanCommand, subcommand("plan")]
     | Annotated[ExplainCommand, subcommand("explain")]
+    | Annotated[ReportCommand, subcommand("report")]
     | Annotated[CompileCommand, subcommand("compile")]
     | Annotated[RunCommand, subcommand("run")]
     | Annotated[CalibrateCommand, subcommand("calibrate")]

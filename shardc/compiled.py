@@ -18,6 +18,8 @@ from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.explain.planned import plan_of
+from shardc.inspect.html.data import Asking
+from shardc.inspect.html.page import Reported, report_page
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.pipeline import NAMES
@@ -68,6 +70,22 @@ class Compiled:
     def save(self, path: str | Path) -> None:
         """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`)."""
         Path(path).write_text(self.code)
+
+    def to_html(self, path: str | Path, against: Compiled | None = None) -> None:
+        """Write the plan as one HTML page, which needs no network: modules, layouts, memory, timeline, graphs, and why
+        values lie as they do. With `against`, both plans are shown side by side.
+
+        Answers that need another search are in the page where the model is small; for others it names the command.
+        """
+        asking = Asking("compiled.plan", shell=False)
+        Path(path).write_text(self.html(against, asking, Asking("against.plan", shell=False)), encoding="utf-8")
+
+    def html(self, against: Compiled | None, asking: Asking, asking_against: Asking) -> str:
+        """That page, and how its reader asks either plan more."""
+        shown = [Reported(self._snapshots, self.plan, asking)]
+        if against is not None:
+            shown.append(Reported(against._snapshots, against.plan, asking_against))
+        return report_page(shown)
 
     @property
     def program(self) -> Program:

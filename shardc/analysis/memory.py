@@ -87,10 +87,10 @@ class MemoryAnalysis:
 
     def __init__(self, graph: fx.Graph, run: Partition, program: Program, mesh: Mesh, states: States) -> None:
         self.run, self.mesh, self.states = run, mesh, states
-        ports = dict(zip(_placeholders(graph), program.inputs, strict=True))
+        ports = dict(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
         self.roles = {node: port.role for node, port in ports.items()}
-        trained = program.trained
-        self.trained = {node for node, port in ports.items() if port.name in trained}
+        self.names = {node: port.name for node, port in ports.items()}
+        self.trained = {node for node, name in self.names.items() if name in program.trained}
         self.by_call: dict[object, list[_TensorForm | None]] = {}
         self.by_node: dict[fx.Node, list[_TensorForm | None]] = {}
         self.equal: dict[_TensorForm, _TensorForm] = {}
@@ -98,14 +98,14 @@ class MemoryAnalysis:
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         """The peak of a run in these orders, where it is, and what the bytes are."""
-        return _Execution(self).memory(forward, backward)
+        return Execution(self).memory(forward, backward)
 
     def one(self, form: _TensorForm) -> _TensorForm:
         """The one object of all that are equal, so that equal forms can be compared by identity."""
         return self.equal.setdefault(form, form)
 
 
-class _StoredTensor(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor in memory: the number of its storage, and its form within it."""
 
     storage: int
@@ -125,12 +125,14 @@ class _TensorForm:
     dtype: torch.dtype
 
 
-class _Execution:
+class Execution:
+    """One run: what is held after every call. `noted` sees each of them at its fullest."""
+
     def __init__(self, known: MemoryAnalysis) -> None:
         self.known, self.mesh = known, known.mesh
         self.started: set[fx.Node] = set()
-        self.under_way: dict[fx.Node, list[_StoredTensor | None]] = {}  # what a collective that was started holds
-        self.tensors: dict[fx.Node, list[_StoredTensor | None]] = {}  # the results of every node
+        self.under_way: dict[fx.Node, list[StoredTensor | None]] = {}  # what a collective that was started holds
+        self.tensors: dict[fx.Node, list[StoredTensor | None]] = {}  # the results of every node
         self.sizes: list[int] = []  # bytes of every storage
         self.labels: list[str] = []  # what every storage counts as
         self.references: Counter[int] = Counter()  # how many tensors hold a storage
@@ -162,29 +164,34 @@ class _Execution:
         # what a started collective makes is a value from where it is awaited, and its operands were read before
         dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
-            workspace = 0
             if awaited:
                 self.tensors[node] = self._await(node, labels.get(node, "in use"))
             elif node in self.started:
                 self.under_way[node] = self._begin(node)
-                workspace = self._workspace(node)
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
-                workspace = self._workspace(node)
-            if self.total + workspace > self.peak.peak:
-                held = {**self.bytes_by_label, "workspace": workspace}
-                parts = {label: float(size) for label, size in held.items() if size}
-                self.peak = Memory(float(self.total + workspace), phase, where(node), parts)
+            workspace = 0 if awaited else self._workspace(node)
+            self.noted(phase, node, workspace)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:
                 self._release(self.under_way.pop(node))
 
+    def noted(self, phase: str, node: fx.Node, workspace: int) -> None:
+        """A call runs, which allocates `workspace` bytes beside what is held."""
+        if self.total + workspace > self.peak.peak:
+            self.peak = Memory(float(self.total + workspace), phase, where(node), self.parts(workspace))
+
+    def parts(self, workspace: int) -> dict[str, float]:
+        """What is held now, in bytes by label."""
+        held = {**self.bytes_by_label, "workspace": workspace}
+        return {label: float(size) for label, size in held.items() if size}
+
     def _place(self, node: fx.Node, label: str) -> None:
         form = self._contiguous(node)
         self.tensors[node] = [self._store(form, label, [])]
 
-    def _call(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _call(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         if node.target is operator.getitem:
             source, index = node.args
             element = self.tensors[source][index]  # type: ignore[index]
@@ -205,27 +212,27 @@ class _Execution:
             self.known.by_node[node] = forms
         return [None if form is None else self._store(form, label, storages) for form in forms]
 
-    def _pieces(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _pieces(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         """The results of a bucket: pieces of one storage, one after another."""
         results = sorted(node.users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
         forms = [self._contiguous(user) for user in results]
         storage, start = len(self.sizes), 0
         self.sizes.append(sum(one.size for one in forms))
         self.labels.append(label)
-        pieces: list[_StoredTensor | None] = []
+        pieces: list[StoredTensor | None] = []
         for one in forms:
             self._hold(storage, label)
-            pieces.append(_StoredTensor(storage, self.known.one(replace(one, offset=start))))
+            pieces.append(StoredTensor(storage, self.known.one(replace(one, offset=start))))
             start += math.prod(one.shape)
         return pieces
 
-    def _begin(self, node: fx.Node) -> list[_StoredTensor | None]:
+    def _begin(self, node: fx.Node) -> list[StoredTensor | None]:
         """What a collective that was started holds: its result, and the operand that it reads until it ends."""
         collective = collective_of(node)
         assert collective is not None
         bucket, holds = isinstance(collective, Bucket), collective.holds(node.kwargs)
         form = self._contiguous(next(iter(node.users)) if bucket else node)
-        tensors: list[_StoredTensor | None] = (
+        tensors: list[StoredTensor | None] = (
             self._pieces(node, "in use") if bucket else [self._store(form, "in use", [])]
         )
         if holds is Held.COPY:
@@ -237,7 +244,7 @@ class _Execution:
             tensors.append(read)
         return tensors
 
-    def _await(self, node: fx.Node, label: str) -> list[_StoredTensor | None]:
+    def _await(self, node: fx.Node, label: str) -> list[StoredTensor | None]:
         """The result of a collective that was awaited. It is in the storage where it arrived, or in a new one, if it
         was joined along another dim than the first."""
         collective = collective_of(node)
@@ -251,7 +258,7 @@ class _Execution:
             self._hold(one.storage, label)
         return arrived
 
-    def _store(self, form: _TensorForm, label: str, storages: Sequence[int]) -> _StoredTensor:
+    def _store(self, form: _TensorForm, label: str, storages: Sequence[int]) -> StoredTensor:
         if form.operand is None:
             storage = len(self.sizes)
             self.sizes.append(form.size)
@@ -259,7 +266,7 @@ class _Execution:
         else:
             storage = storages[form.operand]
         self._hold(storage, label)
-        return _StoredTensor(storage, form)
+        return StoredTensor(storage, form)
 
     def _hold(self, storage: int, label: str) -> None:
         if self.references[storage] and label != "in use" and self.labels[storage] == "in use":
@@ -271,7 +278,7 @@ class _Execution:
             self.total += self.sizes[storage]
         self.references[storage] += 1
 
-    def _release(self, values: Iterable[_StoredTensor | None]) -> None:
+    def _release(self, values: Iterable[StoredTensor | None]) -> None:
         for one in values:
             if one is not None:
                 self.references[one.storage] -= 1
@@ -279,7 +286,7 @@ class _Execution:
                     self.bytes_by_label[self.labels[one.storage]] -= self.sizes[one.storage]
                     self.total -= self.sizes[one.storage]
 
-    def _call_key(self, node: fx.Node, operands: Sequence[_StoredTensor | None], storages: list[int]) -> object:
+    def _call_key(self, node: fx.Node, operands: Sequence[StoredTensor | None], storages: list[int]) -> object:
         """All that the results of a call depend on. The kind of an operator says all of it, but for how its operands
         are laid out, and which of several results are read."""
         chosen = chosen_of(node)
@@ -391,7 +398,3 @@ def _form_of(one: Any, numbers: Mapping[int, int]) -> _TensorForm | None:
     storage = one.untyped_storage()
     stride, offset = tuple(one.stride()), int(one.storage_offset())
     return _TensorForm(numbers.get(storage._cdata), storage.nbytes(), tuple(one.shape), stride, offset, one.dtype)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]

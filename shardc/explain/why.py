@@ -61,8 +61,9 @@ class Questions:
         self.ops = {op.node: op for op in self.network.factored.ops}
         self._key_of = {name: key for key, name in self.value_names.items()}
 
-    def why(self, name: str) -> Why:
-        """Why a value has its layout. Raises ShardcError, with near names, for a value that is not there."""
+    def why(self, name: str, compare: bool = True) -> Why:
+        """Why a value has its layout; without `compare`, no other plan is searched. Raises ShardcError, with near names,
+        for a value that is not there."""
         value = self._find(name)
         node = value.key[0]
         op, strategy = self.ops[node], self.assignment.strategies[node]
@@ -70,14 +71,14 @@ class Questions:
         tensor = self.network.class_of(value.key)
         shared = self.assignment.shares.get(value.key, layout)
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
-        runner_up, missing = self._runner_up(name, value)
+        runner_up, missing = self._runner_up(name, value) if compare else (None, "not asked for")
         return Why(
             name, self._text(value, layout), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
             self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
-            () if self.solution is None else instead(self.network, op, strategy, self._solved),
+            () if self.solution is None or not compare else instead(self.network, op, strategy, self._solved),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
@@ -94,6 +95,12 @@ class Questions:
         if not keep.any():
             return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, matches))
         return self._forced(name, value, keep, layout)
+
+    def alternatives(self, name: str) -> tuple[str, ...]:
+        """The other layouts that a plan may give a value. Raises ShardcError as `why` does."""
+        value = self._find(name)
+        texts = dict.fromkeys(self._text(value, splits) for splits in self._domain(value.key))
+        return tuple(text for text in texts if text != self._now(value))
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """The minimal sets of demands and limits that cannot hold together without conversions."""
@@ -139,12 +146,8 @@ class Questions:
         labels = [c.label for c in self.constraints if c.key == value.key]
         if labels:
             return None, f"no other layout is legal with {' and '.join(labels)}"
-        return (
-            None,
-            "mode='propagate' chose it by the constraints alone, and compared nothing"
-            if self.mode == "propagate"
-            else "",
-        )
+        alone = "mode='propagate' chose it by the constraints alone, and compared nothing"
+        return None, alone if self.mode == "propagate" else ""
 
     def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
         """Solve again with only the strategies in `keep` for the value's maker, and compare. Layout "": any of them."""
