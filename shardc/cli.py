@@ -1,4 +1,5 @@
-"""The command line: `shardc plan | explain | report | compile | run FILE --mesh dp=2,tp=2`, `shardc calibrate FILE.toml`.
+"""The command line: `shardc plan | explain | report | compile | run FILE --mesh dp=2,tp=2`, and
+`shardc calibrate FILE.toml`.
 
 FILE is a Python file with two functions: `model()` gives the module, `inputs()` its inputs, a tuple or a dict.
 """

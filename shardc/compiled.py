@@ -77,15 +77,14 @@ class Compiled:
 
         Answers that need another search are in the page where the model is small; for others it names the command.
         """
-        asking = Asking("compiled.plan", shell=False)
-        Path(path).write_text(self.html(against, asking, Asking("against.plan", shell=False)), encoding="utf-8")
-
-    def html(self, against: Compiled | None, asking: Asking, asking_against: Asking) -> str:
-        """That page, and how its reader asks either plan more."""
-        shown = [Reported(self._snapshots, self.plan, asking)]
+        shown = [self.reported(Asking("compiled.plan", shell=False))]
         if against is not None:
-            shown.append(Reported(against._snapshots, against.plan, asking_against))
-        return report_page(shown)
+            shown.append(against.reported(Asking("against.plan", shell=False)))
+        Path(path).write_text(report_page(shown), encoding="utf-8")
+
+    def reported(self, asking: Asking) -> Reported:
+        """This program for a report, whose reader asks its plan more as `asking` says."""
+        return Reported(self._snapshots, self.plan, asking)
 
     @property
     def program(self) -> Program:

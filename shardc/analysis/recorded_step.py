@@ -133,7 +133,9 @@ class _RecordingClock(Clock):
 
     def _span(self, node: fx.Node, lane: str, start: float, end: float) -> Span:
         origin, collective = origin_of(node), collective_of(node)
-        name = collective.name if collective is not None else name_of(node.target)
+        name = name_of(node.target) if collective is None else collective.name
+        if collective is not None and not lane and not collective.single.local:
+            name = f"prepare {name}"  # what the rank does for it: it fills a bucket, or stalls where it starts
         return Span(name, origin.module, origin.phase, lane, start, end)
 
 

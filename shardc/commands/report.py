@@ -13,6 +13,7 @@ from shardc.commands.user_file import OnMesh, compile_file
 from shardc.errors import ShardcError
 from shardc.flags import spelled
 from shardc.inspect.html.data import Asking
+from shardc.inspect.html.page import report_page
 from shardc.inspect.progress import working
 from shardc.ir.printing import in_bytes
 from shardc.options import Options
@@ -30,10 +31,10 @@ class ReportCommand(OnMesh):
     def run(self) -> int:
         if not self.output.absolute().parent.is_dir():
             raise ShardcError(f"cannot write {self.output}: there is no folder {self.output.absolute().parent}")
-        program = self.compiled()
-        other = None if self.against is None else compile_file(self.file, self.against, self.options)
+        meshes = [self.mesh] if self.against is None else [self.mesh, self.against]
+        programs = [(mesh, compile_file(self.file, mesh, self.options)) for mesh in meshes]
         with working("writing the report"):
-            page = program.html(other, self._asking(self.mesh), self._asking(self.against or ""))
+            page = report_page([program.reported(self._asking(mesh)) for mesh, program in programs])
         try:
             self.output.write_text(page, encoding="utf-8")
         except OSError as error:

@@ -18,7 +18,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
-from shardc.explain.chosen_strategy import instead, splits_text, ways_to_run
+from shardc.explain.chosen_strategy import instead, result_of, splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse
 from shardc.ir.facts import origin_of
@@ -26,7 +26,7 @@ from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, tensor_of, where
 from shardc.ir.splits import Splits, apply
 from shardc.planning.compilation import Compilation
-from shardc.planning.constraints import Constraint, demanded_leaves
+from shardc.planning.constraints import demanded_leaves
 from shardc.planning.cost_network import Assignment
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
@@ -62,8 +62,8 @@ class Questions:
         self._key_of = {name: key for key, name in self.value_names.items()}
 
     def why(self, name: str, compare: bool = True) -> Why:
-        """Why a value has its layout; without `compare`, no other plan is searched. Raises ShardcError, with near names,
-        for a value that is not there."""
+        """Why a value has its layout; without `compare`, no other plan is searched. Raises ShardcError, with near
+        names, for a value that is not there."""
         value = self._find(name)
         node = value.key[0]
         op, strategy = self.ops[node], self.assignment.strategies[node]
@@ -99,8 +99,9 @@ class Questions:
     def alternatives(self, name: str) -> tuple[str, ...]:
         """The other layouts that a plan may give a value. Raises ShardcError as `why` does."""
         value = self._find(name)
-        texts = dict.fromkeys(self._text(value, splits) for splits in self._domain(value.key))
-        return tuple(text for text in texts if text != self._now(value))
+        return tuple(
+            dict.fromkeys(t for s in self._domain(value.key) if (t := self._text(value, s)) != self._now(value))
+        )
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """The minimal sets of demands and limits that cannot hold together without conversions."""
@@ -121,14 +122,14 @@ class Questions:
 
     def conflict_finder(self) -> ConflictFinder:
         """The model of what the user and the network demand, for z3."""
-        from shardc.explain.conflicts import ConflictFinder, Demand  # z3 takes a while to import
+        from shardc.explain.conflicts import ConflictFinder, Demand, in_words  # z3 takes a while to import
 
         factored, demands = self.network.factored, list[Demand]()
         for constraint in self.constraints:
             leaves: list[tuple[str, ...] | None] = [None] * len(factored.sizes(constraint.key))
             for leaf, axes in demanded_leaves(factored, self.network.mesh, constraint):
                 leaves[leaf] = axes
-            demands.append(Demand(_words(constraint), constraint.key, tuple(leaves)))
+            demands.append(Demand(in_words(constraint), constraint.key, tuple(leaves)))
         return ConflictFinder(self.network, demands)
 
     def _step(self, op: Op) -> str:
@@ -168,7 +169,8 @@ class Questions:
         other = self.network.assignment(second.choice)
         conversions, compute = self.price(other)
         op = self.ops[value.key[0]]
-        splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
+        shape, result = self.network.options_of(op).shape, result_of(op, value.key)
+        splits = make(shape, other.strategies[op.node], result, self.network.mesh)
         return WhyNot(
             name, self._text(value, splits), chosen, second.cost - solution.cost, solution.cost,
             compute - self.compute, *self._difference(conversions), proven=second.exact and solution.exact,
@@ -262,11 +264,11 @@ class Questions:
 
     def _obstacle(self, value: Value, matches: Callable[[Splits], bool]) -> str:
         """Why no strategy of the operator that makes a value gives it the layout."""
-        op, index = self.ops[value.key[0]], value.key[1]
+        op = self.ops[value.key[0]]
+        index = result_of(op, value.key)
         options = self.network.options_of(op)
-        everything = [make(options.shape, s, index, self.network.mesh) for s in options.strategies]
         labels = [c.label for c in self.constraints if c.key == value.key]
-        if any(map(matches, everything)):
+        if any(matches(make(options.shape, s, index, self.network.mesh)) for s in options.strategies):
             if labels:
                 return f"forbidden by {' and '.join(labels)}; drop it, or change it"
             if self.mode == "propagate":
@@ -291,10 +293,11 @@ class Questions:
         shape, mesh = self.network.options_of(op).shape, self.network.mesh
         for strategy in self.network.variables[self.network.variable_of(key[0])].domain:
             assert isinstance(strategy, Strategy)
-            yield make(shape, strategy, key[1], mesh)
+            yield make(shape, strategy, result_of(op, key), mesh)
 
     def _layout_made(self, key: Key) -> Splits:
-        return make(self.assignment.shapes[key[0]], self.assignment.strategies[key[0]], key[1], self.network.mesh)
+        result, shape = result_of(self.ops[key[0]], key), self.assignment.shapes[key[0]]
+        return make(shape, self.assignment.strategies[key[0]], result, self.network.mesh)
 
     def _layout_read(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
         """The layout from which a reader converts a value: under a budget, backward reads the kept value."""
@@ -389,12 +392,3 @@ class Questions:
     def _maker(self, op: Op) -> str:
         port = self._port(op.node)
         return f"{port.role.value} {port.name}".strip() if port else str(op.node.target)
-
-
-def _words(constraint: Constraint) -> str:
-    """A constraint as the user wrote it. One text may name many values: those of every layer, or of a line of code that
-    runs several times."""
-    node, spec = constraint.key[0], constraint.text
-    if node.op == "placeholder":
-        return f"{constraint.label.partition(' on ')[0]} = {spec}"
-    return f"constrain(..., {spec}) at {origin_of(node).source or where(node)}"

@@ -80,6 +80,8 @@ def _picture(c: Compilation) -> dict[str, Any]:
         if line.node.op == "placeholder":
             module, backward = names.get(line.node.name, (module, backward))
         more = folded.get(_layer_of(module))
+        if more is not None and line.node.op == "placeholder":
+            continue
         if more is not None:
             key = (more, backward)
             if key not in standing:
@@ -180,7 +182,9 @@ def _bands(boxes: list[_Box]) -> list[str]:
     module. What backward runs for a module is in the last of its bands, then in those before."""
     bands: list[str] = []
     places: dict[str, list[int]] = defaultdict(list)
-    for module, group in groupby((box for box in boxes if not box.backward and box.kind != "input"), lambda b: b.module):
+    for module, group in groupby(
+        (box for box in boxes if not box.backward and box.kind != "input"), lambda b: b.module
+    ):
         places[module].append(len(bands))
         for box in group:
             box.band = len(bands)

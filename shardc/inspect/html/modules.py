@@ -1,8 +1,8 @@
 """The model as a tree of modules: what each computes, sends and holds. Repeated layers stand in one group.
 
-    model                      {"name": "model", "children": [
-      layers.0 ... layers.31     {"name": "layers", "children": [{"name": "0–31", "group": [...]}]}
-      norm                       {"name": "norm", ...}
+model                      {"name": "model", "children": [
+  layers.0 ... layers.31     {"name": "layers", "children": [{"name": "0–31", "group": [...]}]}
+  norm                       {"name": "norm", ...}
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Tree:
         children = [self.record(child, at) for child, at in below]
         shapes = [self._shape(child, at) for child, at in below]
         figures = {
-            "kind": self.kinds.get(path, ""),
+            "kind": self.kinds.get(path, "") if path else "",  # the name of the root says it
             "compute": _short(module.compute),
             "sent": [[_short(figure) for figure in module.sent.get(axis, (0.0, 0.0))] for axis in self.axes],
             "peak": module.peak,

@@ -1,7 +1,7 @@
 // The graph after a pass: one band a module, forward on the left side and backward on the right one.
 
 const KINDS = ["operator", "collective", "input", "layers"];
-const BOX = { width: 148, height: 34, across: 160, down: 52, head: 20, across_all: 4 };
+const BOX = { width: 148, height: 34, across: 158, down: 52, head: 20 };
 
 function graphView(plan) {
   const byName = new Map(plan.graphs.map((graph) => [graph.pass, graph])), names = [...byName.keys()];
@@ -24,10 +24,11 @@ function graphView(plan) {
 }
 
 function picture(graph, name) {
-  const tops = [], half = BOX.across * BOX.across_all;
+  const columns = (side) => 1 + Math.max(0, ...graph.boxes.filter((box) => box[3] === side).map((box) => box[5]));
+  const tops = [], half = BOX.across * columns(0);
   let height = 8;
   for (const [, levels] of graph.bands) { tops.push(height); height += BOX.head + levels * BOX.down + 10; }
-  const width = 2 * half + 40;
+  const width = half + BOX.across * columns(1) + 40;
   const place = ([, , band, backward, level, column]) => [backward ? half + 30 + column * BOX.across : 10 + column * BOX.across,
     tops[band] + BOX.head + (backward ? graph.bands[band][1] - 1 - level : level) * BOX.down];
   const places = graph.boxes.map(place), told = h("p", { role: "status" }, `${graph.boxes.length} boxes after ${name}.`);
@@ -37,7 +38,7 @@ function picture(graph, name) {
   for (const [band, [module]] of graph.bands.entries()) {
     all.append(s("rect", { class: "band", x: 2, y: tops[band], width: width - 4, height: BOX.head + graph.bands[band][1] * BOX.down + 4, rx: 4 }),
       s("text", { x: 8, y: tops[band] + 14, style: "font-weight:600" }, graph.modules[module] || "the model itself"),
-      s("text", { x: half + 30, y: tops[band] + 14 }, band ? "" : "backward"));
+      s("text", { x: half + 30, y: tops[band] + 14, style: "fill:var(--soft)" }, graph.boxes.some((box) => box[2] === band && box[3]) ? "backward" : ""));
   }
   const edges = [], reads = graph.boxes.map(() => []), readers = graph.boxes.map(() => []);
   for (let at = 0; at < graph.edges.length; at += 2) {
@@ -52,7 +53,7 @@ function picture(graph, name) {
     const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text), [x, y] = places[number];
     const box = s("g", { class: `box ${KINDS[kind]} ${backward ? "backward" : ""}`, transform: `translate(${x},${y})`, "data-box": number, onclick: () => choose(number) },
       s("rect", { width: BOX.width, height: BOX.height, rx: kind === 2 ? 14 : 3 }), s("text", { x: 6, y: 14 }, short(graph.labels[label], 22)),
-      s("text", { x: 6, y: 28, style: "font-size:9.5px" }, short(graph.types[type], 27)), s("title", {}, `${graph.labels[label]} ${graph.types[type]}`));
+      s("text", { x: 6, y: 28, style: "font-size:9.5px" }, short(graph.types[type], 25)), s("title", {}, `${graph.labels[label]} ${graph.types[type]}`));
     all.append(box);
     return box;
   });

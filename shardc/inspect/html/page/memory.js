@@ -16,7 +16,8 @@ function memoryView(plan) {
   const mark = s("line", { y1: margin.top, y2: height - margin.bottom, stroke: "var(--text)", "stroke-dasharray": "3 3" });
   const left = s("g", { transform: `translate(${margin.left}, 0)` });
   svg.append(clip, areas, axis, left);
-  d3.select(left).call(d3.axisLeft(y).ticks(6).tickFormat(bytes));
+  const unit = 1024 ** Math.floor(Math.log2(y.domain()[1] || 1) / 10);
+  d3.select(left).call(d3.axisLeft(y).tickValues(d3.ticks(0, y.domain()[1] / unit, 6).map((tick) => tick * unit)).tickFormat(bytes));
   let scale = x, chosen = totals.indexOf(Math.max(...totals));
   const told = h("div", { role: "status" });
   const tell = () => {
@@ -51,15 +52,21 @@ function memoryView(plan) {
   svg.addEventListener("pointermove", (event) => pick(d3.bisectLeft(at, scale.invert(d3.pointer(event, svg)[0]))));
   draw();
   const parts = peak.parts.map(([label, size]) => [label, bytes(size), `${(100 * size / peak.bytes).toFixed(0)}%`]);
-  const owners = [];
+  const owners = new Map();
   const walk = (record, path) => {
-    if (record.peak) owners.push([path, record.peak]);
-    for (const child of [...(record.children || []), ...(record.group || [])]) walk(child, record.group ? `${path.split(".").slice(0, -1).concat(child.name).join(".")}` : path ? `${path}.${child.name}` : child.name);
+    if (record.peak) {
+      const one = owners.get(patternOf(path)) || [0, 0];
+      owners.set(patternOf(path), [one[0] + record.peak, one[1] + 1]);
+    }
+    for (const child of record.children || []) {
+      for (const each of child.group || [child]) walk(each, path ? `${path}.${each.name}` : each.name);
+    }
   };
   walk(plan.modules, "");
-  owners.sort((a, b) => b[1] - a[1]);
+  const made = [...owners].sort((a, b) => b[1][0] - a[1][0]).slice(0, 15).map(([path, [size, times]]) =>
+    [inModule(path), times > 1 ? `×${times}` : "", bytes(size), `${(100 * size / peak.bytes).toFixed(1)}%`]);
   return h("div", {}, h("p", {}, "What a rank holds while each call runs. Long steps are shown by the fullest moment of each stretch."), svg, told,
     h("h2", {}, "The peak"), h("p", {}, `${bytes(peak.bytes)}${budget ? ` of ${bytes(budget)}` : ""} in ${peak.phase}${peak.place ? `, at ${peak.place}` : ""}.`),
     h("div", { class: "pair" }, table("The peak by what the bytes are", ["what", "bytes", "share"], parts, [null, "number", "number"]),
-      table("The peak by the module that made it", ["made in", "bytes", "share"], owners.slice(0, 15).map(([path, size]) => [inModule(path), bytes(size), `${(100 * size / peak.bytes).toFixed(1)}%`]), [null, "number", "number"])));
+      table("The peak by the module that made it", ["made in", "", "bytes", "share"], made, [null, "number", "number", "number"])));
 }

@@ -49,7 +49,7 @@ function timelineView(plan) {
       context.fillStyle = ink; context.fillText(line.lanes[number] ? `over ${line.lanes[number]}` : "compute", 8, top + tall / 2);
     }
     context.fillStyle = soft; context.textAlign = "center";
-    for (const tick of scale.ticks(8)) { if (scale(tick) >= left) { context.fillRect(scale(tick), height - bottom, 1, 5); context.fillText(seconds(tick), Math.min(scale(tick), width - 30), height - 9); } }
+    for (const tick of scale.ticks(Math.max(2, Math.floor(width / 130)))) { if (scale(tick) >= left) { context.fillRect(scale(tick), height - bottom, 1, 5); context.fillText(seconds(tick), Math.min(scale(tick), width - 30), height - 9); } }
     context.textAlign = "left";
   };
   const zoom = d3.zoom().scaleExtent([1, 20000]).on("zoom", (event) => { transform = event.transform; draw(); });

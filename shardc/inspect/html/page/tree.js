@@ -98,7 +98,7 @@ class Tree {
       name.push(h("button", { class: "link", type: "button", tabindex: -1, "data-open": tensor[1] }, view.name), " ",
         h("code", { class: "soft" }, this.plan.typed(tensor)), " ", many);
     } else {
-      name.push(h("strong", {}, view.name), " ", h("span", { class: "soft" }, view.kind), " ");
+      name.push(h("strong", {}, view.name), " ", h("span", { class: "soft kind" }, view.kind), " ");
       if (view.group) {
         const each = this.unfolded.has(view.key);
         name.push(h("button", { type: "button", tabindex: -1, "data-unfold": view.key, "aria-pressed": String(each) },
