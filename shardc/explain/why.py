@@ -71,7 +71,7 @@ class Questions:
         tensor = self.network.class_of(value.key)
         shared = self.assignment.shares.get(value.key, layout)
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
-        runner_up, missing = self._runner_up(name, value) if compare else (None, "not asked for")
+        runner_up, missing = self._runner_up(name, value, compare)
         return Why(
             name, self._text(value, layout), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
@@ -136,14 +136,15 @@ class Questions:
         place = where(op.node)
         return f"{self._name_of((op.node, 0))} ({place})" if place else self._name_of((op.node, 0))
 
-    def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
-        """The best plan in which the value has any other layout; or None, and why there is none."""
+    def _runner_up(self, name: str, value: Value, compare: bool) -> tuple[WhyNot | None, str]:
+        """The best plan in which the value has any other layout; or None, and why there is none. That plan is searched
+        for only to `compare`."""
         if self.solution is None:
             return None, f"not known: {_REUSED}"
         current = self._text(value, self._layout_made(value.key))
         keep = np.array([self._text(value, splits) != current for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
-            return self._forced(name, value, keep, ""), ""
+            return (self._forced(name, value, keep, ""), "") if compare else (None, "not searched for")
         labels = [c.label for c in self.constraints if c.key == value.key]
         if labels:
             return None, f"no other layout is legal with {' and '.join(labels)}"

@@ -30,7 +30,7 @@ from shardc.runtime.collectives.collective import Collective
 MOST_BOXES = 1500
 """Boxes of one picture. In a graph of more, each module has one box a phase."""
 
-ACROSS = 4
+ACROSS = 3
 """Boxes of one row on either side."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from shardc.errors import ShardcError
@@ -36,20 +37,21 @@ def answers(plan: Plan, tensors: Sequence[Placed], nodes: int) -> list[dict[str,
     explainer = plan.explainer
     if explainer is None:
         return []
-    asked: list[tuple[float, str, Why]] = []
+    asked: list[tuple[Why, tuple[str, ...]]] = []
     for name in _names(plan, tensors):
-        try:
-            why = explainer.why(name, compare=False)
-        except ShardcError:  # an input that no operator reads
-            continue
-        steps = [step for reader in why.readers for step in reader.steps]
-        asked.append((sum(step.seconds for step in (*why.shared, *steps)), name, why))
-    by_cost = [name for _, name, _ in sorted(asked, key=lambda one: -one[0])]
+        with suppress(ShardcError):  # an output that is an input; nobody makes it
+            asked.append((explainer.why(name, compare=False), explainer.alternatives(name)))
     searches = min(MOST_SEARCHES, MOST_NODES // max(nodes, 1))
-    compared = dict.fromkeys(by_cost[:searches])
-    made = [_answer(explainer, name, why, name in compared) for _, name, why in asked]
+    dearest = sorted((why for why, others in asked if others), key=_conversions, reverse=True)
+    compared = {why.value for why in dearest[:searches]}
+    made = [_answer(explainer, why, others, why.value in compared) for why, others in asked]
     _price(explainer, [one for one in made if one["value"] in compared], searches - len(compared))
     return made
+
+
+def _conversions(why: Why) -> float:
+    """Seconds of the conversions of a value."""
+    return sum(step.seconds for step in (*why.shared, *(step for reader in why.readers for step in reader.steps)))
 
 
 def _names(plan: Plan, tensors: Sequence[Placed]) -> Iterable[str]:
@@ -65,14 +67,14 @@ def _names(plan: Plan, tensors: Sequence[Placed]) -> Iterable[str]:
     return dict.fromkeys([*found.values(), *list(dearest.values())[:DEAREST]])
 
 
-def _answer(explainer: Explainer, name: str, why: Why, compare: bool) -> dict[str, Any]:
-    why = explainer.why(name) if compare else why
-    other = why.runner_up
-    layouts = {text: "" for text in explainer.alternatives(name)[:MOST_LAYOUTS]}
-    if other is not None and not other.conflict:
-        layouts[other.layout] = other.summary
-    lines = [line for line in str(why).splitlines() if compare or not line.startswith("  next best")]
-    return {"value": name, "pattern": pattern(name), "layout": why.layout, "why": lines, "instead": layouts}
+def _answer(explainer: Explainer, why: Why, others: Sequence[str], compare: bool) -> dict[str, Any]:
+    why = explainer.why(why.value) if compare else why
+    layouts = dict.fromkeys(others[:MOST_LAYOUTS], "")
+    if why.runner_up is not None and not why.runner_up.conflict:
+        layouts[why.runner_up.layout] = why.runner_up.summary
+    known = compare or not others
+    lines = [line for line in str(why).splitlines() if known or not line.startswith("  next best")]
+    return {"value": why.value, "pattern": pattern(why.value), "layout": why.layout, "why": lines, "instead": layouts}
 
 
 def _price(explainer: Explainer, made: Sequence[dict[str, Any]], searches: int) -> None:

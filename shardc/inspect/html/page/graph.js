@@ -32,7 +32,7 @@ function picture(graph, name) {
   const place = ([, , band, backward, level, column]) => [backward ? half + 30 + column * BOX.across : 10 + column * BOX.across,
     tops[band] + BOX.head + (backward ? graph.bands[band][1] - 1 - level : level) * BOX.down];
   const places = graph.boxes.map(place), told = h("p", { role: "status" }, `${graph.boxes.length} boxes after ${name}.`);
-  const svg = s("svg", { class: "zoomed", viewBox: "0 0 640 620", tabindex: 0, role: "img", "aria-label": `Graph after ${name}` });
+  const svg = s("svg", { class: "zoomed", viewBox: "0 0 640 760", tabindex: 0, role: "img", "aria-label": `Graph after ${name}` });
   const all = s("g", {});
   svg.append(all);
   for (const [band, [module]] of graph.bands.entries()) {
