@@ -73,17 +73,21 @@ const valuePanel = {
 
 // One choice an axis; axes can also be dragged onto the dims.
 function layoutForm(plan, layout, dtype, tell) {
-  const selects = new Map();
+  const selects = new Map(), inner = layout.text.slice(1, layout.text.indexOf("]"));
+  const written = inner ? inner.split(/, (?![^(]*\))/) : [], sums = new Map([...layout.text.matchAll(/\+\w+@(\w+)/g)].map((found) => [found[1], found[0]]));
   const chosen = () => {
     const dims = layout.shape.map((size, dim) => {
-      const axes = plan.mesh.map(([axis]) => axis).filter((axis) => selects.get(axis).value === String(dim));
+      const axes = plan.mesh.map(([axis]) => axis).filter((axis) => selects.get(axis).value === String(dim)), now = plan.dims[layout.dims[dim]].axes;
+      if (axes.length === now.length && axes.every((axis) => now.includes(axis))) return written[dim]; // with its order and pieces
       return axes.length ? `${size}@${axes.length > 1 ? `(${axes.join(",")})` : axes[0]}` : String(size);
     });
-    tell(`${dtype}[${dims.join(", ")}]`);
+    const partial = plan.mesh.filter(([axis]) => selects.get(axis).value === "partial").map(([axis]) => ` ${sums.get(axis)}`);
+    tell(`${dtype}[${dims.join(", ")}]${partial.join("")}`);
   };
   const fields = plan.mesh.map(([axis, size]) => {
     const placed = layout.dims.findIndex((dim) => plan.dims[dim].axes.includes(axis));
     const select = h("select", { id: `axis-${axis}`, onchange: chosen }, h("option", { value: "" }, "broadcast"),
+      sums.has(axis) ? h("option", { value: "partial", selected: true }, "partial") : "",
       layout.shape.map((extent, dim) => h("option", { value: dim, selected: dim === placed }, `splits dim ${dim} (${extent})`)));
     selects.set(axis, select);
     return h("span", { class: "bar" }, h("label", { for: `axis-${axis}`, class: "chip split", draggable: "true",
@@ -142,7 +146,7 @@ function partsOf(plan, layout) {
       buttons.push(h("button", { type: "button", style: `background:var(--part${part % 8})`, onclick: () => show(rank),
         "aria-label": `rank ${rank}, part ${part}` }, `${rank}`));
     }
-    choose = [h("p", { class: "soft" }, `Ranks of the mesh ${plan.mesh.map(([axis, size]) => `${axis}=${size}`).join(",")}, the last axis across; ranks of one colour hold the same part. Choose one:`),
+    choose = [h("p", { class: "soft" }, `Ranks of the mesh ${plan.mesh.map(([axis, size]) => `${axis}=${size}`).join(",")}, the last axis across; ranks of one colour hold the same part${layout.axes.some(([, word]) => word === "partial") ? ", or addends of it" : ""}. Choose one:`),
       h("div", { class: "scroll" }, h("div", { class: "ranks", style: `grid-template-columns:repeat(${across}, minmax(34px, 60px))` }, buttons))];
   } else {
     choose = h("p", {}, h("label", {}, `Rank (0 to ${ranks - 1}) `, h("input", { type: "number", min: 0, max: ranks - 1, value: 0,
