@@ -20,7 +20,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from shardc.explain.graphs import lines_after
-from shardc.ir.facts import FACTS
+from shardc.ir.facts import FACTS, NOWHERE
 from shardc.ir.printing import type_text
 from shardc.ir.program import Program, name_of
 from shardc.ir.versions import GraphLine
@@ -75,8 +75,8 @@ def _picture(c: Compilation) -> dict[str, Any]:
         if line.node.op == "output":
             continue
         facts = line.meta.get(FACTS)
-        origin = facts.origin if facts is not None else None
-        module, backward = (origin.module, origin.phase == "backward") if origin is not None else ("", False)
+        origin = facts.origin if facts is not None else NOWHERE
+        module, backward = origin.module, origin.phase == "backward"
         if line.node.op == "placeholder":
             module, backward = names.get(line.node.name, (module, backward))
         more = folded.get(_layer_of(module))
@@ -129,9 +129,9 @@ def _folded(lines: list[GraphLine], typed: Any) -> dict[str, str]:
     shapes: dict[str, list[object]] = defaultdict(list)
     for line in lines:
         facts = line.meta.get(FACTS)
-        layer = _layer_of(facts.origin.module) if facts is not None else ""
+        origin = facts.origin if facts is not None else NOWHERE
+        layer = _layer_of(origin.module)
         if layer:
-            origin = facts.origin
             shapes[layer].append((_label(line), typed(line), origin.module[len(layer) :], origin.phase))
     keys = {layer: (layer.rpartition(".")[0], tuple(shape)) for layer, shape in shapes.items()}
     order = sorted(shapes, key=lambda layer: (layer.rpartition(".")[0], int(layer.rpartition(".")[2])))

@@ -73,16 +73,15 @@ class _Tree:
         below.sort(key=lambda pair: (pair[0].name.isdigit(), int(pair[0].name) if pair[0].name.isdigit() else 0))
         children = [self.record(child, at) for child, at in below]
         shapes = [self._shape(child, at) for child, at in below]
-        figures = {
+        sent = [[_short(figure) for figure in module.sent.get(axis, (0.0, 0.0))] for axis in self.axes]
+        figures: dict[str, Any] = {
             "kind": self.kinds.get(path, "") if path else "",  # the name of the root says it
             "compute": _short(module.compute),
-            "sent": [[_short(figure) for figure in module.sent.get(axis, (0.0, 0.0))] for axis in self.axes],
+            "sent": sent if any(map(any, sent)) else [],
             "peak": module.peak,
             "parameters": module.parameters,
             "children": list(_grouped(children, shapes)),
         }
-        if not any(any(pair) for pair in figures["sent"]):
-            del figures["sent"]
         return {"name": module.name, **{name: figure for name, figure in figures.items() if figure}}
 
     def _shape(self, module: _Module, path: str) -> object:

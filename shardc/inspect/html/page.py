@@ -37,7 +37,7 @@ def report_page(shown: Sequence[Reported]) -> str:
 
 def page(title: str, plans: Sequence[Mapping[str, Any]]) -> str:
     """The page that shows the records of one or two plans."""
-    parts = files(__package__).joinpath("page")
+    parts = files("shardc.inspect.html").joinpath("page")
 
     def text(name: str) -> str:
         return parts.joinpath(name).read_text(encoding="utf-8")
