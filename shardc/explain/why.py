@@ -97,8 +97,11 @@ class Questions:
         return self._forced(name, value, keep, layout)
 
     def alternatives(self, name: str) -> tuple[str, ...]:
-        """The other layouts that a plan may give a value. Raises ShardcError as `why` does."""
+        """The other layouts that a plan may give a value; none where the plan was reused. Raises ShardcError as `why`
+        does."""
         value = self._find(name)
+        if self.solution is None:
+            return ()
         return tuple(
             dict.fromkeys(t for s in self._domain(value.key) if (t := self._text(value, s)) != self._now(value))
         )

@@ -169,6 +169,17 @@ def test_in_large_models_nothing_is_searched_for(compiled: Compiled) -> None:
     assert made and not any(cost for one in made for cost in one["instead"].values())
 
 
+def test_a_plan_that_was_reused_from_other_sizes_is_reported() -> None:
+    with torch.no_grad():
+        model = shardc.api.shard(nn.Linear(16, 16), mesh="tp=2")
+        for batch in (4, 6, 8):
+            model(torch.randn(batch, 16))
+    compiled = model.compiled
+    made = plan_records(compiled.reported(ASKING).snapshots, compiled.plan, ASKING)
+    assert made["timeline"]["seconds"] == pytest.approx(compiled.plan.predicted)
+    assert any("reused from other sizes" in line for one in made["answers"] for line in one["why"])
+
+
 def test_pictures_of_graphs_have_no_two_boxes_in_one_place(records: dict[str, Any]) -> None:
     drawn = [graph for graph in records["graphs"] if not graph.get("same")]
     names = [graph["pass"] for graph in records["graphs"]]
