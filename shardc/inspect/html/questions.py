@@ -18,6 +18,9 @@ from shardc.explain.plan import Placed, Plan
 MOST_NODES = 20_000
 """Nodes of the program times searches for other plans, at most."""
 
+MOST_SECONDS = 20.0
+"""CPU-seconds that the searches may take, if each takes what the plan took."""
+
 MOST_SEARCHES = 24
 DEAREST = 12
 """Values that are asked about because their conversions take longest, beside all parameters."""
@@ -41,7 +44,8 @@ def answers(plan: Plan, tensors: Sequence[Placed], nodes: int) -> list[dict[str,
     for name in _names(plan, tensors):
         with suppress(ShardcError):  # an output that is an input; nobody makes it
             asked.append((explainer.why(name, compare=False), explainer.alternatives(name)))
-    searches = min(MOST_SEARCHES, MOST_NODES // max(nodes, 1))
+    first = max(plan.phases.get("assign", 0.0), 0.01)
+    searches = min(MOST_SEARCHES, MOST_NODES // max(nodes, 1), int(MOST_SECONDS / first))
     dearest = sorted((why for why, others in asked if others), key=_conversions, reverse=True)
     compared = {why.value for why in dearest[:searches]}
     made = [_answer(explainer, why, others, why.value in compared) for why, others in asked]
