@@ -19,6 +19,7 @@ from shardc.commands.diff import DiffCommand
 from shardc.commands.explain import ExplainCommand
 from shardc.commands.plan import PlanCommand
 from shardc.commands.profile import ProfileCommand
+from shardc.commands.report import ReportCommand
 from shardc.commands.run import RunCommand
 from shardc.commands.trace import TraceCommand
 from shardc.errors import ShardcError
@@ -27,6 +28,7 @@ from shardc.flags import parsed
 Command = (
     Annotated[PlanCommand, subcommand("plan")]
     | Annotated[ExplainCommand, subcommand("explain")]
+    | Annotated[ReportCommand, subcommand("report")]
     | Annotated[CompileCommand, subcommand("compile")]
     | Annotated[RunCommand, subcommand("run")]
     | Annotated[DiffCommand, subcommand("diff")]

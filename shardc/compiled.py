@@ -17,6 +17,8 @@ from shardc.distribution import agree_on_program, before_call, with_global_batch
 from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
+from shardc.inspect.html.data import Asking
+from shardc.inspect.html.page import Reported, report_page
 from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
@@ -89,6 +91,21 @@ class Compiled:
     def timeline(self) -> Process:
         """The predicted timeline of a step, as traces show it."""
         return predicted(self._snapshots["overlap"])
+
+    def to_html(self, path: str | Path, against: Compiled | None = None) -> None:
+        """Write the plan as one HTML page, which needs no network: modules, layouts, memory, timeline, graphs, and why
+        values lie as they do. With `against`, both plans are shown side by side.
+
+        Answers that need another search are in the page where the model is small; for others it names the command.
+        """
+        shown = [self.reported(Asking("compiled.plan", shell=False))]
+        if against is not None:
+            shown.append(against.reported(Asking("against.plan", shell=False)))
+        Path(path).write_text(report_page(shown), encoding="utf-8")
+
+    def reported(self, asking: Asking) -> Reported:
+        """This program for a report, whose reader asks its plan more as `asking` says."""
+        return Reported(self._snapshots, self.plan, asking)
 
     @property
     def program(self) -> Program:

@@ -87,10 +87,10 @@ class MemoryAnalysis:
 
     def __init__(self, graph: fx.Graph, run: Partition, program: Program, mesh: Mesh, states: States) -> None:
         self.run, self.mesh, self.states = run, mesh, states
-        ports = dict(zip(_placeholders(graph), program.inputs, strict=True))
+        ports = dict(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
         self.roles = {node: port.role for node, port in ports.items()}
-        trained = program.trained
-        self.trained = {node for node, port in ports.items() if port.name in trained}
+        self.names = {node: port.name for node, port in ports.items()}
+        self.trained = {node for node, name in self.names.items() if name in program.trained}
         self.by_call: dict[object, list[TensorForm | None]] = {}
         self.by_node: dict[fx.Node, list[TensorForm | None]] = {}
         self.equal: dict[TensorForm, TensorForm] = {}
@@ -98,11 +98,11 @@ class MemoryAnalysis:
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         """The peak of a run in these orders, where it is, and what the bytes are."""
-        return _Execution(self).memory(forward, backward)
+        return Execution(self).memory(forward, backward)
 
     def line_by_line(self, forward: Order, backward: Order) -> Lines:
         """The same run, line by line."""
-        execution = _Execution(self)
+        execution = Execution(self)
         memory = execution.memory(forward, backward)
         storages = {
             node.name: tuple((one.storage, execution.sizes[one.storage]) for one in made if one is not None)
@@ -115,7 +115,9 @@ class MemoryAnalysis:
         return self.equal.setdefault(form, form)
 
 
-class _Execution:
+class Execution:
+    """One run: what is held after every call. `noted` sees each of them at its fullest."""
+
     def __init__(self, known: MemoryAnalysis) -> None:
         self.known, self.mesh = known, known.mesh
         self.started: set[fx.Node] = set()
@@ -153,24 +155,29 @@ class _Execution:
         # what a started collective makes is a value from where it is awaited, and its operands were read before
         dead = dead_after([[node] if awaited else [*operands[node], node] for node, awaited in order], kept)
         for place, (node, awaited) in enumerate(order):
-            workspace = 0
             if awaited:
                 self.tensors[node] = self._await(node, labels.get(node, "in use"))
             elif node in self.started:
                 self.under_way[node] = self._begin(node)
-                workspace = self._workspace(node)
             else:
                 self.tensors[node] = self._call(node, labels.get(node, "in use"))
-                workspace = self._workspace(node)
-            self.lines.setdefault(phase, []).append(float(self.total + workspace))
-            if self.total + workspace > self.peak.peak:
-                held = {**self.bytes_by_label, "workspace": workspace}
-                parts = {label: float(size) for label, size in held.items() if size}
-                self.peak = Memory(float(self.total + workspace), phase, where(node), parts)
+            workspace = 0 if awaited else self._workspace(node)
+            self.noted(phase, node, workspace)
             for value in dead.get(place, ()):
                 self._release(self.tensors[value])
             if awaited:
                 self._release(self.under_way.pop(node))
+
+    def noted(self, phase: str, node: fx.Node, workspace: int) -> None:
+        """A call runs, which allocates `workspace` bytes beside what is held."""
+        self.lines.setdefault(phase, []).append(float(self.total + workspace))
+        if self.total + workspace > self.peak.peak:
+            self.peak = Memory(float(self.total + workspace), phase, where(node), self.parts(workspace))
+
+    def parts(self, workspace: int) -> dict[str, float]:
+        """What is held now, in bytes by label."""
+        held = {**self.bytes_by_label, "workspace": workspace}
+        return {label: float(size) for label, size in held.items() if size}
 
     def _place(self, node: fx.Node, label: str) -> None:
         form = self._contiguous(node)
@@ -375,7 +382,3 @@ class _Execution:
             assert read is not None
             operand = self.sizes[read.storage]
         return collective.workspace(node.kwargs, operand, self.sizes[result.storage], started)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]

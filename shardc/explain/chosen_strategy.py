@@ -8,6 +8,7 @@ import numpy as np
 
 from shardc.errors import InfeasibleError
 from shardc.explain.explanations import Instead, Way
+from shardc.ir.facts import Key
 from shardc.planning.cost_network import CostNetwork
 from shardc.planning.solved import Solved
 from shardc.planning.strategies import OperatorOptions
@@ -17,6 +18,11 @@ from shardc.rules.factors.strategy import PLAIN, Strategy, shape_of, variants_of
 
 Kind = tuple[str, tuple[str, ...]]
 """A variant, and the parted factors that are split."""
+
+
+def result_of(op: Op, key: Key) -> int:
+    """The position of a value among the results of its operator, among which unread ones are not."""
+    return next(position for position, result in enumerate(op.results) if result.key == key)
 
 
 def splits_text(op: Op, strategy: Strategy) -> str:

@@ -28,7 +28,8 @@ import z3
 
 from shardc.ir.facts import origin_of
 from shardc.ir.layout import is_folded
-from shardc.ir.program import Role, value_of
+from shardc.ir.program import Role, value_of, where
+from shardc.planning.constraints import Constraint
 from shardc.planning.cost_network import CostNetwork
 from shardc.planning.variables import base_demand
 from shardc.rules.factors.factored import Key, Op
@@ -369,3 +370,12 @@ def _name(op: Op) -> str:
         return op.node.name
     source = origin_of(op.node).source
     return f"{op.node.target} at {source}" if source else str(op.node.target)
+
+
+def in_words(constraint: Constraint) -> str:
+    """A constraint as the user wrote it. One text may name many values: those of every layer, or of a line of code that
+    runs several times."""
+    node, spec = constraint.key[0], constraint.text
+    if node.op == "placeholder":
+        return f"{constraint.label.partition(' on ')[0]} = {spec}"
+    return f"constrain(..., {spec}) at {origin_of(node).source or where(node)}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from shardc.ir.layout import Layout
+from shardc.ir.mesh import Mesh
 from shardc.ir.printing import printed
+from shardc.ir.versions import GraphLine
 from shardc.planning.compilation import Compilation
 from shardc.rules.factors.strategy import make
 
@@ -13,14 +15,17 @@ from shardc.rules.factors.strategy import make
 def graph_after(c: Compilation) -> str:
     """The program as the last pass left it. Up to `assign`, this is the captured program with the layouts that are
     known; from `reshard` on, the lowered graph; after `codegen`, the generated code."""
-    if c.has("code"):
-        return c.code()
+    return c.code() if c.has("code") else printed(*lines_after(c))
+
+
+def lines_after(c: Compilation) -> tuple[list[GraphLine], Mesh, dict[fx.Node, Layout]]:
+    """The lines of that graph, the mesh, and the layouts that are known beside those in the facts of nodes."""
     if c.has("lowered"):
-        return printed(c.lowered.lines(), c.mesh)
+        return c.lowered.lines(), c.mesh, {}
     layouts = _spread(c) if c.has("spread") else {}
     if c.has("assignment"):
         layouts |= _chosen(c)
-    return printed(c.program.version.lines(), c.mesh, layouts)
+    return c.program.version.lines(), c.mesh, layouts
 
 
 def _spread(c: Compilation) -> dict[fx.Node, Layout]:

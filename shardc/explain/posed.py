@@ -24,9 +24,13 @@ class PosedWhenAsked:
     def _questions(self) -> Questions:
         return self._make(posed_again(self.c, self._proof))
 
-    def why(self, name: str, /) -> Why:
+    def why(self, name: str, /, compare: bool = True) -> Why:
         """See `Questions.why`."""
-        return self._questions.why(name)
+        return self._questions.why(name, compare)
+
+    def alternatives(self, name: str, /) -> tuple[str, ...]:
+        """See `Questions.alternatives`."""
+        return self._questions.alternatives(name)
 
     def why_not(self, name: str, layout: str, /) -> WhyNot:
         """See `Questions.why_not`."""

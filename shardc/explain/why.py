@@ -18,7 +18,7 @@ from torch import fx
 from shardc.analysis.conversions import Conversion
 from shardc.errors import InfeasibleError, LayoutError, ShardcError
 from shardc.explain.assumptions import assumptions
-from shardc.explain.chosen_strategy import instead, splits_text, ways_to_run
+from shardc.explain.chosen_strategy import instead, result_of, splits_text, ways_to_run
 from shardc.explain.explanations import Assumption, Conflict, Reader, Why, WhyNot
 from shardc.ir.constrain import Dim, parse
 from shardc.ir.facts import origin_of
@@ -26,7 +26,7 @@ from shardc.ir.layout import Layout, describe
 from shardc.ir.program import Port, Role, tensor_of, where
 from shardc.ir.splits import Splits, apply
 from shardc.planning.compilation import Compilation
-from shardc.planning.constraints import Constraint, demanded_leaves
+from shardc.planning.constraints import demanded_leaves
 from shardc.planning.cost_network import Assignment
 from shardc.planning.solved import TIME_LIMIT, Solved
 from shardc.rules.factors.factored import Key, Op, Value
@@ -61,8 +61,9 @@ class Questions:
         self.ops = {op.node: op for op in self.network.factored.ops}
         self._key_of = {name: key for key, name in self.value_names.items()}
 
-    def why(self, name: str) -> Why:
-        """Why a value has its layout. Raises ShardcError, with near names, for a value that is not there."""
+    def why(self, name: str, compare: bool = True) -> Why:
+        """Why a value has its layout; without `compare`, no other plan is searched. Raises ShardcError, with near
+        names, for a value that is not there."""
         value = self._find(name)
         node = value.key[0]
         op, strategy = self.ops[node], self.assignment.strategies[node]
@@ -70,14 +71,14 @@ class Questions:
         tensor = self.network.class_of(value.key)
         shared = self.assignment.shares.get(value.key, layout)
         demands = tuple(c.label for c in self.constraints if c.key == value.key)
-        runner_up, missing = self._runner_up(name, value)
+        runner_up, missing = self._runner_up(name, value, compare)
         return Why(
             name, self._text(value, layout), self._maker(op), splits_text(op, strategy),
             float(self.network.options_of(op).compute_of(strategy)), where(node), demands,
             self._steps(value, layout, shared, where(node)) if shared in tensor.index else (),
             self._text(value, shared), tuple(self._readers(value, shared)), runner_up, missing,
             ways_to_run(self.network.options_of(op), strategy),
-            () if self.solution is None else instead(self.network, op, strategy, self._solved),
+            () if self.solution is None or not compare else instead(self.network, op, strategy, self._solved),
         )  # fmt: skip
 
     def why_not(self, name: str, layout: str) -> WhyNot:
@@ -94,6 +95,16 @@ class Questions:
         if not keep.any():
             return WhyNot(name, layout, self._text(value, chosen), conflict=self._obstacle(value, matches))
         return self._forced(name, value, keep, layout)
+
+    def alternatives(self, name: str) -> tuple[str, ...]:
+        """The other layouts that a plan may give a value; none where the plan was reused. Raises ShardcError as `why`
+        does."""
+        value = self._find(name)
+        if self.solution is None:
+            return ()
+        return tuple(
+            dict.fromkeys(t for s in self._domain(value.key) if (t := self._text(value, s)) != self._now(value))
+        )
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """The minimal sets of demands and limits that cannot hold together without conversions."""
@@ -114,37 +125,34 @@ class Questions:
 
     def conflict_finder(self) -> ConflictFinder:
         """The model of what the user and the network demand, for z3."""
-        from shardc.explain.conflicts import ConflictFinder, Demand  # z3 takes a while to import
+        from shardc.explain.conflicts import ConflictFinder, Demand, in_words  # z3 takes a while to import
 
         factored, demands = self.network.factored, list[Demand]()
         for constraint in self.constraints:
             leaves: list[tuple[str, ...] | None] = [None] * len(factored.sizes(constraint.key))
             for leaf, axes in demanded_leaves(factored, self.network.mesh, constraint):
                 leaves[leaf] = axes
-            demands.append(Demand(_words(constraint), constraint.key, tuple(leaves)))
+            demands.append(Demand(in_words(constraint), constraint.key, tuple(leaves)))
         return ConflictFinder(self.network, demands)
 
     def _step(self, op: Op) -> str:
         place = where(op.node)
         return f"{self._name_of((op.node, 0))} ({place})" if place else self._name_of((op.node, 0))
 
-    def _runner_up(self, name: str, value: Value) -> tuple[WhyNot | None, str]:
-        """The best plan in which the value has any other layout; or None, and why there is none."""
+    def _runner_up(self, name: str, value: Value, compare: bool) -> tuple[WhyNot | None, str]:
+        """The best plan in which the value has any other layout; or None, and why there is none. That plan is searched
+        for only to `compare`."""
         if self.solution is None:
             return None, f"not known: {_REUSED}"
         current = self._text(value, self._layout_made(value.key))
         keep = np.array([self._text(value, splits) != current for splits in self._domain(value.key)], dtype=bool)
         if keep.any():
-            return self._forced(name, value, keep, ""), ""
+            return (self._forced(name, value, keep, ""), "") if compare else (None, "not searched for")
         labels = [c.label for c in self.constraints if c.key == value.key]
         if labels:
             return None, f"no other layout is legal with {' and '.join(labels)}"
-        return (
-            None,
-            "mode='propagate' chose it by the constraints alone, and compared nothing"
-            if self.mode == "propagate"
-            else "",
-        )
+        alone = "mode='propagate' chose it by the constraints alone, and compared nothing"
+        return None, alone if self.mode == "propagate" else ""
 
     def _forced(self, name: str, value: Value, keep: np.ndarray, layout: str) -> WhyNot:
         """Solve again with only the strategies in `keep` for the value's maker, and compare. Layout "": any of them."""
@@ -165,7 +173,8 @@ class Questions:
         other = self.network.assignment(second.choice)
         conversions, compute = self.price(other)
         op = self.ops[value.key[0]]
-        splits = make(self.network.options_of(op).shape, other.strategies[op.node], value.key[1], self.network.mesh)
+        shape, result = self.network.options_of(op).shape, result_of(op, value.key)
+        splits = make(shape, other.strategies[op.node], result, self.network.mesh)
         return WhyNot(
             name, self._text(value, splits), chosen, second.cost - solution.cost, solution.cost,
             compute - self.compute, *self._difference(conversions), proven=second.exact and solution.exact,
@@ -259,11 +268,11 @@ class Questions:
 
     def _obstacle(self, value: Value, matches: Callable[[Splits], bool]) -> str:
         """Why no strategy of the operator that makes a value gives it the layout."""
-        op, index = self.ops[value.key[0]], value.key[1]
+        op = self.ops[value.key[0]]
+        index = result_of(op, value.key)
         options = self.network.options_of(op)
-        everything = [make(options.shape, s, index, self.network.mesh) for s in options.strategies]
         labels = [c.label for c in self.constraints if c.key == value.key]
-        if any(map(matches, everything)):
+        if any(matches(make(options.shape, s, index, self.network.mesh)) for s in options.strategies):
             if labels:
                 return f"forbidden by {' and '.join(labels)}; drop it, or change it"
             if self.mode == "propagate":
@@ -288,10 +297,11 @@ class Questions:
         shape, mesh = self.network.options_of(op).shape, self.network.mesh
         for strategy in self.network.variables[self.network.variable_of(key[0])].domain:
             assert isinstance(strategy, Strategy)
-            yield make(shape, strategy, key[1], mesh)
+            yield make(shape, strategy, result_of(op, key), mesh)
 
     def _layout_made(self, key: Key) -> Splits:
-        return make(self.assignment.shapes[key[0]], self.assignment.strategies[key[0]], key[1], self.network.mesh)
+        result, shape = result_of(self.ops[key[0]], key), self.assignment.shapes[key[0]]
+        return make(shape, self.assignment.strategies[key[0]], result, self.network.mesh)
 
     def _layout_read(self, key: Key, shared: Splits, reader: fx.Node) -> Splits:
         """The layout from which a reader converts a value: under a budget, backward reads the kept value."""
@@ -386,12 +396,3 @@ class Questions:
     def _maker(self, op: Op) -> str:
         port = self._port(op.node)
         return f"{port.role.value} {port.name}".strip() if port else str(op.node.target)
-
-
-def _words(constraint: Constraint) -> str:
-    """A constraint as the user wrote it. One text may name many values: those of every layer, or of a line of code that
-    runs several times."""
-    node, spec = constraint.key[0], constraint.text
-    if node.op == "placeholder":
-        return f"{constraint.label.partition(' on ')[0]} = {spec}"
-    return f"constrain(..., {spec}) at {origin_of(node).source or where(node)}"

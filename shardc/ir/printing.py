@@ -26,14 +26,15 @@ def printed(
 def _text(line: GraphLine, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
     if line.node.op == "output":
         return f"return {_argument(line.args[0])}"
-    call = "input" if line.node.op == "placeholder" else _call(line)
+    call = "input" if line.node.op == "placeholder" else call_text(line)
     assigned = f"%{line.node.name} = {call}"
     told = where(line.node)
     place = f"  # {told}" if told else ""
-    return f"{assigned:<72}  {_type(line, mesh, layouts):<32}{place}".rstrip()
+    return f"{assigned:<72}  {type_text(line, mesh, layouts):<32}{place}".rstrip()
 
 
-def _call(line: GraphLine) -> str:
+def call_text(line: GraphLine) -> str:
+    """`mm(%x, %w)`: what a line calls."""
     target = line.target
     if target is operator.getitem:
         return f"{_argument(line.args[0])}[{line.args[1]}]"
@@ -50,7 +51,8 @@ def _argument(value: Any) -> str:
     return str(value)
 
 
-def _type(line: GraphLine, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+def type_text(line: GraphLine, mesh: Mesh | None, layouts: Mapping[fx.Node, Layout]) -> str:
+    """`f32[32@tp]`: dtype, and layout or shape; "" where a value has neither."""
     facts = line.meta.get(FACTS)
     if isinstance(facts, Lowered):
         layout, value, dtype = facts.layout, None, facts.dtype

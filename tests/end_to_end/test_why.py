@@ -188,3 +188,10 @@ def test_check_proves_the_plan_anew(layers: int, mesh: str) -> None:
     assert plan.cost * (1 - 1e-7) <= plan.check() <= plan.cost
     with pytest.raises(ShardcError, match="unpickled"):
         pickle.loads(pickle.dumps(plan)).check()
+
+
+def test_a_gradient_that_is_a_later_result_of_its_operator_has_an_answer() -> None:
+    """Nobody reads the gradient of the input of the first norm, which comes before that of its weight."""
+    plan = planned(mesh="dp=2", model=nn.Sequential(nn.LayerNorm(256, bias=False), MLP(256, 512)))
+    assert any(reader.name.startswith("its gradient") for reader in plan.why("0.weight").readers)
+    assert plan.why_not("0.weight", "dp").layout == "f32[256@dp]"

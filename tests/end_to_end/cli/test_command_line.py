@@ -64,6 +64,9 @@ def flag(name: str) -> str:
     [
         ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json", "--output"}),
         ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
+        ("plan", SearchOptions, {"--mesh", "--devices"}),
+        ("explain", Options, {"--mesh", "--why", "--layout"}),
+        ("report", Options, {"--mesh", "--output", "--against"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
         ("run", Options, {"--mesh", "--json"}),
         ("trace", Options, {"--mesh", "--output"}),
@@ -212,6 +215,8 @@ def test_output_has_a_short_flag() -> None:
         ("plan examples/mlp.py --devices 2 --dynamic x=0:batch", "dynamic= has no meaning for a search"),
         ("compile x.py --mesh tp=2 --print-after no", "Expected one of " + str(NAMES)),
         ("compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py", "cannot write nowhere/at/all.py: No such file"),
+        ("report examples/mlp.py --mesh tp=2 -o nowhere/at/all.html", "there is no folder"),
+        ("report examples/mlp.py --mesh tp=2 --against tp", "cannot read 'tp' in mesh 'tp'"),
         ("explain x.py --mesh tp=2 --layout tp", "name the value with --why"),
         ("calibrate mine.yaml", "mine.yaml: a hardware file is called *.toml"),
         ("calibrate nowhere/mine.toml", "there is no folder"),
@@ -241,6 +246,20 @@ def test_a_message_is_the_same_in_every_encoding(encoding: str) -> None:
 def test_reading_refuses_with_an_error_of_ours() -> None:
     with pytest.raises(ShardcError, match="Unrecognized options: --no"):
         read("run", "x.py", "--mesh", "tp=2", "--no")
+
+
+def test_a_report_names_the_commands_that_tell_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    page = tmp_path / "report.html"
+    asked = ["report", "examples/mlp.py", "--mesh", "tp=2", "--hardware", "h100", "-o", str(page)]
+    assert main([*asked, "--against", "dp=2"]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {page} (")
+    text = page.read_text(encoding="utf-8")
+    for mesh in ("tp=2", "dp=2"):
+        assert f'"command":"shardc explain examples/mlp.py --mesh={mesh} --hardware=h100","shell":true' in text
 
 
 def test_dynamic_sizes_are_planned_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
