@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardc.source.grammar import Kind, SourceError, read
+from shardc.source.grammar import LineKind, SourceError, read
 from shardc.source.text import WIDTH, arguments, listed, written
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +20,7 @@ def source(path: Path) -> str:
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_what_codegen_writes_is_in_the_table(path: Path) -> None:
     functions = read(source(path))
-    assert functions["forward"][-1].kind is Kind.RETURN
+    assert functions["forward"][-1].kind is LineKind.RETURN
     assert max(map(len, source(path).splitlines())) <= WIDTH
 
 
@@ -50,7 +50,7 @@ def test_what_stands_outside_of_functions_is_refused() -> None:
 
 def test_the_docs_list_every_kind_with_its_example() -> None:
     text = (ROOT / "docs/design/lowering.md").read_text()
-    for kind in Kind:
+    for kind in LineKind:
         assert f"| `{kind.example}` | {kind.meaning} |" in text, f"| `{kind.example}` | {kind.meaning} |"
 
 
