@@ -10,7 +10,7 @@ from torch import fx
 
 from shardc.source.body import Shared, Writer, statements
 from shardc.source.frees import Holding, Lives, Unit
-from shardc.source.layers import Function, Layer, Piece, carried_unit, layer_of, own_units
+from shardc.source.layers import Function, Layer, Stretch, carried_unit, layer_of, own_units
 from shardc.source.naming import Scope, layer_name
 from shardc.source.places import Spot, spread, turn
 from shardc.source.repetition import Loop, Own, operands_of, repeated
@@ -234,7 +234,7 @@ class Half:
         if given:
             self.shared.used.add("take")
 
-        def call(part: Piece, run: int | None) -> None:
+        def call(part: Stretch, run: int | None) -> None:
             first = [*([] if state else carried), *([given] if given else [])]
             first = first if part is layer.parts[0] else [between]
             same = [str(writer.place(loop.columns[number].values[0])) for number in part.same]
@@ -326,7 +326,7 @@ class Half:
                     self.turns[number] = places[0], step
             part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].at))
 
-    def _turn(self, part: Piece, run: int | None) -> list[str]:
+    def _turn(self, part: Stretch, run: int | None) -> list[str]:
         """The arguments that differ, in one run, or in run `i`."""
         found = [self.turns[number] for number in part.held]
         if run is None:

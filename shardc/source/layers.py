@@ -24,7 +24,7 @@ LIVING = "nobody else holds them: each is freed with its last name"
 
 
 @dataclass
-class Piece:
+class Stretch:
     """The nodes of a run from offset `low` to before `high`, as one function. `before` comes from the part before in a
     list, `after` goes to the part behind in one. `held` and `same` are columns that are arguments; `groups` the offsets
     of what runs leave, list by list."""
@@ -48,7 +48,7 @@ class Layer:
     loop: Loop
     given: list[int]
     groups: dict[str, list[int]]
-    parts: list[Piece] = field(default_factory=list[Piece])
+    parts: list[Stretch] = field(default_factory=list[Stretch])
     state: bool = False
 
     @property
@@ -88,7 +88,7 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
     cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
     for low, high in itertools.pairwise(cuts):
         read = {one.column for offset in range(low, high) for one in loop.operands[offset] if isinstance(one, Outer)}
-        part = Piece(low, high)
+        part = Stretch(low, high)
         part.same = [n for n in sorted(read) if loop.columns[n].same]
         part.held = [n for n in sorted(read) if not loop.columns[n].same and loop.columns[n].carried is None]
         part.held = [n for n in part.held if n not in given]
@@ -106,14 +106,14 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
     return layer
 
 
-def spans_of(layer: Layer, part: Piece) -> list[tuple[int, int]]:
+def spans_of(layer: Layer, part: Stretch) -> list[tuple[int, int]]:
     """From node to node of the half, every time that a part runs."""
     runs = len(layer.loop.runs) + bool(layer.loop.rest and part is layer.parts[0])
     starts = [layer.loop.start + run * layer.loop.size for run in range(runs)]
     return [(start + part.low, start + part.high) for start in starts]
 
 
-def own_units(layer: Layer, part: Piece, lives: Lives) -> list[Unit]:
+def own_units(layer: Layer, part: Stretch, lives: Lives) -> list[Unit]:
     """The storages that a function may free."""
     first = part is layer.parts[0]
     columns = [layer.loop.columns[n].values[0] for n in layer.in_list] if first else list(map(layer.node, part.before))
@@ -144,7 +144,7 @@ def carried_unit(layer: Layer, lives: Lives) -> Unit:
 class Function:
     """Writes the function of a part."""
 
-    def __init__(self, layer: Layer, part: Piece, shared: Shared, wanted: Callable[[int], str]) -> None:
+    def __init__(self, layer: Layer, part: Stretch, shared: Shared, wanted: Callable[[int], str]) -> None:
         self.layer, self.part, self.shared = layer, part, shared
         self.writer = Writer(shared, layer.run[part.low : part.high], layer=True)
         self.first, self.last = part is layer.parts[0], part is layer.parts[-1]
