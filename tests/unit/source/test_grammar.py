@@ -57,7 +57,7 @@ def test_the_docs_list_every_kind_with_its_example() -> None:
 def test_long_lines_break_as_ruff_breaks_them() -> None:
     names = [f"a_name_of_some_length_{number}" for number in range(4)]
     assert written(["y = f", arguments(names)], 1) == [f"    y = f({', '.join(names)})"]
-    assert written(["y = f", arguments([*names, "keyword=12345678"])], 1) == [
-        "    y = f(", f"        {', '.join(names)}, keyword=12345678", "    )"
+    assert written(["y = f", arguments([*names, "k=12345678"])], 1) == [
+        "    y = f(", f"        {', '.join(names)}, k=12345678", "    )"
     ]  # fmt: skip
     assert written(["y = ", listed([*names, *names])], 1)[1] == f"        {names[0]},"
