@@ -19,9 +19,9 @@ from shardc.ir.program import value_of
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import wait
-from shardc.source.calls import Calls, may_write
+from shardc.source.calls import CallTexts, may_write
 from shardc.source.naming import Naming, Scope
-from shardc.source.places import Place
+from shardc.source.places import Spot
 from shardc.source.text import Item, remark, tuple_of, values, written
 
 LEAST_LIST = 6
@@ -36,7 +36,7 @@ class Shared:
     """What all functions of a module share. `told` is what is known of a collective, for a comment."""
 
     def __init__(
-        self, calls: Calls, naming: Naming, mesh: Mesh, taken: set[str], told: Callable[[fx.Node], str]
+        self, calls: CallTexts, naming: Naming, mesh: Mesh, taken: set[str], told: Callable[[fx.Node], str]
     ) -> None:
         self.calls, self.naming, self.mesh, self.taken, self.told = calls, naming, mesh, taken, told
         self.used: set[str] = set()
@@ -67,7 +67,7 @@ class Writer:
     def __init__(self, shared: Shared, nodes: Collection[fx.Node], layer: bool) -> None:
         self.shared, self.here, self.layer = shared, set(nodes), layer
         self.scope = Scope(shared.taken)
-        self.where: dict[fx.Node, Place] = {}
+        self.where: dict[fx.Node, Spot] = {}
         self.level = 1
         self._blocks: list[list[str]] = [[]]
         self._owned: dict[str, fx.Node | str] = {}
@@ -83,22 +83,22 @@ class Writer:
         self._owned[name] = what
         self._touched[name] = len(self._blocks) - 1
 
-    def name(self, node: fx.Node, wanted: str = "") -> Place:
+    def name(self, node: fx.Node, wanted: str = "") -> Spot:
         """Give a value of the function's own a name."""
-        self.where[node] = Place(self.scope.name(wanted or self.shared.naming.of(node, self.layer)))
+        self.where[node] = Spot(self.scope.name(wanted or self.shared.naming.of(node, self.layer)))
         self.own(self.where[node].name, node)
         return self.where[node]
 
-    def read(self, place: Place) -> Place:
+    def read(self, place: Spot) -> Spot:
         """A value is read here."""
         self._touched[place.name] = len(self._blocks) - 1
         return place
 
-    def place(self, node: fx.Node) -> Place:
+    def place(self, node: fx.Node) -> Spot:
         """Where a value is that is read here. One of several results that has no name is taken out."""
         if node not in self.where and node.target is operator.getitem:
             source, index = node.args
-            return self.read(Place(self.where[source].name, index))  # type: ignore[index, arg-type]
+            return self.read(Spot(self.where[source].name, index))  # type: ignore[index, arg-type]
         if node not in self.where:
             raise NoPlace(node.name)
         return self.read(self.where[node])
@@ -124,7 +124,7 @@ class Writer:
             self._blocks[number] += written(["del ", tuple_of(sorted(names))], 1)
         return [line for block in self._blocks for line in block]
 
-    def call(self, node: fx.Node, operands: Sequence[Place], own: bool) -> None:
+    def call(self, node: fx.Node, operands: Sequence[Spot], own: bool) -> None:
         """The statement of a call. `own` says that its first operand is the function's own and dies here."""
         parts = self.shared.calls.parts(node, operands, may_write(node, own))
         targets = self._targets(node)
@@ -140,7 +140,7 @@ class Writer:
         whole = self.name(node)
         self.own(whole.name, whole.name)
         for index, piece in enumerate(pieces):
-            self.where[piece] = Place(whole.name, index, len(pieces))
+            self.where[piece] = Spot(whole.name, index, len(pieces))
         return [str(whole)]
 
     def header(self, node: fx.Node, following: Iterable[fx.Node]) -> None:

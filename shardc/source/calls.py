@@ -13,7 +13,7 @@ from torch import fx
 from shardc.analysis.timeline import is_started
 from shardc.ir.facts import dtype_of
 from shardc.runtime.kernels.parts import Part
-from shardc.source.places import Place, spread
+from shardc.source.places import Spot, spread
 from shardc.source.text import Item, arguments, listed, values
 
 _UNSAID = ("pin_memory", "layout", "memory_format")
@@ -27,7 +27,7 @@ _IN_PLACE: dict[Any, torch._ops.OpOverload] = {
 """Operators that copy their first operand, and write to few places of the copy; and those that write to it."""
 
 
-class Calls:
+class CallTexts:
     """The calls of one graph. `bodies` are the functions of users that it calls, with the names of their imports."""
 
     def __init__(self, graph: fx.Graph, taken: set[str]) -> None:
@@ -36,11 +36,11 @@ class Calls:
         taken.update(self.imports)
         self.bodies = self._bodies(taken)
 
-    def parts(self, node: fx.Node, operands: Sequence[Place], in_place: bool) -> list[Item]:
+    def parts(self, node: fx.Node, operands: Sequence[Spot], in_place: bool) -> list[Item]:
         """A call, to be written as a statement. `operands` are in the order of `repetition.operands_of`."""
         found = iter(operands)
         if node.target is operator.getitem:
-            return [str(Place(str(operands[0]), node.args[1]))]  # type: ignore[arg-type]
+            return [str(Spot(str(operands[0]), node.args[1]))]  # type: ignore[arg-type]
         shown = [_shown(argument, found) for argument in node.args]
         for name, value in node.kwargs.items():
             if name in _UNSAID:
@@ -94,7 +94,7 @@ def imported(bodies: Mapping[Any, str]) -> list[str]:
     return lines
 
 
-def _shown(value: Any, places: Iterator[Place]) -> Item:
+def _shown(value: Any, places: Iterator[Spot]) -> Item:
     if isinstance(value, fx.Node):
         return str(next(places))
     if isinstance(value, (list, tuple)):

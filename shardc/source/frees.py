@@ -26,7 +26,7 @@ Storages = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Held:
+class Holding:
     """What the plan holds. `lines` has for every node of a half the bytes while it runs, by the half's name; `storages`
     what every value occupies, by the name of its node; `peak` the most that is held at once."""
 
@@ -57,7 +57,7 @@ class Lives:
     results: set[fx.Node]
     given: set[fx.Node]
     """What is held by others, whatever this half does."""
-    held: Held | None
+    held: Holding | None
     half: str
     place: dict[fx.Node, int] = field(init=False)
     ends: dict[int, int] = field(init=False)

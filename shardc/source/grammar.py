@@ -16,7 +16,7 @@ from shardc.errors import ShardcError
 from shardc.runtime.collectives.collective import Collective
 
 
-class Kind(Enum):
+class LineKind(Enum):
     """A kind of line: its form, an example, and what it does."""
 
     OPERATOR = "TARGETS = OPERATOR(XS)", "y = aten.mm.default(x, w)", "an operator of torch on the rank's parts"
@@ -50,10 +50,10 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Line:
+class SourceLine:
     """One statement of a function: its kind, and where it stands."""
 
-    kind: Kind
+    kind: LineKind
     number: int
     text: str
 
@@ -62,13 +62,13 @@ class SourceError(ShardcError):
     """A line that is not in the table."""
 
 
-def read(source: str) -> Mapping[str, Sequence[Line]]:
+def read(source: str) -> Mapping[str, Sequence[SourceLine]]:
     """The statements of every function of a generated module, by the name of the function, with those in loops behind
     their loop. Raises SourceError at the first line that the table does not know, at a function that is not annotated,
     and at what stands outside of functions and is neither an import, nor a constant."""
     tree = ast.parse(source)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    reader = _Reader(source, {function.name for function in functions}, _imported(tree))
+    reader = _SourceReader(source, {function.name for function in functions}, _imported(tree))
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef):
             reader.outside(node)
@@ -88,7 +88,7 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 _CONSTANTS = ("aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS", "TANGENTS", "GRADIENTS", "CHECK")
 
 
-class _Reader:
+class _SourceReader:
     def __init__(self, source: str, layers: set[str], imports: Mapping[str, str]) -> None:
         self.lines = source.splitlines()
         self.layers, self.imports = layers, imports
@@ -101,19 +101,19 @@ class _Reader:
         if not (constant or docstring or main or isinstance(node, (ast.Import, ast.ImportFrom))):
             raise self._error(node, "stands outside of a function")
 
-    def function(self, node: ast.FunctionDef) -> Iterator[Line]:
+    def function(self, node: ast.FunctionDef) -> Iterator[SourceLine]:
         arguments = [*node.args.args, *([node.args.vararg] if node.args.vararg else [])]
         if node.returns is None or any(argument.annotation is None for argument in arguments):
             raise self._error(node, "is a function without annotations")
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
         yield from self._statements(body)
 
-    def _statements(self, body: Sequence[ast.stmt]) -> Iterator[Line]:
+    def _statements(self, body: Sequence[ast.stmt]) -> Iterator[SourceLine]:
         for statement in body:
             kind = next((kind for kind, fits in _FITS if fits(self, statement)), None)
             if kind is None:
                 raise self._error(statement, "is no line of generated code")
-            yield Line(kind, statement.lineno, self.lines[statement.lineno - 1].strip())
+            yield SourceLine(kind, statement.lineno, self.lines[statement.lineno - 1].strip())
             if isinstance(statement, ast.For):
                 yield from self._statements(statement.body)
 
@@ -121,28 +121,28 @@ class _Reader:
         """What a statement assigns the result of: `aten.mm.default`; "" if it is no call."""
         return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
 
-    def calls(self, node: ast.AST | None) -> Kind | None:
+    def calls(self, node: ast.AST | None) -> LineKind | None:
         """The kind of a call, by what is called."""
         called = self.called(node)
         if called.startswith(("aten.", "torch.ops.")):
-            return Kind.OPERATOR
+            return LineKind.OPERATOR
         name, _, started = called.partition(".")
         ours = getattr(shardc.runtime, name, None) if self.imports.get(name) == "shardc.runtime" else None
         if started:
-            return Kind.START if started == "start" and isinstance(ours, Collective) else None
+            return LineKind.START if started == "start" and isinstance(ours, Collective) else None
         if name in ("wait", "take") and ours is not None:
-            return Kind.WAIT if name == "wait" else Kind.TAKE
+            return LineKind.WAIT if name == "wait" else LineKind.TAKE
         if isinstance(ours, Collective):
-            return Kind.COLLECTIVE
+            return LineKind.COLLECTIVE
         if name in self.layers:
-            return Kind.LAYER
-        return Kind.BODY if name in self.imports else None
+            return LineKind.LAYER
+        return LineKind.BODY if name in self.imports else None
 
     def _error(self, node: ast.stmt, what: str) -> SourceError:
         return SourceError(f"line {node.lineno} {what}: {self.lines[node.lineno - 1].strip()}")
 
 
-Fits = Callable[[_Reader, ast.stmt], bool]
+Fits = Callable[[_SourceReader, ast.stmt], bool]
 
 
 def _assigns(node: ast.stmt) -> bool:
@@ -160,38 +160,48 @@ def _places(node: ast.AST) -> bool:
     return isinstance(node, (ast.Name, ast.Tuple, ast.List, ast.Subscript))
 
 
-def _call(kind: Kind) -> Fits:
+def _call(kind: LineKind) -> Fits:
     return lambda reader, node: isinstance(node, ast.Assign) and _assigns(node) and reader.calls(node.value) is kind
 
 
-def _each(reader: _Reader, node: ast.stmt) -> bool:
+def _each(reader: _SourceReader, node: ast.stmt) -> bool:
     made = node.value if isinstance(node, ast.Assign) else None
-    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is Kind.OPERATOR
+    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.OPERATOR
 
 
-def _item(_: _Reader, node: ast.stmt) -> bool:
+def _item(_: _SourceReader, node: ast.stmt) -> bool:
     taken = node.value if isinstance(node, ast.Assign) else None
     return _assigns(node) and isinstance(taken, ast.Subscript) and isinstance(taken.slice, ast.Constant)
 
 
-def _loop(_: _Reader, node: ast.stmt) -> bool:
+def _loop(_: _SourceReader, node: ast.stmt) -> bool:
     return isinstance(node, ast.For) and ast.unparse(node.iter).startswith("range(") and not node.orelse
 
 
-def _clear(_: _Reader, node: ast.stmt) -> bool:
+def _clear(_: _SourceReader, node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node).endswith(".clear()")
 
 
-_FITS: tuple[tuple[Kind, Fits], ...] = (
-    *((kind, _call(kind)) for kind in (Kind.OPERATOR, Kind.BODY, Kind.COLLECTIVE, Kind.START, Kind.WAIT, Kind.LAYER)),
-    (Kind.TAKE, _call(Kind.TAKE)),
-    (Kind.EACH, _each),
-    (Kind.ITEM, _item),
-    (Kind.LOOP, _loop),
-    (Kind.COLLECT, lambda _, node: isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add)),
-    (Kind.EMPTY, lambda _, node: isinstance(node, ast.AnnAssign) and ast.unparse(node.value or node) == "[]"),
-    (Kind.UNPACK, lambda _, node: isinstance(node, ast.Assign) and _assigns(node) and _places(node.value)),
-    (Kind.CLEAR, _clear),
-    (Kind.DEL, lambda _, node: isinstance(node, ast.Delete)),
-    (Kind.RETURN, lambda _, node: isinstance(node, ast.Return)),
+_FITS: tuple[tuple[LineKind, Fits], ...] = (
+    *(
+        (kind, _call(kind))
+        for kind in (
+            LineKind.OPERATOR,
+            LineKind.BODY,
+            LineKind.COLLECTIVE,
+            LineKind.START,
+            LineKind.WAIT,
+            LineKind.LAYER,
+        )
+    ),
+    (LineKind.TAKE, _call(LineKind.TAKE)),
+    (LineKind.EACH, _each),
+    (LineKind.ITEM, _item),
+    (LineKind.LOOP, _loop),
+    (LineKind.COLLECT, lambda _, node: isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add)),
+    (LineKind.EMPTY, lambda _, node: isinstance(node, ast.AnnAssign) and ast.unparse(node.value or node) == "[]"),
+    (LineKind.UNPACK, lambda _, node: isinstance(node, ast.Assign) and _assigns(node) and _places(node.value)),
+    (LineKind.CLEAR, _clear),
+    (LineKind.DEL, lambda _, node: isinstance(node, ast.Delete)),
+    (LineKind.RETURN, lambda _, node: isinstance(node, ast.Return)),
 )

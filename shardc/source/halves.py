@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from shardc.source.body import Shared, Writer, statements
-from shardc.source.frees import Held, Lives, Unit
-from shardc.source.layers import Function, Layer, Part, carried_unit, layer_of, own_units
+from shardc.source.frees import Holding, Lives, Unit
+from shardc.source.layers import Function, Layer, Stretch, carried_unit, layer_of, own_units
 from shardc.source.naming import Scope, layer_name
-from shardc.source.places import Place, spread, turn
+from shardc.source.places import Spot, spread, turn
 from shardc.source.repetition import Loop, Own, operands_of, repeated
 from shardc.source.text import Item, arguments, listed, tuple_of, values
 
@@ -50,7 +50,7 @@ class Half:
         results: Iterable[fx.Node | None],
         kept: Iterable[fx.Node],
         shared: Shared,
-        held: Held | None,
+        held: Holding | None,
         given: set[fx.Node],
         loops: bool,
     ) -> None:
@@ -234,7 +234,7 @@ class Half:
         if given:
             self.shared.used.add("take")
 
-        def call(part: Part, run: int | None) -> None:
+        def call(part: Stretch, run: int | None) -> None:
             first = [*([] if state else carried), *([given] if given else [])]
             first = first if part is layer.parts[0] else [between]
             same = [str(writer.place(loop.columns[number].values[0])) for number in part.same]
@@ -299,19 +299,19 @@ class Half:
             last = loop.runs[-1][offset]
             if layer.state and loop.rest:  # the call that does not end has taken it
                 continue
-            writer.where.setdefault(last, Place(name))
+            writer.where.setdefault(last, Spot(name))
             writer.own(name, last)
         for name, group in layer.groups.items():
             rest = sum(offset < len(loop.rest) for offset in group)
             length = len(group) * len(loop.runs) + rest
             for run, nodes in enumerate(loop.every):
                 for position, offset in enumerate(group[: rest if nodes is loop.rest else None]):
-                    writer.where.setdefault(nodes[offset], Place(lists[name], run * len(group) + position, length))
+                    writer.where.setdefault(nodes[offset], Spot(lists[name], run * len(group) + position, length))
 
     def _varying(self, layer: Layer) -> None:
         """Find where the arguments are that differ from run to run. What has no place in a list gets one."""
         loop, writer = layer.loop, self.writer
-        self.turns: dict[int, tuple[Place, int]] = {}
+        self.turns: dict[int, tuple[Spot, int]] = {}
         for part in layer.parts:
             for number in part.held:
                 some = [v for v in loop.values(number) if v is not None]
@@ -321,12 +321,12 @@ class Half:
                     name = writer.scope.name("given_layers")
                     writer.add(f"{name} = ", listed(spread(places)))
                     writer.own(name, name)
-                    self.turns[number] = Place(name, 0), 1
+                    self.turns[number] = Spot(name, 0), 1
                 else:
                     self.turns[number] = places[0], step
             part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].at))
 
-    def _turn(self, part: Part, run: int | None) -> list[str]:
+    def _turn(self, part: Stretch, run: int | None) -> list[str]:
         """The arguments that differ, in one run, or in run `i`."""
         found = [self.turns[number] for number in part.held]
         if run is None:
@@ -355,7 +355,7 @@ class Half:
     def returned(self, nodes: Sequence[fx.Node | None]) -> Item:
         """Several results, as a tuple."""
         items: list[Item] = []
-        some: list[Place] = []
+        some: list[Spot] = []
         for node in nodes:
             if node is not None:
                 some.append(self.writer.place(node))
@@ -365,7 +365,7 @@ class Half:
         return values([*items, *spread(some)])
 
 
-def _even(places: Sequence[Place]) -> int | None:
+def _even(places: Sequence[Spot]) -> int | None:
     """How far places move from run to run in one list; None if they do not move evenly."""
     first, second = places[0], places[1]
     if first.at is None or second.at is None:

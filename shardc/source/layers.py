@@ -16,23 +16,23 @@ from torch import fx
 from shardc.ir.facts import lowered
 from shardc.source.body import Shared, Writer, statements
 from shardc.source.frees import Lives, Unit
-from shardc.source.places import Place
-from shardc.source.repetition import Loop, Own, Read
+from shardc.source.places import Spot
+from shardc.source.repetition import Loop, Outer, Own
 from shardc.source.text import Item, arguments, listed, tuple_of, values, written
 
 LIVING = "nobody else holds them: each is freed with its last name"
 
 
 @dataclass
-class Part:
+class Stretch:
     """The nodes of a run from offset `low` to before `high`, as one function. `before` comes from the part before in a
     list, `after` goes to the part behind in one. `held` and `same` are columns that are arguments; `groups` the offsets
     of what runs leave, list by list."""
 
     low: int
     high: int
-    before: list[Own | Read] = field(default_factory=list[Own | Read])
-    after: list[Own | Read] = field(default_factory=list[Own | Read])
+    before: list[Own | Outer] = field(default_factory=list[Own | Outer])
+    after: list[Own | Outer] = field(default_factory=list[Own | Outer])
     held: list[int] = field(default_factory=list[int])
     same: list[int] = field(default_factory=list[int])
     groups: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
@@ -48,7 +48,7 @@ class Layer:
     loop: Loop
     given: list[int]
     groups: dict[str, list[int]]
-    parts: list[Part] = field(default_factory=list[Part])
+    parts: list[Stretch] = field(default_factory=list[Stretch])
     state: bool = False
 
     @property
@@ -72,7 +72,7 @@ class Layer:
         assert offset is not None
         return self.run[offset]
 
-    def node(self, one: Own | Read) -> fx.Node:
+    def node(self, one: Own | Outer) -> fx.Node:
         """What the first run makes or reads."""
         return self.run[one.offset] if isinstance(one, Own) else self.loop.columns[one.column].values[0]
 
@@ -87,8 +87,8 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
     layer = Layer(loop, given, groups)
     cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
     for low, high in itertools.pairwise(cuts):
-        read = {one.column for offset in range(low, high) for one in loop.operands[offset] if isinstance(one, Read)}
-        part = Part(low, high)
+        read = {one.column for offset in range(low, high) for one in loop.operands[offset] if isinstance(one, Outer)}
+        part = Stretch(low, high)
         part.same = [n for n in sorted(read) if loop.columns[n].same]
         part.held = [n for n in sorted(read) if not loop.columns[n].same and loop.columns[n].carried is None]
         part.held = [n for n in part.held if n not in given]
@@ -98,22 +98,22 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
         first, second = layer.parts
         later = [one for offset in range(second.low, second.high) for one in loop.operands[offset]]
         passed = {one for one in later if isinstance(one, Own) and one.offset < first.high}
-        passed |= {one for one in later if isinstance(one, Read) and (one.column in (*given, *layer.carried))}
+        passed |= {one for one in later if isinstance(one, Outer) and (one.column in (*given, *layer.carried))}
         kept = {offset for group in groups.values() for offset in group}
         ends = {Own(offset) for offset, node in enumerate(loop.rest) if offset not in kept and read_on(node)}
         passed |= ends
-        first.after = second.before = sorted(passed, key=lambda one: (isinstance(one, Read), one[0]))
+        first.after = second.before = sorted(passed, key=lambda one: (isinstance(one, Outer), one[0]))
     return layer
 
 
-def spans_of(layer: Layer, part: Part) -> list[tuple[int, int]]:
+def spans_of(layer: Layer, part: Stretch) -> list[tuple[int, int]]:
     """From node to node of the half, every time that a part runs."""
     runs = len(layer.loop.runs) + bool(layer.loop.rest and part is layer.parts[0])
     starts = [layer.loop.start + run * layer.loop.size for run in range(runs)]
     return [(start + part.low, start + part.high) for start in starts]
 
 
-def own_units(layer: Layer, part: Part, lives: Lives) -> list[Unit]:
+def own_units(layer: Layer, part: Stretch, lives: Lives) -> list[Unit]:
     """The storages that a function may free."""
     first = part is layer.parts[0]
     columns = [layer.loop.columns[n].values[0] for n in layer.in_list] if first else list(map(layer.node, part.before))
@@ -144,20 +144,20 @@ def carried_unit(layer: Layer, lives: Lives) -> Unit:
 class Function:
     """Writes the function of a part."""
 
-    def __init__(self, layer: Layer, part: Part, shared: Shared, wanted: Callable[[int], str]) -> None:
+    def __init__(self, layer: Layer, part: Stretch, shared: Shared, wanted: Callable[[int], str]) -> None:
         self.layer, self.part, self.shared = layer, part, shared
         self.writer = Writer(shared, layer.run[part.low : part.high], layer=True)
         self.first, self.last = part is layer.parts[0], part is layer.parts[-1]
-        self.columns: dict[int, Place] = {}
+        self.columns: dict[int, Spot] = {}
         loop = layer.loop
-        read = {one.column for o in range(part.low, part.high) for one in loop.operands[o] if isinstance(one, Read)}
+        read = {one.column for o in range(part.low, part.high) for one in loop.operands[o] if isinstance(one, Outer)}
         read.update(layer.given if self.first else ())
-        read.update(one.column for one in (*part.before, *part.after) if isinstance(one, Read))
+        read.update(one.column for one in (*part.before, *part.after) if isinstance(one, Outer))
         for number in sorted({*read, *(layer.carried if self.first else ())}):
             column = loop.columns[number]
             name = wanted(number) if column.carried is not None else shared.naming.of(column.values[0], True)
-            self.columns[number] = Place(self.writer.scope.name(name))
-        self.given = list[Own | Read](map(Read, layer.in_list)) if self.first else part.before
+            self.columns[number] = Spot(self.writer.scope.name(name))
+        self.given = list[Own | Outer](map(Outer, layer.in_list)) if self.first else part.before
         self.taken = self.writer.scope.name("given") if self.given else ""
 
     def lines(self, dropped: Collection[fx.Node | str] | None, doc: str) -> list[str]:
@@ -186,7 +186,7 @@ class Function:
         body = writer.lines(left, dropped)
         return [*self._head(doc), *body, *self._leave()]
 
-    def _place(self, one: Own | Read) -> Place:
+    def _place(self, one: Own | Outer) -> Spot:
         if isinstance(one, Own):
             return self.writer.place(self.layer.run[one.offset])
         return self.writer.read(self.columns[one.column])

@@ -13,11 +13,11 @@ from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
 from shardc.runtime.kernels.random import DRAWS
 from shardc.source.body import NoPlace, Shared
-from shardc.source.calls import Calls, imported, shown
-from shardc.source.frees import Held
+from shardc.source.calls import CallTexts, imported, shown
+from shardc.source.frees import Holding
 from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
 from shardc.source.naming import Naming
-from shardc.source.places import Place
+from shardc.source.places import Spot
 from shardc.source.slots import rows, table
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 
@@ -31,7 +31,7 @@ class Predicted:
 
     lines: Sequence[str] = ()
     told: Callable[[fx.Node], str] = lambda _: ""
-    held: Held | None = None
+    held: Holding | None = None
 
 
 def source_of(
@@ -58,7 +58,7 @@ class _Module:
         self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
         self.run: Partition = partition(graph, program)
         taken: set[str] = {*_NAMES}
-        self.calls = Calls(graph, taken)
+        self.calls = CallTexts(graph, taken)
         self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told)
 
     def text(self, loops: bool) -> str:
@@ -105,14 +105,14 @@ class _Module:
         for place, node in enumerate(given):
             if place not in inside:
                 unread = "" if forward.lives.read(node) or not stretches else "_"
-                writer.where[node] = Place(writer.scope.name(unread + self.shared.naming.of(node, layer=False)))
+                writer.where[node] = Spot(writer.scope.name(unread + self.shared.naming.of(node, layer=False)))
         if not stretches:
             named = [f"{writer.where[node]}: Tensor" for node in given]
             return written(["def forward", arguments(named), returns[1:]], 0)
         names = [writer.scope.name("layers") for _ in stretches]
         for name, (start, stop) in zip(names, stretches, strict=True):
             for place in range(start, stop):
-                writer.where[given[place]] = Place(name, place - start, stop - start)
+                writer.where[given[place]] = Spot(name, place - start, stop - start)
         whole = writer.scope.name("given")
         lines = [f"def forward(*{whole}: Tensor{returns}"]
         if len(stretches) == 1:

@@ -109,7 +109,7 @@ _STORED = (Role.PARAMETER, Role.BUFFER)
 def identifier(text: str) -> str:
     """A name that Python takes, as near to a text as can be."""
     name = re.sub(r"\W", "_", text, flags=re.ASCII)
-    return name if name.isidentifier() else f"value_{name}"
+    return name if name.isidentifier() else f"layer_{name}"
 
 
 def layer_name(modules: Iterable[str]) -> str:

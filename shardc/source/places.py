@@ -18,7 +18,7 @@ WIDEST = 64
 """Places that may differ within one turn of a comprehension."""
 
 
-class Place(NamedTuple):
+class Spot(NamedTuple):
     """A name, or with `at` a place of the list that is called so; `of` is the length of the list, if known."""
 
     name: str
@@ -29,7 +29,7 @@ class Place(NamedTuple):
         return self.name if self.at is None else f"{self.name}[{self.at}]"
 
 
-def spread(places: Sequence[Place]) -> list[Item]:
+def spread(places: Sequence[Spot]) -> list[Item]:
     """Items of a list or tuple that has the values at `places`."""
     items: list[Item] = []
     at = 0
@@ -40,7 +40,7 @@ def spread(places: Sequence[Place]) -> list[Item]:
     return items
 
 
-def _best(places: Sequence[Place], at: int) -> tuple[int, str]:
+def _best(places: Sequence[Spot], at: int) -> tuple[int, str]:
     """How many places from `at` on are written as one item, and the item."""
     if places[at].at is None:
         return 1, str(places[at])
@@ -56,7 +56,7 @@ def _best(places: Sequence[Place], at: int) -> tuple[int, str]:
     return count, f"*{_slice(places[at], step, count)}"
 
 
-def _step(places: Sequence[Place], at: int, stride: int) -> int | None:
+def _step(places: Sequence[Spot], at: int, stride: int) -> int | None:
     """How far two places of one list, `stride` apart, are from each other in that list."""
     if at + stride >= len(places):
         return None
@@ -66,7 +66,7 @@ def _step(places: Sequence[Place], at: int, stride: int) -> int | None:
     return other.at - one.at
 
 
-def _slice(first: Place, step: int, count: int) -> str:
+def _slice(first: Spot, step: int, count: int) -> str:
     assert first.at is not None
     last = first.at + step * (count - 1)
     if step == 1:
@@ -79,7 +79,7 @@ def _slice(first: Place, step: int, count: int) -> str:
     return f"{first.name}[{start}:{end}:{step}]"
 
 
-def _turns(places: Sequence[Place], at: int, least: int) -> tuple[int, str] | None:
+def _turns(places: Sequence[Spot], at: int, least: int) -> tuple[int, str] | None:
     """The places from `at` on as a comprehension, if it stands for at least so many."""
     best: tuple[int, int, list[int]] | None = None
     for width in range(1, min(WIDEST, (len(places) - at) // LEAST) + 1):
@@ -102,7 +102,7 @@ def _turns(places: Sequence[Place], at: int, least: int) -> tuple[int, str] | No
     return count * width, f"*(x for i in range({count}) for x in ({', '.join(inner)}{',' if len(inner) == 1 else ''}))"
 
 
-def turn(first: Sequence[Place], steps: Sequence[int]) -> list[str]:
+def turn(first: Sequence[Spot], steps: Sequence[int]) -> list[str]:
     """The items of one turn of a loop over `i`: places of the first turn, and how far each moves from turn to turn."""
     items: list[str] = []
     at = 0

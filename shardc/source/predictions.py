@@ -12,7 +12,7 @@ from shardc.ir.partition import partition
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.planning.compilation import Compilation
 from shardc.runtime.collectives.collective import wait
-from shardc.source.frees import Held
+from shardc.source.frees import Holding
 from shardc.source.module import Predicted
 
 
@@ -26,7 +26,7 @@ def predicted(c: Compilation) -> Predicted:
     return Predicted(tuple(_docstring(c)), _Told(c).of, _held(c))
 
 
-def _held(c: Compilation) -> Held:
+def _held(c: Compilation) -> Holding:
     """What a rank holds while each line runs."""
     graph = c.schedule.bucketed.read()
     run = partition(graph, c.program)
@@ -35,7 +35,7 @@ def _held(c: Compilation) -> Held:
     first = set(run.forward)
     halves = [one for one in order if one[0] in first], [one for one in order if one[0] not in first]
     lines = MemoryAnalysis(graph, run, c.program, c.mesh, c.states).line_by_line(*halves)
-    return Held(lines.held, lines.storages, lines.peak)
+    return Holding(lines.held, lines.storages, lines.peak)
 
 
 class _Told:

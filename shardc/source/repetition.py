@@ -43,7 +43,7 @@ class Own(NamedTuple):
     offset: int
 
 
-class Read(NamedTuple):
+class Outer(NamedTuple):
     """An operand from outside of the run: number `column` of `Loop.columns`."""
 
     column: int
@@ -75,7 +75,7 @@ class Loop:
     start: int
     runs: tuple[tuple[fx.Node, ...], ...]
     columns: tuple[Column, ...]
-    operands: tuple[tuple[Own | Read, ...], ...]
+    operands: tuple[tuple[Own | Outer, ...], ...]
     kept: tuple[int, ...]
     rest: tuple[fx.Node, ...] = ()
     reads: tuple[fx.Node | None, ...] = ()
@@ -264,14 +264,14 @@ class _Search:
     def _loop(self, start: int, period: int, count: int) -> Loop | None:
         """The loop of `count` runs from a place on; None where the runs do not read alike or leave alike."""
         columns: dict[Column, int] = {}
-        operands: list[tuple[Own | Read, ...]] = []
+        operands: list[tuple[Own | Outer, ...]] = []
         for offset in range(period):
-            read: list[Own | Read] = []
+            read: list[Own | Outer] = []
             for values in zip(*(self.operands[start + run * period + offset] for run in range(count)), strict=True):
                 one = self._operand(values, start, period, count)
                 if one is None:
                     return None
-                read.append(one if isinstance(one, Own) else Read(columns.setdefault(one, len(columns))))
+                read.append(one if isinstance(one, Own) else Outer(columns.setdefault(one, len(columns))))
             operands.append(tuple(read))
         kept = self._kept({c.carried for c in columns if c.carried is not None}, start, period, count)
         if kept is None:

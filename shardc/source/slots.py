@@ -25,7 +25,7 @@ from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program
 from shardc.source.calls import shown
-from shardc.source.text import Group, arguments, written
+from shardc.source.text import Brackets, arguments, written
 
 LEAST_TURNS = 3
 """Layers of which a table is written once."""
@@ -75,7 +75,7 @@ def table(name: str, slots: Sequence[Row]) -> list[str]:
 
 
 def _slot(row: Row, name: str, level: int) -> list[str]:
-    group: Group = arguments([row.role, name, *row.rest])
+    group: Brackets = arguments([row.role, name, *row.rest])
     lines = written(["Slot", group], level, row.typed)
     *above, last = lines
     code, mark, comment = last.partition("  # ")

@@ -21,7 +21,7 @@ STEP = 4
 
 
 @dataclass(frozen=True)
-class Group:
+class Brackets:
     """Items between brackets. With `bare`, the brackets are only written where the items do not fit on a line."""
 
     open: str
@@ -39,19 +39,19 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Arguments(Group):
+class Arguments(Brackets):
     """The arguments of a call, or the parameters of a function: a single one has no comma behind it."""
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.items))})"
 
 
-Item = str | Group
+Item = str | Brackets
 
 
-def values(items: Iterable[Item], bare: bool = False) -> Group:
+def values(items: Iterable[Item], bare: bool = False) -> Brackets:
     """A tuple."""
-    return Group("(", tuple(items), ")", bare)
+    return Brackets("(", tuple(items), ")", bare)
 
 
 def tuple_of(items: Sequence[Item]) -> Item:
@@ -59,12 +59,12 @@ def tuple_of(items: Sequence[Item]) -> Item:
     return values(items, bare=True) if len(items) != 1 else items[0]
 
 
-def listed(items: Iterable[Item]) -> Group:
+def listed(items: Iterable[Item]) -> Brackets:
     """A list."""
-    return Group("[", tuple(items), "]")
+    return Brackets("[", tuple(items), "]")
 
 
-def arguments(items: Iterable[Item]) -> Group:
+def arguments(items: Iterable[Item]) -> Brackets:
     """What stands behind the name of a function."""
     return Arguments("(", tuple(items), ")")
 
@@ -79,7 +79,7 @@ def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:
     above = remark(comment, level) if comment else []
     if len(line) <= WIDTH:
         return [*above, line]
-    groups = [number for number, part in enumerate(parts) if isinstance(part, Group) and part.items]
+    groups = [number for number, part in enumerate(parts) if isinstance(part, Brackets) and part.items]
     for broken in (groups[-1:], groups[:1], groups):
         lines = _broken(parts, set(broken), level)
         if all(len(one) <= WIDTH for one in lines):
@@ -107,7 +107,7 @@ def _broken(parts: Sequence[Item], broken: set[int], level: int) -> list[str]:
 
 
 def _item(item: Item, level: int) -> list[str]:
-    if not isinstance(item, Group) or len(" " * STEP * level + f"{item},") <= WIDTH or not item.items:
+    if not isinstance(item, Brackets) or len(" " * STEP * level + f"{item},") <= WIDTH or not item.items:
         return [" " * STEP * level + f"{item},"]
     lines = _broken([item], {0}, level)
     return [*lines[:-1], f"{lines[-1]},"]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 def test_processes_compute_what_a_virtual_mesh_does(torchrun: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "mlp.py"
-    shardc.compile(MLP(), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
+    shardc.compile(MLP(64, 128), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
     with pytest.raises(RankError, match="start it with torchrun"):
         saved.main(str(path), ["--check"])
     told = torchrun(str(path), "--check", nproc=2)

@@ -22,7 +22,7 @@ from shardc.passes import localize, reshard
 from shardc.passes.pipeline import NAMES, PIPELINE, part, run
 from shardc.planning.compilation import Compilation
 from shardc.rules.notation import RuleError, parse
-from shardc.source.calls import Calls, imported
+from shardc.source.calls import CallTexts, imported
 
 
 class Narrow(nn.Module):
@@ -111,7 +111,7 @@ def test_bodies_of_one_name_are_told_apart() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(other.softmax, (graph.call_function(one.softmax, (x,)),)))
-    assert sorted(imported(Calls(graph, {"softmax"}).bodies)) == [
+    assert sorted(imported(CallTexts(graph, {"softmax"}).bodies)) == [
         "from users_one import softmax as softmax_1",
         "from users_other import softmax as softmax_2",
     ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import shardc
 from shardc.runtime import Executable, load
-from shardc.source.grammar import Kind, read
+from shardc.source.grammar import LineKind, read
 from shardc.source.module import source_of
 
 PARTS = {
@@ -58,5 +58,5 @@ def test_layers_as_functions_give_what_flat_code_gives(
         (y,) = Executable(load(source)).bind(model)(x)
         y.backward()
         found.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert all(line.kind is not Kind.LOOP for line in lines["forward"]) or source == c.code()
+        assert all(line.kind is not LineKind.LOOP for line in lines["forward"]) or source == c.code()
     assert all(map(torch.equal, *found))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardc.source.grammar import Kind, SourceError, read
+from shardc.source.grammar import LineKind, SourceError, read
 from shardc.source.text import WIDTH, arguments, listed, written
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +20,7 @@ def source(path: Path) -> str:
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_what_codegen_writes_is_in_the_table(path: Path) -> None:
     functions = read(source(path))
-    assert functions["forward"][-1].kind is Kind.RETURN
+    assert functions["forward"][-1].kind is LineKind.RETURN
     assert max(map(len, source(path).splitlines())) <= WIDTH
 
 
@@ -50,14 +50,14 @@ def test_what_stands_outside_of_functions_is_refused() -> None:
 
 def test_the_docs_list_every_kind_with_its_example() -> None:
     text = (ROOT / "docs/design/lowering.md").read_text()
-    for kind in Kind:
+    for kind in LineKind:
         assert f"| `{kind.example}` | {kind.meaning} |" in text, f"| `{kind.example}` | {kind.meaning} |"
 
 
 def test_long_lines_break_as_ruff_breaks_them() -> None:
-    names = [f"a_name_of_a_certain_length_{number}" for number in range(4)]
+    names = [f"a_name_of_some_length_{number}" for number in range(4)]
     assert written(["y = f", arguments(names)], 1) == [f"    y = f({', '.join(names)})"]
-    assert written(["y = f", arguments([*names, "x=1"])], 1) == [
-        "    y = f(", f"        {', '.join(names)}, x=1", "    )"
+    assert written(["y = f", arguments([*names, "k=12345678"])], 1) == [
+        "    y = f(", f"        {', '.join(names)}, k=12345678", "    )"
     ]  # fmt: skip
     assert written(["y = ", listed([*names, *names])], 1)[1] == f"        {names[0]},"
