@@ -11,7 +11,6 @@ from shardc.cost.hardware import Hardware, Link
 from shardc.ir.constrain import serialise
 from shardc.options import Options
 
-
 _PLAIN = (str, int, float, bool, dict, type(None))
 
 

@@ -185,8 +185,8 @@ def test_output_has_a_short_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "Expected one of {plan, explain, compile, run, calibrate}"),
-        ("plann x.py", "Available subcommands: plan, explain, compile, run, calibrate"),
+        ("", "Expected one of {plan, explain, compile, run, diff, calibrate}"),
+        ("plann x.py", "Available subcommands: plan, explain, compile, run, diff, calibrate"),
         ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
         ("run x.py", "--mesh"),
         ("plan x.py", "--mesh, --devices"),
