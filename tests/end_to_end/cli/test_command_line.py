@@ -62,7 +62,7 @@ def flag(name: str) -> str:
 @pytest.mark.parametrize(
     ("command", "options", "more"),
     [
-        ("plan", SearchOptions, {"--mesh", "--devices"}),
+        ("plan", SearchOptions, {"--mesh", "--devices", "--output"}),
         ("explain", Options, {"--mesh", "--why", "--layout"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
         ("run", Options, {"--mesh"}),
