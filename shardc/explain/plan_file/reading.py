@@ -113,8 +113,9 @@ class PlanFile:
         self._refuse(_changes("option ", {**options_json(c.options), **self.data["options"]}, options_json(c.options)))
         self._check_program(fingerprint(c.factored))
         given = self.decisions(c)
+        reader = EntryReader(given, c.factored, c.mesh)
         for constraint in c.constraints:
-            self._check_demand(constraint, EntryReader(given, c.factored, c.mesh), c)
+            self._check_demand(constraint, reader, c)
         return given
 
     def _check_demand(self, constraint: Constraint, reader: EntryReader, c: Compilation) -> None:
@@ -125,7 +126,10 @@ class PlanFile:
         if made is not None:
             for leaf, axes in demanded_leaves(c.factored, c.mesh, constraint):
                 if made.axes[leaf] != axes:
-                    raise ShardcError(f"{reader.label(op)}, but {constraint.label} demands {constraint.text}")
+                    raise ShardcError(
+                        f"{reader.label(op)}, but {constraint.label} demands {constraint.text}: write that, or change "
+                        "what is demanded"
+                    )
 
     def decisions(self, c: Compilation) -> GivenPlan:
         """Its decisions for a program that is known to be the one that it is for."""

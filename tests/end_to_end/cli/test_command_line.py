@@ -64,8 +64,6 @@ def flag(name: str) -> str:
     [
         ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json", "--output"}),
         ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
-        ("plan", SearchOptions, {"--mesh", "--devices"}),
-        ("explain", Options, {"--mesh", "--why", "--layout"}),
         ("report", Options, {"--mesh", "--output", "--against"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
         ("run", Options, {"--mesh", "--json"}),
@@ -190,8 +188,8 @@ def test_output_has_a_short_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "Expected one of {plan, explain, compile, run, diff, trace, profile, report, calibrate}"),
-        ("plann x.py", "Available subcommands: plan, explain, compile, run, diff, trace, profile, report, calibrate"),
+        ("", "Expected one of {plan, explain, report, compile, run, diff, trace, profile, calibrate}"),
+        ("plann x.py", "Available subcommands: plan, explain, report, compile, run, diff, trace, profile, calibrate"),
         ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
         ("run x.py", "--mesh"),
         ("plan x.py", "--mesh, --devices"),
