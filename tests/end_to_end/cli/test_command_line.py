@@ -187,7 +187,7 @@ def test_output_has_a_short_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "Expected one of {plan, explain, compile, run, calibrate}"),
+        ("", "Expected one of {plan, explain, compile, run, trace, profile, calibrate}"),
         ("plann x.py", "Available subcommands: plan, explain, compile, run, trace, profile, calibrate"),
         ("plan --mesh tp=2", "Missing from shardc plan: FILE"),
         ("run x.py", "--mesh"),
