@@ -64,6 +64,7 @@ def _gathered(processes: list[Process]) -> list[Process]:
     """Those of all ranks, on rank 0; every process has its own clock, and begins at 0."""
     if not dist.is_initialized():
         return processes
-    all_ranks: list[list[Process]] = [[]] * dist.get_world_size()
-    dist.gather_object(processes, all_ranks if dist.get_rank() == 0 else None)
-    return [one for rank in all_ranks for one in rank]
+    first = dist.get_rank() == 0
+    ranks: list[list[Process]] = [[] for _ in range(dist.get_world_size() if first else 0)]
+    dist.gather_object(processes, ranks if first else None)
+    return [one for rank in ranks for one in rank]

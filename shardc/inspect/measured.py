@@ -178,10 +178,10 @@ def _kind(call: ast.expr) -> str:
 
 def differences(expected: Process, found: Process) -> Section:
     """Where the two part: the modules whose seconds differ most, those of collectives that they wait for included."""
-    modules = [_by_module(one) for one in (expected, found)]
-    names = {name for one in modules for name in one}
-    told = [(name, modules[0].get(name, 0.0), modules[1].get(name, 0.0)) for name in names]
-    told.sort(key=lambda row: (-abs(row[1] - row[2]), row[0]))
+    before, after = _by_module(expected), _by_module(found)
+    names = sorted(before.keys() | after.keys())
+    told = [(name, before.get(name, 0.0), after.get(name, 0.0)) for name in names]
+    told.sort(key=lambda row: -abs(row[1] - row[2]))
     rows = [
         ("module", "predicted", "measured", "difference"),
         *((name or "(root)", _shown(a), _shown(b), f"{'-' if b < a else '+'}{_shown(abs(b - a))}")
