@@ -101,7 +101,8 @@ class Frontier:
         for _ in range(tuning.PROOFS):
             if took and time.process_time() + took > deadline and self.points.best(capacity) is not None:
                 break
-            multipliers = self._drafted(capacity, deadline)
+            start = time.process_time()
+            multipliers = self._drafted(capacity, start + tuning.STEP_TIME_SHARE * (deadline - start))
             known = [point.multipliers for point in self.dual.known if point.fine]
             start = time.process_time()
             if multipliers in known or (known and start > deadline):

@@ -29,9 +29,10 @@ ENDS_TOLERANCE_SHARE = 0.5
 """Part of the tolerance that the first and last layers may leave open; the ring in the middle may leave the rest.
 Costs and gaps stay the same with half and double."""
 
-DRAFT_SWEEPS = 6
-"""Sweeps over all values of a draft that has messages to start from; twice as many without. Time against quality.
-Costs and gaps stay the same with half and double."""
+TURN_SWEEPS, TURN_HELPS = 6, 0.5
+"""Sweeps over all values between two searches among few of them, where a gap is allowed and messages are known to start
+from; twice as many without. And the part of the gap that a turn of both may leave to be followed by another. Time
+against quality."""
 
 LARGE_NETWORK = 8000
 """Variables beyond which a gap that folding leaves stays open: the search over all layers would take long.
@@ -211,7 +212,7 @@ CAPACITY_GAP, CAPACITY_GAP_FOLDED = 1e-3, 2e-3
 """Relative gaps at which the search within a capacity ends: without and with a fold. Time against
 gap. They were 5e-4 at first."""
 
-STEP_GAP, STEP_GAP_FOLDED, STEP_GAP_SHORT = 3e-4, 1e-3, 1e-5
+STEP_GAP, STEP_GAP_FOLDED, STEP_GAP_SHORT = 3e-4, 1e-3, 3e-4
 """Relative gaps of one solve at fixed multipliers that is to prove something: without a fold, with one, and with one
 where sweeps are short. What it leaves open adds to the gap of the whole.
 The second was 7e-4 at first."""
