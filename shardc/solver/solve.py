@@ -296,8 +296,8 @@ def _solved_template(warm_start: WarmStart, template: Problem, effort: _Effort, 
 
 
 def _searched_roughly(prover: Prover, warm: bool) -> bool:
-    """A few sweeps and a search among the values of small reduced cost, in turns, until the gap closes (True), or a turn
-    does not help. Messages converge in few sweeps, long before a choice can be decoded from them."""
+    """A few sweeps and a search among the values of small reduced cost, in turns, until the gap closes (True), or a
+    turn does not help. Messages converge in few sweeps, long before a choice can be decoded from them."""
     sweeps = tuning.TURN_SWEEPS if warm else 2 * tuning.TURN_SWEEPS
     while True:
         before = prover.cost - prover.lower

@@ -150,9 +150,6 @@ FOREST_PATIENCE, FOREST_GAIN = 3, 1e-3
 """Forests in a row that gain little, after which a descent ends; and what is little, as a part of all it gained.
 Half and double of the first, and half of the second, changed nothing for Llama-3-405B within a capacity."""
 
-ACTIVE_VALUES = 80
-"""Values of a variable that an active set keeps. Time of a draft against its quality."""
-
 # -- Proofs (proof/) ---------------------------------------------------------------------------------------------------
 
 PROOF_SWEEPS = 200
