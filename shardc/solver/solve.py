@@ -213,8 +213,10 @@ def _unfolded_certificate(
     tolerance = effort.target(problem, choice).tolerance
     unfolded = folded.unfolded_certificate(warm_start.certificate)
     proved = check(problem, unfolded) if effort.rough else -math.inf
-    if evaluate(problem, choice) - proved <= tolerance or (effort.rough and unfolded.triplets):
-        return unfolded  # a ring drops triplets
+    # a ring drops triplets
+    enough = max(tolerance, tuning.RING_TRIPLETS * abs(evaluate(problem, choice))) if unfolded.triplets else tolerance
+    if evaluate(problem, choice) - proved <= enough:
+        return unfolded
 
     def proof(part: float, sweeps: int | None, afresh: bool = False) -> ProveFunction:
         """A function that proves to a part of the tolerance."""

@@ -200,6 +200,10 @@ MIN_LAYERS = 8
 PERIODS = 40
 """Distances between equal variables that are tried as the length of a layer, the most frequent first."""
 
+RING_TRIPLETS = 2e-2
+"""Gap, as a part of the cost, from which on a ring is tried though triplets proved the template: it drops them. Most
+often they leave less. Time of a ring against gap."""
+
 RING_COPIES = 3
 """Copies of a layer in a ring. With two, the edge to the copy before and the edge to the copy after could be one."""
 
