@@ -2,7 +2,8 @@
 
 1. Draft: solve the Lagrangian roughly at one vector of multipliers after the other (`cutting_planes.py`), and recombine
    the choices found (`recombine.py`), until the best of them meets what the dual seems to prove.
-2. Prove: solve once more in full at the multipliers that seem best. If they are new, draft on from there.
+2. Prove: solve once more in full at the multipliers that seem best. If they are new, draft on from there. Where that
+   proves less than the cheapest choice of all costs, prove it without multipliers.
 3. Close: branch over a small network (`exact/milp.py`), polish the best choice of another.
 
 The dual leaves a gap that no multipliers close: the capacity may lie between two choices of the same Lagrangian cost.
