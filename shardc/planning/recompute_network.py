@@ -237,8 +237,9 @@ class RecomputeNetwork(CostNetwork):
         last = max(forward, default=self._reader)
         first, end = self.schedule.rerun.get(key[0], 0), max([*backward, *self.schedule.reread.get(key, ())])
         if port is not None:  # the parameter itself is held throughout
-            copies = _with_gone(self._copies(tensor, maker_layouts, every), gone, 0.0)
-            self._hold(source, variable, copies, last + 1, end)
+            copies = self._copies(tensor, maker_layouts, every)
+            held = self._derived(("copies", gone), (copies,), lambda: _with_gone(copies, gone, 0.0))
+            self._hold(source, variable, held, last + 1, end)
         elif self._runs_again(source):
             once = len(maker_layouts) // 2
 

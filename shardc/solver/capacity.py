@@ -2,7 +2,8 @@
 
 1. Draft: solve the Lagrangian roughly at one vector of multipliers after the other (`cutting_planes.py`), and recombine
    the choices found (`recombine.py`), until the best of them meets what the dual seems to prove.
-2. Prove: solve once more in full at the multipliers that seem best. If they are new, draft on from there.
+2. Prove: solve once more in full at the multipliers that seem best. If they are new, draft on from there. Where that
+   proves less than the cheapest choice of all costs, prove it without multipliers.
 3. Close: branch over a small network (`exact/milp.py`), polish the best choice of another.
 
 The dual leaves a gap that no multipliers close: the capacity may lie between two choices of the same Lagrangian cost.
@@ -54,6 +55,7 @@ class Frontier:
         self.points = Points(problem, loads)
         self.dual = CuttingPlanes(self.points)
         self.branched: dict[float, float] = {}  # what branching proved, by capacity
+        self.free = -math.inf  # what the cheapest choice without any capacity costs, about
         self._recombination = Recombination(problem, loads, self.points, self.warm_start.fold)
         if self.warm_start.fold:
             self.final_gap = tuning.CAPACITY_GAP_FOLDED
@@ -65,7 +67,7 @@ class Frontier:
         """Take what is known from a network that this one extends: the solution there without any capacity, and a
         choice here. No choice here may cost less than the least there."""
         draft = not math.isfinite(free.lower_bound)
-        least = free.cost if draft else free.lower_bound
+        least = self.free = free.cost if draft else free.lower_bound
         self.dual.known.append(DualPoint({}, least, Certificate({}), draft))  # that certificate is of another network
         self.points.add(self.points.evaluated(choice))
         self.warm_start = self.warm_start.at(choice)
@@ -79,6 +81,8 @@ class Frontier:
         if not self.points.all:
             self._ask({}, deadline)
         self._alternate(capacity, deadline)
+        if self.dual.best(capacity).bound(capacity) < self.free and not self.dual.proved({}):
+            self._ask({}, deadline)  # what is proved without a capacity holds within every one
         self._merge(capacity)
         self._close(capacity, deadline)
         best = self.points.best(capacity)
@@ -101,10 +105,11 @@ class Frontier:
         for _ in range(tuning.PROOFS):
             if took and time.process_time() + took > deadline and self.points.best(capacity) is not None:
                 break
-            multipliers = self._drafted(capacity, deadline)
-            known = [point.multipliers for point in self.dual.known if point.fine]
             start = time.process_time()
-            if multipliers in known or (known and start > deadline):
+            multipliers = self._drafted(capacity, start + tuning.STEP_TIME_SHARE * (deadline - start))
+            start = time.process_time()
+            proofs = any(point.fine for point in self.dual.known)
+            if self.dual.proved(multipliers) or (proofs and start > deadline):
                 break
             self._ask(multipliers, deadline)
             took = time.process_time() - start

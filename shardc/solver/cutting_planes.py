@@ -52,6 +52,10 @@ class CuttingPlanes:
         """The one that proves most for a capacity; with `drafts`, or seems to."""
         return max((p for p in self.known if drafts or not p.draft), key=lambda point: point.bound(capacity))
 
+    def proved(self, multipliers: Mapping[int, float]) -> bool:
+        """Whether all is proved that a solve with these multipliers can prove."""
+        return any(point.fine and point.multipliers == multipliers for point in self.known)
+
     def next(self, capacity: float, ceiling: float) -> tuple[Mapping[int, float], float]:
         """The multipliers at which the planes leave most room, and the value there. The sum of each multiplier times
         the capacity is at most `ceiling` times the cost of the first point."""

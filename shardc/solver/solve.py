@@ -200,30 +200,41 @@ def _solved_folded(problem: Problem, warm_start: WarmStart, folded: Fold, effort
     solution = _solution(problem, choice, -math.inf, certificate, warm_start)
     if solution.exact or solution.gap <= effort.relative_gap * abs(solution.cost):
         return solution
+    if effort.rough and len(problem.unary) > tuning.LARGE_NETWORK:
+        return solution
     return _closed(problem, solution, effort) if effort.certify or is_small(problem) else solution
 
 
 def _unfolded_certificate(
     problem: Problem, warm_start: WarmStart, folded: Fold, effort: _Effort, choice: list[int]
 ) -> Certificate:
-    """A certificate for the whole network, by way of a ring if that is possible."""
+    """A certificate for the whole network. What proves the template proves most of the whole, if not all; where more is
+    asked, a ring may."""
     tolerance = effort.target(problem, choice).tolerance
+    unfolded = folded.unfolded_certificate(warm_start.certificate)
+    proved = check(problem, unfolded) if effort.rough else -math.inf
+    # a ring drops triplets
+    enough = max(tolerance, tuning.RING_TRIPLETS * abs(evaluate(problem, choice))) if unfolded.triplets else tolerance
+    if evaluate(problem, choice) - proved <= enough:
+        return unfolded
 
     def proof(part: float, sweeps: int | None, afresh: bool = False) -> ProveFunction:
         """A function that proves to a part of the tolerance."""
 
-        def proved(network: Problem, chosen: Sequence[int], start: Certificate) -> Certificate:
+        def proven(network: Problem, chosen: Sequence[int], start: Certificate) -> Certificate:
             target = Target(evaluate(network, chosen), part * tolerance)
             deadline = effort.part().deadline
             return prove(network, target, deadline, None if afresh else start, sweeps, effort.rough, warm_start.tables)
 
-        return proved
+        return proven
 
     # a gap that the template's messages leave is seldom closed by sweeping on from them
     ring = proof(tuning.RING_COPIES / folded.count, tuning.PROOF_SWEEPS, afresh=not effort.rough)
     ends = proof(tuning.ENDS_TOLERANCE_SHARE, tuning.PROOF_SWEEPS if effort.rough else None)
     certificate = ring_certificate(problem, folded, warm_start.choice, warm_start.certificate, ring, ends)
-    return certificate or folded.unfolded_certificate(warm_start.certificate)
+    if certificate is None or (effort.rough and check(problem, certificate) <= proved):
+        return unfolded
+    return certificate
 
 
 def _closed(problem: Problem, carried: Solution, effort: _Effort) -> Solution:
@@ -277,22 +288,30 @@ def _repaired(problem: Problem, choice: list[int], effort: _Effort) -> list[int]
 
 
 def _solved_template(warm_start: WarmStart, template: Problem, effort: _Effort, draft: bool) -> WarmStart:
-    """The warm start with what is found and proved for its template. A draft sweeps over all values a few times only,
-    and finds its choice in an active set of them."""
+    """The warm start with what is found and proved for its template."""
     prover = _started(template, effort, warm_start)
-    if not draft or prover is None or prover.choice is None:
+    if not effort.rough or prover is None:
         prover = _proved(template, effort, prover)
-        return replace(warm_start, choice=prover.best_choice, certificate=prover.certificate(), lower=prover.lower)
-    prover.sweep(tuning.DRAFT_SWEEPS if warm_start.certificate.messages else 2 * tuning.DRAFT_SWEEPS, searching=False)
-    certificate, active = prover.certificate(), ActiveSet.of(prover.reduced_costs(), prover.choice)
-    small = active.problem(template)
-    messages = active.messages(certificate, small.edges)  # triplets stay behind
-    sketch = _started(small, effort, WarmStart(None, active.inside(prover.choice), messages))
-    if sketch is not None:
-        sketch.sweep()  # a choice is wanted: triplets would prove more, and seldom find a better one
-    if sketch is None or sketch.choice is None:
-        sketch = _proved(small, effort, sketch)
-    return replace(warm_start, choice=active.outside(sketch.best_choice), certificate=certificate, lower=prover.lower)
+    elif not _searched_roughly(prover, bool(warm_start.certificate.messages)) and not draft:
+        prover.run()
+    return replace(warm_start, choice=prover.best_choice, certificate=prover.certificate(), lower=prover.lower)
+
+
+def _searched_roughly(prover: Prover, warm: bool) -> bool:
+    """A few sweeps and a search among the values of small reduced cost, in turns, until the gap closes (True), or a
+    turn does not help. Messages converge in few sweeps, long before a choice can be decoded from them."""
+    sweeps = tuning.TURN_SWEEPS if warm else 2 * tuning.TURN_SWEEPS
+    while True:
+        before = prover.cost - prover.lower
+        prover.sweep(sweeps, searching=False)
+        if prover.choice is None:
+            prover.offer()
+        prover.search(roughly=True)
+        gap = prover.cost - prover.lower
+        if gap <= prover.tolerance:
+            return True
+        if gap > tuning.TURN_HELPS * before:
+            return False
 
 
 def _started(problem: Problem, effort: _Effort, start: WarmStart) -> Prover | None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,3 +114,34 @@ def test_what_two_plans_differ_in_is_taken_part_by_part() -> None:
     found = Frontier(problem, Loads(1, held)).within(3.0, 20.0)
     assert found.cost == 17.0 and sum(found.choice) == 3
     assert found.lower_bound == pytest.approx(17.0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_looser_bound_never_gives_a_worse_plan_nor_proves_less_than_none(seed: int) -> None:
+    """Every bound asked of a frontier of its own, so that none learns from another."""
+    problem, loads = instance(seed)
+    every = brute_force(problem, loads)
+    if not every:
+        return
+    free = solve(problem, draft=True)
+    before = math.inf
+    for bound in sorted({peak for _, peak in every if peak})[::3]:
+        frontier = Frontier(problem, loads)
+        frontier.know(replace(free, lower_bound=-math.inf), free.choice)
+        found = frontier.within(bound, 20.0)
+        assert found.cost <= before + 1e-9
+        assert found.lower_bound >= free.lower_bound - 1e-6
+        before = found.cost
+
+
+def test_what_is_proved_without_a_bound_counts_where_multipliers_prove_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multipliers that are far too large prove less than nothing."""
+    problem, loads = instance(3)
+    free = solve(problem, draft=True)
+    frontier = Frontier(problem, loads)
+    frontier.know(replace(free, lower_bound=-math.inf), free.choice)
+    monkeypatch.setattr(frontier, "_drafted", lambda *_: {0: 1e3})
+    capacity = loads.peak(free.choice)
+    frontier._alternate(capacity, math.inf)
+    assert frontier.dual.best(capacity).bound(capacity) < 0.0
+    assert frontier.within(capacity, 20.0).lower_bound == pytest.approx(free.cost)

@@ -78,10 +78,15 @@ def surviving(
 
 def find_order(sizes: Sequence[int], edges: Sequence[Edge]) -> EliminationOrder:
     """The better of two greedy orders; of a large network, the one that is found sooner, if it is narrow."""
-    quick = _greedy_order(sizes, edges, fill=False)
+    quick = quick_order(sizes, edges)
     if quick.narrow and len(sizes) > tuning.TWO_ORDERS:
         return quick
     return min(_greedy_order(sizes, edges, fill=True), quick, key=lambda order: order.total)
+
+
+def quick_order(sizes: Sequence[int], edges: Sequence[Edge]) -> EliminationOrder:
+    """The greedy order that is found in a fourth of the other's time, and seldom less narrow."""
+    return _greedy_order(sizes, edges, fill=False)
 
 
 def _greedy_order(sizes: Sequence[int], edges: Sequence[Edge], *, fill: bool) -> EliminationOrder:

@@ -12,16 +12,16 @@ import numpy as np
 
 from shardc.solver import tuning
 from shardc.solver.bounds.bound import Bound
-from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, surviving
+from shardc.solver.exact.eliminate import eliminate, find_order, forbidding, quick_order, surviving
 from shardc.solver.pool import Restriction
 
 
 def restricted_search(
-    bound: Bound, gap: float, incumbent: Sequence[int], counts: Sequence[int] | None = None
+    bound: Bound, gap: float, incumbent: Sequence[int], counts: Sequence[int] | None = None, roughly: bool = False
 ) -> list[int] | None:
     """The best choice over the values whose reduced cost lies below the largest part of the gap, by halves, that
     elimination can take, and those of the incumbent. None if even those are too many. With `counts`, of every
-    variable's so many first values."""
+    variable's so many first values. `roughly`: by the order of elimination that is found sooner."""
     reduced, edges = bound.reduced_costs(), bound.tables_by_edge()
     forbidden = forbidding(edges)
     for cost, count in zip(reduced, counts or map(len, reduced), strict=True):
@@ -31,7 +31,7 @@ def restricted_search(
         if sum(map(np.count_nonzero, keep)) > tuning.RESTRICTED_VALUES * len(keep):
             continue
         part = [cost[mask] for cost, mask in zip(bound.unary, keep, strict=True)]
-        order = find_order([len(cost) for cost in part], list(edges))
+        order = (quick_order if roughly else find_order)([len(cost) for cost in part], list(edges))
         if order.narrow:
             cut = Restriction(keep)
             tables = {(u, v): cut(table, u, v) for (u, v), table in edges.items()}

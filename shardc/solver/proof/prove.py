@@ -156,7 +156,7 @@ class Prover:
             self.lower = extrapolation.round(self.bound)
             look = turn % tuning.LOOK_EVERY == 0
             if look and searching:
-                self._offer()
+                self.offer()
             gap = self.cost - self.lower
             if gap <= (tuning.AIM_EXACT if self.relative_gap <= TOLERANCE else tuning.AIM_ROUGH) * self.tolerance:
                 return True
@@ -186,7 +186,7 @@ class Prover:
         """Entries of tables that a sweep reads."""
         return sum(table.small.size for table in self.bound.tables)
 
-    def _offer(self) -> None:
+    def offer(self) -> None:
         """Look for a better choice: decode the messages, descend from there, and, each time that the gap has shrunk,
         search exactly among the values of small reduced cost."""
         counts = [len(values) for values in self.values]
@@ -194,13 +194,18 @@ class Prover:
         self.take(descend(self.whole, [int(values[x]) for values, x in zip(self.values, choice, strict=True)]))
         gap = self.cost - self.lower
         self.searched_gap = self.searched_gap or gap
-        if self.choice is None or gap > tuning.RESTRICTED_SEARCH_AGAIN * self.searched_gap:
-            return
-        self.searched_gap = gap
-        incumbent = [int(place[x]) for place, x in zip(self.places, self.choice, strict=True)]
+        if self.choice is not None and gap <= tuning.RESTRICTED_SEARCH_AGAIN * self.searched_gap:
+            self.search()
+
+    def search(self, roughly: bool = False) -> None:
+        """Search exactly among the values of small reduced cost, and those of the best choice. Where messages have
+        converged, but many values tie, that finds what decoding them does not."""
+        counts = [len(values) for values in self.values]
+        incumbent = [int(place[x]) for place, x in zip(self.places, self.best_choice, strict=True)]
+        self.searched_gap = self.cost - self.lower
         if any(x >= count for x, count in zip(incumbent, counts, strict=True)):
             return
-        better = restricted_search(self.bound, gap, incumbent, counts)
+        better = restricted_search(self.bound, self.searched_gap, incumbent, counts, roughly)
         if better is not None:
             self.take([int(values[x]) for values, x in zip(self.values, better, strict=True)])
 

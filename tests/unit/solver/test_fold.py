@@ -16,7 +16,7 @@ from shardc.solver.layers.fold import fold
 from shardc.solver.problem import Problem, evaluate
 from shardc.solver.proof.certificate import Certificate, check
 from shardc.solver.proof.prove import Prover
-from shardc.solver.solve import solve
+from shardc.solver.solve import WarmStart, solve
 
 VALUES = 5
 
@@ -263,3 +263,23 @@ def test_without_a_certificate_the_rest_is_eliminated(seed: int) -> None:
     with_certificate, without = solve(problem), solve(problem, certify=False)
     assert without.exact and without.cost == pytest.approx(with_certificate.cost, rel=1e-9)
     assert check(problem, without.certificate) <= with_certificate.cost
+
+
+def test_a_rough_solve_of_layers_with_cycles_is_as_close_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer a cycle on which pairs alone prove a fourth too little (`bounds/triplets.py`). The network counts
+    as too large to be searched whole."""
+    monkeypatch.setattr(tuning, "LARGE_NETWORK", 0)
+    monkeypatch.setattr(tuning, "SHORT_SWEEP_ENTRIES", 0)
+    problem, cost, link = Problem(), np.array([0.0, 0.6]), np.array([[0.0, 0.01], [0.01, 0.0]])
+    pair = np.array([[1.0, 0.0], [0.0, 0.0]])
+    for layer in range(20):
+        a, b, c = (problem.add_variable(f"{name} {layer}", cost) for name in "abc")
+        for one, other in ((a, b), (b, c), (a, c)):
+            problem.add_edge(one, other, pair)
+        if layer:
+            problem.add_edge(a - 1, a, link)
+    assert fold(problem, 2) is not None
+    found = solve(problem, certify=False, relative_gap=1e-3, warm_start=WarmStart.of(problem, tuning.FOLD_KEPT))
+    assert found.cost == pytest.approx(24.0)
+    assert found.gap <= 2e-3 * found.cost
+    assert check(problem, found.certificate) == pytest.approx(found.lower_bound)
