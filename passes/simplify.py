@@ -143,7 +143,7 @@ class _Simplifier:
         self.graph.erase_node(node)
 
 
-class _Told(NamedTuple):
+class _Facts(NamedTuple):
     """What is told of a target: the rows of the table, and whether equal calls make equal values."""
 
     rows: tuple[Identity, ...]
@@ -151,8 +151,8 @@ class _Told(NamedTuple):
 
 
 @cache
-def _told(target: Any) -> _Told:
-    return _Told(BY_OPERATOR.get(target, ()), _is_pure(target))
+def _told(target: Any) -> _Facts:
+    return _Facts(BY_OPERATOR.get(target, ()), _is_pure(target))
 
 
 def _is_pure(target: Any) -> bool:

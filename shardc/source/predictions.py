@@ -23,7 +23,7 @@ def predicted(c: Compilation) -> Predicted:
         return Predicted()
     if c.dims:
         return Predicted(tuple([*parallelism(c), "", *_LEGEND]))
-    return Predicted(tuple(_docstring(c)), _Told(c).of, _held(c))
+    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c))
 
 
 def _held(c: Compilation) -> Holding:
@@ -38,7 +38,7 @@ def _held(c: Compilation) -> Holding:
     return Holding(lines.held, lines.storages, lines.peak)
 
 
-class _Told:
+class _Remarks:
     """Per collective: what it sends over which axis, how long that takes alone, and how much of it is hidden."""
 
     def __init__(self, c: Compilation) -> None:

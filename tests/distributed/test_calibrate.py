@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def test_the_file_predicts_a_size_that_was_not_measured(torchrun, tmp_path: Path) -> None:
     """Within a factor of two, in one of five trials, of at most four files: other work may disturb the rest."""
     path = tmp_path / "mine.toml"
-    output = torchrun("calibrated.py", str(path), nproc=2)
+    output = torchrun("calibration/calibrated.py", str(path), nproc=2)
     ratios = [float(ratio) for ratio in re.findall(r"ratios (.*)", output)[0].split()]
     assert any(0.5 < ratio < 2 for ratio in ratios), output
     plan = shardc.compile(nn.Linear(8, 8), "tp=2", (torch.zeros(4, 8),), hardware=path).plan
@@ -26,7 +26,7 @@ def test_the_file_predicts_a_size_that_was_not_measured(torchrun, tmp_path: Path
 
 
 def test_axes_that_span_nodes_are_measured_by_themselves(torchrun, tmp_path: Path) -> None:
-    output = torchrun("calibrated_apart.py", str(tmp_path / "apart.toml"), nproc=4)
+    output = torchrun("calibration/calibrated_apart.py", str(tmp_path / "apart.toml"), nproc=4)
     assert "[between.spanning.all_to_all] # fitted to 2 sizes" in output and "along an axis that spans nodes" in output
 
 

@@ -21,7 +21,7 @@ from shardc.rules.factors.chosen import chosen_of
 
 
 @dataclass
-class _Module:
+class _ModuleNode:
     """One module with its own figures, those of its children apart: seconds of compute, per axis seconds and bytes
     sent, bytes at the peak, and the numbers of its parameters among the tensors of the report."""
 
@@ -30,13 +30,13 @@ class _Module:
     sent: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     peak: float = 0.0
     parameters: list[int] = field(default_factory=list[int])
-    children: dict[str, _Module] = field(default_factory=dict[str, "_Module"])
+    children: dict[str, _ModuleNode] = field(default_factory=dict[str, "_ModuleNode"])
 
-    def at(self, path: str) -> _Module:
+    def at(self, path: str) -> _ModuleNode:
         """The module at a path below this one, made if it is not there."""
         module = self
         for name in path.split(".") if path else ():
-            module = module.children.setdefault(name, _Module(name))
+            module = module.children.setdefault(name, _ModuleNode(name))
         return module
 
 
@@ -44,7 +44,7 @@ def module_tree(
     plan: Plan, graph: fx.Graph, pace: Pace, tensors: Sequence[Placed], peak: Mapping[str, float], model: nn.Module
 ) -> dict[str, Any]:
     """The tree of a plan. `graph` is the one that runs, `peak` the bytes of the peak by module."""
-    root = _Module(type(model).__name__)
+    root = _ModuleNode(type(model).__name__)
     modules = dict[str, str]()
     for node in graph.nodes:
         chosen = chosen_of(node)
@@ -68,7 +68,7 @@ class _Tree:
     def __init__(self, axes: Sequence[str], tensors: Sequence[Placed], kinds: Mapping[str, str]) -> None:
         self.axes, self.tensors, self.kinds = axes, tensors, kinds
 
-    def record(self, module: _Module, path: str) -> dict[str, Any]:
+    def record(self, module: _ModuleNode, path: str) -> dict[str, Any]:
         below = [(child, f"{path}.{child.name}" if path else child.name) for child in module.children.values()]
         below.sort(key=lambda pair: (pair[0].name.isdigit(), int(pair[0].name) if pair[0].name.isdigit() else 0))
         children = [self.record(child, at) for child, at in below]
@@ -84,7 +84,7 @@ class _Tree:
         }
         return {"name": module.name, **{name: figure for name, figure in figures.items() if figure}}
 
-    def _shape(self, module: _Module, path: str) -> object:
+    def _shape(self, module: _ModuleNode, path: str) -> object:
         """What repeated layers have in common: the modules in them, and their parameters with their layouts."""
         own = [self.tensors[index] for index in module.parameters]
         parameters = tuple((one.name.rpartition(".")[2], one.dtype, str(one.layout)) for one in own)

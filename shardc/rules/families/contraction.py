@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 def _rings(first: int = 0) -> list[Variant]:
     """Collective products: the operand numbered `first`, or that after it, or sums go round
-    (docs/design/collective-matmul.md)."""
+    (docs/design/operators/collective-matmul.md)."""
     adds = first > 0
     return [
         Variant(
