@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def size_of(leaf: Any, dim: int) -> int:
+    """The size of a dim of a flat input; of an int, the number itself."""
+    return int(leaf.shape[dim]) if isinstance(leaf, Tensor) else leaf
+
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """Example inputs: positional ones, or keywords."""
@@ -15,7 +21,7 @@ Dynamic = Mapping[str, Mapping[int, str]]
 """Per argument the names of its dims that change from call to call."""
 
 Dims = Mapping[int, Mapping[int, str]]
-"""Per flat input the names of its dynamic dims."""
+"""Per flat input the names of its dynamic dims. An int is a number that changes: the dim 0 of its input is its name."""
 
 
 @dataclass(frozen=True)
