@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.capture.changing_sizes import ChangingSizes, fixed_sizes
+from shardc.capture.changing_sizes import ChangingSizes, Place, fixed_sizes
 from shardc.capture.dynamic_sizes import sizes_of
-from shardc.capture.torch_patches.transformers import growing_dims
+from shardc.capture.torch_patches.key_value_caches import growth
 from shardc.compiled import Compiled
 from shardc.distribution import check_world
 from shardc.errors import CaptureError
@@ -38,6 +38,8 @@ class _Dynamic:
     family: Family
     dims: Dims
     fixed: tuple[Any, ...]
+    still: set[Place]
+    """Dims that do not grow any more: before and after, there are programs of their own."""
 
 
 class Calls:
@@ -85,16 +87,17 @@ class Calls:
         self._alone.setdefault(fixed_sizes(leaves, {}), []).insert(0, program)
         if self._first is None:
             # not the user's tensors, but their sizes
-            shapes = [leaf.shape if isinstance(leaf, Tensor) else () for leaf in leaves]
-            self._first = program, [torch.empty(shape, device="meta") for shape in shapes]
+            sizes = [torch.empty(one.shape, device="meta") if isinstance(one, Tensor) else one for one in leaves]
+            self._first = program, [one if isinstance(one, (Tensor, int)) else None for one in sizes]
         return program
 
     def _for_many_sizes(self, call: ModelCall, leaves: list[Any]) -> Compiled | None:
         """The program for all sizes of the dims that change; None where there are none, or no such program."""
         if self._changing is None:
             return None
-        growing = [] if self._met else growing_dims((call.args, dict(call.kwargs)))
-        self._met, dims = True, self._changing.see(leaves, growing)
+        grown = growth((call.args, dict(call.kwargs)))
+        first, self._met = not self._met, True
+        dims = self._changing.see(leaves, grown)
         if not dims or min(sizes_of(dims, leaves).values()) < 2:
             return None
         check_world(self._mesh)
@@ -112,11 +115,11 @@ class Calls:
             except CaptureError:
                 if dims == self._named:
                     raise
-                if not growing:
+                if not (first and grown.known):
                     self._changing = None
                 return None
-            self._dynamic = [one for one in self._dynamic if one.dims == dims]
-            self._dynamic.insert(0, _Dynamic(family, dims, fixed_sizes(leaves, dims)))
+            self._dynamic = [one for one in self._dynamic if one.dims == dims or one.still != grown.still]
+            self._dynamic.insert(0, _Dynamic(family, dims, fixed_sizes(leaves, dims), grown.still))
             return family.at(call, leaves)
 
 

@@ -8,7 +8,7 @@ model(x[6, 20], mask[6, 20])     ->    {0: {0: "s0", 1: "s1"}, 1: {0: "s0", 1: "
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,20 @@ from shardc.ir.model_call import Dims
 
 Place = tuple[int, int]
 """A dim of a flat input: the input's index, and the dim's."""
+
+
+class Growth(NamedTuple):
+    """What is known to grow from call to call in the inputs of a call: `lengths`, with which masks grow, and `counts`,
+    with which nothing else does. What stands `still` grows no more, or never did."""
+
+    lengths: list[Place]
+    counts: list[Place]
+    still: set[Place]
+
+    @property
+    def known(self) -> bool:
+        """Whether anything grows."""
+        return bool(self.lengths or self.counts)
 
 
 class ChangingSizes:
@@ -26,23 +40,28 @@ class ChangingSizes:
         self._named = named
         self._seen: dict[Place, tuple[int, ...]] = {}
 
-    def see(self, leaves: Sequence[Any], growing: Collection[Place] = ()) -> Dims:
-        """The dims that change, as far as the calls until this one show, and those that are known to be `growing`.
+    def see(self, leaves: Sequence[Any], grown: Growth) -> Dims:
+        """The dims that change, as far as the calls until this one show, and what is known to have `grown`. Of ints,
+        those that are known to grow.
 
         Dims whose sizes were equal in every call have one name. Sizes of zero and one never change: they broadcast.
-        What is one longer than a growing dim grows with it, as masks do with what is cached.
+        What is one longer than a growing length grows with it, as masks do with what is cached.
         """
+        growing = {*grown.lengths, *grown.counts}
         for index, leaf in enumerate(leaves):
-            for dim, size in enumerate(leaf.shape if isinstance(leaf, Tensor) else ()):
+            told = isinstance(leaf, Tensor) or (index, 0) in growing
+            for dim, size in enumerate(_sizes(leaf) if told else ()):
                 if dim not in self._named.get(index, ()) and size > 1:
                     self._seen[index, dim] = (*self._seen.get((index, dim), ()), int(size))
-        grown = {self._seen[place][-1] + more for place in growing if place in self._seen for more in (0, 1)}
-        caches = {index for index, _ in growing}
+        longer = {self._seen[one][-1] + more for one in grown.lengths if one in self._seen for more in (0, 1)}
+        caches = {index for index, _ in (*growing, *grown.still)}
 
         def changes(place: Place, sizes: tuple[int, ...]) -> bool:
-            return len(set(sizes)) > 1 or place in growing or (sizes[-1] in grown and place[0] not in caches)
+            return len(set(sizes)) > 1 or place in growing or (sizes[-1] in longer and place[0] not in caches)
 
-        changing = {place: sizes for place, sizes in self._seen.items() if changes(place, sizes)}
+        changing = {
+            place: sizes for place, sizes in self._seen.items() if changes(place, sizes) and place not in grown.still
+        }
         taken = {name for dims in self._named.values() for name in dims.values()}
         names = dict(zip(dict.fromkeys(changing.values()), _fresh(taken), strict=False))
         dims = {index: dict(named) for index, named in self._named.items()}
@@ -56,13 +75,17 @@ def _fresh(taken: Collection[str]) -> Iterable[str]:
 
 
 def fixed_sizes(leaves: Sequence[Any], dims: Mapping[int, Collection[int]]) -> tuple[Any, ...]:
-    """The sizes of all tensors, without those of `dims`: what one captured program is for."""
+    """The sizes of all tensors, and all ints, without those of `dims`: what one captured program is for."""
     return tuple(
         [
-            tuple([size for dim, size in enumerate(leaf.shape) if dim not in dims[index]])
+            tuple([size for dim, size in enumerate(_sizes(leaf)) if dim not in dims[index]])
             if index in dims
-            else leaf.shape
+            else _sizes(leaf)
             for index, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor)
+            if isinstance(leaf, Tensor) or type(leaf) is int
         ]
     )
+
+
+def _sizes(leaf: Any) -> Sequence[int]:
+    return leaf.shape if isinstance(leaf, Tensor) else (leaf,)

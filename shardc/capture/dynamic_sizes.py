@@ -26,7 +26,7 @@ from shardc.capture.torch_patches.fake_tensors import fake_mode
 from shardc.capture.torch_patches.symbols import Free, Symbols, is_symbolic
 from shardc.errors import CaptureError, ShardcError
 from shardc.ir.facts import Captured, describe, origin_of
-from shardc.ir.model_call import Dims, Dynamic, ModelCall
+from shardc.ir.model_call import Dims, Dynamic, ModelCall, size_of
 from shardc.ir.program import CallEffects, Constant, Made, Program, Role, value_of
 from shardc.ir.versions import GraphVersion
 
@@ -73,7 +73,7 @@ def sizes_of(dims: Dims, leaves: Sequence[Any]) -> dict[str, int]:
     first_seen: dict[str, tuple[int, int]] = {}
     for index, named in dims.items():
         for dim, name in named.items():
-            size = int(leaves[index].shape[dim])
+            size = size_of(leaves[index], dim)
             known, first = first_seen.setdefault(name, (size, index))
             if known != size:
                 raise ShardcError(
@@ -92,7 +92,7 @@ class Template:
     def __init__(self, program: Program, dims: Dims) -> None:
         self.program = program
         nodes = {port.index: node for port, node in zip(program.inputs, program.placeholders, strict=True)
-                 if port.role is Role.INPUT}  # fmt: skip
+                 if port.role in (Role.INPUT, Role.NUMBER)}  # fmt: skip
         sizes = {name: value_of(nodes[i]).shape[dim] for i, named in dims.items() for dim, name in named.items()}
         self._symbols = Symbols(sizes)
         self._returns_sizes = any(isinstance(o, Constant) and is_symbolic(o.value) for o in program.out_leaves)
@@ -135,12 +135,17 @@ class Template:
                     return torch.empty_strided(tuple(shape), tuple(strides), dtype=value.dtype, device=value.device)
             return number(value)
 
+        ports = zip(self.program.inputs, self.program.placeholders, strict=True)
+        numbers = {node for port, node in ports if port.role is Role.NUMBER}
+        inputs = [port for port in self.program.inputs if port.role is not Role.NUMBER]
         graph, new = fx.Graph(), dict[fx.Node, Any]()
         for node in self.program.graph.nodes:
             if node.op == "output":
                 graph.output(fx.map_arg(node.args[0], new.__getitem__))
             elif is_symbolic(value_of(node)):
                 new[node] = number(value_of(node))
+            elif node in numbers:
+                continue
             else:
                 args, kwargs = map_aggregate(
                     (node.args, node.kwargs), lambda a: new[a] if isinstance(a, fx.Node) else number(a)
@@ -149,7 +154,7 @@ class Template:
                 describe(new[node], Captured(pytree.tree_map(concrete, value_of(node)), origin_of(node)))
         version = GraphVersion.of(graph)
         leaves, effects = self._leaves(number), self._effects(number)
-        program = replace(self.program, version=version, out_leaves=leaves, effects=effects)
+        program = replace(self.program, version=version, inputs=inputs, out_leaves=leaves, effects=effects)
         return with_eager_results(with_plain_masks(program))
 
     def _leaves(self, number: Callable[[Any], Any]) -> list[int | Constant | Made]:

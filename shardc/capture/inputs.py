@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.repeated_layers import Itself
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import holds_tensors
-from shardc.capture.torch_patches import transformers
+from shardc.capture.torch_patches.key_value_caches import is_cache
 from shardc.errors import CaptureError
 from shardc.ir.facts import Origin
 from shardc.ir.program import name_of
@@ -51,7 +51,7 @@ _LEAVES = frozenset(
 def _opens(leaf: Any) -> bool:
     if dataclasses.is_dataclass(leaf):
         return not isinstance(leaf, type)
-    if transformers.is_cache(leaf):
+    if is_cache(leaf):
         return True
     return hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, Enum) and holds_tensors(leaf)
 
@@ -127,12 +127,15 @@ def call_key(
     leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None, own: Mapping[int, int] | None = None
 ) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
-    inputs but for the values of tensors and their sizes, and the global switches of torch. Of sizes it tells those of
-    zero and one, which broadcast, unless the dim is `dynamic`. `own` are numbers of the model's own tensors, by
-    identity: which of them are inputs, or what these are views of, is told, too."""
+    inputs but for the values of tensors, their sizes and ints, and the global switches of torch. Of sizes it tells
+    those of zero and one, which broadcast, unless the dim is `dynamic`; of ints those below two. `own` are numbers of
+    the model's own tensors, by identity: which of them are inputs, or what these are views of, is told, too."""
     refuse_unplain(leaves)
     free = dynamic or {}
-    inputs = tuple(_leaf_key(leaf, free.get(index, ())) for index, leaf in enumerate(leaves))
+    inputs = tuple(
+        (int, "any") if type(leaf) is int and leaf > 1 else _leaf_key(leaf, free.get(index, ()))
+        for index, leaf in enumerate(leaves)
+    )
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )

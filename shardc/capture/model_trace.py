@@ -42,6 +42,7 @@ from shardc.capture.torch_patches.fake_tensors import (
     fake_dynamic,
     fake_like,
     fake_mode,
+    fake_number,
     require_equal,
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance
@@ -51,6 +52,8 @@ from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
 from shardc.ir.program import Port, Role
+
+_GIVEN = (Role.INPUT, Role.NUMBER)
 
 
 class ModelTrace:
@@ -94,6 +97,11 @@ class ModelTrace:
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
+        self.slots += [
+            StateEntry(Port(Role.NUMBER, f"input:{index}", index), fake_number(self.mode, leaf, f"input:{index}"))
+            for index, leaf in enumerate(self.leaves)
+            if index in dynamic and not isinstance(leaf, Tensor)
+        ]
         hidden = watch.hidden() if watch else set[nn.Module]()
         self.visible_slots = [slot for slot in self.slots if not any(part in hidden for part, _ in slot.owners)]
         self.hides = len(self.visible_slots) < len(self.slots)
@@ -128,7 +136,7 @@ class ModelTrace:
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
         """Let all dims of one name have one symbol."""
-        fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role is Role.INPUT}
+        fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role in _GIVEN}
         first: dict[str, Any] = {}
         for index, dims in dynamic.items():
             for dim, name in dims.items():
@@ -172,6 +180,8 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.role is Role.INPUT:
                     leaves[slot.port.index] = tensor_of[slot.port]
+                elif slot.port.role is Role.NUMBER:
+                    leaves[slot.port.index] = tensor_of[slot.port].shape[0]
             for index, port in self._one_tensor.items():
                 leaves[index] = tensor_of.get(port, leaves[index])
             for slot in self.slots:

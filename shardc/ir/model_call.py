@@ -17,7 +17,7 @@ Dynamic = Mapping[str, Mapping[int, str]]
 """Per argument the names of its dims that change from call to call."""
 
 Dims = Mapping[int, Mapping[int, str]]
-"""Per flat input the names of its dynamic dims."""
+"""Per flat input the names of its dynamic dims. An int is a number that changes: the dim 0 of its input is its name."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,8 @@ SHARDED_FROM = "_sharded_from"
 def unsharded(kind: type) -> type:
     """The class as the user wrote it."""
     return vars(kind).get(SHARDED_FROM, kind)
+
+
+def size_of(leaf: Any, dim: int) -> int:
+    """The size of a dim of a flat input; of an int, the number itself."""
+    return int(leaf.shape[dim]) if isinstance(leaf, Tensor) else leaf

@@ -25,6 +25,8 @@ class Role(StrEnum):
     BUFFER = "buffer"
     CONSTANT = "constant"
     INPUT = "input"
+    NUMBER = "number"
+    """An int among the inputs, while sizes are symbols: the size of a tensor that stands for it."""
     TANGENT = "tangent"
     OUTPUT = "output"
     MUTATION = "mutation"

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.side_effects.holders import Attributes, Contents, Holder, holder_of
 from shardc.capture.side_effects.reachable import PLAIN
+from shardc.capture.torch_patches.symbols import is_symbolic
 
 Way = tuple[Any, ...]
 """How to get from the pair (args, kwargs) to a value: keys, indices, and names of attributes in `Attribute`."""
@@ -139,7 +140,12 @@ def argument_holders(arguments: Any, own: Callable[[Any], bool] = lambda _: Fals
     todo: deque[tuple[Any, Way, str]] = deque([(arguments, (), "the arguments")])
     while todo:
         value, way, path = todo.popleft()
-        if isinstance(value, (*PLAIN, Tensor, nn.Module, type)) or id(value) in seen or own(value):
+        if (
+            isinstance(value, (*PLAIN, Tensor, nn.Module, type))
+            or is_symbolic(value)
+            or id(value) in seen
+            or own(value)
+        ):
             continue
         seen.add(id(value))
         holder = holder_of(value, path)

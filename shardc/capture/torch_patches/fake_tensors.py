@@ -60,6 +60,11 @@ def fake_dynamic(mode: FakeTensorMode, tensor: torch.Tensor, dims: Iterable[int]
     )
 
 
+def fake_number(mode: FakeTensorMode, number: int, name: str) -> FakeTensor:
+    """A fake tensor whose size is a symbol for a number of the call, from 2 on: torch has symbols for sizes only."""
+    return fake_dynamic(mode, torch.empty(1, dtype=torch.uint8, device="meta").expand(number), (0,), name)
+
+
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor."""
     return isinstance(value, FakeTensor)

@@ -1,4 +1,4 @@
-"""transformers: what its models need so that they can be traced, and its key-value caches as inputs."""
+"""transformers: what its models need so that they can be traced."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardc.capture.torch_patches.attention.flex import FlexAttention
 from shardc.capture.torch_patches.experts import fused
+from shardc.capture.torch_patches.key_value_caches import windows
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 """The implementations of transformers' experts layers whose control flow does not depend on the routing."""
@@ -26,6 +26,7 @@ def patched(module: nn.Module) -> Generator[None]:
         if masks is not None:
             # Whether a padding mask is all ones decides how the mask is made, and only a run knows that.
             stack.enter_context(patch.object(masks, "fast_all", lambda _: False))
+        stack.enter_context(windows())
         layers = sys.modules.get("transformers.integrations.moe")
         if layers is not None:
             known = layers.ExpertsInterface._global_mapping
@@ -77,27 +78,3 @@ def flex_sinks(flex: FlexAttention) -> Generator[None]:
 
     with patch.object(interface, "get_interface", get_interface):
         yield
-
-
-_CACHES = frozenset({"Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin"})
-
-
-def is_cache(value: Any) -> bool:
-    """Whether an object is a cache of transformers, or what one holds of a layer. They are opened also while they are
-    empty: every `generate` brings another."""
-    module = type(value).__module__
-    return module.startswith("transformers.") and any(base.__name__ in _CACHES for base in type(value).__mro__)
-
-
-def growing_dims(arguments: Any) -> list[tuple[int, int]]:
-    """The dims that grow from call to call: that of positions, in the keys and values of caches that are concatenated
-    to. Each is the index of a flat input, and the dim."""
-    caches = pytree.tree_leaves(arguments, is_leaf=_is_growing)
-    layers = [layer for cache in caches if _is_growing(cache) for layer in cache.layers]
-    grown = {id(vars(layer).get(name)) for layer in layers for name in ("keys", "values")}
-    leaves = enumerate(pytree.tree_leaves(arguments))
-    return [(index, leaf.ndim - 2) for index, leaf in leaves if isinstance(leaf, Tensor) and id(leaf) in grown]
-
-
-def _is_growing(value: Any) -> bool:
-    return type(value).__name__ == "DynamicCache" and is_cache(value)

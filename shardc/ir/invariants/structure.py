@@ -9,7 +9,7 @@ from torch import fx
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant
 from shardc.ir.program import Port, Role, ancestors
 
-_GIVEN = frozenset({Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT, Role.TANGENT})
+_GIVEN = frozenset({Role.PARAMETER, Role.BUFFER, Role.CONSTANT, Role.INPUT, Role.NUMBER, Role.TANGENT})
 _MADE = frozenset({Role.OUTPUT, Role.MUTATION, Role.GRADIENT})
 
 

@@ -50,6 +50,17 @@ def test_two_sizes_that_change_on_their_own(traces: list[object]) -> None:
     assert len(traces) == 2
 
 
+def test_sizes_that_were_equal_until_now(traces: list[object]) -> None:
+    def sums(x: Tensor, y: Tensor, times: int) -> Tensor:
+        return x.relu().sum() * times + y.sum()
+
+    sharded = shardc.shard(sums, mesh="dp=2")
+    for one, other, times in ((4, 4, 2), (6, 6, 2), (8, 10, 2), (12, 9, 2), (12, 9, 3)):
+        x, y = torch.randn(one, 3), torch.randn(other, 3)
+        torch.testing.assert_close(sharded(x, y, times), sums(x, y, times))
+    assert len(traces) == 4  # alone, equal, not equal, and with another int
+
+
 def test_sizes_that_the_code_asks_for(traces: list[object]) -> None:
     """Each side of the branch has a program; sizes that the code turns into numbers have one each."""
 

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -50,6 +52,40 @@ def test_two_programs_generate_all_tokens(mesh: str, options: dict[str, Any], tr
     assert len(traces) == 2
 
 
+WINDOW = SIZES | {"sliding_window": 8}
+ALTERNATING = WINDOW | {
+    "num_hidden_layers": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "mesh", "options"),
+    [
+        (MistralForCausalLM, MistralConfig(**WINDOW), "a=1", {}),
+        (Gemma3ForCausalLM, Gemma3TextConfig(**ALTERNATING), "dp=2,tp=2", {}),
+        (MistralForCausalLM, MistralConfig(**WINDOW), "dp=2,tp=2", {"cache_implementation": "static"}),
+    ],
+    ids=["every_layer", "alternating_layers", "static"],
+)
+def test_three_programs_generate_beyond_a_window(
+    kind: type[nn.Module], config: Any, mesh: str, options: dict[str, Any], traces: list[object]
+) -> None:
+    single, model = pair(kind, config, mesh)
+    asked: dict[str, Any] = {"return_dict_in_generate": True, "eos_token_id": None, **options}
+    prompt = torch.randint(1, 64, (2, 4))
+    for length in (4, 3):  # the second prompt is prefilled by a program of its own
+        one, other = (generated(of, prompt[:, :length], **asked) for of in (single, model))
+        assert torch.equal(one.sequences, other.sequences)
+        assert length == 3 or "SIZES" in model.code
+        for expected, layer in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+            assert vars(layer).keys() == vars(expected).keys()
+            for name, value in vars(expected).items():
+                assert type(getattr(layer, name)) is type(value)
+                if isinstance(value, (int, Tensor)):
+                    torch.testing.assert_close(getattr(layer, name), value)
+    assert len(traces) == 4
+
+
 def test_the_cache_that_a_call_gets_is_the_one_that_it_fills_and_returns() -> None:
     single, model = pair(LlamaForCausalLM, LlamaConfig(**TWO_LAYERS), "tp=2")
     words = torch.randint(1, 64, (2, 7))
@@ -69,14 +105,13 @@ def test_the_cache_that_a_call_gets_is_the_one_that_it_fills_and_returns() -> No
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=9)),
         (
             Mamba2ForCausalLM,
             Mamba2Config(vocab_size=64, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1,
                          num_hidden_layers=2, chunk_size=4, pad_token_id=0),
         ),
     ],
-    ids=["sliding_window", "state_space"],
+    ids=["state_space"],
 )  # fmt: skip
 def test_other_caches(kind: type[nn.Module], config: Any) -> None:
     single, model = pair(kind, config, "tp=2")
