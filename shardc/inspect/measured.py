@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from shardc.analysis.spans import COMPUTE
+from shardc.analysis.recorded_step import COMPUTE
 from shardc.inspect.trace import Process, Slice
 from shardc.ir.report import Columns, Section
 from shardc.runtime import DistributedMesh, Executable

@@ -14,7 +14,7 @@ import torch
 
 import shardc
 from checks.verifying import Stack
-from shardc.analysis.spans import COMPUTE
+from shardc.analysis.recorded_step import COMPUTE
 from shardc.cli import main
 from shardc.compiled import Compiled
 from shardc.cost.hardware import hardware
