@@ -95,7 +95,7 @@ class _Queued(NamedTuple):
 
 
 class _RecordingClock(Clock):
-    """A clock that writes down what `node` makes the rank do, and when collectives run: on an axis one after another."""
+    """A clock that writes down what `node` makes the rank do, and when collectives run, on an axis one by one."""
 
     def __init__(self, mesh: Mesh, device: Hardware) -> None:
         super().__init__(mesh, device)

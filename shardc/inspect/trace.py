@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import fx
+
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.recorded_step import COMPUTE, Span
 from shardc.errors import ShardcError
 from shardc.ir.facts import dtype_of, lowered, origin_of
 from shardc.ir.layout import SHORT_DTYPES
+from shardc.ir.mesh import Mesh
 from shardc.ir.program import where
 from shardc.planning.compilation import Compilation
 from shardc.planning.scheduled import recorded
@@ -54,18 +57,23 @@ def predicted(c: Compilation) -> Process:
     at `plan.predicted`."""
     step = recorded(c)
     held = zip(step.starts, (moment.total for moment in step.moments), strict=True)
-    return Process("predicted", tuple(_slice(span, c) for span in step.spans), tuple(held))
+    return Process("predicted", tuple(_slice(span, c.mesh) for span in step.spans), tuple(held))
 
 
-def _slice(span: Span, c: Compilation) -> Slice:
-    node, facts = span.node, lowered(span.node)
-    collective, place = collective_of(node), origin_of(node)
-    told: dict[str, Any] = {"value": f"%{node.name}", "place": where(node), "phase": place.phase}
-    if facts.layout is not None:
-        told["layout"] = f"{SHORT_DTYPES[dtype_of(node)]}{facts.layout.simplify(c.mesh)}"
-    if collective is not None:
-        told["bytes"] = sum(operand_bytes(node, c.mesh))
-    return Slice(span.track, place.module, span.name, span.start, span.end, told)
+def _slice(span: Span, mesh: Mesh) -> Slice:
+    module = origin_of(span.node).module
+    return Slice(span.track, module, span.name, span.start, span.end, told_of(span.node, mesh))
+
+
+def told_of(node: fx.Node, mesh: Mesh) -> dict[str, Any]:
+    """What a trace tells of a call besides its module: value, line, phase, layout, and the bytes of a collective."""
+    told: dict[str, Any] = {"value": f"%{node.name}", "place": where(node), "phase": origin_of(node).phase}
+    layout = lowered(node).layout
+    if layout is not None:
+        told["layout"] = f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(mesh)}"
+    if collective_of(node) is not None:
+        told["bytes"] = sum(operand_bytes(node, mesh))
+    return told
 
 
 def write(path: Path, processes: Sequence[Process]) -> None:
