@@ -28,8 +28,13 @@ from shardc.one_step import step
 FILE = """
 import torch
 
+class Model(torch.nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return "made", y, y.square().mean()  # backward starts from the loss, which is not the first
+
 def model():
-    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    return Model(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 
 def inputs():
     return (torch.ones(8, 8),)
