@@ -19,6 +19,7 @@ from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
 from shardc.inspect.html.data import Asking
 from shardc.inspect.html.page import Reported, report_page
+from shardc.inspect.measured import Statements, statements
 from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
 from shardc.ir.program import Constant, Program, Role, depended_on
@@ -91,6 +92,10 @@ class Compiled:
     def timeline(self) -> Process:
         """The predicted timeline of a step, as traces show it."""
         return predicted(self._snapshots["overlap"])
+
+    def statements(self) -> Statements:
+        """The calls of the code, as they run: what measured timelines tell of them."""
+        return statements(self._snapshots["overlap"])
 
     def to_html(self, path: str | Path, against: Compiled | None = None) -> None:
         """Write the plan as one HTML page, which needs no network: modules, layouts, memory, timeline, graphs, and why

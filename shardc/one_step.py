@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,13 @@ class Compared:
 def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inputs) -> list[Compared]:
     """Run `program`, compiled from `model`, and `single`, a copy of `model`, and tell how far their outputs and
     gradients differ: an entry an output, and one for all gradients."""
-    outputs, expected = _outputs(program, inputs), _outputs(single, inputs)
+    outputs, expected = _leaves(program, inputs), _leaves(single, inputs)
+    tensors = [(a, b) for a, b in zip(outputs, expected, strict=True) if isinstance(a, Tensor)]
     lines = [
-        Compared(f"output {index}", _summary(_whole(a)), _difference(a, b))
-        for index, (a, b) in enumerate(zip(outputs, expected, strict=True))
+        Compared(f"output {index}", _summary(_whole(a)), _difference(a, b)) for index, (a, b) in enumerate(tensors)
     ]
-    if expected and expected[0].requires_grad:
-        outputs[0].sum().backward()
-        expected[0].sum().backward()
+    starts = _starts(program)
+    if _backward(outputs, starts) and _backward(expected, starts):
         alone = dict(single.named_parameters())
         gradients = {
             name: _difference(parameter.grad, alone[name].grad)
@@ -54,18 +53,29 @@ def compared(program: Compiled, model: nn.Module, single: nn.Module, inputs: Inp
     return lines
 
 
-def step(function: Callable[..., Any], inputs: Inputs) -> None:
-    """One forward, and one backward from the first output if that has a gradient."""
-    outputs = _outputs(function, inputs)
-    if outputs and outputs[0].requires_grad:
-        outputs[0].sum().backward()
+def step(program: Compiled, inputs: Inputs) -> None:
+    """One forward, and one backward from all outputs from which the program's own starts."""
+    _backward(_leaves(program, inputs), _starts(program))
 
 
-def _outputs(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
-    """The tensors of the result; what is random is drawn from the same seed in every call."""
+def _starts(program: Compiled) -> list[int]:
+    """Which leaves of the result backward starts from: all that have a gradient, or the loss alone."""
+    return sorted(program.leaves_of(frozenset(slot.index for slot in program.executable.tangents)))
+
+
+def _backward(leaves: Sequence[Any], starts: Sequence[int]) -> bool:
+    """Run backward from the sum of some results; False if none has a gradient."""
+    sums = [leaves[index].sum() for index in starts if leaves[index].requires_grad]
+    if sums:
+        torch.autograd.backward(sums)
+    return bool(sums)
+
+
+def _leaves(function: Callable[..., Any], inputs: Inputs) -> list[Any]:
+    """The leaves of the result; what is random is drawn from the same seed in every call."""
     torch.manual_seed(1)
     result = function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return pytree.tree_leaves(result)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 
 from shardc.analysis.liveness import dead_after
 from shardc.analysis.operands import collective_of, operand_bytes
-from shardc.analysis.storages import Lines, StoredTensor, TensorForm, form_of
+from shardc.analysis.storages import StoredTensor, TensorForm, form_of
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.facts import FACTS, Captured, dtype_of, laid, lowered
@@ -100,16 +100,6 @@ class MemoryAnalysis:
         """The peak of a run in these orders, where it is, and what the bytes are."""
         return Execution(self).memory(forward, backward)
 
-    def line_by_line(self, forward: Order, backward: Order) -> Lines:
-        """The same run, line by line."""
-        execution = Execution(self)
-        memory = execution.memory(forward, backward)
-        storages = {
-            node.name: tuple((one.storage, execution.sizes[one.storage]) for one in made if one is not None)
-            for node, made in execution.tensors.items()
-        }
-        return Lines(memory.peak, execution.lines, storages)
-
     def one(self, form: TensorForm) -> TensorForm:
         """The one object of all that are equal, so that equal forms can be compared by identity."""
         return self.equal.setdefault(form, form)
@@ -129,7 +119,6 @@ class Execution:
         self.bytes_by_label: Counter[str] = Counter()
         self.total = 0  # of them all
         self.peak = Memory(0.0, "", "", {})
-        self.lines: dict[str, list[float]] = {}  # bytes, line by line
 
     def memory(self, forward: Order, backward: Order) -> Memory:
         run, roles = self.known.run, self.known.roles
@@ -170,7 +159,6 @@ class Execution:
 
     def noted(self, phase: str, node: fx.Node, workspace: int) -> None:
         """A call runs, which allocates `workspace` bytes beside what is held."""
-        self.lines.setdefault(phase, []).append(float(self.total + workspace))
         if self.total + workspace > self.peak.peak:
             self.peak = Memory(float(self.total + workspace), phase, where(node), self.parts(workspace))
 

@@ -1,22 +1,13 @@
-"""Tensors in memory: which storage each occupies, and what is held line by line."""
+"""Tensors in memory: which storage each occupies, and in which form."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Lines(NamedTuple):
-    """What a rank holds line by line: the bytes while each line of `forward` and `backward` runs, and per value, by its
-    name, the storages of its tensors with their bytes. `peak` is the most."""
-
-    peak: float
-    held: Mapping[str, Sequence[float]]
-    storages: Mapping[str, tuple[tuple[int, int], ...]]
 
 
 class StoredTensor(NamedTuple):

@@ -16,9 +16,9 @@ from shardc.commands.user_file import OnMesh, load_values
 from shardc.errors import ShardcError
 from shardc.family import compiled
 from shardc.inspect.console import show
-from shardc.inspect.measured import differences, measuring
+from shardc.inspect.measured import MeasuredRank, differences, measuring, processes
 from shardc.inspect.progress import working
-from shardc.inspect.trace import Process, write
+from shardc.inspect.trace import write
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
 from shardc.ir.printing import in_seconds
@@ -48,23 +48,22 @@ class ProfileCommand(OnMesh):
             for _ in range(self.steps):
                 measured.clear()
                 step(program, inputs)
-        processes = _gathered(measured.processes())
+        ranks = _gathered(measured.ranks())
         if os.environ.get("RANK", "0") == "0":
-            expected = program.timeline()
-            write(self.output, [expected, *processes])
-            found = processes[0]
-            lasted = max((one.end for one in found.slices), default=0.0)
+            expected, found = program.timeline(), processes(ranks, program.statements())
+            write(self.output, [expected, *found])
+            lasted = max((one.end for one in found[0].slices), default=0.0)
             head = [f"predicted {in_seconds(program.plan.predicted)} a step, measured {in_seconds(lasted)} on rank 0"]
-            show(Report(head, [differences(expected, found)]))
+            show(Report(head, [differences(expected, found[0])]))
             print(f"wrote {self.output}", file=sys.stderr)
         return 0
 
 
-def _gathered(processes: list[Process]) -> list[Process]:
+def _gathered(ranks: list[MeasuredRank]) -> list[MeasuredRank]:
     """Those of all ranks, on rank 0; every process has its own clock, and begins at 0."""
     if not dist.is_initialized():
-        return processes
+        return ranks
     first = dist.get_rank() == 0
-    ranks: list[list[Process]] = [[] for _ in range(dist.get_world_size() if first else 0)]
-    dist.gather_object(processes, ranks if first else None)
-    return [one for rank in ranks for one in rank]
+    everywhere: list[list[MeasuredRank]] = [[] for _ in range(dist.get_world_size() if first else 0)]
+    dist.gather_object(ranks, everywhere if first else None)
+    return [one for here in everywhere for one in here]

@@ -1,100 +1,171 @@
-"""Measured timelines: what every statement of generated code took, and every collective, on each local rank.
+"""Measured timelines: what every call of generated code took, and every collective, on each local rank.
 
-    with measuring(executable, code) as measured:     the module's forward and backward tick after every statement
+    with measuring(executable, code) as measured:     the module's functions tick after every call
         step()
-    measured.processes()                              one `Process` a rank, as `predicted` makes one
+    processes(measured.ranks(), statements(c))        one `Process` a rank, as `predicted` makes one
 
-A statement's module is the one that the comment above it names. A collective is timed where the mesh starts it, so
-those within bodies of operators count too. On CUDA, the rank waits for its device after every statement, so that
-nothing of a collective is hidden.
+Forward and backward run the calls of their graphs in order, whatever functions and loops they stand in: tick number 40
+of forward is call number 40 of its graph, which knows the layer. A collective is timed where the mesh starts it, so
+those within bodies of operators count too. On CUDA, the rank waits for its device after every call, so that nothing of
+a collective is hidden.
 """
 
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Callable, Generator, Sequence
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from shardc.analysis.spans import COMPUTE
-from shardc.inspect.trace import Process, Slice
+from shardc.analysis.operands import collective_of
+from shardc.analysis.recorded_step import COMPUTE
+from shardc.analysis.timeline import is_started
+from shardc.inspect.trace import Process, Slice, told_of
+from shardc.ir.facts import origin_of
+from shardc.ir.partition import partition
+from shardc.ir.program import name_of
 from shardc.ir.report import Columns, Section
+from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable
-from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.collectives.collective import AnyCollective, wait
 from shardc.runtime.mesh.mesh import Context, RuntimeMesh, current
+from shardc.source.grammar import LineKind, read
 
-_TICK = "__tick__"
+_BEGIN, _TICK = "__begin__", "__tick__"
+_TICKED = {LineKind.OPERATOR, LineKind.BODY, LineKind.COLLECTIVE, LineKind.START, LineKind.WAIT}
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A call in generated code: its function, the value that it makes, the operator, and the module and the line of the
-    user's code, as the comment above it tells them."""
+    """A call of forward or backward: the path of the user's module, the operator or collective, and what else a trace
+    tells of it."""
+
+    module: str
+    kind: str
+    told: Mapping[str, Any]
+
+
+Statements = Mapping[str, Sequence[Statement]]
+"""The calls of forward and of backward, as they run."""
+
+
+def statements(c: Compilation) -> Statements:
+    """The calls of the code of a compilation that `overlap` has left."""
+    run = partition(c.lowered.read(), c.program)
+
+    def of(phase: str, nodes: Sequence[fx.Node]) -> list[Statement]:
+        calls = [node for node in nodes if node.target is not operator.getitem]
+        return [Statement(origin_of(n).module, _kind(n), {**told_of(n, c.mesh), "phase": phase}) for n in calls]
+
+    return {"forward": of("forward", run.forward), "backward": of("backward", run.backward)}
+
+
+def _kind(node: fx.Node) -> str:
+    """`mm`, `all_reduce`, or, where it is started ahead, `start all_reduce` and `wait for all_reduce`."""
+    source = node.args[0] if node.target is wait else node
+    assert isinstance(source, fx.Node)
+    collective = collective_of(source)
+    if collective is None:
+        return name_of(node.target)
+    does = "wait for " if source is not node else "start " if is_started(node) else ""
+    return f"{does}{collective.name}"
+
+
+@dataclass
+class _MeasuredHalf:
+    """One run of forward or backward: when it began, and when each of its calls had run."""
 
     phase: str
-    value: str
-    kind: str
-    module: str
-    place: str
+    begin: float
+    ends: list[float] = field(default_factory=list[float])
+
+
+@dataclass(frozen=True)
+class MeasuredRank:
+    """What one rank ran, by the clock of its process, and when the first rank there began. It can be sent to another
+    process."""
+
+    rank: int
+    zero: float
+    halves: tuple[_MeasuredHalf, ...]
+    sent: tuple[Slice, ...]
 
 
 class MeasuredSteps:
-    """What was measured since the last `clear`, in seconds of this process's clock."""
+    """What was measured since the last `clear`."""
 
-    def __init__(self, mesh: RuntimeMesh, statements: Sequence[Statement]) -> None:
-        self.mesh, self._statements = mesh, statements
+    def __init__(self, mesh: RuntimeMesh) -> None:
+        self.mesh = mesh
         self.clear()
 
     def clear(self) -> None:
         """Forget what was measured."""
-        self._ticks: dict[int, list[tuple[int, float]]] = {rank: [] for rank in self.mesh.ranks}
+        self._halves: dict[int, list[_MeasuredHalf]] = {rank: [] for rank in self.mesh.ranks}
         self._sent: dict[int, list[Slice]] = {rank: [] for rank in self.mesh.ranks}
 
-    def tick(self, number: int) -> None:
-        """A rank has run the statement of that number; -1 where a function begins."""
-        context = current()
-        if context.device.type == "cuda":
-            torch.cuda.synchronize(context.device)
-        self._ticks[context.rank].append((number, perf_counter()))
+    def begin(self, phase: str) -> None:
+        """A rank begins with forward or backward."""
+        self._halves[current().rank].append(_MeasuredHalf(phase, _now()))
+
+    def tick(self) -> None:
+        """A rank has run the next call."""
+        self._halves[current().rank][-1].ends.append(_now())
 
     def sent(self, rank: int, one: Slice) -> None:
         """A rank has run a collective."""
         self._sent[rank].append(one)
 
-    def processes(self) -> list[Process]:
-        """The tracks of every local rank, from the moment at which the first rank began."""
-        zero = min((ticks[0][1] for ticks in self._ticks.values() if ticks), default=0.0)
-        return [Process(f"measured, rank {rank}", self._slices(rank, zero)) for rank in self.mesh.ranks]
+    def ranks(self) -> list[MeasuredRank]:
+        """What every local rank ran."""
+        zero = min((half.begin for halves in self._halves.values() for half in halves), default=0.0)
+        return [
+            MeasuredRank(rank, zero, tuple(self._halves[rank]), tuple(self._sent[rank])) for rank in self.mesh.ranks
+        ]
 
-    def _slices(self, rank: int, zero: float) -> tuple[Slice, ...]:
-        found: list[Slice] = []
-        before = zero
-        for number, now in self._ticks[rank]:
-            if number >= 0:
-                one = self._statements[number]
-                told = {"value": one.value, "place": one.place, "phase": one.phase}
-                found.append(Slice(COMPUTE, one.module, one.kind, before - zero, now - zero, told))
-            before = now
-        for one in self._sent[rank]:
-            inside = next((s for s in found if s.start <= one.start - zero <= s.end), None)
-            module = inside.module if inside is not None else ""
-            found.append(Slice(one.track, module, one.kind, one.start - zero, one.end - zero, one.told))
-        return tuple(found)
+
+def _now() -> float:
+    device = current().device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def processes(ranks: Sequence[MeasuredRank], calls: Statements) -> list[Process]:
+    """The tracks of every rank. `calls` are those of the code that ran; under torchrun all ranks run that of rank 0."""
+    return [Process(f"measured, rank {one.rank}", _slices(one, calls)) for one in ranks]
+
+
+def _slices(rank: MeasuredRank, calls: Statements) -> tuple[Slice, ...]:
+    found: list[Slice] = []
+    for half in rank.halves:
+        before = half.begin - rank.zero
+        for call, end in zip(calls[half.phase], half.ends, strict=True):
+            found.append(Slice(COMPUTE, call.module, call.kind, before, end - rank.zero, dict(call.told)))
+            before = end - rank.zero
+    starts = [one.start for one in found]
+    sent: list[Slice] = []
+    for one in rank.sent:
+        start = one.start - rank.zero
+        inside = found[bisect_right(starts, start) - 1]  # a call is running whenever a collective starts
+        told = {**one.told, "phase": inside.told["phase"]}
+        sent.append(replace(one, module=inside.module, start=start, end=one.end - rank.zero, told=told))
+    return (*found, *sent)
 
 
 @contextmanager
 def measuring(executable: Executable, code: str) -> Generator[MeasuredSteps]:
     """In here, a module that was generated as `code` is measured as it runs."""
-    tree, statements = _ticking(code)
-    measured, module, mesh = MeasuredSteps(executable.mesh, statements), executable.module, executable.mesh
-    names = {**vars(module), _TICK: measured.tick}
-    exec(compile(tree, str(module.__file__), "exec"), names)
+    measured, module, mesh = MeasuredSteps(executable.mesh), executable.module, executable.mesh
+    names = {**vars(module), _BEGIN: measured.begin, _TICK: measured.tick}
+    exec(compile(_ticking(code), str(module.__file__), "exec"), names)
     plain = {name: getattr(module, name) for name in ("forward", "backward") if hasattr(module, name)}
     for name in plain:
         setattr(module, name, names[name])
@@ -133,47 +204,28 @@ def _timed(mesh: RuntimeMesh, measured: MeasuredSteps) -> Callable[..., Callable
     return timed
 
 
-def _ticking(code: str) -> tuple[ast.Module, list[Statement]]:
-    """Generated code in which every call is followed by a tick, and the statements that are numbered so."""
-    tree, statements = ast.parse(code), list[Statement]()
-    lines = code.splitlines()
-    for function in tree.body:
-        if not isinstance(function, ast.FunctionDef) or function.name not in ("forward", "backward"):
-            continue
-        body: list[ast.stmt] = [_tick(-1, function.body[0])]
-        first = function.lineno
-        for statement in function.body:
-            body.append(statement)
-            if isinstance(statement, ast.Assign) and isinstance(statement.value, (ast.Call, ast.Subscript)):
-                body.append(_tick(len(statements), statement))
-                comments = lines[first : statement.lineno - 1]
-                place = next((line.strip()[2:] for line in reversed(comments) if line.strip().startswith("# ")), "")
-                value = ast.unparse(statement.targets[0])
-                module, source = _divided(place)
-                statements.append(Statement(function.name, value, _kind(statement.value), module, source))
-        function.body = body
-    return ast.fix_missing_locations(tree), statements
+def _ticking(code: str) -> ast.Module:
+    """Generated code whose functions tick after every call, and in which forward and backward say that they begin."""
+    ticked = {line.number for lines in read(code).values() for line in lines if line.kind in _TICKED}
+    return ast.fix_missing_locations(_Ticking(ticked).visit(ast.parse(code)))
 
 
-def _tick(number: int, at: ast.stmt) -> ast.stmt:
-    call = ast.Call(ast.Name(_TICK, ast.Load()), [ast.Constant(number)], [])
-    return ast.copy_location(ast.Expr(call), at)
+class _Ticking(ast.NodeTransformer):
+    def __init__(self, ticked: set[int]) -> None:
+        self.ticked = ticked
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        if node.name in ("forward", "backward"):
+            node.body.insert(0, _call(node.body[0], _BEGIN, ast.Constant(node.name)))
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
+        return [node, _call(node, _TICK)] if node.lineno in self.ticked else node
 
 
-def _divided(place: str) -> tuple[str, str]:
-    """The module and the line of `layers.0.mlp, model.py:41`; either may be missing."""
-    module, _, source = place.rpartition(", ")
-    return (module, source) if re.search(r":\d+$", source) else (place, "")
-
-
-def _kind(call: ast.expr) -> str:
-    """The operator that a statement calls: `mm` of `aten.mm.default(...)`, `all_reduce` of `all_reduce.start(...)`."""
-    if not isinstance(call, ast.Call):
-        return "getitem"
-    parts = ast.unparse(call.func).split(".")
-    if parts[0] == "aten":
-        return parts[1]
-    return parts[-2] if len(parts) > 1 else parts[0]
+def _call(at: ast.stmt, name: str, *arguments: ast.expr) -> ast.stmt:
+    return ast.copy_location(ast.Expr(ast.Call(ast.Name(name, ast.Load()), [*arguments], [])), at)
 
 
 def differences(expected: Process, found: Process) -> Section:

@@ -10,23 +10,22 @@ The format is Google's Trace Event Format; times are in microseconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from shardc.analysis.memory import MemoryAnalysis
 from shardc.analysis.operands import collective_of, operand_bytes
-from shardc.analysis.spans import COMPUTE, Span, spans
-from shardc.analysis.timeline import Times
+from shardc.analysis.recorded_step import COMPUTE, Span
 from shardc.errors import ShardcError
 from shardc.ir.facts import dtype_of, lowered, origin_of
 from shardc.ir.layout import SHORT_DTYPES
-from shardc.ir.partition import partition
-from shardc.ir.program import name_of, where
+from shardc.ir.mesh import Mesh
+from shardc.ir.program import where
 from shardc.planning.compilation import Compilation
+from shardc.planning.scheduled import recorded
 
 MICROSECONDS = 1e6
 
@@ -56,44 +55,25 @@ class Process:
 def predicted(c: Compilation) -> Process:
     """The timeline of a compilation that `overlap` has left: the rank's slices follow each other without a gap, and end
     at `plan.predicted`."""
-    graph = c.schedule.bucketed.read()
-    run, nodes = partition(graph, c.program), {node.name: node for node in graph.nodes}
-    order = [(nodes[name], awaited) for name, awaited in c.schedule.order]
-    found = spans(order, Times(run, c.pace))
-    slices = tuple(_slice(span, c) for span in found)
-    border, forward = 0, set(run.forward)
-    while border < len(order) and order[border][0] in forward:
-        border += 1
-    halves = order[:border], order[border:]
-    held = MemoryAnalysis(graph, run, c.program, c.mesh, c.states).line_by_line(*halves).held
-    bytes_held = [*held.get("forward", ()), *held.get("backward", ())]
-    ends = _ends([span for span in found if span.track == COMPUTE], [node for node, _ in order])
-    return Process("predicted", slices, tuple(zip(ends, bytes_held, strict=True)))
+    step = recorded(c)
+    held = zip(step.starts, (moment.total for moment in step.moments), strict=True)
+    return Process("predicted", tuple(_slice(span, c.mesh) for span in step.spans), tuple(held))
 
 
-def _ends(spans: Iterable[Span], nodes: Sequence[fx.Node]) -> list[float]:
-    """When each entry of an order starts to run: those that take no time, when the one before them has ended."""
-    times, rest = list[float](), list(spans)
-    now, place = 0.0, 0
-    for node in nodes:
-        times.append(now)
-        if place < len(rest) and rest[place].node is node:
-            now, place = rest[place].end, place + 1
-    return times
+def _slice(span: Span, mesh: Mesh) -> Slice:
+    module = origin_of(span.node).module
+    return Slice(span.track, module, span.name, span.start, span.end, told_of(span.node, mesh))
 
 
-def _slice(span: Span, c: Compilation) -> Slice:
-    node, facts = span.node, lowered(span.node)
-    collective, place = collective_of(node), origin_of(node)
-    kind = collective.name if collective is not None else name_of(node.target)
-    told: dict[str, Any] = {"value": f"%{node.name}", "place": where(node), "phase": place.phase}
-    if facts.layout is not None:
-        told["layout"] = f"{SHORT_DTYPES[dtype_of(node)]}{facts.layout.simplify(c.mesh)}"
-    if collective is not None:
-        told["bytes"] = sum(operand_bytes(node, c.mesh))
-    if span.waits and span.track == COMPUTE:
-        kind = f"wait for {kind}"
-    return Slice(span.track, place.module, kind, span.start, span.end, told)
+def told_of(node: fx.Node, mesh: Mesh) -> dict[str, Any]:
+    """What a trace tells of a call besides its module: value, line, phase, layout, and the bytes of a collective."""
+    told: dict[str, Any] = {"value": f"%{node.name}", "place": where(node), "phase": origin_of(node).phase}
+    layout = lowered(node).layout
+    if layout is not None:
+        told["layout"] = f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(mesh)}"
+    if collective_of(node) is not None:
+        told["bytes"] = sum(operand_bytes(node, mesh))
+    return told
 
 
 def write(path: Path, processes: Sequence[Process]) -> None:
@@ -110,13 +90,13 @@ def _events(pid: int, process: Process) -> Iterator[dict[str, Any]]:
     numbers = {track: tid for tid, track in enumerate(tracks, 1)}
     yield {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process.name}}
     yield {"ph": "M", "pid": pid, "name": "process_sort_index", "args": {"sort_index": pid}}
+    titles = {track: "compute" if track == COMPUTE else f"axis {track}" for track in numbers}
     for track, tid in numbers.items():
-        title = track if track == COMPUTE else f"axis {track}"
-        yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": title}}
+        yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": titles[track]}}
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
     for one in process.slices:
         yield {
-            "ph": "X", "pid": pid, "tid": numbers[one.track], "cat": one.track,
+            "ph": "X", "pid": pid, "tid": numbers[one.track], "cat": titles[one.track],
             "name": f"{one.module}: {one.kind}" if one.module else one.kind,
             "ts": one.start * MICROSECONDS, "dur": (one.end - one.start) * MICROSECONDS, "args": one.told,
         }  # fmt: skip

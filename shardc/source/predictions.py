@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import fx
 
 from shardc.analysis.axis_roles import parallelism_of
-from shardc.analysis.memory import MemoryAnalysis
+from shardc.analysis.recorded_memory import recorded_memory
 from shardc.analysis.timeline import Times
 from shardc.cost.clock import Clock, Flight
 from shardc.ir.partition import partition
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.planning.compilation import Compilation
+from shardc.planning.scheduled import scheduled
 from shardc.runtime.collectives.collective import wait
 from shardc.source.frees import Holding
 from shardc.source.module import Predicted
@@ -28,14 +29,10 @@ def predicted(c: Compilation) -> Predicted:
 
 def _held(c: Compilation) -> Holding:
     """What a rank holds while each line runs."""
-    graph = c.schedule.bucketed.read()
-    run = partition(graph, c.program)
-    by_name = {node.name: node for node in graph.nodes}
-    order = [(by_name[name], awaited) for name, awaited in c.schedule.order]
-    first = set(run.forward)
-    halves = [one for one in order if one[0] in first], [one for one in order if one[0] not in first]
-    lines = MemoryAnalysis(graph, run, c.program, c.mesh, c.states).line_by_line(*halves)
-    return Holding(lines.held, lines.storages, lines.peak)
+    step = scheduled(c)
+    memory = recorded_memory(step.memory, step.forward, step.backward)
+    lines = {half: [one.total for one in memory.moments if one.phase == half] for half in ("forward", "backward")}
+    return Holding(lines, memory.storages, memory.peak)
 
 
 class _Remarks:

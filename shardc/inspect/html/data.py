@@ -12,19 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
-from shardc.analysis.memory import Memory, MemoryAnalysis
-from shardc.analysis.recorded_step import Moment, RecordedStep, Span, recorded_step
-from shardc.analysis.timeline import Order, Times
+from shardc.analysis.memory import Memory
+from shardc.analysis.recorded_memory import Moment
+from shardc.analysis.recorded_step import COMPUTE, RecordedStep, Span
 from shardc.explain.plan import Placed, Plan
 from shardc.inspect.html.graphs import pictures
 from shardc.inspect.html.layouts import Pictures
 from shardc.inspect.html.modules import module_tree
 from shardc.inspect.html.questions import answers
+from shardc.ir.facts import origin_of
 from shardc.ir.layout import parse_typed
-from shardc.ir.partition import partition
+from shardc.ir.program import name_of
 from shardc.planning.compilation import Compilation
+from shardc.planning.scheduled import recorded
 
 MOST_MOMENTS = 800
 """Points of the curve of memory; each is the fullest of its stretch of the step."""
@@ -45,7 +45,7 @@ class Asking:
 def plan_records(snapshots: Mapping[str, Compilation], plan: Plan, asking: Asking) -> dict[str, Any]:
     """The records of a plan. `snapshots` has the compilation after every pass, by the pass's name."""
     c = snapshots["overlap"]
-    graph, step = c.lowered.read(), recorded(snapshots)
+    graph, step = c.lowered.read(), recorded(snapshots["schedule"])
     tensors = (*plan.placed, *plan.outputs)
     layouts = Pictures(plan.mesh)
     return {
@@ -66,19 +66,6 @@ def plan_records(snapshots: Mapping[str, Compilation], plan: Plan, asking: Askin
         "layouts": layouts.layouts,
         "dims": layouts.dims,
     }  # fmt: skip
-
-
-def recorded(snapshots: Mapping[str, Compilation]) -> RecordedStep:
-    """The step as the schedule ordered it."""
-    c = snapshots["schedule"]
-    graph = c.schedule.bucketed.read()
-    run = partition(graph, c.program)
-    by_name = {node.name: node for node in graph.nodes}
-    order: Order = [(by_name[name], awaited) for name, awaited in c.schedule.order]
-    early: set[fx.Node] = set(run.forward)
-    forward, backward = ([entry for entry in order if (entry[0] in early) is half] for half in (True, False))
-    memory = MemoryAnalysis(graph, run, c.program, c.mesh, c.states)
-    return recorded_step(forward, backward, Times(run, c.pace), memory)
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
@@ -107,40 +94,45 @@ def _tensor(one: Placed, plan: Plan, layouts: Pictures) -> list[Any]:
 
 def _memory(step: RecordedStep, peak: Memory) -> dict[str, Any]:
     labels = list(dict.fromkeys(label for moment in step.moments for label in moment.held))
-    shown = fullest(step.moments)
+    shown = fullest(list(zip(step.starts, step.moments, strict=True)))
     return {
         "labels": labels,
-        "at": [moment.at for moment in shown],
-        "held": [[round(moment.held.get(label, 0)) for moment in shown] for label in labels],
-        "calls": [f"{moment.name} in {moment.module or 'the model'}, {moment.phase}" for moment in shown],
+        "at": [at for at, _ in shown],
+        "held": [[round(moment.held.get(label, 0)) for _, moment in shown] for label in labels],
+        "calls": [_called(moment) for _, moment in shown],
         "peak": {"bytes": peak.peak, "phase": peak.phase, "place": peak.place, "parts": peak.largest},
         "budget": peak.budget,
     }
 
 
-def fullest(moments: Sequence[Moment]) -> list[Moment]:
-    """At most `MOST_MOMENTS` of the moments: the fullest of each stretch."""
+def _called(moment: Moment) -> str:
+    return f"{name_of(moment.node.target)} in {origin_of(moment.node).module or 'the model'}, {moment.phase}"
+
+
+def fullest(moments: Sequence[tuple[float, Moment]]) -> list[tuple[float, Moment]]:
+    """At most `MOST_MOMENTS` of the moments, each with its second: the fullest of each stretch."""
     stretch = math.ceil(len(moments) / MOST_MOMENTS) or 1
     pieces = [moments[start : start + stretch] for start in range(0, len(moments), stretch)]
-    return [max(piece, key=lambda moment: moment.total) for piece in pieces]
+    return [max(piece, key=lambda one: one[1].total) for piece in pieces]
 
 
 def _timeline(step: RecordedStep, axes: Sequence[str]) -> dict[str, Any]:
     """Spans as columns of numbers: what runs, in which module and phase, on which lane, from when on, how long."""
-    lanes = ["", *axes]
-    whats = {(span.name, span.module, span.phase): None for span in step.spans}
-    numbers = {what: number for number, what in enumerate(whats)}
+    lanes = [COMPUTE, *axes]
+    spans = [span for span in step.spans if not span.waits]
+    numbers: dict[tuple[str, str, str], int] = {}
 
     def row(span: Span) -> tuple[int, int, int, int]:
-        what = numbers[span.name, span.module, span.phase]
-        return what, lanes.index(span.lane), round(span.start / TICK), round((span.end - span.start) / TICK)
+        origin = origin_of(span.node)
+        what = numbers.setdefault((span.name, origin.module, origin.phase), len(numbers))
+        return what, lanes.index(span.track), round(span.start / TICK), round((span.end - span.start) / TICK)
 
-    columns = zip(*map(row, step.spans), strict=True) if step.spans else ([], [], [], [])
+    columns = zip(*map(row, spans), strict=True) if spans else ([], [], [], [])
     what, lane, start, length = (list(column) for column in columns)
-    modules = list(dict.fromkeys(module for _, module, _ in whats))
+    modules = list(dict.fromkeys(module for _, module, _ in numbers))
     places = {module: place for place, module in enumerate(modules)}
     return {
         "seconds": step.seconds, "tick": TICK, "lanes": lanes, "modules": modules,
-        "whats": [[name, places[module], phase] for name, module, phase in whats],
+        "whats": [[name, places[module], phase] for name, module, phase in numbers],
         "what": what, "lane": lane, "start": start, "length": length,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from shardc.inspect.html.layouts import Pictures, runs_of_dim
 from shardc.inspect.html.page import in_script, page
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
+from shardc.planning.scheduled import recorded
 from shardc.runtime.mesh.orders import FOLDED, axis_of, dealt, order_of
 
 ASKING = Asking("shardc explain model.py --mesh=dp=2,tp=2", shell=True)
@@ -142,11 +143,12 @@ def test_the_curve_of_memory_has_the_peak_of_the_plan(compiled: Compiled, record
 
 
 def test_a_long_curve_keeps_its_peaks(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = data.recorded(compiled.reported(ASKING).snapshots).moments
+    step = recorded(compiled.reported(ASKING).snapshots["schedule"])
+    moments = list(zip(step.starts, step.moments, strict=True))
     monkeypatch.setattr(data, "MOST_MOMENTS", 10)
     shown = fullest(moments)
     assert len(shown) <= 10 < len(moments)
-    assert max(one.total for one in shown) == max(one.total for one in moments)
+    assert max(one.total for _, one in shown) == compiled.plan.memory.peak
 
 
 def test_answers_are_those_of_the_plan_and_few_are_searched_for(compiled: Compiled, records: dict[str, Any]) -> None:

@@ -11,27 +11,35 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import shardc
 from checks.verifying import Stack
-from shardc.analysis.spans import COMPUTE
+from shardc.analysis.recorded_step import COMPUTE
 from shardc.cli import main
 from shardc.compiled import Compiled
 from shardc.cost.hardware import hardware
 from shardc.errors import ShardcError
-from shardc.inspect.measured import measuring
-from shardc.inspect.trace import Process
+from shardc.inspect.measured import differences, measuring, processes
+from shardc.inspect.trace import Process, Slice
+from shardc.ir.report import Report
 from shardc.one_step import step
 
 FILE = """
 import torch
 
+class Model(torch.nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return "made", y, y.square().mean()  # backward starts from the loss, which is not the first
+
 def model():
-    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    return Model(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 
 def inputs():
     return (torch.ones(8, 8),)
 """
+WIDE = torch.ones(32, 64)
 X = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -104,23 +112,74 @@ def test_commands_write_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["profile", str(file), "--mesh=dp=2", "--steps=0", "-o", str(profile)]) == 2
 
 
-def test_a_measured_step_has_every_collective_of_the_plan(stack: Compiled) -> None:
-    executable = stack.executable
-    forward, before = executable.module.forward, stack(X).detach()
-    with measuring(executable, stack.code) as measured:
-        step(stack, (X,))
-        during = stack(X).detach()
-        measured.clear()
-        step(stack, (X,))
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Repeated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def repeated() -> Compiled:
+    constraints = {f"layers.{layer}.up.weight": ("tp", None) for layer in range(3)}
+    return shardc.compile(Repeated(), "tp=2", (WIDE,), constraints=constraints)
+
+
+def test_a_measured_module_is_left_as_it_was(repeated: Compiled) -> None:
+    executable, x = repeated.executable, WIDE
+    forward, before = executable.module.forward, repeated(x).detach()
+    with measuring(executable, repeated.code):
+        during = repeated(x).detach()
     assert torch.equal(before, during) and executable.module.forward is forward and "begin" not in vars(executable.mesh)
-    planned = Counter((one.kind, one.axis) for one in stack.plan.conversions if one.sent)
-    for process in measured.processes():
-        collectives = Counter((one.kind, one.track) for one in process.slices if one.track != COMPUTE)
-        assert collectives == planned
+
+
+def collectives_of(slices: tuple[Slice, ...]) -> Counter[tuple[str, ...]]:
+    """Kind, axis, module and phase of all collectives; a mesh does not know which ones carry buckets."""
+    sent = [one for one in slices if one.track != COMPUTE]
+    return Counter((one.kind.removesuffix("_bucket"), one.track, one.module, one.told["phase"]) for one in sent)
+
+
+@pytest.mark.parametrize("name", ["stack", "repeated"])
+def test_a_measured_step_has_every_call_of_the_plan_at_its_layer(name: str, request: pytest.FixtureRequest) -> None:
+    """`stack` has its gradients reduced beside compute, `repeated` calls a function for its layers, in loops."""
+    compiled: Compiled = request.getfixturevalue(name)
+    x = X if name == "stack" else WIDE
+    assert name == "stack" or (" = layer(" in compiled.code and " = layer_backward(" in compiled.code)
+    assert ".start(" in compiled.code
+    with measuring(compiled.executable, compiled.code) as measured:
+        step(compiled, (x,))
+        measured.clear()
+        step(compiled, (x,))
+    predicted = compiled.timeline().slices
+    planned = collectives_of(predicted)
+    assert sum(planned.values()) == sum(one.sent > 0 for one in compiled.plan.conversions)
+    values = {one.told["value"]: (one.module, one.told["phase"]) for one in predicted}
+    layers = {module for module, _ in values.values()}
+    assert layers >= ({f"layers.{i}.down" for i in range(3)} if name == "repeated" else {"layers.0", "layers.4"})
+    for process in processes(measured.ranks(), compiled.statements()):
+        assert collectives_of(process.slices) == planned
         own = [one for one in process.slices if one.track == COMPUTE]
-        assert {one.module for one in own} >= {"layers.0", "layers.2", "layers.4"}
-        assert {one.kind for one in own} >= {"addmm", "tanh", "mm"}
-        assert {one.told["phase"] for one in own} == {"forward", "backward"}
+        assert {one.kind for one in own} >= {"addmm", "mm"}
+        found = {one.told["value"]: (one.module, one.told["phase"]) for one in own}
+        assert values.items() <= found.items()
+    (first, *_) = processes(measured.ranks(), compiled.statements())
+    table = str(Report([], [differences(compiled.timeline(), first)]))
+    assert all(module in table for module in layers if len(layers) <= 10)
 
 
 def test_a_trace_that_cannot_be_written(stack: Compiled, tmp_path: Path) -> None:
