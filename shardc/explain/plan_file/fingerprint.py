@@ -3,8 +3,8 @@
 %h = mm(%x, %w)    ->   "layers.0.up mm": hash of "mm(inputs input:0, permute(parameters layers.*.up.weight, ...)) ..."
 
 Every operator has a hash of its own, so that it can be told which have changed; those of equal layers are equal. Where
-the code stands, what devices it names, the threads of the machine, and the values of tensors do not count. What rules say of an
-operator does, but for what it allocates.
+the code stands, what devices it names, how many threads run it, and the values of tensors do not count. What rules say
+of an operator does, but for what it allocates.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The markdown of the project: what it shows runs, what it says was printed is printed, and it reads in short pieces.
 
 The python blocks of a page run in order, in one namespace a page. A block that cannot run is preceded by a line
-`<!-- no-run: reason -->`. One after `<!-- file: name -->` is also written to a file, which blocks below may import. A text
-block after the line `<!-- printed -->` holds lines that the blocks above it printed:
-each line a beginning of one of theirs, in order; runs of spaces count as one, a line `…` stands for lines left out.
+`<!-- no-run: reason -->`. One after `<!-- file: name -->` is also written to a file, which blocks below may import. A
+text block after the line `<!-- printed -->` holds lines that the blocks above it printed: each line a beginning of one
+of theirs, in order; runs of spaces count as one, a line `…` stands for lines left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import shardc
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,3 +162,14 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PROSE:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    headings = re.findall(r"^##+ (\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert set(shardc.__all__) <= set(headings)
+
+
+def test_the_site_has_every_page() -> None:
+    nav = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    assert sorted(nav) == sorted([*pages, "benchmarks.md", "index.md"])
