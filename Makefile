@@ -5,6 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 TOOLS  := $(VENV)/.stamp-tools
 READY  := $(VENV)/.stamp-ready
+SITE   := $(VENV)/.stamp-docs
 
 # Wheels that pip is told to look for (PIP_FIND_LINKS, separated by spaces) are told to uv, which separates by commas.
 empty  :=
@@ -15,7 +16,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit fuzz opinfo zoo clean
+.PHONY: help setup demo test lint types unit fuzz opinfo zoo docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ fuzz: $(READY) ## the property tests, five times as long (20 minutes), from a ne
 zoo: $(READY) ## every model of the zoo on every mesh
 	$(PY) -m pytest -n 2 --dist worksteal -q tests/zoo tests/end_to_end/test_models.py --whole-zoo
 
+docs: $(SITE) ## the pages and the reference as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
@@ -56,4 +60,8 @@ $(TOOLS):
 
 $(READY): $(TOOLS) pyproject.toml constraints.txt
 	$(VENV)/bin/uv pip install -q -p $(VENV) --compile-bytecode -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(SITE): $(READY)
+	$(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev,docs]'
 	@touch $@

@@ -3,7 +3,8 @@
 %h = mm(%x, %w)    ->   "layers.0.up mm": hash of "mm(inputs input:0, permute(parameters layers.*.up.weight, ...)) ..."
 
 Every operator has a hash of its own, so that it can be told which have changed; those of equal layers are equal. Where
-the code stands, what devices it names, and the values of tensors do not count. What rules say of an operator does.
+the code stands, what devices it names, how many threads run it, and the values of tensors do not count. What rules say
+of an operator does, but for what it allocates.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from shardc.rules.factors.factored import Factored, Kind
 from shardc.rules.factors.strategy import shape_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+LEFT_OUT = {"folds", "workspace"}
+"""Fields of rules and kinds that do not count: what a kernel allocates depends on its threads, and torchrun gives each
+process one."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def canonical(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join([f'{canonical(key)}: {canonical(one)}' for key, one in value.items()])}}}"
     if is_dataclass(value):
-        own = ", ".join([canonical(getattr(value, one.name)) for one in fields(value) if one.name != "folds"])
+        own = ", ".join([canonical(getattr(value, one.name)) for one in fields(value) if one.name not in LEFT_OUT])
         return f"{type(value).__name__}({own})"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(canonical, value))}]"

@@ -177,3 +177,20 @@ def test_a_damaged_file_is_planned_again(cached: Cached) -> None:
 def test_a_folder_that_cannot_be_written_is_no_error(cached: Cached) -> None:
     cached.folder.write_text("a file")
     assert cached.solves(stack(1)) and cached.solves(stack(1))
+
+
+def test_threads_of_the_process_do_not_count(tmp_path: Path) -> None:
+    heads = (torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4))
+
+    class Attends(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    threads, path = torch.get_num_threads(), tmp_path / "plan.json"
+    shardc.compile(Attends(), "dp=2", heads).plan.save(path)
+    try:
+        torch.set_num_threads(threads + 1)  # as torchrun gives each process another number; kernels allocate by thread
+        loaded = shardc.compile(Attends(), "dp=2", heads, plan=path).plan
+    finally:
+        torch.set_num_threads(threads)
+    assert loaded.mesh.size == 2

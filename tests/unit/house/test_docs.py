@@ -1,8 +1,9 @@
 """The markdown of the project: what it shows runs, what it says was printed is printed, and it reads in short pieces.
 
 The python blocks of a page run in order, in one namespace a page. A block that cannot run is preceded by a line
-`<!-- no-run: reason -->`. A text block after the line `<!-- printed -->` holds lines that the blocks above it printed:
-each line a beginning of one of theirs, in order; runs of spaces count as one, and a line `…` stands for lines left out.
+`<!-- no-run: reason -->`. One after `<!-- file: name -->` is also written to a file, which blocks below may import. A
+text block after the line `<!-- printed -->` holds lines that the blocks above it printed: each line a beginning of one
+of theirs, in order; runs of spaces count as one, a line `…` stands for lines left out.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import contextlib
 import io
 import linecache
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import shardc
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,7 +28,7 @@ PROSE = [
     *(ROOT / page for page in ("CONTRIBUTING.md", "tests/README.md", "benchmarks/README.md") if (ROOT / page).exists()),
 ]
 BLOCK = re.compile(
-    r"(?:^<!-- no-run:(?P<reason>.*?)-->\n+)?^```python\n(?P<code>.*?)^```$"
+    r"(?:^<!-- no-run:(?P<reason>.*?)-->\n+|^<!-- file: (?P<file>\w+\.py) -->\n+)?^```python\n(?P<code>.*?)^```$"
     r"|^<!-- printed -->\n+```text\n(?P<printed>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -52,6 +56,7 @@ RUNNABLE = [page for page in PAGES if any(match["code"] is not None for _, match
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
 def test_blocks_run_and_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what a snippet saves goes there
+    monkeypatch.syspath_prepend(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     linecache.checkcache(str(page))
     printed = io.StringIO()
@@ -60,6 +65,9 @@ def test_blocks_run_and_print_what_the_page_shows(page: Path, tmp_path: Path, mo
             missing = first_missing(match["printed"], printed.getvalue())
             assert missing is None, f"{name_of(page)}:{line}: not printed above: {missing}\n\n{printed.getvalue()}"
         elif match["reason"] is None:
+            if match["file"]:
+                Path(match["file"]).write_text(match["code"])
+                monkeypatch.delitem(sys.modules, Path(match["file"]).stem, raising=False)
             with contextlib.redirect_stdout(printed):
                 exec(compile("\n" * line + match["code"], str(page), "exec"), namespace)
 
@@ -154,3 +162,14 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PROSE:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    headings = re.findall(r"^##+ (\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert set(shardc.__all__) <= set(headings)
+
+
+def test_the_site_has_every_page() -> None:
+    nav = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    assert sorted(nav) == sorted([*pages, "benchmarks.md", "index.md"])
