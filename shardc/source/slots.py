@@ -38,7 +38,7 @@ LEAST_ALIKE = 3
 
 
 class Row(NamedTuple):
-    """A slot: what stands before its name, the name, what stands behind, and its layout for people if a dim is split."""
+    """A slot: what stands before its name, the name, what stands behind, and its layout if a dim is split."""
 
     role: str
     name: str

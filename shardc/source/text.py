@@ -96,9 +96,11 @@ def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:
         lines = _broken(parts, set(broken), level)
         if all(len(one) <= WIDTH for one in lines):
             break
+    if line.startswith("from "):  # imports are sorted by a linter that wants them a line each
+        return [*above, *lines]
     filled = _broken(parts, set(broken), level, fill=True)
     filled[-1] += _SKIP
-    if len(filled) < len(lines) and all(len(one) <= WIDTH for one in filled) or max(map(len, lines)) > WIDTH:
+    if (len(filled) < len(lines) and all(len(one) <= WIDTH for one in filled)) or max(map(len, lines)) > WIDTH:
         return [*above, *filled]
     return [*above, *lines]
 
