@@ -57,7 +57,7 @@ class Half:
         self.name, self.nodes, self.shared, self.held = name, nodes, shared, held
         self.results = {node: place for place, node in enumerate(results) if node is not None}
         self.kept = set(kept)
-        self.lives = Lives(nodes, self.results, given, held, name)
+        self.lives = Lives(nodes, set(self.results), given, held, name)
         self.loops = repeated(nodes, self.results, shared.mesh) if loops else []
         inside = {node for loop in self.loops for run in loop.every for node in run}
         self.inline = [node for node in nodes if node not in inside]
