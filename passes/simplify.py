@@ -11,7 +11,8 @@ becomes
     %y = add(%k, %v)                     f32[64@dp, 64]
 
 Which calls change nothing is a table, `shardc/rules/rewrites/identities.py`. Equal calls are merged within forward and
-within backward, never across: what backward computes again was planned so. No more memory is held at any line than
+within backward, never across: what backward computes again was planned so. A view that several modules read stands
+behind what it views, so that the first of equal layers is like the others. No more memory is held at any line than
 before: of equal calls, the second gives way only where the first is still there, or both are views of one value. What
 the caller gives or gets, and what backward finds of forward, share no memory that they did not share.
 """
@@ -64,6 +65,7 @@ class _Simplifier:
         self.sharing = MemorySharing(graph, run, mesh)
         self.first: dict[object, fx.Node] = {}
         """Of every call, by what it calls, the one that its equals give way to."""
+        self.hoisted: set[fx.Node] = set()
 
     def run(self) -> None:
         for place, node in enumerate(list(self.graph.nodes)):
@@ -120,9 +122,26 @@ class _Simplifier:
             return
         view = node in self.sharing.views
         if view or (self.sharing.lives_until[first] >= place and self.sharing.may_join(first, node)):
+            if view and lowered(first).origin.module != lowered(node).origin.module:
+                self._hoist(first)
             self._replace(node, first)
         else:
             self.first[key] = node
+
+    def _hoist(self, view: fx.Node) -> None:
+        """Move a view that several modules read behind what it views. A repeated layer is then like the others where it
+        alone made the view. What is viewed is held as long as before."""
+        if view in self.hoisted:
+            return
+        self.hoisted.add(view)
+        phase = self.phase[view]
+        (operand,) = view.all_input_nodes
+        if self.phase.get(operand) == phase:
+            operand.append(view)
+            return
+        beginning = next(node for node in self.graph.nodes if self.phase.get(node) == phase)
+        if beginning is not view:
+            beginning.prepend(view)
 
     def _alike(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether two values have the same dtype and layout."""

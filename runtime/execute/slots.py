@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Slot:
 
     def __str__(self) -> str:
         return f"{self.role} {self.name or self.index}"
+
+    @property
+    def gradient(self) -> Slot:
+        """The slot of the gradient of a parameter that lies as the parameter does."""
+        return replace(self, role="gradient")
 
     def check(self, tensor: Tensor) -> None:
         """RankError unless `tensor` has this slot's global shape and dtype."""

@@ -55,9 +55,9 @@ class Half:
         loops: bool,
     ) -> None:
         self.name, self.nodes, self.shared, self.held = name, nodes, shared, held
-        self.results = {node for node in results if node is not None}
+        self.results = {node: place for place, node in enumerate(results) if node is not None}
         self.kept = set(kept)
-        self.lives = Lives(nodes, self.results, given, held, name)
+        self.lives = Lives(nodes, set(self.results), given, held, name)
         self.loops = repeated(nodes, self.results, shared.mesh) if loops else []
         inside = {node for loop in self.loops for run in loop.every for node in run}
         self.inline = [node for node in nodes if node not in inside]
@@ -151,8 +151,11 @@ class Half:
         groups: dict[str, list[int]] = {}
         for offset in loop.kept:
             runs = {run[offset] for run in loop.runs}
-            name = "saved" if runs & self.kept else "grads" if runs & self.results else "made"
+            name = "saved" if runs & self.kept else "grads" if runs & self.results.keys() else "made"
             groups.setdefault(name, []).append(offset)
+        # gradients in the order in which they are returned: one slice of the list then has all of a run
+        end = len(loop.rest) or loop.size
+        groups.get("grads", []).sort(key=lambda offset: (offset >= end, self.results.get(loop.runs[0][offset], 0)))
 
         def read_on(node: fx.Node) -> bool:
             return node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)

@@ -18,7 +18,7 @@ from shardc.source.frees import Holding
 from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
 from shardc.source.naming import Naming
 from shardc.source.places import Spot
-from shardc.source.slots import rows, table
+from shardc.source.slots import Row, gradients, rows, table
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 
 LIVING = "nobody else holds them: each is freed with its last name"
@@ -71,13 +71,15 @@ class _Module:
             takes = backward.taken(forward, saved)
             inside = {node for one in takes for node in one.nodes}
             saved = [*(node for node in saved if node not in inside), *(n for one in takes for n in one.nodes)]
-        parts = [*head, *forward.body(), *self._returned(forward, saved)]
+        returned = self._returned(forward, saved)  # asked first: a list is not deleted of which a place is returned
+        parts = [*head, *forward.body(), *returned]
         functions = list(forward.functions)
         if backward is not None:
             start = self._start(backward, saved, takes)
             backward.write(takes)
             functions += backward.functions
-            parts += ["", "", *start, *backward.body(), *written(["return ", backward.returned(self.run.gradients)], 1)]
+            returned = written(["return ", backward.returned(self.run.gradients)], 1)
+            parts += ["", "", *start, *backward.body(), *returned]
         return "\n".join([*self._top(), *self._slots(), *functions, "", "", *parts, ""])
 
     def _half(self, name: str, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None], loops: bool) -> Half:
@@ -179,15 +181,16 @@ class _Module:
         ins = list(zip(placeholders, self.program.inputs, strict=True))
         outs = [(n, p) for n, p in zip(results, self.program.outputs, strict=True) if n is not None]
 
-        def of(name: str, slots: list[tuple[fx.Node, Port]]) -> list[str]:
-            return table(name, rows(slots, self.program, self.mesh))
+        def of(slots: list[tuple[fx.Node, Port]]) -> list[Row]:
+            return rows(slots, self.program, self.mesh)
 
+        inputs = of([(n, p) for n, p in ins if p.role is not Role.TANGENT])
         return [
-            *of("INPUTS", [(n, p) for n, p in ins if p.role is not Role.TANGENT]),
-            *of("OUTPUTS", [(n, p) for n, p in outs if p.role is not Role.GRADIENT]),
-            *of("TANGENTS", [(n, p) for n, p in ins if p.role is Role.TANGENT]),
-            *of("GRADIENTS", [(n, p) for n, p in outs if p.role is Role.GRADIENT]),
-        ]  # fmt: skip
+            *table("INPUTS", inputs),
+            *table("OUTPUTS", of([(n, p) for n, p in outs if p.role is not Role.GRADIENT])),
+            *table("TANGENTS", of([(n, p) for n, p in ins if p.role is Role.TANGENT])),
+            *gradients(inputs, of([(n, p) for n, p in outs if p.role is Role.GRADIENT])),
+        ]
 
 
 def _order(name: str) -> tuple[int, str]:

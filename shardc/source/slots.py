@@ -1,15 +1,18 @@
 """The tables of slots. Those of repeated layers are written once, with the number of the layer in their names.
 
 INPUTS = (
-    Slot("parameter", "embed.weight", 0, (256, 64), "float32", ()),  # f32[256, 64]
+    Slot("parameter", "embed.weight", 0, (256, 64), "float32", ((0, 1, "tp"),)),  # f32[256@tp, 64]
     *(
         slot
         for i in range(32)
         for slot in (
-            Slot("parameter", f"layers.{i}.up.weight", 0, (64, 64), "float32", ()),  # f32[64, 64]
+            Slot("parameter", f"layers.{i}.up.weight", 0, (64, 64), "float32", ()),
         )
     ),
 )
+GRADIENTS = tuple(slot.gradient for slot in INPUTS if slot.role == "parameter")
+
+The layout stands beside what is split.
 """
 
 from __future__ import annotations
@@ -23,16 +26,19 @@ from torch import fx
 from shardc.ir.facts import dtype_of, laid
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
-from shardc.ir.program import Port, Program
+from shardc.ir.program import Port, Program, Role
 from shardc.source.calls import shown
-from shardc.source.text import Brackets, arguments, written
+from shardc.source.text import WIDTH, Brackets, arguments, written
 
 LEAST_TURNS = 3
 """Layers of which a table is written once."""
 
+LEAST_ALIKE = 3
+"""Gradients that are written as those of all parameters."""
+
 
 class Row(NamedTuple):
-    """A slot: what stands before its name, the name, what stands behind, and its layout for people."""
+    """A slot: what stands before its name, the name, what stands behind, and its layout if a dim is split."""
 
     role: str
     name: str
@@ -46,12 +52,14 @@ def rows(slots: Sequence[tuple[fx.Node, Port]], program: Program, mesh: Mesh) ->
     for node, port in slots:
         layout = laid(node).simplify(mesh)
         rest = [str(port.index), shown(tuple(layout.shape)), shown(str(dtype_of(node)).removeprefix("torch."))]
-        rest.append(shown(layout.cuts(mesh)))
+        cuts = layout.cuts(mesh)
+        rest.append(shown(cuts))
         facts: Sequence[tuple[str, Mapping[Port, tuple[int, ...]]]] = (
             ("order", program.orders), ("depends_on", program.depends_on)
         )  # fmt: skip
         rest += [f"{name}={shown(told[port])}" for name, told in facts if port in told]
-        found.append(Row(shown(port.role.value), port.name, tuple(rest), f"{SHORT_DTYPES[dtype_of(node)]}{layout}"))
+        typed = f"{SHORT_DTYPES[dtype_of(node)]}{layout}" if cuts else ""
+        found.append(Row(shown(port.role.value), port.name, tuple(rest), typed))
     return found
 
 
@@ -59,6 +67,11 @@ def table(name: str, slots: Sequence[Row]) -> list[str]:
     """The lines of one table."""
     if not slots:
         return [f"{name} = ()"]
+    if len(slots) == 1 and not slots[0].typed:
+        (row,) = slots
+        line = "".join(_slot(row, shown(row.name), 0))
+        if len(f"{name} = ({line})") <= WIDTH:
+            return [f"{name} = ({line})"]
     lines, at = [f"{name} = ("], 0
     while at < len(slots):
         width, turns = _turns(slots, at)
@@ -72,6 +85,15 @@ def table(name: str, slots: Sequence[Row]) -> list[str]:
         lines += ["        )", "    ),"]
         at += width * turns
     return [*lines, ")"]
+
+
+def gradients(inputs: Sequence[Row], slots: Sequence[Row]) -> list[str]:
+    """The lines of the table of gradients: of one line where they lie as the parameters do."""
+    role = shown(Role.GRADIENT.value)
+    alike = [row._replace(role=role) for row in inputs if row.role == shown(Role.PARAMETER.value)]
+    if len(slots) < LEAST_ALIKE or alike != list(slots):
+        return table("GRADIENTS", slots)
+    return ['GRADIENTS = tuple(slot.gradient for slot in INPUTS if slot.role == "parameter")']
 
 
 def _slot(row: Row, name: str, level: int) -> list[str]:

@@ -7,6 +7,13 @@ what does not fit there, or is no argument, one item a line with a comma behind 
         [a, b],
         axis="dp",
     )
+
+Many names fill lines, which the formatter then leaves alone:
+
+    (
+        input_norm_cast, input_norm_rsqrt, input_norm, attn_v, attn_add, attn_add_2, attn_item, post_attn_norm_cast,
+        post_attn_norm_rsqrt, mlp_gate_mm,
+    ) = given  # fmt: skip
 """
 
 from __future__ import annotations
@@ -18,6 +25,11 @@ from dataclasses import dataclass
 WIDTH = 120
 STEP = 4
 """Columns of a line, and by how many what is inside of something is indented."""
+
+MANY = 8
+"""Names that fill lines, rather than stand on a line each."""
+
+_SKIP = "  # fmt: skip"
 
 
 @dataclass(frozen=True)
@@ -84,11 +96,17 @@ def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:
         lines = _broken(parts, set(broken), level)
         if all(len(one) <= WIDTH for one in lines):
             break
+    if line.startswith("from "):  # imports are sorted by a linter that wants them a line each
+        return [*above, *lines]
+    filled = _broken(parts, set(broken), level, fill=True)
+    filled[-1] += _SKIP
+    if (len(filled) < len(lines) and all(len(one) <= WIDTH for one in filled)) or max(map(len, lines)) > WIDTH:
+        return [*above, *filled]
     return [*above, *lines]
 
 
-def _broken(parts: Sequence[Item], broken: set[int], level: int) -> list[str]:
-    """The statement with some groups one item a line."""
+def _broken(parts: Sequence[Item], broken: set[int], level: int, fill: bool = False) -> list[str]:
+    """The statement with some groups one item a line; with `fill`, many names on as few lines as hold them."""
     indent, done = " " * STEP * level, list[str]()
     current = indent
     for number, part in enumerate(parts):
@@ -99,17 +117,37 @@ def _broken(parts: Sequence[Item], broken: set[int], level: int) -> list[str]:
         inner = " " * STEP * (level + 1) + ", ".join(map(str, part.items))
         if isinstance(part, Arguments) and len(inner) <= WIDTH:
             done.append(inner)
+        elif fill and _many(part):
+            done += _full(inner, level + 1)
         else:
             for item in part.items:
-                done += _item(item, level + 1)
+                done += _item(item, level + 1, fill)
         current = indent + part.close
     return [*done, current]
 
 
-def _item(item: Item, level: int) -> list[str]:
+def _many(group: Brackets) -> bool:
+    """Whether a group is of many names, or of one text that is too long for a line."""
+    texts = [item for item in group.items if isinstance(item, str) and '"' not in item]
+    return len(texts) == len(group.items) and (len(texts) >= MANY or max(map(len, texts)) > WIDTH - STEP)
+
+
+def _full(inner: str, level: int) -> list[str]:
+    """Lines that are as full as they may be, each of which ends behind a comma."""
+    indent, lines = " " * STEP * level, list[str]()
+    for text in f"{inner.strip()},".split(", "):
+        word = text if text.endswith(",") else f"{text},"
+        if lines and len(lines[-1]) + 1 + len(word) <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(indent + word)
+    return lines
+
+
+def _item(item: Item, level: int, fill: bool) -> list[str]:
     if not isinstance(item, Brackets) or len(" " * STEP * level + f"{item},") <= WIDTH or not item.items:
         return [" " * STEP * level + f"{item},"]
-    lines = _broken([item], {0}, level)
+    lines = _broken([item], {0}, level, fill)
     return [*lines[:-1], f"{lines[-1]},"]
 
 

@@ -22,7 +22,9 @@ from samples.random_programs import grow
 from shardc.capture.trace import capture
 from shardc.compiled import Compiled
 from shardc.cost.hardware import Hardware, Link, hardware
+from shardc.decided import Decided
 from shardc.errors import CaptureError, RuleError, ShardcError
+from shardc.explain.planned import plan_of
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Role
 from shardc.planning.constraints import parameter_demands
@@ -156,7 +158,8 @@ def examine(menu: str, random: Random) -> None:
             specs = {name: tuple(_dims(spec)) for name, spec in demands.items()}
             asked = parameter_demands(captured, program, specs, mesh)
             made = compiled_program(captured, mesh, device, demands=asked, whole=whole, mode=mode, model=program)
-            compiled = Compiled({"capture": made["normalize"], **made})
+            made = {"capture": made["normalize"], **made}
+            compiled = Compiled(Decided(made, plan_of(made)))
         except ShardcError as error:
             assert not isinstance(error, (RuleError, CaptureError)), what
             assert demands or constrained, what
