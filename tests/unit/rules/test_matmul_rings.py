@@ -111,7 +111,7 @@ def options(device: Hardware, rows: int, width: int, hidden: int) -> OperatorOpt
         [TensorClass(side.sizes, 2, ("sum",), NODE, device) for side in sides]
         for sides in (shape.operands, shape.results)
     ]
-    return OperatorOptions(shape, NODE, device, *classes, frozenset(shape.rings))
+    return OperatorOptions(shape, NODE, device, *classes, offered=frozenset(shape.rings))
 
 
 def test_rings_are_offered_where_links_overlap_and_products_are_large() -> None:
