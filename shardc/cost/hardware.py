@@ -48,6 +48,8 @@ from shardc.runtime.collectives.permute import permute
 
 DISTANCE = 0.02
 """By this part a link counts as slower for every doubling of the distance between its ranks."""
+HALF = 0.5
+"""The `overlap` above which rings of products may go round an axis."""
 _FOLDER = Path(__file__).parent / "hardware"
 
 
@@ -212,8 +214,9 @@ class Hardware:
         return link.overlap, link.stall
 
     def hiding(self, mesh: Mesh) -> tuple[str, ...]:
-        """The axes along which a collective may run beside what is computed."""
-        return tuple(axis for axis in mesh.names if self.overlapping(mesh, axis)[0] > 0.0)
+        """The axes along which most of a collective hides beside what is computed: those that rings of products may go
+        round. Elsewhere the cores that compute also copy, and steps that wait for them would be no gain."""
+        return tuple(axis for axis in mesh.names if self.overlapping(mesh, axis)[0] > HALF)
 
     def hidden(self, mesh: Mesh, axis: str, seconds: float) -> float:
         """Seconds of a collective of `seconds` that computing hides, if the device has enough to compute beside it."""

@@ -86,8 +86,9 @@ class CostNetwork:
         self._classes: dict[tuple[tuple[int, ...], int, Folds], TensorClass] = {}
         self._class_of: dict[Key, TensorClass] = {}
         self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype, Folds], TensorClass] = {}
-        self._options: dict[Kind, OperatorOptions] = {}
-        self._distinct: dict[Shape, OperatorOptions] = {}
+        self._shapes: dict[Kind, Shape] = {}
+        self._options: dict[fx.Node, OperatorOptions] = {}
+        self._distinct: dict[tuple[Shape, frozenset[str]], OperatorOptions] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
         self._domains: dict[object, Domain] = {}
@@ -113,7 +114,7 @@ class CostNetwork:
             self._class_of = other._class_of
             alike = self.balanced == other.balanced
             self._options = other._options if alike else {
-                kind: options for kind, options in other._options.items() if options.shape.band is None
+                node: options for node, options in other._options.items() if options.shape.band is None
             }  # fmt: skip
             if alike or self._beneath == other._beneath:
                 self._gradient_classes = other._gradient_classes
@@ -224,23 +225,26 @@ class CostNetwork:
         return users
 
     def options_of(self, op: Op) -> OperatorOptions:
-        """The strategies of an operator; operators of one shape share them."""
-        if op.kind not in self._options:
-            shape = shape_of(op)
-            if self.balanced and shape.band is not None:
-                shape = replace(shape, band=replace(shape.band, balanced=True))
-            self._options[op.kind] = self._options_of(shape)
-        return self._options[op.kind]
+        """The strategies of an operator; operators of one shape that are offered the same rings share them."""
+        if op.node not in self._options:
+            if op.kind not in self._shapes:
+                shape = shape_of(op)
+                if self.balanced and shape.band is not None:
+                    shape = replace(shape, band=replace(shape.band, balanced=True))
+                self._shapes[op.kind] = shape
+            shape = self._shapes[op.kind]
+            self._options[op.node] = self._options_of(shape, self._rings.offered(op, shape))
+        return self._options[op.node]
 
-    def _options_of(self, shape: Shape) -> OperatorOptions:
-        if shape not in self._distinct:
+    def _options_of(self, shape: Shape, rings: frozenset[str]) -> OperatorOptions:
+        if (shape, rings) not in self._distinct:
 
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize, side.folds) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
-            self._distinct[shape] = OperatorOptions(shape, self.mesh, self.device, operands, results)
-        return self._distinct[shape]
+            self._distinct[shape, rings] = OperatorOptions(shape, self.mesh, self.device, operands, results, rings)
+        return self._distinct[shape, rings]
 
     def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
         self.variables.append(Variable(name, domain, unary))
@@ -277,9 +281,8 @@ class CostNetwork:
 
     def _kept(self, op: Op, options: OperatorOptions, port: Port | None, frozen: bool) -> list[int] | None:
         """The strategies whose results every constraint accepts; None for all of them."""
-        offered = self._rings.offered(op, options) if options.rings else None
         if port is None and not self.demands.accepts and not self.demands.wishes:
-            return None if offered is None else [*offered]
+            return None
         tests: list[tuple[int, Accepts]] = [
             (k, self.demands.accepts[result.key])
             for k, result in enumerate(op.results)
@@ -295,12 +298,12 @@ class CostNetwork:
         elif port is not None:
             tests.append((0, self._sliceable(op.results[0].value)))
         if not tests and not self.demands.wishes:
-            return None if offered is None else [*offered]
+            return None
 
         def passing(among: Sequence[int], k: int, ok: Accepts) -> list[int]:
             return [i for i in among if ok(options.result_classes[k].layouts[options.result_layouts[k][i]])]
 
-        keep = list(range(len(options.strategies)) if offered is None else offered)
+        keep = list(range(len(options.strategies)))
         for k, ok in tests:
             keep = passing(keep, k, ok)
         for k, result in enumerate(op.results):

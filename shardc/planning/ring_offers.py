@@ -7,11 +7,11 @@ backward    dw = mm(xt, dy)     nor one of its sums: gradients are reduced besid
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 from shardc.ir.program import Role
-from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Factored, Key, Op
+from shardc.rules.factors.strategy import Shape
+from shardc.rules.ring import Ring
 
 
 class RingOffers:
@@ -46,14 +46,11 @@ class RingOffers:
     def _ends(self, op: Op) -> bool:
         return all(result.key in self.gradients for result in op.results)
 
-    def offered(self, op: Op, options: OperatorOptions) -> Sequence[int] | None:
-        """The places of the strategies that are offered to an operator; None for all of them."""
-        dropped = {place for place in options.rings if self._hides_anyway(op, options, place)}
-        return [place for place in range(len(options.strategies)) if place not in dropped] if dropped else None
+    def offered(self, op: Op, shape: Shape) -> frozenset[str]:
+        """The variants with rings that are offered to an operator of this shape."""
+        return frozenset(v.name for v in shape.variants if v.ring is not None and not self._hides_anyway(op, v.ring))
 
-    def _hides_anyway(self, op: Op, options: OperatorOptions, place: int) -> bool:
-        variant = options.shape.variant_of(options.strategies[place])
-        assert variant is not None and variant.ring is not None
-        if variant.ring.operand is None:
+    def _hides_anyway(self, op: Op, ring: Ring) -> bool:
+        if ring.operand is None:
             return op.results[0].key in self.gradients
-        return op.operands[variant.ring.operand].value.key in self.weights
+        return op.operands[ring.operand].value.key in self.weights

@@ -10,7 +10,7 @@ The options of an operator depend on its `Shape` only, so all operators of one s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
@@ -34,6 +34,9 @@ from shardc.rules.factors.strategy import (
     variants_of,
 )
 from shardc.runtime.mesh.orders import BLOCKS, FOLDED, in_order
+
+QUICK = 64
+"""How many plain strategies, those of least compute, a ring is compared with before it is compared with all."""
 
 
 @dataclass(eq=False)
@@ -81,10 +84,10 @@ def strategies_of(shape: Shape, mesh: Mesh) -> Strategies:
 
 
 @lru_cache(maxsize=512)
-def rings_of(shape: Shape, mesh: Mesh, along: tuple[str, ...]) -> Strategies:
-    """The strategies of a shape in which something goes round one of the axes `along`, and all other axes split a
-    factor."""
-    return Strategies(shape, mesh, [s for axis in along for s in _enumerate(shape, mesh, axis)])
+def rings_of(shape: Shape, mesh: Mesh, along: tuple[str, ...], variants: frozenset[str]) -> Strategies:
+    """The strategies of a shape in which something goes round one of the axes `along`, by one of some variants, and all
+    other axes split a factor. Axes of one factor are in the mesh's order, but that the axis of the ring may be last."""
+    return Strategies(shape, mesh, [s for axis in along for s in _rings(shape, mesh, axis, variants)])
 
 
 def together(one: Strategies, other: Strategies, places: list[int]) -> Strategies:
@@ -105,12 +108,14 @@ class OperatorOptions:
     device: Hardware
     operand_classes: list[TensorClass]
     result_classes: list[TensorClass]
+    offered: frozenset[str]
+    """The variants with rings that may be among the strategies."""
 
     def __post_init__(self) -> None:
         self._known = strategies_of(self.shape, self.mesh)
-        along = self.device.hiding(self.mesh) if self.shape.rings else ()
+        along = self.device.hiding(self.mesh) if self.offered else ()
         if along:
-            rings = rings_of(self.shape, self.mesh, along)
+            rings = rings_of(self.shape, self.mesh, along, self.offered)
             self._known = together(self._known, rings, self._faster(rings))
 
     def _faster(self, rings: Strategies) -> list[int]:
@@ -119,9 +124,23 @@ class OperatorOptions:
         """
         if not rings.strategies:
             return []
+        taken = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        sending, possible = self._sending_least(rings), np.arange(len(rings.strategies))
+        for others in (np.argsort(taken, kind="stable")[:QUICK], np.arange(len(taken))):  # the first rule most out
+            least = self._least_instead(rings, possible, taken, others)
+            less = sending[possible] < least  # before the rest, which costs more to ask
+            for number in np.flatnonzero(less):
+                less[number] = self._takes_less(rings.strategies[possible[number]], least[number])
+            possible = possible[less]
+        return possible.tolist()
+
+    def _least_instead(
+        self, rings: Strategies, places: np.ndarray, taken: np.ndarray, others: np.ndarray
+    ) -> np.ndarray:
+        """For the rings at `places`, the least seconds of the plain strategies `others` with conversions around them.
+        `taken` are the seconds of every plain strategy alone."""
         plain = self._known
-        taken = self.device.compute_seconds_each(*plain.work, self.shape.dtype)
-        instead = np.broadcast_to(taken, (len(rings.strategies), len(taken))).copy()
+        instead = np.broadcast_to(taken[others], (len(places), len(others))).copy()
         for classes, ours, theirs, made in (
             (self.operand_classes, rings.demanded, plain.demanded, False),
             (self.result_classes, rings.made, plain.made, True),
@@ -129,10 +148,8 @@ class OperatorOptions:
             ring, other = _indices(classes, ours), _indices(classes, theirs)
             for tensor, here, there in zip(classes, ring, other, strict=True):
                 seconds = tensor.seconds.T if made else tensor.seconds
-                instead += seconds[np.ix_(here, there)]
-        least = instead.min(axis=1)
-        possible = np.flatnonzero(self._sending_least(rings) < least)  # most are out by this alone
-        return [int(place) for place in possible if self._takes_less(rings.strategies[place], least[place])]
+                instead += seconds[np.ix_(here[places], there[others])]
+        return instead.min(axis=1)
 
     def _sending_least(self, rings: Strategies) -> np.ndarray:
         """Seconds that the collectives of each ring take alone: it takes no less."""
@@ -231,9 +248,8 @@ class _Splitting(NamedTuple):
     order: str = BLOCKS
 
 
-def _enumerate(shape: Shape, mesh: Mesh, round_axis: str | None = None) -> Iterator[Strategy]:
-    """One strategy for every split and every variant that runs it. With `round_axis`, those in which something goes
-    round along it; else, those of no such ring."""
+def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
+    """One strategy for every split and every variant that runs it, but for rings over factors that are not parted."""
     free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
     plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
     folded = [
@@ -243,32 +259,56 @@ def _enumerate(shape: Shape, mesh: Mesh, round_axis: str | None = None) -> Itera
     choices = [*plain, *range(len(shape.linear)), *folded]
     options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]
     # an int: the axis's partial sums pass through this linear group
-    if round_axis is not None:
-        pairs = {tuple(sorted(pair)) for pairs in shape.rings.values() for pair in pairs}
-        splits_one: list[_Splitting | int] = [_Splitting(one) for one in free]
-        options = [
-            [_Splitting(pair) for pair in sorted(pairs)] if name == round_axis
-            else splits_one if ways > 1 else [_Splitting()]
-            for name, ways in mesh.axes
-        ]  # fmt: skip
-
-    @cache
-    def splits(factor: int, axes: tuple[str, ...]) -> bool:
-        return splittable(shape, factor, axes, mesh)
 
     @cache
     def variants(split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
         return variants_of(shape, split)
 
+    for passes, axes_of in _allowed(shape, mesh, options):
+        orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
+        for order in itertools.product(*orders):
+            for variant in variants(order):
+                yield Strategy(order, passes, variant=variant)
+
+
+def _rings(shape: Shape, mesh: Mesh, round_axis: str, offered: frozenset[str]) -> Iterator[Strategy]:
+    """The strategies of some variants in which something goes round an axis."""
+    pairs = {tuple(sorted(pair)) for name in offered for pair in shape.rings[name]}
+    splits_one: list[_Splitting | int] = [
+        _Splitting((i,)) for i, factor in enumerate(shape.factors) if not factor.whole
+    ]
+    options: list[list[_Splitting | int]] = [
+        [_Splitting(pair) for pair in sorted(pairs)] if name == round_axis
+        else splits_one if ways > 1 else [_Splitting()]
+        for name, ways in mesh.axes
+    ]  # fmt: skip
+
+    def orders(axes: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+        last = *(axis for axis in axes if axis != round_axis), round_axis
+        return dict.fromkeys((axes, last)) if round_axis in axes else (axes,)
+
+    for passes, axes_of in _allowed(shape, mesh, options):
+        for order in itertools.product(*(orders(axes_of.get(i, ())) for i in range(len(shape.factors)))):
+            for variant in variants_of(shape, order):
+                if variant in offered:
+                    yield Strategy(order, passes, variant=variant)
+
+
+def _allowed(
+    shape: Shape, mesh: Mesh, options: list[list[_Splitting | int]]
+) -> Iterator[tuple[tuple[tuple[str, int], ...], dict[int, tuple[str, ...]]]]:
+    """For every choice of one option an axis that the shape allows: the axes whose partial sums pass through a linear
+    group, and by factor the axes that split it, in the mesh's order."""
+
+    @cache
+    def splits(factor: int, axes: tuple[str, ...]) -> bool:
+        return splittable(shape, factor, axes, mesh)
+
     for choice in itertools.product(*options):
-        passes = tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int))
         axes_of: dict[int, tuple[str, ...]] = {}
         for axis, c in zip(mesh.names, choice, strict=True):
             if isinstance(c, _Splitting):
                 for factor in c.factors:
                     axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
         if all(splits(factor, axes) for factor, axes in axes_of.items()):
-            orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
-            for order in itertools.product(*orders):
-                for variant in variants(order):
-                    yield Strategy(order, passes, variant=variant)
+            yield tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int)), axes_of

@@ -116,7 +116,7 @@ class Call:
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:
         along = tuple(name for name, ways in mesh.axes if ways > 1)
-        rings = rings_of(self.shape, mesh, along).strategies if self.shape.rings else []
+        rings = rings_of(self.shape, mesh, along, frozenset(self.shape.rings)).strategies if self.shape.rings else []
         return [*strategies_of(self.shape, mesh).strategies, *rings]
 
     def lower(self, strategy: Strategy, mesh: Mesh) -> tuple[str, list[tuple[Tensor, Layout]], dict[int, Layout]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._ops import OpOverload
 
+from shardc.cost.hardware import Hardware
 from shardc.ir.program import Port
 from shardc.planning.cost_network import CostNetwork
 from shardc.planning.ring_offers import RingOffers
@@ -39,8 +40,9 @@ def products(*variants: str) -> Generator[None]:
     """All products that can run one of the variants do (`""` is the plain one), whatever it costs and whatever hides
     anyway."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hardware, "hiding", lambda _, mesh: tuple(name for name, ways in mesh.axes if ways > 1))
         patch.setattr(OperatorOptions, "_faster", lambda _, rings: [*range(len(rings.strategies))])
-        patch.setattr(RingOffers, "offered", lambda *_: None)
+        patch.setattr(RingOffers, "offered", lambda _, op, shape: frozenset(shape.rings))
         with _forced(PRODUCTS, lambda _, name: name in variants, where_it_can=True):
             yield
 

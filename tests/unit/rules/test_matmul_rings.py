@@ -43,7 +43,7 @@ NODE = Mesh.parse("a=8")
 
 
 def rings(call: Call, mesh: Mesh) -> list[Strategy]:
-    return rings_of(call.shape, mesh, mesh.names).strategies
+    return rings_of(call.shape, mesh, mesh.names, frozenset(call.shape.rings)).strategies
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -111,7 +111,7 @@ def options(device: Hardware, rows: int, width: int, hidden: int) -> OperatorOpt
         [TensorClass(side.sizes, 2, ("sum",), NODE, device) for side in sides]
         for sides in (shape.operands, shape.results)
     ]
-    return OperatorOptions(shape, NODE, device, *classes)
+    return OperatorOptions(shape, NODE, device, *classes, offered=frozenset(shape.rings))
 
 
 def test_rings_are_offered_where_links_overlap_and_products_are_large() -> None:

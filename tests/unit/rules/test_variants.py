@@ -203,6 +203,6 @@ def test_seconds_are_those_of_the_variant() -> None:
     from shardc.cost.hardware import hardware
 
     call = Call(softmax())
-    options = OperatorOptions(call.shape, ONE, hardware("h100"), [], [])
+    options = OperatorOptions(call.shape, ONE, hardware("h100"), [], [], frozenset())
     found = dict(zip([s.variant for s in options.strategies], options.seconds, strict=True))
     assert found["all_gather"] < found["all_reduce"]  # two ranks: the same bytes in one message
