@@ -27,6 +27,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Role, tensor_of
 from shardc.rules.factors.chosen import Chosen, chosen_of
 from shardc.rules.factors.factored import Factored, Value
+from shardc.rules.factors.rings import circle_of
 from shardc.rules.notation import Band
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.mesh.orders import axis_of
@@ -133,10 +134,12 @@ class _Reading:
 
     def _doings(self, chosen: Chosen, weighs: bool) -> Iterator[Doing]:
         """What axes do in an operator with matrix products, one of whose operands is made of weights or none."""
-        roles = self._factors(chosen, weighs)
+        roles, circle = self._factors(chosen, weighs), circle_of(chosen.shape, chosen.strategy)
         for position, axes in enumerate(chosen.strategy.split):
             for axis in map(axis_of, axes):
-                if axis in self.axes and position in roles:
+                # of what goes round a ring, every rank sees all: that is how it lies between products
+                goes_round = circle is not None and (circle.axis, circle.around) == (axis, position)
+                if axis in self.axes and position in roles and not goes_round:
                     yield axis, *roles[position]
 
     def _factors(self, chosen: Chosen, weighs: bool) -> dict[int, tuple[AxisRole, str]]:
