@@ -86,9 +86,11 @@ def parallelism(c: Compilation) -> list[str]:
 
 def _docstring(c: Compilation) -> list[str]:
     memory, schedule = c.schedule.memory, c.schedule
-    proof = "planned at other sizes; no bound was proved"
-    if c.solution is not None:
-        gap = 1.0 - c.solution.lower_bound / c.solution.cost if c.solution.cost else 0.0
+    proof, proved = "planned at other sizes; no bound was proved", c.solution
+    if proved is None and c.given is not None:
+        proved = c.given.proof
+    if proved is not None:
+        gap = 1.0 - proved.lower_bound / proved.cost if proved.cost else 0.0
         proof = "no plan costs less" if gap < 1e-6 else f"no plan costs less than {1.0 - gap:.1%} of it"
     return [
         *parallelism(c),
