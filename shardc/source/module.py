@@ -22,6 +22,8 @@ from shardc.source.slots import Row, gradients, rows, table
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 
 LIVING = "nobody else holds them: each is freed with its last name"
+MOST_BEFORE_STAR = 255
+"""Names that Python takes before a starred one, in an assignment."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class _Module:
                 writer.where[given[place]] = Spot(name, place - start, stop - start)
         whole = writer.scope.name("given")
         lines = [f"def forward(*{whole}: Tensor{returns}"]
-        if len(stretches) == 1:
+        if len(stretches) == 1 and stretches[0][0] <= MOST_BEFORE_STAR:
             start, stop = stretches[0]
             items = [str(writer.where[n]) for n in given[:start]] + [f"*{names[0]}"]
             items += [str(writer.where[n]) for n in given[stop:]]
@@ -147,8 +149,13 @@ class _Module:
             one.name = writer.scope.name(one.wanted)
         after = [str(writer.name(node)) for node in self.run.tangents]
         first = [f"*{takes[0].name}"] if takes else []
-        items: list[Item] = [*before, *first, *after]
         lines = [f"def backward({given}: list[Tensor]) -> tuple[Tensor | None, ...]:"]
+        while first and len(before) > MOST_BEFORE_STAR:
+            more, front = writer.scope.name("given"), before[:MOST_BEFORE_STAR]
+            lines += written([values([*front, f"*{more}"]), f" = {given}"], 1)
+            lines += written([f"{given}.clear()"], 1, LIVING)
+            given, before = more, before[MOST_BEFORE_STAR:]
+        items: list[Item] = [*before, *first, *after]
         lines += written([values(items), f" = {given}"], 1)
         lines += written([f"{given}.clear()"], 1, LIVING)
         for one in reversed(takes[1:]):
