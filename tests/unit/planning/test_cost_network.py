@@ -102,7 +102,8 @@ def test_what_is_emitted_costs_what_the_solver_promised(mesh: str, device: Hardw
     plan = compile_model(Mlp(64, 256), mesh, (torch.zeros(8, 64),), hardware=device).plan
     emitted = plan.compute + sum(conversion.seconds for conversion in plan.conversions)
     assert emitted <= plan.cost * (1 + 1e-9)
-    assert emitted == pytest.approx(plan.cost - plan.simplified, rel=0.01)  # lowering may reuse a step that two conversions share
+    # lowering may reuse a step that two conversions share
+    assert emitted == pytest.approx(plan.cost - plan.simplified, rel=0.01)
 
 
 class Biased(nn.Module):
