@@ -19,7 +19,6 @@ import itertools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from compile import machine
-from network import on_hosts, ranks_of
+from network import at_rates, ranks_of, step
 from torch import Tensor, nn
 
 os.environ["SHARDC_PLAN_CACHE"] = "off"  # what is measured is solved
@@ -254,16 +253,6 @@ def measured(alone: Attending, running: Mapping[str, nn.Module], steps: int) -> 
     return dict(zip(running, times.median(0).values.tolist(), strict=True))
 
 
-def step(model: nn.Module) -> tuple[float, Tensor]:
-    """Seconds of forward and backward, started together; the loss."""
-    model.zero_grad(set_to_none=True)
-    torch.distributed.barrier()
-    start = time.perf_counter()
-    loss = model()
-    loss.backward()
-    return time.perf_counter() - start, loss
-
-
 def table(case: Case, found: Mapping[str, tuple[shardc.Plan, float]]) -> list[str]:
     """Lines of Markdown, the fastest by the clock first, and Spearman's correlation of the ranks."""
     lines = [str(case), "", "| variant | predicted s | measured s | predicted / measured | sent between hosts |"]
@@ -275,18 +264,6 @@ def table(case: Case, found: Mapping[str, tuple[shardc.Plan, float]]) -> list[st
     forced_ones = [one for name, one in found.items() if name != "chosen"]
     orders = [ranks_of([plan.predicted for plan, _ in forced_ones]), ranks_of([seconds for _, seconds in forced_ones])]
     return [*lines, "", f"Spearman correlation {statistics.correlation(*orders):.2f}.", ""]
-
-
-def network(options: argparse.Namespace) -> None:
-    """Every rate: what it says of all cases."""
-    if os.geteuid() != 0:
-        sys.exit("network namespaces need root: run this with sudo")
-    with tempfile.TemporaryDirectory() as folder:
-        for rate in options.rates:
-            out = Path(folder) / f"{rate:g}.md"
-            own = [str(Path(__file__).resolve()), "network", "--work", str(out), "--steps", str(options.steps)]
-            on_hosts(rate, own, options.timeout)
-            print(f"{rate:g} Mbit/s between hosts\n\n{out.read_text()}", flush=True)
 
 
 def main() -> None:
@@ -309,7 +286,7 @@ def main() -> None:
     elif options.part == "balance":
         balance()
     else:
-        network(options)
+        at_rates(__file__, options)
 
 
 if __name__ == "__main__":

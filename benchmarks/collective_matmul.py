@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,7 +22,7 @@ from typing import Any
 
 import torch
 from compile import machine
-from network import on_hosts
+from network import at_rates, step
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,28 +126,6 @@ def measured(alone: MLP, running: Mapping[str, nn.Module], x: Tensor, steps: int
     return dict(zip(running, times.median(0).values.tolist(), strict=True))
 
 
-def step(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
-    """Seconds of forward and backward, started together; the loss."""
-    model.zero_grad(set_to_none=True)
-    torch.distributed.barrier()
-    start = time.perf_counter()
-    loss = model(x)
-    loss.backward()
-    return time.perf_counter() - start, loss
-
-
-def network(options: argparse.Namespace) -> None:
-    """Every rate: predicted and measured seconds."""
-    if os.geteuid() != 0:
-        sys.exit("network namespaces need root: run this with sudo")
-    with tempfile.TemporaryDirectory() as folder:
-        for rate in options.rates:
-            out = Path(folder) / f"{rate:g}.md"
-            own = [str(Path(__file__).resolve()), "network", "--work", str(out), "--steps", str(options.steps)]
-            on_hosts(rate, own, options.timeout)
-            print(f"{rate:g} Mbit/s between hosts\n\n{out.read_text()}\n", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rings of matrix products: choice, time.")
     parser.add_argument("part", choices=("choice", "network"))
@@ -163,7 +138,7 @@ def main() -> None:
         ranks_work(options)
         return
     print(f"Machine: {machine()}\n")
-    choice() if options.part == "choice" else network(options)
+    choice() if options.part == "choice" else at_rates(__file__, options)
 
 
 if __name__ == "__main__":

@@ -177,12 +177,12 @@ def measured(running: Mapping[str, tuple[nn.Module, Tensor]], steps: int) -> dic
     return dict(zip(running, times.median(0).values.tolist(), strict=True))
 
 
-def step(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
+def step(model: nn.Module, *inputs: Tensor) -> tuple[float, Tensor]:
     """Seconds of forward and backward, started together; the loss."""
     model.zero_grad(set_to_none=True)
     torch.distributed.barrier()
     start = time.perf_counter()
-    loss = model(x)
+    loss = model(*inputs)
     loss.backward()
     return time.perf_counter() - start, loss
 
@@ -242,6 +242,18 @@ def on_hosts(rate: float, own: list[str], timeout: float) -> None:
                 process.wait()
     if any(codes):
         sys.exit(f"a host failed: exit codes {codes}")
+
+
+def at_rates(script: str, options: argparse.Namespace) -> None:
+    """Run a script's part `network` on the ranks of two hosts at every rate, and print what rank 0 writes."""
+    if os.geteuid() != 0:
+        sys.exit("network namespaces need root: run this with sudo")
+    with tempfile.TemporaryDirectory() as folder:
+        for rate in options.rates:
+            out = Path(folder) / f"{rate:g}.md"
+            own = [str(Path(script).resolve()), "network", "--work", str(out), "--steps", str(options.steps)]
+            on_hosts(rate, own, options.timeout)
+            print(f"{rate:g} Mbit/s between hosts\n\n{out.read_text()}", flush=True)
 
 
 def ranks_of(values: list[float]) -> list[float]:

@@ -85,9 +85,6 @@ def _imported(tree: ast.Module) -> dict[str, str]:
     }
 
 
-_CONSTANTS = ("aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS", "TANGENTS", "GRADIENTS", "CHECK")
-
-
 class _SourceReader:
     def __init__(self, source: str, layers: set[str], imports: Mapping[str, str]) -> None:
         self.lines = source.splitlines()

@@ -16,12 +16,12 @@ from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
 from shardc.source.frees import Holding
 from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
+from shardc.source.layers import LIVING
 from shardc.source.naming import Naming
 from shardc.source.places import Spot
 from shardc.source.slots import Row, gradients, rows, table
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 
-LIVING = "nobody else holds them: each is freed with its last name"
 MOST_BEFORE_STAR = 255
 """Names that Python takes before a starred one, in an assignment."""
 
