@@ -122,7 +122,7 @@ def test_an_axis_splits_two_factors_together(mesh: str, rows: int) -> None:
     compiled = mixed(torch.ops.paired.prefix_mix.default, mesh, rows)
     assert "from samples.paired_operator import prefix_mix_in_parts" in compiled.code
     call = next(line for line in compiled.code.splitlines() if "prefix_mix_in_parts(" in line)
-    assert f"i=Part(('cp',), {rows})" in call and f"j=Part(('cp',), {2 * rows})" in call
+    assert f'i=Part(("cp",), {rows})' in call and f'j=Part(("cp",), {2 * rows})' in call
     assert not [c for c in compiled.plan.conversions if c.kind == "all_gather" and c.place and "mix" in c.place]
 
 

@@ -367,9 +367,14 @@ _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
 
 @functools.cache
 def _opens(cls: type) -> bool:
-    """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model."""
+    """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model.
+
+    What a thread holds changes beside every call (the clock of a progress bar's monitor), and no call is to blame.
+    """
     if issubclass(cls, threading.local):
         return True
+    if issubclass(cls, threading.Thread):
+        return False
     root = cls.__module__.partition(".")[0]
     if root in ("torch", "numpy", "shardc", "builtins"):
         return False

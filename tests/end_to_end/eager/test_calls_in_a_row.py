@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -271,3 +272,38 @@ def test_a_class_that_notes_its_subclasses_is_not_told() -> None:
     expected = model(x)
     torch.testing.assert_close(shard(model, mesh="a=2")(x), expected)
     assert noted["Noted"] is Noted and isinstance(model, Noted)
+
+
+class Clock(threading.Thread):
+    """A thread that writes to itself while the model runs, as the monitor of a progress bar does."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.beats, self.stopped = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            self.beats += 1
+
+
+class Reports(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        if not CLOCK.is_alive():
+            print("no clock since", CLOCK.beats)
+        return self.up(x)
+
+
+CLOCK = Clock()
+
+
+def test_what_a_thread_writes_to_itself_is_not_a_change_of_the_call() -> None:
+    model = Reports()
+    sharded = shard(mesh="dp=2")(model)
+    CLOCK.start()
+    try:
+        sharded(torch.randn(6, WIDTH)).sum().backward()
+        first = sharded.compiled
+        sharded(torch.randn(6, WIDTH)).sum().backward()
+        assert sharded.compiled is first
+    finally:
+        CLOCK.stopped.set()

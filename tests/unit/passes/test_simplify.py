@@ -20,6 +20,7 @@ from samples.random_programs import grow
 from shardc.analysis.memory import memory_in_order
 from shardc.capture.trace import capture
 from shardc.cost.hardware import hardware
+from shardc.errors import InfeasibleError
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Role, value_of
 from shardc.passes.codegen import source_of
@@ -92,7 +93,11 @@ def test_random_programs_keep_every_bit() -> None:
         started = frozenset(i for i, o in enumerate(outputs) if o.requires_grad and (i == 0 or not program.with_loss))
         captured = capture(program, tuple(inputs), differentiable=started)
         mesh = Mesh(tuple(zip(AXES, random.choice(((2, 2), (2, 3), (4, 1))), strict=False)))
-        made = compiled_program(captured, mesh, hardware("cpu"), whole=random.random() < 0.5, model=program)
+        try:
+            made = compiled_program(captured, mesh, hardware("cpu"), whole=random.random() < 0.5, model=program)
+        except InfeasibleError:  # some constraints cannot be met on some meshes
+            assert any(name.startswith("constrain") for name, _, _ in program.steps), str(program)
+            return
         before, after = made["localize"], made["simplify"]
         assert run(before, program, inputs) == run(after, program, inputs), f"{program}\n{made['codegen'].code()}"
         assert peak(after) <= peak(before)
