@@ -139,6 +139,22 @@ def test_what_the_user_may_write_to_is_apart() -> None:
     assert x.grad is not None and torch.equal(x.grad, before)
 
 
+class Regrouped(nn.Module):
+    """A view of a value whose minor atom was split: reshard views it as four dims, gathers, and views it back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = shardc.constrain(x.sin(), (None, None, None, "a")).view(2, 2, 6).exp()
+        return shardc.constrain(y.view(6, 2, 2), (None, None, None)).cos()
+
+
+def test_a_view_reads_what_another_view_only_regrouped() -> None:
+    x = torch.randn(2, 2, 3, 2)
+    compiled = shardc.compile(Regrouped(), "a=2", (x,), mode="propagate")
+    before, after = compiled.graph("localize"), compiled.graph("simplify")
+    assert "= view(%all_gather, [6, 2, 2])" in after and "= view(%all_gather, [6, 2, 2])" not in before
+    torch.testing.assert_close(compiled(x), Regrouped()(x))
+
+
 class Draws(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.rand(8) * x + torch.rand(8)
