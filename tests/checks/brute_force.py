@@ -32,6 +32,7 @@ from shardc.rules.factors.factored import Factored, Op
 from shardc.rules.factors.factoring import factor, tensor_arguments
 from shardc.rules.factors.strategy import Strategy, demand, make, shape_of, split_of
 from shardc.runtime import VirtualMesh, load
+from shardc.runtime.kernels.random import DRAWS
 from shardc.runtime.kernels.widening import LOW
 from shardc.source.module import source_of
 
@@ -119,9 +120,33 @@ class Call:
         rings = rings_of(self.shape, mesh, along, frozenset(self.shape.rings)).strategies if self.shape.rings else []
         return [*strategies_of(self.shape, mesh).strategies, *rings]
 
-    def lower(self, strategy: Strategy, mesh: Mesh) -> tuple[str, list[tuple[Tensor, Layout]], dict[int, Layout]]:
-        """The source of the operator's local call, every placeholder with its layout, the layout of every result."""
-        graph, bases, factored, op = fx.Graph(), list[tuple[Tensor, Layout]](), self.factored, self.op
+    def lower(
+        self, strategies: Sequence[Strategy], mesh: Mesh
+    ) -> tuple[str, list[tuple[Tensor, Layout]], list[dict[int, Layout]]]:
+        """The source of the operator's local calls, one a strategy; every placeholder with its layout; the layouts of
+        the results of every call."""
+        graph, bases = fx.Graph(), list[tuple[Tensor, Layout]]()
+        results, layouts = list[fx.Node](), list[dict[int, Layout]]()
+        for strategy in strategies:
+            layouts.append(self._written(graph, strategy, mesh, bases, results))
+        graph.output(tuple(results))
+        localized(graph, mesh)
+        leave: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
+        for node in (*leave, *(n for n in graph.nodes if n.op == "placeholder")):
+            # parts go in and come out as they are: nothing is cut or pasted
+            describe(node, replace(lowered(node), layout=Layout.whole(laid(node).local_shape(mesh))))
+        return source_of(graph, _program(graph, len(bases), results), mesh), bases, layouts
+
+    def _written(
+        self,
+        graph: fx.Graph,
+        strategy: Strategy,
+        mesh: Mesh,
+        bases: list[tuple[Tensor, Layout]],
+        results: list[fx.Node],
+    ) -> dict[int, Layout]:
+        """Append a call by one strategy, with placeholders of its own; gives the layouts of its results."""
+        factored, op = self.factored, self.op
 
         def build(node: fx.Node, index: int, held: Mapping[Any, tuple[str, ...]]) -> fx.Node:
             value, splits = factored.values[node], demand(self.shape, strategy, index, mesh)
@@ -148,7 +173,7 @@ class Call:
         call = graph.call_function(op.node.target, args, kwargs)  # type: ignore[arg-type]
         chosen = Chosen(op, self.shape, strategy)
         describe(call, Lowered(NOWHERE, operator=chosen))
-        several, layouts, results = isinstance(value_of(op.node), (tuple, list)), dict[int, Layout](), list[fx.Node]()
+        several, layouts = isinstance(value_of(op.node), (tuple, list)), dict[int, Layout]()
         for index, result in enumerate(op.results):
             splits = make(self.shape, strategy, index, mesh)
             node = graph.call_function(operator.getitem, (call, result.key[1])) if several else call
@@ -156,17 +181,23 @@ class Call:
             dtype = (value_of(op.node)[result.key[1]] if several else value_of(op.node)).dtype
             describe(node, Lowered(NOWHERE, dtype, layouts[result.key[1]], operator=None if several else chosen))
             results.append(node)
-        graph.output(tuple(results))
-        localized(graph, mesh)
-        leave: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
-        for node in (*leave, *(n for n in graph.nodes if n.op == "placeholder")):
-            # parts go in and come out as they are: nothing is cut or pasted
-            describe(node, replace(lowered(node), layout=Layout.whole(laid(node).local_shape(mesh))))
-        return source_of(graph, _program(graph, len(bases), results), mesh), bases, layouts
+        return layouts
+
+    def check_all(self, strategies: Sequence[Strategy], mesh: Mesh, machine: VirtualMesh) -> dict[Strategy, str]:
+        """What is wrong with which strategies. They run together, which takes a third of the time, and one by one where
+        something is wrong, or where each draws from the stream."""
+        if not strategies or (self.op.node.target not in DRAWS and not self._check(strategies, mesh, machine)):
+            return {}
+        told = {strategy: self.check(strategy, mesh, machine) for strategy in strategies}
+        return {strategy: wrong for strategy, wrong in told.items() if wrong}
 
     def check(self, strategy: Strategy, mesh: Mesh, machine: VirtualMesh) -> str:
         """Empty if the strategy is right, else what is wrong."""
-        source, bases, layouts = self.lower(strategy, mesh)
+        return self._check([strategy], mesh, machine)
+
+    def _check(self, strategies: Sequence[Strategy], mesh: Mesh, machine: VirtualMesh) -> str:
+        """Empty if the strategies are right, else what is wrong with the first that is not."""
+        source, bases, layouts = self.lower(strategies, mesh)
         parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
         torch.default_generator.manual_seed(7)  # torch.manual_seed tells all kinds of devices, which takes longer
         machine.reset()
@@ -176,12 +207,14 @@ class Call:
             return f"failed: {str(error)[-500:]}\n{source[source.index('def forward') :]}"
         expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
         predicted, routed = dict.fromkeys(mesh.names, 0.0), set[str]()
-        for kind, axis, size, _ in sends(self.shape, strategy, mesh):
-            predicted[axis] += kind.sent(mesh.sizes[axis], size)
-            routed |= {axis} if kind.uneven else set()  # what it sends depends on values
+        for strategy in strategies:
+            for kind, axis, size, _ in sends(self.shape, strategy, mesh):
+                predicted[axis] += kind.sent(mesh.sizes[axis], size)
+                routed |= {axis} if kind.uneven else set()  # what it sends depends on values
         if any(not math.isclose(predicted[axis], sent) for axis, sent in machine.traffic.items() if axis not in routed):
             return f"sends {machine.traffic} bytes, its rule says {predicted}"
-        for position, (index, layout) in enumerate(layouts.items()):
+        made = [(index, layout) for one in layouts for index, layout in one.items()]
+        for position, (index, layout) in enumerate(made):
             defined = self.sample.values is None or index in self.sample.values
             locals_ = [outputs[position] for outputs, *_ in ran]
             wrong = gather(locals_, layout, mesh, machine, expected[index], self.sample.tolerance if defined else None)

@@ -13,7 +13,7 @@ from shardc.runtime import VirtualMesh, load
 
 def peaks(call: Call, strategy: Strategy, mesh: Mesh) -> list[int]:
     """Bytes that every rank holds at most, its operands included, without what is inside kernels of torch."""
-    source, bases, _ = call.lower(strategy, mesh)
+    source, bases, _ = call.lower([strategy], mesh)
     machine = VirtualMesh(dict(mesh.axes))
     parts = [scatter(tensor, layout, mesh, machine) for tensor, layout in bases]
     module = load(source)

@@ -59,17 +59,16 @@ def checked(name: str) -> tuple[int, tuple[str, ...]]:
     """How many strategies were run, and what was wrong with them."""
     count, wrong = 0, list[str]()
     for sample in SAMPLES[name]:
+        calls = {split: Call(sample, split) for split in dict(RUNS)}
         for split, axes in RUNS:
             mesh, ranks = machine(*axes)
-            call = Call(sample, split)
+            call = calls[split]
             strategies = call.strategies(mesh)
-            for strategy in strategies[:: -(-len(strategies) // MOST)]:
-                count += 1
-                told = call.check(strategy, mesh, ranks)
-                if told:
-                    wrong.append(
-                        f"{sample} split {split} on {mesh}\n  factors {call.op.factors}\n  {strategy}\n  {told}"
-                    )
+            strategies = strategies[:: -(-len(strategies) // MOST)]
+            count += len(strategies)
+            where = f"{sample} split {split} on {mesh}\n  factors {call.op.factors}"
+            told = call.check_all(strategies, mesh, ranks)
+            wrong += [f"{where}\n  {strategy}\n  {what}" for strategy, what in told.items()]
     return count, tuple(wrong)
 
 
