@@ -1,0 +1,177 @@
+"""A run that is killed again and again, and goes on each time on another mesh, is the run of one device.
+
+    python resumes.py FOLDER STEPS KILLS SEED
+
+It forks the ranks of one life after the other, and kills one rank of each at a random moment, also while it saves.
+The last life runs to the end.
+"""
+
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardc
+from shardc.runtime import Slot, distribute, local_mesh
+
+MESHES = ["dp=4", "dp=2", "dp=2,tp=2", "tp=2", "tp=4", "dp=1"]
+EVERY = 5
+TIMEOUT = 10.0
+folder, steps, kills, seed = Path(sys.argv[1]), *map(int, sys.argv[2:])
+dice = random.Random(seed)
+torch.set_num_threads(1)
+
+
+class Rows:
+    """Endless batches, whose place is a generator's."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __next__(self):
+        return torch.randn(8, 6, generator=self.generator)
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+
+
+def train(save, mesh=None):
+    """Losses by step, from where the last checkpoint says."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Dropout(0.25), nn.Linear(12, 6))
+    if mesh:
+        split = {"0.weight": ("tp" if "tp" in mesh else None, None)}
+        model = shardc.shard(model, mesh=mesh, hardware="cpu", outputs="full", constraints=split)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    state, rows = {"scheduler": scheduler}, Rows()
+    start = (shardc.load_checkpoint(folder, model, optimizer, data=rows, **state) or 0) if save else 0
+    yield start
+    for step in range(start, steps):
+        loss = (model(next(rows)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        yield loss.item()
+        if save and (step + 1) % EVERY == 0:
+            shardc.save_checkpoint(folder, model, optimizer, step=step + 1, keep=3, data=rows, **state)
+
+
+def alive(mesh, rank, ranks, port, life, doom):
+    """One life of one rank. What it did goes to a file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    said = os.open(folder / f"said-{life}-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    run = train(True, mesh)
+    print("@start", next(run), flush=True)
+    if doom is not None:
+        threading.Timer(doom, os.kill, [os.getpid(), signal.SIGKILL]).start()
+    start = -1
+    try:
+        for start, loss in enumerate(run, 0):
+            print("@loss", start, loss, flush=True)
+    except shardc.ShardcError as error:
+        print("@told", time.time(), error, flush=True)
+        raise
+    odd(rank, ranks)
+
+
+def odd(rank, ranks):
+    """Parts that are several blocks of the whole, and parts of unequal size, on any number of ranks."""
+    whole = {name: torch.arange(1.0, 1 + 12 * size).reshape(12, size) for name, size in [("a", 4), ("b", 3), ("c", 5)]}
+    whole["d"] = torch.arange(7.0)
+    mesh = local_mesh({"tp": ranks})
+    cuts = {"a": ((0, 3, "tp"),), "b": ((0, 1, "tp"),), "c": ((1, 1, "tp"),), "d": ((0, 1, "tp"),)}
+    model = nn.Module()
+    for name, tensor in whole.items():
+        slot = Slot("parameter", name, 0, tuple(tensor.shape), "float32", cuts[name] if ranks in (2, 4) else ())
+        model.register_parameter(name, distribute(tensor, slot, mesh))
+    shardc.save_checkpoint(folder / "odd", model, step=ranks).result()
+    for path in sorted((folder / "odd").glob("step-*")):
+        with torch.no_grad():
+            [parameter.zero_() for parameter in model.parameters()]
+        shardc.load_checkpoint(path, model)
+        for name, tensor in whole.items():
+            assert torch.equal(model.get_parameter(name).full_tensor(), tensor), (path, name)
+    print("odd parts are right", flush=True)
+
+
+def live(life, mesh, doom):
+    """Fork the ranks of one life, and wait for their end; what each said."""
+    ranks = shardc.Mesh.parse(mesh).size
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    victim = dice.randrange(ranks)
+    children = {}
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                alive(mesh, rank, ranks, port, life, doom if rank == victim else None)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        children[child] = rank
+    ended = {}
+    while children:
+        child, status = os.wait()
+        ended[children.pop(child)] = (os.waitstatus_to_exitcode(status), time.time())
+    del store
+    said = [(folder / f"said-{life}-{rank}").read_text() for rank in range(ranks)]
+    return victim, ended, said
+
+
+def complete():
+    return max((int(path.name.split("-")[1]) for path in folder.glob("step-*") if (path / "manifest.json").exists()
+                and not path.name.endswith(".partial")), default=0)  # fmt: skip
+
+
+one = list(train(False))[1:]
+print("one device is done", flush=True)
+for life in range(kills + 1):
+    mesh = MESHES[life % len(MESHES)] if kills < len(MESHES) else dice.choice(MESHES)
+    doomed = life < kills
+    before = complete()
+    begin = time.time()
+    victim, ended, said = live(life, mesh, dice.uniform(0, 1.5) if doomed else None)
+    lines = [line.split() for line in said[0].splitlines()]
+    start = next((int(line[1]) for line in lines if line[:1] == ["@start"]), None)
+    assert start in (before, None), f"life {life} starts at {start}, the last complete checkpoint is {before}"
+    losses = [float(line[2]) for line in lines if line[:1] == ["@loss"]]
+    for step, loss in enumerate(losses, before):
+        assert abs(loss - one[step]) < 1e-4, (life, mesh, step, loss, one[step])
+    killed = doomed and ended[victim][0] == -signal.SIGKILL
+    for rank, (code, when) in ended.items():
+        if killed and rank != victim and code:
+            assert "@told" in said[rank] and "ShardcError" in said[rank] or "RankError" in said[rank], said[rank]
+            assert when - ended[victim][1] < TIMEOUT + 5, (rank, when - ended[victim][1])
+        elif not killed:
+            assert code == 0, said[rank]
+            assert "odd parts are right" in said[rank]
+    print(f"life {life} on {mesh}: steps {before} to {before + len(losses)}, {f'rank {victim} killed' if killed else 'ended'}, "
+          f"last complete {complete()}, {time.time() - begin:.1f} s", flush=True)  # fmt: skip
+assert before + len(losses) == steps
+print(f"{steps} steps equal one device through {kills} kills")
