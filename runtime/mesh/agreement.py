@@ -13,6 +13,7 @@ import atexit
 import json
 import os
 import sys
+import sysconfig
 import threading
 import time
 import zlib
@@ -111,7 +112,7 @@ class Board:
     def _beat(self) -> None:
         told, since = "", time.monotonic()
         while not self._ended.wait(BEAT):
-            place, waits = _place(sys._current_frames().get(self._watched))
+            place, waits = place(sys._current_frames().get(self._watched))
             now = json.dumps([self.calls, self.doing, place, waits])
             if now != told:
                 told, since = now, time.monotonic()
@@ -274,18 +275,20 @@ def _by_rank(values: Mapping[int, str]) -> str:
 
 _HIDDEN = (
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+    os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep,
 )
+_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 
 
-def _place(frame: FrameType | None) -> tuple[str, bool]:
+def place(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is in the user's code, and whether it waits in one of torch's collectives."""
     collective = ""
     while frame is not None:
         name = frame.f_code.co_filename
         if name.endswith("distributed_c10d.py") and not frame.f_code.co_name.startswith("_"):
             collective = frame.f_code.co_name
-        if not name.startswith(_HIDDEN):
+        library = name.startswith(_LIBRARY) and "site-packages" not in name
+        if not (library or name.startswith(("<", *_HIDDEN))):
             at = f"{os.path.basename(name)}:{frame.f_lineno}"
             return (f"waits in {collective} at {at}" if collective else f"is at {at}"), bool(collective)
         frame = frame.f_back
@@ -314,7 +317,8 @@ def agree(note: Note) -> None:
     if shared.world > 1:
         before, shared.doing = shared.doing, f"is at {note.what}"
         try:
-            shared.agree(note)
+            with meeting(note.what):
+                shared.agree(note)
         finally:
             shared.doing = before
 
@@ -337,3 +341,29 @@ def others() -> str:
         return _boards[0].others() if _boards else ""
     except Exception:  # the store is gone with the rank that kept it
         return ""
+
+
+def with_others(error: RankError) -> RankError:
+    """The error, with what the other ranks were last known to do."""
+    text, known = str(error), others()
+    if not known or _KNOWN in text:
+        return error
+    return RankError(f"{text}\n  {_KNOWN} {known}", rank=error.rank, axis=error.axis, line=error.line)
+
+
+_KNOWN = "the other ranks, as far as is known:"
+
+
+@contextmanager
+def meeting(what: str) -> Generator[None]:
+    """Where ranks meet outside of generated code. If torch.distributed fails in it, since a rank was killed, stopped or
+    cut off, RankError says in what, where in the user's code, and what the others were last known to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        rank = dist.get_rank() if dist.is_initialized() else None
+        at = place(sys._getframe())[0]
+        named = RankError(f"rank {rank} failed in {what}, and {at}\n  {type(error).__name__}: {error}", rank=rank)
+        raise with_others(named) from error

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from shardc.runtime.errors import RankError
-from shardc.runtime.mesh.agreement import board, others
+from shardc.runtime.mesh.agreement import board, meeting
 
 Value = TypeVar("Value")
 
@@ -29,7 +28,8 @@ def object_group() -> dist.ProcessGroup | None:
     world = dist.group.WORLD
     if not _groups or _groups[0][0] is not world:
         timeout = timedelta(seconds=board().patience)
-        _groups[:] = [(world, dist.new_group(backend="gloo", timeout=timeout))]
+        with meeting("making a process group"):
+            _groups[:] = [(world, dist.new_group(backend="gloo", timeout=timeout))]
     return _groups[0][1]
 
 
@@ -42,11 +42,6 @@ def from_all(value: Value, what: str) -> list[Value]:
     if group is None:
         return [value]
     brought: list[Any] = [None] * dist.get_world_size()
-    try:
+    with meeting(f"the exchange of {what}"):
         dist.all_gather_object(brought, value, group)
-    except Exception as error:
-        told = others()
-        known = f"\n  the other ranks, as far as is known: {told}" if told else ""
-        rank = dist.get_rank()
-        raise RankError(f"rank {rank} failed to exchange {what}: {error}{known}", rank=rank) from error
     return brought

@@ -26,7 +26,7 @@ from shardc.runtime import Slot, distribute, local_mesh
 
 MESHES = ["dp=4", "dp=2", "dp=2,tp=2", "tp=2", "tp=4", "dp=1"]
 EVERY = 5
-TIMEOUT = 10.0
+TIMEOUT = 5.0
 folder, steps, kills, seed = Path(sys.argv[1]), *map(int, sys.argv[2:])
 dice = random.Random(seed)
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def train(save, mesh=None):
 
 
 def alive(mesh, rank, ranks, port, life, doom):
-    """One life of one rank. What it did goes to a file."""
+    """One life of one rank, killed so many steps and seconds after its start. What it did goes to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     said = os.open(folder / f"said-{life}-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -82,12 +82,12 @@ def alive(mesh, rank, ranks, port, life, doom):
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     run = train(True, mesh)
     print("@start", next(run), flush=True)
-    if doom is not None:
-        threading.Timer(doom, os.kill, [os.getpid(), signal.SIGKILL]).start()
-    start = -1
+    killer = threading.Timer(doom[1], os.kill, [os.getpid(), signal.SIGKILL]) if doom else None
     try:
-        for start, loss in enumerate(run, 0):
-            print("@loss", start, loss, flush=True)
+        for number, loss in enumerate(run, 1):
+            print("@loss", loss, flush=True)
+            if killer and number == doom[0]:
+                killer.start()
     except shardc.ShardcError as error:
         print("@told", time.time(), error, flush=True)
         raise
@@ -156,17 +156,17 @@ for life in range(kills + 1):
     doomed = life < kills
     before = complete()
     begin = time.time()
-    victim, ended, said = live(life, mesh, dice.uniform(0, 1.5) if doomed else None)
+    victim, ended, said = live(life, mesh, (dice.randrange(1, 30), dice.uniform(0, 0.2)) if doomed else None)
     lines = [line.split() for line in said[0].splitlines()]
     start = next((int(line[1]) for line in lines if line[:1] == ["@start"]), None)
     assert start in (before, None), f"life {life} starts at {start}, the last complete checkpoint is {before}"
-    losses = [float(line[2]) for line in lines if line[:1] == ["@loss"]]
+    losses = [float(line[1]) for line in lines if line[:1] == ["@loss"]]
     for step, loss in enumerate(losses, before):
         assert abs(loss - one[step]) < 1e-4, (life, mesh, step, loss, one[step])
     killed = doomed and ended[victim][0] == -signal.SIGKILL
     for rank, (code, when) in ended.items():
         if killed and rank != victim and code:
-            assert "@told" in said[rank] and "ShardcError" in said[rank] or "RankError" in said[rank], said[rank]
+            assert "@told" in said[rank], said[rank]
             assert when - ended[victim][1] < TIMEOUT + 5, (rank, when - ended[victim][1])
         elif not killed:
             assert code == 0, said[rank]
