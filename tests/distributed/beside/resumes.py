@@ -2,8 +2,8 @@
 
     python resumes.py FOLDER STEPS KILLS SEED
 
-It forks the ranks of one life after the other, and kills one rank of each at a random moment, also while it saves.
-The last life runs to the end.
+It forks the ranks of one life after the other, and kills one rank of each at a random moment, also while it saves; of
+several kills, some stop it instead. The last life runs to the end.
 """
 
 import os
@@ -73,7 +73,7 @@ def train(save, mesh=None):
 
 
 def alive(mesh, rank, ranks, port, life, doom):
-    """One life of one rank, killed so many steps and seconds after its start. What it did goes to a file."""
+    """One life of one rank, killed or stopped so many steps and seconds after its start. What it did goes to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     said = os.open(folder / f"said-{life}-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -82,7 +82,7 @@ def alive(mesh, rank, ranks, port, life, doom):
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     run = train(True, mesh)
     print("@start", next(run), flush=True)
-    killer = threading.Timer(doom[1], os.kill, [os.getpid(), signal.SIGKILL]) if doom else None
+    killer = threading.Timer(doom[1], os.kill, [os.getpid(), doom[2]]) if doom else None
     try:
         for number, loss in enumerate(run, 1):
             print("@loss", loss, flush=True)
@@ -137,6 +137,9 @@ def live(life, mesh, doom):
         children[child] = rank
     ended = {}
     while children:
+        if list(children.values()) == [victim]:  # if it is stopped, it will not end by itself
+            time.sleep(0 if doom is None else 0.5)
+            [os.kill(child, signal.SIGKILL) for child in children if doom is not None]
         child, status = os.wait()
         ended[children.pop(child)] = (os.waitstatus_to_exitcode(status), time.time())
     del store
@@ -156,7 +159,8 @@ for life in range(kills + 1):
     doomed = life < kills
     before = complete()
     begin = time.time()
-    victim, ended, said = live(life, mesh, (dice.randrange(1, 30), dice.uniform(0, 0.2)) if doomed else None)
+    how = signal.SIGSTOP if kills > 1 and dice.random() < 0.3 else signal.SIGKILL
+    victim, ended, said = live(life, mesh, (dice.randrange(1, 30), dice.uniform(0, 0.2), how) if doomed else None)
     lines = [line.split() for line in said[0].splitlines()]
     start = next((int(line[1]) for line in lines if line[:1] == ["@start"]), None)
     assert start in (before, None), f"life {life} starts at {start}, the last complete checkpoint is {before}"
@@ -167,7 +171,8 @@ for life in range(kills + 1):
     for rank, (code, when) in ended.items():
         if killed and rank != victim and code:
             assert "@told" in said[rank], said[rank]
-            assert when - ended[victim][1] < TIMEOUT + 5, (rank, when - ended[victim][1])
+            waited = when - ended[victim][1] if how == signal.SIGKILL else 0
+            assert waited < TIMEOUT + 10, (rank, waited)
         elif not killed:
             assert code == 0, said[rank]
             assert "odd parts are right" in said[rank]
