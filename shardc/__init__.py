@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardc.rules.custom import rule
     from shardc.runtime.checkpoint.load import load_checkpoint
     from shardc.runtime.checkpoint.save import save_checkpoint
+    from shardc.runtime.mesh.watch import watch
     from shardc.search import search_mesh
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "save_checkpoint",
     "search_mesh",
     "shard",
+    "watch",
 ]
 
 _HOME = {
@@ -49,6 +51,7 @@ _HOME = {
     "save_checkpoint": "shardc.runtime.checkpoint.save",
     "search_mesh": "shardc.search",
     "shard": "shardc.api",
+    "watch": "shardc.runtime.mesh.watch",
 }
 """Where each public name lives. Generated code imports shardc.runtime, which must not load the compiler."""
 

@@ -92,6 +92,33 @@ def alive(mesh, rank, ranks, port, life, doom):
         print("@told", time.time(), error, flush=True)
         raise
     odd(rank, ranks)
+    drifts(rank, ranks)
+
+
+def drifts(rank, ranks):
+    """A rank whose copy of a parameter changes is told of on every rank, by name; and so is a gradient."""
+    model = shardc.shard(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), mesh=f"dp={ranks}", hardware="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watching = shardc.watch(model, every=2)
+    said = []
+    for step in range(4):
+        model(torch.ones(ranks, 6)).square().mean().backward()
+        if rank == ranks - 1 and step == 1:
+            model[0].bias.to_local().detach()[3] *= 1 + 1e-6
+        if step == 3:
+            model[0].weight.grad.to_local().fill_(float("nan"))
+        try:
+            optimizer.step()
+        except shardc.ShardcError as error:
+            said.append(str(error))
+            model[0].bias.to_local().detach().fill_(0.5)
+    watching.remove()
+    others = ", ".join(map(str, range(ranks - 1)))
+    drift = ranks > 1 and f"0.bias on rank{'s' * (ranks > 2)} {others} against rank {ranks - 1}"
+    assert len(said) == 1 + bool(drift), said
+    assert not drift or (drift in said[0] and "before step 2" in said[0]), said
+    assert "the gradient of 0.weight" in said[-1] and "before step 4" in said[-1], said
+    print("drift is told", flush=True)
 
 
 def odd(rank, ranks):
@@ -175,7 +202,7 @@ for life in range(kills + 1):
             assert waited < TIMEOUT + 10, (rank, waited)
         elif not killed:
             assert code == 0, said[rank]
-            assert "odd parts are right" in said[rank]
+            assert "odd parts are right" in said[rank] and "drift is told" in said[rank]
     print(f"life {life} on {mesh}: steps {before} to {before + len(losses)}, {f'rank {victim} killed' if killed else 'ended'}, "
           f"last complete {complete()}, {time.time() - begin:.1f} s", flush=True)  # fmt: skip
 assert before + len(losses) == steps
