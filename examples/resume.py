@@ -1,4 +1,4 @@
-"""Trains through failures. A process that dies ends the others; torchrun starts them again, and they go on from the last
+"""Trains through failures. If a process dies, the others end; torchrun starts them again, and they go on from the last
 checkpoint, on as many processes as are left.
 
 torchrun --nproc-per-node 4 --max-restarts 3 examples/resume.py

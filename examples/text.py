@@ -12,8 +12,8 @@ BOOK = Path(__file__).parent / "data" / "alice.txt"
 
 
 class Batches:
-    """Endless pairs (bytes, the bytes one further on), each `[batch, seq]`; the same for the same seed. Its state is its
-    place."""
+    """Endless pairs (bytes, the bytes one further on), each `[batch, seq]`; the same for the same seed. Its state is
+    its place."""
 
     def __init__(self, batch: int, seq: int, seed: int = 0) -> None:
         self.batch = batch

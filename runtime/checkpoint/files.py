@@ -1,12 +1,12 @@
 """The folders of checkpoints: what is complete, what is whole, and what is removed.
 
-    checkpoints/
-      step-100/           complete: it has its name since everything in it was written
-        manifest.json     sizes and checksums of the other files
-        .metadata         where every tensor lies, as torch.distributed.checkpoint writes it
-        __0_0.distcp      what rank 0 wrote
-        plan.json         the plan by which the model ran
-      step-120.partial/   being written, or left by a run that was killed
+checkpoints/
+  step-100/           complete: it has its name since everything in it was written
+    manifest.json     sizes and checksums of the other files
+    .metadata         where every tensor lies, as torch.distributed.checkpoint writes it
+    __0_0.distcp      what rank 0 wrote
+    plan.json         the plan by which the model ran
+  step-120.partial/   being written, or left by a run that was killed
 """
 
 from __future__ import annotations

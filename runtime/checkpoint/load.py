@@ -47,9 +47,9 @@ def load_checkpoint(
     """Load the last checkpoint of `folder` that is whole, and return after how many steps it was saved; None where the
     folder has none. Under torchrun every rank must call it, with the arguments of `save_checkpoint`.
 
-    The mesh, the number of ranks, and whether the model is sharded at all may be others than when it was saved. `folder`
-    may also be one checkpoint. What is not named is left alone; random states are set in any case. A rank that the
-    run which saved did not have takes the random states of rank 0.
+    The mesh, the number of ranks, and whether the model is sharded at all may be others than when it was saved.
+    `folder` may also be one checkpoint. What is not named is left alone; random states are set in any case. A rank
+    that the run which saved did not have takes the random states of rank 0.
 
     A checkpoint with a file that is missing, truncated or corrupt is refused, and the one before it is taken: a warning
     says which file. Nothing is unpickled but tensors, numbers, texts and containers of them.

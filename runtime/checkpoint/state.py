@@ -1,9 +1,9 @@
 """What a checkpoint holds of a run: copies of its tensors, and what is no tensor.
 
-    "model"       parameters and buffers by name                        } as `get_model_state_dict` and
-    "optimizer"   state and groups, parameters by name                  } `get_optimizer_state_dict` give them
-    "scheduler"   of everything else with a `state_dict`: its larger tensors, and the rest as each rank has it
-    "rng"         the random states of torch, Python and NumPy
+"model"       parameters and buffers by name                        } as `get_model_state_dict` and
+"optimizer"   state and groups, parameters by name                  } `get_optimizer_state_dict` give them
+"scheduler"   of everything else with a `state_dict`: its larger tensors, and the rest as each rank has it
+"rng"         the random states of torch, Python and NumPy
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint writes and reads here: complete or not at all, and without unpickling what is foreign.
+"""How torch.distributed.checkpoint writes and reads here: complete or not at all, with nothing foreign unpickled.
 
 The files are its own, so `torch.distributed.checkpoint.load` reads a checkpoint without shardc.
 """
@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    filesystem,
+    metadata,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult

@@ -1,6 +1,6 @@
 """`watch`: whether a run is still sane. Values that are not finite, and copies on several ranks that drifted apart.
 
-    watch(model, every=100)     before each hundredth step of an optimizer of the model
+watch(model, every=100)     before each hundredth step of an optimizer of the model
 """
 
 from __future__ import annotations

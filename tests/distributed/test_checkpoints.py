@@ -34,7 +34,15 @@ def test_a_killed_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
 def test_torchrun_starts_the_ranks_again(tmp_path: Path) -> None:
     """`examples/resume.py`, of which a process is killed; then on fewer processes, and then on a virtual mesh."""
     script = [str(ROOT / "examples/resume.py"), "--folder", str(tmp_path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max-restarts",
+        "1",
+        "--nproc-per-node",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     losses: dict[int, list[float]] = {}
     killed = False

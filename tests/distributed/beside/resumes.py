@@ -204,7 +204,8 @@ for life in range(kills + 1):
         elif not killed:
             assert code == 0, said[rank]
             assert "odd parts are right" in said[rank] and "drift is told" in said[rank]
-    print(f"life {life} on {mesh}: steps {before} to {before + len(losses)}, {f'rank {victim} killed' if killed else 'ended'}, "
-          f"last complete {complete()}, {time.time() - begin:.1f} s", flush=True)  # fmt: skip
+    end = f"rank {victim} {how.name}" if killed else "ended"
+    took = f"last complete {complete()}, {time.time() - begin:.1f} s"
+    print(f"life {life} on {mesh}: steps {before} to {before + len(losses)}, {end}, {took}", flush=True)
 assert before + len(losses) == steps
 print(f"{steps} steps equal one device through {kills} kills")

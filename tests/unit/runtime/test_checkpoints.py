@@ -106,7 +106,18 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1), amsgrad=True, foreach=False),
     **{
         name: getattr(torch.optim, name)
-        for name in ("Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "LBFGS", "NAdam", "RAdam", "RMSprop", "Rprop")
+        for name in (
+            "Adadelta",
+            "Adafactor",
+            "Adagrad",
+            "Adamax",
+            "ASGD",
+            "LBFGS",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+        )
     },
 }
 
@@ -254,7 +265,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "write_data", full)
         future = shardc.save_checkpoint(tmp_path, model, step=2)
-        with pytest.raises(ShardcError, match="after step 2 was not saved: OSError.*No space left"):
+        with pytest.raises(ShardcError, match=r"after step 2 was not saved: OSError.*No space left"):
             future.result()
     with pytest.raises(ShardcError, match="after step 2 was not saved"):
         shardc.save_checkpoint(tmp_path, model, step=3)
