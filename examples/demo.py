@@ -13,7 +13,7 @@ import shardc
 from shardc import shard
 from shardc.inspect.console import show
 from shardc.inspect.progress import tracked, working
-from text import batches
+from text import Batches
 
 STEPS = 30
 MESH = "dp=2,tp=2"
@@ -31,7 +31,7 @@ def plan_8b() -> None:
 def train(model: nn.Module, what: str) -> list[float]:
     """The losses of STEPS steps of AdamW on the bytes of the book; every call sees the same batches."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    data = batches(batch=8, seq=64)
+    data = Batches(batch=8, seq=64)
     losses: list[float] = []
     for _ in tracked(range(STEPS), what):
         tokens, _ = next(data)

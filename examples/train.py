@@ -14,7 +14,7 @@ import torch
 from gpt import GPT, Config
 from shardc import shard
 from shardc.inspect.progress import tracked
-from text import batches
+from text import Batches
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = shard(GPT(Config(dropout=options.dropout)), mesh=options.mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    data = batches(batch=16, seq=64)
+    data = Batches(batch=16, seq=64)
     for step in tracked(range(options.steps), "training"):
         loss = model(*next(data))
         loss.backward()

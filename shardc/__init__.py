@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from shardc.ir.layout import B, Layout, P, S
     from shardc.ir.mesh import Mesh
     from shardc.rules.custom import rule
+    from shardc.runtime.checkpoint.load import load_checkpoint
+    from shardc.runtime.checkpoint.save import save_checkpoint
+    from shardc.runtime.mesh.watch import watch
     from shardc.search import search_mesh
 
 __all__ = [
@@ -25,9 +28,12 @@ __all__ = [
     "compile",
     "constrain",
     "distribute",
+    "load_checkpoint",
     "rule",
+    "save_checkpoint",
     "search_mesh",
     "shard",
+    "watch",
 ]
 
 _HOME = {
@@ -40,9 +46,12 @@ _HOME = {
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
     "distribute": "shardc.distribution",
+    "load_checkpoint": "shardc.runtime.checkpoint.load",
     "rule": "shardc.rules.custom",
+    "save_checkpoint": "shardc.runtime.checkpoint.save",
     "search_mesh": "shardc.search",
     "shard": "shardc.api",
+    "watch": "shardc.runtime.mesh.watch",
 }
 """Where each public name lives. Generated code imports shardc.runtime, which must not load the compiler."""
 

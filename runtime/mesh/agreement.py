@@ -13,6 +13,7 @@ import atexit
 import json
 import os
 import sys
+import sysconfig
 import threading
 import time
 import zlib
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.store import AskedStore, StoreSilent
 
 BEAT = 0.5
 """Seconds between two words of a rank on what it does, and between two looks at what others do."""
@@ -96,8 +98,7 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        self._store = default.PrefixStore("shardc", store)
-        self._lock = threading.Lock()
+        self._store = AskedStore(default.PrefixStore("shardc", store))
         self.agreed = 0
         self.calls = 0
         self.doing = ""
@@ -111,8 +112,8 @@ class Board:
     def _beat(self) -> None:
         told, since = "", time.monotonic()
         while not self._ended.wait(BEAT):
-            place, waits = _place(sys._current_frames().get(self._watched))
-            now = json.dumps([self.calls, self.doing, place, waits])
+            at, waits = place(sys._current_frames().get(self._watched))
+            now = json.dumps([self.calls, self.doing, at, waits])
             if now != told:
                 told, since = now, time.monotonic()
             if not self._tell(f"[{now}, {time.monotonic() - since:.1f}, {time.monotonic():.1f}]"):
@@ -121,8 +122,10 @@ class Board:
     def _tell(self, text: str) -> bool:
         """False where the store is gone, or this group."""
         try:
-            self._set(f"doing/{self.rank}", text)
+            self._store.set(f"doing/{self.rank}", text)
             return dist.is_initialized() and dist.group.WORLD is self.group
+        except StoreSilent:  # it may be busy
+            return True
         except Exception:
             return False
 
@@ -131,29 +134,17 @@ class Board:
         if dist.is_initialized():  # else the process that keeps the store may have ended, which is logged as a failure
             self._tell('"ended"')
 
-    def _set(self, key: str, text: str) -> None:
-        with self._lock:
-            self._store.set(key, text)
-
-    def _get(self, keys: Sequence[str]) -> list[str] | None:
-        """The texts of keys, None unless all are there."""
-        with self._lock:
-            return (
-                [text.decode() for text in self._store.multi_get(list(keys))] if self._store.check(list(keys)) else None
-            )
-
     def agree(self, note: Note) -> None:
         """RankError on every rank unless all bring the same."""
         number, self.agreed = self.agreed, self.agreed + 1
-        self._set(f"{number}/{self.rank}", json.dumps(note))
+        self._store.set(f"{number}/{self.rank}", json.dumps(note), self.patience)
         if self.rank == 0:
             verdict = self._verdict(number)
-            self._set(f"{number}/verdict", verdict)
+            self._store.set(f"{number}/verdict", verdict, self.patience)
         else:
             verdict = self._awaited(f"{number}/verdict", [0])
         if number > 1:  # every rank has read it, else it would not have come to the next
-            with self._lock:
-                self._store.delete_key(f"{number - 2}/{self.rank}")
+            self._store.delete(f"{number - 2}/{self.rank}", self.patience)
         if verdict:
             raise RankError(verdict, rank=self.rank)
 
@@ -163,7 +154,7 @@ class Board:
         waiting = Waiting(self)
         while len(brought) < self.world:
             for rank in range(self.world):
-                if rank not in brought and (texts := self._get([f"{number}/{rank}"])) is not None:
+                if rank not in brought and (texts := self._store.get([f"{number}/{rank}"], self.patience)) is not None:
                     brought[rank] = Note.parse(texts[0])
             missing = [rank for rank in range(self.world) if rank not in brought]
             wrong = _difference(brought) or (waiting.in_vain(missing) if missing else "")
@@ -174,7 +165,7 @@ class Board:
     def _awaited(self, key: str, by: Sequence[int]) -> str:
         waiting = Waiting(self)
         while True:
-            texts = self._get([key])
+            texts = self._store.get([key], self.patience)
             if texts is not None:
                 return texts[0]
             wrong = waiting.in_vain(by)
@@ -184,18 +175,18 @@ class Board:
     def words(self, rank: int) -> tuple[int, str, bool, float] | None:
         """What a rank does: its calls so far, in words, whether it waits in a collective of the user's, and for how
         long. None before its first word."""
-        texts = self._get([f"doing/{rank}"])
+        texts = self._store.get([f"doing/{rank}"])
         if texts is None:
             return None
         if texts[0] == '"ended"':
             return 0, "has ended", False, -1.0
-        (calls, doing, place, waits), seconds, stamp = json.loads(texts[0])
+        (calls, doing, at, waits), seconds, stamp = json.loads(texts[0])
         last, seen = self._last.get(rank, ("", 0.0))
         if last != str(stamp):
             self._last[rank] = str(stamp), time.monotonic()
         elif time.monotonic() - seen > SILENT:
-            return calls, f"said nothing for {SILENT:.0f} s; it was {doing or place}", False, -1.0
-        return calls, doing or place, waits and not doing, seconds
+            return calls, f"said nothing for {SILENT:.0f} s; it was {doing or at}", False, -1.0
+        return calls, doing or at, waits and not doing, seconds
 
     def others(self) -> str:
         """What every other rank was last known to do, a line each."""
@@ -223,7 +214,10 @@ class Waiting:
             return ""
         self._looked = time.monotonic()
         for rank in ranks:
-            words = self._board.words(rank)
+            try:
+                words = self._board.words(rank)
+            except StoreSilent:  # it may be busy
+                words = None
             if words is None:
                 continue
             calls, doing, waits, seconds = words
@@ -274,18 +268,20 @@ def _by_rank(values: Mapping[int, str]) -> str:
 
 _HIDDEN = (
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+    os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep,
 )
+_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 
 
-def _place(frame: FrameType | None) -> tuple[str, bool]:
+def place(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is in the user's code, and whether it waits in one of torch's collectives."""
     collective = ""
     while frame is not None:
         name = frame.f_code.co_filename
         if name.endswith("distributed_c10d.py") and not frame.f_code.co_name.startswith("_"):
             collective = frame.f_code.co_name
-        if not name.startswith(_HIDDEN):
+        library = name.startswith(_LIBRARY) and "site-packages" not in name
+        if not (library or name.startswith(("<", *_HIDDEN))):
             at = f"{os.path.basename(name)}:{frame.f_lineno}"
             return (f"waits in {collective} at {at}" if collective else f"is at {at}"), bool(collective)
         frame = frame.f_back
@@ -314,7 +310,8 @@ def agree(note: Note) -> None:
     if shared.world > 1:
         before, shared.doing = shared.doing, f"is at {note.what}"
         try:
-            shared.agree(note)
+            with meeting(note.what):
+                shared.agree(note)
         finally:
             shared.doing = before
 
@@ -337,3 +334,30 @@ def others() -> str:
         return _boards[0].others() if _boards else ""
     except Exception:  # the store is gone with the rank that kept it
         return ""
+
+
+def with_others(error: RankError) -> RankError:
+    """The error, with what the other ranks were last known to do."""
+    text, known = str(error), others()
+    if not known or _KNOWN in text:
+        return error
+    return RankError(f"{text}\n  {_KNOWN} {known}", rank=error.rank, axis=error.axis, line=error.line)
+
+
+_KNOWN = "the other ranks, as far as is known:"
+
+
+@contextmanager
+def meeting(what: str) -> Generator[None]:
+    """Where ranks meet outside of generated code. If torch.distributed fails in it, since a rank was killed, stopped or
+    cut off, RankError says in what, where in the user's code, and what the others were last known to do."""
+    try:
+        yield
+    except (RuntimeError, StoreSilent) as error:
+        lost = isinstance(error, (StoreSilent, dist.DistError)) or "gloo" in str(error)
+        if isinstance(error, RankError) or not lost:
+            raise
+        rank = dist.get_rank() if dist.is_initialized() else None
+        at = place(sys._getframe())[0]
+        named = RankError(f"rank {rank} failed in {what}, and {at}\n  {type(error).__name__}: {error}", rank=rank)
+        raise with_others(named) from error

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from shardc.runtime.errors import RankError
+from shardc.runtime.mesh.agreement import meeting
 from shardc.runtime.mesh.distributed import DistributedMesh
 
 
@@ -63,7 +64,8 @@ class Batch:
         for axis in reversed([axis for axis in self.mesh.axes if axis in self.axes]):
             gathered = [torch.empty_like(raw) for _ in range(self.mesh.axes[axis])]
             if raw.numel():
-                dist.all_gather(gathered, raw, group=self.mesh.device_mesh.get_group(axis))
+                with meeting(f"all_gather of the parts of the batch over axis {axis!r}"):
+                    dist.all_gather(gathered, raw, group=self.mesh.device_mesh.get_group(axis))
             raw = torch.cat(gathered)
         parts = raw.view(rows.dtype).view(len(self.sizes), *rows.shape)
         return torch.cat([rows[:size] for rows, size in zip(parts, self.sizes, strict=True)])
@@ -107,12 +109,8 @@ def _batch(size: int, mesh: DistributedMesh, axes: tuple[str, ...]) -> Batch:
     """Ranks exchange the sizes of their parts."""
     device = mesh.device(mesh.rank)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(mesh.size)]
-    try:
+    with meeting("the exchange of the sizes of the parts of the batch"):
         dist.all_gather(sizes, torch.tensor([size], device=device))
-    except Exception as error:
-        raise RankError(
-            f"rank {mesh.rank} failed to get the sizes of the others' parts of the batch: {error}"
-        ) from error
     known: dict[int, tuple[int, int]] = {}
     for rank, one in enumerate(torch.cat(sizes).tolist()):
         number = part_number(mesh, axes, rank)

@@ -19,7 +19,7 @@ from shardc.runtime.collectives.c10d import Group
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import Slot, placements, valid_shape
-from shardc.runtime.mesh.agreement import others, running
+from shardc.runtime.mesh.agreement import meeting, running, with_others
 from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
 from shardc.runtime.mesh.virtual import VirtualMesh
 
@@ -99,30 +99,22 @@ class DistributedMesh(RuntimeMesh):
                 context = Context(self, self.rank, state)
                 result = context.call(function, arguments)
             except RankError as error:
-                told = others()
-                if not told:
-                    raise
-                text = f"{error}\n  the other ranks, as far as is known: {told}"
-                raise RankError(text, rank=error.rank, axis=error.axis, line=error.line) from error
+                raise with_others(error) from error
         if context.generator is not None:
             torch.set_rng_state(context.generator.get_state())
         return [result]
 
     def _broadcast(self, state: Tensor) -> Tensor:
         state = state.to(self._device)
-        try:
+        with meeting("the broadcast of rank 0's random state"):
             dist.broadcast(state, 0)
-        except Exception as error:
-            raise RankError(f"rank {self.rank} failed to get the random state of rank 0: {error}") from error
         return state.cpu()
 
     def agreed(self, source: str) -> str:
         """See `RuntimeMesh.agreed`. Every rank must call it."""
         box = [source]
-        try:
+        with meeting("the broadcast of rank 0's program"):
             dist.broadcast_object_list(box, 0)
-        except Exception as error:
-            raise RankError(f"rank {self.rank} failed to get the program of rank 0: {error}") from error
         return box[0]
 
     def begin(

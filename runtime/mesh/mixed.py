@@ -12,14 +12,18 @@ torch itself refuses to mix them. Gathering costs what `full_tensor()` costs; no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
+
+from shardc.runtime.mesh.agreement import meeting
 
 _RAW = frozenset(
     (torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.__deepcopy__, Tensor.__reduce_ex__)
@@ -34,7 +38,8 @@ _WRONG_IN_DTENSOR = frozenset(
 def install() -> None:
     """Let DTensors mix with plain tensors in this process. Once is enough.
 
-    The class itself is changed, since gradients and results of operations are of this class whatever we do. The steps
+    The class itself is changed, since gradients and results of operations are of this class whatever we do; and the
+    class whose objects wait for DTensor's collectives, so that a lost rank is told of. The steps
     of optimizers run without, as they touch every parameter many times: before a step, what they hold for a DTensor
     becomes one. A step that raises leaves this switched off until the next call of `install`.
     """
@@ -43,8 +48,21 @@ def install() -> None:
     if not _installed:
         _installed = True
         DTensor.__torch_function__ = classmethod(_torch_function)  # type: ignore[assignment]
+        for name in ("trigger_wait", "wait"):
+            setattr(AsyncCollectiveTensor, name, _telling(getattr(AsyncCollectiveTensor, name)))
         register_optimizer_step_pre_hook(lambda optimizer, *_: _enter_optimizer(optimizer))
         register_optimizer_step_post_hook(lambda *_: _leave_optimizer())
+
+
+def _telling(wait: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """`wait` for what DTensor sends of itself: in `clip_grad_norm_`, optimizers, `full_tensor`, `redistribute`."""
+
+    @wraps(wait)
+    def telling(tensor: Any) -> Tensor:
+        with meeting("a collective of a DTensor"):
+            return wait(tensor)
+
+    return telling
 
 
 _AsTorch = torch._C.DisableTorchFunctionSubclass
@@ -144,7 +162,8 @@ def _spread(leaf: Any, like: DTensor, first: bool = False) -> Any:
     leaf = leaf.to(mesh.device_type)
     if first:
         leaf = leaf.detach().clone(memory_format=torch.contiguous_format)
-        torch.distributed.broadcast(leaf, 0)
+        with meeting("the broadcast of rank 0's values"):
+            torch.distributed.broadcast(leaf, 0)
     return DTensor.from_local(leaf, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from shardc.runtime.errors import ShardcError
 from shardc.runtime.execute.slots import Slot, cut, placements
-from shardc.runtime.mesh.agreement import Note, agree
+from shardc.runtime.mesh.agreement import Note, agree, meeting
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
 
 RECORD = "_shardc_placed"
@@ -128,7 +128,8 @@ def from_rank_0(tensor: Tensor, mesh: DistributedMesh) -> Tensor:
     copied = tensor.detach().to(mesh.device(mesh.rank), copy=True, memory_format=torch.contiguous_format)
     if copied.numel():
         raw = copied.reshape(-1).view(torch.uint8)  # gloo does not know every dtype
-        dist.broadcast(raw, 0)
+        with meeting("the broadcast of rank 0's parameters"):
+            dist.broadcast(raw, 0)
         copied = raw.view(copied.dtype).reshape(copied.shape)
     return copied
 

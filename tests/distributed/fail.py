@@ -1,7 +1,9 @@
-"""One rank raises, is killed or hangs in the middle of a run; the others must say where they were. Run per rank."""
+"""One rank raises, is killed, hangs or is stopped in the middle of a run; the others must say where they were. The one
+that is stopped is rank 0, which keeps the store. Run per rank."""
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -23,12 +25,16 @@ def forward(x, accident):
 
 
 def accident(h):
-    if current().rank == dist.get_world_size() - 1:
+    if sys.argv[1] == "stop" and current().rank == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 7; kill -KILL {os.getpid()}"])  # nobody else would
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif current().rank == dist.get_world_size() - 1:
         if sys.argv[1] == "raise":
             return h.view(3)
         if sys.argv[1] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(8)
+        if sys.argv[1] == "hang":
+            time.sleep(8)
     return h
 
 

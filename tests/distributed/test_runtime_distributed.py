@@ -53,3 +53,10 @@ def test_accident_ends_every_rank(spawn, accident, nproc):
     assert "over axis 'a'" in peer and "model.py:8" in peer
     if accident == "raise":
         assert "# the accident, model.py:7" in results[last][1]
+
+
+def test_the_rank_that_keeps_the_store_is_stopped(spawn):
+    _, (code, output) = spawn("fail.py", "stop", nproc=2)
+    assert code == 1, output
+    assert re.search(r"RankError: rank 1 .* failed in all_reduce over axis 'a' at .*model.py:8", output), output
+    assert float(re.findall(r"ended after ([\d.]+) s", output)[0]) < 7
