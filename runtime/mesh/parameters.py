@@ -13,6 +13,7 @@ What follows a parameter when it moves: its gradient, what optimizers hold for i
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,11 @@ from shardc.runtime.errors import ShardcError
 from shardc.runtime.execute.slots import Slot, cut, placements
 from shardc.runtime.mesh.agreement import Note, agree
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
+
+# DTensor advises to flatten the mesh where a weight that two axes split is gathered: how it lies is the plan's choice
+logging.getLogger("torch.distributed.tensor._redistribute").addFilter(
+    lambda record: not str(record.msg).startswith("While redistributing")
+)
 
 RECORD = "_shardc_placed"
 """The attribute of a module that holds its `ParameterRecord`."""

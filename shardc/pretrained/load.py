@@ -14,7 +14,7 @@ from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.pretrained.files import WeightFiles
 from shardc.pretrained.hf_names import Conversion, ignored, made_of, to_load
-from shardc.pretrained.materialize import drawn, same_draws
+from shardc.pretrained.materialize import draw, same_draws
 from shardc.pretrained.meshes import mesh_of
 from shardc.pretrained.places import Place, put, tensors_of
 from shardc.runtime.mesh.agreement import Note, agree
@@ -60,9 +60,12 @@ def load_pretrained(
     names = {id(one): name for name, one in (*model.named_buffers(), *named.items())}
     places = {id(one): Place(one, real) for one in named.values()}
     lacking = [one for name, one in _unfilled(model, named) if name not in fits.taken]
+
+    def take(tensor: Tensor, value: Tensor) -> None:
+        places.setdefault(id(tensor), Place(tensor, real)).fill(lambda where: value[where])
+
     with same_draws(real):
-        for tensor, value in drawn(model, lacking, advance=False):
-            places.setdefault(id(tensor), Place(tensor, real)).fill(lambda where, value=value: value[where])
+        draw(model, lacking, take, advance=False)
     for conversion in fits.conversions:
         _fill(conversion, files, {name: places[id(named[name])] for name in fits.targets(conversion)})
     put(names, places.values())

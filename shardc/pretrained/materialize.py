@@ -30,9 +30,9 @@ def materialize(model: nn.Module, init: Initialiser | None = None, *, mesh: str 
 
     - built in `shardc.deferred_init()`: what building it on the CPU gives, from here, bit for bit.
     - built under `torch.device("meta")`: what `init(model)` gives on the CPU, as after `model.to_empty(device="cpu")`.
-      Without `init`: `reset_parameters()` of every module, children first, and then the model's own `init_weights()`,
-      if it has one (for transformers, `initialize_weights()`). For models that are made of modules of torch.nn, and of
-      transformers, these are the values of building it on the CPU.
+      Without `init`: what constructors call, that is `reset_parameters()` of every module, children first, in the
+      order in which they are registered, and then the model's own `init_weights()`, if it has one (of transformers:
+      `initialize_weights()`, also of the models in it). A tied weight has the values that are written last.
 
     The generator moves as it would on a single device. What has values keeps them.
 
@@ -53,21 +53,29 @@ def materialize(model: nn.Module, init: Initialiser | None = None, *, mesh: str 
     if real is not None:
         agree(Note(f"materializing {type(model).__name__}", {"what has no values": ", ".join(names.values())}))
     places: list[Place] = []
+
+    def take(tensor: Tensor, value: Tensor) -> None:
+        places.append(Place(tensor, real))
+        places[-1].fill(lambda where: value[where])
+
     with same_draws(real):
-        for tensor, value in drawn(model, lacking, init, advance=True):
-            places.append(Place(tensor, real))
-            places[-1].fill(lambda where, value=value: value[where])
+        draw(model, lacking, take, init, advance=True)
     put(names, places)
     for part in model.modules():
         vars(part).pop(RECORDING, None)
     return model
 
 
-def drawn(
-    model: nn.Module, lacking: Sequence[Tensor], init: Initialiser | None = None, *, advance: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors of a model that have no values, each with the values that it gets, one at a time. With `advance` all
-    numbers are drawn that the whole model takes; else only those of these tensors.
+def draw(
+    model: nn.Module,
+    lacking: Sequence[Tensor],
+    take: Callable[[Tensor, Tensor], None],
+    init: Initialiser | None = None,
+    *,
+    advance: bool,
+) -> None:
+    """Call `take` with each tensor of a model that has no values and the values that it gets, one at a time. With
+    `advance` all numbers are drawn that the whole model takes; else only those of these tensors.
 
     Raises ShardcError, before the first, for one that nothing initialises."""
     left, plans = list(lacking), list[tuple[Recording, Replay, list[Tensor]]]()
@@ -88,8 +96,9 @@ def drawn(
             "materialize(model, init=my_init)"
         )
     for recording, replay, own in plans:
-        for number, value in replay.values([recording.ref(one) for one in own], advance):
-            yield own[number], value
+        replay.values(
+            [recording.ref(one) for one in own], advance, lambda number, value, own=own: take(own[number], value)
+        )
 
 
 def default_init(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ in the stream of a single device: steps that matter to no tensor draw, and what 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,9 +69,11 @@ class Replay:
                 generator.set_state(state)
             return torch.empty(0) if ref is None else _view(ref, storages)
 
-    def values(self, wanted: Sequence[Ref], advance: bool) -> Iterator[tuple[int, Tensor]]:
-        """The number and the values of each wanted tensor, one at a time. With `advance` all random steps draw, so that
-        numbers are those of a single device that runs everything; else only those that lead to what is wanted do."""
+    def values(self, wanted: Sequence[Ref], advance: bool, take: Callable[[int, Tensor], None]) -> None:
+        """Call `take` with the number and the values of each wanted tensor, of which one exists at a time.
+
+        With `advance` all random steps draw, so that numbers are those of a single device that runs everything; else
+        only those that lead to what is wanted do."""
         chains = {at: self.chain(ref) for at, ref in enumerate(wanted)}
         draws = [at for at, step in enumerate(self._steps) if step.random]
         if advance:  # how many numbers such a step takes may depend on what it reads
@@ -87,10 +89,10 @@ class Replay:
             if at in needed:
                 states[at] = _generator(self._steps[at]).get_state()
             for number in ends[at]:
-                value = self.run(chains[number], wanted[number] if number >= 0 else None, states)
                 if number >= 0:
-                    yield number, value
-                del value
+                    take(number, self.run(chains[number], wanted[number], states))
+                else:
+                    self.run(chains[number], None, states)
             if at >= 0 and not ends[at]:
                 self.run([at], None, {})
 
