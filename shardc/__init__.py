@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from shardc.ir.constrain import constrain
     from shardc.ir.layout import B, Layout, P, S
     from shardc.ir.mesh import Mesh
+    from shardc.pretrained.load import load_pretrained
+    from shardc.pretrained.materialize import materialize
+    from shardc.pretrained.recording import deferred_init
+    from shardc.pretrained.save import save_pretrained
     from shardc.rules.custom import rule
     from shardc.runtime.checkpoint.load import load_checkpoint
     from shardc.runtime.checkpoint.save import save_checkpoint
@@ -27,10 +31,14 @@ __all__ = [
     "ShardcError",
     "compile",
     "constrain",
+    "deferred_init",
     "distribute",
     "load_checkpoint",
+    "load_pretrained",
+    "materialize",
     "rule",
     "save_checkpoint",
+    "save_pretrained",
     "search_mesh",
     "shard",
     "watch",
@@ -45,10 +53,14 @@ _HOME = {
     "ShardcError": "shardc.errors",
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
+    "deferred_init": "shardc.pretrained.recording",
     "distribute": "shardc.distribution",
     "load_checkpoint": "shardc.runtime.checkpoint.load",
+    "load_pretrained": "shardc.pretrained.load",
+    "materialize": "shardc.pretrained.materialize",
     "rule": "shardc.rules.custom",
     "save_checkpoint": "shardc.runtime.checkpoint.save",
+    "save_pretrained": "shardc.pretrained.save",
     "search_mesh": "shardc.search",
     "shard": "shardc.api",
     "watch": "shardc.runtime.mesh.watch",

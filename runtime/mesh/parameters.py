@@ -13,6 +13,7 @@ What follows a parameter when it moves: its gradient, what optimizers hold for i
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,11 @@ from shardc.runtime.errors import ShardcError
 from shardc.runtime.execute.slots import Slot, cut, placements
 from shardc.runtime.mesh.agreement import Note, agree, meeting
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
+
+# DTensor advises to flatten the mesh where a weight that two axes split is gathered: how it lies is the plan's choice
+logging.getLogger("torch.distributed.tensor._redistribute").addFilter(
+    lambda record: not str(record.msg).startswith("While redistributing")
+)
 
 RECORD = "_shardc_placed"
 """The attribute of a module that holds its `ParameterRecord`."""
@@ -225,14 +231,16 @@ def replace_parameters(
         swap_in(old, new, slots, mesh, holders)
 
 
-def _refuse_tuples(names: Sequence[str], old: Sequence[Tensor], holders: Sequence[Any]) -> None:
+def _refuse_tuples(
+    names: Sequence[str], old: Sequence[Tensor], holders: Sequence[Any], becomes: str = "a DTensor"
+) -> None:
     named = {id(tensor): name for name, tensor in zip(names, old, strict=True)}
     for holder in holders:
         if type(holder) is tuple:
             name = next((named[id(item)] for item in holder if id(item) in named), None)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
             if name is not None:
                 raise ShardcError(
-                    f"a tuple holds the parameter {name}, which becomes a DTensor now; the tuple would go on holding "
+                    f"a tuple holds the parameter {name}, which becomes {becomes} now; the tuple would go on holding "
                     "the old one. Shard the model first, and take its parameters then, or keep them in a list"
                 )
 
@@ -254,15 +262,32 @@ def swap_in(
             for key, state in states:
                 if isinstance(state, dict):
                     _distribute_state(state, slots[place[id(key)]], mesh)  # pyright: ignore[reportUnknownArgumentType]
+    _put(old, new, holders)
+    for one, other in zip(old, new, strict=True):
+        if one.grad is not None:
+            other.grad = distribute(one.grad, slots[place[id(one)]], mesh).detach()
+
+
+def swap_in_place(names: Sequence[str], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Put each new tensor in place of the old one, which has no values, wherever a dict, list or set holds that.
+
+    Raises ShardcError where a tuple holds an old one, which would go on holding it.
+    """
+    if old:
+        holders: list[Any] = [one for one in gc.get_referrers(*old) if one is not old]
+        _refuse_tuples(names, old, holders, becomes="one with values")
+        _put(old, new, [holder for holder in holders if isinstance(holder, (dict, list, set))])
+
+
+def _put(old: Sequence[Tensor], new: Sequence[Tensor], holders: Sequence[Any]) -> None:
+    replaced = {id(one): other for one, other in zip(old, new, strict=True)}
     for holder in holders:
-        _replace(holder, {key: new[at] for key, at in place.items()})
+        _replace(holder, replaced)
     for one, other in zip(old, new, strict=True):
         vars(other).update(vars(one))
         for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             if getattr(one, hooks):
                 setattr(other, hooks, getattr(one, hooks))
-        if one.grad is not None:
-            other.grad = distribute(one.grad, slots[place[id(one)]], mesh).detach()
 
 
 def _distribute_state(state: MutableMapping[Any, Any], slot: Slot, mesh: DistributedMesh) -> None:

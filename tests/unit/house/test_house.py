@@ -32,6 +32,7 @@ HELPERS = {
     "zoo": "the models of the zoo",
     "distributed": "the scripts that its tests start",
     "distributed/beside": "the same, of users' programs beside one device",
+    "distributed/start": "the same, that give models their values",
     "distributed/calibration": "the same, that measure a cluster",
 }
 """Folders of tests/ with Python files that are neither tests nor conftest.py, and what these are."""
