@@ -99,6 +99,7 @@ class Program:
     `attached` are the positions of the outputs that require a gradient on one device. `orders` are the dims of results
     from major to minor, where they do not lie contiguous in one device's memory. `depends_on` are the outputs on whose
     gradients a gradient depends: without any of these it is None on one device. A gradient that is not there always is.
+    `deferred` are the parameters whose gradients backward leaves as addends, for an epilogue to reduce their sums.
     """
 
     version: GraphVersion
@@ -113,6 +114,7 @@ class Program:
     effects: CallEffects | None = None
     orders: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
     depends_on: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
+    deferred: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:

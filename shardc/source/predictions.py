@@ -14,7 +14,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.scheduled import scheduled
 from shardc.runtime.collectives.collective import wait
 from shardc.source.frees import Holding
-from shardc.source.module import Predicted
+from shardc.source.module import Epilogue, Predicted
 
 
 def predicted(c: Compilation) -> Predicted:
@@ -23,8 +23,15 @@ def predicted(c: Compilation) -> Predicted:
     if not c.has("schedule"):
         return Predicted()
     if c.dims:
-        return Predicted(tuple([*parallelism(c), "", *_LEGEND]))
-    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c))
+        return Predicted(tuple([*parallelism(c), "", *_LEGEND]), epilogue=_epilogue(c))
+    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c), _epilogue(c))
+
+
+def _epilogue(c: Compilation) -> Epilogue | None:
+    last = c.epilogue
+    if last is None:
+        return None
+    return Epilogue(last.lowered.read(), last.program, _Remarks(last).of)
 
 
 def _held(c: Compilation) -> Holding:
