@@ -149,7 +149,8 @@ class Compiled:
         where it reduces none, and at sizes that it shares a source with. Raises InfeasibleError where that takes more
         memory than there may be."""
         if self._accumulating is None:
-            found = deferred(self._snapshots) if self._at_planned_sizes else None
+            possible = self._at_planned_sizes and self._last.epilogue is None
+            found = deferred(self._snapshots) if possible else None
             self._accumulating = self if found is None else Compiled(Decided(found, plan_of(found)), self._family)
         return self._accumulating
 

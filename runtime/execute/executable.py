@@ -19,11 +19,15 @@ from shardc.runtime.errors import GENERATED, RankError
 from shardc.runtime.execute.accumulation import Sums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
+from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.execute.transforms import is_batched, refuse_transforms
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
+
+PROLOGUE = "prologue:"
+"""What the names of values begin with that the prologue computes."""
 
 Fallback = Callable[[frozenset[int]], "Executable"]
 
@@ -75,8 +79,11 @@ class Executable:
         self.deferred: dict[str, Slot] = {self.gradients[place].name: self.gradients[place] for place in deferred}
         self._addends: dict[str, list[Tensor]] = {}  # what each local rank leaves for the epilogue: sizes alone
         self.random: bool = getattr(module, "RANDOM", False)
-        self._boundary: Boundary = boundary(self.mesh)
-        self._mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
+        self.microbatches: int = getattr(module, "MICROBATCHES", 1)
+        self.at_once: bool = getattr(module, "AT_ONCE", False)
+        self.prologue: tuple[Slot, ...] = tuple(getattr(module, "PROLOGUE", ()))
+        self.boundary: Boundary = boundary(self.mesh)
+        self.mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
 
     def run(
         self,
@@ -97,14 +104,20 @@ class Executable:
 
         With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters.
         """
-        tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
-        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
+        given = [slot for slot in (*self.inputs, *self.prologue) if not slot.name.startswith(PROLOGUE)]
+        names = {slot.name: self._argument(slot, state, inputs) for slot in given}
+        tensors = list(names.values())
         recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
-        if not (recording and any(tensor.requires_grad for tensor in tensors)):
+        recording = recording and any(tensor.requires_grad for tensor in tensors)
+        if self.microbatches > 1:
+            outputs, mutations = run_microbatches(self, names, fallback, sums, recording)
+            self._mutate(mutations, names)
+            return outputs
+        if not recording:
             result = self._forward(names, differentiable=False)
             self._mutate(result.mutations, names)
             return result.outputs
-        mutations: dict[str, Tensor] = {}
+        mutations = {}
         run = _Run(self, fallback, mutations, sums)
         outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
@@ -141,26 +154,26 @@ class Executable:
     def _mutate(self, mutations: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in mutations.items():
-                self._boundary.store(targets[name], value)
+                self.boundary.store(targets[name], value)
 
     def _forward(self, values: Mapping[str, Tensor], differentiable: bool = True) -> _Forward:
         # Backward needs the values from before the run, so a buffer that the run changes goes in as a copy.
         if differentiable:
-            copies = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
+            copies = {name: value.detach().clone() for name, value in values.items() if name in self.mutated}
             values = {**values, **copies}
 
         def arguments(rank: int) -> tuple[Tensor, ...]:
-            return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
+            return tuple(self.boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
 
         with no_autocast():
             results = self.mesh.run(self.module.forward, arguments, random=self.random)
-        if not differentiable and self._mutated:
-            results = self._apart(results, [values[name] for name in self._mutated if name in values])
+        if not differentiable and self.mutated:
+            results = self._apart(results, [values[name] for name in self.mutated if name in values])
         outputs: list[Tensor] = []
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.module.OUTPUTS):
-                value = self._left(slot, [result[0][position] for result in results])
+                value = self.left(slot, [result[0][position] for result in results])
                 if slot.role == "output":
                     outputs.append(value)
                 else:
@@ -190,59 +203,79 @@ class Executable:
 
         def arguments(rank: int) -> tuple[Any, ...]:
             values = saved[self.mesh.ranks.index(rank)]
-            values += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
+            values += (self.boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
             return (values,)
 
         with no_autocast():
             results = self.mesh.run(self.module.backward, arguments)
-        for name, slot in self.deferred.items():
-            place = self.gradients.index(slot)
-            self._addends[name] = [torch.empty_like(result[place], device="meta") for result in results]
         parts = {
             slot.name: [result[position] for result in results]
             for position, slot in enumerate(self.gradients)
             if results[0][position] is not None and (not slot.depends_on or tangents.keys() & set(slot.depends_on))
         }
         deferred = {name: parts.pop(name) for name in self.deferred if name in parts}
-        adding = None if sums is None else deferred_leaves({name: leaves[name] for name in deferred if name in leaves})
         with torch.no_grad():
-            gradients = {slot.name: self._left(slot, parts[slot.name]) for slot in self.gradients if slot.name in parts}
-            if sums is not None and adding:
-                sums.add(self, {name: deferred.pop(name) for name in adding}, adding)
-            if sums is not None:  # of what is frozen nobody wants a gradient
-                deferred = {name: addends for name, addends in deferred.items() if name in leaves}
-            if deferred:
-                gradients |= self.reduced(deferred)
-        return gradients
+            gradients = {slot.name: self.left(slot, parts[slot.name]) for slot in self.gradients if slot.name in parts}
+            return gradients | self.deliver(deferred, sums, leaves)
+
+    def deliver(
+        self, addends: Mapping[str, list[Tensor]], sums: Sums | None, leaves: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the epilogue makes of what each local rank has added up, by name; of `leaves`, `sums` gets it."""
+        self._addends |= {name: [torch.empty_like(one, device="meta") for one in addends[name]] for name in addends}
+        if sums is None:
+            return self.reduced(addends)
+        wanted = {name: addends[name] for name in addends if name in leaves}  # of what is frozen nobody wants any
+        adding = deferred_leaves({name: leaves[name] for name in wanted})
+        if adding:
+            sums.add(self, {name: wanted.pop(name) for name in adding}, adding)
+        return self.reduced(wanted)
 
     def reduced(self, sums: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """The gradients that the epilogue makes of sums: by name, what each local rank has added up."""
+        if not sums:
+            return {}
 
         def arguments(rank: int) -> tuple[list[Tensor]]:
             place = self.mesh.ranks.index(rank)
             device = self.mesh.device(rank)
-            nothing = [torch.zeros_like(self._addends[n][place], device=device) for n in self.deferred if n not in sums]
-            rest = iter(nothing)
-            return ([sums[name][place] if name in sums else next(rest) for name in self.deferred],)
+            nothing = {n: self._addends[n][place] for n in self.deferred if n not in sums}
+            given = {n: torch.zeros_like(one, device=device) for n, one in nothing.items()}
+            return ([sums[name][place] if name in sums else given[name] for name in self.deferred],)
 
         with no_autocast(), torch.no_grad():
             results = self.mesh.run(self.module.epilogue, arguments)
             return {
-                name: self._left(slot, [result[position] for result in results])
+                name: self.left(slot, [result[position] for result in results])
                 for position, (name, slot) in enumerate(self.deferred.items())
                 if name in sums
             }
 
+    def before(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the prologue makes of all of the batch, by name; it is whole on every rank."""
+        if not self.prologue:
+            return {}
+
+        def arguments(rank: int) -> tuple[Tensor, ...]:
+            return tuple(self.boundary.enter(slot, values[slot.name], rank) for slot in self.prologue)
+
+        with no_autocast(), torch.no_grad():
+            results = self.mesh.run(self.module.prologue, arguments)
+        return {f"{PROLOGUE}{number}": one.detach() for number, one in enumerate(results[0][0])}
+
     def handed_over(self, gradient: Tensor, kind: type[Tensor]) -> Tensor | None:
         """A gradient in the form that autograd expects for a user's tensor of type `kind`."""
-        return self._boundary.hand_over(gradient, kind)
+        return self.boundary.hand_over(gradient, kind)
 
-    def _left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+    def left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         """The user's tensor from the values of the local ranks, in memory as on one device.
 
         A DTensor's part lies as its rank left it, and a mutation is copied into a tensor that lies somehow.
         """
-        value = self._boundary.leave(slot, parts)
+        return self.in_memory(slot, self.boundary.leave(slot, parts))
+
+    def in_memory(self, slot: Slot, value: Tensor) -> Tensor:
+        """A tensor that left, in memory as on one device."""
         return value if isinstance(value, DTensor) or slot.role == "mutation" else ordered(value, slot.order)
 
 
@@ -328,7 +361,7 @@ class _Differentiable(torch.autograd.Function):
             gradients = _again(other, values, arrived, ctx.random_state)
         needs = zip(ctx.names, ctx.needs_input_grad[2:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
-        return list(map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
+        return list(map(executable.boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
 
 
 def mutations_of(executable: Executable) -> list[str]:

@@ -94,9 +94,7 @@ class MemoryAnalysis:
         self.roles = {node: port.role for node, port in ports.items()}
         self.names = {node: port.name for node, port in ports.items()}
         made = zip(program.outputs, graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
-        self.deferred: list[fx.Node] = [
-            node for port, node in made if port.role is Role.GRADIENT and port.name in program.deferred
-        ]  # type: ignore[misc]
+        self.added_up: list[fx.Node] = [node for port, node in made if node is not None and program.adds_up(port)]
         self.trained = {node for node, name in self.names.items() if name in program.trained}
         self.by_call: dict[object, list[TensorForm | None]] = {}
         self.by_node: dict[fx.Node, list[TensorForm | None]] = {}
@@ -137,7 +135,7 @@ class Execution:
                 states = int(self.sizes[-1] / size * self.known.states(size))
                 self.bytes_by_label["optimizer state"] += states
                 self.total += states
-        for node in self.known.deferred:
+        for node in self.known.added_up:
             self.bytes_by_label[SUMS] += self._contiguous(node).size
             self.total += self._contiguous(node).size
         outputs = [node for node in run.outputs if node is not None]

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
+from shardc.ir.facts import laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
@@ -31,9 +33,10 @@ Slots = list[tuple[fx.Node, Port]]
 
 
 @dataclass(frozen=True)
-class Epilogue:
-    """What reduces the gradients that backward leaves as addends: its graph, from their sums to the gradients, the
-    program of which that is the graph, and what is told beside a collective."""
+class Once:
+    """What runs once, before or behind what runs several times: its graph, the program of which that is the graph, and
+    what is told beside a collective. A prologue computes what all micro-batches read. An epilogue reduces the gradients
+    that backward leaves as addends, from their sums."""
 
     graph: fx.Graph
     program: Program
@@ -48,7 +51,8 @@ class Predicted:
     lines: Sequence[str] = ()
     told: Callable[[fx.Node], str] = lambda _: ""
     held: Holding | None = None
-    epilogue: Epilogue | None = None
+    prologue: Once | None = None
+    epilogue: Once | None = None
 
 
 def source_of(
@@ -65,7 +69,8 @@ def source_of(
 
 _NAMES = (
     "torch", "Tensor", "Sequence", "Slot", "Started", "take", "aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS",
-    "TANGENTS", "GRADIENTS", "DEFERRED", "forward", "backward", "epilogue", "main", "i", "slot", "shardc",
+    "TANGENTS", "GRADIENTS", "DEFERRED", "MICROBATCHES", "AT_ONCE", "PROLOGUE", "forward", "backward", "prologue",
+    "epilogue", "main", "i", "slot", "shardc",
 )  # fmt: skip
 """Names that mean something in every module."""
 
@@ -99,13 +104,25 @@ class _Module:
             functions += backward.functions
             returned = written(["return ", backward.returned(self.run.gradients)], 1)
             parts += ["", "", *start, *backward.body(), *returned]
+        if self.predicted.prologue is not None:
+            parts = [*self._prologue(self.predicted.prologue), "", "", *parts]
         if self.predicted.epilogue is not None:
             more, lines = self._epilogue(self.predicted.epilogue, loops)
             functions += more
             parts += ["", "", *lines]
         return "\n".join([*self._top(), *self._slots(), *functions, "", "", *parts, ""])
 
-    def _epilogue(self, epilogue: Epilogue, loops: bool) -> tuple[list[str], list[str]]:
+    def _prologue(self, prologue: Once) -> list[str]:
+        other = _Module(prologue.graph, prologue.program, self.mesh, Predicted(told=prologue.told))
+        other.shared.taken = self.taken
+        half = other._half("prologue", other.run.forward, other.run.outputs, loops=False)
+        head = other._given(half)
+        half.write([])
+        returned = other._returned(half, [])
+        self.imports |= {*other.calls.imports, *other.shared.used}
+        return [*head, *half.body(), *returned]
+
+    def _epilogue(self, epilogue: Once, loops: bool) -> tuple[list[str], list[str]]:
         """The functions of repeated layers of the epilogue, and the epilogue itself."""
         other = _Module(epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told))
         other.shared.taken = self.taken
@@ -144,13 +161,13 @@ class _Module:
                 writer.where[node] = Spot(writer.scope.name(unread + self.shared.naming.of(node, layer=False)))
         if not stretches:
             named = [f"{writer.where[node]}: Tensor" for node in given]
-            return written(["def forward", arguments(named), returns[1:]], 0)
+            return written([f"def {forward.name}", arguments(named), returns[1:]], 0)
         names = [writer.scope.name("layers") for _ in stretches]
         for name, (start, stop) in zip(names, stretches, strict=True):
             for place in range(start, stop):
                 writer.where[given[place]] = Spot(name, place - start, stop - start)
         whole = writer.scope.name("given")
-        lines = [f"def forward(*{whole}: Tensor{returns}"]
+        lines = [f"def {forward.name}(*{whole}: Tensor{returns}"]
         if len(stretches) == 1 and stretches[0][0] <= MOST_BEFORE_STAR:
             start, stop = stretches[0]
             items = [str(writer.where[n]) for n in given[:start]] + [f"*{names[0]}"]
@@ -209,10 +226,20 @@ class _Module:
             f"MESH = {shown(dict(self.mesh.sizes))}",
             f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}",
         ]
+        if self.program.microbatches is not None:
+            constants += [f"MICROBATCHES = {self.program.microbatches.count}", f"AT_ONCE = {self._at_once()}"]
         return [
             *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
             "aten = torch.ops.aten", *constants, "",
         ]  # fmt: skip
+
+    def _at_once(self) -> bool:
+        """Whether each micro-batch runs backward right behind forward: where all gradients are those of one number, a
+        loss, whose own gradient only scales them. It does not scale them in float16 too late, where they may have been
+        too small."""
+        (*tangents,) = self.run.tangents
+        kinds = {lowered(node).dtype for node in self.graph.nodes if node.op != "output"}
+        return len(tangents) == 1 and not laid(tangents[0]).shape and torch.float16 not in kinds
 
     def _slots(self) -> list[str]:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -228,6 +255,7 @@ class _Module:
         if self.predicted.epilogue is not None:
             made = self._finished(made, self.predicted.epilogue)
         return [
+            *self._before(),
             *table("INPUTS", inputs),
             *table("OUTPUTS", of([(n, p) for n, p in outs if p.role is not Role.GRADIENT])),
             *table("TANGENTS", of([(n, p) for n, p in ins if p.role is Role.TANGENT])),
@@ -235,7 +263,15 @@ class _Module:
             *self._deferred([port for _, port in made]),
         ]
 
-    def _finished(self, made: Slots, epilogue: Epilogue) -> Slots:
+    def _before(self) -> list[str]:
+        """What the prologue is given."""
+        if self.predicted.prologue is None:
+            return []
+        graph, program = self.predicted.prologue.graph, self.predicted.prologue.program
+        given = list(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+        return table("PROLOGUE", rows(given, program, self.mesh))
+
+    def _finished(self, made: Slots, epilogue: Once) -> Slots:
         """The gradients as the epilogue leaves them."""
         results = epilogue.graph.output_node().args[0]
         ends = dict(zip(epilogue.program.outputs, results, strict=True))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.scheduled import scheduled
 from shardc.runtime.collectives.collective import wait
 from shardc.source.frees import Holding
-from shardc.source.module import Epilogue, Predicted
+from shardc.source.module import Once, Predicted
 
 
 def predicted(c: Compilation) -> Predicted:
@@ -23,15 +23,12 @@ def predicted(c: Compilation) -> Predicted:
     if not c.has("schedule"):
         return Predicted()
     if c.dims:
-        return Predicted(tuple([*parallelism(c), "", *_LEGEND]), epilogue=_epilogue(c))
-    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c), _epilogue(c))
+        return Predicted(tuple([*parallelism(c), "", *_LEGEND]), prologue=_once(c.prologue), epilogue=_once(c.epilogue))
+    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c), _once(c.prologue), _once(c.epilogue))
 
 
-def _epilogue(c: Compilation) -> Epilogue | None:
-    last = c.epilogue
-    if last is None:
-        return None
-    return Epilogue(last.lowered.read(), last.program, _Remarks(last).of)
+def _once(c: Compilation | None) -> Once | None:
+    return None if c is None else Once(c.lowered.read(), c.program, _Remarks(c).of)
 
 
 def _held(c: Compilation) -> Holding:
