@@ -37,7 +37,7 @@ from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
 from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
 from shardc.runtime.kernels.parts import Part
-from shardc.runtime.kernels.random import draw
+from shardc.runtime.kernels.random import DRAWS, draw
 from shardc.runtime.mesh.mesh import TIME
 
 aten = torch.ops.aten
@@ -95,6 +95,9 @@ class _Divided:
                 self._place(self._called(node), node)
         results: list[fx.Node | None] = list(self.old.output_node().args[0])  # type: ignore[arg-type]
         self.new.output(tuple(None if node is None else self.here[node] for node in results))
+        for node in reversed(self.new.nodes):  # what only led to what is known before
+            if not node.users and node.op == "call_function" and node.target not in DRAWS:
+                self.new.erase_node(node)
         ports = [*self.whole.inputs, *(Port(Role.CONSTANT, f"prologue:{n}") for n in range(len(self.once)))]
         made = replace(self.whole, version=GraphVersion.of(self.new), inputs=ports)
         return replace(made, microbatches=self._microbatches(results))
