@@ -24,15 +24,18 @@ from torch import fx
 from shardc.analysis.operands import collective_of
 from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.facts import Captured, Key, captured, describe, lowered, origin_of
-from shardc.ir.program import Microbatches, Port, Program, Role, ancestors, call, tensor_of, value_of, where
+from shardc.ir.program import Microbatches, Port, Program, Role, ancestors, call, name_of, tensor_of, value_of, where
 from shardc.ir.versions import GraphVersion
 from shardc.passes.assign import solved
 from shardc.passes.factor import factor
 from shardc.passes.localize import localized
+from shardc.passes.propagate import spread
 from shardc.passes.reshard import resharded
 from shardc.planning.compilation import Compilation, compiler_pass
-from shardc.planning.time_axis import TimeNetwork, from_inputs_alone, time_mesh
+from shardc.planning.constraints import Constraint
+from shardc.planning.time_axis import ATTENTION, TimeNetwork, batch_of, from_inputs_alone, time_mesh
 from shardc.rules.factors.chosen import chosen_of
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
 from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
@@ -58,10 +61,34 @@ def microbatch(c: Compilation) -> Compilation:
             raise InfeasibleError(f"microbatches={count}: {variable.name} cannot be divided among micro-batches")
     assignment = network.assignment(solved(network.problem(), c.time_limit).choice)
     graph = localized(resharded(network, assignment), network.mesh)
-    program = _Divided(c.program, graph, count).program()
+    program = _Divided(c.program, graph, count, _coupling(network, c)).program()
     assert program.microbatches is not None
     before = program.microbatches.prologue
     return factor.run(replace(c, program=program, prologue=None if before is None else _compiled(c, before)))
+
+
+def _coupling(network: TimeNetwork, c: Compilation) -> fx.Node | None:
+    """The first operator that reads a batch and cannot compute a part of it alone, or pairs its samples."""
+    batch = batch_of(c.program, c.options.microbatches)
+    asked: list[Constraint] = []
+    for port, node in zip(c.program.inputs, c.program.placeholders, strict=True):
+        if port in batch:
+            value = c.factored.values[node]
+            dims = ((TIME,), *(None for _ in value.dims[1:]))
+            asked.append(Constraint(value.key, value, dims, port.name))
+    axes = spread(c.factored, network.mesh, asked).axes
+    for op in c.factored.ops:
+        domain: Any = network.variables[network.variable_of(op.node)].domain
+        divided = {
+            number
+            for operand, carried in zip(op.operands, op.kind.carried, strict=False)
+            for place, number in zip(operand.value.form.places, carried, strict=True)
+            if place is not None and number is not None and TIME in axes[operand.value.key][place]
+        }
+        for number in divided:
+            if len(divided) > 1 or not any(strategy.split[number] for strategy in domain):
+                return op.node
+    return None
 
 
 def _compiled(c: Compilation, program: Program) -> Compilation:
@@ -76,8 +103,9 @@ def _compiled(c: Compilation, program: Program) -> Compilation:
 class _Divided:
     """Writes the program of one micro-batch, from the graph that is localized over time."""
 
-    def __init__(self, program: Program, graph: fx.Graph, count: int) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, count: int, coupling: fx.Node | None) -> None:
         self.whole, self.old, self.count, self.mesh = program, graph, count, time_mesh(count)
+        self.coupling = coupling
         self.new, self.here = fx.Graph(), dict[fx.Node, fx.Node]()
         self.fakes: dict[Any, tuple[Any, torch.Tensor]] = {}
         self.alone = from_inputs_alone(program)
@@ -122,6 +150,8 @@ class _Divided:
             target, kwargs = part_of_microbatch, {"dim": kwargs["dim"], "count": self.count}
         elif target is to_partial:
             target, kwargs = addend_of_microbatch, {}
+        elif (chosen := chosen_of(node)) is not None and chosen.op.node.target in ATTENTION:
+            target, kwargs = chosen.op.node.target, dict(chosen.op.node.kwargs)
         elif target is draw:
             parts = {int(name[1:]): value for name, value in kwargs.items() if isinstance(value, Part)}
             shape = list(args[0])
@@ -172,7 +202,7 @@ class _Divided:
         where it depends on what the micro-batches compute."""
         base, layout = lowered(node).base, lowered(node).layout
         assert base is not None and layout is not None
-        if base[0] not in self.alone or layout.partial or layout.cuts(self.mesh):
+        if base[0] not in self.alone or node.target is not all_reduce:
             raise self._refused(node, base)
         if base not in self.once:
             self.once[base] = self.new.placeholder(f"prologue_{len(self.once)}")
@@ -184,17 +214,17 @@ class _Divided:
         self.here[node] = known
 
     def _refused(self, node: fx.Node, base: Key) -> InfeasibleError:
-        readers = list(node.users)
-        while readers and (readers[0].op == "output" or lowered(readers[0]).operator is None):
-            readers = list(readers[0].users) if readers[0].op != "output" else []
-        reader = readers[0] if readers else node
-        name = str(getattr(reader.target, "__name__", reader.target)).partition(".")[0]
+        reader = self.coupling
+        if reader is None:
+            readers = [node]
+            while readers[0].op != "output" and lowered(readers[0]).operator is None and readers[0].users:
+                readers = list(readers[0].users)
+            reader = node if readers[0].op == "output" else readers[0]
         place = where(reader) or where(base[0])
         return InfeasibleError(
-            f"microbatches={self.count}: {name} ({place}) needs {base[0].name} of all samples at once, "
-            f"{list(tensor_of(base).shape)}, and each micro-batch has only its own. Operators that couple samples "
-            "(batch norm while it trains, contrastive losses) cannot run on micro-batches; leave microbatches out, or "
-            "keep such operators out of the sharded model"
+            f"microbatches={self.count}: {name_of(reader.target)} ({place}) needs values of all samples at once, and "
+            "each micro-batch has only its own. Operators that couple samples (batch norm while it trains, contrastive "
+            "losses) cannot run on micro-batches; leave microbatches out, or keep them out of the sharded model"
         )
 
     def _prologue(self) -> Program:

@@ -172,6 +172,12 @@ def current() -> Context:
     return context
 
 
+def microbatches() -> int:
+    """Into how many micro-batches the batch of the run in this thread is divided; 1 where none runs."""
+    context: Context | None = getattr(_running, "context", None)
+    return 1 if context is None else context.microbatches
+
+
 @contextmanager
 def entered(context: Context) -> Generator[None]:
     """Make `context` the running rank of this thread."""

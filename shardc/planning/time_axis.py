@@ -20,6 +20,7 @@ from torch import fx
 
 from shardc.cost.hardware import Hardware, Link
 from shardc.errors import ShardcError
+from shardc.ir.layout import is_sliceable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Program, Role, tensor_of, value_of
 from shardc.ir.splits import Splits
@@ -27,13 +28,20 @@ from shardc.planning.cost_network import Accepts, CostNetwork, LayoutDemands
 from shardc.planning.strategies import OperatorOptions
 from shardc.rules.factors.factored import Factored, Key, Op, Value
 from shardc.rules.factors.strategy import PLAIN, Strategy
-from shardc.runtime.kernels.random import DRAWS, draw
+from shardc.runtime.collectives.all_gather import all_gather
+from shardc.runtime.collectives.all_to_all import all_to_all
+from shardc.runtime.collectives.reduce_scatter import reduce_scatter
+from shardc.runtime.kernels.random import DRAWS, attention_draw, draw
 from shardc.runtime.mesh.mesh import TIME
 from shardc.solver.problem import zeros
 
-NEVER = Link(latency=0.05, bandwidth=100.0)
-"""The link between micro-batches. What is computed hardly takes as long as a step over it. Of what has to be known
-before all of them, the smallest values are the cheapest."""
+_FAR = Link(latency=5.0, bandwidth=1.0)
+NEVER = Link(0.05, 100.0, dict.fromkeys((all_gather, all_to_all, reduce_scatter), _FAR))
+"""The link between micro-batches. What is computed hardly takes as long as a step over it. Sums may be known before all
+of them, the smallest for the least; nothing else may."""
+
+
+ATTENTION = (torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default)
 
 
 def time_mesh(count: int) -> Mesh:
@@ -92,6 +100,9 @@ class TimeNetwork(CostNetwork):
         return [index for index in every if self._runs_as_it_is(op, options.strategies[index])]
 
     def _runs_as_it_is(self, op: Op, strategy: Strategy) -> bool:
+        if op.node.target in ATTENTION and any(operand.node.target is attention_draw for operand in op.operands):
+            split = [factor.name for factor, axes in zip(op.factors, strategy.split, strict=True) if axes]
+            return split == ["b"]  # where weights are dropped, the kernel takes this for granted
         indexed = set(op.rule.indices.values())
         split = [factor for factor, axes in zip(op.factors, strategy.split, strict=True) if axes]
         if any(factor.size % self.mesh.size or factor.name in indexed for factor in split):
@@ -137,8 +148,11 @@ def _comes(splits: Splits, value: Value, mesh: Mesh, *, whole: bool, addends: bo
         return _whole(splits)
     if splits.partial:
         return splits.partial == ((TIME, "sum"),) and tensor_of(value.key).dtype is not torch.bool
-    cuts = value.form.layout_on(splits.axes).cuts(mesh)
-    return not addends and len(cuts) == 1 and cuts[0][1] == 1
+    layout = value.form.layout_on(splits.axes)
+    if addends or not is_sliceable(layout, mesh):
+        return False
+    cuts = layout.cuts(mesh)
+    return len(cuts) == 1 and cuts[0][1] == 1 and layout.shape[cuts[0][0]] % mesh.size == 0
 
 
 def from_inputs_alone(program: Program) -> set[fx.Node]:
