@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from shardc.analysis.memory import SUMS, memory_in_order
-from shardc.analysis.reductions import deferral_of, epilogue, without
+from shardc.analysis.reductions import deferral_of, epilogue, every_backward
 from shardc.errors import InfeasibleError
 from shardc.ir.printing import in_bytes
-from shardc.ir.versions import GraphVersion, copied
+from shardc.ir.versions import GraphVersion
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 
@@ -32,18 +32,12 @@ def deferred(snapshots: Mapping[str, Compilation]) -> dict[str, Compilation] | N
         return None
     last, program = epilogue(graph, deferral, c.program)
     once = replace(c, program=program, lowered=GraphVersion.of(last), draft=None)
-    names = frozenset(c.program.outputs[index].name for index in deferral.cuts)
-    every = replace(c, program=replace(c.program, deferred=names), lowered=_every(c), draft=None)
+    each, deferring = every_backward(graph, c.program, deferral)
+    every = replace(c, program=deferring, lowered=GraphVersion.of(each), draft=None)
     _check_memory(every)
     found = dict(snapshots)
     run(part("schedule", "codegen"), replace(every, epilogue=run(part("schedule", "overlap"), once)), found)
     return found
-
-
-def _every(c: Compilation) -> GraphVersion:
-    """What runs at every backward."""
-    program, graph = c.program, copied(c.lowered.read())
-    return GraphVersion.of(without(graph, deferral_of(graph, program)))
 
 
 def _check_memory(c: Compilation) -> None:

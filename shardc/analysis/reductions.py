@@ -19,7 +19,7 @@ from shardc.analysis.operands import collective_of
 from shardc.ir.facts import Lowered, describe, lowered
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role, call
-from shardc.ir.versions import GraphVersion
+from shardc.ir.versions import GraphVersion, copied
 from shardc.runtime.collectives.bucket import Bucket
 
 _CASTS = (torch.ops.aten._to_copy.default,)
@@ -90,7 +90,7 @@ def _from_first_collective(nodes: Iterable[fx.Node], waiting: set[fx.Node]) -> I
             yield node
 
 
-def without(graph: fx.Graph, deferral: Deferral) -> fx.Graph:
+def _without(graph: fx.Graph, deferral: Deferral) -> fx.Graph:
     """The graph with the gradients as they are before what waits; written in place."""
     output = graph.output_node()
     results: list[fx.Node | None] = list(output.args[0])  # type: ignore[arg-type]
@@ -100,6 +100,13 @@ def without(graph: fx.Graph, deferral: Deferral) -> fx.Graph:
     for node in reversed(deferral.nodes):
         graph.erase_node(node)
     return graph
+
+
+def every_backward(graph: fx.Graph, program: Program, deferral: Deferral) -> tuple[fx.Graph, Program]:
+    """A copy of the graph without what waits, and the program of it."""
+    names = frozenset(program.outputs[index].name for index in deferral.cuts)
+    made = copied(graph)
+    return _without(made, deferral_of(made, program)), replace(program, deferred=names)
 
 
 def epilogue(graph: fx.Graph, deferral: Deferral, program: Program) -> tuple[fx.Graph, Program]:

@@ -96,10 +96,11 @@ def _docstring(c: Compilation) -> list[str]:
     if proved is not None:
         gap = 1.0 - proved.lower_bound / proved.cost if proved.cost else 0.0
         proof = "no plan costs less" if gap < 1e-6 else f"no plan costs less than {1.0 - gap:.1%} of it"
+    step = "step" if c.program.microbatches is None else "micro-batch"
     return [
         *parallelism(c),
         "",
-        f"Predicted on {c.options.device.name}: {in_seconds(schedule.seconds)} a step, of which "
+        f"Predicted on {c.options.device.name}: {in_seconds(schedule.seconds)} a {step}, of which "
         f"{in_seconds(max(schedule.hidden, 0.0))} of collectives are hidden; {memory.summary}. Proof: {proof}.",
         "",
         *_LEGEND,
