@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from shardc.analysis.memory import Memory, memory_in_order
+from shardc.analysis.reductions import deferral_of, every_backward
 from shardc.errors import InfeasibleError, ShardcError
 from shardc.ir.printing import in_seconds
 from shardc.planning.compilation import Compilation, Draft, compiler_pass
@@ -135,7 +136,10 @@ def _lowered(c: Compilation) -> tuple[Compilation, Memory]:
 
     snapshots: dict[str, Compilation] = {}
     candidate = run(LOWERING, c, snapshots)
-    memory = memory_in_order(candidate.lowered.read(), c.program, c.mesh, c.states)
+    graph, program = candidate.lowered.read(), c.program
+    if program.microbatches is not None:  # gradients are added up before they are reduced
+        graph, program = every_backward(graph, program, deferral_of(graph, program))
+    memory = memory_in_order(graph, program, c.mesh, c.states)
     return replace(c, draft=Draft(c.assignment, snapshots["reshard"].lowered, candidate.titles)), memory
 
 

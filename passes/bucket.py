@@ -29,16 +29,14 @@ import torch
 from torch import fx
 
 from shardc.analysis.operands import collective_of, operand_bytes
+from shardc.analysis.reductions import becoming_gradients
 from shardc.cost.buckets import Buckets
 from shardc.ir.facts import Lowered, describe, dtype_of, lowered
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, call
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
-from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import AnyCollective
-
-_CASTS = (torch.ops.aten._to_copy.default,)
 
 BucketKind = tuple[AnyCollective, str, str, torch.dtype]
 """What collectives of one bucket have in common: which they are, axis, reduction, dtype."""
@@ -103,23 +101,6 @@ def join(graph: fx.Graph, run: Partition, buckets: Buckets, apart: bool = False)
             del before[node]
     made = replace(run, backward=sorted(backward, key=places.__getitem__)) if largest else run
     return Joined(largest, made, held)
-
-
-def becoming_gradients(run: Partition, graph: fx.Graph) -> set[fx.Node]:
-    """The collectives, views and casts of backward whose results only become gradients."""
-    waiting: set[fx.Node] = set()
-    output, gradients = graph.output_node(), set(run.gradients)
-    for node in reversed(run.backward):
-        if passes_on(node) and all(user in waiting or (user is output and node in gradients) for user in node.users):
-            waiting.add(node)
-    return waiting
-
-
-def passes_on(node: fx.Node) -> bool:
-    """Whether a node only passes values on: views, conversions, casts."""
-    if lowered(node).operator is not None and node.target not in _CASTS:
-        return False
-    return isinstance(node.target, Bucket) or len(node.all_input_nodes) == 1
 
 
 def made_at(graph: fx.Graph, waiting: Collection[fx.Node]) -> dict[fx.Node, int]:

@@ -35,12 +35,12 @@ from dataclasses import replace
 from torch import fx
 
 from shardc.analysis.operands import collective_of
+from shardc.analysis.reductions import passes_on
 from shardc.analysis.timeline import Order, Times
 from shardc.cost.clock import Clock, Flight
 from shardc.ir.facts import describe, dtype_of, laid, lowered
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
-from shardc.passes.bucket import passes_on
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.collectives.collective import Held, wait
 

@@ -14,6 +14,7 @@ from shardc.passes.capture import capture
 from shardc.passes.codegen import codegen
 from shardc.passes.factor import factor
 from shardc.passes.localize import localize
+from shardc.passes.microbatch import microbatch
 from shardc.passes.normalize import normalize
 from shardc.passes.overlap import overlap
 from shardc.passes.propagate import propagate
@@ -25,8 +26,8 @@ from shardc.planning.compilation import Compilation, Pass
 from shardc.runtime.execute.ambient import no_autocast
 
 PIPELINE: tuple[Pass, ...] = (
-    capture, normalize, factor, retile, propagate, assign, reshard, localize, simplify, schedule, bucket, overlap,
-    codegen,
+    capture, normalize, factor, microbatch, retile, propagate, assign, reshard, localize, simplify, schedule, bucket,
+    overlap, codegen,
 )  # fmt: skip
 NAMES: tuple[str, ...] = tuple(one.name for one in PIPELINE)
 

@@ -338,7 +338,7 @@ class _Rewrite:
                 continue
             self.now = old
             value = self.factored.values[old]
-            gradient = port.role is Role.GRADIENT and port.name in parameters
+            gradient = port.role is Role.GRADIENT and index not in self.assignment.outputs
             if gradient:
                 stored = self.assignment.strategies[parameters[port.name]].split
                 splits, axes = base_demand(value, stored), stored

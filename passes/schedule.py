@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from shardc.analysis.memory import MemoryAnalysis
+from shardc.analysis.reductions import becoming_gradients
 from shardc.analysis.timeline import Pace, Times, in_order, timed
 from shardc.cost.buckets import Buckets
 from shardc.ir.partition import partition
 from shardc.ir.versions import GraphVersion
-from shardc.passes.bucket import Joined, becoming_gradients, bucketed, made_at
+from shardc.passes.bucket import Joined, bucketed, made_at
 from shardc.passes.overlap import ordered
 from shardc.planning.compilation import Compilation, Schedule, compiler_pass
 

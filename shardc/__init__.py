@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardc.accumulation import accumulate
     from shardc.api import compile, shard
     from shardc.distribution import distribute
     from shardc.errors import ShardcError
@@ -29,6 +30,7 @@ __all__ = [
     "P",
     "S",
     "ShardcError",
+    "accumulate",
     "compile",
     "constrain",
     "deferred_init",
@@ -51,6 +53,7 @@ _HOME = {
     "P": "shardc.ir.layout",
     "S": "shardc.ir.layout",
     "ShardcError": "shardc.errors",
+    "accumulate": "shardc.accumulation",
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
     "deferred_init": "shardc.pretrained.recording",

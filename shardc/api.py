@@ -31,6 +31,7 @@ from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharde
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.passes.capture import TRACING
 from shardc.runtime import Executable
+from shardc.runtime.execute.accumulation import Sums
 from shardc.runtime.mesh.parameters import moves
 
 
@@ -89,6 +90,8 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
+        self.sums: Sums | None = None
+        """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
         """Whether a program was made by the plan that the options name; it is for no other."""
         self.registries: list[dict[str, Any]] | None = None
@@ -119,7 +122,10 @@ class _Engine:
             named = named_dims(self.request.options.dynamic, call)
             one = tuple(Containers((args, kwargs)).again)
             key = call_key(leaves, named, self._own(module)), str(spec), one, placed
-            self.last = program = self._program(key, named, call, leaves)
+            program = self._program(key, named, call, leaves)
+            if self.sums is not None and torch.is_grad_enabled():
+                program = program.accumulating
+            self.last = program
 
         def fallback(outputs: frozenset[int]) -> Executable:
             """Backward starts from outputs that were taken for mere results: compile for exactly these.
@@ -130,7 +136,7 @@ class _Engine:
             with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 
-        return program.run(leaves, (args, kwargs), fallback)
+        return program.run(leaves, (args, kwargs), fallback, self.sums)
 
     def _own(self, module: nn.Module) -> dict[int, int]:
         """Numbers of the tensors of the model, by identity."""
@@ -176,10 +182,10 @@ class _Engine:
 
 class ShardedForward:
     """The forward of a sharded class, which compiles. A forward set on an object does not replace it: that is what is
-    captured then."""
+    captured then. `engine` gives that of an object."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], engine: Callable[[nn.Module], _Engine]) -> None:
+        self.function, self.engine = function, engine
 
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
         return self.function if module is None else MethodType(self.function, module)
@@ -189,6 +195,12 @@ class ShardedForward:
 
     def __delete__(self, module: nn.Module) -> None:
         del vars(module)["forward"]
+
+
+def engine_of(module: nn.Module) -> _Engine | None:
+    """What a sharded object carries; None for what is not sharded."""
+    found = next((vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)), None)
+    return found.engine(module) if isinstance(found, ShardedForward) else None
 
 
 def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
@@ -221,7 +233,7 @@ def _methods(forward: Callable[..., Any], request: Request) -> dict[str, Any]:
     sharded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     sharded_forward.__doc__ = forward.__doc__
     return {
-        "forward": ShardedForward(torch.compiler.disable(sharded_forward)),  # torch.compile around it calls it as it is
+        "forward": ShardedForward(torch.compiler.disable(sharded_forward), engine),  # torch.compile calls it as it is
         "compiled": property(lambda self: engine(self).result(), doc="The program of the last call."),
         "plan": property(lambda self: engine(self).result().plan, doc="The plan of the last call."),
         "code": property(lambda self: engine(self).result().code, doc="The generated code of the last call."),

@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
 from shardc.decided import Decided
+from shardc.deferred import deferred
 from shardc.distribution import agree_on_program, before_call, with_global_batch
 from shardc.errors import ShardcError
 from shardc.explain.graphs import graph_after
 from shardc.explain.plan import Plan
+from shardc.explain.planned import plan_of
 from shardc.inspect.html.data import Asking
 from shardc.inspect.html.page import Reported, report_page
 from shardc.inspect.measured import Statements, statements
@@ -27,6 +29,7 @@ from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
+from shardc.runtime.execute.accumulation import Sums
 from shardc.runtime.mesh.distributed import CALLED
 
 MAIN = """
@@ -63,6 +66,8 @@ class Compiled:
         self._agreed: str | None = None
         self._depended_on: frozenset[int] | None = None
         self._executable: Executable | None = None
+        self._accumulating: Compiled | None = None
+        self._at_planned_sizes = True
         self._state: list[tuple[str, dict[str, Tensor], str]] | None = None
 
     @property
@@ -138,10 +143,22 @@ class Compiled:
             self._executable = Executable(module, mesh)
         return self._executable
 
+    @property
+    def accumulating(self) -> Compiled:
+        """The same plan with gradients that are reduced once, behind several backwards (`shardc.accumulate`): itself
+        where it reduces none, and at sizes that it shares a source with. Raises InfeasibleError where that takes more
+        memory than there may be."""
+        if self._accumulating is None:
+            possible = self._at_planned_sizes and self._last.epilogue is None
+            found = deferred(self._snapshots) if possible else None
+            self._accumulating = self if found is None else Compiled(Decided(found, plan_of(found)), self._family)
+        return self._accumulating
+
     def for_sizes(self, program: Program, source: str, executable: Executable) -> Compiled:
         """This program at other sizes, by the source of many: with the same plan, and the same graphs."""
         other = copy.copy(self)
         other._program, other._agreed, other._executable = program, source, executable
+        other._accumulating, other._at_planned_sizes = None, False
         return other
 
     def _registries(self) -> list[tuple[str, dict[str, Tensor], str]]:
@@ -167,10 +184,15 @@ class Compiled:
         return effects.as_captured() if effects is not None else nullcontext()
 
     def run(
-        self, leaves: list[Any], arguments: Any, fallback: Callable[[frozenset[int]], Executable] | None = None
+        self,
+        leaves: list[Any],
+        arguments: Any,
+        fallback: Callable[[frozenset[int]], Executable] | None = None,
+        sums: Sums | None = None,
     ) -> Any:
         """Run on flat inputs, those of `arguments` (args and kwargs). Returns what the program returns, in its own
-        structure, and leaves behind what the program leaves behind."""
+        structure, and leaves behind what the program leaves behind. With `sums`, gradients that it reduces once, if
+        there are any, go there."""
         program = self._program
         with TRACING:
             executable = self.executable
@@ -183,7 +205,9 @@ class Compiled:
         ):
             state = {name: registry[key] for name, registry, key in self._registries()}
         state |= program.constants | {name: place.get() for name, place in program.standing.items()}
-        outputs = executable.run(state, leaves, fallback)
+        if any(not state[name].is_leaf for name in executable.deferred):
+            sums = None  # what they were computed from needs their gradients now
+        outputs = executable.run(state, leaves, fallback, sums)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         for index in self._within():
             if outputs[index].requires_grad:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from shardc import errors
+from shardc.deferred import deferred
 from shardc.distribution import agree_on_program
 from shardc.errors import ShardcError
 from shardc.explain.plan import Plan
@@ -26,7 +27,6 @@ from shardc.runtime.mesh.distributed import started
 
 BEFORE = part("capture", "propagate")
 """The passes that pose the problem."""
-AFTER = part("assign", "codegen")
 
 
 class Decided(NamedTuple):
@@ -62,8 +62,11 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
 
 def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
     snapshots = dict(before)
-    run(AFTER, replace(c, given=given), snapshots)
-    return Decided(snapshots, plan_of(snapshots))
+    run(part("assign", "simplify"), replace(c, given=given), snapshots)
+    once = deferred(snapshots) if c.program.microbatches is not None else None
+    if once is None:
+        run(part("schedule", "codegen"), snapshots["simplify"], snapshots)
+    return Decided(once or snapshots, plan_of(once or snapshots))
 
 
 def _alone(c: Compilation, before: dict[str, Compilation]) -> Decided:

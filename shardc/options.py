@@ -137,6 +137,11 @@ class Options:
     """How many times the mean the busiest rank's experts do, as measured: it sets their time. Without it, routing is
     taken to be balanced."""
 
+    microbatches: int = 1
+    """Into how many micro-batches the batch, dim 0 of the first tensor, is divided: they run one after another, so that
+    a device holds the activations of one. Values are those of the whole batch, also random ones, and gradients are
+    reduced once."""
+
     plan: Annotated[str | Path | None, Text("PLAN.JSON", "plan.json")] = None
     """A plan that was saved: nothing is solved. What the file leaves out is, with the rest held fixed. Options that
     the call does not name are those of the plan. A plan of another program is refused."""
@@ -151,6 +156,8 @@ class Options:
                 f"imbalance={self.imbalance} must be 1 or more, and capacity={self.capacity} above 0: both are "
                 "multiples of the mean"
             )
+        if type(self.microbatches) is not int or self.microbatches < 1:
+            raise ShardcError(f"microbatches={self.microbatches!r} must be a whole number, 1 or more")
         for name, values in _choices(type(self)).items():
             if getattr(self, name) not in values:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")

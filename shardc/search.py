@@ -30,6 +30,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
 from shardc.planning.out_of_memory import OutOfMemoryError, refuse_too_large
+from shardc.planning.scheduled import step_seconds, turns
 from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
@@ -182,7 +183,7 @@ def _captured(start: Compilation) -> Compilation:
     """What all meshes share: the passes that do not look at the mesh."""
     with TRACING:
         captured = run(part("capture", "capture"), start)
-    return run(part("normalize", "factor"), captured)
+    return run(part("normalize", "microbatch"), captured)
 
 
 def meshes(devices: int, axes: Sequence[str], device: Hardware, annotated: bool) -> list[Mesh]:
@@ -227,7 +228,7 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     try:
         c = run(part("retile", "propagate"), c)
         network = first_network(c)
-        bound = check(network.problem(), Certificate({}))
+        bound = turns(c) * check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
         c = run(part("assign", "assign"), replace(c, network=network))
@@ -238,10 +239,11 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None
-    cost, bound, remark, summary = c.solution.cost, c.solution.lower_bound, "", None
+    times, remark, summary = turns(c), "", None
+    cost, bound = times * c.solution.cost, times * c.solution.lower_bound
     if c.options.budget is not None:
         c = run(part("reshard", "schedule"), c)
-        held, summary = c.schedule.memory.peak, summary_of(c, c.schedule.seconds)
+        held, summary = c.schedule.memory.peak, summary_of(c, step_seconds(c))
     else:
         held, memory = _stored(c.network, c.assignment), c.options.device.memory
         remark = f"more than the {in_bytes(memory)} of a device" if held > memory else ""

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from shardc.runtime.execute.sharded_output import sharded_output
 from shardc.runtime.execute.slots import Slot, cut, local_shapes, padded, paste, placements
 from shardc.runtime.mesh.distributed import DistributedMesh, from_local
 from shardc.runtime.mesh.mesh import RuntimeMesh
-from shardc.runtime.mesh.orders import BLOCKS, order_of
+from shardc.runtime.mesh.orders import BLOCKS, axis_of, order_of
 
 
 class Boundary(ABC):
@@ -48,6 +50,11 @@ class Boundary(ABC):
     @abstractmethod
     def leave(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         """The user's tensor, of the slot's global shape, from the values of the local ranks."""
+
+    def join(self, slot: Slot, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The user's tensor from the values of the local ranks in every micro-batch, each a part of the slot's dim."""
+        micro = slot.of_microbatch
+        return torch.cat([self.leave(micro, of_one) for of_one in parts], slot.batch[0])
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
         """A gradient from `leave`, in the form that autograd expects for a user's tensor of type `kind`."""
@@ -92,6 +99,22 @@ class _Distributed(Boundary):
             return parts[0].detach()
         value = from_local(parts[0].detach(), slot, self.mesh)
         return sharded_output(value) if slot.role == "output" else value
+
+    def join(self, slot: Slot, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        (dim, count), micro = slot.batch, slot.of_microbatch
+        if not slot.cuts:
+            return super().join(slot, parts)
+        # what a rank has of every micro-batch are blocks of the whole: DTensor stores that where it has a placement
+        cuts = tuple((d, outer * count if d == dim else outer, axis) for d, outer, axis in slot.cuts)
+        even = micro.shape[dim] % math.prod(self.mesh.axes[axis_of(axis)] for d, _, axis in slot.cuts if d == dim) == 0
+        try:
+            if even:
+                whole = replace(slot, cuts=cuts, batch=())
+                return self.leave(whole, [torch.cat([of_one[0] for of_one in parts], dim)])
+        except RankError:
+            pass
+        made = [from_local(of_one[0].detach(), micro, self.mesh).full_tensor() for of_one in parts]
+        return torch.cat(made, dim)
 
     def hand_over(self, gradient: Tensor | None, kind: type[Tensor]) -> Tensor | None:
         if isinstance(gradient, DTensor) and not issubclass(kind, DTensor):

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.execute.accumulation import Sums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
+from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.execute.transforms import is_batched, refuse_transforms
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
+
+PROLOGUE = "prologue:"
+"""What the names of values begin with that the prologue computes."""
 
 Fallback = Callable[[frozenset[int]], "Executable"]
 
@@ -70,12 +75,22 @@ class Executable:
         self.outputs: tuple[Slot, ...] = tuple(slot for slot in module.OUTPUTS if slot.role == "output")
         self.tangents: tuple[Slot, ...] = tuple(getattr(module, "TANGENTS", ()))
         self.gradients: tuple[Slot, ...] = tuple(getattr(module, "GRADIENTS", ()))
+        deferred: tuple[int, ...] = getattr(module, "DEFERRED", ())
+        self.deferred: dict[str, Slot] = {self.gradients[place].name: self.gradients[place] for place in deferred}
+        self._addends: dict[str, list[Tensor]] = {}  # what each local rank leaves for the epilogue: sizes alone
         self.random: bool = getattr(module, "RANDOM", False)
-        self._boundary: Boundary = boundary(self.mesh)
-        self._mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
+        self.microbatches: int = getattr(module, "MICROBATCHES", 1)
+        self.at_once: bool = getattr(module, "AT_ONCE", False)
+        self.prologue: tuple[Slot, ...] = tuple(getattr(module, "PROLOGUE", ()))
+        self.boundary: Boundary = boundary(self.mesh)
+        self.mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
 
     def run(
-        self, state: Mapping[str, Tensor], inputs: Sequence[Tensor], fallback: Fallback | None = None
+        self,
+        state: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        fallback: Fallback | None = None,
+        sums: Sums | None = None,
     ) -> list[Tensor]:
         """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
 
@@ -86,16 +101,25 @@ class Executable:
         Where an output gets a gradient from which this executable's backward does not start, `run` calls `fallback`
         with the indices of all outputs that got one. It returns an executable whose backward starts from them. Without
         a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot.
+
+        With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters.
         """
-        tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
-        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
+        given = [slot for slot in (*self.inputs, *self.prologue) if not slot.name.startswith(PROLOGUE)]
+        names = {slot.name: self._argument(slot, state, inputs) for slot in given}
+        tensors = list(names.values())
         recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
-        if not (recording and any(tensor.requires_grad for tensor in tensors)):
+        recording = recording and any(tensor.requires_grad for tensor in tensors)
+        if self.microbatches > 1:
+            outputs, mutations = run_microbatches(self, names, fallback, sums, recording)
+            self._mutate(mutations, names)
+            return outputs
+        if not recording:
             result = self._forward(names, differentiable=False)
             self._mutate(result.mutations, names)
             return result.outputs
-        mutations: dict[str, Tensor] = {}
-        outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
+        mutations = {}
+        run = _Run(self, fallback, mutations, sums)
+        outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
         return outputs
 
@@ -130,26 +154,26 @@ class Executable:
     def _mutate(self, mutations: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in mutations.items():
-                self._boundary.store(targets[name], value)
+                self.boundary.store(targets[name], value)
 
     def _forward(self, values: Mapping[str, Tensor], differentiable: bool = True) -> _Forward:
         # Backward needs the values from before the run, so a buffer that the run changes goes in as a copy.
         if differentiable:
-            copies = {name: value.detach().clone() for name, value in values.items() if name in self._mutated}
+            copies = {name: value.detach().clone() for name, value in values.items() if name in self.mutated}
             values = {**values, **copies}
 
         def arguments(rank: int) -> tuple[Tensor, ...]:
-            return tuple(self._boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
+            return tuple(self.boundary.enter(slot, values[slot.name], rank) for slot in self.inputs)
 
         with no_autocast():
             results = self.mesh.run(self.module.forward, arguments, random=self.random)
-        if not differentiable and self._mutated:
-            results = self._apart(results, [values[name] for name in self._mutated if name in values])
+        if not differentiable and self.mutated:
+            results = self._apart(results, [values[name] for name in self.mutated if name in values])
         outputs: list[Tensor] = []
         mutations: dict[str, Tensor] = {}
         with torch.no_grad():
             for position, slot in enumerate(self.module.OUTPUTS):
-                value = self._left(slot, [result[0][position] for result in results])
+                value = self.left(slot, [result[0][position] for result in results])
                 if slot.role == "output":
                     outputs.append(value)
                 else:
@@ -167,35 +191,102 @@ class Executable:
 
         return [(tuple(map(apart, result[0])), *result[1:]) for result in results]
 
-    def _backward(self, saved: list[list[Any]], tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def _backward(
+        self, saved: list[list[Any]], tangents: Mapping[int, Tensor], sums: Sums | None, leaves: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no
-        gradient that depends on absent ones alone.
+        gradient that depends on absent ones alone. Those of `leaves` that wait for the epilogue go to `sums`, where
+        there are any.
 
         The generated code empties the lists of saved values, so that each value is freed after its last use.
         """
 
         def arguments(rank: int) -> tuple[Any, ...]:
             values = saved[self.mesh.ranks.index(rank)]
-            values += (self._boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
+            values += (self.boundary.enter_tangent(slot, tangents.get(slot.index), rank) for slot in self.tangents)
             return (values,)
 
         with no_autocast():
             results = self.mesh.run(self.module.backward, arguments)
-        gradients: dict[str, Tensor] = {}
+        parts = {
+            slot.name: [result[position] for result in results]
+            for position, slot in enumerate(self.gradients)
+            if results[0][position] is not None and (not slot.depends_on or tangents.keys() & set(slot.depends_on))
+        }
+        deferred = {name: parts.pop(name) for name in self.deferred if name in parts}
         with torch.no_grad():
-            for position, slot in enumerate(self.gradients):
-                parts = [result[position] for result in results]
-                if parts[0] is not None and (not slot.depends_on or tangents.keys() & set(slot.depends_on)):
-                    gradients[slot.name] = self._left(slot, parts)
-        return gradients
+            gradients = {slot.name: self.left(slot, parts[slot.name]) for slot in self.gradients if slot.name in parts}
+            return gradients | self.deliver(deferred, sums, leaves)
 
-    def _left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
+    def deliver(
+        self, addends: Mapping[str, list[Tensor]], sums: Sums | None, leaves: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the epilogue makes of what each local rank has added up, by name; of `leaves`, `sums` gets it."""
+        self._addends |= {name: [torch.empty_like(one, device="meta") for one in addends[name]] for name in addends}
+        if sums is None:
+            return self.reduced(addends)
+        wanted = {name: addends[name] for name in addends if name in leaves}  # of what is frozen nobody wants any
+        adding = deferred_leaves({name: leaves[name] for name in wanted})
+        if adding:
+            sums.add(self, {name: wanted.pop(name) for name in adding}, adding)
+        return self.reduced(wanted)
+
+    def reduced(self, sums: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """The gradients that the epilogue makes of sums: by name, what each local rank has added up."""
+        if not sums:
+            return {}
+
+        def arguments(rank: int) -> tuple[list[Tensor]]:
+            place = self.mesh.ranks.index(rank)
+            device = self.mesh.device(rank)
+            nothing = {n: self._addends[n][place] for n in self.deferred if n not in sums}
+            given = {n: torch.zeros_like(one, device=device) for n, one in nothing.items()}
+            return ([sums[name][place] if name in sums else given[name] for name in self.deferred],)
+
+        with no_autocast(), torch.no_grad():
+            results = self.mesh.run(self.module.epilogue, arguments)
+            return {
+                name: self.left(slot, [result[position] for result in results])
+                for position, (name, slot) in enumerate(self.deferred.items())
+                if name in sums
+            }
+
+    def before(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the prologue makes of all of the batch, by name; it is whole on every rank."""
+        if not self.prologue:
+            return {}
+
+        def arguments(rank: int) -> tuple[Tensor, ...]:
+            return tuple(self.boundary.enter(slot, values[slot.name], rank) for slot in self.prologue)
+
+        with no_autocast(), torch.no_grad():
+            results = self.mesh.run(self.module.prologue, arguments)
+        return {f"{PROLOGUE}{number}": one.detach() for number, one in enumerate(results[0][0])}
+
+    def handed_over(self, gradient: Tensor, kind: type[Tensor]) -> Tensor | None:
+        """A gradient in the form that autograd expects for a user's tensor of type `kind`."""
+        return self.boundary.hand_over(gradient, kind)
+
+    def left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         """The user's tensor from the values of the local ranks, in memory as on one device.
 
         A DTensor's part lies as its rank left it, and a mutation is copied into a tensor that lies somehow.
         """
-        value = self._boundary.leave(slot, parts)
+        return self.in_memory(slot, self.boundary.leave(slot, parts))
+
+    def in_memory(self, slot: Slot, value: Tensor) -> Tensor:
+        """A tensor that left, in memory as on one device."""
         return value if isinstance(value, DTensor) or slot.role == "mutation" else ordered(value, slot.order)
+
+
+@dataclass
+class _Run:
+    """What one run is asked for, and the buffers that it changes."""
+
+    executable: Executable
+    fallback: Fallback | None
+    mutations: dict[str, Tensor]
+    sums: Sums | None
 
 
 class _Differentiable(torch.autograd.Function):
@@ -203,26 +294,24 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        executable: Executable,
-        fallback: Fallback | None,
-        mutations: dict[str, Tensor],
-        second: Tensor,
-        *tensors: Tensor,
+        ctx: Any, run: _Run, second: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        executable, fallback = run.executable, run.fallback
         names = [slot.name for slot in executable.inputs]
         values = dict(zip(names, tensors, strict=True))
         # If the fallback runs the forward again, it must draw the same random numbers.
         ctx.random_state = torch.get_rng_state() if executable.random and fallback is not None else None
         ctx.before = {name: values[name].clone() for name in mutations_of(executable)} if fallback is not None else {}
         result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
-        mutations.update(result.mutations)
+        run.mutations.update(result.mutations)
         # save_for_backward releases tensors with the graph and raises where one was changed in place.
         flat = [value for saved in result.saved for value in saved if isinstance(value, Tensor)]
         again = [] if fallback is None else [value for name, value in values.items() if name not in ctx.before]
         ctx.save_for_backward(second, *flat, *again)
         ctx.kept = [[None if isinstance(value, Tensor) else (value,) for value in saved] for saved in result.saved]
-        ctx.executable, ctx.fallback, ctx.names = executable, fallback, names
+        ctx.executable, ctx.fallback, ctx.names, ctx.sums = executable, fallback, names, run.sums
+        deferred = executable.deferred if run.sums is not None else ()
+        ctx.leaves = {name: values[name] for name in deferred if values[name].requires_grad}
         ctx.surroundings = Surroundings()
         ctx.kinds = [type(tensor) for tensor in tensors]
         numbers = (torch.is_floating_point, torch.is_complex)
@@ -243,7 +332,7 @@ class _Differentiable(torch.autograd.Function):
         second = tensors.popleft()
         with torch.no_grad():
             grads = _Differentiable._gradients(ctx, tensors, tangents)
-        return (None, None, None, None, *(once(grads, second, tangents) if torch.is_grad_enabled() else grads))
+        return (None, None, *(once(grads, second, tangents) if torch.is_grad_enabled() else grads))
 
     @staticmethod
     def _gradients(ctx: Any, tensors: deque[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -258,7 +347,7 @@ class _Differentiable(torch.autograd.Function):
         }
         uncovered = arrived.keys() - {slot.index for slot in executable.tangents}
         if not uncovered:
-            gradients = executable._backward(saved, arrived)  # pyright: ignore[reportPrivateUsage]
+            gradients = executable._backward(saved, arrived, ctx.sums, ctx.leaves)  # pyright: ignore[reportPrivateUsage]
         elif ctx.fallback is None:
             raise RankError(
                 f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
@@ -270,9 +359,9 @@ class _Differentiable(torch.autograd.Function):
             with ctx.surroundings.again():
                 other = ctx.fallback(frozenset(arrived))
             gradients = _again(other, values, arrived, ctx.random_state)
-        needs = zip(ctx.names, ctx.needs_input_grad[4:], strict=True)
+        needs = zip(ctx.names, ctx.needs_input_grad[2:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
-        return list(map(executable._boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
+        return list(map(executable.boundary.hand_over, grads, ctx.kinds))  # pyright: ignore
 
 
 def mutations_of(executable: Executable) -> list[str]:
@@ -295,4 +384,4 @@ def _again(
         result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
     finally:
         torch.set_rng_state(before)
-    return executable._backward([[*saved] for saved in result.saved], tangents)  # pyright: ignore[reportPrivateUsage]
+    return executable._backward([[*saved] for saved in result.saved], tangents, None, {})  # pyright: ignore[reportPrivateUsage]

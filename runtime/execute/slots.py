@@ -32,6 +32,9 @@ class Slot:
     `order` lists the dims as they lie in one device's memory, major to minor; it is empty where that is contiguous.
     There is no gradient (None, not zeros) where none of the outputs `depends_on` got one. Where it is empty, there is
     always one.
+
+    In a module for micro-batches, `batch` is the dim of which each has a part, and how many there are; the cuts are
+    those of the part. What `sums` is the sum of what they make. All else is the same in each.
     """
 
     role: str
@@ -42,6 +45,8 @@ class Slot:
     cuts: Cuts
     order: tuple[int, ...] = ()
     depends_on: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    sums: bool = False
 
     def __str__(self) -> str:
         return f"{self.role} {self.name or self.index}"
@@ -50,6 +55,16 @@ class Slot:
     def gradient(self) -> Slot:
         """The slot of the gradient of a parameter that lies as the parameter does."""
         return replace(self, role="gradient")
+
+    @property
+    def of_microbatch(self) -> Slot:
+        """The slot of what one micro-batch takes or makes."""
+        if not self.batch:
+            return self
+        dim, count = self.batch
+        shape = list(self.shape)
+        shape[dim] //= count
+        return replace(self, shape=tuple(shape), batch=())
 
     def check(self, tensor: Tensor) -> None:
         """RankError unless `tensor` has this slot's global shape and dtype."""

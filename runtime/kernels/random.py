@@ -18,7 +18,7 @@ from shardc.runtime.errors import RankError
 from shardc.runtime.kernels.bernoulli import state_of_draw
 from shardc.runtime.kernels.parts import Part, by_dim
 from shardc.runtime.kernels.streams import Stream, filled
-from shardc.runtime.mesh.mesh import Context, current
+from shardc.runtime.mesh.mesh import TIME, Context, current
 
 __all__ = [
     "attention_draw",
@@ -45,16 +45,23 @@ def draw(
     *parameters: float,
     dtype: torch.dtype,
     strides: Sequence[int] | None = None,
+    batch: Sequence[tuple[int, int]] = (),
     **parts: Part,
 ) -> Tensor:
     """A tensor filled by torch's in-place method `distribution` ("uniform", "normal", "bernoulli", ...).
 
     `shape` is global. Eager mode draws in the order in which its result is laid out in memory. So `strides` are those
     of eager mode's result if it is not contiguous. The returned tensor is always contiguous.
+
+    `batch` lists dims of which the micro-batch under way has a part, each with its size in all of the batch: there,
+    `shape` is that of the part.
     """
-    context = current()
+    context, whole, ours = current(), list(shape), by_dim(parts)
+    for dim, size in batch:
+        part = ours.get(dim, Part((), shape[dim]))
+        whole[dim], ours[dim] = size, Part((TIME, *part.axes), size, part.unit)
     stream = Stream(distribution, parameters, dtype, _generator(context))
-    return filled(stream, shape, strides, by_dim(parts)).to(context.device)
+    return filled(stream, whole, strides, ours).to(context.device)
 
 
 def attention_draw(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import Slot, placements, valid_shape
 from shardc.runtime.mesh.agreement import meeting, running, with_others
-from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
+from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh, Turn
 from shardc.runtime.mesh.virtual import VirtualMesh
 
 CALLED = "__called__"
@@ -86,7 +86,12 @@ class DistributedMesh(RuntimeMesh):
         return self._device
 
     def run(
-        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+        self,
+        function: Callable[..., Result],
+        arguments: Callable[[int], tuple[Any, ...]],
+        *,
+        random: bool = False,
+        turn: Turn = (0, 1),
     ) -> list[Result]:
         """See `RuntimeMesh.run`. Returns one result, that of this process.
 
@@ -96,7 +101,7 @@ class DistributedMesh(RuntimeMesh):
         with running(f"{getattr(function, '__name__', 'run')} of {named}"):
             try:
                 state = self._broadcast(torch.get_rng_state()) if random else None
-                context = Context(self, self.rank, state)
+                context = Context(self, self.rank, state, turn)
                 result = context.call(function, arguments)
             except RankError as error:
                 raise with_others(error) from error

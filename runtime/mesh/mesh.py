@@ -17,6 +17,12 @@ from shardc.runtime.errors import RankError, rank_error
 
 Result = TypeVar("Result")
 
+TIME = "time"
+"""The axis along which micro-batches lie: its ranks run one after another, on every device."""
+
+Turn = tuple[int, int]
+"""The number of a micro-batch, and how many there are."""
+
 _running = threading.local()
 
 
@@ -53,9 +59,15 @@ class RuntimeMesh(ABC):
 
     @abstractmethod
     def run(
-        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+        self,
+        function: Callable[..., Result],
+        arguments: Callable[[int], tuple[Any, ...]],
+        *,
+        random: bool = False,
+        turn: Turn = (0, 1),
     ) -> list[Result]:
-        """Call `function(*arguments(rank))` on every local rank; return the results in the order of `ranks`.
+        """Call `function(*arguments(rank))` on every local rank; return the results in the order of `ranks`. `turn`
+        says for which micro-batch.
 
         Gradients are not recorded. With `random`, every rank draws from its own copy of torch's default CPU generator
         (under torch.distributed: of rank 0's), and the default generator then moves past the draws. A failure on any
@@ -87,10 +99,13 @@ class Context:
     (collective, axis) under way, for error messages.
     """
 
-    def __init__(self, mesh: RuntimeMesh, rank: int, state: Tensor | None) -> None:
+    def __init__(self, mesh: RuntimeMesh, rank: int, state: Tensor | None, turn: Turn = (0, 1)) -> None:
         self.mesh = mesh
         self.rank = rank
+        self.microbatches = turn[1]
         self.coordinates: dict[str, int] = mesh.coordinates(rank)
+        if self.microbatches > 1:
+            self.coordinates[TIME] = turn[0]
         self.device: torch.device = mesh.device(rank)
         self.operation: tuple[str, str] | None = None
         self.generator: torch.Generator | None = None
@@ -100,6 +115,8 @@ class Context:
 
     def size(self, axis: str) -> int:
         """The number of ranks on `axis`; RankError where the mesh has no such axis."""
+        if axis == TIME and self.microbatches > 1:
+            return self.microbatches
         if axis not in self.mesh.axes:
             raise RankError(f"the mesh has no axis {axis!r}; it has {', '.join(self.mesh.axes)}")
         return self.mesh.axes[axis]
@@ -153,6 +170,12 @@ def current() -> Context:
             "no rank is running in this thread: call generated code through RuntimeMesh.run or an Executable"
         )
     return context
+
+
+def microbatches() -> int:
+    """Into how many micro-batches the batch of the run in this thread is divided; 1 where none runs."""
+    context: Context | None = getattr(_running, "context", None)
+    return 1 if context is None else context.microbatches
 
 
 @contextmanager

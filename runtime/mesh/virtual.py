@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.errors import RankError
-from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh
+from shardc.runtime.mesh.mesh import Context, Result, RuntimeMesh, Turn
 
 _Posted = tuple[Tensor, str]
 """What a rank posts: its operand, and the `op` of `Context.start`."""
@@ -64,13 +64,18 @@ class VirtualMesh(RuntimeMesh):
         return self._device
 
     def run(
-        self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]], *, random: bool = False
+        self,
+        function: Callable[..., Result],
+        arguments: Callable[[int], tuple[Any, ...]],
+        *,
+        random: bool = False,
+        turn: Turn = (0, 1),
     ) -> list[Result]:
         """See `RuntimeMesh.run`. If several ranks fail, the error is that of the lowest."""
         with self._one_at_a_time:
             self._run = run = _Run(self.size)
             state = torch.get_rng_state() if random else None
-            contexts = [Context(self, rank, state) for rank in self.ranks]
+            contexts = [Context(self, rank, state, turn) for rank in self.ranks]
             if self.size == 1:  # a thread of its own costs more than a small program
                 results = [contexts[0].call(function, arguments)]
             else:

@@ -44,6 +44,9 @@ from shardc.runtime.kernels.streams import BLOCK, IN_PIECES
 
 aten = torch.ops.aten
 
+SUMS = "sums of gradients"
+"""What the gradients count as that are added up over several backwards, before an epilogue reduces them."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -90,6 +93,8 @@ class MemoryAnalysis:
         ports = dict(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
         self.roles = {node: port.role for node, port in ports.items()}
         self.names = {node: port.name for node, port in ports.items()}
+        made = zip(program.outputs, graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
+        self.added_up: list[fx.Node] = [node for port, node in made if node is not None and program.adds_up(port)]
         self.trained = {node for node, name in self.names.items() if name in program.trained}
         self.by_call: dict[object, list[TensorForm | None]] = {}
         self.by_node: dict[fx.Node, list[TensorForm | None]] = {}
@@ -130,6 +135,9 @@ class Execution:
                 states = int(self.sizes[-1] / size * self.known.states(size))
                 self.bytes_by_label["optimizer state"] += states
                 self.total += states
+        for node in self.known.added_up:
+            self.bytes_by_label[SUMS] += self._contiguous(node).size
+            self.total += self._contiguous(node).size
         outputs = [node for node in run.outputs if node is not None]
         labels = {**dict.fromkeys(run.saved, "kept for backward"), **dict.fromkeys(outputs, "outputs")}
         self._go("forward", forward, [*run.given, *outputs, *run.saved], labels)

@@ -22,6 +22,7 @@ from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.gc_pause import gc_paused
+from shardc.planning.scheduled import step_seconds
 
 MOST = 3
 """So many changes are told."""
@@ -48,15 +49,15 @@ def advice_on(snapshots: Mapping[str, Compilation]) -> tuple[Advice, ...]:
     """The changes that help most, the best first; empty where none does. `snapshots` has the compilation after every
     pass. Every change is planned, which takes as long as the plan did."""
     now = snapshots["overlap"]
-    before = summary_of(now, now.schedule.seconds)
+    before = summary_of(now, step_seconds(now))
     found: list[Advice] = []
-    for change, plan in _changes(snapshots["factor"], before):
+    for change, plan in _changes(snapshots["microbatch"], before):
         try:
             with gc_paused():
                 c = plan()
         except ShardcError:  # what does not fit, or breaks a constraint, is no advice
             continue
-        after = summary_of(c, c.schedule.seconds)
+        after = summary_of(c, step_seconds(c))
         text = change.replace("{held}", in_bytes(after.held))
         found.append(Advice(text, after, _pace(after) / _pace(before) - 1.0))
     helping = [one for one in found if one.gain >= LITTLE]
@@ -69,7 +70,7 @@ def _pace(summary: Summary) -> float:
 
 
 def _changes(c: Compilation, now: Summary) -> Iterator[tuple[str, Callable[[], Compilation]]]:
-    """Changes in words, and the function that plans with each. `c` is the compilation after `factor`."""
+    """Changes in words, and the function that plans with each. `c` is the compilation after `microbatch`."""
     last = part("retile", "schedule")
     for mesh in _neighbours(c.mesh):
         yield f"mesh {mesh} in place of {c.mesh}", lambda mesh=mesh: run(last, replace(c, mesh=mesh))

@@ -96,6 +96,14 @@ class Plan:
     """Seconds of compute that `cost` charges, in operators that the code does without: constraints, and what `simplify`
     dropped."""
 
+    turns: int = 1
+    """How often the program runs in a step: once for every micro-batch. Layouts, conversions, `compute`, `hidden`,
+    `cost` and `lower_bound` are those of one."""
+    once: float = 0.0
+    """Seconds of what runs once a step, before and behind all micro-batches."""
+    conversions_once: tuple[Conversion, ...] = ()
+    """Conversions of what runs once a step, or behind several calls whose gradients are accumulated."""
+
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
         what the second-best layout costs.
@@ -163,8 +171,14 @@ class Plan:
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
-        """Bytes that one rank sends over every axis in one forward and backward."""
-        return {axis: sum(c.sent for c in self.conversions if c.axis == axis) for axis in self.mesh.names}
+        """Bytes that one rank sends over every axis in a step. Where gradients are accumulated over several calls, in
+        each of them."""
+        once = self.conversions_once if self.turns > 1 else ()
+        return {
+            axis: sum(self.turns * c.sent for c in self.conversions if c.axis == axis)
+            + sum(c.sent for c in once if c.axis == axis)
+            for axis in self.mesh.names
+        }
 
     @property
     def predicted(self) -> float:
@@ -175,6 +189,11 @@ class Plan:
         steps, hides none but those of gradients, and charges operators that the code does without. It may also be more:
         for gradients, `cost` assumes that a bucket holds all of their dtype, and that all of backward hides them.
         """
+        return self.turns * self._turn + self.once
+
+    @property
+    def _turn(self) -> float:
+        """Seconds of one micro-batch."""
         return self.compute + sum(c.seconds for c in self.conversions) - self.hidden
 
     def __str__(self) -> str:
@@ -220,6 +239,13 @@ class Plan:
         parts = f"compute {in_seconds(self.compute)}, conversions {communication}"
         if in_seconds(self.hidden) != in_seconds(0.0):
             parts += f", of which {in_seconds(self.hidden)} hidden"
+        if self.turns > 1:
+            once = f", and {in_seconds(self.once)} once" if self.once else ""
+            return [
+                f"  predicted  {in_seconds(self.predicted)} a step: {self.turns} micro-batches of "
+                f"{in_seconds(self._turn)} each ({parts}){once}",
+                f"  objective  {in_seconds(self.cost)} a micro-batch, {proof}",
+            ]
         if in_seconds(self.cost) == in_seconds(self.predicted):
             return [f"  predicted  {in_seconds(self.predicted)} a step, {proof}: {parts}"]
         return [
@@ -257,7 +283,7 @@ class Plan:
 
     def _sent(self) -> Columns:
         groups: dict[tuple[str, str, str], list[Conversion]] = {}
-        for conversion in self.conversions:
+        for conversion in (*self.turns * self.conversions, *self.conversions_once):
             if conversion.sent:
                 groups.setdefault((conversion.phase, conversion.kind, conversion.axis), []).append(conversion)
         if not groups:
@@ -270,7 +296,8 @@ class Plan:
             for (phase, kind, axis), group in groups.items()
         ]  # fmt: skip
         for axis, sent in self.bytes_per_axis.items():
-            group = [c for c in self.conversions if c.axis == axis and c.sent]
+            once = self.conversions_once if self.turns > 1 else ()
+            group = [c for c in (*self.turns * self.conversions, *once) if c.axis == axis and c.sent]
             seconds = in_seconds(sum(c.seconds for c in group))
             rows.append(("total", "", f"over {axis}", f"x{len(group)}", in_bytes(sent), seconds, ""))
         return Columns(rows, "<<<>>><")

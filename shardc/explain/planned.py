@@ -19,10 +19,12 @@ from shardc.explain.unruled import tried
 from shardc.explain.why import Priced, Questions
 from shardc.ir.facts import Key, dtype_of, laid, lowered, origin_of
 from shardc.ir.layout import SHORT_DTYPES
+from shardc.ir.printing import in_seconds
 from shardc.ir.program import Role, output_names, where
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
+from shardc.planning.scheduled import seconds_once, step_seconds, turns
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
 
@@ -32,20 +34,33 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
     conversions, compute = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(graph, c.pace)
     schedule = c.schedule
-    predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
+    once = _conversions_once(c)
+    predicted = step_seconds(c)
     cost, bound = predicted, 0.0
     if c.solution is not None:
         cost, bound = c.solution.cost, c.solution.lower_bound
     elif c.given is not None and c.given.proof is not None:
         cost, bound = c.given.proof.cost, c.given.proof.lower_bound
+    if turns(c) == 1 and not seconds_once(c):
+        predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
     return Plan(
         mesh, c.options.device.name, c.options.mode, _placed(c, graph),
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
         _outputs(c, graph), summary_of(c, predicted), lambda: advice_on(snapshots),
-        max(0.0, _compute_of_strategies(c) - compute),
+        max(0.0, _compute_of_strategies(c) - compute), turns(c), seconds_once(c), once,
     )  # fmt: skip
+
+
+def _conversions_once(c: Compilation) -> tuple[Conversion, ...]:
+    """The conversions of what runs once a step, or behind the last of several backwards."""
+    found: list[Conversion] = []
+    for one in (c.prologue, c.epilogue):
+        if one is not None:
+            titles = {**one.titles, **c.titles}
+            found += [replace(each, phase="once") for each in _conversions(one.lowered.read(), one.pace, titles)]
+    return tuple(found)
 
 
 def _placed(c: Compilation, graph: fx.Graph) -> tuple[Placed, ...]:
@@ -83,6 +98,16 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
     notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    if c.program.microbatches is not None:
+        notes.append(
+            f"layouts, sizes and times are those of one of {c.program.microbatches.count} micro-batches, which run one "
+            "after another"
+        )
+    elif c.epilogue is not None:
+        notes.append(
+            f"gradients are added up over several calls, and reduced once behind the last, in "
+            f"{in_seconds(c.epilogue.schedule.seconds)}"
+        )
     if c.given is not None and c.given.proof is None:
         notes.append(
             f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "

@@ -88,6 +88,25 @@ class Stands(Protocol):
     def get(self) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Microbatches:
+    """How the program of one micro-batch makes up that of the batch: it runs `count` times.
+
+    `dims` has, per input, tangent or output of which each run takes or makes a part, the dim that is parted. Outputs
+    that are addends are in `sums`; all others are the same in every run. `prologue` computes constants of the program
+    from all of the batch, once: its results are those called `prologue:0`, `prologue:1`, ...
+    """
+
+    count: int
+    dims: Mapping[Port, int]
+    sums: frozenset[Port]
+    prologue: Program | None = None
+
+    def part(self, port: Port) -> tuple[int, int] | None:
+        """The dim of which a run has a part, and how many parts there are; None where it has all."""
+        return (self.dims[port], self.count) if port in self.dims else None
+
+
 @dataclass
 class Program:
     """A captured model: a version of its graph, one port per placeholder and per element of the output tuple.
@@ -99,6 +118,8 @@ class Program:
     `attached` are the positions of the outputs that require a gradient on one device. `orders` are the dims of results
     from major to minor, where they do not lie contiguous in one device's memory. `depends_on` are the outputs on whose
     gradients a gradient depends: without any of these it is None on one device. A gradient that is not there always is.
+    `deferred` are the parameters whose gradients backward leaves as addends, for an epilogue to reduce their sums. With
+    `microbatches`, this is the program of one of them.
     """
 
     version: GraphVersion
@@ -113,6 +134,8 @@ class Program:
     effects: CallEffects | None = None
     orders: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
     depends_on: Mapping[Port, tuple[int, ...]] = field(default_factory=dict[Port, tuple[int, ...]])
+    deferred: frozenset[str] = frozenset()
+    microbatches: Microbatches | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -128,6 +151,11 @@ class Program:
         """The names of the parameters of which backward makes gradients."""
         parameters = {port.name for port in self.inputs if port.role is Role.PARAMETER}
         return frozenset(port.name for port in self.outputs if port.role is Role.GRADIENT) & parameters
+
+    def adds_up(self, port: Port) -> bool:
+        """Whether the gradient of a port is added up over several backwards, outside of the program."""
+        divided = self.microbatches is not None and port in self.microbatches.sums
+        return port.role is Role.GRADIENT and (port.name in self.deferred or divided)
 
     @property
     def results(self) -> list[fx.Node | None]:

@@ -53,7 +53,7 @@ STAGES: Mapping[str, tuple[Invariant, ...]] = {
 """What holds at every stage."""
 
 STAGE_AFTER: Mapping[str, str] = {
-    **dict.fromkeys(("capture", "normalize", "factor", "retile", "propagate", "assign"), "captured"),
+    **dict.fromkeys(("capture", "normalize", "factor", "microbatch", "retile", "propagate", "assign"), "captured"),
     "reshard": "resharded",
     "localize": "localized",
     **dict.fromkeys(("simplify", "schedule"), "simplified"),

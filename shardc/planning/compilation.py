@@ -111,6 +111,10 @@ class Compilation:
     # schedule
     pace: Pace = _LATER
     schedule: Schedule = _LATER
+    # microbatch: what runs once, before all micro-batches
+    prologue: Compilation | None = None
+    # what runs once, behind the last of several backwards, from sums of gradients: see `shardc.deferred`
+    epilogue: Compilation | None = None
     # codegen
     code: Callable[[], str] = _LATER
 

@@ -189,8 +189,14 @@ class CostNetwork:
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
-        beneath = self._beneath / total if total else 0.0
+        beneath = self._beneath / total if total and self._turns == 1 else 0.0
         return {dtype: Sharing(buckets, tuple(bytes_of_each), beneath) for dtype, bytes_of_each in sizes.items()}
+
+    @cached_property
+    def _turns(self) -> int:
+        """How often the program runs before gradients are reduced: behind the last nothing hides that."""
+        divided = self.factored.program.microbatches
+        return 1 if divided is None else divided.count
 
     @cached_property
     def _beneath(self) -> float:
@@ -349,7 +355,8 @@ class CostNetwork:
         tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
         identity = (id(tensor), id(layouts), id(demanded))
         if identity not in self._tables:
-            self._tables[identity] = tensor.seconds[np.ix_(layouts, demanded)]
+            seconds = tensor.seconds[np.ix_(layouts, demanded)]
+            self._tables[identity] = seconds / self._turns if variable in self._parameters else seconds
         self._edges.append((source, variable, self._tables[identity]))
 
     def _source_of(self, key: Key) -> tuple[int, np.ndarray]:

@@ -14,6 +14,7 @@ from shardc.rules.families import (
     index,
     lists,
     matrices,
+    microbatches,
     normalization,
     pointwise,
     pools,
@@ -26,6 +27,6 @@ from shardc.rules.families import (
 from shardc.rules.rewrites import bags, factorisations, randomness
 
 FAMILIES = (
-    attention, bags, contraction, experts, factories, factorisations, fourier, index, lists, matrices, normalization,
-    pointwise, pools, randomness, reduction, sampling, scan, shape, window,
+    attention, bags, contraction, experts, factories, factorisations, fourier, index, lists, matrices, microbatches,
+    normalization,     pointwise, pools, randomness, reduction, sampling, scan, shape, window,
 )  # fmt: skip

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
+from shardc.ir.facts import laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
@@ -26,6 +28,21 @@ MOST_BEFORE_STAR = 255
 """Names that Python takes before a starred one, in an assignment."""
 
 
+Slots = list[tuple[fx.Node, Port]]
+"""Values with their ports."""
+
+
+@dataclass(frozen=True)
+class Once:
+    """What runs once, before or behind what runs several times: its graph, the program of which that is the graph, and
+    what is told beside a collective. A prologue computes what all micro-batches read. An epilogue reduces the gradients
+    that backward leaves as addends, from their sums."""
+
+    graph: fx.Graph
+    program: Program
+    told: Callable[[fx.Node], str]
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What the plan says of a program: the lines of the docstring, what is told beside a collective, and what is held,
@@ -34,6 +51,8 @@ class Predicted:
     lines: Sequence[str] = ()
     told: Callable[[fx.Node], str] = lambda _: ""
     held: Holding | None = None
+    prologue: Once | None = None
+    epilogue: Once | None = None
 
 
 def source_of(
@@ -50,7 +69,8 @@ def source_of(
 
 _NAMES = (
     "torch", "Tensor", "Sequence", "Slot", "Started", "take", "aten", "MESH", "RANDOM", "SIZES", "INPUTS", "OUTPUTS",
-    "TANGENTS", "GRADIENTS", "forward", "backward", "main", "i", "slot", "shardc",
+    "TANGENTS", "GRADIENTS", "DEFERRED", "MICROBATCHES", "AT_ONCE", "PROLOGUE", "forward", "backward", "prologue",
+    "epilogue", "main", "i", "slot", "shardc",
 )  # fmt: skip
 """Names that mean something in every module."""
 
@@ -59,9 +79,11 @@ class _Module:
     def __init__(self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted) -> None:
         self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
         self.run: Partition = partition(graph, program)
-        taken: set[str] = {*_NAMES}
-        self.calls = CallTexts(graph, taken)
-        self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told)
+        self.taken: set[str] = {*_NAMES}
+        self.imports: set[str] = set()
+        """What the epilogue needs of the runtime."""
+        self.calls = CallTexts(graph, self.taken)
+        self.shared = Shared(self.calls, Naming(graph, program), mesh, self.taken, predicted.told)
 
     def text(self, loops: bool) -> str:
         forward = self._half("forward", self.run.forward, [*self.run.outputs, *self.run.saved], loops)
@@ -82,7 +104,34 @@ class _Module:
             functions += backward.functions
             returned = written(["return ", backward.returned(self.run.gradients)], 1)
             parts += ["", "", *start, *backward.body(), *returned]
+        if self.predicted.prologue is not None:
+            parts = [*self._prologue(self.predicted.prologue), "", "", *parts]
+        if self.predicted.epilogue is not None:
+            more, lines = self._epilogue(self.predicted.epilogue, loops)
+            functions += more
+            parts += ["", "", *lines]
         return "\n".join([*self._top(), *self._slots(), *functions, "", "", *parts, ""])
+
+    def _prologue(self, prologue: Once) -> list[str]:
+        other = _Module(prologue.graph, prologue.program, self.mesh, Predicted(told=prologue.told))
+        other.shared.taken = self.taken
+        half = other._half("prologue", other.run.forward, other.run.outputs, loops=False)
+        head = other._given(half)
+        half.write([])
+        returned = other._returned(half, [])
+        self.imports |= {*other.calls.imports, *other.shared.used}
+        return [*head, *half.body(), *returned]
+
+    def _epilogue(self, epilogue: Once, loops: bool) -> tuple[list[str], list[str]]:
+        """The functions of repeated layers of the epilogue, and the epilogue itself."""
+        other = _Module(epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told))
+        other.shared.taken = self.taken
+        half = other._half("epilogue", other.run.backward, other.run.gradients, loops)
+        start = other._start(half, [], [])
+        half.write([])
+        returned = written(["return ", half.returned(other.run.gradients)], 1)
+        self.imports |= {*other.calls.imports, *other.shared.used}
+        return half.functions, [*start, *half.body(), *returned]
 
     def _half(self, name: str, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None], loops: bool) -> Half:
         placeholders = {*self.run.given, *(node for node in self.run.outputs if node is not None)}
@@ -112,13 +161,13 @@ class _Module:
                 writer.where[node] = Spot(writer.scope.name(unread + self.shared.naming.of(node, layer=False)))
         if not stretches:
             named = [f"{writer.where[node]}: Tensor" for node in given]
-            return written(["def forward", arguments(named), returns[1:]], 0)
+            return written([f"def {forward.name}", arguments(named), returns[1:]], 0)
         names = [writer.scope.name("layers") for _ in stretches]
         for name, (start, stop) in zip(names, stretches, strict=True):
             for place in range(start, stop):
                 writer.where[given[place]] = Spot(name, place - start, stop - start)
         whole = writer.scope.name("given")
-        lines = [f"def forward(*{whole}: Tensor{returns}"]
+        lines = [f"def {forward.name}(*{whole}: Tensor{returns}"]
         if len(stretches) == 1 and stretches[0][0] <= MOST_BEFORE_STAR:
             start, stop = stretches[0]
             items = [str(writer.where[n]) for n in given[:start]] + [f"*{names[0]}"]
@@ -149,7 +198,7 @@ class _Module:
             one.name = writer.scope.name(one.wanted)
         after = [str(writer.name(node)) for node in self.run.tangents]
         first = [f"*{takes[0].name}"] if takes else []
-        lines = [f"def backward({given}: list[Tensor]) -> tuple[Tensor | None, ...]:"]
+        lines = [f"def {backward.name}({given}: list[Tensor]) -> tuple[Tensor | None, ...]:"]
         while first and len(before) > MOST_BEFORE_STAR:
             more, front = writer.scope.name("given"), before[:MOST_BEFORE_STAR]
             lines += written([values([*front, f"*{more}"]), f" = {given}"], 1)
@@ -166,7 +215,7 @@ class _Module:
     # the top of the module
 
     def _top(self) -> list[str]:
-        names = sorted({"Slot", *self.calls.imports, *(self.shared.used & {"Started", "take"})}, key=_order)
+        names = sorted({"Slot", *self.imports, *self.calls.imports, *self.shared.used}, key=_order)
         line = written(["from shardc.runtime import ", tuple_of(names)], 0)
         body = self.predicted.lines or ("Runs with torch and shardc.runtime alone.",)
         doc = [f'"""Generated by shardc for mesh {self.mesh}.', ""]
@@ -177,10 +226,20 @@ class _Module:
             f"MESH = {shown(dict(self.mesh.sizes))}",
             f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}",
         ]
+        if self.program.microbatches is not None:
+            constants += [f"MICROBATCHES = {self.program.microbatches.count}", f"AT_ONCE = {self._at_once()}"]
         return [
             *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
             "aten = torch.ops.aten", *constants, "",
         ]  # fmt: skip
+
+    def _at_once(self) -> bool:
+        """Whether each micro-batch runs backward right behind forward: where all gradients are those of one number, a
+        loss, whose own gradient only scales them. It does not scale them in float16 too late, where they may have been
+        too small."""
+        (*tangents,) = self.run.tangents
+        kinds = {lowered(node).dtype for node in self.graph.nodes if node.op != "output"}
+        return len(tangents) == 1 and not laid(tangents[0]).shape and torch.float16 not in kinds
 
     def _slots(self) -> list[str]:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -188,16 +247,41 @@ class _Module:
         ins = list(zip(placeholders, self.program.inputs, strict=True))
         outs = [(n, p) for n, p in zip(results, self.program.outputs, strict=True) if n is not None]
 
-        def of(slots: list[tuple[fx.Node, Port]]) -> list[Row]:
+        def of(slots: Slots) -> list[Row]:
             return rows(slots, self.program, self.mesh)
 
         inputs = of([(n, p) for n, p in ins if p.role is not Role.TANGENT])
+        made = [(n, p) for n, p in outs if p.role is Role.GRADIENT]
+        if self.predicted.epilogue is not None:
+            made = self._finished(made, self.predicted.epilogue)
         return [
+            *self._before(),
             *table("INPUTS", inputs),
             *table("OUTPUTS", of([(n, p) for n, p in outs if p.role is not Role.GRADIENT])),
             *table("TANGENTS", of([(n, p) for n, p in ins if p.role is Role.TANGENT])),
-            *gradients(inputs, of([(n, p) for n, p in outs if p.role is Role.GRADIENT])),
+            *gradients(inputs, of(made)),
+            *self._deferred([port for _, port in made]),
         ]
+
+    def _before(self) -> list[str]:
+        """What the prologue is given."""
+        if self.predicted.prologue is None:
+            return []
+        graph, program = self.predicted.prologue.graph, self.predicted.prologue.program
+        given = list(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+        return table("PROLOGUE", rows(given, program, self.mesh))
+
+    def _finished(self, made: Slots, epilogue: Once) -> Slots:
+        """The gradients as the epilogue leaves them."""
+        results = epilogue.graph.output_node().args[0]
+        ends = dict(zip(epilogue.program.outputs, results, strict=True))  # type: ignore[arg-type]
+        return [(ends.get(port, node), port) for node, port in made]
+
+    def _deferred(self, made: Sequence[Port]) -> list[str]:
+        """Which gradients the epilogue makes of what backward leaves."""
+        if self.predicted.epilogue is None:
+            return []
+        return [f"DEFERRED = {shown(tuple(made.index(port) for port in self.predicted.epilogue.program.outputs))}"]
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.scheduled import scheduled
 from shardc.runtime.collectives.collective import wait
 from shardc.source.frees import Holding
-from shardc.source.module import Predicted
+from shardc.source.module import Once, Predicted
 
 
 def predicted(c: Compilation) -> Predicted:
@@ -23,8 +23,12 @@ def predicted(c: Compilation) -> Predicted:
     if not c.has("schedule"):
         return Predicted()
     if c.dims:
-        return Predicted(tuple([*parallelism(c), "", *_LEGEND]))
-    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c))
+        return Predicted(tuple([*parallelism(c), "", *_LEGEND]), prologue=_once(c.prologue), epilogue=_once(c.epilogue))
+    return Predicted(tuple(_docstring(c)), _Remarks(c).of, _held(c), _once(c.prologue), _once(c.epilogue))
+
+
+def _once(c: Compilation | None) -> Once | None:
+    return None if c is None else Once(c.lowered.read(), c.program, _Remarks(c).of)
 
 
 def _held(c: Compilation) -> Holding:
@@ -92,10 +96,11 @@ def _docstring(c: Compilation) -> list[str]:
     if proved is not None:
         gap = 1.0 - proved.lower_bound / proved.cost if proved.cost else 0.0
         proof = "no plan costs less" if gap < 1e-6 else f"no plan costs less than {1.0 - gap:.1%} of it"
+    step = "step" if c.program.microbatches is None else "micro-batch"
     return [
         *parallelism(c),
         "",
-        f"Predicted on {c.options.device.name}: {in_seconds(schedule.seconds)} a step, of which "
+        f"Predicted on {c.options.device.name}: {in_seconds(schedule.seconds)} a {step}, of which "
         f"{in_seconds(max(schedule.hidden, 0.0))} of collectives are hidden; {memory.summary}. Proof: {proof}.",
         "",
         *_LEGEND,

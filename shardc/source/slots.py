@@ -51,9 +51,13 @@ def rows(slots: Sequence[tuple[fx.Node, Port]], program: Program, mesh: Mesh) ->
     found: list[Row] = []
     for node, port in slots:
         layout = laid(node).simplify(mesh)
-        rest = [str(port.index), shown(tuple(layout.shape)), shown(str(dtype_of(node)).removeprefix("torch."))]
+        shape, divided = list(layout.shape), program.microbatches
+        if divided is not None and port in divided.dims:
+            shape[divided.dims[port]] *= divided.count
+        rest = [str(port.index), shown(tuple(shape)), shown(str(dtype_of(node)).removeprefix("torch."))]
         cuts = layout.cuts(mesh)
         rest.append(shown(cuts))
+        rest += _turns_of(port, program)
         facts: Sequence[tuple[str, Mapping[Port, tuple[int, ...]]]] = (
             ("order", program.orders), ("depends_on", program.depends_on)
         )  # fmt: skip
@@ -61,6 +65,16 @@ def rows(slots: Sequence[tuple[fx.Node, Port]], program: Program, mesh: Mesh) ->
         typed = f"{SHORT_DTYPES[dtype_of(node)]}{layout}" if cuts else ""
         found.append(Row(shown(port.role.value), port.name, tuple(rest), typed))
     return found
+
+
+def _turns_of(port: Port, program: Program) -> list[str]:
+    """How what a micro-batch takes or makes is to be understood: as a part of a dim, as an addend, or as the same."""
+    divided = program.microbatches
+    if divided is None:
+        return []
+    if port in divided.dims:
+        return [f"batch={shown((divided.dims[port], divided.count))}"]
+    return ["sums=True"] if port in divided.sums else []
 
 
 def table(name: str, slots: Sequence[Row]) -> list[str]:

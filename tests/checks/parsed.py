@@ -65,6 +65,10 @@ _LINK, _DEVICE = ("latency", "bandwidth", "overlap", "stall"), ("launch", "memor
 _CHOSEN = re.compile(r"(shared|kept|again|regathered|output) (?:(\d+)|%(\w+)(?:\[(\d+)\])?) as (.+)")
 
 
+_BEFORE = {"microbatch": (factor,), "retile": (factor,), "propagate": (factor,), "assign": (factor, propagate)}
+"""The passes whose work is not in the text that a pass is given."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A file: what stands above `before`, and the lines of its parts."""
@@ -123,7 +127,7 @@ def compilation(case: Case) -> Compilation:
     model = _model_of(program)
     demands = parameter_demands(program, model, options.constraints, mesh)
     c = Compilation(ModelCall(model, (), {}), mesh, options, program=program, demands=demands)
-    for one in {"retile": (factor,), "propagate": (factor,), "assign": (factor, propagate)}.get(case.name, ()):
+    for one in _BEFORE.get(case.name, ()):
         c = one.run(c)  # what they add is told by the graph and the directives
     return _assigned(factor.run(c), graph, rest) if case.name == "reshard" else c
 
@@ -139,7 +143,7 @@ def _divided(case: Case) -> tuple[list[Line], list[Line]]:
 
 def _options(case: Case) -> tuple[Mesh, Options]:
     """mesh dp=2,tp=4 · hardware h100, latency 0, bandwidth 1e9 (cpu without) · memory 1MB (unbounded without) ·
-    mode propagate · outputs sharded · optimizer adamw · constraint w=tp,-"""
+    mode propagate · outputs sharded · optimizer adamw · microbatches 4 · constraint w=tp,-"""
     mesh, device, constraints = None, hardware("cpu"), dict[str, str]()
     told: dict[str, Any] = {"memory": "unbounded"}
     for line in case.directives:
@@ -154,8 +158,10 @@ def _options(case: Case) -> tuple[Mesh, Options]:
                 constraints[path] = spec
             case "memory" | "mode" | "outputs" | "optimizer":
                 told[name] = value
+            case "microbatches":
+                told[name] = int(value)
             case _:
-                line.refuse("known are mesh, hardware, constraint, memory, mode, outputs, optimizer")
+                line.refuse("known are mesh, hardware, constraint, memory, mode, outputs, optimizer, microbatches")
     if mesh is None:
         case.before[0].refuse("name the mesh above: `mesh dp=2,tp=4`")
     return mesh, Options(hardware=device, constraints=constraints, **told)

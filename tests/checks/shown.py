@@ -43,7 +43,7 @@ def shown(c: Compilation, after: str) -> str:
         return c.code()
     if after == "schedule":
         return decision(c)
-    if after in ("factor", "retile"):
+    if after in ("factor", "microbatch", "retile"):
         return graph(c, _Atoms(c.factored).beside)
     if after == "assign":
         # without what constraints spread: views would show that, beside values that show what was chosen

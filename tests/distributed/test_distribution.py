@@ -16,6 +16,7 @@ Spawn = Callable[..., list[tuple[int, str]]]
 @pytest.mark.parametrize(
     ("script", "said"),
     [
+        ("accumulates.py", "programs equal one device"),
         ("lives.py", "programs equal one device"),
         ("mixes.py", "programs equal one device"),
         ("parts.py", "all parts are right"),

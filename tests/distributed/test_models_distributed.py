@@ -57,3 +57,10 @@ def test_a_folded_sequence(spawn: Spawn, mesh: str, batch: str) -> None:
     for code, output in spawn("beside/folded.py", mesh, batch, nproc=3 if batch == "-" else 4):
         assert code == 0, output
         assert "folded as on one device" in output
+
+
+@pytest.mark.parametrize(("mesh", "data"), [("dp=2,tp=2", "-"), ("dp=2,tp=2", "dp")])
+def test_micro_batches(spawn: Spawn, mesh: str, data: str) -> None:
+    for code, output in spawn("beside/microbatches.py", mesh, data):
+        assert code == 0, output
+        assert "micro-batches equal one device" in output

@@ -16,6 +16,7 @@ from shardc.runtime.kernels.attention.blocks import attend, attend_backward, com
 from shardc.runtime.kernels.attention.dropout import Dropping
 from shardc.runtime.kernels.attention.pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
+from shardc.runtime.mesh.mesh import TIME, microbatches
 
 __all__ = ["attention_in_parts", "attention_in_parts_backward"]
 
@@ -89,12 +90,15 @@ def runs_of(part: Part | None, length: int) -> Runs:
 def dropping_of(
     draw: Tensor | None, literals: Literals, q: Tensor, k: Tensor, parts: Sequence[Part | None]
 ) -> Dropping | None:
-    """What drops the weights of the rank; `q` has a group."""
+    """What drops the weights of the rank; `q` has a group. In a micro-batch, `q` has that part of the batch."""
     if draw is None:
         return None
-    local = (*q.shape[:-1], k.shape[2])
+    local, (b, *others) = (*q.shape[:-1], k.shape[2]), parts
     shape = [part.size if part else n for part, n in zip(parts, local, strict=True)]
-    return Dropping(draw, literals.dropout, q.dtype, shape, parts[:3])
+    if microbatches() > 1:
+        shape[0] *= microbatches()
+        b = Part((TIME, *(b.axes if b else ())), shape[0])
+    return Dropping(draw, literals.dropout, q.dtype, shape, (b, *others[:2]))
 
 
 def finished(out: Tensor, logsumexp: Tensor, sinks: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,19 +210,21 @@ def results_lie_as_made(checked: Checked) -> Iterator[Broken]:
 
 @invariant
 def outputs_are_complete(checked: Checked) -> Iterator[Broken]:
-    """No output is partial."""
+    """No output is partial, but for the gradients that an epilogue reduces."""
     for port, node in checked.outputs:
-        if laid(node).partial:
+        if laid(node).partial and port.name not in checked.program.deferred:
             yield Broken(node, f"is the {port.role.value} {port.name or port.index}, and lies as {laid(node)}")
 
 
 @invariant
 def gradients_lie_as_parameters(checked: Checked) -> Iterator[Broken]:
-    """A gradient lies as its parameter or input, the new value of a buffer as the buffer."""
+    """A gradient lies as its parameter or input, the new value of a buffer as the buffer. What an epilogue reduces is
+    checked where it is whole."""
     plain = {port.name for port, _ in checked.inputs if port.role in (Role.INPUT, Role.CONSTANT)}
     for port, node in checked.outputs:
         written = port.role is Role.MUTATION and port.name in plain  # a tensor of the user's, which is whole
-        if port.role is not Role.OUTPUT and not written:
+        ends = port.name in checked.by_name and port.name not in checked.program.deferred
+        if port.role is not Role.OUTPUT and not written and ends:
             stored = checked.by_name[port.name]
             if not checked.lies_as(laid(node), laid(stored)):
                 yield Broken(node, f"lies as {laid(node)}, %{stored.name} as {laid(stored)}")
