@@ -11,7 +11,7 @@ becomes
     %y = add(%k, %v)                     f32[64@dp, 64]
 
 Which calls change nothing is a table, `shardc/rules/rewrites/identities.py`. Equal calls are merged within forward and
-within backward, never across: what backward computes again was planned so. A view that several modules read stands
+within backward, never across: what backward computes again was planned so. A view that several layers read stands
 behind what it views, so that the first of equal layers is like the others. No more memory is held at any line than
 before: of equal calls, the second gives way only where the first is still there, or both are views of one value. What
 the caller gives or gets, and what backward finds of forward, share no memory that they did not share.
@@ -19,6 +19,7 @@ the caller gives or gets, and what backward finds of forward, share no memory th
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -122,14 +123,14 @@ class _Simplifier:
             return
         view = node in self.sharing.views
         if view or (self.sharing.lives_until[first] >= place and self.sharing.may_join(first, node)):
-            if view and lowered(first).origin.module != lowered(node).origin.module:
+            if view and _layer(first) != _layer(node):
                 self._hoist(first)
             self._replace(node, first)
         else:
             self.first[key] = node
 
     def _hoist(self, view: fx.Node) -> None:
-        """Move a view that several modules read behind what it views. A repeated layer is then like the others where it
+        """Move a view that several layers read behind what it views. A repeated layer is then like the others where it
         alone made the view. What is viewed is held as long as before."""
         if view in self.hoisted:
             return
@@ -160,6 +161,15 @@ class _Simplifier:
         self.sharing.join(node, stays)
         node.replace_all_uses_with(stays)
         self.graph.erase_node(node)
+
+
+_NUMBERED = re.compile(r"^.*?\.\d+(?=\.|$)")
+
+
+def _layer(node: fx.Node) -> str:
+    """The repeated layer that a node comes from, `model.layers.3`; "" outside of all."""
+    found = _NUMBERED.match(lowered(node).origin.module)
+    return found.group() if found else ""
 
 
 class _Facts(NamedTuple):

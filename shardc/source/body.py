@@ -3,6 +3,7 @@ is deleted behind them."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from shardc.analysis.operands import collective_of
+from shardc.analysis.timeline import is_started
 from shardc.ir.facts import FACTS, Captured, dtype_of, lowered
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
@@ -19,10 +21,12 @@ from shardc.ir.program import value_of
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import wait
-from shardc.source.calls import CallTexts, may_write
+from shardc.source.calls import CallTexts, is_view, may_write
+from shardc.source.frees import Holding
 from shardc.source.naming import Naming, Scope
 from shardc.source.places import Spot
-from shardc.source.text import Item, remark, tuple_of, values, written
+from shardc.source.repetition import operands_of
+from shardc.source.text import Item, fits, remark, tuple_of, values, written
 
 LEAST_LIST = 6
 """Results of one call that are not named one by one, but stand in a list."""
@@ -33,12 +37,19 @@ class NoPlace(Exception):
 
 
 class Shared:
-    """What all functions of a module share. `told` is what is known of a collective, for a comment."""
+    """What all functions of a module share. `told` is what is known of a collective, for a comment; `held` what every
+    value occupies."""
 
     def __init__(
-        self, calls: CallTexts, naming: Naming, mesh: Mesh, taken: set[str], told: Callable[[fx.Node], str]
+        self,
+        calls: CallTexts,
+        naming: Naming,
+        mesh: Mesh,
+        taken: set[str],
+        told: Callable[[fx.Node], str],
+        held: Holding | None,
     ) -> None:
-        self.calls, self.naming, self.mesh, self.taken, self.told = calls, naming, mesh, taken, told
+        self.calls, self.naming, self.mesh, self.taken, self.told, self.held = calls, naming, mesh, taken, told, held
         self.used: set[str] = set()
         """What else is imported."""
 
@@ -46,6 +57,10 @@ class Shared:
         """`f32[32@dp, 64]`: dtype and layout of a value."""
         layout = lowered(node).layout
         return "" if layout is None else f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(self.mesh)}"
+
+    def only_views(self, node: fx.Node) -> bool:
+        """Whether a view lies in the memory of what it views."""
+        return self.held is None or self.held.of(node) == self.held.of(node.all_input_nodes[0])
 
     def annotation(self, node: fx.Node) -> str:
         """The Python type of a value."""
@@ -73,6 +88,8 @@ class Writer:
         self._owned: dict[str, fx.Node | str] = {}
         self._touched: dict[str, int] = {}
         self._module: str | None = None
+        self._nested: dict[fx.Node, Callable[[], Spot]] = {}
+        """Views that stand within the statement that reads them, and where what they view is."""
 
     def begin(self) -> None:
         """What follows is another statement."""
@@ -95,7 +112,10 @@ class Writer:
         return place
 
     def place(self, node: fx.Node) -> Spot:
-        """Where a value is that is read here. One of several results that has no name is taken out."""
+        """Where a value is that is read here. One of several results that has no name is taken out, and a view that
+        has none is made."""
+        if node in self._nested:
+            return Spot("".join(map(str, self.shared.calls.parts(node, [self._nested[node]()], False))))
         if node not in self.where and node.target is operator.getitem:
             source, index = node.args
             return self.read(Spot(self.where[source].name, index))  # type: ignore[index, arg-type]
@@ -124,12 +144,39 @@ class Writer:
             self._blocks[number] += written(["del ", tuple_of(sorted(names))], 1)
         return [line for block in self._blocks for line in block]
 
-    def call(self, node: fx.Node, operands: Sequence[Spot], own: bool) -> None:
-        """The statement of a call. `own` says that its first operand is the function's own and dies here."""
-        parts = self.shared.calls.parts(node, operands, may_write(node, own))
+    def nest(self, node: fx.Node, viewed: Callable[[], Spot]) -> bool:
+        """Let a view stand within the statement that reads it, if only one does, and if it holds no memory of its own.
+        `viewed` says where what it views is, then."""
+        if not is_view(node) or len(node.users) != 1:
+            return False
+        (reader,) = node.users
+        nests = reader in self.here and operands_of(reader).count(node) == 1 and self.shared.only_views(node)
+        if nests:
+            self._nested[node] = viewed
+        return nests
+
+    def call(self, node: fx.Node, operands: Callable[[], Sequence[Spot]], own: bool) -> None:
+        """The statement of a call; above it the views that it reads and that do not fit into its line. `own` says that
+        its first operand is the function's own and dies here."""
+
+        def parts() -> list[Item]:
+            return [*targets, " = ", *self.shared.calls.parts(node, operands(), may_write(node, own))]
+
+        nested = [operand for operand in dict.fromkeys(operands_of(node)) if operand in self._nested]
         targets = self._targets(node)
-        comment = "; ".join(text for text in (self.shared.typed(node), self.shared.told(node)) if text)
-        self.add(*targets, " = ", *parts, comment=comment)
+        for view in nested:
+            if fits(parts(), self.level):
+                break
+            viewed = self._nested.pop(view)
+            self.call(view, lambda viewed=viewed: [viewed()], False)
+        self.add(*parts(), comment=self._comment(node))
+        for view in nested:
+            self._nested.pop(view, None)
+
+    def _comment(self, node: fx.Node) -> str:
+        """The type of a value, and what is told of a collective; the type of what is started stands where it ends."""
+        typed = "" if is_started(node) else self.shared.typed(node)
+        return "; ".join(text for text in (typed, self.shared.told(node)) if text)
 
     def _targets(self, node: fx.Node) -> list[Item]:
         pieces = unpacked(node, self.here)
@@ -144,13 +191,14 @@ class Writer:
         return [str(whole)]
 
     def header(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
-        """Name the user's module above the calls that come from it, with its lines. `following` begins at `node`."""
+        """Name the user's module above the calls that come from it, with its lines. `following` begins at `node`. What
+        runs beside the calls has a name that says where it is from."""
         module = lowered(node).origin.module
-        if module == self._module:
+        if module == self._module or _beside(node):
             return
         self._module = module
         mine: list[fx.Node] = []
-        for one in following:
+        for one in itertools.filterfalse(_beside, following):
             if lowered(one).origin.module != module:
                 break
             mine.append(one)
@@ -158,6 +206,11 @@ class Writer:
         text = ", ".join(part for part in (below, _sources(mine)) if part)
         if text:
             self.remark(text)
+
+
+def _beside(node: fx.Node) -> bool:
+    """Whether a call starts a collective, or awaits one."""
+    return node.target is wait or is_started(node)
 
 
 def unpacked(node: fx.Node, here: Collection[fx.Node]) -> list[fx.Node]:

@@ -140,12 +140,19 @@ class Half:
         return itertools.takewhile(lambda node: self.lives.place[node] < stop, following)
 
     def _line(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
-        self.writer.begin()
-        self.writer.header(node, following)
         operands = operands_of(node)
         first = operands[0] if operands else None
+        if first is not None and self._at_once(node) and self.writer.nest(node, lambda: self.writer.place(first)):
+            return
+        self.writer.begin()
+        self.writer.header(node, following)
         own = first in self.writer.here and first not in self.results
-        self.writer.call(node, [self.writer.place(operand) for operand in operands], own)
+        self.writer.call(node, lambda: list(map(self.writer.place, operands)), own)
+
+    def _at_once(self, node: fx.Node) -> bool:
+        """Whether no loop runs before a value is read for the last time."""
+        place, last = self.lives.place[node], self.lives.last(node)
+        return not any(place < loop.start <= last for loop in self.loops)
 
     def _layer(self, loop: Loop, takes: Sequence[Taken]) -> Layer:
         groups: dict[str, list[int]] = {}

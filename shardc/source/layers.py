@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import fx
 
@@ -177,12 +178,14 @@ class Function:
         left |= {layer.carried_node(number) for number in layer.carried} if self.last else set()
         lines, offsets = statements(mine), {node: offset for offset, node in enumerate(run)}
         for number, node in enumerate(lines):
+            read = loop.operands[offsets[node]]
+            if read and writer.nest(node, partial(self._place, read[0])):
+                continue
             writer.begin()
             writer.header(node, itertools.islice(lines, number, None))
-            read = loop.operands[offsets[node]]
             own = bool(read) and isinstance(read[0], Own) and run[read[0].offset] not in left
             own = own and isinstance(read[0], Own) and read[0].offset >= part.low
-            writer.call(node, list(map(self._place, read)), own)
+            writer.call(node, lambda read=read: list(map(self._place, read)), own)
         body = writer.lines(left, dropped)
         return [*self._head(doc), *body, *self._leave()]
 

@@ -61,7 +61,7 @@ class _Module:
         self.run: Partition = partition(graph, program)
         taken: set[str] = {*_NAMES}
         self.calls = CallTexts(graph, taken)
-        self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told)
+        self.shared = Shared(self.calls, Naming(graph, program), mesh, taken, predicted.told, predicted.held)
 
     def text(self, loops: bool) -> str:
         forward = self._half("forward", self.run.forward, [*self.run.outputs, *self.run.saved], loops)

@@ -81,6 +81,11 @@ def arguments(items: Iterable[Item]) -> Brackets:
     return Arguments("(", tuple(items), ")")
 
 
+def fits(parts: Sequence[Item], level: int) -> bool:
+    """Whether a statement fits on a line."""
+    return len(" " * STEP * level + "".join(map(str, parts))) <= WIDTH
+
+
 def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:
     """The lines of one statement, `level` steps to the right. The comment stands behind it if it fits there, else
     above."""
