@@ -19,7 +19,6 @@ the caller gives or gets, and what backward finds of forward, share no memory th
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import torch
 from torch import fx
 
 from shardc.analysis.sharing import MemorySharing
-from shardc.ir.facts import describe, lowered
+from shardc.ir.facts import describe, layer_of, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import partition
 from shardc.ir.program import Program
@@ -123,7 +122,7 @@ class _Simplifier:
             return
         view = node in self.sharing.views
         if view or (self.sharing.lives_until[first] >= place and self.sharing.may_join(first, node)):
-            if view and _layer(first) != _layer(node):
+            if view and layer_of(first) != layer_of(node):
                 self._hoist(first)
             self._replace(node, first)
         else:
@@ -161,15 +160,6 @@ class _Simplifier:
         self.sharing.join(node, stays)
         node.replace_all_uses_with(stays)
         self.graph.erase_node(node)
-
-
-_NUMBERED = re.compile(r"^.*?\.\d+(?=\.|$)")
-
-
-def _layer(node: fx.Node) -> str:
-    """The repeated layer that a node comes from, `model.layers.3`; "" outside of all."""
-    found = _NUMBERED.match(lowered(node).origin.module)
-    return found.group() if found else ""
 
 
 class _Facts(NamedTuple):
