@@ -88,7 +88,9 @@ class _Scheduler:
                     chosen = Schedule(c.lowered, version, most, apart, names, memory, *timed(order, times))
                     if found is None or chosen.seconds <= found.seconds * (1.0 + EQUAL):
                         found = chosen
-            if found is not None and (what == "nothing" or found.hidden >= 0.0):  # starting may stall more than it hides
+            if found is not None and (
+                what == "nothing" or found.hidden >= 0.0
+            ):  # starting may stall more than it hides
                 return found, joined, beneath
         return None, joined, beneath
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,16 @@ from shardc.runtime.collectives.collective import wait
 from shardc.source.calls import CallTexts, is_view, may_write
 from shardc.source.frees import Holding
 from shardc.source.naming import Naming, Scope
-from shardc.source.places import Spot
+from shardc.source.places import Spot, spread
 from shardc.source.repetition import operands_of
 from shardc.source.text import Item, fits, remark, tuple_of, values, written
 
 LEAST_LIST = 6
 """Results of one call that are not named one by one, but stand in a list."""
+
+
+AHEAD = 64
+"""Calls whose lines are told together, at most."""
 
 
 class NoPlace(Exception):
@@ -83,6 +87,8 @@ class Writer:
         self.shared, self.here, self.layer = shared, set(nodes), layer
         self.scope = Scope(shared.taken)
         self.where: dict[fx.Node, Spot] = {}
+        self.wanted: dict[fx.Node, str] = {}
+        """What values are called that are not called by their module."""
         self.level = 1
         self._blocks: list[list[str]] = [[]]
         self._owned: dict[str, fx.Node | str] = {}
@@ -90,6 +96,8 @@ class Writer:
         self._module: str | None = None
         self._nested: dict[fx.Node, Callable[[], Spot]] = {}
         """Views that stand within the statement that reads them, and where what they view is."""
+        self._untold: dict[fx.Node, str] = {}
+        """What is told of a collective where it is awaited."""
 
     def begin(self) -> None:
         """What follows is another statement."""
@@ -102,7 +110,8 @@ class Writer:
 
     def name(self, node: fx.Node, wanted: str = "") -> Spot:
         """Give a value of the function's own a name."""
-        self.where[node] = Spot(self.scope.name(wanted or self.shared.naming.of(node, self.layer)))
+        wanted = wanted or self.wanted.get(node) or self.shared.naming.of(node, self.layer)
+        self.where[node] = Spot(self.scope.name(wanted))
         self.own(self.where[node].name, node)
         return self.where[node]
 
@@ -169,14 +178,46 @@ class Writer:
                 break
             viewed = self._nested.pop(view)
             self.call(view, lambda viewed=viewed: [viewed()], False)
-        self.add(*parts(), comment=self._comment(node))
+        statement = parts()
+        self.add(*statement, comment=self._comment(node, statement))
         for view in nested:
             self._nested.pop(view, None)
 
-    def _comment(self, node: fx.Node) -> str:
-        """The type of a value, and what is told of a collective; the type of what is started stands where it ends."""
-        typed = "" if is_started(node) else self.shared.typed(node)
-        return "; ".join(text for text in (typed, self.shared.told(node)) if text)
+    def _comment(self, node: fx.Node, statement: Sequence[Item]) -> str:
+        """The type of a value, and what is told of a collective. Where a collective is started no type is told, and
+        what it sends stands where it is awaited, if it does not fit into the line. A type that does not fit is told if
+        axes split or sum otherwise than in the first operand."""
+        typed, told = self.shared.typed(node), self.shared.told(node)
+        if is_started(node):
+            if told and not fits([*statement, "  # ", told], self.level):
+                self._untold[node] = told
+                return ""
+            return told
+        started = node.args[0] if node.target is wait else None
+        if isinstance(started, fx.Node) and started in self._untold:
+            told = self._untold.pop(started)
+        comment = "; ".join(text for text in (typed, told) if text)
+        plain = not told and collective_of(node) is None and started is None
+        if plain and not fits([*statement, "  # ", comment], self.level) and node.all_input_nodes:
+            return "" if self._spread(node) == self._spread(node.all_input_nodes[0]) else comment
+        return comment
+
+    def _spread(self, node: fx.Node) -> Sequence[str]:
+        """The axes that split a value, and over which it is to be summed: `(dp,tp)`, `+sum@tp`."""
+        return sorted(re.findall(r"@\(.*?\)|\+?\w*@\w+", self.shared.typed(node)))
+
+    def each(self, views: Sequence[fx.Node], wanted: str) -> None:
+        """One statement for equal views of values that follow one another in a list."""
+        places = {view: self.place(view.all_input_nodes[0]) for view in views}
+        ordered = sorted(views, key=lambda view: places[view].at or 0)
+        whole = self.scope.name(wanted)
+        self.own(whole, whole)
+        for index, view in enumerate(ordered):
+            self.where[view] = Spot(whole, index, len(ordered))
+        (source,) = spread([places[view] for view in ordered])
+        made = self.shared.calls.parts(ordered[0], [Spot("x")], False)
+        text = "".join(map(str, made))
+        self.add(f"{whole} = [{text} for x in {str(source).removeprefix('*')}]", comment=self.shared.typed(views[0]))
 
     def _targets(self, node: fx.Node) -> list[Item]:
         pieces = unpacked(node, self.here)
@@ -196,9 +237,12 @@ class Writer:
         module = lowered(node).origin.module
         if module == self._module or _beside(node):
             return
+        following = list(itertools.islice(itertools.filterfalse(_beside, following), AHEAD))
+        if is_view(node) and all(is_view(one) or lowered(one).origin.module != module for one in following):
+            return
         self._module = module
         mine: list[fx.Node] = []
-        for one in itertools.filterfalse(_beside, following):
+        for one in following:
             if lowered(one).origin.module != module:
                 break
             mine.append(one)
@@ -258,6 +302,27 @@ def sends(node: fx.Node) -> bool:
     """Whether a node is a collective that sends something."""
     collective = collective_of(node)
     return collective is not None and not collective.single.local
+
+
+def alike_views(nodes: Iterable[fx.Node], where: Mapping[fx.Node, Spot]) -> int:
+    """How many of the nodes, from the first on, are equal views of values that follow one another in a list, each of
+    another one; 0 if too few are."""
+    spots: list[Spot] = []
+    first: fx.Node | None = None
+    for node in nodes:
+        first = first or node
+        spot = where.get(node.all_input_nodes[0]) if is_view(node) else None
+        if spot is None or spot.at is None or not _equal_views(first, node) or spot.name != (spots or [spot])[0].name:
+            break
+        spots.append(spot)
+    places = sorted(spot.at or 0 for spot in spots)
+    in_a_row = places == list(range(places[0], places[0] + len(places))) if places else False
+    return len(spots) if len(spots) >= LEAST_LIST and in_a_row else 0
+
+
+def _equal_views(one: fx.Node, other: fx.Node) -> bool:
+    same = one.target is other.target and list(one.args[1:]) == list(other.args[1:])
+    return same and not any(isinstance(arg, fx.Node) for arg in one.args[1:])
 
 
 def statements(nodes: Sequence[fx.Node]) -> list[fx.Node]:

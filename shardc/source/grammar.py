@@ -26,7 +26,7 @@ class LineKind(Enum):
     COLLECTIVE = "TARGETS = COLLECTIVE(XS)", 'y = all_reduce(x, axis="dp")', "a collective, started and awaited"
     START = "TARGETS = STARTED.start(XS)", 'y_started = all_reduce.start(x, axis="dp")', "a collective is started"
     WAIT = "TARGETS = wait(X)", "y = wait(y_started)", "the result of a collective that was started"
-    EACH = "TARGETS = [OPERATOR(XS) for x in X]", "g = [aten.neg.default(x) for x in a]", "an operator on a list"
+    EACH = "TARGETS = [x.METHOD(XS) for x in X]", "y = [x.reshape(64) for x in made]", "a view of each of a list"
     ITEM = "TARGETS = X[X]", "y = made[0]", "one of several results"
     LAYER = "TARGETS = LAYER(XS)", "x, kept = layer(x, *layers[9 * i : 9 * i + 9])", "one run of a repeated layer"
     LOOP = "for i in range(X): ...", "for i in range(32):", "the runs of a repeated layer"
@@ -167,7 +167,7 @@ def _call(kind: LineKind) -> Fits:
 
 def _each(reader: _SourceReader, node: ast.stmt) -> bool:
     made = node.value if isinstance(node, ast.Assign) else None
-    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.OPERATOR
+    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.VIEW
 
 
 def _item(_: _SourceReader, node: ast.stmt) -> bool:

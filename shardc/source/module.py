@@ -14,8 +14,9 @@ from shardc.ir.program import Port, Program, Role
 from shardc.runtime.kernels.random import DRAWS
 from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
+from shardc.source.dropping import TooLong
 from shardc.source.frees import Holding
-from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
+from shardc.source.halves import LEAST_GIVEN, Half, Taken
 from shardc.source.layers import LIVING
 from shardc.source.naming import Naming
 from shardc.source.places import Spot

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
@@ -37,13 +37,15 @@ MOST_STARTS = 16
 """How many lengths of a stretch are tried, and at how many places it may begin."""
 
 
-class Own(NamedTuple):
+@dataclass(frozen=True)
+class Own:
     """An operand that the same run has made, as its node number `offset`."""
 
     offset: int
 
 
-class Outer(NamedTuple):
+@dataclass(frozen=True)
+class Outer:
     """An operand from outside of the run: number `column` of `Loop.columns`."""
 
     column: int

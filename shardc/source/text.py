@@ -26,7 +26,7 @@ WIDTH = 120
 STEP = 4
 """Columns of a line, and by how many what is inside of something is indented."""
 
-MANY = 8
+MANY = 6
 """Names that fill lines, rather than stand on a line each."""
 
 _SKIP = "  # fmt: skip"
