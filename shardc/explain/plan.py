@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +89,18 @@ class Plan:
     outputs: tuple[Placed, ...] = ()
     """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
     whole for whoever calls the program."""
-    summary: Summary = field(default_factory=lambda: Summary(Mesh(()), ""))
-    """What the axes do, how fast a step is, how full a device gets, and what binds."""
+    summarise: Callable[[], Summary] | None = field(default=None, repr=False, compare=False)
+    """Makes `summary`, when it is first looked at."""
     adviser: Callable[[], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
     """Answers `advice`; not saved with the plan, as the explainer."""
     simplified: float = 0.0
     """Seconds of compute that `cost` charges, in operators that the code does without: constraints, and what `simplify`
     dropped."""
+
+    @cached_property
+    def summary(self) -> Summary:
+        """What the axes do, how fast a step is, how full a device gets, and what binds."""
+        return Summary(Mesh(()), "") if self.summarise is None else self.summarise()
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -159,7 +165,7 @@ class Plan:
         return self.explainer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "explainer": None, "adviser": None}
+        return {**self.__dict__, "summary": self.summary, "summarise": None, "explainer": None, "adviser": None}
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:
