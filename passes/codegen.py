@@ -8,7 +8,7 @@
     def forward(x: Tensor, w: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         # layers.0.mlp, model.py:41
         mlp_mm = aten.mm.default(x, w)                       # f32[32@dp, 512] +sum@tp
-        mlp = reduce_scatter(mlp_mm, dim=1, axis="tp")       # f32[32@dp, 512@tp]; 1.0 MiB over tp, 20.00 us
+        mlp = reduce_scatter(mlp_mm, dim=1, axis="tp")       # f32[32@dp, 512@tp]; 1.0 MiB, 20.00 us
         return (mlp,), (x,)
 
 `shardc/source/` writes it: a function for each kind of repeated layer, names from the user's modules, and a `del` only

@@ -38,10 +38,11 @@ from shardc.analysis.operands import collective_of
 from shardc.analysis.reductions import passes_on
 from shardc.analysis.timeline import Order, Times
 from shardc.cost.clock import Clock, Flight
-from shardc.ir.facts import describe, dtype_of, laid, lowered
+from shardc.ir.facts import describe, dtype_of, laid, layer_of, lowered
 from shardc.ir.partition import Partition
 from shardc.ir.program import call
 from shardc.planning.compilation import Compilation, compiler_pass
+from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import Held, wait
 
 PATIENCE = 2.0
@@ -56,17 +57,24 @@ def overlap(c: Compilation) -> Compilation:
     return replace(c, lowered=c.lowered.derived("overlap", lambda graph: _rewritten(graph, order)))
 
 
-def ordered(run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True) -> tuple[Order, Order]:
+def ordered(
+    run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True, between: bool = False
+) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
-    without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin."""
-    forward, backward = (_StreamOrder(half, ready, times, fetch).order() for half in (run.forward, run.backward))
+    without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin. With
+    `between`, buckets begin where a repeated layer ends, so that layers stay alike."""
+    forward, backward = (
+        _StreamOrder(half, ready, times, fetch, between).order() for half in (run.forward, run.backward)
+    )
     return _worthwhile(forward, times), _worthwhile(backward, times)
 
 
 class _StreamOrder:
     """Puts the nodes of forward, or of backward, into a new order."""
 
-    def __init__(self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool) -> None:
+    def __init__(
+        self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool, between: bool
+    ) -> None:
         self.nodes, self.mine, self.times = nodes, set(nodes), times
         self.light = {node for node in nodes if not times.sent[node] and passes_on(node)}
         self.clock = Clock(times.mesh, times.device)
@@ -82,6 +90,7 @@ class _StreamOrder:
         self.trailing = apart.difference(self.posted)
         self.stream = [node for node in nodes if node not in apart]
         self.place = {node: place for place, node in enumerate(self.stream)}
+        self.between = between
         self.passed = -1
         self.flying: dict[fx.Node, Flight] = {}
         self.watched: dict[fx.Node, float] = {}  # what is posted, and from when on something may come of waiting for it
@@ -102,10 +111,20 @@ class _StreamOrder:
         for node in posted:
             makers = self._makers(node)
             self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
+            if self.between and isinstance(node.target, Bucket):
+                self.after[node] = self._end_of_layer(self.after[node])
             self.due[self.after[node]].append(node)
             for maker in (one for one in makers if one in self.posted):
                 self.missing[node] += 1
                 self.following[maker].append(node)
+
+    def _end_of_layer(self, place: int) -> int:
+        """The place of the last operator of the repeated layer that a place is in; the place itself outside of all."""
+        layer, end = layer_of(self.stream[place]), place
+        while layer and place < len(self.stream) and layer_of(self.stream[place]) == layer:
+            end = end if self.seconds[self.stream[place]] else place
+            place += 1
+        return end
 
     def order(self) -> Order:
         fetches = self._fetches()

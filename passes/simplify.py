@@ -11,7 +11,7 @@ becomes
     %y = add(%k, %v)                     f32[64@dp, 64]
 
 Which calls change nothing is a table, `shardc/rules/rewrites/identities.py`. Equal calls are merged within forward and
-within backward, never across: what backward computes again was planned so. A view that several modules read stands
+within backward, never across: what backward computes again was planned so. A view that several layers read stands
 behind what it views, so that the first of equal layers is like the others. No more memory is held at any line than
 before: of equal calls, the second gives way only where the first is still there, or both are views of one value. What
 the caller gives or gets, and what backward finds of forward, share no memory that they did not share.
@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from shardc.analysis.sharing import MemorySharing
-from shardc.ir.facts import describe, lowered
+from shardc.ir.facts import describe, layer_of, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import partition
 from shardc.ir.program import Program
@@ -122,14 +122,14 @@ class _Simplifier:
             return
         view = node in self.sharing.views
         if view or (self.sharing.lives_until[first] >= place and self.sharing.may_join(first, node)):
-            if view and lowered(first).origin.module != lowered(node).origin.module:
+            if view and layer_of(first) != layer_of(node):
                 self._hoist(first)
             self._replace(node, first)
         else:
             self.first[key] = node
 
     def _hoist(self, view: fx.Node) -> None:
-        """Move a view that several modules read behind what it views. A repeated layer is then like the others where it
+        """Move a view that several layers read behind what it views. A repeated layer is then like the others where it
         alone made the view. What is viewed is held as long as before."""
         if view in self.hoisted:
             return

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from shardc.cost.hardware import Hardware
 from shardc.errors import MeshError, ShardcError
+from shardc.explain.plan_file.cache import WORTH, cached_at
+from shardc.explain.records import keep_record, read_record
 from shardc.explain.summarised import summary_of
 from shardc.explain.summary import Summary
 from shardc.inspect.progress import tracked, working
@@ -143,6 +145,9 @@ def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
     with working("capturing"):
         shared = _captured(Compilation(call, Mesh(((options.axes[0], devices),)), options))
     taken = time.process_time() - start
+    kept = cached_at(replace(shared, time_limit=options.time_limit), "search", devices, list(options.axes))
+    if kept is not None and (found := read_record(kept, MeshSearch)) is not None:
+        return replace(found, shared=taken)
     if options.budget is not None:
         refuse_too_large(shared, options.budget, devices)
     annotated = bool(options.constraints) or any(node.target is CONSTRAIN for node in shared.program.graph.nodes)
@@ -155,7 +160,10 @@ def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
         raise ShardcError(
             f"no mesh of {devices} devices has a plan; {candidates[0].mesh}: {candidates[0].remark}{way_out}"
         )
-    return MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
+    made = MeshSearch(options.device.name, devices, tuple(candidates), taken, options.budget is not None)
+    if kept is not None and sum(one.spent for one in candidates) >= WORTH:
+        keep_record(kept, made)
+    return made
 
 
 def _planned(shared: Compilation, among: Sequence[Mesh]) -> list[Candidate]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from shardc.commands.shows import Shows
+from shardc.commands.shows import Shows, check_folder
 from shardc.errors import ShardcError
 from shardc.inspect.progress import working
 from shardc.runtime import DistributedMesh, local_mesh
@@ -29,8 +29,9 @@ class CalibrateCommand(Shows):
     def run(self) -> int:
         if self.file.suffix != ".toml":
             raise ShardcError(f"{self.file}: a hardware file is called *.toml")
-        if not self.file.absolute().parent.is_dir():
-            raise ShardcError(f"{self.file}: there is no folder {self.file.absolute().parent}")
+        check_folder(self.file)
+        if self.processes is not None and self.processes < 1:
+            raise ShardcError(f"--processes={self.processes} measure nothing; ask for one or more")
         return self._measure() if "RANK" in os.environ else self._start_processes()
 
     def _start_processes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from shardc.commands.shows import check_folder
 from shardc.commands.user_file import OnMesh
 from shardc.errors import ShardcError
 from shardc.inspect.console import show, show_code
@@ -35,6 +36,8 @@ class CompileCommand(OnMesh):
     """Write the generated code here."""
 
     def run(self) -> int:
+        if self.output is not None:
+            check_folder(self.output)
         program = self.compiled()
         if self.print_after is not None:
             show(program.graph(self.print_after))

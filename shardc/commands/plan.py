@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg, create_mutex_group
 
-from shardc.commands.shows import Shows
+from shardc.commands.shows import Shows, check_folder
 from shardc.commands.user_file import AXES, FLAT, load_file
 from shardc.errors import ShardcError
 from shardc.family import compiled
@@ -59,6 +59,8 @@ class PlanCommand(Shows):
         idle = [flag for flag in spelled(self.options, SearchOptions) if flag not in flags]
         if idle:
             raise ShardcError(f"{' '.join(idle)} is for a search; ask for one with --devices in place of --mesh")
+        if self.output is not None:
+            check_folder(self.output)
         call = self._call()
         with working(f"compiling {self.file.name} for {self.mesh}"):
             plan = compiled(call, Mesh.parse(self.mesh), self.options).plan

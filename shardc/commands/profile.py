@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
+from shardc.commands.shows import check_folder
 from shardc.commands.trace import TRACE
 from shardc.commands.user_file import OnMesh, load_values
 from shardc.errors import ShardcError
@@ -38,6 +39,7 @@ class ProfileCommand(OnMesh):
     def run(self) -> int:
         if self.steps < 1:
             raise ShardcError(f"--steps={self.steps} measures nothing; ask for one step or more")
+        check_folder(self.output)
         torch.manual_seed(0)
         model, inputs = load_values(self.file)
         with working(f"compiling {self.file.name} for {self.mesh}"):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from shardc.commands.shows import check_folder
 from shardc.commands.user_file import OnMesh, compile_file
 from shardc.errors import ShardcError
 from shardc.flags import spelled
@@ -29,8 +30,7 @@ class ReportCommand(OnMesh):
     """A second mesh: the page shows both plans, side by side."""
 
     def run(self) -> int:
-        if not self.output.absolute().parent.is_dir():
-            raise ShardcError(f"cannot write {self.output}: there is no folder {self.output.absolute().parent}")
+        check_folder(self.output)
         meshes = [self.mesh] if self.against is None else [self.mesh, self.against]
         programs = [(mesh, compile_file(self.file, mesh, self.options)) for mesh in meshes]
         with working("writing the report"):

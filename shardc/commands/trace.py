@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from shardc.commands.shows import check_folder
 from shardc.commands.user_file import OnMesh
 
 TRACE = arg(aliases=["-o"], metavar="TRACE.JSON")
@@ -22,6 +23,7 @@ class TraceCommand(OnMesh):
     """Write the trace here."""
 
     def run(self) -> int:
+        check_folder(self.output)
         self.compiled().trace(self.output)
         print(f"wrote {self.output}", file=sys.stderr)
         return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -64,14 +66,30 @@ def load_file(path: Path) -> tuple[nn.Module, Inputs]:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    with _told(path):
+        spec.loader.exec_module(module)
     missing = [name for name in ("model", "inputs") if not callable(getattr(module, name, None))]
     if missing:
         names = " and ".join(f"{name}()" for name in missing)
         raise ShardcError(f"{path} lacks {names}; model() gives the nn.Module and inputs() a tuple or dict of inputs")
-    model, inputs = module.model(), module.inputs()
+    with _told(path):
+        model, inputs = module.model(), module.inputs()
     if not isinstance(model, nn.Module):
         raise ShardcError(f"{path}: model() gives a {type(model).__name__}, not an nn.Module")
     if not isinstance(inputs, (tuple, Mapping)):
         raise ShardcError(f"{path}: inputs() gives a {type(inputs).__name__}, not a tuple or dict")
     return model, inputs
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    """Tell of an error in the user's file in one message, with the line of the file."""
+    try:
+        yield
+    except ShardcError:
+        raise
+    except Exception as error:
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename) == path]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+        where = path if line is None else f"{path}:{line}"
+        raise ShardcError(f"{where}: {type(error).__name__}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,8 @@ class Plan:
     outputs: tuple[Placed, ...] = ()
     """Outputs in the layouts in which they come back: whole where no axis splits a dim. On a virtual mesh they are
     whole for whoever calls the program."""
-    summary: Summary = field(default_factory=lambda: Summary(Mesh(()), ""))
-    """What the axes do, how fast a step is, how full a device gets, and what binds."""
+    summarise: Callable[[], Summary] | None = field(default=None, repr=False, compare=False)
+    """Makes `summary`, when it is first looked at."""
     adviser: Callable[[], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
     """Answers `advice`; not saved with the plan, as the explainer."""
     simplified: float = 0.0
@@ -103,6 +104,11 @@ class Plan:
     """Seconds of what runs once a step, before and behind all micro-batches."""
     conversions_once: tuple[Conversion, ...] = ()
     """Conversions of what runs once a step, or behind several calls whose gradients are accumulated."""
+
+    @cached_property
+    def summary(self) -> Summary:
+        """What the axes do, how fast a step is, how full a device gets, and what binds."""
+        return Summary(Mesh(()), "") if self.summarise is None else self.summarise()
 
     def why(self, value: str) -> Why:
         """Why `value` has its layout: which operator makes it, how every reader reads it, with which conversions, and
@@ -167,7 +173,7 @@ class Plan:
         return self.explainer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "explainer": None, "adviser": None}
+        return {**self.__dict__, "summary": self.summary, "summarise": None, "explainer": None, "adviser": None}
 
     @property
     def bytes_per_axis(self) -> dict[str, float]:

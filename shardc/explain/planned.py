@@ -48,7 +48,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
-        _outputs(c, graph), summary_of(c, predicted), lambda: advice_on(snapshots),
+        _outputs(c, graph), lambda: summary_of(c, predicted), lambda: advice_on(snapshots),
         max(0.0, _compute_of_strategies(c) - compute), turns(c), seconds_once(c), once,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable
 from shardc.runtime.collectives.collective import AnyCollective, wait
 from shardc.runtime.mesh.mesh import Context, RuntimeMesh, current
+from shardc.source.calls import is_view
 from shardc.source.grammar import LineKind, read
 
 _BEGIN, _TICK = "__begin__", "__tick__"
@@ -62,7 +63,7 @@ def statements(c: Compilation) -> Statements:
     run = partition(c.lowered.read(), c.program)
 
     def of(phase: str, nodes: Sequence[fx.Node]) -> list[Statement]:
-        calls = [node for node in nodes if node.target is not operator.getitem]
+        calls = [node for node in nodes if node.target is not operator.getitem and not is_view(node)]
         return [Statement(origin_of(n).module, _kind(n), {**told_of(n, c.mesh), "phase": phase}) for n in calls]
 
     return {"forward": of("forward", run.forward), "backward": of("backward", run.backward)}

@@ -115,6 +115,23 @@ def origin_of(node: fx.Node) -> Origin:
     return node.meta[FACTS].origin if FACTS in node.meta else NOWHERE
 
 
+def layer_of(node: fx.Node) -> str:
+    """The repeated layer that a node comes from, `model.layers.3`; "" outside of all."""
+    return _layer(origin_of(node).module)
+
+
+@cache
+def _layer(module: str) -> str:
+    head, _, number = module.partition(".")
+    while number:
+        one, _, rest = number.partition(".")
+        head = f"{head}.{one}"
+        if one.isdigit():
+            return head
+        number = rest
+    return head if head.isdigit() else ""
+
+
 def describe(node: fx.Node, facts: Captured | Lowered) -> None:
     """Give a node its facts."""
     node.meta[FACTS] = facts

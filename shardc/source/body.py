@@ -3,15 +3,17 @@ is deleted behind them."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.analysis.operands import collective_of
+from shardc.analysis.timeline import is_started
 from shardc.ir.facts import FACTS, Captured, dtype_of, lowered
 from shardc.ir.layout import SHORT_DTYPES
 from shardc.ir.mesh import Mesh
@@ -19,13 +21,19 @@ from shardc.ir.program import value_of
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import wait
-from shardc.source.calls import CallTexts, may_write
+from shardc.source.calls import CallTexts, is_view, may_write
+from shardc.source.frees import Holding
 from shardc.source.naming import Naming, Scope
-from shardc.source.places import Spot
-from shardc.source.text import Item, remark, tuple_of, values, written
+from shardc.source.places import Spot, spread
+from shardc.source.repetition import operands_of
+from shardc.source.text import Item, fits, remark, tuple_of, values, written
 
 LEAST_LIST = 6
 """Results of one call that are not named one by one, but stand in a list."""
+
+
+AHEAD = 64
+"""Calls whose lines are told together, at most."""
 
 
 class NoPlace(Exception):
@@ -33,12 +41,19 @@ class NoPlace(Exception):
 
 
 class Shared:
-    """What all functions of a module share. `told` is what is known of a collective, for a comment."""
+    """What all functions of a module share. `told` is what is known of a collective, for a comment; `held` what every
+    value occupies."""
 
     def __init__(
-        self, calls: CallTexts, naming: Naming, mesh: Mesh, taken: set[str], told: Callable[[fx.Node], str]
+        self,
+        calls: CallTexts,
+        naming: Naming,
+        mesh: Mesh,
+        taken: set[str],
+        told: Callable[[fx.Node], str],
+        held: Holding | None,
     ) -> None:
-        self.calls, self.naming, self.mesh, self.taken, self.told = calls, naming, mesh, taken, told
+        self.calls, self.naming, self.mesh, self.taken, self.told, self.held = calls, naming, mesh, taken, told, held
         self.used: set[str] = set()
         """What else is imported."""
 
@@ -46,6 +61,10 @@ class Shared:
         """`f32[32@dp, 64]`: dtype and layout of a value."""
         layout = lowered(node).layout
         return "" if layout is None else f"{SHORT_DTYPES[dtype_of(node)]}{layout.simplify(self.mesh)}"
+
+    def only_views(self, node: fx.Node) -> bool:
+        """Whether a view lies in the memory of what it views."""
+        return self.held is None or self.held.of(node) == self.held.of(node.all_input_nodes[0])
 
     def annotation(self, node: fx.Node) -> str:
         """The Python type of a value."""
@@ -68,11 +87,17 @@ class Writer:
         self.shared, self.here, self.layer = shared, set(nodes), layer
         self.scope = Scope(shared.taken)
         self.where: dict[fx.Node, Spot] = {}
+        self.wanted: dict[fx.Node, str] = {}
+        """What values are called that are not called by their module."""
         self.level = 1
         self._blocks: list[list[str]] = [[]]
         self._owned: dict[str, fx.Node | str] = {}
         self._touched: dict[str, int] = {}
         self._module: str | None = None
+        self._nested: dict[fx.Node, Callable[[], Spot]] = {}
+        """Views that stand within the statement that reads them, and where what they view is."""
+        self._untold: dict[fx.Node, str] = {}
+        """What is told of a collective where it is awaited."""
 
     def begin(self) -> None:
         """What follows is another statement."""
@@ -85,7 +110,8 @@ class Writer:
 
     def name(self, node: fx.Node, wanted: str = "") -> Spot:
         """Give a value of the function's own a name."""
-        self.where[node] = Spot(self.scope.name(wanted or self.shared.naming.of(node, self.layer)))
+        wanted = wanted or self.wanted.get(node) or self.shared.naming.of(node, self.layer)
+        self.where[node] = Spot(self.scope.name(wanted))
         self.own(self.where[node].name, node)
         return self.where[node]
 
@@ -95,7 +121,10 @@ class Writer:
         return place
 
     def place(self, node: fx.Node) -> Spot:
-        """Where a value is that is read here. One of several results that has no name is taken out."""
+        """Where a value is that is read here. One of several results that has no name is taken out, and a view that
+        has none is made."""
+        if node in self._nested:
+            return Spot("".join(map(str, self.shared.calls.parts(node, [self._nested[node]()], False))))
         if node not in self.where and node.target is operator.getitem:
             source, index = node.args
             return self.read(Spot(self.where[source].name, index))  # type: ignore[index, arg-type]
@@ -124,12 +153,71 @@ class Writer:
             self._blocks[number] += written(["del ", tuple_of(sorted(names))], 1)
         return [line for block in self._blocks for line in block]
 
-    def call(self, node: fx.Node, operands: Sequence[Spot], own: bool) -> None:
-        """The statement of a call. `own` says that its first operand is the function's own and dies here."""
-        parts = self.shared.calls.parts(node, operands, may_write(node, own))
+    def nest(self, node: fx.Node, viewed: Callable[[], Spot]) -> bool:
+        """Let a view stand within the statement that reads it, if only one does, and if it holds no memory of its own.
+        `viewed` says where what it views is, then."""
+        if not is_view(node) or len(node.users) != 1:
+            return False
+        (reader,) = node.users
+        nests = reader in self.here and operands_of(reader).count(node) == 1 and self.shared.only_views(node)
+        if nests:
+            self._nested[node] = viewed
+        return nests
+
+    def call(self, node: fx.Node, operands: Callable[[], Sequence[Spot]], own: bool) -> None:
+        """The statement of a call; above it the views that it reads and that do not fit into its line. `own` says that
+        its first operand is the function's own and dies here."""
+
+        def parts() -> list[Item]:
+            return [*targets, " = ", *self.shared.calls.parts(node, operands(), may_write(node, own))]
+
+        nested = [operand for operand in dict.fromkeys(operands_of(node)) if operand in self._nested]
         targets = self._targets(node)
-        comment = "; ".join(text for text in (self.shared.typed(node), self.shared.told(node)) if text)
-        self.add(*targets, " = ", *parts, comment=comment)
+        for view in nested:
+            if fits(parts(), self.level):
+                break
+            viewed = self._nested.pop(view)
+            self.call(view, lambda viewed=viewed: [viewed()], False)
+        statement = parts()
+        self.add(*statement, comment=self._comment(node, statement))
+        for view in nested:
+            self._nested.pop(view, None)
+
+    def _comment(self, node: fx.Node, statement: Sequence[Item]) -> str:
+        """The type of a value, and what is told of a collective. Where a collective is started no type is told, and
+        what it sends stands where it is awaited, if it does not fit into the line. A type that does not fit is told if
+        axes split or sum otherwise than in the first operand."""
+        typed, told = self.shared.typed(node), self.shared.told(node)
+        if is_started(node):
+            if told and not fits([*statement, "  # ", told], self.level):
+                self._untold[node] = told
+                return ""
+            return told
+        started = node.args[0] if node.target is wait else None
+        if isinstance(started, fx.Node) and started in self._untold:
+            told = self._untold.pop(started)
+        comment = "; ".join(text for text in (typed, told) if text)
+        plain = not told and collective_of(node) is None and started is None
+        if plain and not fits([*statement, "  # ", comment], self.level) and node.all_input_nodes:
+            return "" if self._spread(node) == self._spread(node.all_input_nodes[0]) else comment
+        return comment
+
+    def _spread(self, node: fx.Node) -> Sequence[str]:
+        """The axes that split a value, and over which it is to be summed: `(dp,tp)`, `+sum@tp`."""
+        return sorted(re.findall(r"@\(.*?\)|\+?\w*@\w+", self.shared.typed(node)))
+
+    def each(self, views: Sequence[fx.Node], wanted: str) -> None:
+        """One statement for equal views of values that follow one another in a list."""
+        places = {view: self.place(view.all_input_nodes[0]) for view in views}
+        ordered = sorted(views, key=lambda view: places[view].at or 0)
+        whole = self.scope.name(wanted)
+        self.own(whole, whole)
+        for index, view in enumerate(ordered):
+            self.where[view] = Spot(whole, index, len(ordered))
+        (source,) = spread([places[view] for view in ordered])
+        made = self.shared.calls.parts(ordered[0], [Spot("x")], False)
+        text = "".join(map(str, made))
+        self.add(f"{whole} = [{text} for x in {str(source).removeprefix('*')}]", comment=self.shared.typed(views[0]))
 
     def _targets(self, node: fx.Node) -> list[Item]:
         pieces = unpacked(node, self.here)
@@ -144,9 +232,13 @@ class Writer:
         return [str(whole)]
 
     def header(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
-        """Name the user's module above the calls that come from it, with its lines. `following` begins at `node`."""
+        """Name the user's module above the calls that come from it, with its lines. `following` begins at `node`. What
+        runs beside the calls has a name that says where it is from."""
         module = lowered(node).origin.module
-        if module == self._module:
+        if module == self._module or _beside(node):
+            return
+        following = list(itertools.islice(itertools.filterfalse(_beside, following), AHEAD))
+        if is_view(node) and all(is_view(one) or lowered(one).origin.module != module for one in following):
             return
         self._module = module
         mine: list[fx.Node] = []
@@ -158,6 +250,11 @@ class Writer:
         text = ", ".join(part for part in (below, _sources(mine)) if part)
         if text:
             self.remark(text)
+
+
+def _beside(node: fx.Node) -> bool:
+    """Whether a call starts a collective, or awaits one."""
+    return node.target is wait or is_started(node)
 
 
 def unpacked(node: fx.Node, here: Collection[fx.Node]) -> list[fx.Node]:
@@ -205,6 +302,27 @@ def sends(node: fx.Node) -> bool:
     """Whether a node is a collective that sends something."""
     collective = collective_of(node)
     return collective is not None and not collective.single.local
+
+
+def alike_views(nodes: Iterable[fx.Node], where: Mapping[fx.Node, Spot]) -> int:
+    """How many of the nodes, from the first on, are equal views of values that follow one another in a list, each of
+    another one; 0 if too few are."""
+    spots: list[Spot] = []
+    first: fx.Node | None = None
+    for node in nodes:
+        first = first or node
+        spot = where.get(node.all_input_nodes[0]) if is_view(node) else None
+        if spot is None or spot.at is None or not _equal_views(first, node) or spot.name != (spots or [spot])[0].name:
+            break
+        spots.append(spot)
+    places = sorted(spot.at or 0 for spot in spots)
+    in_a_row = places == list(range(places[0], places[0] + len(places))) if places else False
+    return len(spots) if len(spots) >= LEAST_LIST and in_a_row else 0
+
+
+def _equal_views(one: fx.Node, other: fx.Node) -> bool:
+    same = one.target is other.target and list(one.args[1:]) == list(other.args[1:])
+    return same and not any(isinstance(arg, fx.Node) for arg in one.args[1:])
 
 
 def statements(nodes: Sequence[fx.Node]) -> list[fx.Node]:

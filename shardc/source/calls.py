@@ -14,7 +14,7 @@ from shardc.analysis.timeline import is_started
 from shardc.ir.facts import dtype_of
 from shardc.runtime.kernels.parts import Part
 from shardc.source.places import Spot, spread
-from shardc.source.text import Item, arguments, listed, values
+from shardc.source.text import Brackets, Item, arguments, listed, values
 
 _UNSAID = ("pin_memory", "layout", "memory_format")
 """Keywords that say how one device would hold a result."""
@@ -25,6 +25,23 @@ _IN_PLACE: dict[Any, torch._ops.OpOverload] = {
     torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
 }
 """Operators that copy their first operand, and write to few places of the copy; and those that write to it."""
+
+
+_METHODS: dict[Any, str] = {
+    torch.ops.aten.view.default: "reshape",  # a rank's part need not have the strides that the global view relied on
+    torch.ops.aten.permute.default: "permute",
+    torch.ops.aten.expand.default: "expand",
+    torch.ops.aten.unsqueeze.default: "unsqueeze",
+    torch.ops.aten.select.int: "select",
+}
+"""Views, and the methods of a tensor that they are written as."""
+
+METHODS = frozenset({*_METHODS.values(), "t"})
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call is written as a method of what it views."""
+    return node.target in _METHODS and not node.kwargs and isinstance(node.args[0], fx.Node)
 
 
 class CallTexts:
@@ -42,6 +59,8 @@ class CallTexts:
         if node.target is operator.getitem:
             return [str(Spot(str(operands[0]), node.args[1]))]  # type: ignore[arg-type]
         shown = [_shown(argument, found) for argument in node.args]
+        if is_view(node):
+            return _method(node, str(shown[0]), shown[1:])
         for name, value in node.kwargs.items():
             if name in _UNSAID:
                 continue
@@ -56,8 +75,6 @@ class CallTexts:
     def callee(self, node: fx.Node) -> str:
         """What is called."""
         target: Any = node.target
-        if target is torch.ops.aten.view.default:
-            return "aten.reshape.default"  # a rank's part need not have the strides that the global view relied on
         if isinstance(target, torch._ops.OpOverload):
             return str(target) if str(target).startswith("aten.") else f"torch.ops.{target}"
         return self.bodies.get(target) or target.__name__
@@ -83,6 +100,14 @@ class CallTexts:
             taken.add(name)
             names[function] = name
         return names
+
+
+def _method(node: fx.Node, viewed: str, rest: Sequence[Item]) -> list[Item]:
+    """`x.reshape(64, 32)`, `x.t()`."""
+    if node.target is torch.ops.aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        return [f"{viewed}.t", arguments([])]
+    sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], Brackets) and rest[0].items else None
+    return [f"{viewed}.{_METHODS[node.target]}", arguments(rest if sizes is None else sizes.items)]
 
 
 def imported(bodies: Mapping[Any, str]) -> list[str]:

@@ -34,6 +34,11 @@ class Holding:
     storages: Mapping[str, Storages]
     peak: float
 
+    def of(self, node: fx.Node) -> Storages:
+        """What a value occupies."""
+        source = node.args[0] if node.target is wait else node
+        return self.storages.get(source.name, ()) if isinstance(source, fx.Node) else ()
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -91,10 +96,7 @@ class Lives:
 
     def storages(self, node: fx.Node) -> Storages:
         """What a value occupies."""
-        if self.held is None:
-            return ()
-        source = node.args[0] if node.target is wait else node
-        return self.held.storages.get(source.name, ()) if isinstance(source, fx.Node) else ()
+        return () if self.held is None else self.held.of(node)
 
     def fits(self, unit: Unit) -> bool:
         """Whether a unit may stay; if so, it does."""

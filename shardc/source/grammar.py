@@ -14,6 +14,7 @@ from enum import Enum
 import shardc.runtime
 from shardc.errors import ShardcError
 from shardc.runtime.collectives.collective import Collective
+from shardc.source.calls import METHODS
 
 
 class LineKind(Enum):
@@ -21,10 +22,11 @@ class LineKind(Enum):
 
     OPERATOR = "TARGETS = OPERATOR(XS)", "y = aten.mm.default(x, w)", "an operator of torch on the rank's parts"
     BODY = "TARGETS = BODY(XS)", 'y = rebase(x, part=Part(("tp",), 64))', "a function of the runtime, or of the user's"
+    VIEW = "TARGETS = X.METHOD(XS)", "y = x.reshape(32, 64)", "a view; also within the line that reads it"
     COLLECTIVE = "TARGETS = COLLECTIVE(XS)", 'y = all_reduce(x, axis="dp")', "a collective, started and awaited"
     START = "TARGETS = STARTED.start(XS)", 'y_started = all_reduce.start(x, axis="dp")', "a collective is started"
     WAIT = "TARGETS = wait(X)", "y = wait(y_started)", "the result of a collective that was started"
-    EACH = "TARGETS = [OPERATOR(XS) for x in X]", "g = [aten.neg.default(x) for x in a]", "an operator on a list"
+    EACH = "TARGETS = [x.METHOD(XS) for x in X]", "y = [x.reshape(64) for x in made]", "a view of each of a list"
     ITEM = "TARGETS = X[X]", "y = made[0]", "one of several results"
     LAYER = "TARGETS = LAYER(XS)", "x, kept = layer(x, *layers[9 * i : 9 * i + 9])", "one run of a repeated layer"
     LOOP = "for i in range(X): ...", "for i in range(32):", "the runs of a repeated layer"
@@ -123,6 +125,8 @@ class _SourceReader:
         called = self.called(node)
         if called.startswith(("aten.", "torch.ops.")):
             return LineKind.OPERATOR
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            return LineKind.VIEW
         name, _, started = called.partition(".")
         ours = getattr(shardc.runtime, name, None) if self.imports.get(name) == "shardc.runtime" else None
         if started:
@@ -163,7 +167,7 @@ def _call(kind: LineKind) -> Fits:
 
 def _each(reader: _SourceReader, node: ast.stmt) -> bool:
     made = node.value if isinstance(node, ast.Assign) else None
-    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.OPERATOR
+    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.VIEW
 
 
 def _item(_: _SourceReader, node: ast.stmt) -> bool:
@@ -185,6 +189,7 @@ _FITS: tuple[tuple[LineKind, Fits], ...] = (
         for kind in (
             LineKind.OPERATOR,
             LineKind.BODY,
+            LineKind.VIEW,
             LineKind.COLLECTIVE,
             LineKind.START,
             LineKind.WAIT,

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import fx
 
-from shardc.source.body import Shared, Writer, statements
-from shardc.source.frees import Holding, Lives, Unit
-from shardc.source.layers import Function, Layer, Stretch, carried_unit, layer_of, own_units
+from shardc.source.body import Shared, Writer, alike_views, statements
+from shardc.source.dropping import dropped_early
+from shardc.source.frees import Holding, Lives
+from shardc.source.layers import Function, Layer, Stretch, layer_names, layer_of
 from shardc.source.naming import Scope, layer_name
-from shardc.source.places import Spot, spread, turn
-from shardc.source.repetition import Loop, Own, operands_of, repeated
+from shardc.source.places import Spot, even, spread, turn
+from shardc.source.repetition import Loop, Outer, Own, key_of, operands_of, repeated
+from shardc.source.shared_ends import share_ends
 from shardc.source.text import Item, arguments, listed, tuple_of, values
 
 LEAST_GIVEN = 4
 """Arguments in a row that loops read, which get one list instead of names."""
-
-
-class TooLong(Exception):
-    """Lists of what runs leave would hold more than the plan says."""
 
 
 @dataclass
@@ -122,30 +121,61 @@ class Half:
         """Write everything but the beginning and the return."""
         for loop in self.loops:
             self.layers.append(self._layer(loop, [one for one in takes if one.loop is loop]))
-        dropped = self._dropped()
+        share_ends(self.layers, partial(key_of, mesh=self.shared.mesh), self.shared.annotation, self._may_stay)
+        for layer in self.layers:
+            self._called(layer)
+        dropped = dropped_early(self.lives, self.layers, [*self.inline, *self.writer.where])
+        self._name_carried()
         lines, at = statements(self.inline), 0
         for number, loop in enumerate([*self.loops, None]):
             stop = len(self.nodes) if loop is None else loop.start
+            first = at
             while at < len(lines) and self.lives.place[lines[at]] < stop:
-                self._line(lines[at], self._until(lines, at, stop))
                 at += 1
+            self._straight(lines[first:at])
             if loop is not None:
                 layer = self.layers[number]
                 self._loop(layer, [one for one in takes if one.loop is loop])
                 self._functions(layer, dropped)
         self.dropped = dropped
 
-    def _until(self, lines: Sequence[fx.Node], at: int, stop: int) -> Iterator[fx.Node]:
-        following = itertools.islice(lines, at, None)
-        return itertools.takewhile(lambda node: self.lives.place[node] < stop, following)
+    def _straight(self, lines: Sequence[fx.Node]) -> None:
+        """The lines between two loops."""
+        at = 0
+        while at < len(lines):
+            if count := alike_views(itertools.islice(lines, at, None), self.writer.where):
+                self.writer.begin()
+                self.writer.each(lines[at : at + count], "grads" if lines[at] in self.results else "views")
+            else:
+                self._line(lines[at], itertools.islice(lines, at, None))
+            at += count or 1
+
+    def _name_carried(self) -> None:
+        """Call what loops begin with as they call what they carry, if nobody else reads it."""
+        for layer in self.layers:
+            values = [layer.loop.columns[number].values[0] for number in layer.carried]
+            if not layer.state and len(values) == 1 and self._alone(values[0], layer.loop):
+                self.writer.wanted[values[0]] = self._wanted(layer, layer.carried[0])
+
+    def _alone(self, value: fx.Node, loop: Loop) -> bool:
+        """Whether a value is made here, and read by nothing behind the loop that begins with it."""
+        mine = value in self.writer.here or any(value in run for one in self.loops for run in one.runs[-1:])
+        return mine and self.lives.last(value) < loop.stop
 
     def _line(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
-        self.writer.begin()
-        self.writer.header(node, following)
         operands = operands_of(node)
         first = operands[0] if operands else None
+        if first is not None and self._at_once(node) and self.writer.nest(node, lambda: self.writer.place(first)):
+            return
+        self.writer.begin()
+        self.writer.header(node, following)
         own = first in self.writer.here and first not in self.results
-        self.writer.call(node, [self.writer.place(operand) for operand in operands], own)
+        self.writer.call(node, lambda: list(map(self.writer.place, operands)), own)
+
+    def _at_once(self, node: fx.Node) -> bool:
+        """Whether no loop runs before a value is read for the last time."""
+        place, last = self.lives.place[node], self.lives.last(node)
+        return not any(place < loop.start <= last for loop in self.loops)
 
     def _layer(self, loop: Loop, takes: Sequence[Taken]) -> Layer:
         groups: dict[str, list[int]] = {}
@@ -160,53 +190,25 @@ class Half:
         def read_on(node: fx.Node) -> bool:
             return node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
 
-        layer = layer_of(loop, [column for one in takes for column in one.columns], groups, read_on)
+        return layer_of(loop, [column for one in takes for column in one.columns], groups, read_on)
+
+    def _called(self, layer: Layer) -> None:
+        """Give the functions of a layer their names."""
         name = layer_name(layer.modules())
         for part in layer.parts:
+            if layer.twin is not None and part is layer.parts[-1]:
+                part.name = layer.twin.parts[-1].name
+                continue
             wanted = name if self.name == "forward" else f"{name}_{self.name}"
             part.name = Scope(self.shared.taken).name(wanted if part is layer.parts[0] else f"{wanted}_end")
             self.shared.taken.add(part.name)
             self.writer.scope.taken.add(part.name)
-        return layer
 
-    def _dropped(self) -> set[fx.Node | str] | None:
-        """What is deleted before its function ends; None for everything."""
-        if self.held is None:
-            for layer in self.layers:
-                layer.state = bool(layer.carried)
-            return None
-        units: list[Unit] = []
-        for layer in self.layers:
-            layer.state = not self.lives.fits(carried_unit(layer, self.lives))
-            units += [unit for part in layer.parts for unit in own_units(layer, part, self.lives)]
-        units += self.lives.units([*self.inline, *self.writer.where], [(0, len(self.nodes))])
-        dropped = self._dropped_lists()
-        for unit in sorted(units, key=lambda unit: unit.size):
-            if not self.lives.fits(unit):
-                dropped.update(unit.names)
-        return dropped
-
-    def _dropped_lists(self) -> set[fx.Node | str]:
-        """The lists of what runs leave that are deleted behind their last reader. Raises TooLong where even then they
-        would hold more than fits."""
-        dropped: set[fx.Node | str] = set()
-        for layer in self.layers:
-            for name, group in layer.groups.items():
-                made = [run[offset] for run in layer.loop.every for offset in group if offset < len(run)]
-                last = max(self.lives.last(node) for node in made) + 1
-                for stop in (len(self.nodes), last):
-                    stays = [
-                        (self.lives.ends[storage] + 1, stop, size)
-                        for node in made
-                        for storage, size in self.lives.storages(node)
-                        if self.lives.ends[storage] + 1 < stop
-                    ]
-                    if self.lives.fits(Unit((), tuple(stays))):
-                        break
-                    if stop == last:
-                        raise TooLong
-                    dropped.add(f"{layer.parts[0].name} {name}")
-        return dropped
+    def _may_stay(self, layer: Layer, offsets: Sequence[int]) -> bool:
+        """Whether values may stay until their run ends."""
+        whole = [(layer.loop.start + run * layer.loop.size, layer.loop.start + (run + 1) * layer.loop.size)
+                 for run in range(len(layer.loop.runs))]  # fmt: skip
+        return all(map(self.lives.fits, self.lives.units([layer.run[offset] for offset in offsets], whole)))
 
     def _loop(self, layer: Layer, takes: Sequence[Taken]) -> None:
         loop, writer = layer.loop, self.writer
@@ -222,7 +224,7 @@ class Half:
             kinds = self.shared.list_of(layer.run[offset] for offset in layer.groups[name])
             writer.add(f"{whole}: {kinds} = []")
         for name, whole in lists.items():
-            writer.own(whole, f"{layer.parts[0].name} {name}")
+            writer.own(whole, layer.list_of(name))
         if not state:
             for number, name in zip(layer.carried, carried, strict=True):
                 initial = writer.place(loop.columns[number].values[0])
@@ -230,7 +232,7 @@ class Half:
                     writer.add(f"{name} = {initial}")
         self._varying(layer)
         left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name}")) for name in lists}
-        between = writer.scope.name("between") if loop.rest else ""
+        between = writer.scope.name("between") if len(layer.parts) > 1 else ""
         state_or = [state] if state else carried
         takes_ = [f"take({one.name}, {len(one.columns)})" for one in takes]
         given = " + ".join([*([f"take({state}, {len(carried)})"] if state else []), *takes_])
@@ -246,10 +248,12 @@ class Half:
             made: list[Item] = [tuple_of(targets), " = "] if targets else []
             writer.add(*made, part.name, arguments(passed))
             for name in part.groups:
+                if idle := layer.left(part, name):
+                    writer.add("del ", tuple_of([f"{left[name]}[{place}]" for place in idle]))
                 writer.add(f"{lists[name]} += {left[name]}")
 
         turns = "i" if any(self._turn(part, None) != self._turn(part, 0) for part in layer.parts) else "_"
-        writer.add(f"for {turns} in range({len(loop.runs)}):", comment=_which(loop))
+        writer.add(f"for {turns} in range({len(loop.runs)}):", comment=layer_names(loop))
         writer.level += 1
         for part in layer.parts:
             call(part, None)
@@ -283,8 +287,7 @@ class Half:
         """What a loop calls a value that it carries: as what it starts from is called, if nobody else reads that."""
         column = layer.loop.columns[number]
         first = self.writer.where.get(column.values[0])
-        alone = column.values[0] in self.writer.here and self.lives.last(column.values[0]) < layer.loop.stop
-        if first is not None and first.at is None and alone and not layer.state:
+        if first is not None and first.at is None and not layer.state and self._alone(column.values[0], layer.loop):
             return first.name
         return self.writer.scope.name(self._wanted(layer, number))
 
@@ -319,7 +322,7 @@ class Half:
             for number in part.held:
                 some = [v for v in loop.values(number) if v is not None]
                 places = [writer.place(value) for value in some]
-                step = _even(places)
+                step = even(places)
                 if step is None:
                     name = writer.scope.name("given_layers")
                     writer.add(f"{name} = ", listed(spread(places)))
@@ -328,6 +331,10 @@ class Half:
                 else:
                     self.turns[number] = places[0], step
             part.held.sort(key=lambda n: (self.turns[n][1], self.turns[n][0].name, self.turns[n][0].at))
+        if layer.twin is not None:
+            for numbers, its in ((layer.parts[-1].held, layer.twin.parts[-1].held),
+                                 (layer.parts[-1].same, layer.twin.parts[-1].same)):  # fmt: skip
+                numbers[:] = [b.column for n in its if isinstance(b := layer.pairs[Outer(n)], Outer)]
 
     def _turn(self, part: Stretch, run: int | None) -> list[str]:
         """The arguments that differ, in one run, or in run `i`."""
@@ -337,18 +344,29 @@ class Half:
         return turn([p._replace(at=(p.at or 0) + step * run) for p, step in found], [0] * len(found))
 
     def _functions(self, layer: Layer, dropped: set[fx.Node | str] | None) -> None:
-        doc = f"{_which(layer.loop)}, in {self.name}." if _which(layer.loop) else f"A repeated part of {self.name}."
+        doc = self._which([layer])
         for part in layer.parts:
+            last = part is layer.parts[-1]
+            if last and layer.twin is not None:
+                continue
             told = (
                 doc if part is layer.parts[0] else f"The end of {layer.parts[0].name}, which its last call is without."
             )
+            if last and layer.shares:
+                told = self._which([layer, *(one for one in self.layers if one.twin is layer)])
+                told = told if part is layer.parts[0] else f"The end of {told}"
             one = Function(layer, part, self.shared, lambda number: self._wanted(layer, number))
             self.functions += ["", "", *one.lines(dropped, told)]
+
+    def _which(self, layers: Sequence[Layer]) -> str:
+        """`model.layers.0 to model.layers.31, in forward.`"""
+        named = [one for layer in layers if (one := layer_names(layer.loop))]
+        return f"{' and '.join(named)}, in {self.name}." if named else f"A repeated part of {self.name}."
 
     def body(self) -> list[str]:
         """The lines between the beginning and the return."""
         lists = {
-            f"{layer.parts[0].name} {name}"
+            layer.list_of(name)
             for layer in self.layers
             for name, group in layer.groups.items()
             if any(run[offset] in self.results for run in layer.loop.runs for offset in group)
@@ -366,29 +384,3 @@ class Half:
             items += [*spread(some), "None"]
             some = []
         return values([*items, *spread(some)])
-
-
-def _even(places: Sequence[Spot]) -> int | None:
-    """How far places move from run to run in one list; None if they do not move evenly."""
-    first, second = places[0], places[1]
-    if first.at is None or second.at is None:
-        return None
-    step = second.at - first.at
-    even = all(place.name == first.name and place.at == first.at + step * run for run, place in enumerate(places))
-    return step if even else None
-
-
-def _which(loop: Loop) -> str:
-    """`model.layers.0 to model.layers.31`: the layers of the user's that a loop runs."""
-    from shardc.ir.facts import lowered
-
-    def first(run: Sequence[fx.Node]) -> str:
-        for node in run:
-            parts = lowered(node).origin.module.split(".")
-            numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-            if numbers:
-                return ".".join(parts[: numbers[0] + 1])
-        return ""
-
-    one, other = first(loop.runs[0]), first(loop.runs[-1])
-    return f"{one} to {other}" if one and other and one != other else one

@@ -8,8 +8,9 @@ def layer(x: Tensor, q_weight: Tensor, cos: Tensor) -> tuple[Tensor, list[Tensor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import fx
 
@@ -43,13 +44,20 @@ class Stretch:
 class Layer:
     """How a loop runs. Columns are those of the loop: `given` are those that the first function takes in one list,
     which it empties, so that each value is freed where its last reader is. With `state`, what is carried is in the
-    list, too. `groups` are all offsets of what runs leave, list by list."""
+    list, too. `groups` are all offsets of what runs leave, list by list.
+
+    A layer whose end is that of another, its `twin`, calls the function of that one: `pairs` has what the twin's end
+    reads from before it, and what this one's reads there. The twin then `shares`: its function leaves what either
+    keeps."""
 
     loop: Loop
     given: list[int]
     groups: dict[str, list[int]]
     parts: list[Stretch] = field(default_factory=list[Stretch])
     state: bool = False
+    shares: bool = False
+    twin: Layer | None = None
+    pairs: dict[Own | Outer, Own | Outer] = field(default_factory=dict[Own | Outer, Own | Outer])
 
     @property
     def carried(self) -> list[int]:
@@ -75,6 +83,23 @@ class Layer:
     def node(self, one: Own | Outer) -> fx.Node:
         """What the first run makes or reads."""
         return self.run[one.offset] if isinstance(one, Own) else self.loop.columns[one.column].values[0]
+
+    def twins(self, node: fx.Node) -> fx.Node:
+        """The node of the twin that does what a node of the end does here, or is read there as this one is here."""
+        assert self.twin is not None
+        end, its = self.parts[-1], self.twin.parts[-1]
+        if node in (mine := self.run[end.low : end.high]):
+            return self.twin.run[its.low + mine.index(node)]
+        return next(self.twin.node(a) for a, b in self.pairs.items() if self.node(b) is node)
+
+    def left(self, part: Stretch, name: str) -> list[int]:
+        """Where in a list that a part leaves stand the values that are not kept, from the end."""
+        own = set(self.groups[name])
+        return [place for place, offset in enumerate(part.groups[name]) if offset not in own][::-1]
+
+    def list_of(self, name: str) -> str:
+        """What the list of a half is called inside of the compiler that has what runs leave."""
+        return f"{self.parts[0].name} {name}"
 
     def modules(self) -> list[str]:
         """The user's modules from which the functions come, in order."""
@@ -102,8 +127,13 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
         kept = {offset for group in groups.values() for offset in group}
         ends = {Own(offset) for offset, node in enumerate(loop.rest) if offset not in kept and read_on(node)}
         passed |= ends
-        first.after = second.before = sorted(passed, key=lambda one: (isinstance(one, Outer), one[0]))
+        first.after = second.before = sorted(passed, key=_in_order)
     return layer
+
+
+def _in_order(one: Own | Outer) -> tuple[int, int]:
+    """First what a run makes, then what it reads."""
+    return (0, one.offset) if isinstance(one, Own) else (1, one.column)
 
 
 def spans_of(layer: Layer, part: Stretch) -> list[tuple[int, int]]:
@@ -177,12 +207,14 @@ class Function:
         left |= {layer.carried_node(number) for number in layer.carried} if self.last else set()
         lines, offsets = statements(mine), {node: offset for offset, node in enumerate(run)}
         for number, node in enumerate(lines):
+            read = loop.operands[offsets[node]]
+            if read and writer.nest(node, partial(self._place, read[0])):
+                continue
             writer.begin()
             writer.header(node, itertools.islice(lines, number, None))
-            read = loop.operands[offsets[node]]
             own = bool(read) and isinstance(read[0], Own) and run[read[0].offset] not in left
             own = own and isinstance(read[0], Own) and read[0].offset >= part.low
-            writer.call(node, list(map(self._place, read)), own)
+            writer.call(node, lambda read=read: list(map(self._place, read)), own)
         body = writer.lines(left, dropped)
         return [*self._head(doc), *body, *self._leave()]
 
@@ -221,6 +253,16 @@ class Function:
         return [*written([f"def {part.name}", arguments(parameters), f" -> {returns}:"], 0), f'    """{doc}"""']
 
 
-def indices(groups: Mapping[str, Collection[int]]) -> Mapping[int, tuple[str, int]]:
-    """The list of each offset, and its place there within a run."""
-    return {offset: (name, place) for name, group in groups.items() for place, offset in enumerate(group)}
+def layer_names(loop: Loop) -> str:
+    """`model.layers.0 to model.layers.31`: the layers of the user's that a loop runs."""
+
+    def first(run: Sequence[fx.Node]) -> str:
+        for node in run:
+            parts = lowered(node).origin.module.split(".")
+            numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+            if numbers:
+                return ".".join(parts[: numbers[0] + 1])
+        return ""
+
+    one, other = first(loop.runs[0]), first(loop.runs[-1])
+    return f"{one} to {other}" if one and other and one != other else one

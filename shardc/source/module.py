@@ -16,8 +16,9 @@ from shardc.ir.program import Port, Program, Role
 from shardc.runtime.kernels.random import DRAWS
 from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
+from shardc.source.dropping import TooLong
 from shardc.source.frees import Holding
-from shardc.source.halves import LEAST_GIVEN, Half, Taken, TooLong
+from shardc.source.halves import LEAST_GIVEN, Half, Taken
 from shardc.source.layers import LIVING
 from shardc.source.naming import Naming
 from shardc.source.places import Spot
@@ -83,7 +84,7 @@ class _Module:
         self.imports: set[str] = set()
         """What the epilogue needs of the runtime."""
         self.calls = CallTexts(graph, self.taken)
-        self.shared = Shared(self.calls, Naming(graph, program), mesh, self.taken, predicted.told)
+        self.shared = Shared(self.calls, Naming(graph, program), mesh, self.taken, predicted.told, predicted.held)
 
     def text(self, loops: bool) -> str:
         forward = self._half("forward", self.run.forward, [*self.run.outputs, *self.run.saved], loops)

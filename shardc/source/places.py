@@ -130,3 +130,13 @@ def moving(first: int, step: int) -> str:
     if step < 0:
         return f"{first} - {moved}"
     return f"{moved} + {first}" if first else moved
+
+
+def even(places: Sequence[Spot]) -> int | None:
+    """How far places move from run to run in one list; None if they do not move evenly."""
+    first, second = places[0], places[1]
+    if first.at is None or second.at is None:
+        return None
+    step = second.at - first.at
+    even = all(place.name == first.name and place.at == first.at + step * run for run, place in enumerate(places))
+    return step if even else None

@@ -72,7 +72,7 @@ class _Remarks:
         return found
 
     def of(self, node: fx.Node) -> str:
-        """`2.0 MiB over tp, 20.00 us, hidden`; "" for what sends nothing."""
+        """`2.0 MiB, 20.00 us, hidden`; "" for what sends nothing. The axis stands in the call."""
         step = None if node.target is wait else self.c.pace.step(node)
         if step is None or step[0].local or not self.times.sent.get(node):
             return ""
@@ -80,7 +80,7 @@ class _Remarks:
         sent = step[0].sent(self.c.mesh.sizes[axis], step[1])
         part = self.hidden.get(node, 0.0)
         hidden = ", hidden" if part > 0.995 else f", {part:.0%} hidden" if part > 0.005 else ""
-        return f"{in_bytes(sent)} over {axis}, {in_seconds(step[2])}{hidden}"
+        return f"{in_bytes(sent)}, {in_seconds(step[2])}{hidden}"
 
 
 def parallelism(c: Compilation) -> list[str]:

@@ -13,12 +13,13 @@ not equal here; nor are those that read something else of one another.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
@@ -37,13 +38,15 @@ MOST_STARTS = 16
 """How many lengths of a stretch are tried, and at how many places it may begin."""
 
 
-class Own(NamedTuple):
+@dataclass(frozen=True)
+class Own:
     """An operand that the same run has made, as its node number `offset`."""
 
     offset: int
 
 
-class Outer(NamedTuple):
+@dataclass(frozen=True)
+class Outer:
     """An operand from outside of the run: number `column` of `Loop.columns`."""
 
     column: int
@@ -212,6 +215,25 @@ class _Search:
             if tried:
                 yield self._with_rest(min(tried, key=lambda one: one[:2])[2], stop)
                 return
+        yield from self._leaving_alike(start, stop, period)
+
+    def _leaving_alike(self, start: int, stop: int, period: int) -> Iterator[Loop]:
+        """Loops of the runs of a stretch that leave alike: backward may need more of some layers than of others."""
+        for first in self._starts(start, stop, period):
+            found: list[Loop] = []
+            leaves = [
+                [offset for offset in range(period) if self.nodes[run + offset] in self.results]
+                for run in range(first, stop - period + 1, period)
+            ]
+            run = 0
+            for _, alike in itertools.groupby(leaves):
+                count = len(list(alike))
+                loops = (self._loop(first + run * period, period, less) for less in (count, count - 1) if less > 1)
+                found += itertools.islice(filter(None, loops), 1)
+                run += count
+            if found:
+                yield max(found, key=_saved)
+                return
 
     def _with_rest(self, loop: Loop, stop: int) -> Loop:
         """The loop with the nodes behind it that are those of one more run."""
@@ -222,7 +244,7 @@ class _Search:
             if column.carried is not None:
                 reads[number] = loop.runs[-1][column.carried]
         taken = 0
-        while first + taken < stop and self._alike(loop, first, taken, reads):
+        while taken < loop.size - 1 and first + taken < stop and self._alike(loop, first, taken, reads):
             taken += 1
         carried = {column.carried for column in loop.columns if column.carried is not None}
         taken = min([taken, *carried])

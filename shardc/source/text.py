@@ -26,7 +26,7 @@ WIDTH = 120
 STEP = 4
 """Columns of a line, and by how many what is inside of something is indented."""
 
-MANY = 8
+MANY = 6
 """Names that fill lines, rather than stand on a line each."""
 
 _SKIP = "  # fmt: skip"
@@ -79,6 +79,11 @@ def listed(items: Iterable[Item]) -> Brackets:
 def arguments(items: Iterable[Item]) -> Brackets:
     """What stands behind the name of a function."""
     return Arguments("(", tuple(items), ")")
+
+
+def fits(parts: Sequence[Item], level: int) -> bool:
+    """Whether a statement fits on a line."""
+    return len(" " * STEP * level + "".join(map(str, parts))) <= WIDTH
 
 
 def written(parts: Sequence[Item], level: int, comment: str = "") -> list[str]:

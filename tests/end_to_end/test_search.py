@@ -91,6 +91,21 @@ def test_big_weights_and_a_big_batch_over_nodes_want_two_axes() -> None:
         assert one.stored == 2 * 2 * held  # parameters and gradients, in bf16
 
 
+def test_a_ranking_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDC_PLAN_CACHE", str(tmp_path))
+    monkeypatch.setattr("shardc.search.WORTH", 0.0)
+    model, inputs = mlp(64, 256, 32)
+    first = shardc.search_mesh(model, 4, inputs, hardware="h100")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    monkeypatch.setattr("shardc.search._candidate", lambda *_: pytest.fail("a mesh is planned again"))
+    again = shardc.search_mesh(model, 4, inputs, hardware="h100")
+    assert replace(again, shared=first.shared) == first and str(again.ranked[0]) == str(first.ranked[0])
+    assert first.ranked[0].summary is not None and again.ranked[0].summary == first.ranked[0].summary
+    next(tmp_path.iterdir()).write_text("{")  # what is damaged is not read
+    with pytest.raises(pytest.fail.Exception, match="planned again"):
+        shardc.search_mesh(model, 4, inputs, hardware="h100")
+
+
 def test_three_axes_are_searched_where_three_are_named() -> None:
     model, inputs = mlp(512, 2048, 512)
     found = shardc.search_mesh(model, 8, inputs, hardware="h100", axes=("a", "b", "c"))

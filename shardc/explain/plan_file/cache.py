@@ -19,7 +19,7 @@ from shardc.explain.plan_file.as_json import FORMAT, as_json, written
 from shardc.explain.plan_file.asked import hardware_json, options_json
 from shardc.explain.plan_file.fingerprint import digest, fingerprint
 from shardc.explain.plan_file.reading import PlanFile
-from shardc.ir.cached_files import cache_folder, keep_file
+from shardc.ir.cached_files import cache_folder, keep_file, used
 from shardc.planning.compilation import Compilation
 
 VARIABLE = "SHARDC_PLAN_CACHE"
@@ -27,15 +27,16 @@ WORTH = 0.1
 """CPU-seconds: what takes less to solve is not kept."""
 
 
-def cached_at(c: Compilation) -> Path | None:
-    """The file in which the plan of a program that was factored is, or would be; None if nothing is to be cached."""
+def cached_at(c: Compilation, *more: object) -> Path | None:
+    """The file in which the plan of a program that was factored is, or would be, or what else is found for it that also
+    depends on `more`; None if nothing is to be cached."""
     folder = os.environ.get(VARIABLE, "")
     if not c.options.cache or folder == "off":
         return None
     stored = [[str(one.key[0]), one.dims, one.text] for one in c.constraints]
     parts = [
         FORMAT, version("shardc"), _code(), torch.__version__, c.mesh.axes, hardware_json(c.options.device),
-        options_json(c.options), stored, c.dims, c.time_limit, fingerprint(c.factored).digest,
+        options_json(c.options), stored, c.dims, c.time_limit, fingerprint(c.factored).digest, *more,
     ]  # fmt: skip
     return (Path(folder) if folder else cache_folder("plans")) / f"{digest(parts, 32)}.json"
 
@@ -43,7 +44,9 @@ def cached_at(c: Compilation) -> Path | None:
 def look(path: Path) -> PlanFile | None:
     """The plan that is kept in a file; None if there is none, or it is damaged."""
     try:
-        return PlanFile.read(path)
+        found = PlanFile.read(path)
+        used(path)
+        return found
     except Exception:  # whatever is wrong with the file, the program is planned again
         return None
 

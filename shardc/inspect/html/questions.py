@@ -7,6 +7,7 @@ for the others. Repeated layers are asked about once.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,8 +19,8 @@ from shardc.explain.plan import Placed, Plan
 MOST_NODES = 20_000
 """Nodes of the program times searches for other plans, at most."""
 
-MOST_SECONDS = 20.0
-"""CPU-seconds that the searches may take, if each takes what the plan took."""
+MOST_SECONDS = 5.0
+"""CPU-seconds of searches after which none begins."""
 
 MOST_SEARCHES = 24
 DEAREST = 12
@@ -44,12 +45,15 @@ def answers(plan: Plan, tensors: Sequence[Placed], nodes: int) -> list[dict[str,
     for name in _names(plan, tensors):
         with suppress(ShardcError):  # an output that is an input; nobody makes it
             asked.append((explainer.why(name, compare=False), explainer.alternatives(name)))
-    first = max(plan.phases.get("assign", 0.0), 0.01)
-    searches = min(MOST_SEARCHES, MOST_NODES // max(nodes, 1), int(MOST_SECONDS / first))
-    dearest = sorted((why for why, others in asked if others), key=_conversions, reverse=True)
-    compared = {why.value for why in dearest[:searches]}
-    made = [_answer(explainer, why, others, why.value in compared) for why, others in asked]
-    _price(explainer, [one for one in made if one["value"] in compared], searches - len(compared))
+    searches = min(MOST_SEARCHES, MOST_NODES // max(nodes, 1))
+    dearest = sorted(asked, key=lambda one: -_conversions(one[0]))
+    compared = {why.value for why, _ in [one for one in dearest if one[1]][:searches]}
+    until, answered = time.process_time() + MOST_SECONDS, dict[str, dict[str, Any]]()
+    for why, others in dearest:
+        compare = why.value in compared and time.process_time() < until
+        answered[why.value] = _answer(explainer, why, others, compare)
+    made = [answered[why.value] for why, _ in asked]
+    _price(explainer, [one for one in made if one["value"] in compared], searches - len(compared), until)
     return made
 
 
@@ -81,10 +85,12 @@ def _answer(explainer: Explainer, why: Why, others: Sequence[str], compare: bool
     return {"value": why.value, "pattern": pattern(why.value), "layout": why.layout, "why": lines, "instead": layouts}
 
 
-def _price(explainer: Explainer, made: Sequence[dict[str, Any]], searches: int) -> None:
-    """Spend the searches that are left on alternatives, value after value, dearest first."""
+def _price(explainer: Explainer, made: Sequence[dict[str, Any]], searches: int, until: float) -> None:
+    """Spend the searches that are left, and the CPU-seconds, on alternatives, value after value, dearest first."""
     for one in made:
         for layout in [layout for layout, cost in one["instead"].items() if not cost][: max(searches, 0)]:
+            if time.process_time() >= until:
+                return
             searches -= 1
             try:
                 other = explainer.why_not(one["value"], layout)

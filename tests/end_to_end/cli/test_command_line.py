@@ -212,7 +212,10 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 --dynamic 'x=0:a b'", "--dynamic x=0:a b: write ARGUMENT=DIM:NAME"),
         ("plan examples/mlp.py --devices 2 --dynamic x=0:batch", "dynamic= has no meaning for a search"),
         ("compile x.py --mesh tp=2 --print-after no", "Expected one of " + str(NAMES)),
-        ("compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py", "cannot write nowhere/at/all.py: No such file"),
+        (
+            "compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py",
+            "cannot write nowhere/at/all.py: there is no folder",
+        ),
         ("report examples/mlp.py --mesh tp=2 -o nowhere/at/all.html", "there is no folder"),
         ("report examples/mlp.py --mesh tp=2 --against tp", "cannot read 'tp' in mesh 'tp'"),
         ("explain x.py --mesh tp=2 --layout tp", "name the value with --why"),
@@ -239,6 +242,57 @@ def test_a_message_is_the_same_in_every_encoding(encoding: str) -> None:
         "shardc: Unrecognized options: --memry, 80GB\nPerhaps you meant:\n    --memory BYTES|unbounded\n"
         "For full helptext, run shardc --help\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_the_kind", "mine.py:1: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+        ("def model(:", "mine.py:1: SyntaxError: invalid syntax"),
+        ("def model():\n    return 1 / 0\ndef inputs():\n    return ()", "mine.py:2: ZeroDivisionError"),
+        ("model = inputs = 3", "mine.py lacks model() and inputs(); model() gives the nn.Module"),
+        ("def inputs():\n    return ()", "mine.py lacks model(); model() gives the nn.Module"),
+        ("def model():\n    return 3\ndef inputs():\n    return ()", "model() gives a int, not an nn.Module"),
+        (
+            "from torch.nn import Linear\ndef model():\n    return Linear(2, 2)\ndef inputs():\n    return 3",
+            "inputs() gives a int, not a tuple or dict",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_message(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text(text)
+    assert message in said(capsys, "plan", str(tmp_path / "mine.py"), "--mesh", "tp=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan mine.txt --mesh tp=2", "mine.txt is no Python file"),
+        ("diff no.json no.json", "no.json"),
+        ("diff mine.txt mine.txt", "mine.txt"),
+        ("plan examples/mlp.py --devices 2 -o plan.json", "-o writes the plan for one mesh; name it with --mesh"),
+        ("plan examples/mlp.py --mesh tp=2 -o no/plan.json", "cannot write no/plan.json: there is no folder"),
+        ("plan examples/mlp.py --mesh tp=2 --plan no.json", "no.json"),
+        ("trace examples/mlp.py --mesh tp=2 -o no/trace.json", "cannot write no/trace.json: there is no folder"),
+        ("profile examples/mlp.py --mesh tp=2 --steps 0 -o trace.json", "--steps=0 measures nothing"),
+        ("profile examples/mlp.py --mesh tp=2 -o no/trace.json", "cannot write no/trace.json: there is no folder"),
+        ("report examples/mlp.py --mesh tp=2 -o .", "cannot write .: it is a folder; name a file"),
+        ("explain examples/mlp.py --mesh tp=2 --why upp.weight", "nearest: up.weight"),
+        ("explain examples/mlp.py --mesh tp=2 --why up.weight --layout xp,-", "xp"),
+        ("calibrate mine.toml --processes 0", "--processes=0"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("not JSON")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert message in said(capsys, *shlex.split(arguments))
 
 
 def test_reading_refuses_with_an_error_of_ours() -> None:

@@ -60,7 +60,7 @@ def test_long_lines_break_as_ruff_breaks_them() -> None:
     assert written(["y = f", arguments([*names, "k=12345678"])], 1) == [
         "    y = f(", f"        {', '.join(names)}, k=12345678", "    )"
     ]  # fmt: skip
-    assert written(["y = ", listed([*names, *names[:3]])], 1)[1] == f"        {names[0]},"
+    assert written(["y = ", listed([*names, *names[:1]])], 1)[1] == f"        {names[0]},"
 
 
 def test_many_names_fill_lines() -> None:
