@@ -47,8 +47,17 @@ class _Blocks:
     count: int
 
     @property
+    def size(self) -> int:
+        return self.period * self.count
+
+    @property
     def stop(self) -> int:
-        return self.start + self.period * self.count
+        return self.start + self.size
+
+    def in_turns(self, blocks: int) -> _Blocks:
+        """The same with so many blocks as one; the last ones are left out where that does not go up."""
+        many = max(blocks, 1)
+        return _Blocks(self.start, self.period * many, self.count // many)
 
 
 @dataclass(frozen=True)
@@ -292,13 +301,19 @@ def _runs(signatures: Integers) -> Iterator[_Blocks]:
 
 def _disjoint(runs: Iterator[_Blocks]) -> list[_Blocks]:
     """The longest ones that do not overlap, of equally long ones that with the shortest period; all of about as many
-    layers as the longest has."""
-    chosen: list[_Blocks] = []
+    layers. Where layers take turns, some runs repeat with every layer, others with every turn: all are counted in
+    turns then.
+
+    Forward is  a b a b a b a b  (four turns); parameters are alike in all layers,  p p p p p p p p:  four times  p p
+    """
+    apart: list[_Blocks] = []
     for run in sorted(runs, key=lambda r: (-r.period * r.count, r.period)):
-        apart = all(run.stop <= other.start or other.stop <= run.start for other in chosen)
-        if apart and (not chosen or abs(run.count - chosen[0].count) <= 1):
-            chosen.append(run)
-    return chosen
+        if all(run.stop <= other.start or other.stop <= run.start for other in apart):
+            apart.append(run)
+    long = [run for run in apart if tuning.LONG_RUN * run.size >= apart[0].size]
+    layers = min((run.count for run in long), default=0)
+    turns = [run.in_turns(round(run.count / layers)) if layers else run for run in apart]
+    return [run for run in turns if abs(run.count - layers) <= 1]
 
 
 def _counting(
