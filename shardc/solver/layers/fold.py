@@ -319,7 +319,7 @@ def _disjoint(runs: Iterator[_Blocks]) -> list[_Blocks]:
 def _counting(
     problem: Problem, runs: Sequence[_Blocks], run: Integers, position: Integers
 ) -> dict[int, tuple[int, int]]:
-    """Per run that is linked to the first (sign, offset) so that its layers count as those of the first."""
+    """Per run (sign, offset) so that its layers count as those of the runs that it is linked to."""
     ends = np.array(list(problem.edges), dtype=np.int64).reshape(-1, 2)
     pairs = ends[(run[ends] != _NONE).all(axis=1) & (run[ends[:, 0]] != run[ends[:, 1]])]
     ballots = [
@@ -330,13 +330,16 @@ def _counting(
     cast = Counter[tuple[int, ...]](map(tuple, np.stack(ballots, axis=1).reshape(-1, 4).tolist()))
     for (one, other, sign, distance), _ in cast.most_common():
         votes.setdefault((one, other), (sign, distance))  # position of `one` in terms of that of `other`
-    counting, waiting = {0: (1, 0)}, [0]
-    while waiting:
-        known = waiting.pop()
-        sign, offset = counting[known]
-        for other in range(len(runs)):
-            if other not in counting and (known, other) in votes:
-                turn, distance = votes[known, other]
-                counting[other] = sign * turn, offset + sign * distance
-                waiting.append(other)
+    counting: dict[int, tuple[int, int]] = {}
+    for first in range(len(runs)):  # runs that nothing links, as those of encoder and decoder, count for themselves
+        waiting = [] if first in counting else [first]
+        counting.setdefault(first, (1, 0))
+        while waiting:
+            known = waiting.pop()
+            sign, offset = counting[known]
+            for other in range(len(runs)):
+                if other not in counting and (known, other) in votes:
+                    turn, distance = votes[known, other]
+                    counting[other] = sign * turn, offset + sign * distance
+                    waiting.append(other)
     return counting
