@@ -30,7 +30,7 @@ from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.run_order import RunOrder
 from shardc.planning.variables import Domain, name_of
 from shardc.rules.factors.factored import Key, Op, Value
-from shardc.rules.factors.strategy import Strategy, workspace
+from shardc.rules.factors.strategy import Shape, Strategy, workspace
 from shardc.solver.loads import Load, Loads
 from shardc.solver.problem import Array, zeros
 
@@ -109,12 +109,18 @@ class RecomputeNetwork(CostNetwork):
         shape = options.shape
         if not shape.workspace and not options.rings and not any(one.workspace for one in shape.variants):
             return
-        again = np.array([strategy.again for strategy in domain.strategies])
-        sizes = np.array([float(workspace(shape, strategy, self.mesh)) for strategy in domain.strategies])
-        self._hold(variable, None, sizes, self._reader, self._reader)
-        if again.any():
+        once = self._derived("workspace", (options, domain), lambda: self._workspaces(shape, domain))
+        self._hold(variable, None, once, self._reader, self._reader)
+        if domain.strategies and domain.strategies[-1].again:
+
+            def repeated() -> Array:
+                return np.where([strategy.again for strategy in domain.strategies], once, 0.0)
+
             position = self.schedule.rerun[op.node]
-            self._hold(variable, None, np.where(again, sizes, 0.0), position, position)
+            self._hold(variable, None, self._derived("workspace again", (once,), repeated), position, position)
+
+    def _workspaces(self, shape: Shape, domain: Domain) -> Array:
+        return np.array([float(workspace(shape, strategy, self.mesh)) for strategy in domain.strategies])
 
     def _domain(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         once = super()._domain(op, port, frozen)

@@ -16,7 +16,7 @@ by layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -30,6 +30,7 @@ at waists; and how many values (the logits of all routers, for a loss) an operat
 reader."""
 _OURS = frozenset({"shardc::attention"})
 _TURNS = 8  # stretches that one window consists of, at most
+_REPEATS = 2  # times that turns are repeated, at least, to be told apart from a longer run beside them
 
 
 class RunOrder:
@@ -84,7 +85,7 @@ class RunOrder:
                     first[operand.value.key] = min(position, first.get(operand.value.key, position))
         return repeatable
 
-    def _stays(self, op: Op, window: Sequence[int]) -> bool:
+    def _stays(self, op: Op, window: Sequence[tuple[int, int]]) -> bool:
         """Whether forward reads the results of an operator in its own window only."""
         number = window[self.position[op.node]]
         return all(window[place] == number for r in op.results for place in self.readers.get(r.key, ([], []))[0])
@@ -119,13 +120,30 @@ def _pure(op: Op) -> bool:
     return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
 
 
-def _windows(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
-    """The number of the window of every operator of forward."""
+def _windows(
+    forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program
+) -> list[tuple[int, int]]:
+    """The window of every operator of forward."""
     waists = _waists(forward, readers, program)
     stretches = [forward[start:stop] for start, stop in zip([0, *waists], [*waists, len(forward)], strict=True)]
     kinds = [tuple(_kind(op) for op in stretch) for stretch in stretches]
-    first, turns = _turns(kinds)
-    return [(i - first) // turns for i, stretch in enumerate(stretches) for _ in stretch]
+    grouped = _grouped(kinds, range(len(kinds)), 0, 1)
+    return [window for window, stretch in zip(grouped, stretches, strict=True) for _ in stretch]
+
+
+def _grouped(kinds: Sequence[Hashable], among: range, first: int, turns: int) -> Iterator[tuple[int, int]]:
+    """The window of some stretches: those that repeat in turns are one. An encoder's may take two turns, and those of
+    the decoder behind it three. Others are grouped by the `turns` of the run beside them, which is `first`."""
+    start, own, length = _turns(kinds[among.start : among.stop])
+    beside = len(among) < len(kinds)
+    if not among or (beside and length < _REPEATS * own):
+        yield from ((first, (place - first) // turns) for place in among)
+        return
+    start += among.start
+    stop = start + length + own if length else among.stop
+    yield from _grouped(kinds, range(among.start, start), start, own)
+    yield from ((start, (place - start) // own) for place in range(start, stop))
+    yield from _grouped(kinds, range(stop, among.stop), start, own)
 
 
 def _waists(forward: Sequence[Op], readers: dict[Key, tuple[list[int], list[int]]], program: Program) -> list[int]:
@@ -161,8 +179,9 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [one for one in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(one, torch.Tensor)]
 
 
-def _turns(kinds: Sequence[Hashable]) -> tuple[int, int]:
-    """The longest run of stretches that repeat in turns: its first stretch, and how many stretches take turns."""
+def _turns(kinds: Sequence[Hashable]) -> tuple[int, int, int]:
+    """The longest run of stretches that repeat in turns: its first stretch, how many stretches take turns, and how many
+    of them are repeated."""
     best, first, turns = 0, 0, 1
     for count in range(1, _TURNS + 1):
         length = 0
@@ -170,4 +189,4 @@ def _turns(kinds: Sequence[Hashable]) -> tuple[int, int]:
             length = length + 1 if one == other else 0
             if length > best + (count - turns):
                 best, first, turns = length, place - length + 1, count
-    return first, turns
+    return first, turns, best

@@ -200,6 +200,9 @@ MIN_LAYERS = 8
 PERIODS = 40
 """Distances between equal variables that are tried as the length of a layer, the most frequent first."""
 
+LONG_RUN = 4
+"""Times shorter than the longest run that another may be to have a say in how many layers there are."""
+
 RING_TRIPLETS = 2e-2
 """Gap, as a part of the cost, from which on a ring is tried though triplets proved the template: it drops them. Most
 often they leave less. Time of a ring against gap."""

@@ -47,8 +47,17 @@ class _Blocks:
     count: int
 
     @property
+    def size(self) -> int:
+        return self.period * self.count
+
+    @property
     def stop(self) -> int:
-        return self.start + self.period * self.count
+        return self.start + self.size
+
+    def in_turns(self, blocks: int) -> _Blocks:
+        """The same with so many blocks as one; the last ones are left out where that does not go up."""
+        many = max(blocks, 1)
+        return _Blocks(self.start, self.period * many, self.count // many)
 
 
 @dataclass(frozen=True)
@@ -292,19 +301,25 @@ def _runs(signatures: Integers) -> Iterator[_Blocks]:
 
 def _disjoint(runs: Iterator[_Blocks]) -> list[_Blocks]:
     """The longest ones that do not overlap, of equally long ones that with the shortest period; all of about as many
-    layers as the longest has."""
-    chosen: list[_Blocks] = []
+    layers. Where layers take turns, some runs repeat with every layer, others with every turn: all are counted in
+    turns then.
+
+    Forward is  a b a b a b a b  (four turns); parameters are alike in all layers,  p p p p p p p p:  four times  p p
+    """
+    apart: list[_Blocks] = []
     for run in sorted(runs, key=lambda r: (-r.period * r.count, r.period)):
-        apart = all(run.stop <= other.start or other.stop <= run.start for other in chosen)
-        if apart and (not chosen or abs(run.count - chosen[0].count) <= 1):
-            chosen.append(run)
-    return chosen
+        if all(run.stop <= other.start or other.stop <= run.start for other in apart):
+            apart.append(run)
+    long = [run for run in apart if tuning.LONG_RUN * run.size >= apart[0].size]
+    layers = min((run.count for run in long), default=0)
+    turns = [run.in_turns(round(run.count / layers)) if layers else run for run in apart]
+    return [run for run in turns if abs(run.count - layers) <= 1]
 
 
 def _counting(
     problem: Problem, runs: Sequence[_Blocks], run: Integers, position: Integers
 ) -> dict[int, tuple[int, int]]:
-    """Per run that is linked to the first (sign, offset) so that its layers count as those of the first."""
+    """Per run (sign, offset) so that its layers count as those of the runs that it is linked to."""
     ends = np.array(list(problem.edges), dtype=np.int64).reshape(-1, 2)
     pairs = ends[(run[ends] != _NONE).all(axis=1) & (run[ends[:, 0]] != run[ends[:, 1]])]
     ballots = [
@@ -315,13 +330,16 @@ def _counting(
     cast = Counter[tuple[int, ...]](map(tuple, np.stack(ballots, axis=1).reshape(-1, 4).tolist()))
     for (one, other, sign, distance), _ in cast.most_common():
         votes.setdefault((one, other), (sign, distance))  # position of `one` in terms of that of `other`
-    counting, waiting = {0: (1, 0)}, [0]
-    while waiting:
-        known = waiting.pop()
-        sign, offset = counting[known]
-        for other in range(len(runs)):
-            if other not in counting and (known, other) in votes:
-                turn, distance = votes[known, other]
-                counting[other] = sign * turn, offset + sign * distance
-                waiting.append(other)
+    counting: dict[int, tuple[int, int]] = {}
+    for first in range(len(runs)):  # runs that nothing links, as those of encoder and decoder, count for themselves
+        waiting = [] if first in counting else [first]
+        counting.setdefault(first, (1, 0))
+        while waiting:
+            known = waiting.pop()
+            sign, offset = counting[known]
+            for other in range(len(runs)):
+                if other not in counting and (known, other) in votes:
+                    turn, distance = votes[known, other]
+                    counting[other] = sign * turn, offset + sign * distance
+                    waiting.append(other)
     return counting
