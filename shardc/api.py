@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -279,7 +280,7 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     methods = {**_methods(original.forward, request), "__module__": original.__module__}
     # pickle finds no class of its own in the module: the original is named, and sharded again
     methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
-    methods |= {SHARDED_FROM: original, "__class__": property(lambda self: original, _set_class)}
+    methods |= {SHARDED_FROM: original, "__class__": property(_class_of, _set_class)}
     module.__class__ = _subclass(original, methods)
     module.__dict__["_shardc"] = _Engine(request)
     return module
@@ -311,6 +312,15 @@ def _subclass(original: type[nn.Module], methods: dict[str, Any]) -> type[nn.Mod
 @cache
 def _sharded_kind(kind: type) -> type:
     return type(f"Sharded{kind.__name__}", (_WritesToOriginal, kind) if kind is not type else (_WritesToOriginal,), {})
+
+
+def _class_of(module: nn.Module) -> type:
+    """The user's class, as code of a model asks for it; to Dynamo, which looks methods up there, the sharded one."""
+    kind = type(module)
+    return kind if sys._getframe(1).f_code.co_filename.startswith(_DYNAMO) else unsharded(kind)
+
+
+_DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "")
 
 
 def _set_class(module: nn.Module, kind: type) -> None:

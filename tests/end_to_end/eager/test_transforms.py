@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +191,28 @@ def test_tensors_that_are_not_plain_are_refused(name: str) -> None:
     _, sharded = pair(MLP)
     with pytest.raises(RankError, match=f"^input 0 {message}"):
         sharded.float()(make())
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = MLP(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x) + 1)
+
+
+COMPILED: dict[str, Callable[[Outer, Callable[..., Any]], Callable[[Tensor], Tensor]]] = {
+    "itself": lambda model, compiled: compiled(model.part),
+    "around": lambda model, compiled: compiled(model),
+    "its forward": lambda model, compiled: compiled(lambda x: 2 * model.part.forward(x)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_by_torch_it_runs_sharded(name: str) -> None:
+    model, x = Outer(), torch.randn(4, 12)
+    expected = COMPILED[name](model, lambda function: function)(x)
+    shard(model.part, mesh="a=2")
+    torch.testing.assert_close(COMPILED[name](model, partial(torch.compile, backend="eager"))(x), expected)
+    assert model.part.compiled is not None and model.part.__class__ is MLP
