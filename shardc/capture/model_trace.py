@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
@@ -78,6 +79,7 @@ class ModelTrace:
         stand_ins: StandIns | None,
         compiling: CompilingFlag,
         recognition: Recognition,
+        experts: WrittenExperts,
     ) -> None:
         self._compiling = compiling
         self.watch, self.stand_ins, self.recognition = watch, stand_ins, recognition
@@ -126,7 +128,7 @@ class ModelTrace:
         self.escapes = Escapes()
         self._facts = TensorFacts()
         self.provenance = Provenance(
-            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, stand_ins
+            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, experts, stand_ins
         )
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
@@ -156,7 +158,7 @@ class ModelTrace:
             try:
                 traced = joint_graph(stack, self._function, fakes)
                 self._check_backward()
-            except ShardcError:
+            except (ShardcError, Changed):
                 raise
             except Exception as error:
                 raise explained(error, self.provenance.stack[-1]) from error

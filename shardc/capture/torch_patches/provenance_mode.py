@@ -18,6 +18,7 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.side_effects.tensor_facts import ASKED
@@ -52,6 +53,7 @@ class Provenance(TorchFunctionMode):
         made: Callable[[Any, str], None],
         answer: Callable[[Callable[..., Any], Any, str], Any],
         recognition: Recognition,
+        experts: WrittenExperts,
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
@@ -65,11 +67,17 @@ class Provenance(TorchFunctionMode):
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
         self._recognition, self._attention = recognition, WrittenAttention(recognition)
+        self._experts = experts
 
     def __enter__(self) -> Provenance:
         self._attention = WrittenAttention(self._recognition)
+        self._experts.begin()
         parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
         return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._experts.events.taken.clear()  # they would outlive the trace
+        super().__exit__(*raised)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,7 +111,10 @@ class Provenance(TorchFunctionMode):
             if self.seeds.seeded:
                 self.after_seed.add((self.stack[-1], line))
             if result is None:
-                result = self._attention.call(func, args, kwargs, line)
+                name = getattr(func, "__name__", "")
+                result = self._experts.call(
+                    lambda: self._attention.call(func, args, kwargs, line), name, self.stack[-1], args, kwargs
+                )
             self._made(result, line)
             return result
         except Exception as error:
