@@ -82,7 +82,7 @@ class ModelTrace:
         experts: WrittenExperts,
     ) -> None:
         self._compiling = compiling
-        self.watch, self.stand_ins, self.recognition = watch, stand_ins, recognition
+        self.watch, self.stand_ins, self.recognition, self.experts = watch, stand_ins, recognition, experts
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad = state, grad
@@ -122,7 +122,7 @@ class ModelTrace:
         }  # fmt: skip
         """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
-        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds)
+        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
         self.seed: Tensor | None = None
         self.met: set[str] = set()
         self.escapes = Escapes()
@@ -210,7 +210,9 @@ class ModelTrace:
             self.candidates = candidates(changes)
             self._write_back(tensors)
             slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-            return self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            outputs = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            self.experts.end()
+            return outputs
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
         """The arguments with other leaves. Containers are new ones, and one where those of the call are."""

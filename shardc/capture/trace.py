@@ -72,13 +72,13 @@ def capture(
             trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition, experts)
             try:
                 made = trace.run()
-                if dynamic or not experts.search(made.graph):
+                if dynamic or not experts.unsure(made.graph):
                     return trace, ProgramBuilder(trace, made).program()
             except Changed as error:
                 experts.leave(error.event)
-            except CaptureError:
+            except CaptureError as error:
                 if compiling.last is None or compiling.last in told:
-                    raise
+                    raise experts.rows.empty.asked or error
                 told.add(compiling.last)
 
     def captured() -> Program:

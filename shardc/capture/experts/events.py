@@ -52,6 +52,10 @@ class Events:
         self.taken: dict[Place, tuple[Tensor, int]] = {}
         """Tensors that are wanted, as they came, and how often they had been written by then."""
 
+    def next(self, path: str) -> Event:
+        """The number of the call that a module has begun last."""
+        return path, self._counts[path] - 1
+
     def call(
         self, run: Callable[[], Any], name: str, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         wanted: Mapping[Event, Iterable[int]],

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from shardc.capture.experts.events import Place
 from shardc.capture.experts.expressions import Call, Expression, Taken, Writer, evaluate, stacked, turned
-from shardc.capture.experts.networks import Part, Product, is_tensor, same_rows, shape
+from shardc.capture.experts.networks import Part, Product, is_tensor, shape
 from shardc.capture.experts.routing import Chosen, Column, Gate, Gates, count_of, distinct, is_filled
 from shardc.capture.experts.sums import Sum, Term
 from shardc.ir.program import value_of
@@ -220,8 +220,8 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
     """The scores `[tokens, k]` of which a gate is the sum where the ids are the expert's."""
     if isinstance(gate, Column):
         return None
-    node = same_rows(gate, set())
-    while node.target is aten.view.default:
+    node = gate
+    while node.target in (aten.view.default, aten.clone.default):
         node = node.args[0]  # type: ignore[assignment]
     if node.target is aten.sum.dim_IntList:
         dims, rank = node.args[1], len(shape(node.args[0]))  # type: ignore[arg-type]

@@ -36,12 +36,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Sum:
-    """The experts that a node adds, in order, and the value that it adds them to, if any."""
+    """The experts that a node adds, in order, and the value that it adds them to, if any. `chain` are the additions
+    before the last."""
 
     node: fx.Node
     terms: tuple[Term, ...]
     rest: fx.Node | None
     inside: frozenset[fx.Node]
+    chain: frozenset[fx.Node]
 
 
 class Sums:
@@ -77,7 +79,7 @@ class Sums:
         if any(isinstance(part, Term) for part in rest) or len(rest) > 1:
             return None
         seen = inside.union(*(term.inside | term.network.inside for term in experts))
-        return Sum(smaller, tuple(experts), rest[0] if rest else None, seen)  # type: ignore[arg-type]
+        return Sum(smaller, tuple(experts), rest[0] if rest else None, seen, inside - {smaller})  # type: ignore[arg-type]
 
     def _last_kind(self, node: fx.Node) -> list[Term]:
         """The terms that are experts of the kind of the last one."""
@@ -181,6 +183,9 @@ class Sums:
             return None if inner is None else inner.gated(_gate(args[0]), node)
         if node.target is aten._to_copy.default and is_tensor(args[0]):
             return self._term(args[0])
+        if node.target is aten.add.Tensor and any(is_filled(one, 0) for one in args) and not node.kwargs:
+            other = args[1] if is_filled(args[0], 0) else args[0]
+            return self._term(other) if is_tensor(other) and shape(other) == shape(node) else None
         made = network(node, self._formulas) if node.target in _PRODUCTS else None
         return None if made is None else Term(made)
 

@@ -19,9 +19,12 @@ from torch import Tensor, fx
 from shardc.capture.canonical import Rewriter, live
 from shardc.capture.experts.events import Event, Events, Place, Record
 from shardc.capture.experts.expressions import Writer
+from shardc.capture.experts.outline import Outlines
 from shardc.capture.experts.recipe import Recipe, recipe
+from shardc.capture.experts.selected import SelectedRows
 from shardc.capture.experts.sums import Sum, Sums
 from shardc.capture.torch_patches.aot_autograd import output_kinds
+from shardc.errors import CaptureError
 from shardc.ir.facts import Captured, describe
 
 aten: Any = torch.ops.aten
@@ -33,7 +36,15 @@ class WrittenExperts:
     def __init__(self) -> None:
         self._recipes: dict[Event, Recipe] = {}
         self._left = set[Event]()
+        self._skipped = set[Event]()
+        """Calls that write parts of such a sum, which nothing else reads."""
         self._off = False
+        self._shown = False
+        self._full: list[Any] | None = None
+        """What the last trace computes, while the next one is told that all selections are empty."""
+        self._asked: CaptureError | None = None
+        self._outlines = Outlines()
+        self.rows = SelectedRows()
         self.used = False
         """Whether the operator stands in the trace that is running or was the last."""
         self.events = Events()
@@ -42,17 +53,32 @@ class WrittenExperts:
     def begin(self) -> None:
         """A trace begins."""
         self.events, self.used = Events(), False
+        self.rows = SelectedRows(empty=self._full is not None)
 
     def stop(self) -> None:
         """From now on, recognise none."""
         self._off, self._recipes, self._wanted, self.used = True, {}, {}, False
+        self._skipped.clear()
+
+    def end(self) -> None:
+        """The model has run: what is noted of its tensors would keep them."""
+        self.events.taken.clear()
+        self.rows.forget()
 
     def call(
         self, run: Callable[[], Any], name: str, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """`run()`, or the sum over experts that this call completes."""
-        event, result = self.events.call(run, name, path, args, kwargs, self._wanted)
-        made = self._recipes.get(event)
+        self.rows.empty.path = path
+        replaced = self._full is None
+
+        def called() -> Any:
+            if replaced and writes(name) and self.events.next(path) in self._skipped:
+                return None if name == "__setitem__" else args[0]
+            return self.rows.call(run, name, args, kwargs)
+
+        event, result = self.events.call(called, name, path, args, kwargs, self._wanted if replaced else {})
+        made = self._recipes.get(event) if replaced else None
         if made is None:
             return result
         target = args[0] if result is None else result
@@ -78,13 +104,33 @@ class WrittenExperts:
         """From now on, do not replace what this call completes."""
         self._left.add(event)
         self._recipes.pop(event, None)
+        self._skipped.clear()
 
-    def search(self, graph: fx.Graph) -> bool:
-        """Whether the graph of a trace has sums over experts that are to be replaced: then the model is traced again."""
+    def unsure(self, graph: fx.Graph) -> bool:
+        """Whether the model is to be traced again: with an answer to whether selections are empty, or with sums over
+        experts replaced, which its graph has. Raises CaptureError where the answer makes a difference."""
+        if self._full is not None:
+            expected, self._full, self._shown = self._full, None, True
+            if self._outline(_Copy(graph)) != expected:
+                assert self._asked is not None
+                raise self._asked
+            return True
         record = self.events.record
-        if self._off or not record.chooses:
+        asked = self.rows.empty.asked is not None and not self._shown
+        if not asked and (self._off or not record.chooses):
             return False
         kept = _Copy(graph)
+        more = self._search(kept, record) if record.chooses and not self._off else False
+        if asked:
+            self._full, self._asked = self._outline(kept), self.rows.empty.asked
+        return more or asked
+
+    def _outline(self, kept: _Copy) -> list[Any]:
+        false = {kept.env[node] for node in self.rows.masks if node in kept.env}
+        return self._outlines.of(kept.graph, kept.results, false)
+
+    def _search(self, kept: _Copy, record: Record) -> bool:
+        """Whether the graph has sums over experts that are to be replaced."""
         places = {kept.env[node]: found[0] for node, found in record.places.items() if node in kept.env}
         without = {kept.env[node] for node in record.without_gradients if node in kept.env}
         more = False
@@ -102,6 +148,8 @@ class WrittenExperts:
                 continue
             self._recipes[event] = made
             more = True
+            chain = {node for node in found.chain if set(node.users) <= {*found.inside, found.node, *found.chain}}
+            self._skipped |= {one for node in chain if (one := kept.event(node, record)) is not None} - {event}
         wanted: dict[Event, set[int]] = {}
         for made in self._recipes.values():
             for place in made.places():
@@ -124,12 +172,16 @@ def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
     return nodes <= without or not nodes & without
 
 
+def writes(name: str) -> bool:
+    """Whether a function of torch writes into its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
 class _Copy(Rewriter):
     """The forward part of a traced graph in canonical operators, with what stops gradients."""
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__({})
-        self._written: dict[fx.Node, list[fx.Node]] = {}
         results: Iterable[Any] = graph.output_node().args[0]  # type: ignore[assignment]
         kinds = output_kinds(graph)
         wanted = [node for (kind, _), node in zip(kinds, results, strict=True) if kind in ("output", "mutation")]
@@ -138,6 +190,7 @@ class _Copy(Rewriter):
             if node.op in ("placeholder", "get_attr"):
                 self.placeholder(node, node.name, node.meta.get("val"))
         self.copy(calls)
+        self.results = [self.env[node] if isinstance(node, fx.Node) else None for node in wanted]
         self.order = list(self.graph.nodes)
         self._of: dict[fx.Node, list[fx.Node]] = {}
         for old, new in self.env.items():

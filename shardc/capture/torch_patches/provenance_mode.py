@@ -75,10 +75,6 @@ class Provenance(TorchFunctionMode):
         parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
         return super().__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
-        self._experts.events.taken.clear()  # they would outlive the trace
-        super().__exit__(*raised)
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -92,7 +88,10 @@ class Provenance(TorchFunctionMode):
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             known = self._answer(func, args[0], source_line(sys._getframe(1))) if func in ASKED else ()
-            return known[0] if known else self._attention.read(func, *args)
+            if known:
+                return known[0]
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            return self._experts.rows.read(name, args[0], self._attention.read(func, *args))
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
@@ -101,6 +100,7 @@ class Provenance(TorchFunctionMode):
         if self._stand_ins:
             self._stand_ins.check((*args, *kwargs.values()))
         args, kwargs = as_on_cuda(func, args, kwargs)
+        name = getattr(func, "__name__", "")
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
@@ -111,7 +111,6 @@ class Provenance(TorchFunctionMode):
             if self.seeds.seeded:
                 self.after_seed.add((self.stack[-1], line))
             if result is None:
-                name = getattr(func, "__name__", "")
                 result = self._experts.call(
                     lambda: self._attention.call(func, args, kwargs, line), name, self.stack[-1], args, kwargs
                 )
