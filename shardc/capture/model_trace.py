@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
@@ -78,9 +79,10 @@ class ModelTrace:
         stand_ins: StandIns | None,
         compiling: CompilingFlag,
         recognition: Recognition,
+        experts: WrittenExperts,
     ) -> None:
         self._compiling = compiling
-        self.watch, self.stand_ins, self.recognition = watch, stand_ins, recognition
+        self.watch, self.stand_ins, self.recognition, self.experts = watch, stand_ins, recognition, experts
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
         self.state, self.grad = state, grad
@@ -120,13 +122,13 @@ class ModelTrace:
         }  # fmt: skip
         """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
-        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds)
+        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
         self.seed: Tensor | None = None
         self.met: set[str] = set()
         self.escapes = Escapes()
         self._facts = TensorFacts()
         self.provenance = Provenance(
-            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, stand_ins
+            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, experts, stand_ins
         )
 
     def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
@@ -156,7 +158,7 @@ class ModelTrace:
             try:
                 traced = joint_graph(stack, self._function, fakes)
                 self._check_backward()
-            except ShardcError:
+            except (ShardcError, Changed):
                 raise
             except Exception as error:
                 raise explained(error, self.provenance.stack[-1]) from error
@@ -208,7 +210,9 @@ class ModelTrace:
             self.candidates = candidates(changes)
             self._write_back(tensors)
             slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-            return self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            outputs = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            self.experts.end()
+            return outputs
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
         """The arguments with other leaves. Containers are new ones, and one where those of the call are."""

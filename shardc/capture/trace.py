@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from shardc.capture.eager_results import with_eager_results
+from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import opaque
 from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.model_trace import ModelTrace
@@ -61,19 +62,23 @@ def capture(
     """
     refuse_unsupported(module)
     arguments = tuple(args), dict(kwargs or {})
-    recognition = Recognition()
+    recognition, experts = Recognition(), WrittenExperts()
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
         rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
         told: set[Place] = set()
         while True:
             compiling = CompilingFlag(told)
-            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition)
+            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition, experts)
             try:
-                return trace, ProgramBuilder(trace, trace.run()).program()
-            except CaptureError:
+                made = trace.run()
+                if dynamic or not experts.unsure(made.graph):
+                    return trace, ProgramBuilder(trace, made).program()
+            except Changed as error:
+                experts.leave(error.event)
+            except CaptureError as error:
                 if compiling.last is None or compiling.last in told:
-                    raise
+                    raise experts.rows.empty.asked or error
                 told.add(compiling.last)
 
     def captured() -> Program:
@@ -86,25 +91,28 @@ def capture(
         trace.check_met()
         return program
 
-    program = _recognised(captured, recognition)
+    program = _recognised(captured, recognition, experts)
     return program if dynamic else with_eager_results(program)
 
 
 Traced = Callable[..., tuple[ModelTrace, Program]]
 
 
-def _recognised(captured: Callable[[], Program], recognition: Recognition) -> Program:
-    """The program with the operator for attention that the model writes out, where the model can have it: not where it
-    reads the weights, or takes second derivatives."""
+def _recognised(captured: Callable[[], Program], recognition: Recognition, experts: WrittenExperts) -> Program:
+    """The program with the operators for attention and experts that the model writes out, where the model can have
+    them: not where it reads the weights, or takes second derivatives."""
     while True:
         try:
             return captured()
         except Unrecognised as error:
             recognition.leave(error.sites)
         except RankError:  # that the operator has no second derivative
-            if not recognition.used:
+            if not recognition.used and not experts.used:
                 raise
-            recognition.stop()
+            if experts.used:
+                experts.stop()
+            else:
+                recognition.stop()
 
 
 def _stitched(traced: Traced, repeats: list[Repeat]) -> tuple[ModelTrace, Program] | None:

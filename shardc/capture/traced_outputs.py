@@ -38,10 +38,13 @@ from shardc.ir.program import Constant, Made, Role
 
 class TracedOutputs:
     """The outputs of one run of the model. `differentiable` are the flat ones that get a tangent, None for the usual
-    ones; `exists` tells whether an object was there before the call."""
+    ones; `exists` tells whether an object was there before the call, and `refuse` raises for what no output may be."""
 
-    def __init__(self, grad: bool, differentiable: frozenset[int] | None, exists: Callable[[Any], bool]) -> None:
-        self._grad, self._asked, self._exists = grad, differentiable, exists
+    def __init__(
+        self, grad: bool, differentiable: frozenset[int] | None, exists: Callable[[Any], bool],
+        refuse: Callable[[Any], None],
+    ) -> None:  # fmt: skip
+        self._grad, self._asked, self._exists, self._refuse = grad, differentiable, exists, refuse
         self.spec: pytree.TreeSpec = pytree.tree_structure(None)
         self.leaves: list[int | Constant | Made] = []
         self.attached: set[int] = set()
@@ -111,6 +114,7 @@ class TracedOutputs:
         tensors: list[Tensor] = []
         self.leaves, self.attached = [], set[int]()
         for index, leaf in enumerate(leaves):
+            self._refuse(leaf)
             if index in made or not isinstance(leaf, Tensor):
                 self.leaves.append(made.get(index) or Constant(leaf))
                 continue

@@ -18,6 +18,7 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.side_effects.tensor_facts import ASKED
@@ -52,6 +53,7 @@ class Provenance(TorchFunctionMode):
         made: Callable[[Any, str], None],
         answer: Callable[[Callable[..., Any], Any, str], Any],
         recognition: Recognition,
+        experts: WrittenExperts,
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
@@ -65,9 +67,11 @@ class Provenance(TorchFunctionMode):
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
         self._recognition, self._attention = recognition, WrittenAttention(recognition)
+        self._experts = experts
 
     def __enter__(self) -> Provenance:
         self._attention = WrittenAttention(self._recognition)
+        self._experts.begin()
         parametrize._cache.clear()  # of the run before: torch's tracer runs the model more than once
         return super().__enter__()
 
@@ -84,7 +88,10 @@ class Provenance(TorchFunctionMode):
             return set_data(*args)
         if getattr(func, "__name__", "") == "__get__":  # `x.shape` and the like: no operator
             known = self._answer(func, args[0], source_line(sys._getframe(1))) if func in ASKED else ()
-            return known[0] if known else self._attention.read(func, *args)
+            if known:
+                return known[0]
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            return self._experts.rows.read(name, args[0], self._attention.read(func, *args))
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
@@ -93,6 +100,7 @@ class Provenance(TorchFunctionMode):
         if self._stand_ins:
             self._stand_ins.check((*args, *kwargs.values()))
         args, kwargs = as_on_cuda(func, args, kwargs)
+        name = getattr(func, "__name__", "")
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
@@ -103,7 +111,9 @@ class Provenance(TorchFunctionMode):
             if self.seeds.seeded:
                 self.after_seed.add((self.stack[-1], line))
             if result is None:
-                result = self._attention.call(func, args, kwargs, line)
+                result = self._experts.call(
+                    lambda: self._attention.call(func, args, kwargs, line), name, self.stack[-1], args, kwargs
+                )
             self._made(result, line)
             return result
         except Exception as error:

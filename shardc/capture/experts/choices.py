@@ -1,0 +1,184 @@
+"""What is known of the numbers of chosen experts while a model is traced, and of what is made of them.
+
+    scores, ids = torch.topk(router(x), 2)      ids: Choices("tj"), a token and its choices, which are different
+    mask = F.one_hot(ids, 8).permute(2, 1, 0)   mask: Choices("ejt")
+    mask[3]                                     Choices("jt"): true for at most one choice of a token
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardc.capture.torch_patches.attention.notes import Notes
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Each dim of the tensor: "t", of tokens; "j", of the choices of a token, which are different experts; "e", of
+    experts; "c", of all choices."""
+
+    kinds: str
+
+
+@dataclass(frozen=True)
+class Same:
+    """The elements of `source` in their order."""
+
+    source: Tensor
+
+
+_CHOOSE = ("topk", "sort", "argsort", "argmax", "max")
+_COPIES = ("to", "bool", "int", "long", "float", "double", "half", "bfloat16", "clone", "contiguous", "type_as", "type")
+_VIEWS = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten")
+_MOVES = ("permute", "transpose", "movedim", "swapaxes", "t")
+_ANY = ("any", "sum", "amax")
+_EQUAL = ("eq", "__eq__")
+
+
+def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Note of the result of a function of torch called `name` what it says of choices."""
+    if not args or not isinstance(args[0], Tensor):
+        return
+    if name in _CHOOSE:
+        _chosen(notes, name, args, kwargs, result)
+        return
+    if not isinstance(result, Tensor):
+        return
+    if name in (*_VIEWS, "contiguous") and result.numel() == args[0].numel():
+        notes.put(result, Same(origin(notes, args[0])))
+    known = notes.get(args[0], Choices)
+    if known is None:
+        return
+    made = _kinds(known.kinds, name, args, kwargs, result)
+    notes.put(result, None if made is None else Choices(made))
+
+
+def origin(notes: Notes, tensor: Tensor) -> Tensor:
+    """The tensor of which this is a view with the same elements in the same order."""
+    note = notes.get(tensor, Same)
+    return tensor if note is None else origin(notes, note.source)
+
+
+def _chosen(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    ids = result if isinstance(result, Tensor) else result[1] if isinstance(result, tuple) else None
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        return
+    place = 2 if name == "topk" else 1
+    dim = kwargs.get("dim", args[place] if len(args) > place else None if name in ("argmax", "max") else -1)
+    rank = args[0].ndim
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim % rank != rank - 1:
+        return
+    notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank)))
+
+
+def _kinds(kinds: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> str | None:
+    source: Tensor = args[0]
+    if name in _COPIES:
+        return kinds
+    if name in _EQUAL:
+        return _compared(kinds, args[1], result)
+    if name == "one_hot":
+        return kinds + "e"
+    if name in _MOVES or name in ("T", "mT"):
+        order = moved(name, args, kwargs, source.ndim)
+        return None if order is None else "".join(kinds[dim] for dim in order)
+    if name in _VIEWS:
+        return _viewed(kinds, tuple(source.shape), tuple(result.shape)) or ("c" if result.ndim == 1 else None)
+    if name in _ANY:
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if dims is None or isinstance(dims, bool):
+            return None
+        gone = {dim % source.ndim for dim in (dims if isinstance(dims, (tuple, list)) else (dims,))}
+        if any(kinds[dim] != "j" for dim in gone) or kwargs.get("keepdim", len(args) > 2 and args[2]):
+            return None
+        return "".join(kind for dim, kind in enumerate(kinds) if dim not in gone)
+    if name == "__getitem__":
+        return _indexed(kinds, args[1])
+    return None
+
+
+def _compared(kinds: str, other: Any, result: Tensor) -> str | None:
+    """`ids == number`, or `ids[..., None] == numbers`."""
+    if not isinstance(other, Tensor) or other.numel() == 1:
+        return kinds if result.ndim == len(kinds) else None
+    return kinds[:-1] + "e" if other.ndim == 1 and kinds[-1:] == "1" and result.ndim == len(kinds) else None
+
+
+def _indexed(kinds: str, key: Any) -> str | None:
+    """What an index of numbers, slices and new dims leaves. A part of a token's choices are still different."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    used = sum(1 for part in parts if part is not None and part is not Ellipsis)
+    if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(kinds) - used)
+    left, made = list(kinds), ""
+    for part in parts:
+        if part is None:
+            made += "1"
+            continue
+        kind = left.pop(0)
+        if isinstance(part, slice):
+            if kind not in "j1" and part != slice(None):
+                return None
+            made += kind
+        elif isinstance(part, Tensor) and part.ndim:
+            if part.numel() != 1 or part.is_floating_point() or part.element_size() == 1 or kind != "e":
+                return None
+            made += "1" * part.ndim
+        elif kind not in "ej1":
+            return None
+    return made + "".join(left)
+
+
+def moved(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rank: int) -> list[int] | None:
+    """The order of the dims in the result of a function that moves them; None where it is not known."""
+    order = list(range(rank))
+    if name in ("t", "T"):
+        return order[::-1] if rank <= 2 else None
+    if name == "mT":
+        return [*order[:-2], order[-1], order[-2]]
+    dims = args[1:] if len(args) != 2 or not isinstance(args[1], (tuple, list)) else args[1]
+    if kwargs or not all(isinstance(dim, int) for dim in dims):
+        return None
+    if name == "permute":
+        return [dim % rank for dim in dims]
+    if len(dims) != 2:
+        return None
+    first, second = (dim % rank for dim in dims)
+    if name == "movedim":
+        order.insert(second, order.pop(first))
+    else:
+        order[first], order[second] = second, first
+    return order
+
+
+def _viewed(kinds: str, before: tuple[int, ...], after: tuple[int, ...]) -> str | None:
+    """The kinds of the dims of a view, in which tokens may have other dims."""
+    made, left = "", [(kind, size) for kind, size in zip(kinds, before, strict=True) if size != 1]
+    for size in after:
+        if size == 1:
+            made += "1"
+            continue
+        if not left:
+            return None
+        kind, wide = left.pop(0)
+        while wide < size and left and left[0][0] == kind == "t":
+            wide *= left.pop(0)[1]
+        if wide != size:
+            if kind != "t" or wide % size:
+                return None
+            left.insert(0, (kind, wide // size))
+        made += kind
+    return made if not left else None
+
+
+def tokens_of(kinds: str, shape: tuple[int, ...]) -> int:
+    """How many tokens a tensor has."""
+    return math.prod(size for kind, size in zip(kinds, shape, strict=True) if kind == "t")
+
+

@@ -1,0 +1,102 @@
+"""How many rows a mask selects, which only a run knows: whether there are any has an answer, all else has none."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from shardc.capture.torch_patches.fake_tensors import DynamicOutputShapeException
+from shardc.capture.trace_errors import explained
+from shardc.capture.user_frames import user_frame
+from shardc.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The tensor says of selections whether they have rows (True), whether they have none (False), or how many (None).
+    """
+
+    value: bool | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The tensor has these numbers, of experts that have rows."""
+
+    numbers: tuple[int, ...]
+
+
+class Emptiness:
+    """Whether selections are `empty` in a trace, and where code asked for it first."""
+
+    def __init__(self, empty: bool) -> None:
+        self._empty = empty
+        self.path = ""
+        """The module that is running."""
+        self._asked: tuple[Exception, str] | None = None
+
+    def __bool__(self) -> bool:
+        if self._asked is None:
+            frame = user_frame(sys._getframe(1))
+            error = unknown()
+            if frame is not None:
+                error = error.with_traceback(TracebackType(None, frame, frame.f_lasti, frame.f_lineno))
+            self._asked = error, self.path
+        return self._empty
+
+    @property
+    def asked(self) -> CaptureError | None:
+        """What to raise where code asked for it."""
+        return None if self._asked is None else explained(*self._asked)
+
+
+def unknown() -> Exception:
+    """What torch raises for a size that only a run knows."""
+    return DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+
+
+def _refused(*_: Any) -> NoReturn:
+    raise unknown()
+
+
+class Count(int):
+    """A number of selected rows. In the trace it is that of all rows, which shapes may have; it may be compared with
+    zero; nothing can be computed of it."""
+
+    _empty: Emptiness
+
+    def __new__(cls, value: int, empty: Emptiness) -> Count:
+        made = super().__new__(cls, value)
+        made._empty = empty
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Count):
+            return int.__eq__(self, other)
+        return bool(self._empty) if other == 0 else _refused()
+
+    def __ne__(self, other: object) -> bool:
+        return not self.__eq__(other)
+
+    def __gt__(self, other: int) -> bool:
+        return not self._empty if other == 0 else _refused()
+
+    def __ge__(self, other: int) -> bool:
+        return not self._empty if other == 1 else _refused()
+
+    def __lt__(self, other: int) -> bool:
+        return bool(self._empty) if other == 1 else _refused()
+
+    def __le__(self, other: int) -> bool:
+        return bool(self._empty) if other == 0 else _refused()
+
+    def __bool__(self) -> bool:
+        return not self._empty
+
+    __hash__ = int.__hash__
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __pow__ = __rpow__ = __float__ = _refused

@@ -1,0 +1,208 @@
+"""Experts that a model writes out, as the one operator.
+
+    for e, expert in enumerate(self.experts):      ->    %out = shardc.experts(%x, %ids, %scores, ...)
+        out = out + gates[:, e, None] * expert(x)
+
+A first trace records the model as it is written. In its graph, sums over experts are found, and it is shown which tokens
+each expert works for. Then the model is traced again: the call that completes such a sum returns what the operator
+computes of the same tensors, and what was written is dead code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardc.capture.canonical import Rewriter, live
+from shardc.capture.experts.events import Event, Events, Place, Record
+from shardc.capture.experts.expressions import Writer
+from shardc.capture.experts.outline import Outlines
+from shardc.capture.experts.recipe import Recipe, recipe
+from shardc.capture.experts.selected import SelectedRows
+from shardc.capture.experts.sums import Sum, Sums
+from shardc.capture.torch_patches.aot_autograd import output_kinds
+from shardc.errors import CaptureError
+from shardc.ir.facts import Captured, describe
+
+aten: Any = torch.ops.aten
+
+
+class WrittenExperts:
+    """What is known of the experts of a model, over all its traces."""
+
+    def __init__(self) -> None:
+        self._recipes: dict[Event, Recipe] = {}
+        self._left = set[Event]()
+        self._skipped = set[Event]()
+        """Calls that write parts of such a sum, which nothing else reads."""
+        self._off = False
+        self._shown = False
+        self._full: list[Any] | None = None
+        """What the last trace computes, while the next one is told that all selections are empty."""
+        self._asked: CaptureError | None = None
+        self._outlines = Outlines()
+        self.rows = SelectedRows()
+        self.used = False
+        """Whether the operator stands in the trace that is running or was the last."""
+        self.events = Events()
+        self._wanted: Mapping[Event, set[int]] = {}
+
+    def begin(self) -> None:
+        """A trace begins."""
+        self.events, self.used = Events(), False
+        self.rows = SelectedRows(empty=self._full is not None)
+
+    def stop(self) -> None:
+        """From now on, recognise none."""
+        self._off, self._recipes, self._wanted, self.used = True, {}, {}, False
+        self._skipped.clear()
+
+    def end(self) -> None:
+        """The model has run: what is noted of its tensors would keep them."""
+        self.events.taken.clear()
+        self.rows.forget()
+
+    def call(
+        self, run: Callable[[], Any], name: str, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """`run()`, or the sum over experts that this call completes."""
+        self.rows.empty.path = path
+        replaced = self._full is None
+
+        def called() -> Any:
+            if replaced and writes(name) and self.events.next(path) in self._skipped:
+                return None if name == "__setitem__" else args[0]
+            return self.rows.call(run, name, args, kwargs)
+
+        event, result = self.events.call(called, name, path, args, kwargs, self._wanted if replaced else {})
+        made = self._recipes.get(event) if replaced else None
+        if made is None:
+            return result
+        target = args[0] if result is None else result
+        if not isinstance(target, Tensor):
+            return result
+        try:
+            new = made.run(self._taken, target)
+        except Exception as error:  # (whatever the model does otherwise than it did when it was recorded)
+            raise Changed(event) from error
+        self.used = True
+        if result is None or (args and result is args[0]):
+            target.copy_(new)
+            return result
+        return new
+
+    def _taken(self, place: Place) -> Tensor:
+        tensor, version = self.events.taken[place]
+        if not tensor.is_inference() and tensor._version != version:
+            raise ValueError("something is written into an operand before the sum is complete")
+        return tensor
+
+    def leave(self, event: Event) -> None:
+        """From now on, do not replace what this call completes."""
+        self._left.add(event)
+        self._recipes.pop(event, None)
+        self._skipped.clear()
+
+    def unsure(self, graph: fx.Graph) -> bool:
+        """Whether the model is to be traced again: with an answer to whether selections are empty, or with sums over
+        experts replaced, which its graph has. Raises CaptureError where the answer makes a difference."""
+        if self._full is not None:
+            expected, self._full, self._shown = self._full, None, True
+            if self._outline(_Copy(graph)) != expected:
+                assert self._asked is not None
+                raise self._asked
+            return True
+        record = self.events.record
+        asked = self.rows.empty.asked is not None and not self._shown
+        if not asked and (self._off or not record.chooses):
+            return False
+        kept = _Copy(graph)
+        more = self._search(kept, record) if record.chooses and not self._off else False
+        if asked:
+            self._full, self._asked = self._outline(kept), self.rows.empty.asked
+        return more or asked
+
+    def _outline(self, kept: _Copy) -> list[Any]:
+        false = {kept.env[node] for node in self.rows.masks if node in kept.env}
+        return self._outlines.of(kept.graph, kept.results, false)
+
+    def _search(self, kept: _Copy, record: Record) -> bool:
+        """Whether the graph has sums over experts that are to be replaced."""
+        places = {kept.env[node]: found[0] for node, found in record.places.items() if node in kept.env}
+        without = {kept.env[node] for node in record.without_gradients if node in kept.env}
+        more = False
+        for found in Sums().find(kept.order):
+            event = kept.event(found.node, record)
+            if event is None or event in self._left or event in self._recipes:
+                continue
+            write = Writer(places)
+            try:
+                made = recipe(found, write)
+            except LookupError:
+                made = None
+            if made is None or not _one_mode(found, write, without):
+                self._left.add(event)
+                continue
+            self._recipes[event] = made
+            more = True
+            chain = {node for node in found.chain if set(node.users) <= {*found.inside, found.node, *found.chain}}
+            self._skipped |= {one for node in chain if (one := kept.event(node, record)) is not None} - {event}
+        wanted: dict[Event, set[int]] = {}
+        for made in self._recipes.values():
+            for place in made.places():
+                wanted.setdefault(place.event, set()).add(place.number)
+        self._wanted = wanted
+        return more
+
+
+class Changed(Exception):
+    """The operator cannot take the place of a sum, after all."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__()
+        self.event = event
+
+
+def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
+    """Whether all that the operator stands for was computed with gradients, or all without."""
+    nodes = {found.node, *found.inside, *write.read}
+    return nodes <= without or not nodes & without
+
+
+def writes(name: str) -> bool:
+    """Whether a function of torch writes into its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+class _Copy(Rewriter):
+    """The forward part of a traced graph in canonical operators, with what stops gradients."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__({})
+        results: Iterable[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+        kinds = output_kinds(graph)
+        wanted = [node for (kind, _), node in zip(kinds, results, strict=True) if kind in ("output", "mutation")]
+        calls = live(graph, [node for node in wanted if isinstance(node, fx.Node)])
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.placeholder(node, node.name, node.meta.get("val"))
+        self.copy(calls)
+        self.results = [self.env[node] if isinstance(node, fx.Node) else None for node in wanted]
+        self.order = list(self.graph.nodes)
+        self._of: dict[fx.Node, list[fx.Node]] = {}
+        for old, new in self.env.items():
+            self._of.setdefault(new, []).append(old)
+
+    def _copied(self, old: fx.Node) -> fx.Node:
+        if old.target is not aten.detach.default:
+            return super()._copied(old)
+        new = self.graph.call_function(aten.detach.default, (self.env[old.args[0]],))  # type: ignore[index]
+        describe(new, Captured(old.meta.get("val")))
+        return new
+
+    def event(self, node: fx.Node, record: Record) -> Event | None:
+        """The call that makes the value of a node."""
+        return next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
