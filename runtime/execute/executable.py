@@ -21,6 +21,7 @@ from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.execute.transforms import is_batched, refuse_transforms
+from shardc.runtime.kernels.random import INDEPENDENT
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -70,7 +71,7 @@ class Executable:
         self.outputs: tuple[Slot, ...] = tuple(slot for slot in module.OUTPUTS if slot.role == "output")
         self.tangents: tuple[Slot, ...] = tuple(getattr(module, "TANGENTS", ()))
         self.gradients: tuple[Slot, ...] = tuple(getattr(module, "GRADIENTS", ()))
-        self.random: bool = getattr(module, "RANDOM", False)
+        self.random: bool = bool(getattr(module, "RANDOM", False))
         self._boundary: Boundary = boundary(self.mesh)
         self._mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
 
@@ -263,6 +264,12 @@ class _Differentiable(torch.autograd.Function):
             raise RankError(
                 f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
                 f"{sorted(slot.index for slot in executable.tangents)}: detach the others"
+            )
+        elif executable.module.RANDOM == INDEPENDENT:
+            raise RankError(
+                f"output {min(uncovered)} got a gradient, but backward starts only from the outputs "
+                f"{sorted(slot.index for slot in executable.tangents)}, and another program would draw other random "
+                "numbers than the forward that ran: detach it, or compile with randomness='exact'"
             )
         else:
             rest = [name for name in ctx.names if name not in ctx.before]

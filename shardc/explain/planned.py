@@ -25,6 +25,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.kernels.random import DRAWS, INDEPENDENT
 
 
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
@@ -82,7 +83,7 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
-    notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    notes = [*_padded(c, graph), *_left_split(c, graph), *_random(c), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
     if c.given is not None and c.given.proof is None:
         notes.append(
             f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "
@@ -91,6 +92,15 @@ def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
     elif c.solution is None and c.given is None:
         notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
     return tuple(notes)
+
+
+def _random(c: Compilation) -> list[str]:
+    """A note on whose random numbers are drawn, if any are."""
+    if all(node.target not in DRAWS for node in c.program.graph.nodes):
+        return []
+    if c.randomness == INDEPENDENT:
+        return ["randomness is independent: every device draws its part from seeds; 'exact' draws as a single device"]
+    return ["randomness is exact: the numbers are those of a single device; 'independent' costs less on accelerators"]
 
 
 def _padded(c: Compilation, graph: fx.Graph) -> list[str]:

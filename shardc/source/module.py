@@ -11,7 +11,7 @@ from torch import fx
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
-from shardc.runtime.kernels.random import DRAWS
+from shardc.runtime.kernels.random import DRAWS, INDEPENDENT, fresh_seed
 from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
 from shardc.source.frees import Holding
@@ -173,10 +173,9 @@ class _Module:
         for told in body:
             doc += textwrap.wrap(told, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
         doc.append('"""')
-        constants = [
-            f"MESH = {shown(dict(self.mesh.sizes))}",
-            f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}",
-        ]
+        targets = {node.target for node in self.calls.nodes}
+        random = INDEPENDENT if fresh_seed in targets else not targets.isdisjoint(DRAWS)
+        constants = [f"MESH = {shown(dict(self.mesh.sizes))}", f"RANDOM = {shown(random)}"]
         return [
             *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
             "aten = torch.ops.aten", *constants, "",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.kernels.attention.blocks import attend, attend_backward, compute_dtype, heads_inside, seen
-from shardc.runtime.kernels.attention.dropout import Dropping
+from shardc.runtime.kernels.attention.dropout import Dropping, dropping_from
 from shardc.runtime.kernels.attention.pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
 
@@ -94,7 +94,7 @@ def dropping_of(
         return None
     local = (*q.shape[:-1], k.shape[2])
     shape = [part.size if part else n for part, n in zip(parts, local, strict=True)]
-    return Dropping(draw, literals.dropout, q.dtype, shape, parts[:3])
+    return dropping_from(draw, literals.dropout, q.dtype, shape, parts[:3])
 
 
 def finished(out: Tensor, logsumexp: Tensor, sinks: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
