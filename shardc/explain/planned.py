@@ -83,7 +83,12 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
-    notes = [*_padded(c, graph), *_left_split(c, graph), *_random(c), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    notes = [
+        *_padded(c, graph),
+        *_left_split(c, graph),
+        *_random(c),
+        *(f"conflict: {conflict}" for conflict in c.spread.conflicts),
+    ]
     if c.given is not None and c.given.proof is None:
         notes.append(
             f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "
