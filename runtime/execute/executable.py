@@ -265,7 +265,7 @@ class _Differentiable(torch.autograd.Function):
                 f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
                 f"{sorted(slot.index for slot in executable.tangents)}: detach the others"
             )
-        elif executable.module.RANDOM == INDEPENDENT:
+        elif getattr(executable.module, "RANDOM", False) == INDEPENDENT:
             raise RankError(
                 f"output {min(uncovered)} got a gradient, but backward starts only from the outputs "
                 f"{sorted(slot.index for slot in executable.tangents)}, and another program would draw other random "
