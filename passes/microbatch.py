@@ -33,14 +33,14 @@ from shardc.passes.propagate import spread
 from shardc.passes.reshard import resharded
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.constraints import Constraint
-from shardc.planning.time_axis import ATTENTION, TimeNetwork, batch_of, from_inputs_alone, time_mesh
+from shardc.planning.time_axis import ATTENTION, PARTED_DRAWS, TimeNetwork, batch_of, from_inputs_alone, time_mesh
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
 from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
 from shardc.runtime.kernels.parts import Part
-from shardc.runtime.kernels.random import DRAWS, draw
+from shardc.runtime.kernels.random import DRAWS
 from shardc.runtime.mesh.mesh import TIME
 
 aten = torch.ops.aten
@@ -152,13 +152,15 @@ class _Divided:
             target, kwargs = addend_of_microbatch, {}
         elif (chosen := chosen_of(node)) is not None and chosen.op.node.target in ATTENTION:
             target, kwargs = chosen.op.node.target, dict(chosen.op.node.kwargs)
-        elif target is draw:
+        elif target in PARTED_DRAWS:
+            at = PARTED_DRAWS[target]
             parts = {int(name[1:]): value for name, value in kwargs.items() if isinstance(value, Part)}
-            shape = list(args[0])
+            shape = list(args[at])
             kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Part)}
             if parts:
                 kwargs["batch"] = [(dim, shape[dim]) for dim in parts]
-                args = ([n // self.count if dim in parts else n for dim, n in enumerate(shape)], *args[1:])
+                of_part = [n // self.count if dim in parts else n for dim, n in enumerate(shape)]
+                args = (*args[:at], of_part, *args[at + 1 :])
         return call(self.new, target, args, kwargs)
 
     # values

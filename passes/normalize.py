@@ -1,10 +1,12 @@
 """Normalize: rewrite operators that have no rule, or a rule too narrow, into ones that have.
 
 Means become global sums divided by the global count, so they stay right however the dim is split; random masks become
-factories of global shape, so every mesh draws the single-device stream. What only backward reads is made there.
+factories of global shape, drawn from the single device's stream or from seeds (`randomness`). What only backward reads
+is made there.
 
     %m = mean(%x, [1])                 ->   %s = sum(%x, [1]);  %m = div(%s, 512)
-    %y, %k = native_dropout(%x, 0.1)   ->   %k = draw([32, 512], "bernoulli", 0.9);  %y = mul(mul(%x, %k), 1.11)
+    %y, %k = native_dropout(%x, 0.1)   ->   %g = bernoulli_state([32, 512]);  %k = bernoulli(%g, [32, 512], 0.9)
+                                            %y = mul(mul(%x, %k), 1.11)
 """
 
 from __future__ import annotations
@@ -25,25 +27,27 @@ from shardc.rules.rewrites.borrowed import body_of
 from shardc.rules.rewrites.builder import Builder, Values
 from shardc.rules.rewrites.decompositions import DECOMPOSITIONS
 from shardc.rules.rewrites.routing import BALANCED, RoutingOptions
-from shardc.runtime.kernels.random import DRAWS
+from shardc.runtime.kernels.random import DRAWS, INDEPENDENT
 
 
 @compiler_pass
 def normalize(c: Compilation) -> Compilation:
     """Replace every operator that has a decomposition."""
     asked = c.options
-    return replace(c, program=normalized(c.program, RoutingOptions(asked.capacity, asked.overflow, asked.imbalance)))
+    routing = RoutingOptions(asked.capacity, asked.overflow, asked.imbalance)
+    return replace(c, program=normalized(c.program, routing, independent=c.randomness == INDEPENDENT))
 
 
-def normalized(program: Program, routing: RoutingOptions = BALANCED) -> Program:
-    """The program in operators that have rules. `routing` is what its experts are told."""
-    version = program.version.derived("normalize", lambda graph: _normalized(graph, program, routing))
+def normalized(program: Program, routing: RoutingOptions = BALANCED, *, independent: bool = False) -> Program:
+    """The program in operators that have rules. `routing` is what its experts are told; random numbers are the single
+    device's, or `independent` of them."""
+    version = program.version.derived("normalize", lambda graph: _normalized(graph, program, routing, independent))
     return replace(program, version=version)
 
 
-def _normalized(graph: fx.Graph, program: Program, routing: RoutingOptions) -> fx.Graph:
+def _normalized(graph: fx.Graph, program: Program, routing: RoutingOptions, independent: bool) -> fx.Graph:
     """Replace every operator that has a decomposition, in place; drop what became dead."""
-    _rewrite(graph, Values())
+    _rewrite(graph, Values(), independent)
     routing.tell(graph)
     for node in reversed(graph.nodes):
         # draws stay, needed or not: they move the random stream
@@ -74,7 +78,7 @@ def _make_late(graph: fx.Graph, program: Program) -> None:
             min(node.users).prepend(node)
 
 
-def _rewrite(graph: fx.Graph, values: Values) -> None:
+def _rewrite(graph: fx.Graph, values: Values, independent: bool = False) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is operator.getitem:
             continue
@@ -82,7 +86,7 @@ def _rewrite(graph: fx.Graph, values: Values) -> None:
         if decomposition is None and _known(node):
             continue
         with graph.inserting_before(node):
-            builder = Builder(graph, node, values)
+            builder = Builder(graph, node, values, independent=independent)
             if decomposition is not None:
                 results = decomposition(builder, *node.args, **node.kwargs)
             else:

@@ -18,6 +18,7 @@ from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
 from shardc.runtime.kernels.mixture.fused import CAPACITY
+from shardc.runtime.kernels.random import INDEPENDENT
 
 SMALL = 2.0**20
 """Bytes up to which `outputs="auto"` gathers an output: on the links of a node this takes no longer than a few kernels
@@ -25,6 +26,7 @@ do, and what a person prints, compares or logs (losses, metrics, classes) is sma
 OPTIMIZER = "adamw"
 """The optimizer whose state has to fit beside parameters that train, where none is named and hardware is."""
 UNBOUNDED = "unbounded"
+EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,12 @@ class Options:
     """How many times the mean the busiest rank's experts do, as measured: it sets their time. Without it, routing is
     taken to be balanced."""
 
+    randomness: Literal["auto", "exact", "independent"] = "auto"
+    """Which random numbers are drawn: those of the single device, on every mesh (`exact`), or others, as good, which
+    every device draws for its part alone, inside fused kernels where there are such (`independent`; ranks with the same
+    part draw the same). Either way the seed is that of `torch.manual_seed`. `auto`: exact where the model is on the
+    CPU, independent where it is on another device; of a model on `meta`, where the hardware draws faster so."""
+
     microbatches: int = 1
     """Into how many micro-batches the batch, dim 0 of the first tensor, is divided: they run one after another, so that
     a device holds the activations of one. Values are those of the whole batch, also random ones, and gradients are
@@ -181,6 +189,13 @@ class Options:
     def hardware_bounds(self) -> bool:
         """Whether the bound on memory is that of the hardware, since another one was not asked for."""
         return self.memory is None and self.hardware is not None and math.isfinite(self.device.memory)
+
+    def drawn_on(self, device: str) -> str:
+        """The randomness, `exact` or `independent`, of a model on a device of this type."""
+        if self.randomness != "auto":
+            return self.randomness
+        faster = self.device.draws > self.device.stream if device == "meta" else device != "cpu"
+        return INDEPENDENT if faster else EXACT
 
     def states(self, trains: bool) -> States:
         """The bytes that the optimizer holds for an element of a parameter, of a program that trains or does not."""

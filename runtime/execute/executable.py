@@ -23,6 +23,7 @@ from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.execute.transforms import is_batched, refuse_transforms
+from shardc.runtime.kernels.random import INDEPENDENT
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -78,7 +79,7 @@ class Executable:
         deferred: tuple[int, ...] = getattr(module, "DEFERRED", ())
         self.deferred: dict[str, Slot] = {self.gradients[place].name: self.gradients[place] for place in deferred}
         self._addends: dict[str, list[Tensor]] = {}  # what each local rank leaves for the epilogue: sizes alone
-        self.random: bool = getattr(module, "RANDOM", False)
+        self.random: bool = bool(getattr(module, "RANDOM", False))
         self.microbatches: int = getattr(module, "MICROBATCHES", 1)
         self.at_once: bool = getattr(module, "AT_ONCE", False)
         self.prologue: tuple[Slot, ...] = tuple(getattr(module, "PROLOGUE", ()))
@@ -352,6 +353,12 @@ class _Differentiable(torch.autograd.Function):
             raise RankError(
                 f"output {min(uncovered)} got a gradient, but the module's backward starts only from the outputs "
                 f"{sorted(slot.index for slot in executable.tangents)}: detach the others"
+            )
+        elif getattr(executable.module, "RANDOM", False) == INDEPENDENT:
+            raise RankError(
+                f"output {min(uncovered)} got a gradient, but backward starts only from the outputs "
+                f"{sorted(slot.index for slot in executable.tangents)}, and another program would draw other random "
+                "numbers than the forward that ran: detach it, or compile with randomness='exact'"
             )
         else:
             rest = [name for name in ctx.names if name not in ctx.before]

@@ -26,8 +26,37 @@ BLOCK = 1 << 20
 GROUP = 16
 """Elements in a group of normal numbers."""
 
+SEED = 8
+"""Bytes of a seed."""
+
+_MASK, _GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
 IN_PIECES = frozenset({"uniform", "normal", "cauchy", "log_normal", "geometric", "random", "bernoulli"})
 """Methods that draw element by element, or group by group, and Bernoulli numbers."""
+
+
+def number_of(seed: Tensor) -> int:
+    """The number that a seed of `SEED` bytes is."""
+    return int(seed.view(torch.int64))
+
+
+def mixed(seed: int, *places: int) -> int:
+    """A seed of 63 bits for one of the places that share a seed. What is drawn from those of other places is
+    independent.
+
+    Bits are mixed as by SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    word = _scrambled(seed)
+    for place in places:
+        word = _scrambled(word + _GOLDEN * (place + 1))
+    return word >> 1
+
+
+def _scrambled(word: int) -> int:
+    word &= _MASK
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
+    return word ^ word >> 31
 
 
 class Stream:

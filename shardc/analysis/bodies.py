@@ -10,7 +10,7 @@ from shardc.cost.clock import TimedStep, Transfer, rounded, seconds_of
 from shardc.cost.conversion import step_seconds
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
-from shardc.rules.factors.bodies import Sent, imbalance, steps, work
+from shardc.rules.factors.bodies import Sent, drawn, imbalance, steps, work
 from shardc.rules.factors.strategy import Shape, Strategy
 from shardc.runtime.collectives.collective import AnyCollective
 
@@ -50,7 +50,9 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
     """What runs for an operator. Every step of a ring is a kernel of its own, which reads its operands and writes what
     it makes."""
     flops, moved = work(shape, strategy, mesh)
-    slowest = imbalance(shape, strategy)
+    slowest, drawing = imbalance(shape, strategy), 0.0
+    if shape.drawn is not None:
+        drawing = device.drawing_seconds(drawn(shape, strategy, mesh), stream=shape.drawn.stream)
     made: list[TimedStep] = []
     inner: list[Inner] = []
 
@@ -62,6 +64,7 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
     for step in steps(shape, strategy, mesh):
         compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
         compute += device.compute_seconds(0.0, step.copied, shape.dtype) if step.copied else 0.0
+        compute += step.part * drawing
         made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))
     return Body(mesh, device, tuple(made), tuple(inner))
 

@@ -178,8 +178,8 @@ class _Benchmark:
                 near = replace(_link(fits["between"], 1), overlap=far.overlap, stall=far.stall)
         per_node = self.axes["local"] if fits else known.devices_per_node
         start = 0.0 if fits else known.start
-        device = Hardware(name, flops, bandwidth, launch, per_node, near, far, start, self.memory(), algorithms)
-        return Measured(device, fits)
+        numbers = start, self.memory(), algorithms, known.draws, known.stream
+        return Measured(Hardware(name, flops, bandwidth, launch, per_node, near, far, *numbers), fits)
 
     def fits(
         self, launch: float, algorithms: Mapping[AnyCollective, tuple[str, ...]], crossing: _Crossing
@@ -341,6 +341,8 @@ def _numbers(device: Hardware) -> list[str]:
         f"launch = {device.launch:.4g} # s, an addition of 4 elements",
         f"start = {device.start:.4g} # s, a collective in addition to its hops",
         f"devices_per_node = {device.devices_per_node}",
+        *([f"draws = {device.draws:.4g} # random numbers/s, not measured"] if math.isfinite(device.draws) else []),
+        *([f"stream = {device.stream:.4g} # the same, not measured"] if math.isfinite(device.stream) else []),
     ]
 
 

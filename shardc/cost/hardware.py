@@ -5,6 +5,8 @@ memory_bandwidth = 3.35e12   # bytes a second
 launch = 3e-6                # seconds: no kernel takes less
 start = 6.6e-6               # seconds that a collective takes in addition to its hops
 devices_per_node = 8
+draws = 1e12                 # optional, else as fast as memory: random numbers a second that the device draws
+stream = 1e8                 # optional, the same of the single device's stream, which the CPU draws for it
 [flops]                      # per second, by dtype
 bfloat16 = 989e12
 [inside]                     # the link inside a node: seconds a hop, bytes a second that one device sends
@@ -98,7 +100,9 @@ class Hardware:
     """One kind of device and how it is wired: `devices_per_node` share the link `inside`, nodes talk over `between`.
 
     Units: `flops` a second by dtype; `memory` in bytes, `memory_bandwidth` in bytes a second; `launch` and `start` in
-    seconds. `algorithms` lists, per collective, those of `shardc/cost/collectives.py` that the backend chooses among.
+    seconds; `draws` in random numbers a second that the device draws, and `stream` in those of the single device's
+    stream, which the CPU draws. `algorithms` lists, per collective, those of `shardc/cost/collectives.py` that the
+    backend chooses among.
     """
 
     name: str
@@ -111,6 +115,8 @@ class Hardware:
     start: float = 0.0
     memory: float = math.inf
     algorithms: Mapping[AnyCollective, tuple[str, ...]] = field(default_factory=lambda: TEXTBOOK)
+    draws: float = math.inf
+    stream: float = math.inf
 
     def wires(self, mesh: Mesh, axis: str, collective: AnyCollective) -> Wires:
         """How `axis` is wired, as `collective` sees it. Ranks are row-major, so the last axes fill a node.
@@ -234,6 +240,10 @@ class Hardware:
         """`compute_seconds` of several kernels, elementwise."""
         return np.maximum(flops / self.rate(dtype), moved / self.memory_bandwidth) + self.launch
 
+    def drawing_seconds(self, count: float, *, stream: bool) -> float:
+        """Seconds to draw random numbers, beside what it takes to write them."""
+        return count / (self.stream if stream else self.draws)
+
     def rate(self, dtype: torch.dtype) -> float:
         """The peak in a dtype, in flops a second; that of float32 where the file does not name the dtype."""
         return self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
@@ -285,6 +295,8 @@ class _Reader:
             self.number({"start": 0.0, **data}, "start", least=0.0),
             self.number({"memory": math.inf, **data}, "memory"),
             {**TEXTBOOK, **self.algorithms(data.get("algorithms", {}))},
+            self.number({"draws": math.inf, **data}, "draws"),
+            self.number({"stream": math.inf, **data}, "stream"),
         )
 
     def link(self, data: Mapping[str, Any], name: str) -> Link:

@@ -27,6 +27,7 @@ from shardc.planning.cost_network import Assignment
 from shardc.planning.scheduled import seconds_once, step_seconds, turns
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
+from shardc.runtime.kernels.random import DRAWS, INDEPENDENT
 
 
 def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
@@ -97,7 +98,12 @@ def _left_split(c: Compilation, graph: fx.Graph) -> list[str]:
 
 
 def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
-    notes = [*_padded(c, graph), *_left_split(c, graph), *(f"conflict: {conflict}" for conflict in c.spread.conflicts)]
+    notes = [
+        *_padded(c, graph),
+        *_left_split(c, graph),
+        *_random(c),
+        *(f"conflict: {conflict}" for conflict in c.spread.conflicts),
+    ]
     if c.program.microbatches is not None:
         notes.append(
             f"layouts, sizes and times are those of one of {c.program.microbatches.count} micro-batches, which run one "
@@ -116,6 +122,15 @@ def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
     elif c.solution is None and c.given is None:
         notes.append(f"the layouts were planned at {c.reuse_at}; at the sizes of this call no bound was proved")
     return tuple(notes)
+
+
+def _random(c: Compilation) -> list[str]:
+    """A note on whose random numbers are drawn, if any are."""
+    if all(node.target not in DRAWS for node in c.program.graph.nodes):
+        return []
+    if c.randomness == INDEPENDENT:
+        return ["randomness is independent: every device draws its part from seeds; 'exact' draws as a single device"]
+    return ["randomness is exact: the numbers are those of a single device; 'independent' costs less on accelerators"]
 
 
 def _padded(c: Compilation, graph: fx.Graph) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class ModelCall:
         if isinstance(example_inputs, Mapping):
             return ModelCall(model, (), dict(example_inputs))
         return ModelCall(model, tuple(example_inputs), {})
+
+    @property
+    def device(self) -> str:
+        """The type of the device of the model: that of its first parameter or buffer, or else of its first input."""
+        given = (leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor))
+        return next((one.device.type for one in chain(self.model.parameters(), self.model.buffers(), given)), "cpu")
 
     def without_arguments(self) -> ModelCall:
         """The same call without the user's tensors, so that whoever keeps it does not keep them."""

@@ -123,6 +123,11 @@ class Compilation:
         """What the optimizer holds for the parameters that this program trains."""
         return self.options.states(bool(self.program.trained))
 
+    @property
+    def randomness(self) -> str:
+        """Whose random numbers are drawn: `exact` or `independent` (see `Options.randomness`)."""
+        return self.options.drawn_on(self.call.device)
+
     def has(self, name: str) -> bool:
         """Whether a pass has filled a field."""
         return getattr(self, name) is not _LATER

@@ -28,6 +28,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Folds, Splits
 from shardc.planning.ring_offers import RingOffers
+from shardc.planning.same_draws import ties
 from shardc.planning.strategies import OperatorOptions
 from shardc.planning.variables import Domain, Variable, base_demand, name_of
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
@@ -94,8 +95,8 @@ class CostNetwork:
         self._domains: dict[object, Domain] = {}
         self._answers: dict[object, bool] = {}
         self._demands: dict[object, np.ndarray] = {}
-        reductions = {r for op in self.factored.ops for r in op.rule.reductions.values()}
-        self._reductions = ("sum", *sorted(reductions - {"sum"}))
+        others = {r for op in self.factored.ops for r in op.rule.reductions.values()} - {"sum"}
+        self._reductions = ("sum", *sorted(others))
         # per base value: its variable and, for each value of that variable, the layout it stands for
         self._source: dict[Key, tuple[int, np.ndarray]] = {}
         self._edges: list[tuple[int, int, np.ndarray]] = []
@@ -121,8 +122,7 @@ class CostNetwork:
 
     def problem(self) -> Problem:
         """The problem for the solver, as a copy that the caller may change."""
-        whole = self._whole
-        return Problem([*whole.unary], {**whole.edges}, whole.names)
+        return Problem([*self._whole.unary], {**self._whole.edges}, self._whole.names)
 
     @cached_property
     def _whole(self) -> Problem:
@@ -206,10 +206,9 @@ class CostNetwork:
 
     def build(self) -> None:
         """Make the variables and edges."""
-        program = self.factored.program
+        program, users = self.factored.program, self._users()
         ports = dict(zip(program.placeholders, program.inputs, strict=True))
         mutated = {port.name for port in program.outputs if port.role is Role.MUTATION}
-        users = self._users()
         for op in self.factored.ops:
             port = ports.get(op.node)
             frozen = port is not None and port.role is Role.BUFFER and port.name in mutated
@@ -217,6 +216,7 @@ class CostNetwork:
             for result in op.results:
                 self._add_shares(op, result.key, users[result.key], port)
         self._add_outputs()
+        self._edges += ties(self.factored, self._op_variable, self.variables, self.options_of)
 
     def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
         """Add the variables between a value and its readers: a share, where several read it."""

@@ -23,6 +23,7 @@ from torch import fx
 
 from shardc.ir.program import Program, Role, forward_part, value_of
 from shardc.rules.factors.factored import Factored, Key, Op
+from shardc.runtime.kernels.random import REPEATABLE
 
 _EVERYWHERE, _MASK = 8, 3
 """How many readers a value (an encoder's output in a decoder), or an input (a mask), has at least if it does not count
@@ -111,8 +112,10 @@ class RunOrder:
 
 def _pure(op: Op) -> bool:
     """Whether an operator of torch or of shardc gives the same result when it runs again: it draws no random numbers
-    and writes to nothing."""
+    but from a state or a seed, and writes to nothing."""
     target = op.node.target
+    if target in REPEATABLE:
+        return True
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target.namespace not in ("aten", "prims") and target.name() not in _OURS:

@@ -22,7 +22,7 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
-from shardc.rules.factors.bodies import imbalance, is_ring, work
+from shardc.rules.factors.bodies import drawn, imbalance, is_ring, work
 from shardc.rules.factors.rings import circle_of
 from shardc.rules.factors.strategy import (
     Shape,
@@ -210,6 +210,9 @@ class OperatorOptions:
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
         seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        if self.shape.drawn is not None:
+            numbers = np.array([drawn(self.shape, strategy, self.mesh) for strategy in self.strategies])
+            seconds += numbers / (self.device.stream if self.shape.drawn.stream else self.device.draws)
         for place in self._known.bodies:
             seconds[place] = self._body(self.strategies[place]).compute
         return seconds

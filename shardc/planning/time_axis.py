@@ -31,7 +31,7 @@ from shardc.rules.factors.strategy import PLAIN, Strategy
 from shardc.runtime.collectives.all_gather import all_gather
 from shardc.runtime.collectives.all_to_all import all_to_all
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
-from shardc.runtime.kernels.random import DRAWS, attention_draw, draw
+from shardc.runtime.kernels.random import DRAWS, bernoulli, bernoulli_state, draw, draw_from, fresh_seed
 from shardc.runtime.mesh.mesh import TIME
 from shardc.solver.problem import zeros
 
@@ -42,6 +42,10 @@ of them, the smallest for the least; nothing else may."""
 
 
 ATTENTION = (torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default)
+PARTED_DRAWS = {draw: 0, bernoulli: 1, draw_from: 1}
+"""The draws of which a micro-batch makes its part, and which argument is their shape."""
+_DRAWN_FROM = (bernoulli_state, fresh_seed)
+"""What masks of attention are drawn from."""
 
 
 def time_mesh(count: int) -> Mesh:
@@ -100,14 +104,16 @@ class TimeNetwork(CostNetwork):
         return [index for index in every if self._runs_as_it_is(op, options.strategies[index])]
 
     def _runs_as_it_is(self, op: Op, strategy: Strategy) -> bool:
-        if op.node.target in ATTENTION and any(operand.node.target is attention_draw for operand in op.operands):
+        if op.node.target in ATTENTION and any(operand.node.target in _DRAWN_FROM for operand in op.operands):
             split = [factor.name for factor, axes in zip(op.factors, strategy.split, strict=True) if axes]
             return split == ["b"]  # where weights are dropped, the kernel takes this for granted
         indexed = set(op.rule.indices.values())
         split = [factor for factor, axes in zip(op.factors, strategy.split, strict=True) if axes]
         if any(factor.size % self.mesh.size or factor.name in indexed for factor in split):
             return False
-        return op.node.target is draw or (strategy.variant == PLAIN and all(one.parting is None for one in split))
+        return op.node.target in PARTED_DRAWS or (
+            strategy.variant == PLAIN and all(one.parting is None for one in split)
+        )
 
     def _add_outputs(self) -> None:
         program = self.factored.program

@@ -36,6 +36,7 @@ import torch
 from torch._ops import OpOverload
 
 from shardc.errors import RuleError
+from shardc.rules.drawn import Drawn
 from shardc.rules.ring import Ring
 from shardc.runtime.collectives.collective import AnyCollective
 
@@ -181,7 +182,7 @@ class Rule:
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     even: bool = False
     multiplied: frozenset[int] = frozenset()
-    repeated: bool = False
+    drawn: Drawn | None = None
     band: Band | None = None
     workspace: tuple[Workspace, ...] = ()
 
@@ -207,7 +208,7 @@ def parse(
     parts: Mapping[str, Iterable[int]] | None = None,
     even: bool = False,
     multiplied: Iterable[int] = (),
-    repeated: bool = False,
+    drawn: Drawn | None = None,
     band: Band | None = None,
     workspace: Sequence[Workspace] = (),
 ) -> Rule:
@@ -218,7 +219,7 @@ def parse(
     - `body` with its `sends` and `folds` is the only variant. A rule with several variants lists them as `variants`.
     - `parts`: the numbers of parts into which a parted factor may be split. Only one axis may then split it.
     - `even`: nothing is split unevenly, because the operator may fail on the contents of padding.
-    - `repeated`: every rank computes all results, whatever is split, and keeps its part.
+    - `drawn`: the random numbers that a rank draws.
     - `band`: the pairs of two factors that are computed at all.
     - `workspace`: what the operator itself allocates, where no variant runs.
 
@@ -277,7 +278,7 @@ def parse(
         {name: frozenset(counts) for name, counts in (parts or {}).items()},
         even,
         frozenset(multiplied),
-        repeated,
+        drawn,
         band,
         tuple(workspace),
     )

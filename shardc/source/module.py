@@ -13,7 +13,7 @@ from shardc.ir.facts import laid, lowered
 from shardc.ir.mesh import Mesh
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Port, Program, Role
-from shardc.runtime.kernels.random import DRAWS
+from shardc.runtime.kernels.random import DRAWS, INDEPENDENT, fresh_seed
 from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
 from shardc.source.dropping import TooLong
@@ -223,10 +223,9 @@ class _Module:
         for told in body:
             doc += textwrap.wrap(told, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
         doc.append('"""')
-        constants = [
-            f"MESH = {shown(dict(self.mesh.sizes))}",
-            f"RANDOM = {any(n.target in DRAWS for n in self.calls.nodes)}",
-        ]
+        targets = {node.target for node in self.calls.nodes}
+        random = INDEPENDENT if fresh_seed in targets else not targets.isdisjoint(DRAWS)
+        constants = [f"MESH = {shown(dict(self.mesh.sizes))}", f"RANDOM = {shown(random)}"]
         if self.program.microbatches is not None:
             constants += [f"MICROBATCHES = {self.program.microbatches.count}", f"AT_ONCE = {self._at_once()}"]
         return [

@@ -236,9 +236,10 @@ class _Search:
                 return
 
     def _with_rest(self, loop: Loop, stop: int) -> Loop:
-        """The loop with the nodes behind it that are those of one more run."""
+        """The loop with the nodes behind it that are those of one more run, which ends early."""
         size, count = loop.size, len(loop.runs)
         first = loop.start + size * count
+        stop = min(stop, first + size - 1)
         reads: list[fx.Node | None] = [c.values[0] if c.same else None for c in loop.columns]
         for number, column in enumerate(loop.columns):
             if column.carried is not None:

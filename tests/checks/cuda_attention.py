@@ -2,6 +2,9 @@
 
 Each computes by the mathematics, on the CPU, and demands of its operands what the kernel's source demands. Each call
 goes to torch's operator first, with fake tensors on CUDA: it must take the arguments, and say the same of the results.
+
+With dropout, a kernel draws from the seed of the default generator, and backward from the seed that it is given: flash
+reads seed and offset from one tensor on the device, the memory-efficient kernel from two on the CPU.
 """
 
 from __future__ import annotations
@@ -27,20 +30,33 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: floa
     return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf) if causal else scores
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _kept(scores: Tensor, dropout: float, seed: int) -> Tensor:
+    """What weights are multiplied by."""
+    if not dropout:
+        return torch.ones_like(scores)
+    return torch.empty_like(scores).bernoulli_(1 - dropout, generator=torch.Generator().manual_seed(seed)) / (
+        1 - dropout
+    )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, as its kernels lay it in memory, with NaN where nothing is seen, and the log-sum-exp."""
     scores = _scores(q, k, bias, causal, scale)
-    out = torch.softmax(scores, -1) @ _shared(q, v)
+    out = (torch.softmax(scores, -1) * _kept(scores, dropout, seed)) @ _shared(q, v)
     return out.transpose(1, 2).contiguous().transpose(1, 2), torch.logsumexp(scores, -1)
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
-    scale: float,
+    scale: float, dropout: float = 0.0, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weights = torch.exp(_scores(q, k, bias, causal, scale) - logsumexp.unsqueeze(-1))
-    change = weights * (grad @ _shared(q, v).mT - (grad * out).sum(-1, keepdim=True)) * scale
-    of_k, of_v = change.mT @ q, weights.mT @ grad
+    kept = _kept(weights, dropout, seed)
+    change = weights * (kept * (grad @ _shared(q, v).mT) - (grad * out).sum(-1, keepdim=True)) * scale
+    of_k, of_v = change.mT @ q, (kept * weights).mT @ grad
     of_k, of_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (of_k, of_v))
     return change @ _shared(q, k), of_k, of_v
 
@@ -54,6 +70,8 @@ class CudaKernels:
 
     def __init__(self, *prefer: SDPBackend) -> None:
         self.prefer, self.called, self._mode = prefer, set[str](), FakeTensorMode()
+        self.generator = torch.Generator().manual_seed(7)
+        """The default generator of the device."""
 
     def _fused_sdp_choice(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, causal: bool, *, enable_gqa: bool
@@ -86,7 +104,7 @@ class CudaKernels:
         self, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, debug: bool, *, scale: float
     ) -> tuple[Any, ...]:
         self._flash(q, k, v, causal)
-        made = _forward(q, k, v, None, causal, scale)
+        made = _forward(q, k, v, None, causal, scale, dropout, self.generator.initial_seed())
         return self._checked("_scaled_dot_product_flash_attention", (q, k, v, dropout, causal, debug), scale, made)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -97,11 +115,13 @@ class CudaKernels:
     def _scaled_dot_product_flash_attention_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *more: Any, scale: float
     ) -> tuple[Any, ...]:
-        _, _, most_q, most_k, dropout, causal, *_ = more
+        _, _, most_q, most_k, dropout, causal, seed, _ = more
         self._flash(q, k, v, causal)
         assert grad.dtype == out.dtype == q.dtype and logsumexp.is_contiguous()
-        assert (most_q, most_k, dropout) == (q.shape[2], k.shape[2], 0.0)
-        made = _backward(grad, q, k, v, None, out, logsumexp, causal, scale)
+        assert (most_q, most_k) == (q.shape[2], k.shape[2]) and seed.dtype == torch.uint64
+        state, offset = seed.view(torch.int64).tolist()
+        assert offset == 0  # where a generator stands that was given a seed
+        made = _backward(grad, q, k, v, None, out, logsumexp, causal, scale, dropout, state)
         given = (grad, q, k, v, out, logsumexp, *more)
         return self._checked("_scaled_dot_product_flash_attention_backward", given, scale, made)
 
@@ -118,7 +138,7 @@ class CudaKernels:
         scale: float,
     ) -> tuple[Any, ...]:  # fmt: skip
         self._efficient(q, k, v, bias)
-        out, logsumexp = _forward(q, k, v, bias, causal, scale)
+        out, logsumexp = _forward(q, k, v, bias, causal, scale, dropout, self.generator.initial_seed())
         logsumexp = torch.nn.functional.pad(logsumexp, [0, -q.shape[2] % 32], value=math.nan)
         given = q, k, v, bias, sums, dropout, causal
         return self._checked("_scaled_dot_product_efficient_attention", given, scale, (out, logsumexp))
@@ -131,7 +151,9 @@ class CudaKernels:
         assert out.transpose(1, 2).is_contiguous()  # it computes strides from the shape
         assert logsumexp.stride(-1) == 1 and logsumexp.shape[2] == -(-q.shape[2] // 32) * 32
         assert (logsumexp[..., q.shape[2] :] == math.inf).all()
-        made = _backward(grad, q, k, v, bias, out, logsumexp[..., : q.shape[2]], more[-1], scale)
+        seed, offset, dropout, _, causal = more
+        assert seed.dtype == offset.dtype == torch.int64 and seed.device.type == "cpu" and int(offset) == 0
+        made = _backward(grad, q, k, v, bias, out, logsumexp[..., : q.shape[2]], causal, scale, dropout, int(seed))
         given = (grad, q, k, v, bias, out, logsumexp, *more)
         return (*self._checked("_scaled_dot_product_efficient_attention_backward", given, scale, made), None)
 

@@ -8,8 +8,9 @@ Shapes of this file:
     logsumexp  [batch, kv_heads, group, queries]; -inf for a query that sees nothing
 
 Where a fused kernel of torch takes the operands, it is called on pieces that are as large as it takes them. What no
-kernel takes (a soft cap, dropout) is computed here, tile by tile. Results over different keys are weighed by their
-log-sum-exp. Source: Dao et al., "FlashAttention", 2022, section 3.1 and appendix B.
+kernel takes is computed here, tile by tile: a soft cap, and dropout on the CPU or of the single device's stream.
+Results over different keys are weighed by their log-sum-exp. Source: Dao et al., "FlashAttention", 2022, section 3.1
+and appendix B.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shardc.runtime.kernels.attention.dropout import Dropping
-from shardc.runtime.kernels.attention.kernels import Kernel, kernel_for
+from shardc.runtime.kernels.attention.dropout import Dropping, StreamDropping, drop_of
+from shardc.runtime.kernels.attention.kernels import Drop, Kernel, kernel_for
 from shardc.runtime.kernels.attention.pieces import Literals, Piece, Runs, Sight, rectangles, tiles
 
 __all__: list[str] = []
@@ -67,7 +68,7 @@ def attend(
     """
     kernel, mask = _kernel(q, k, v, mask, literals, dropping)
     if kernel is not None:
-        return _by_kernel(kernel, q, k, v, mask, literals, rows, columns)
+        return _by_kernel(kernel, q, k, v, mask, literals, rows, columns, dropping)
     return _by_tiles(q, k, v, mask, literals, rows, columns, dropping)
 
 
@@ -77,19 +78,19 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, in their types, given the result and log-sum-exp over all keys."""
     kernel, mask = _kernel(q, k, v, mask, literals, dropping)
-    given = grad, q, k, v, mask, out, logsumexp, literals, rows, columns
-    return _by_tiles_backward(*given, dropping) if kernel is None else _by_kernel_backward(kernel, *given)
+    given = grad, q, k, v, mask, out, logsumexp, literals, rows, columns, dropping
+    return _by_tiles_backward(*given) if kernel is None else _by_kernel_backward(kernel, *given)
 
 
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, dropping: Dropping | None
 ) -> tuple[Kernel | None, Tensor | None]:
     """The kernel, if there is one, and the mask; in numbers, where it is the same for all queries."""
-    if literals.softcap or dropping is not None:
+    if literals.softcap or isinstance(dropping, StreamDropping):
         return None, mask
     biased = mask is not None or literals.window
     bias = q.new_empty(1).expand(1, 1, q.shape[3], k.shape[2]) if biased else None
-    kernel = kernel_for(q.flatten(1, 2), k, v, bias, False)
+    kernel = kernel_for(q.flatten(1, 2), k, v, bias, False, 0.0 if dropping is None else dropping.dropout)
     return kernel, _as_numbers(mask, q.dtype) if mask is not None and mask.shape[-2] == 1 else mask
 
 
@@ -142,11 +143,12 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_kernel(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs
-) -> tuple[Tensor, Tensor]:
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs,
+    dropping: Dropping | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     made: tuple[Tensor, Tensor] | None = None
     for piece in _pieces(q, mask, literals, rows, columns):
-        part = _of_piece(kernel, piece, q, k, v, mask, literals)
+        part = _of_piece(kernel, piece, q, k, v, mask, literals, drop_of(dropping, piece))
         if made is None and piece.rows == q.shape[3] and _alone(piece, columns, literals):
             return part
         made = made or nothing(q, v)
@@ -156,12 +158,12 @@ def _by_kernel(
 
 
 def _of_piece(
-    kernel: Kernel, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals
+    kernel: Kernel, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, drop: Drop
 ) -> tuple[Tensor, Tensor]:
     bias = _bias(piece, mask, literals, q)
     out, sums = kernel.forward(
         piece.queries(q).flatten(1, 2), piece.keys(k), piece.keys(v), bias, piece.sight is Sight.DIAGONAL,
-        literals.scale,
+        literals.scale, drop,
     )  # fmt: skip
     if bias is not None:  # kernels have zeros there, or NaN
         unseen = _unseen(bias, piece)
@@ -188,7 +190,7 @@ def _alone(piece: Piece, columns: Runs, literals: Literals) -> bool:
 
 def _by_kernel_backward(
     kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor,
-    literals: Literals, rows: Runs, columns: Runs,
+    literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made: list[Tensor] = []
     for piece in _pieces(q, mask, literals, rows, columns):
@@ -196,7 +198,7 @@ def _by_kernel_backward(
         of_q, of_k, of_v = kernel.backward(
             upper, ours, piece.keys(k), piece.keys(v), piece.queries(out).flatten(1, 2),
             seen(piece.sums(logsumexp)).flatten(1, 2), _bias(piece, mask, literals, q), piece.sight is Sight.DIAGONAL,
-            literals.scale,
+            literals.scale, drop_of(dropping, piece),
         )  # fmt: skip
         of_q = of_q.unflatten(1, q.shape[1:3])
         if not made and piece.rows == q.shape[3] and piece.columns == k.shape[2]:
@@ -246,7 +248,7 @@ def _by_tiles(
         sums = torch.logsumexp(scores, -1)
         weights = scores.sub_(seen(sums).unsqueeze(-1)).exp_()
         if dropping is not None:
-            weights = dropping.drop(weights, *heads.first, piece)
+            weights = dropping.drop(weights, heads.first, piece)
         part = torch.matmul(weights, piece.keys(heads.keys(v)).to(weights.dtype).unsqueeze(2))
         combine(piece.queries(heads.rows(out)), piece.sums(heads.rows(logsumexp)), part, sums)
         del scores, weights, part  # before the next are made
@@ -280,8 +282,8 @@ def _tile_backward(
     change = torch.matmul(upper, values.mT)
     dropped = weights
     if dropping is not None:
-        dropped = dropping.drop(weights.clone(), *first, piece)
-        change = dropping.drop(change, *first, piece)
+        dropped = dropping.drop(weights.clone(), first, piece)
+        change = dropping.drop(change, first, piece)
     piece.keys(grad_v).add_(_over_group(torch.matmul(dropped.mT, upper)))
     del dropped
     change = change.sub_((upper * piece.queries(out)).sum(-1, keepdim=True)).mul_(weights).mul_(literals.scale)
@@ -338,10 +340,12 @@ class _Heads:
 def _tiles(
     q: Tensor, literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None
 ) -> Iterator[tuple[_Heads, Piece]]:
-    """Tiles of all heads at once; with dropout head by head and in full rows, in the order in which they are drawn."""
+    """Tiles of all heads at once; with dropout of the single device's stream head by head and in full rows, in the
+    order in which they are drawn."""
     most = tile_bytes(q.device) // compute_dtype(q.dtype).itemsize
-    if dropping is not None:
-        for first in dropping.heads:
+    ordered = None if dropping is None else dropping.heads
+    if dropping is not None and ordered is not None:
+        for first in ordered:
             yield from ((_Heads(first), piece) for piece in tiles(rows, columns, literals, most, dropping.width))
         return
     count = q.shape[0] * q.shape[1] * q.shape[2]

@@ -7,7 +7,7 @@ Shapes:
     v          [batch, kv_heads, length, value_dim]
     mask       broadcasts to [*heads of q, q_length, length]; bool: True takes part; float: added to the scores
     sinks      [heads] or [kv_heads, group]: the logit of one more key of each head, whose value is zero
-    draw       what `attention_draw` returned
+    draw       what `attention_draw` returned, or a seed, bytes `[8]` (see dropout.py)
     logsumexp  [*heads of q, q_length], contiguous, float32 unless q is float64; sinks count
 
 Query i sees key j where `j <= i`, if `causal`; where `window` is not 0, also `i - window < j`, and `j < i + window`

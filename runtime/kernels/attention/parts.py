@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.kernels.attention.blocks import attend, attend_backward, compute_dtype, heads_inside, seen
-from shardc.runtime.kernels.attention.dropout import Dropping
+from shardc.runtime.kernels.attention.dropout import Dropping, dropping_from
 from shardc.runtime.kernels.attention.pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.mesh import TIME, microbatches
@@ -98,7 +98,7 @@ def dropping_of(
     if microbatches() > 1:
         shape[0] *= microbatches()
         b = Part((TIME, *(b.axes if b else ())), shape[0])
-    return Dropping(draw, literals.dropout, q.dtype, shape, (b, *others[:2]))
+    return dropping_from(draw, literals.dropout, q.dtype, shape, (b, *others[:2]))
 
 
 def finished(out: Tensor, logsumexp: Tensor, sinks: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What is known of the numbers of chosen experts while a model is traced, and of what is made of them.
 
-    scores, ids = torch.topk(router(x), 2)      ids: Choices("tj"), a token and its choices, which are different
-    mask = F.one_hot(ids, 8).permute(2, 1, 0)   mask: Choices("ejt")
-    mask[3]                                     Choices("jt"): true for at most one choice of a token
+scores, ids = torch.topk(router(x), 2)      ids: Choices("tj"), a token and its choices, which are different
+mask = F.one_hot(ids, 8).permute(2, 1, 0)   mask: Choices("ejt")
+mask[3]                                     Choices("jt"): true for at most one choice of a token
 """
 
 from __future__ import annotations
@@ -180,5 +180,3 @@ def _viewed(kinds: str, before: tuple[int, ...], after: tuple[int, ...]) -> str 
 def tokens_of(kinds: str, shape: tuple[int, ...]) -> int:
     """How many tokens a tensor has."""
     return math.prod(size for kind, size in zip(kinds, shape, strict=True) if kind == "t")
-
-

@@ -240,7 +240,9 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
     for mask, scores in pairs:
         one = Gates(tokens, expert)(mask)
         whole = shape(scores) == shape(mask) == shape(node) and math.prod(shape(node)) == math.prod(shape(ids))
-        ordered = one is not None and one.exact and one.ids is ids and [kind for kind, _ in one.runs] in (["t", "j"], ["t"])
+        ordered = (
+            one is not None and one.exact and one.ids is ids and [kind for kind, _ in one.runs] in (["t", "j"], ["t"])
+        )
         if whole and ordered:
             return scores
     return None

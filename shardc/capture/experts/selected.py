@@ -204,7 +204,11 @@ class SelectedRows:
         plain = [part for part in parts if not isinstance(part, Tensor)]
         if Ellipsis in plain:
             at = next(i for i, part in enumerate(parts) if part is Ellipsis)
-            used = sum(part.ndim if _is_mask(part) and part.dtype is torch.bool else 1 for part in parts if part is not None and part is not Ellipsis)
+            used = sum(
+                part.ndim if _is_mask(part) and part.dtype is torch.bool else 1
+                for part in parts
+                if part is not None and part is not Ellipsis
+            )
             parts[at : at + 1] = [slice(None)] * (rank - used)
         first = next(i for i, part in enumerate(parts) if isinstance(part, Tensor))
         if any(part != slice(None) for part in parts[:first]):
@@ -284,9 +288,7 @@ class SelectedRows:
         self._notes.put(made, rows)
         return made
 
-    def _written(
-        self, base: Tensor, selection: Selection, dim: int, value: Any, adds: bool, apart: bool
-    ) -> tuple[Any]:
+    def _written(self, base: Tensor, selection: Selection, dim: int, value: Any, adds: bool, apart: bool) -> tuple[Any]:
         wide = len(selection.sizes)
         rows = self._notes.get(value, Rows)
         if tuple(base.shape[dim : dim + wide]) != selection.sizes or self._selected(base):
@@ -313,7 +315,9 @@ class SelectedRows:
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Rows | Picked]:
         """What is noted of the arguments of a call, by identity: a call that writes into one ends its note."""
-        found = {id(one): self._notes.get(one, Rows) or self._notes.get(one, Picked) for one in _tensors((args, kwargs))}
+        found = {
+            id(one): self._notes.get(one, Rows) or self._notes.get(one, Picked) for one in _tensors((args, kwargs))
+        }
         return {key: note for key, note in found.items() if note is not None}
 
     def _follow(

@@ -39,7 +39,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "shardc": version("shardc"),
         "torch": torch.__version__,
         "mesh": plan.mesh.sizes,
-        "options": options_json(c.options),
+        "options": {**options_json(c.options), "randomness": c.randomness},
         "predicted": _predicted(plan),
         "notes": list(plan.notes),
         **_decided(c),

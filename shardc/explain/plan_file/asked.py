@@ -33,6 +33,8 @@ def hardware_json(device: Hardware) -> dict[str, Any]:
         "name": device.name,
         "memory": device.memory if math.isfinite(device.memory) else None,
         "memory_bandwidth": device.memory_bandwidth,
+        "draws": device.draws if math.isfinite(device.draws) else None,
+        "stream": device.stream if math.isfinite(device.stream) else None,
         "launch": device.launch,
         "start": device.start,
         "devices_per_node": device.devices_per_node,

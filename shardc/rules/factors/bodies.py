@@ -186,14 +186,23 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
         return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
 
     moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
-    if shape.repeated:
-        moved += sum(side.itemsize * math.prod(side.sizes) for side in shape.results)
+    if shape.drawn is not None:
+        moved += shape.drawn.itemsize * drawn(shape, strategy, mesh)
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
     circle = circle_of(shape, strategy)
     rounds = 1 if circle is None else mesh.sizes[circle.axis]
     return rounds * _flops(shape, strategy, mesh, chunks), moved
+
+
+def drawn(shape: Shape, strategy: Strategy, mesh: Mesh) -> float:
+    """The random numbers that a rank draws for an operator."""
+    if shape.drawn is None:
+        return 0.0
+    local = (mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, strategy.split, strict=True)
+             if f.name in shape.drawn.factors)  # fmt: skip
+    return float(shape.drawn.each * math.prod(local))
 
 
 def _flops(shape: Shape, strategy: Strategy, mesh: Mesh, chunks: Callable[[Collection[int]], list[int]]) -> float:

@@ -20,6 +20,7 @@ from shardc.ir.layout import is_folded
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import value_of
 from shardc.ir.splits import Folds, Splits
+from shardc.rules.drawn import Drawn
 from shardc.rules.factors import exchanges as exchange
 from shardc.rules.factors import rings
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
@@ -88,8 +89,8 @@ class Shape:
     """Whether padding could make the operator fail. Then no factor may be split unevenly."""
     multiplied: frozenset[int]
     """Operands that are in every linear group and yet not additive."""
-    repeated: bool
-    """Whether every rank computes all results and keeps its part."""
+    drawn: Drawn | None
+    """The random numbers that a rank draws."""
     variants: tuple[Variant, ...]
     workspace: tuple[Workspace, ...]
     """What the operator itself allocates and frees again."""
@@ -204,7 +205,7 @@ def shape_of(op: Op) -> Shape:
         op.node.op != "placeholder",
         op.rule.even,
         op.rule.multiplied,
-        op.rule.repeated,
+        op.rule.drawn,
         op.rule.variants,
         op.rule.workspace,
         op.rule.band,

@@ -2,19 +2,21 @@
 
 Batch `b`, heads of keys `h`, the group of queries `g` that share keys, and queries `q` split freely. Where positions
 count (a causal mask, a window), queries are the parted factor `r`. Keys are always the parted factor `s`. With dropout
-all of them are parted: a rank draws what the single device draws for its part.
+all of them are parted: what a rank draws depends on its part.
 """
 
 from __future__ import annotations
 
 import torch
 
+from shardc.rules.drawn import Drawn
 from shardc.rules.families import attention_workspace
 from shardc.rules.families.attention_ring import POSITIONS, rings
 from shardc.rules.notation import Band, Rule, Send, Variant, letters, mark, named_dims, parse, rule
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.kernels.attention import parts
 from shardc.runtime.kernels.attention.blocks import compute_dtype
+from shardc.runtime.kernels.mersenne import STATE
 
 
 class _Names:
@@ -57,6 +59,11 @@ class _Names:
             texts.append(mark_whole(draw))
         return texts
 
+    def drawn(self, k: torch.Tensor, draw: torch.Tensor | None) -> Drawn | None:
+        """The random numbers of dropout: one for every score, with the keys of all ranks."""
+        factors = ("b", "h", "g", "r")
+        return None if draw is None else Drawn(factors, k.shape[2], stream=draw.numel() == STATE)
+
     def flops(self, products: str) -> list[str]:
         """The matrix products: `d` is the head dim of queries and keys, `e` that of values."""
         factors = " ".join(_plain(word) for word in [*self.rows, self.key])
@@ -89,7 +96,8 @@ def attention(
     operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
     return parse(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
-        flops=names.flops("de"), band=names.band, workspace=attention_workspace.whole(of, backward=False),
+        flops=names.flops("de"), band=names.band, drawn=names.drawn(k, draw),
+        workspace=attention_workspace.whole(of, backward=False),
         variants=[
             Variant("parts", parts.attention_in_parts, {"s": sums}, workspace=needed, folds=POSITIONS),
             *rings(of, backward=False),
@@ -120,7 +128,8 @@ def attention_backward(
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",
         [{0}], reads=[all_of, all_of, all_of, of_sinks], flops=names.flops("dddee"),
-        multiplied=[0], band=names.band, workspace=attention_workspace.whole(of, backward=True),
+        multiplied=[0], band=names.band, drawn=names.drawn(k, draw),
+        workspace=attention_workspace.whole(of, backward=True),
         variants=[
             Variant("parts", parts.attention_in_parts_backward, workspace=needed, folds=POSITIONS),
             *rings(of, backward=True),

@@ -13,6 +13,8 @@ from torch import fx
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import call, frozen, value_of, where
 from shardc.runtime.kernels import random
+from shardc.runtime.kernels.mersenne import STATE
+from shardc.runtime.kernels.streams import SEED
 from shardc.runtime.kernels.widening import LOW
 
 aten = torch.ops.aten
@@ -36,12 +38,14 @@ class Values:
 
 
 class Builder:
-    """Adds operators to a graph before `node`, with their fake values and the provenance of `node`."""
+    """Adds operators to a graph before `node`, with their fake values and the provenance of `node`. What they draw is
+    the single device's stream, or `independent` of it."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, values: Values) -> None:
+    def __init__(self, graph: fx.Graph, node: fx.Node, values: Values, *, independent: bool = False) -> None:
         self._graph = graph
         self._node = node
         self._values = values
+        self.independent = independent
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         value = self._values(target, args, kwargs)  # first, so that a call which raises leaves no node
@@ -83,11 +87,40 @@ class Builder:
         """
         like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
         shape, dtype = [int(n) for n in like.shape] if shape is None else list(shape), dtype or like.dtype
-        strides = [int(n) for n in like.stride()] if strides is None else list(strides)
-        plain = strides == [int(n) for n in torch.empty(shape, device="meta").stride()]
-        keywords = {"dtype": dtype, **({} if plain else {"strides": strides})}
-        new = self.run(random.draw, shape, distribution, *parameters, **keywords)
+        if self.independent:
+            new = self.run(random.draw_from, self.seed(like), shape, distribution, *parameters, dtype=dtype)
+        else:
+            laid_out = _strides(like, shape, strides)
+            new = self.run(random.draw, shape, distribution, *parameters, dtype=dtype, **laid_out)
         self._describe(new, like.new_empty(shape, dtype=dtype))
+        return new
+
+    def bernoulli(
+        self, probability: float, *, dtype: torch.dtype | None = None, strides: Sequence[int] | None = None
+    ) -> fx.Node:
+        """Bernoulli numbers of the shape of the result, in `dtype`; `strides` are as for `draw`. Unlike those of other
+        distributions, they may be drawn again."""
+        like: torch.Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
+        shape, dtype = [int(n) for n in like.shape], dtype or like.dtype
+        if self.independent:
+            return self.draw("bernoulli", probability, dtype=dtype)
+        state = self.state(like, shape)
+        keywords = {"dtype": dtype, **({} if dtype == like.dtype else {"drawn": like.dtype})}
+        keywords |= _strides(like, shape, strides)
+        new = self.run(random.bernoulli, state, shape, probability, **keywords)
+        self._describe(new, like.new_empty(shape, dtype=dtype))
+        return new
+
+    def state(self, like: torch.Tensor, shape: Sequence[int]) -> fx.Node:
+        """The state of the generator from which Bernoulli numbers of `shape` are drawn, into the type of `like`."""
+        new = self.run(random.bernoulli_state, list(shape), dtype=like.dtype)
+        self._describe(new, like.new_empty(STATE, dtype=torch.uint8))
+        return new
+
+    def seed(self, like: torch.Tensor) -> fx.Node:
+        """A seed of its own."""
+        new = self.run(random.fresh_seed)
+        self._describe(new, like.new_empty(SEED, dtype=torch.uint8))
         return new
 
     def full(self, like: fx.Node, shape: Sequence[int], value: float, dtype: torch.dtype | None = None) -> fx.Node:
@@ -123,6 +156,13 @@ class Builder:
     def wide(self, x: fx.Node) -> fx.Node:
         """`x` in the dtype in which torch's kernels compute with it."""
         return self.cast(x, torch.float32) if value_of(x).dtype in LOW else x
+
+
+def _strides(like: torch.Tensor, shape: Sequence[int], strides: Sequence[int] | None) -> dict[str, list[int]]:
+    """The keyword `strides` of a draw, where it needs one; None stands for those of `like`."""
+    asked = [int(n) for n in (like.stride() if strides is None else strides)]
+    plain = asked == [int(n) for n in torch.empty(shape, device="meta").stride()]
+    return {} if plain else {"strides": asked}
 
 
 def dims_of(x: fx.Node, dims: Any) -> list[int]:

@@ -1,11 +1,16 @@
-"""Random operators, rewritten so that every mesh draws the same numbers as a single device.
+"""Random operators, rewritten so that every mesh draws the same numbers as a single device, or independent ones.
 
-Every rank goes through the stream of the global tensor, and may keep only its part. So a split saves memory and later
-work, but not the drawing.
+The same ones: every rank goes through the stream of the global tensor, and may keep only its part. So a split saves
+memory and later work, but not the drawing. Bernoulli numbers are drawn from a state of the generator, which takes no
+time to move on: a rank draws its part alone, in backward again if that is cheaper than to keep it.
+
+Independent ones (`Builder.independent`): a rank draws its part from a seed, as often as it is needed. What is drawn by
+the values of operands (`multinomial` and its like) remains the single device's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,18 +19,50 @@ from torch import fx
 
 from shardc.ir.facts import captured
 from shardc.ir.program import value_of
-from shardc.rules.notation import Rule, letters, mark, parse, rule
+from shardc.rules.drawn import Drawn
+from shardc.rules.notation import ONLY, Rule, Variant, Workspace, letters, mark, parse, rule
 from shardc.rules.rewrites.builder import Builder
 from shardc.runtime.kernels import random
+from shardc.runtime.kernels.bernoulli import BLOCK
 
 aten = torch.ops.aten
 Decomposition = Callable[..., Any]
 
 
 @rule(random.draw)
-def draw(shape: Any, *_: Any, **__: Any) -> Rule:
+def draw(shape: Any, *_: Any, dtype: torch.dtype, **__: Any) -> Rule:
     x = torch.empty(shape, device="meta")
-    return parse(f"-> {mark(letters(x), range(x.dim()), '~')}", body=random.draw, repeated=True)
+    drawn = Drawn((), x.numel(), dtype.itemsize)
+    return parse(f"-> {mark(letters(x), range(x.dim()), '~')}", body=random.draw, drawn=drawn)
+
+
+@rule(random.bernoulli_state)
+def bernoulli_state(shape: Any, **_: Any) -> Rule:
+    return parse("-> n!")
+
+
+@rule(random.bernoulli)
+def bernoulli_from(state: torch.Tensor, shape: Any, *_: Any, **__: Any) -> Rule:
+    """A rank draws whole blocks of the last dims, and of those before only its part (see `streams.filled`)."""
+    x, factors = torch.empty(shape, device="meta"), list[str]()
+    while len(factors) < x.dim() and (not factors or math.prod(shape[len(factors) :]) > BLOCK):
+        factors.append(f"d{len(factors)}")
+    drawn = Drawn(tuple(factors), math.prod(shape[len(factors) :]), itemsize=1)
+    dims = mark(letters(x), range(x.dim()), "~")
+    needed = Workspace((), 1, min(x.numel(), BLOCK), most=BLOCK)
+    return parse(f"n! -> {dims}", drawn=drawn, variants=[Variant(ONLY, random.bernoulli, workspace=(needed,))])
+
+
+@rule(random.fresh_seed)
+def fresh_seed() -> Rule:
+    return parse("-> n!")
+
+
+@rule(random.draw_from)
+def draw_from(seed: torch.Tensor, shape: Any, *_: Any, **__: Any) -> Rule:
+    x = torch.empty(shape, device="meta")
+    drawn = Drawn(tuple(f"d{dim}" for dim in range(x.dim())), stream=False)
+    return parse(f"n! -> {mark(letters(x), range(x.dim()), '~')}", body=random.draw_from, drawn=drawn)
 
 
 @rule(random.randperm)
@@ -40,11 +77,6 @@ def multinomial(weights: torch.Tensor, count: int, *_: Any, **__: Any) -> Rule:
     batch = mark(rows, range(len(rows)), "~")
     column = f"{last}!" if last != "1" else "1"
     return parse(f"{batch} {column} -> {batch} {'j!' if count != 1 else '1'}", body=random.multinomial)
-
-
-@rule(random.attention_draw)
-def attention_draw(shape: Any, **_: Any) -> Rule:
-    return parse("-> n!")
 
 
 @rule(random.poisson, random.binomial, random.standard_gamma, random.sample_dirichlet)
@@ -95,7 +127,7 @@ def normal(b: Builder, mean: fx.Node | float, std: fx.Node | float = 1.0, *_: An
 def bernoulli(b: Builder, x: fx.Node, chance: fx.Node | float | None = None) -> fx.Node:
     """Without `chance`, `x` holds the chances. A tensor of chances is compared with uniform numbers, as in torch."""
     if isinstance(chance, (int, float)):
-        return b.draw("bernoulli", chance, strides=_strides(x))
+        return b.bernoulli(chance, strides=_strides(x))
     chances, strides = (x, None) if chance is None else (chance, _strides(x))
     dtype = torch.float64 if value_of(chances).dtype == torch.float64 else torch.float32
     return b(aten.lt.Tensor, b.draw("uniform", 0.0, 1.0, dtype=dtype, strides=strides), chances)
@@ -108,9 +140,8 @@ def native_dropout(b: Builder, x: fx.Node, probability: float, train: bool | Non
         return x, b.full(x, shape, True, torch.bool)
     if probability == 1:
         return b.zeros(x, shape), b.full(x, shape, False, torch.bool)
-    mask = b.draw("bernoulli", 1 - probability, strides=_strides(x))
-    kept = b(aten.mul.Tensor, b(aten.mul.Tensor, x, mask), 1 / (1 - probability))
-    return kept, b(aten._to_copy.default, mask, dtype=torch.bool)
+    mask = b.bernoulli(1 - probability, dtype=torch.bool, strides=_strides(x))
+    return b(aten.mul.Tensor, b(aten.mul.Tensor, x, mask), 1 / (1 - probability)), mask
 
 
 def rrelu_with_noise(
@@ -158,7 +189,8 @@ def multinomial_of(b: Builder, weights: fx.Node, count: int, replacement: bool =
 
 
 def _drawn(b: Builder, like: fx.Node, shape: Any) -> fx.Node:
-    return b.run(random.attention_draw, [int(n) for n in shape], dtype=value_of(like).dtype)
+    value = value_of(like)
+    return b.seed(value) if b.independent else b.state(value, [int(n) for n in shape])
 
 
 def _permuted(b: Builder, count: int, **_: Any) -> fx.Node:

@@ -183,6 +183,33 @@ def test_kernels_of_cuda(monkeypatch: pytest.MonkeyPatch, prefer: tuple[SDPBacke
     assert there.called >= {name + end for name in names.values() for end in ("", "_backward")}
 
 
+@pytest.mark.parametrize("prefer", [(FLASH, EFFICIENT), (EFFICIENT,), (CUDNN, EFFICIENT)], ids=str)
+def test_kernels_of_cuda_drop_by_a_seed(monkeypatch: pytest.MonkeyPatch, prefer: tuple[SDPBackend, ...]) -> None:
+    """Backward drops what forward dropped: the gradient is that of the result, by small differences. The default
+    generator is left as it was."""
+    there = CudaKernels(*prefer)
+    monkeypatch.setattr(kernels, "aten", there)
+    monkeypatch.setattr(kernels, "default_generator", lambda _: there.generator)
+    monkeypatch.setattr(blocks, "kernel_for", kernels.cuda_kernel)
+    before = there.generator.get_state()
+    for case in (
+        Case((2, 2, 0, 9, 9, 8, 8), causal=True, dropout=0.4),
+        Case((1, 2, 2, 6, 11, 8, 8), causal=True, dropout=0.4),
+        Case((1, 2, 0, 5, 7, 8, 8), ("bool", (1, 0, 1, 1)), dropout=0.4),
+    ):
+        given = {**case.operands(), "draw": torch.arange(8, dtype=torch.uint8)}
+        out, logsumexp = FORWARD(*given.values(), *case.literals)
+        grads = BACKWARD(torch.ones_like(out), *given.values(), out, logsumexp, *case.literals)
+        for name, grad in zip("qkv", grads, strict=False):
+            step = torch.randn_like(given[name]) * 1e-5
+            sums = [FORWARD(*{**given, name: given[name] + s}.values(), *case.literals)[0].sum() for s in (step, -step)]
+            torch.testing.assert_close((sums[0] - sums[1]) / 2, (grad * step).sum(), rtol=1e-5, atol=1e-12)
+    assert torch.equal(there.generator.get_state(), before)
+    chosen = "flash" if prefer[0] is not EFFICIENT else "efficient"
+    assert f"_scaled_dot_product_{chosen}_attention_backward" in there.called
+    assert not any("cudnn" in name for name in there.called)
+
+
 DIMS = {
     "q": "bhgrd", "k": "bhsd", "v": "bhse", "mask": "bhgrs", "sinks": "hg", "draw": "z", "out": "bhgre",
 }  # fmt: skip

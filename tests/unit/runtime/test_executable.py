@@ -85,3 +85,12 @@ def test_refusals(state):
         executable.run(state, [])
     with pytest.raises(RankError, match="steps is not in the state"):
         executable.run({k: v for k, v in state.items() if k != "steps"}, [torch.ones(4, 8, dtype=torch.float64)])
+
+
+def test_a_program_that_draws_from_seeds_is_not_run_again_by_another(state):
+    """Another program would draw other numbers than the forward whose output is differentiated."""
+    module = load(MLP)
+    module.RANDOM = "independent"
+    _, y = Executable(module).run(state, [torch.randn(4, 8, dtype=torch.float64)], lambda _: Executable(load(from_y())))
+    with pytest.raises(RankError, match="randomness='exact'"):
+        y.sum().backward()
