@@ -256,6 +256,23 @@ def test_nothing_of_a_foreign_state_is_run(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_state_that_differs_from_rank_to_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that were, and are no more, cannot give theirs; random states are those of rank 0."""
+    model, place = nn.Linear(2, 2), Place(1)
+
+    def two(brought: Any, _: str) -> list[Any]:
+        return [brought, (brought[0], {**brought[1], "data": {"value": 2}, "rng": {}})]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shardc.runtime.checkpoint.save.from_all", two)
+        shardc.save_checkpoint(tmp_path, model, step=1, data=place)
+    drawn = torch.rand(2)
+    with pytest.raises(ShardcError, match="data differs from rank to rank in it, and it was saved by 2 ranks, not 1"):
+        shardc.load_checkpoint(tmp_path, model, data=place)
+    assert shardc.load_checkpoint(tmp_path, model) == 1
+    assert torch.equal(torch.rand(2), drawn)
+
+
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(tmp_path, 1)
 
