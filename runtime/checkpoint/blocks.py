@@ -25,7 +25,7 @@ Run = tuple[int, int]
 """First position and length of consecutive positions of a dim."""
 
 
-class Block(NamedTuple):
+class PlacedBlock(NamedTuple):
     """Where a block begins in the global tensor and in the rank's part, and its sizes: an entry a dim."""
 
     offsets: tuple[int, ...]
@@ -39,7 +39,7 @@ class Blocks:
     `local` is the part, and `shape` that of the global tensor. What is loaded is written into `local`.
     """
 
-    def __init__(self, shape: torch.Size, local: Tensor, blocks: Sequence[Block]) -> None:
+    def __init__(self, shape: torch.Size, local: Tensor, blocks: Sequence[PlacedBlock]) -> None:
         self.shape = shape
         self.local = local
         self.blocks = {block.offsets: block for block in blocks}
@@ -95,18 +95,18 @@ class Blocks:
         return [_chunk(block) for block in self.blocks.values()]
 
 
-def _chunk(block: Block) -> ChunkStorageMetadata:
+def _chunk(block: PlacedBlock) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
 
 
-def _blocks(runs: Sequence[Sequence[Run]]) -> list[Block]:
+def _blocks(runs: Sequence[Sequence[Run]]) -> list[PlacedBlock]:
     """Every combination of the runs of all dims."""
     placed: list[list[tuple[int, int, int]]] = []
     for one in runs:
         ends = itertools.accumulate((length for _, length in one), initial=0)
         placed.append([(first, start, length) for (first, length), start in zip(one, ends, strict=False)])
     return [
-        Block(
+        PlacedBlock(
             tuple(first for first, _, _ in chosen),
             tuple(start for _, start, _ in chosen),
             tuple(length for _, _, length in chosen),

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict  # pyright: ignore
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
@@ -35,7 +35,7 @@ from shardc.runtime.checkpoint.state import (
     tensors_of,
     touch,
 )
-from shardc.runtime.checkpoint.storage import LoadPlanning, Reader
+from shardc.runtime.checkpoint.storage import CheckpointReader, LoadPlanning
 from shardc.runtime.errors import ShardcError
 from shardc.runtime.mesh.agreement import Note, agree
 from shardc.runtime.mesh.exchange import from_all, object_group, own_rank
@@ -86,7 +86,7 @@ class _Found:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = Manifest.read(path)
-        self.reader = Reader(path, self.manifest)
+        self.reader = CheckpointReader(path, self.manifest)
 
     def open(self) -> None:
         """Read what is no tensor. ValueError where it is not what a checkpoint holds."""
@@ -219,17 +219,16 @@ def _opened(path: Path, rank: int, ranks: int) -> tuple[_Found | None, list[str]
     return found, []
 
 
-def _read(reader: Reader, into: dict[str, Any]) -> None:
+def _read(reader: CheckpointReader, into: dict[str, Any]) -> None:
     """Read tensors in place, and put other values in place of what stands there."""
     group = object_group()
     blocks = {
-        key: Blocks.of(one.detach(), one.detach().to_local()) if isinstance(one, DTensor) else one
-        for key, one in into.items()
+        key: Blocks.of(one, one.to_local().detach()) if isinstance(one, DTensor) else one for key, one in into.items()
     }
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(blocks, storage_reader=reader, planner=LoadPlanning(), process_group=group, no_dist=group is None)
+            load(blocks, storage_reader=reader, planner=LoadPlanning(), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise ShardcError(f"it cannot be read: {reason(error)}") from error
     into.update((key, one) for key, one in blocks.items() if not isinstance(one, Blocks))

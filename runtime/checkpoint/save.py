@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardc.runtime.checkpoint.files import begin, partial
 from shardc.runtime.checkpoint.state import (
@@ -27,7 +27,7 @@ from shardc.runtime.checkpoint.state import (
     same,
     taken_apart,
 )
-from shardc.runtime.checkpoint.storage import SavePlanning, Writer
+from shardc.runtime.checkpoint.storage import CheckpointWriter, SavePlanning
 from shardc.runtime.errors import ShardcError
 from shardc.runtime.mesh.agreement import Note, agree
 from shardc.runtime.mesh.exchange import from_all, object_group, own_rank
@@ -86,7 +86,7 @@ def save_checkpoint(
         each = [others[name] for _, others in brought]
         alike = all(same(each[0], other) for other in each[1:])
         saved[name][RANKS] = (each[0],) if alike else tuple(each)
-    future = _written(saved, Writer(partial(folder, step), step, ranks, keep), step)
+    future = _written(saved, CheckpointWriter(partial(folder, step), step, ranks, keep), step)
     _pending[:] = [future]
     return future
 
@@ -98,11 +98,11 @@ def _write_plan(model: nn.Module, folder: Path) -> None:
         compiled.plan.save(folder / "plan.json")
 
 
-def _written(saved: dict[str, Any], writer: Writer, step: int) -> Future[Path]:
+def _written(saved: dict[str, Any], writer: CheckpointWriter, step: int) -> Future[Path]:
     """The future of a save that starts now."""
     group = object_group()
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-    saving: Any = dcp.async_save(
+    saving: Any = async_save(
         saved, storage_writer=writer, planner=SavePlanning(), process_group=group, no_dist=group is None
     )
     future: Future[Path] = Future()

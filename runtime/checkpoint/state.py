@@ -192,7 +192,8 @@ def _rest(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {TENSOR: name}
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, _rest(one, f"{path}.{key}", tensors)) for key, one in value.items())
+        entries = cast(dict[Any, Any], value)
+        return type(entries)((key, _rest(one, f"{path}.{key}", tensors)) for key, one in entries.items())
     if type(value) in (list, tuple):
         return type(value)(_rest(one, f"{path}.{at}", tensors) for at, one in enumerate(value))
     if isinstance(value, np.generic):

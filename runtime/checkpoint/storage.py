@@ -13,14 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-    filesystem,
-    metadata,
-)
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -30,7 +25,7 @@ from shardc.runtime.checkpoint.blocks import Blocks
 from shardc.runtime.checkpoint.files import File, Manifest, commit
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Writes into a folder aside, and makes it a complete checkpoint when all ranks have written theirs."""
 
     def __init__(self, aside: Path, step: int, ranks: int, keep: int | None) -> None:
@@ -80,7 +75,7 @@ class SavePlanning(DefaultSavePlanner):
         return value.block(index.offset) if isinstance(value, Blocks) else value
 
 
-class Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Reads a checkpoint whose files were found as its manifest says."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:

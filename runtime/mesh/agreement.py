@@ -188,6 +188,10 @@ class Board:
             return calls, f"said nothing for {SILENT:.0f} s; it was {doing or at}", False, -1.0
         return calls, doing or at, waits and not doing, seconds
 
+    def stamp(self, rank: int) -> str:
+        """What tells the last word of a rank from the one before."""
+        return self._last.get(rank, ("", 0.0))[0]
+
     def others(self) -> str:
         """What every other rank was last known to do, a line each."""
         lines: list[str] = []
@@ -205,6 +209,7 @@ class Waiting:
         self._board = board
         self._start = time.monotonic()
         self._looked = self._start
+        self._stamps: dict[int, str] = {}
 
     def in_vain(self, ranks: Sequence[int]) -> str:
         """Sleep a little; why these ranks will not come, or nothing."""
@@ -223,7 +228,10 @@ class Waiting:
             calls, doing, waits, seconds = words
             gone = seconds < 0
             ahead = calls > self._board.calls and doing.startswith("runs ")
-            if gone or ahead or (waits and seconds >= STUCK):
+            # a word from before may be old: the rank may have come on its way since
+            stuck = waits and seconds >= STUCK
+            stuck = stuck and self._stamps.setdefault(rank, self._board.stamp(rank)) != self._board.stamp(rank)
+            if gone or ahead or stuck:
                 return (
                     f"rank {self._board.rank} {self._board.doing or 'waits'}, but rank {rank} {doing}. "
                     "Every rank must call the same model with the same kind of inputs, in the same order"
@@ -351,7 +359,11 @@ _KNOWN = "the other ranks, as far as is known:"
 def meeting(what: str) -> Generator[None]:
     """Where ranks meet outside of generated code. If torch.distributed fails in it, since a rank was killed, stopped or
     cut off, RankError says in what, where in the user's code, and what the others were last known to do."""
+    shared = _boards[0] if _boards else None
+    before = "" if shared is None else shared.doing
     try:
+        if shared is not None:  # so that nobody takes it for a collective of the user's
+            shared.doing = before or f"is in {what}"
         yield
     except (RuntimeError, StoreSilent) as error:
         lost = isinstance(error, (StoreSilent, dist.DistError)) or "gloo" in str(error)
@@ -361,3 +373,6 @@ def meeting(what: str) -> Generator[None]:
         at = place(sys._getframe())[0]
         named = RankError(f"rank {rank} failed in {what}, and {at}\n  {type(error).__name__}: {error}", rank=rank)
         raise with_others(named) from error
+    finally:
+        if shared is not None:
+            shared.doing = before

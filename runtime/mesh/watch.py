@@ -5,7 +5,7 @@ watch(model, every=100)     before each hundredth step of an optimizer of the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class _Seen(NamedTuple):
     sums: Mapping[tuple[str, tuple[tuple[int, int], ...]], int]
 
 
-class Watch:
+class ModelWatch:
     """What watches a model; `remove()` ends it."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
@@ -48,7 +48,7 @@ class Watch:
         ]
 
     def remove(self) -> None:
-        """Watch no longer."""
+        """ModelWatch no longer."""
         for hook in self._hooks:
             hook.remove()
 
@@ -128,7 +128,7 @@ class Watch:
         return f"; the first module with such a result is {found[0]}" if found else ""
 
 
-def watch(model: nn.Module, every: int = 100) -> Watch:
+def watch(model: nn.Module, every: int = 100) -> ModelWatch:
     """Look after each `every` steps whether a model's outputs, gradients and parameters are finite, and whether what
     several ranks hold copies of is equal in every bit. The handle's `remove()` ends it.
 
@@ -139,11 +139,11 @@ def watch(model: nn.Module, every: int = 100) -> Watch:
     """
     if every < 1:
         raise ShardcError(f"watch(every={every}): say after how many steps to look, at least 1")
-    return Watch(model, every)
+    return ModelWatch(model, every)
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
+def _plain(model: nn.Module) -> Generator[None]:
     """A sharded model computes as the module that it was; what carries out its calls is not known here."""
     engine: Any = vars(model).get("_shardc")
     if engine is None:

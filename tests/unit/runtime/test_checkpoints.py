@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import shardc
 from shardc.errors import ShardcError
 from shardc.runtime.checkpoint import files, state
-from shardc.runtime.checkpoint.storage import Writer
+from shardc.runtime.checkpoint.storage import CheckpointWriter
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 
@@ -161,8 +161,8 @@ def test_torch_reads_it_without_shardc(tmp_path: Path) -> None:
 
 def test_what_is_written_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it a checkpoint before all of it is there."""
-    go, write = threading.Event(), Writer.write_data
-    monkeypatch.setattr(Writer, "write_data", lambda *given: (go.wait(10), write(*given))[1])
+    go, write = threading.Event(), CheckpointWriter.write_data
+    monkeypatch.setattr(CheckpointWriter, "write_data", lambda *given: (go.wait(10), write(*given))[1])
     model, place = nn.Linear(2, 2), Place([1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     expected = model.weight.detach().clone()
@@ -256,6 +256,23 @@ def test_nothing_of_a_foreign_state_is_run(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_state_that_differs_from_rank_to_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that were, and are no more, cannot give theirs; random states are those of rank 0."""
+    model, place = nn.Linear(2, 2), Place(1)
+
+    def two(brought: Any, _: str) -> list[Any]:
+        return [brought, (brought[0], {**brought[1], "data": {"value": 2}, "rng": {}})]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shardc.runtime.checkpoint.save.from_all", two)
+        shardc.save_checkpoint(tmp_path, model, step=1, data=place)
+    drawn = torch.rand(2)
+    with pytest.raises(ShardcError, match="data differs from rank to rank in it, and it was saved by 2 ranks, not 1"):
+        shardc.load_checkpoint(tmp_path, model, data=place)
+    assert shardc.load_checkpoint(tmp_path, model) == 1
+    assert torch.equal(torch.rand(2), drawn)
+
+
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(tmp_path, 1)
 
@@ -263,7 +280,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Writer, "write_data", full)
+        patched.setattr(CheckpointWriter, "write_data", full)
         future = shardc.save_checkpoint(tmp_path, model, step=2)
         with pytest.raises(ShardcError, match=r"after step 2 was not saved: OSError.*No space left"):
             future.result()
