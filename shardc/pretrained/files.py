@@ -43,7 +43,7 @@ DTYPES = {
 """The names of dtypes in the format. Source: github.com/huggingface/safetensors, `Dtype`."""
 
 
-class Sized(NamedTuple):
+class TensorHeader(NamedTuple):
     """A tensor of which only shape and dtype are known."""
 
     shape: tuple[int, ...]
@@ -126,7 +126,7 @@ def _opened(file: Path) -> Any:
     return opened
 
 
-def in_files(tensors: Mapping[str, Sized], most: float) -> dict[str, list[str]]:
+def in_files(tensors: Mapping[str, TensorHeader], most: float) -> dict[str, list[str]]:
     """The names of the tensors of each file, by the name of the file: in order, each file of at most so many bytes
     where no tensor alone is larger."""
     groups: list[list[str]] = [[]]
@@ -142,7 +142,7 @@ def in_files(tensors: Mapping[str, Sized], most: float) -> dict[str, list[str]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
-def write_index(folder: Path, tensors: Mapping[str, Sized], files: Mapping[str, Sequence[str]]) -> None:
+def write_index(folder: Path, tensors: Mapping[str, TensorHeader], files: Mapping[str, Sequence[str]]) -> None:
     """Write the index of several files."""
     total = sum(one.nbytes for one in tensors.values())
     index = {
@@ -152,7 +152,7 @@ def write_index(folder: Path, tensors: Mapping[str, Sized], files: Mapping[str, 
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write(file: Path | None, tensors: Mapping[str, Sized], value: Callable[[str], Tensor]) -> None:
+def write(file: Path | None, tensors: Mapping[str, TensorHeader], value: Callable[[str], Tensor]) -> None:
     """Write tensors to a file, one after another: no two values are held at a time.
 
     All values are asked for, also without a file and after a failure: ranks ask for them together. Raises OSError where
@@ -173,7 +173,7 @@ def write(file: Path | None, tensors: Mapping[str, Sized], value: Callable[[str]
         raise failed
 
 
-def _header(tensors: Mapping[str, Sized]) -> bytes:
+def _header(tensors: Mapping[str, TensorHeader]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, one in tensors.items():

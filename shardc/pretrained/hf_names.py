@@ -21,7 +21,7 @@ Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Conversion:
+class WeightSource:
     """Tensors that are made of others: `made` of `sources` by `run`. Where `run` is None, one has another name only."""
 
     sources: tuple[str, ...]
@@ -35,17 +35,17 @@ def of_transformers(model: nn.Module) -> bool:
     return known is not None and isinstance(model, known.PreTrainedModel)
 
 
-def to_load(model: nn.Module, tensors: Mapping[str, Tensor], held: Iterable[str]) -> list[Conversion]:
+def to_load(model: nn.Module, tensors: Mapping[str, Tensor], held: Iterable[str]) -> list[WeightSource]:
     """How tensors of files become those of a model: the names that the files hold, the model's `tensors` by name."""
     if not of_transformers(model):
-        return [Conversion((name,), (name,)) for name in held]
+        return [WeightSource((name,), (name,)) for name in held]
     import transformers.core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     kind: Any = model
     renamings, converters = _sorted(get_model_conversion_mapping(kind))
     prefix = kind.base_model_prefix
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _SourceGroup] = {}
     for name in sorted(held, key=loading.dot_natural_key):
         new, pattern = loading.rename_source_key(name, renamings, converters, prefix, tensors)  # pyright: ignore[reportArgumentType]
         if new not in tensors and name in tensors:
@@ -56,10 +56,10 @@ def to_load(model: nn.Module, tensors: Mapping[str, Tensor], held: Iterable[str]
     return [group.conversion(model, lambda made: made) for group in groups.values()]
 
 
-def to_save(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Conversion]:
+def to_save(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[WeightSource]:
     """How a model's tensors become those of files, with the names that transformers publishes."""
     if not of_transformers(model):
-        return [Conversion((name,), (name,)) for name in tensors]
+        return [WeightSource((name,), (name,)) for name in tensors]
     import transformers.core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -69,7 +69,7 @@ def to_save(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Conversion]
         mapping = get_model_conversion_mapping(kind, add_legacy=False)
         mapping = [one for one in mapping if not isinstance(one, loading.PrefixChange)]
     renamings, converters = _sorted([one.reverse_transform() for one in mapping[::-1]])
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _SourceGroup] = {}
     for name in sorted(tensors, key=loading.dot_natural_key):
         new, pattern = loading.apply_converters(name, converters)
         if pattern is None:
@@ -89,7 +89,7 @@ def ignored(model: nn.Module, kind: str) -> re.Pattern[str] | None:
     return re.compile("|".join(f"({one})" for one in sorted(patterns))) if patterns else None
 
 
-class _Group:
+class _SourceGroup:
     """The sources of one target, or of the several that one operation makes."""
 
     def __init__(self, target: str, converter: Any) -> None:
@@ -97,10 +97,10 @@ class _Group:
         self.sources: list[tuple[str, str]] = []
         """The names of sources, each with the pattern that it matches."""
 
-    def conversion(self, model: nn.Module, renamed: Callable[[str], str]) -> Conversion:
+    def conversion(self, model: nn.Module, renamed: Callable[[str], str]) -> WeightSource:
         names = tuple(name for name, _ in self.sources)
         if self.converter is None:
-            return Conversion(names, (self.target,))
+            return WeightSource(names, (self.target,))
 
         def run(read: Read) -> Mapping[str, Tensor]:
             converter = copy.deepcopy(self.converter)
@@ -110,14 +110,14 @@ class _Group:
             made = converter.convert(self.target, model=model, config=config)
             return {renamed(key): one[0] if isinstance(one, list) else one for key, one in made.items()}
 
-        return Conversion(names, (), run)
+        return WeightSource(names, (), run)
 
 
-def _grouped(groups: dict[str, _Group], new: str, name: str, pattern: str | None, converters: list[Any]) -> None:
+def _grouped(groups: dict[str, _SourceGroup], new: str, name: str, pattern: str | None, converters: list[Any]) -> None:
     converter = next((one for one in converters if pattern in one.source_patterns), None) if pattern else None
     # two names for one target: the first counts, and the other is told of as unexpected
     target = name if converter is None and new in groups else new
-    groups.setdefault(target, _Group(target, converter)).sources.append((name, pattern or name))
+    groups.setdefault(target, _SourceGroup(target, converter)).sources.append((name, pattern or name))
 
 
 def _sorted(mapping: Iterable[Any]) -> tuple[list[Any], list[Any]]:
@@ -128,7 +128,7 @@ def _sorted(mapping: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return renamings, [one for one in given if isinstance(one, loading.WeightConverter)]
 
 
-def made_of(conversion: Conversion, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def made_of(conversion: WeightSource, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What a conversion makes, on the meta device: names, shapes and dtypes. `like` are the sources, of any values."""
     if conversion.run is None:
         (source,), (made,) = conversion.sources, conversion.made

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.pretrained.files import WeightFiles
-from shardc.pretrained.hf_names import Conversion, ignored, made_of, to_load
+from shardc.pretrained.hf_names import WeightSource, ignored, made_of, to_load
 from shardc.pretrained.materialize import draw, same_draws
 from shardc.pretrained.meshes import mesh_of
-from shardc.pretrained.places import Place, put, tensors_of
+from shardc.pretrained.places import Destination, put, tensors_of
 from shardc.runtime.mesh.agreement import Note, agree
 
 SHOWN = 8
@@ -58,11 +58,11 @@ def load_pretrained(
     fits = _Fits(model, files, named)
     fits.check(strict)
     names = {id(one): name for name, one in (*model.named_buffers(), *named.items())}
-    places = {id(one): Place(one, real) for one in named.values()}
+    places = {id(one): Destination(one, real) for one in named.values()}
     lacking = [one for name, one in _unfilled(model, named) if name not in fits.taken]
 
     def take(tensor: Tensor, value: Tensor) -> None:
-        places.setdefault(id(tensor), Place(tensor, real)).fill(lambda where: value[where])
+        places.setdefault(id(tensor), Destination(tensor, real)).fill(lambda where: value[where])
 
     with same_draws(real):
         draw(model, lacking, take, advance=False)
@@ -81,7 +81,7 @@ def _unfilled(model: nn.Module, named: Mapping[str, Tensor]) -> Iterable[tuple[s
     return seen.values()
 
 
-def _fill(conversion: Conversion, files: WeightFiles, places: Mapping[str, Place]) -> None:
+def _fill(conversion: WeightSource, files: WeightFiles, places: Mapping[str, Destination]) -> None:
     if conversion.run is None:
         for place in places.values():
             place.fill(lambda where: files.part(conversion.sources[0], where))
@@ -112,7 +112,7 @@ class _Fits:
         self.missing = self._but(sorted(named.keys() - self.taken), "missing")
         self.unexpected = self._but(sorted(self._made.keys() - named.keys()), "unexpected")
 
-    def targets(self, conversion: Conversion) -> list[str]:
+    def targets(self, conversion: WeightSource) -> list[str]:
         """The names of the model whose values a conversion makes."""
         return self._targets[id(conversion)]
 

@@ -12,7 +12,7 @@ from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.pretrained.hf_names import of_transformers
 from shardc.pretrained.meshes import mesh_of
-from shardc.pretrained.places import Place, put
+from shardc.pretrained.places import Destination, put
 from shardc.pretrained.recording import RECORDING, Recording, recorded
 from shardc.pretrained.replay import Replay
 from shardc.runtime import DistributedMesh
@@ -52,10 +52,10 @@ def materialize(model: nn.Module, init: Initialiser | None = None, *, mesh: str 
             lacking.append(one)
     if real is not None:
         agree(Note(f"materializing {type(model).__name__}", {"what has no values": ", ".join(names.values())}))
-    places: list[Place] = []
+    places: list[Destination] = []
 
     def take(tensor: Tensor, value: Tensor) -> None:
-        places.append(Place(tensor, real))
+        places.append(Destination(tensor, real))
         places[-1].fill(lambda where: value[where])
 
     with same_draws(real):
@@ -78,7 +78,10 @@ def draw(
     `advance` all numbers are drawn that the whole model takes; else only those of these tensors.
 
     Raises ShardcError, before the first, for one that nothing initialises."""
-    left, plans = list(lacking), list[tuple[Recording, Replay, list[Tensor]]]()
+    for one in lacking:
+        if not one.numel():
+            take(one, torch.empty_like(one, device="cpu"))
+    left, plans = [one for one in lacking if one.numel()], list[tuple[Recording, Replay, list[Tensor]]]()
     recordings = [] if init is not None else _recordings(model)
     if left and not all(any(_written(one, Replay(r), r) for r in recordings) for one in left):
         recordings.append(_initialised(model, init or default_init))

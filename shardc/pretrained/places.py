@@ -39,7 +39,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-class Place:
+class Destination:
     """What stores the values of one tensor on this rank. `fill` writes them; `made` is the tensor that then stands for
     the one that had none (None where that is filled in place)."""
 
@@ -154,7 +154,7 @@ def _runs(
     ]
 
 
-def put(names: Mapping[int, str], places: Iterable[Place]) -> None:
+def put(names: Mapping[int, str], places: Iterable[Destination]) -> None:
     """Put the tensors that now have values in place of those that had none, wherever these are held.
 
     Raises ShardcError where a tuple holds one. `names` are by the id of the old tensor."""

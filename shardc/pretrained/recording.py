@@ -58,7 +58,7 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Step:
+class NotedStep:
     """One operator. Arguments are `Ref`s where they have no values; `written` are the storages that it writes, of which
     it writes those in `whole` without reading them."""
 
@@ -84,7 +84,7 @@ class Step:
 class Recording:
     """The steps of a construction, in order. It keeps the storages, so that each has a number of its own."""
 
-    steps: list[Step] = field(default_factory=list[Step])
+    steps: list[NotedStep] = field(default_factory=list[NotedStep])
     storages: dict[int, Any] = field(default_factory=dict[int, Any])
     shadows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
     """For a tensor that has values, by its id: the tensor, and one without values that is written in its place."""
@@ -99,7 +99,7 @@ class Recording:
         """The note of a tensor on the meta device."""
         storage = tensor.untyped_storage()
         self.storages[storage._cdata] = storage
-        place = tensor.storage_offset(), storage.nbytes()
+        place = int(tensor.storage_offset()), storage.nbytes()
         return Ref(storage._cdata, tensor.dtype, tuple(tensor.shape), tensor.stride(), *place)
 
 
@@ -242,7 +242,7 @@ class _Recorder(TorchDispatchMode):
         own = frozenset((note.storage,))
         whole = own if note.whole else frozenset[int]()
         self._recording.steps.append(
-            Step(function, (note, *args), kwargs, note, own, own, whole, True, torch.get_default_dtype())
+            NotedStep(function, (note, *args), kwargs, note, own, own, whole, True, torch.get_default_dtype())
         )
         return tensor
 
@@ -256,7 +256,7 @@ class _Recorder(TorchDispatchMode):
                 held = frozenset((note.storage,))
                 copied, dtype = torch.ops.aten.copy_.default, torch.get_default_dtype()
                 self._recording.steps.append(
-                    Step(copied, (note, tensor), {}, note, frozenset(), held, held, False, dtype)
+                    NotedStep(copied, (note, tensor), {}, note, frozenset(), held, held, False, dtype)
                 )
         return self._recording.shadows[id(tensor)][1]
 
@@ -282,7 +282,7 @@ class _Recorder(TorchDispatchMode):
             whole = {into[0].storage} if into[0].whole and into[0].storage not in others else whole
         storages = frozenset(read), frozenset(written), frozenset(whole)
         self._recording.steps.append(
-            Step(func, args, kwargs, results, *storages, _random(func), torch.get_default_dtype())
+            NotedStep(func, args, kwargs, results, *storages, _random(func), torch.get_default_dtype())
         )
 
 

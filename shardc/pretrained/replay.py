@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from shardc.pretrained.recording import UNWRITTEN, Recording, Ref, Step
+from shardc.pretrained.recording import UNWRITTEN, NotedStep, Recording, Ref
 
 States = Mapping[int, Tensor]
 """The state of the generator before a random step, by its number."""
@@ -25,7 +25,7 @@ class Replay:
     """The tensors of a recording."""
 
     def __init__(self, recording: Recording) -> None:
-        self._steps: Sequence[Step] = recording.steps
+        self._steps: Sequence[NotedStep] = recording.steps
         self._writes: dict[int, list[int]] = defaultdict(list)
         for at, step in enumerate(self._steps):
             for storage in step.written:
@@ -101,11 +101,11 @@ class Replay:
         return self._chain([(storage, at) for storage in self._steps[at].read], {at})
 
 
-def _generator(step: Step) -> torch.Generator:
+def _generator(step: NotedStep) -> torch.Generator:
     return step.kwargs.get("generator") or torch.default_generator
 
 
-def _run(step: Step, storages: dict[int, Any]) -> None:
+def _run(step: NotedStep, storages: dict[int, Any]) -> None:
     def real(leaf: Any) -> Any:
         return _view(leaf, storages) if isinstance(leaf, Ref) else leaf
 

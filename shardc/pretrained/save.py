@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from shardc.cost.memory import bytes_of
 from shardc.errors import ShardcError
-from shardc.pretrained.files import INDEX, SINGLE, Sized, in_files, write, write_index
-from shardc.pretrained.hf_names import Conversion, made_of, of_transformers, to_save
+from shardc.pretrained.files import INDEX, SINGLE, TensorHeader, in_files, write, write_index
+from shardc.pretrained.hf_names import WeightSource, made_of, of_transformers, to_save
 from shardc.pretrained.places import tensors_of
 from shardc.runtime.mesh.agreement import Note, agree
 
@@ -40,14 +40,14 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: str |
     if dist.is_initialized():
         kinds = str([(name, str(one.dtype), list(one.shape)) for name, one in named.items()])
         agree(Note(f"saving {type(model).__name__}", {"its tensors": kinds, "the folder": str(folder)}))
-    tensors: dict[str, Sized] = {}
-    sources: dict[str, Conversion] = {}
+    tensors: dict[str, TensorHeader] = {}
+    sources: dict[str, WeightSource] = {}
     for conversion in to_save(model, named):
         for name, one in made_of(conversion, named).items():
-            tensors[name] = Sized(tuple(one.shape), one.dtype)
+            tensors[name] = TensorHeader(tuple(one.shape), one.dtype)
             sources[name] = conversion
     files = in_files(tensors, size)
-    value = _Values(named, sources)
+    value = _WholeValues(named, sources)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     aside: list[Path] = []
 
@@ -81,11 +81,11 @@ def _values(model: nn.Module) -> Mapping[str, Tensor]:
     return {name: one for name, one in named.items() if kept[id(one)] == name}
 
 
-class _Values:
+class _WholeValues:
     """The whole values of tensors of files, one at a time. What one conversion makes is held until all of it is
     asked for. Every rank must ask for the same."""
 
-    def __init__(self, named: Mapping[str, Tensor], sources: Mapping[str, Conversion]) -> None:
+    def __init__(self, named: Mapping[str, Tensor], sources: Mapping[str, WeightSource]) -> None:
         self._named, self._sources = named, sources
         self._made: dict[str, Tensor] = {}
 
@@ -103,7 +103,7 @@ class _Values:
 
 
 def _finish(
-    model: nn.Module, aside: Path, folder: Path, tensors: Mapping[str, Sized], files: Mapping[str, list[str]]
+    model: nn.Module, aside: Path, folder: Path, tensors: Mapping[str, TensorHeader], files: Mapping[str, list[str]]
 ) -> None:
     """Write what goes beside the weights, and put all in place."""
     if list(files) != [SINGLE]:
@@ -161,7 +161,7 @@ def _on_rank_0(
     action: Callable[[], None],
     writes: bool,
     folder: Path,
-    names: Mapping[str, Sized] | None = None,
+    names: Mapping[str, TensorHeader] | None = None,
     value: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Do it on the rank that writes, while the others take part in gathering. ShardcError on all where it failed."""
