@@ -20,7 +20,8 @@ from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
-from shardc.runtime.execute.transforms import is_batched, refuse_transforms
+from shardc.runtime.execute.tensor_kinds import TensorKinds
+from shardc.runtime.execute.transforms import in_forward_mode, is_batched, refuse_transforms
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
 
@@ -72,10 +73,17 @@ class Executable:
         self.gradients: tuple[Slot, ...] = tuple(getattr(module, "GRADIENTS", ()))
         self.random: bool = getattr(module, "RANDOM", False)
         self._boundary: Boundary = boundary(self.mesh)
+        self._names = [slot.name for slot in self.inputs]
+        self._from_state = [None if slot.role == "input" else slot.name for slot in self.inputs]
+        self._checked: TensorKinds | None = None
         self._mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
 
     def run(
-        self, state: Mapping[str, Tensor], inputs: Sequence[Tensor], fallback: Fallback | None = None
+        self,
+        state: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        fallback: Fallback | None = None,
+        record: bool = False,
     ) -> list[Tensor]:
         """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
 
@@ -86,16 +94,19 @@ class Executable:
         Where an output gets a gradient from which this executable's backward does not start, `run` calls `fallback`
         with the indices of all outputs that got one. It returns an executable whose backward starts from them. Without
         a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot.
+        With `record`, outputs may get a gradient where gradients are off, too: the model turns them on for itself.
         """
-        tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
-        names = {slot.name: tensor for slot, tensor in zip(self.inputs, tensors, strict=True)}
-        recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
+        tensors = self._arguments(state, inputs)
+        names = dict(zip(self._names, tensors, strict=True))
+        recording = record or (torch.is_grad_enabled() and hasattr(self.module, "backward"))
+        recording = recording and not torch.is_inference_mode_enabled()  # in which nothing is recorded, whatever is on
         if not (recording and any(tensor.requires_grad for tensor in tensors)):
             result = self._forward(names, differentiable=False)
             self._mutate(result.mutations, names)
             return result.outputs
         mutations: dict[str, Tensor] = {}
-        outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
+        with torch.enable_grad():
+            outputs = list(_Differentiable.apply(self, fallback, mutations, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
         return outputs
 
@@ -114,6 +125,21 @@ class Executable:
 
         return call
 
+    def _arguments(self, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of the slots. They are looked at one by one where they are others than those of the last run."""
+        try:
+            tensors = [
+                inputs[slot.index] if name is None else state[name]
+                for slot, name in zip(self.inputs, self._from_state, strict=True)
+            ]
+        except LookupError:
+            tensors = []
+        refuse_transforms([])
+        if self._checked is None or in_forward_mode() or not self._checked.fit(tensors):
+            tensors = [self._argument(slot, state, inputs) for slot in self.inputs]
+            self._checked = TensorKinds(tensors)
+        return tensors
+
     def _argument(self, slot: Slot, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         if slot.role == "input":
             if slot.index >= len(inputs):
@@ -123,6 +149,8 @@ class Executable:
             tensor = state[slot.name]
         else:
             raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
+        if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RankError(f"{slot} must be a tensor, but is a {type(tensor).__name__}")
         refuse_transforms([(str(slot), tensor)])
         slot.check(tensor)
         return tensor
@@ -210,7 +238,7 @@ class _Differentiable(torch.autograd.Function):
         second: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        names = [slot.name for slot in executable.inputs]
+        names = executable._names  # pyright: ignore[reportPrivateUsage]
         values = dict(zip(names, tensors, strict=True))
         # If the fallback runs the forward again, it must draw the same random numbers.
         ctx.random_state = torch.get_rng_state() if executable.random and fallback is not None else None
