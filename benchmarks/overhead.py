@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py
 
-Every pair of times is taken in turn, in one process, on one thread; the ratio is that of the medians.
+Every pair of times is taken in turn, in one process, on one thread; the ratio is that of the medians. The second table
+sets calls beside nothing but the run of the generated code that is in them, in models of few and of many parts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -36,25 +38,37 @@ class Tiny(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def llama() -> nn.Module:
-    """A Llama of transformers with five million parameters."""
+class Block(nn.Module):
+    """A layer that reads a setting and a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale, self.powers = 1.0, [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.down(torch.relu(self.up(self.norm(x)))) ** self.powers[0]
+
+
+def llama(layers: int = 8, width: int = 192) -> nn.Module:
+    """A Llama of transformers; by default with five million parameters."""
     config = transformers.LlamaConfig(
-        vocab_size=4096, hidden_size=192, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=4096, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=512, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def medians(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
-    """The median times of two functions, taken in turn, in milliseconds."""
+def medians(one: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> tuple[float, float]:
+    """The median times of two functions, taken in turn, in milliseconds of this thread."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(5):
         one(), other()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for function, kept in zip((one, other), times, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time()
             function()
-            kept.append((time.perf_counter() - start) * 1e3)
+            kept.append((time.thread_time() - start) * 1e3)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -88,6 +102,22 @@ def tokens() -> str:
     return f"| Llama, 4.8 M parameters | generate, a token | {ours / eager:.3f} | {(ours - eager) / 16:+.2f} ms |"
 
 
+def beyond(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> str:
+    """One line of the second table: a call of a sharded model beside the run that is in it, by itself."""
+    sharded: Any = shard(model, mesh="a=1")
+    given = list[Any]()
+    with torch.no_grad():
+        call(sharded)
+        executable = sharded.compiled.executable
+        run = executable.run
+        executable.run = lambda *arguments: given.append(arguments) or run(*arguments)
+        call(sharded)
+        executable.run = run
+        whole, bare = medians(lambda: call(sharded), lambda: run(*given[0]), rounds=200)
+    parts, tensors = len(list(sharded.modules())), len(list(sharded.parameters()))
+    return f"| {name} | {parts}, {tensors} | {bare:.2f} ms | {whole / bare:.3f} | {whole - bare:+.2f} ms |"
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -98,7 +128,13 @@ def main() -> None:
         print(row("two linear layers of 8", Tiny(), lambda model: model(x).sum(), train))
     for train in (False, True):
         print(row("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids, labels=ids).loss, train))
-    print(tokens())
+    print(tokens(), "\n")
+    print("| model | modules, parameters | run | call / run | difference |\n| --- | --- | --- | --- | --- |")
+    deep = nn.Sequential(*(Block() for _ in range(100)))
+    print(beyond("two linear layers of 8", Tiny(), lambda model: model(x)))
+    print(beyond("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids)))
+    print(beyond("Llama, 32 layers of 64", llama(32, 64), lambda model: model(input_ids=ids[:2, :16])))
+    print(beyond("100 blocks of 8", deep, lambda model: model(x)))
 
 
 if __name__ == "__main__":

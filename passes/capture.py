@@ -33,6 +33,7 @@ def capture(c: Compilation) -> Compilation:
         call.args,
         call.kwargs,
         grad=torch.is_grad_enabled(),
+        called_with_grad=torch.is_grad_enabled() and call.grad,
         differentiable=call.differentiable,
         constraints=module_constraints(constraints, call.model),
         function=call.function,

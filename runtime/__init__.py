@@ -14,7 +14,8 @@ if __name__ != "shardc.runtime":
 from shardc.runtime import collectives, kernels
 from shardc.runtime.collectives.collective import Started, wait
 from shardc.runtime.errors import RankError, ShardcError
-from shardc.runtime.execute.executable import Executable, load
+from shardc.runtime.execute.executable import Executable
+from shardc.runtime.execute.load import load
 from shardc.runtime.execute.slots import Cuts, Slot, cut, cuts_of, paste, placements
 from shardc.runtime.kernels.parts import Part
 from shardc.runtime.mesh.distributed import DistributedMesh, local_mesh

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flatten
+from shardc.capture.own_tensors import OwnTensors
 from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import Compiled
@@ -95,8 +95,7 @@ class _Engine:
         """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
         """Whether a program was made by the plan that the options name; it is for no other."""
-        self.registries: list[dict[str, Any]] | None = None
-        """Where the tensors of the model stand; None where a capture may have met others."""
+        self.own: OwnTensors | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.request)
@@ -116,13 +115,14 @@ class _Engine:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         leaves, spec = flatten((args, kwargs))
-        call = ModelCall(module, args, kwargs, function=forward)
+        call, grad = ModelCall(module, args, kwargs, function=forward), torch.is_grad_enabled()
         with TRACING:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if torch.is_grad_enabled() else moves(module)
             named = named_dims(self.request.options.dynamic, call)
             one = tuple(Containers((args, kwargs)).again)
-            key = call_key(leaves, named, self._own(module)), str(spec), one, placed
+            self.own = self.own or OwnTensors(module)
+            key = call_key(leaves, named, self.own), str(spec), one, placed
             program = self._program(key, named, call, leaves)
             if self.sums is not None and torch.is_grad_enabled():
                 program = program.accumulating
@@ -133,18 +133,12 @@ class _Engine:
 
             The call may have changed its arguments and what else it reads, and the user may have, since."""
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            other = replace(call, args=args, kwargs=kwargs, differentiable=program.leaves_of(outputs))
+            leaves_of = program.leaves_of(outputs)
+            other = replace(call, args=args, kwargs=kwargs, differentiable=leaves_of, grad=grad)
             with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 
         return program.run(leaves, (args, kwargs), fallback, self.sums)
-
-    def _own(self, module: nn.Module) -> dict[int, int]:
-        """Numbers of the tensors of the model, by identity."""
-        if self.registries is None:
-            kinds = ("_parameters", "_buffers")
-            self.registries = [vars(part)[kind] for part in module.modules() for kind in kinds if vars(part)[kind]]
-        return {id(tensor): n for n, tensor in enumerate(chain.from_iterable(r.values() for r in self.registries))}
 
     def _program(self, key: Any, named: Dims, call: ModelCall, leaves: list[Any]) -> Compiled:
         calls = self.calls.get((key, call.differentiable))
@@ -167,7 +161,7 @@ class _Engine:
 
     def _captured(self, function: Callable[..., Compiled], *args: Any) -> Compiled:
         """Call what may capture the model: its forward is the plain one meanwhile."""
-        self.capturing, self.registries = True, None
+        self.capturing = True
         try:
             return function(*args)
         finally:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -42,6 +43,9 @@ if __name__ == "__main__":
     main(sys.argv[0])
 """
 """What a saved module does as a program."""
+
+
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 class AnySizes(Protocol):
@@ -197,8 +201,8 @@ class Compiled:
         with TRACING:
             executable = self.executable
             state = {name: registry[key] for name, registry, key in self._registries()}
-        meta = next((name for name, t in state.items() if t.is_meta), None)
-        if meta is not None:
+        if any(map(_IS_META, state.values())):
+            meta = next(name for name, tensor in state.items() if tensor.is_meta)
             raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
         if isinstance(executable.mesh, DistributedMesh) and before_call(
             self._module, executable, state, leaves, self._last.options.data
@@ -207,7 +211,8 @@ class Compiled:
         state |= program.constants | {name: place.get() for name, place in program.standing.items()}
         if any(not state[name].is_leaf for name in executable.deferred):
             sums = None  # what they were computed from needs their gradients now
-        outputs = executable.run(state, leaves, fallback, sums)
+        record = bool(program.attached) and not torch.is_grad_enabled()
+        outputs = executable.run(state, leaves, fallback, sums, record)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         for index in self._within():
             if outputs[index].requires_grad:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +20,8 @@ from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
-from shardc.runtime.execute.transforms import is_batched, refuse_transforms
+from shardc.runtime.execute.tensor_kinds import TensorKinds
+from shardc.runtime.execute.transforms import in_forward_mode, is_batched, refuse_transforms
 from shardc.runtime.kernels.random import INDEPENDENT
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
@@ -31,26 +30,6 @@ PROLOGUE = "prologue:"
 """What the names of values begin with that the prologue computes."""
 
 Fallback = Callable[[frozenset[int]], "Executable"]
-
-
-def load(path_or_source: str | Path) -> ModuleType:
-    """The generated module in a file, or in a source text (any string with a line break).
-
-    The lines are registered with linecache, so that tracebacks show the code that ran, even if the file has changed.
-    """
-    if isinstance(path_or_source, str) and "\n" in path_or_source:
-        source = path_or_source
-        name = f"<shardc-{hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    else:
-        path = Path(path_or_source)
-        source, name = path.read_text(), str(path)
-    module = ModuleType(Path(name).stem if name.endswith(".py") else name.strip("<>").replace("-", "_"))
-    module.__file__ = name
-    setattr(module, GENERATED, True)
-    # Without a modification time linecache never reads the file again.
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    exec(compile(source, name, "exec"), module.__dict__)
-    return module
 
 
 @dataclass
@@ -85,6 +64,10 @@ class Executable:
         self.prologue: tuple[Slot, ...] = tuple(getattr(module, "PROLOGUE", ()))
         self.boundary: Boundary = boundary(self.mesh)
         self.mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
+        slots = (*self.inputs, *self.prologue)
+        self._given = list({slot.name: slot for slot in slots if not slot.name.startswith(PROLOGUE)}.values())
+        self._from_state = [None if slot.role == "input" else slot.name for slot in self._given]
+        self._checked: TensorKinds | None = None
 
     def run(
         self,
@@ -92,6 +75,7 @@ class Executable:
         inputs: Sequence[Tensor],
         fallback: Fallback | None = None,
         sums: Sums | None = None,
+        record: bool = False,
     ) -> list[Tensor]:
         """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
 
@@ -103,24 +87,24 @@ class Executable:
         with the indices of all outputs that got one. It returns an executable whose backward starts from them. Without
         a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot.
 
-        With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters.
+        With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters. With
+        `record`, outputs may get a gradient where gradients are off, too: the model turns them on for itself.
         """
-        given = [slot for slot in (*self.inputs, *self.prologue) if not slot.name.startswith(PROLOGUE)]
-        names = {slot.name: self._argument(slot, state, inputs) for slot in given}
-        tensors = list(names.values())
-        recording = torch.is_grad_enabled() and hasattr(self.module, "backward")
+        tensors = self._arguments(state, inputs)
+        names = {slot.name: tensor for slot, tensor in zip(self._given, tensors, strict=True)}
+        recording = record or (torch.is_grad_enabled() and hasattr(self.module, "backward"))
+        recording = recording and not torch.is_inference_mode_enabled()  # in which nothing is recorded, whatever is on
         recording = recording and any(tensor.requires_grad for tensor in tensors)
-        if self.microbatches > 1:
-            outputs, mutations = run_microbatches(self, names, fallback, sums, recording)
-            self._mutate(mutations, names)
-            return outputs
-        if not recording:
-            result = self._forward(names, differentiable=False)
-            self._mutate(result.mutations, names)
-            return result.outputs
-        mutations = {}
-        run = _Run(self, fallback, mutations, sums)
-        outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
+        mutations: dict[str, Tensor] = {}
+        with torch.enable_grad() if recording else nullcontext():
+            if self.microbatches > 1:
+                outputs, mutations = run_microbatches(self, names, fallback, sums, recording)
+            elif recording:
+                run = _Run(self, fallback, mutations, sums)
+                outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
+            else:
+                result = self._forward(names, differentiable=False)
+                outputs, mutations = result.outputs, result.mutations
         self._mutate(mutations, names)
         return outputs
 
@@ -139,6 +123,21 @@ class Executable:
 
         return call
 
+    def _arguments(self, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of the slots. They are looked at one by one where they are others than those of the last run."""
+        try:
+            tensors = [
+                inputs[slot.index] if name is None else state[name]
+                for slot, name in zip(self._given, self._from_state, strict=True)
+            ]
+        except LookupError:
+            tensors = []
+        refuse_transforms([])
+        if self._checked is None or in_forward_mode() or not self._checked.fit(tensors):
+            tensors = [self._argument(slot, state, inputs) for slot in self._given]
+            self._checked = TensorKinds(tensors)
+        return tensors
+
     def _argument(self, slot: Slot, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         if slot.role == "input":
             if slot.index >= len(inputs):
@@ -148,6 +147,8 @@ class Executable:
             tensor = state[slot.name]
         else:
             raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
+        if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RankError(f"{slot} must be a tensor, but is a {type(tensor).__name__}")
         refuse_transforms([(str(slot), tensor)])
         slot.check(tensor)
         return tensor

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import RankError
-from shardc.runtime.execute.executable import Executable, load
+from shardc.runtime.execute.executable import Executable
+from shardc.runtime.execute.load import load
 from shardc.runtime.execute.slots import Slot
 from shardc.runtime.mesh.distributed import DistributedMesh, started
 from shardc.runtime.mesh.virtual import VirtualMesh

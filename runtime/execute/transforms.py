@@ -59,6 +59,10 @@ def is_batched(tensor: Tensor) -> bool:
     return keys.has("Batched") or _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode AD is on: then any tensor may carry a tangent."""
+    return forward_mode._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+
+
 def _dual(tensor: Tensor) -> bool:
-    level = forward_mode._current_level  # pyright: ignore[reportPrivateUsage]
-    return level >= 0 and forward_mode.unpack_dual(tensor).tangent is not None
+    return in_forward_mode() and forward_mode.unpack_dual(tensor).tangent is not None

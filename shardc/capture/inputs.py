@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.own_tensors import OwnTensors
 from shardc.capture.repeated_layers import Itself
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import holds_tensors
@@ -124,12 +125,12 @@ def refuse_seeded(
 
 
 def call_key(
-    leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None, own: Mapping[int, int] | None = None
+    leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = None, own: OwnTensors | None = None
 ) -> tuple[Any, ...]:
     """What a captured program depends on besides the model and what its code reads (see side_effects.guards): the
     inputs but for the values of tensors, their sizes and ints, and the global switches of torch. Of sizes it tells
-    those of zero and one, which broadcast, unless the dim is `dynamic`; of ints those below two. `own` are numbers of
-    the model's own tensors, by identity: which of them are inputs, or what these are views of, is told, too."""
+    those of zero and one, which broadcast, unless the dim is `dynamic`; of ints those below two. `own` are the model's
+    own tensors: which of them are inputs, or what these are views of, is told, too."""
     refuse_unplain(leaves)
     free = dynamic or {}
     inputs = tuple(
@@ -144,11 +145,10 @@ def call_key(
     twice = tuple(first.setdefault(memory_of(tensor), i) for i, tensor in enumerate(tensors))
     if len(first) < len(tensors):  # code may ask whether two of them are one
         twice = *twice, *same_tensors(tensors)
-    if own:
-        given = [own.get(id(tensor if tensor._base is None else tensor._base)) for tensor in tensors]
-        if any(number is not None for number in given):
-            views = tuple(tensor._base is not None for tensor in tensors)
-            return (*call_key(leaves, dynamic), tuple(given), views)
+    given = () if own is None else own.numbers(tensors)
+    if given:
+        views = tuple(tensor._base is not None for tensor in tensors)
+        return (*call_key(leaves, dynamic), given, views)
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, twice
 

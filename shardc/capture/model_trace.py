@@ -70,7 +70,7 @@ class ModelTrace:
         state: State,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        grad: bool,
+        grad: tuple[bool, bool],
         differentiable: frozenset[int] | None,
         constraints: dict[str, Spec],
         function: Callable[..., Any],
@@ -85,7 +85,7 @@ class ModelTrace:
         self.watch, self.stand_ins, self.recognition, self.experts = watch, stand_ins, recognition, experts
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
-        self.state, self.grad = state, grad
+        self.state, (self.grad, self._called_with_grad) = state, grad
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
         self.mode = fake_mode(bool(dynamic))
@@ -122,7 +122,7 @@ class ModelTrace:
         }  # fmt: skip
         """Inputs that are the same tensor as an input before, or as one of the model's: the port of that."""
         self._tie(dynamic)
-        self.outputs = TracedOutputs(grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
+        self.outputs = TracedOutputs(self.grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
         self.seed: Tensor | None = None
         self.met: set[str] = set()
         self.escapes = Escapes()
@@ -201,7 +201,8 @@ class ModelTrace:
             args, kwargs = self._with_leaves(leaves)
             watched = Watched(self.state.reachable, (args, kwargs))
             ways = passed_containers((args, kwargs))  # without what forward puts into the arguments
-            output = self._called(args, kwargs)
+            with torch.set_grad_enabled(self._called_with_grad):
+                output = self._called(args, kwargs)
             self._facts.undress()
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
@@ -210,9 +211,14 @@ class ModelTrace:
             self.candidates = candidates(changes)
             self._write_back(tensors)
             slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
-            outputs = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            flat = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            if self.outputs.attached and torch.is_inference_mode_enabled():
+                raise CaptureError(
+                    "forward leaves inference mode and returns, or keeps, what requires a gradient, but a sharded "
+                    "model runs in the mode of its call: call it under torch.no_grad(), not torch.inference_mode()"
+                )
             self.experts.end()
-            return outputs
+            return flat
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
         """The arguments with other leaves. Containers are new ones, and one where those of the call are."""

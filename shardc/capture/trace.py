@@ -39,6 +39,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     grad: bool = True,
+    called_with_grad: bool = True,
     differentiable: frozenset[int] | None = None,
     constraints: Mapping[str, Spec] | None = None,
     function: Callable[..., Any] | None = None,
@@ -50,6 +51,7 @@ def capture(
     a constant of the program. Options:
 
     - `grad=False` captures the forward alone.
+    - `called_with_grad=False` calls the model as under `torch.no_grad()`: what is differentiable is what it makes so.
     - `differentiable`: the flat outputs that get a tangent. By default every scalar that requires a gradient (a loss),
       or, if there is none, every floating output that does.
     - `constraints`: specs by pattern of module paths, which `shardc.constrain` puts on the tensors that these modules
@@ -65,7 +67,8 @@ def capture(
     recognition, experts = Recognition(), WrittenExperts()
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
-        rest = grad, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
+        mode = grad, grad and called_with_grad
+        rest = mode, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
         told: set[Place] = set()
         while True:
             compiling = CompilingFlag(told)

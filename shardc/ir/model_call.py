@@ -24,13 +24,15 @@ Dims = Mapping[int, Mapping[int, str]]
 @dataclass(frozen=True)
 class ModelCall:
     """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and the function
-    that is captured (None: the model as a whole, its own hooks included)."""
+    that is captured (None: the model as a whole, its own hooks included). `grad` tells whether gradients are on where
+    the model is called; that forward may turn them on for itself is why a call without them may have a backward."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     differentiable: frozenset[int] | None = None
     function: Callable[..., Any] | None = None
+    grad: bool = True
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Inputs) -> ModelCall:

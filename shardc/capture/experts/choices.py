@@ -8,7 +8,7 @@ mask[3]                                     Choices("jt"): true for at most one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

@@ -259,9 +259,9 @@ def _matrix(gates: list[Gate], tokens: int) -> fx.Node | None:
             while node.target in (aten.view.default, aten.clone.default):
                 node = node.args[0]  # type: ignore[assignment]
             args: Any = node.args
-            if node.target is aten.select.int and args[2] == number:
-                source, dim = args[0], args[1] % len(shape(args[0]))
-            elif node.target is aten.slice.Tensor and args[2:4] == (number, number + 1):
+            if (node.target is aten.select.int and args[2] == number) or (
+                node.target is aten.slice.Tensor and args[2:4] == (number, number + 1)
+            ):
                 source, dim = args[0], args[1] % len(shape(args[0]))
             else:
                 return None

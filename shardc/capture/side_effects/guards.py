@@ -5,8 +5,8 @@
     guards.broken()                                 # "model.config.tau is 0.5, and was 1.0"
 
 Plain values are compared by type and value, NumPy arrays by their bytes, functions and other objects by identity. The
-values of tensors go into every run, so only their shapes, dtypes and the like are compared. Nearly always every value
-is the object that it was, and one pass over all of them in C says so.
+values of tensors go into every run, so only their shapes, dtypes and the like are compared. Nearly always every dict is
+as it was, which the versions of dicts say, and every other value is the object that it was.
 """
 
 from __future__ import annotations
@@ -14,37 +14,43 @@ from __future__ import annotations
 import math
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shardc.capture.side_effects.guarded_values import (
+    GONE,
+    NEVER_READ,
+    MetValues,
+    WatchedDict,
+    brief,
+    call,
+    form,
+    plain_dict,
+)
 from shardc.capture.side_effects.holders import (
     Attributes,
-    Bytes,
-    Cell,
     Contents,
-    ContextValue,
     Environment,
     Holder,
+    Items,
     Library,
     Location,
-    Members,
     Names,
+    Registry,
     Slots,
 )
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
-from shardc.runtime.mesh.parameters import RECORD
-
-NEVER_READ = frozenset({"_shardc", RECORD})
-"""Attributes of shardc's own."""
+from shardc.capture.torch_patches.module_internals import dict_version
+from shardc.runtime.execute.tensor_kinds import TensorKinds
 
 
 class Guards:
@@ -71,20 +77,24 @@ class Guards:
         self._known: dict[int, list[Any]] = {}
         """Tensors and arrays, and the form that the trace has seen of them, by identity. (A parameter that becomes a
         DTensor is replaced in lists; in a tuple it could not be.)"""
-        self._values: list[_Values] = []
+        self._values: list[MetValues] = []
         self._written: list[tuple[Location, Any]] = []
-        self._sized: list[tuple[Holder, int]] = []
         self._empty: list[Any] = []
         self._counted: dict[int, tuple[Holder, list[Any]]] = {}
         """Containers of which nothing but these keys is there, by the identity of their holders."""
+        self._appending = set[int]()
+        """Those of them in which forward puts more and reads nothing."""
         self._unread: list[tuple[Location, Any]] = []
         """What the trace has met and not read, which any other value may stand for."""
         contents = list(contents)
         self._held = {id(holder.owner if isinstance(holder, Attributes) else holder.target) for holder, _ in contents}
         for holder, held in contents:
+            if isinstance(holder, Registry) and not _is_read(holder.kind, held, self._names):
+                continue
             self._unread += [(Location(holder, key), held[key]) for key in held if (id(holder.target), key) in unread]
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 self._counted[id(holder)] = holder, list(held)
+                self._appending.add(id(holder))
                 self._unread += [(Location(holder, key), value) for key, value in held.items()]
                 continue
             of_object = isinstance(holder, Slots) or (isinstance(holder, Attributes) and not holder.whole)
@@ -97,120 +107,166 @@ class Guards:
                 type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment, Library))
             ):
                 self._counted[id(holder)] = holder, list(held)
-                if held:
-                    self._sized.append((holder, len(held)))
-                else:
+                if not held:
                     self._empty.append(holder.target)
             if keys and len(held) <= MOST_COMPARED:
                 quick = [key for key in keys if (id(holder.target), key) not in written]
                 self._written += [(Location(holder, key), held[key]) for key in keys if key not in quick]
                 if quick:
-                    self._values.append(_Values(holder, quick, [held[key] for key in quick]))
+                    self._values.append(MetValues(holder, quick, [held[key] for key in quick]))
             absent = [key for target, key in written if target == id(holder.target) and key not in held]
             self._written += [(Location(holder, key), GONE) for key in absent if not of_object or key in names]
         owners = [holder.owner for holder, _ in contents if isinstance(holder, Attributes)]
-        modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-        self._modules = modules
-        self._types = list(map(type, modules))
+        self._modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+        self._types = list(map(type, self._modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [cls.forward for cls in self._classes]
-        self._unpatched = [vars(module) for module in modules if "forward" not in vars(module)]
+        self._unpatched = [vars(module) for module in self._modules if "forward" not in vars(module)]
         self._open = [(holder, held.keys()) for holder, held in contents if _may_grow(holder)]
         """What may get attributes that it did not have, and that code asks for."""
-        self._spaces = [holder.target for holder, _ in self._open]
-        self._sizes = list(map(len, self._spaces))
         self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
         self._methods = frozenset(vars(Tensor))
+        self._watched = self._dicts_of(contents)
+        self._dicts = [one.target for one in self._watched]
+        self._versions = list[int]()
         self._gather()
+
+    def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[WatchedDict]:
+        """The plain dicts, of which a version tells that nothing has changed."""
+        values = {id(one.holder): one for one in self._values}
+        known = {id(holder): keys for holder, keys in self._open}
+        written = defaultdict[int, set[Any]](set)
+        for place, _ in self._written:
+            written[id(place.holder.target)].add(place.key)
+        unpatched = set(map(id, self._unpatched))
+        watched: list[WatchedDict] = []
+        for holder, held in contents:
+            if type(plain_dict(holder)) is not dict or id(holder) in self._appending:
+                continue
+            asked: Set[Any] = frozenset()
+            if id(holder) in known:
+                asked = holder.used.keys() if isinstance(holder, Names) else self._names
+                asked = asked | {"forward"} if id(holder.target) in unpatched else asked
+            keys = self._counted.get(id(holder), (holder, None))[1]
+            if id(holder) in values or asked or (held and keys is not None):
+                of_others = {*held, *NEVER_READ, *written[id(holder.target)]}
+                watched.append(WatchedDict(holder, values.get(id(holder)), keys, of_others, asked))
+        return watched
 
     def _gather(self) -> None:
         """Lay all values out in a row, for the quick comparison."""
-        single = [values for values in self._values if values.single]
-        several = [values for values in self._values if not values.single]
+        watched = set(map(id, self._dicts))
+        others = [values for values in self._values if id(values.target) not in watched]
+        single = [values for values in others if values.single]
+        several = [values for values in others if not values.single]
         self._single = [values.getter for values in single], [values.target for values in single]
         self._several = [values.getter for values in several], [values.target for values in several]
         self._expected = [item for values in (*single, *several) for item in values.expected]
-        ordered = [holder for holder, length in self._sized if length > 1 and isinstance(holder.target, dict)]
-        self._dicts = [holder.target for holder in ordered]
-        self._orders = [self._counted[id(holder)][1] for holder in ordered]
-        self._lengths = [length for _, length in self._sized]
-        self._containers = [holder.target for holder, _ in self._sized]
-        items = {id(item): item for item in self._expected}.values()
+        whole = [(holder.target, keys) for holder, keys in self._whole() if keys]
+        self._sized = [(target, keys) for target, keys in whole if id(target) not in watched]
+        self._lengths = [len(keys) for _, keys in self._sized]
+        self._containers = [target for target, _ in self._sized]
+        self._ordered = [(target, keys) for target, keys in self._sized if len(keys) > 1 and isinstance(target, dict)]
+        items = {id(item): item for values in self._values for item in values.expected}.values()
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
         for item in (*self._tensors, *self._arrays):
-            self._known.setdefault(id(item), [item, _form(item)])
+            self._known.setdefault(id(item), [item, form(item)])
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
+        self._kinds: TensorKinds | None = None
         self._bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
+        found = *self._single[1], *self._several[1], *self._tensors
+        self._looked_at: list[Any] = [*self._modules, *self._empty, *self._dicts, *self._bare, *found]
+
+    def _whole(self) -> Iterable[tuple[Holder, list[Any]]]:
+        """The holders in which nothing but these keys may be, in this order if it is a dict."""
+        return (one for identity, one in self._counted.items() if identity not in self._appending)
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
+        self._looked_at.copy()  # brings all into the processor's cache at once, not one after the other as they are met
         if list(map(type, self._modules)) != self._types:
             return "a module is of another class than it was"
-        if [cls.forward for cls in self._classes] != self._forwards or any(
-            "forward" in attributes for attributes in self._unpatched
-        ):
+        if [cls.forward for cls in self._classes] != self._forwards:
             return "a module has another forward than it had"
         if any(self._empty):
             return f"{next(filter(None, self._empty))!r} was empty"
         for held in filter(None, self._bare) if any(self._bare) else ():
             if not self._names.isdisjoint(held):
                 return f"a tensor has attributes that it had not: {', '.join(held)}"
-        if list(map(len, self._containers)) != self._lengths:
-            return next(
-                f"{holder.path} has {len(holder.target)} elements, and had {length}"
-                for holder, length in self._sized
-                if len(holder.target) != length
-            )
-        if [*map(list, self._dicts)] != self._orders:
-            return next(
-                f"{holder.path} has its keys in another order than it had"
-                for holder, keys in self._counted.values()
-                if isinstance(holder.target, dict) and list(holder.target) != keys
-            )
-        if list(map(len, self._spaces)) != self._sizes:
-            reason = self._appeared()
-            if reason:
-                return reason
         queried = [query() for query, _ in self._queries]
         for (query, before), now in zip(self._queries, queried, strict=True):
             if now != before:
                 return f"torch.{query.__name__}() is {now}, and was {before}"
         if len(vars(Tensor)) != len(self._methods) and not self._names.isdisjoint(vars(Tensor).keys() ^ self._methods):
             return "a method of torch.Tensor is another than it was"
+        versions = list(map(dict_version, self._dicts))
+        reason = "" if self._unchanged(versions) else self._in_another_place() or self._compare()
+        if not reason:
+            self._versions = versions
+            reason = next(chain(self._written_otherwise(), self._conditions_broken()), "")
+        return reason or self._of_another_form()
+
+    def _unchanged(self, versions: list[int]) -> bool:
+        """Whether everything is the very object that it was. There are others that would do: this says False then."""
+        if versions != self._versions:
+            if not self._versions:
+                return False
+            changed = map(operator.ne, versions, self._versions)
+            if not all(one.holds() for one in compress(self._watched, changed)):
+                return False
+        if list(map(len, self._containers)) != self._lengths:
+            return False
+        if self._ordered and not all(list(target) == keys for target, keys in self._ordered):
+            return False
         try:
-            several = chain.from_iterable(map(_call, *self._several))
-            same = all(map(operator.is_, chain(map(_call, *self._single), several), self._expected))
+            several = chain.from_iterable(map(call, *self._several))
+            return all(map(operator.is_, chain(map(call, *self._single), several), self._expected))
         except (LookupError, AttributeError, ValueError):
-            same = False
-        reason = "" if same else self._compare()
-        for place, before in () if reason else self._written:
-            now = place.holder.get().get(place.key, GONE)
-            if not self._equal(now, before):
-                reason = f"{place} is {_brief(now)}, and was {_brief(before)}"
-        reason = reason or next(filter(None, (condition.broken() for condition in self._conditions)), "")
-        if reason:
-            return reason
-        with torch._C.DisableTorchFunctionSubclass():  # DTensors answer slowly otherwise
-            forms = list(map(_form, self._tensors))
-        for tensor, now, form in zip(self._tensors, forms, self._forms, strict=True) if forms != self._forms else ():
-            if now != form:
-                return f"a tensor is {_form(tensor)}, and was {form}"
-        for array in self._arrays:
-            if _form(array) != self._known[id(array)][1]:
-                return f"an array of shape {array.shape} has other values than it had"
+            return False
+
+    def _in_another_place(self) -> str:
+        """What is in a container or in an object and was not there, or in another order; "" if nothing is."""
+        if any("forward" in attributes for attributes in self._unpatched):
+            return "a module has another forward than it had"
+        for holder, keys in self._whole():
+            if len(holder.target) != len(keys):
+                return f"{holder.path} has {len(holder.target)} elements, and had {len(keys)}"
+            if isinstance(holder.target, dict) and list(holder.target) != keys:
+                return f"{holder.path} has its keys in another order than it had"
+        for holder, known in self._open:
+            asked = holder.used.keys() if isinstance(holder, Names) else self._names
+            new = (holder.target.keys() & asked) - known - NEVER_READ
+            if new:
+                new -= {place.key for place, _ in self._written if place.holder.target is holder.target}
+            if new:
+                return f"{holder.name(min(new))} was not there"
         return ""
 
-    def _appeared(self) -> str:
-        """What code asks for and was not there; "" if nothing is there now."""
-        for index, (holder, known) in enumerate(self._open):
-            if len(holder.target) != self._sizes[index]:
-                asked = holder.used.keys() if isinstance(holder, Names) else self._names
-                written = {place.key for place, _ in self._written if place.holder.target is holder.target}
-                new = (holder.target.keys() & asked) - known - NEVER_READ - written
-                if new:
-                    return f"{holder.name(min(new))} was not there"
-        self._sizes = list(map(len, self._spaces))
+    def _written_otherwise(self) -> Iterator[str]:
+        """What the program itself writes, and what stands there now is not what it has met."""
+        for place, before in self._written:
+            target = place.holder.target
+            held = target if type(target) is dict and isinstance(place.holder, Items) else place.holder.get()
+            now = held.get(place.key, GONE)
+            if not self._equal(now, before):
+                yield f"{place} is {brief(now)}, and was {brief(before)}"
+
+    def _conditions_broken(self) -> Iterator[str]:
+        return filter(None, (condition.broken() for condition in self._conditions))
+
+    def _of_another_form(self) -> str:
+        """Which tensor or array is not what it was; "" if all are."""
+        if self._kinds is None or not self._kinds.fit(self._tensors):
+            with torch._C.DisableTorchFunctionSubclass():  # DTensors answer slowly otherwise
+                forms = list(map(form, self._tensors))
+            for now, before in zip(forms, self._forms, strict=True):
+                if now != before:
+                    return f"a tensor is {now}, and was {before}"
+            self._kinds = TensorKinds(self._tensors)
+        for array in self._arrays:
+            if form(array) != self._known[id(array)][1]:
+                return f"an array of shape {array.shape} has other values than it had"
         return ""
 
     def holds(self, value: Any) -> bool:
@@ -260,7 +316,7 @@ class Guards:
                 now = contents.get(key, GONE)
                 if now is not expected and not self._equal(now, expected):
                     name = values.holder.name(key)
-                    return f"{name} is gone" if now is GONE else f"{name} is {_brief(now)}, and was {_brief(expected)}"
+                    return f"{name} is gone" if now is GONE else f"{name} is {brief(now)}, and was {brief(expected)}"
                 if isinstance(now, Tensor) and (
                     old_to_new.setdefault(id(expected), id(now)) != id(now)
                     or new_to_old.setdefault(id(now), id(expected)) != id(expected)
@@ -279,7 +335,7 @@ class Guards:
         if type(now) is not type(expected) or not deep:
             return False
         if isinstance(now, (Tensor, np.ndarray)):
-            return bool(_form(now) == self._known.get(id(expected), [None, _form(expected)])[1])
+            return bool(form(now) == self._known.get(id(expected), [None, form(expected)])[1])
         if isinstance(now, float) and now == expected == 0:
             return math.copysign(1, now) == math.copysign(1, expected)
         if isinstance(now, (*PLAIN, Enum)):
@@ -300,25 +356,22 @@ class Guards:
 _QUERIES: dict[str, Callable[[], Any]] = {
     name: getattr(torch, name)
     for name in ("get_num_threads", "get_num_interop_threads", "is_inference_mode_enabled", "initial_seed")
-}
-"""Functions of torch that tell something of the process or of the thread."""
+} | {"inference_mode": torch.is_inference_mode_enabled}
+"""Functions of torch that tell something of the process or of the thread, by what code names that depends on them."""
 
 _COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
-
-
-_call: Any = operator.call  # whose type says too little for `map`
-
-
-class _Gone:
-    def __repr__(self) -> str:
-        return "gone"
 
 
 MOST_COMPARED = 100_000
 """Elements of a container that are compared one by one; of more, their number is."""
 
-GONE = _Gone()
-"""What stands in a place where nothing does."""
+
+def _is_read(kind: str, held: Contents, names: Collection[str]) -> bool:
+    """Whether a call of a module, or code with these `names`, reads a registry of it. Which hooks get keywords matters
+    where there are hooks, and nobody but `state_dict` runs the hooks of `state_dict`."""
+    if kind.endswith(("_with_kwargs", "_always_called")):
+        return bool(held) or kind in names
+    return "state_dict" not in kind or not {kind, "state_dict", "load_state_dict"}.isdisjoint(names)
 
 
 def _may_grow(holder: Holder) -> bool:
@@ -329,56 +382,3 @@ def _may_grow(holder: Holder) -> bool:
 
 def _key(place: Location) -> tuple[int, Any]:
     return id(place.holder.target), place.key
-
-
-_call: Any = operator.call  # as a function in C; its type is that of a call of one argument
-
-
-class _Values:
-    """The values that stood under some keys of one holder, and how to get those that stand there now."""
-
-    def __init__(self, holder: Holder, keys: list[Any], values: list[Any]) -> None:
-        self.holder, self.keys = holder, keys
-        self.getter, self.single = _getter(holder, keys)
-        self.target = holder.target
-        if isinstance(holder, Names) and not isinstance(holder.target, dict):
-            self.target = vars(holder.target)  # a view of what a class or a module holds now
-        self.expected = values
-
-    def take(self, contents: Contents) -> None:
-        """Expect these values from now on."""
-        values = [contents[key] for key in self.keys]
-        self.expected = values
-
-
-def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool]:
-    """A function from the holder's target to its values under `keys`, and whether it gives the bare value, of one."""
-    if isinstance(holder, Members):
-        return iter, False
-    if isinstance(holder, Bytes):
-        return (lambda _: holder.get().get(0)), True
-    if isinstance(holder, Slots):
-        return operator.attrgetter(*keys), len(keys) == 1
-    if isinstance(holder, Cell):
-        return operator.attrgetter("cell_contents"), True
-    if isinstance(holder, Environment):
-        return (lambda variables: map(variables.get, keys)), False
-    if isinstance(holder, ContextValue):
-        return (lambda variable: variable.get(GONE)), True
-    if isinstance(holder.target, dict) and type(holder.target).__getitem__ is not dict.__getitem__:
-        return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items
-    return operator.itemgetter(*keys), len(keys) == 1
-
-
-def _form(tensor: Tensor | np.ndarray) -> tuple[Any, ...]:
-    """All of a tensor that a trace depends on, which is not its values; all of an array."""
-    if isinstance(tensor, np.ndarray):
-        return tensor.dtype, tensor.shape, tensor.tobytes()
-    return tensor.requires_grad, tensor.dtype, tensor.shape, isinstance(tensor, nn.Parameter)
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

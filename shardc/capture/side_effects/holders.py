@@ -76,7 +76,11 @@ class Attributes(Items):
 
 
 class Registry(Items):
-    """What a module holds by name: its parameters, buffers, children, or hooks."""
+    """What a module holds by name: its parameters, buffers, children, or hooks. `kind` is the registry's own name."""
+
+    def __init__(self, target: dict[Any, Any], path: str, kind: str) -> None:
+        super().__init__(target, path)
+        self.kind = kind
 
     def name(self, key: Any) -> str:
         return f"{self.path}.{key}"

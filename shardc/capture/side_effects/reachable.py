@@ -238,7 +238,7 @@ class Reachable:
         self.holders.append(holder)
         for name in (*_STATE, *_HOOKS):
             if isinstance(attributes.get(name), dict):
-                registry = Registry(attributes[name], path if name in _STATE else holder.name(name))
+                registry = Registry(attributes[name], path if name in _STATE else holder.name(name), name)
                 self._seen[id(registry.target)] = registry.target
                 self.holders.append(registry)
                 for key, item in registry.get().items():

@@ -1,8 +1,13 @@
-"""Private state of modules and tensors: hooks and versions."""
+"""Private state of modules, tensors and dicts: hooks and versions."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+from torch._C._dynamo.guards import dict_version as _dict_version
 
 
 def has_global_hooks() -> bool:
@@ -18,3 +23,13 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written in place. Only autograd reads this number, so it has no public name."""
     return tensor._version
+
+
+dict_version: Callable[[dict[Any, Any]], int] = _dict_version
+"""A number that is another one after every change of a plain dict. Python keeps it for itself, in each version in
+another way; torch.compile asks for it before every call."""
+
+
+def namespace_of(cls: type) -> dict[str, Any]:
+    """The dict in which a class holds its attributes, to be read: `vars` shows a view of it, which has no version."""
+    return next(held for held in gc.get_referents(vars(cls)) if type(held) is dict)

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NoReturn
 from unittest.mock import patch
 
 import torch
@@ -15,6 +16,15 @@ from shardc.capture.torch_patches import module_forwards, transformers
 from shardc.capture.torch_patches.autocast import traced_on_the_cpu
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag
 from shardc.capture.torch_patches.eager_semantics import patched
+from shardc.capture.user_frames import source_line
+from shardc.errors import CaptureError
+
+
+def _refuse_backward(*_: object, **__: object) -> NoReturn:
+    raise CaptureError(
+        f"forward calls backward at {source_line(sys._getframe(1))}, which adds to .grad, and a compiled program has "
+        "none within: take the gradients with torch.autograd.grad"
+    )
 
 
 @contextmanager
@@ -30,6 +40,7 @@ def tracing_flags(module: nn.Module, compiling: CompilingFlag) -> Generator[None
         # the switch is replaced by one that does nothing. The user's own anomaly mode would look for nan in fakes.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
+        stack.enter_context(patch.object(torch.autograd, "backward", _refuse_backward))
         # With mkldnn, recurrent layers become fused CPU operators, whose backward no rule can split. The public switch,
         # torch.backends.mkldnn.flags, also sets precisions.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())

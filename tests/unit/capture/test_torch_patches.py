@@ -40,8 +40,10 @@ from shardc.capture.torch_patches.fake_tensors import (
     same_shape,
 )
 from shardc.capture.torch_patches.module_internals import (
+    dict_version,
     has_global_hooks,
     has_gradient_hooks,
+    namespace_of,
     version,
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance, provenance_of
@@ -210,6 +212,29 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.up(x)).sum()
+
+
+def test_versions_of_dicts() -> None:
+    """Every change of a dict changes its version, also of a module's attributes and of a class's namespace."""
+
+    class Part(nn.Module):
+        scale = 1.0
+
+    part = Part()
+    part.extra = 1
+    changes: list[tuple[dict[str, Any], Callable[[], object]]] = [
+        (vars(part), lambda: setattr(part, "extra", 2)),
+        (vars(part), lambda: delattr(part, "extra")),
+        (vars(part), lambda: vars(part).update(extra=3)),
+        (part._buffers, lambda: part.register_buffer("seen", torch.ones(2))),
+        (part._buffers, lambda: setattr(part, "seen", torch.zeros(2))),
+        (namespace_of(Part), lambda: setattr(Part, "scale", 2.0)),
+    ]
+    for held, change in changes:
+        before = dict_version(held)
+        assert dict_version(held) == before
+        change()
+        assert dict_version(held) != before
 
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:

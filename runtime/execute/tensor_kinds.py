@@ -1,0 +1,40 @@
+"""Whether tensors are of the kinds that somebody has looked at: one call into torch for all of them.
+
+known = TensorKinds(tensors)     # all were looked at, one by one
+known.fit(others)                # True: each has the class, dtype, device and shape of the one before, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# What torch.compile checks before every call. torch has no public way to ask as much of many tensors at once.
+from torch._C._dynamo.guards import TensorGuards  # pyright: ignore
+
+
+class TensorKinds:
+    """The class, the kind of storage (dense, sparse, nested, of a transform), dtype, device, shape and `requires_grad`
+    of some tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        shapes = [list(tensor.shape) for tensor in tensors]
+        with torch.enable_grad():  # without gradients no tensor seems to require one
+            self._guards = TensorGuards(
+                *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=[[None] * len(shape) for shape in shapes]
+            )
+        self._number = len(tensors)
+
+    def fit(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors are of the same kinds. May be False for some that are, in another mode of torch."""
+        with torch.enable_grad(), torch._C.DisableTorchFunction():
+            try:
+                nested = any(map(_IS_NESTED, tensors))  # at one of these torch's check ends the process
+            except TypeError:  # no tensor
+                return False
+            return not nested and len(tensors) == self._number and bool(self._guards.check(*tensors))
+
+
+_IS_NESTED = Tensor.is_nested.__get__  # type: ignore[attr-defined]
