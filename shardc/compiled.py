@@ -45,6 +45,13 @@ if __name__ == "__main__":
 """What a saved module does as a program."""
 
 
+def _write(path: str | Path, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ShardcError(f"cannot write {path}: {error.strerror}") from error
+
+
 _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
@@ -89,8 +96,9 @@ class Compiled:
     def save(self, path: str | Path) -> None:
         """Write the generated module; it runs with torch and shardc.runtime alone (`shardc.runtime.load`). It is also a
         program: `torchrun ... FILE --check` compares processes with a virtual mesh (`shardc.runtime.execute.saved`).
+        Raises ShardcError where the file cannot be written.
         """
-        Path(path).write_text(f"{self.code}{MAIN}")
+        _write(path, f"{self.code}{MAIN}")
 
     def trace(self, path: str | Path) -> None:
         """Write the predicted timeline of a step as a trace that Perfetto (ui.perfetto.dev) shows: what the rank
@@ -115,7 +123,7 @@ class Compiled:
         shown = [self.reported(Asking("compiled.plan", shell=False))]
         if against is not None:
             shown.append(against.reported(Asking("against.plan", shell=False)))
-        Path(path).write_text(report_page(shown), encoding="utf-8")
+        _write(path, report_page(shown))
 
     def reported(self, asking: Asking) -> Reported:
         """This program for a report, whose reader asks its plan more as `asking` says."""

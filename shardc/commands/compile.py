@@ -12,7 +12,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from shardc.commands.shows import check_folder
 from shardc.commands.user_file import OnMesh
-from shardc.errors import ShardcError
 from shardc.inspect.console import show, show_code
 from shardc.passes.pipeline import NAMES as PASSES
 
@@ -42,10 +41,7 @@ class CompileCommand(OnMesh):
         if self.print_after is not None:
             show(program.graph(self.print_after))
         if self.output is not None:
-            try:
-                program.save(self.output)
-            except OSError as error:
-                raise ShardcError(f"cannot write {self.output}: {error.strerror}") from error
+            program.save(self.output)
             print(f"wrote {self.output}", file=sys.stderr)
         elif self.print_after is None:
             show_code(program.code)

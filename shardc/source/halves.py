@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -71,7 +71,7 @@ class Half:
         found: list[Taken] = []
         mine, claimed = set(saved), set[fx.Node]()
         for loop in self.loops[:]:
-            self._read_on(loop, forward)
+            self._read_on(loop, forward, mine)
         for loop in self.loops:
             groups: dict[str, list[int]] = {}
             for number, column in enumerate(loop.columns):
@@ -87,11 +87,12 @@ class Half:
                 found.append(Taken(name or "saved", loop, columns))
         return found
 
-    def _read_on(self, loop: Loop, forward: Half | None) -> None:
-        """Find what the run that does not end would read further on: in lists of forward, the next in turn."""
+    def _read_on(self, loop: Loop, forward: Half | None, saved: Collection[fx.Node]) -> None:
+        """Find what the run that does not end would read further on: in lists of forward, the next in turn, if it is
+        among what forward saved."""
         if not loop.rest or forward is None:
             return
-        at = {place: node for node, place in forward.writer.where.items() if place.at is not None}
+        at = {place: node for node, place in forward.writer.where.items() if place.at is not None and node in saved}
         found = list(loop.reads)
         for number, column in enumerate(loop.columns):
             if found[number] is None:
@@ -320,8 +321,9 @@ class Half:
         self.turns: dict[int, tuple[Spot, int]] = {}
         for part in layer.parts:
             for number in part.held:
-                some = [v for v in loop.values(number) if v is not None]
-                places = [writer.place(value) for value in some]
+                first = part is layer.parts[0]  # which alone is called for a run that does not end
+                read = loop.values(number) if first else loop.columns[number].values
+                places = [writer.place(value) for value in read if value is not None]
                 step = even(places)
                 if step is None:
                     name = writer.scope.name("given_layers")
