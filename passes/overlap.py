@@ -111,7 +111,7 @@ class _StreamOrder:
         for node in posted:
             makers = self._makers(node)
             self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
-            if self.between and isinstance(node.target, Bucket):
+            if self.between and self.stream and isinstance(node.target, Bucket):
                 self.after[node] = self._end_of_layer(self.after[node])
             self.due[self.after[node]].append(node)
             for maker in (one for one in makers if one in self.posted):
