@@ -91,7 +91,9 @@ class _Found:
     def open(self) -> None:
         """Read what is no tensor. ValueError where it is not what a checkpoint holds."""
         self.metadata: Metadata = self.reader.read_metadata()
-        kinds = self.metadata.state_dict_metadata
+        kinds: Any = self.metadata.state_dict_metadata  # whatever the file says
+        if not (isinstance(kinds, dict) and kinds.keys() <= set(self.metadata.planner_data)):
+            raise ValueError(".metadata does not say where everything belongs")
         self.paths: Mapping[str, tuple[Any, ...]] = self.metadata.planner_data  # pyright: ignore[reportAttributeAccessIssue]
         self.sizes = {key: kind for key, kind in kinds.items() if isinstance(kind, TensorStorageMetadata)}
         self.rest: dict[str, Any] = dict.fromkeys(kinds.keys() - self.sizes.keys())

@@ -87,15 +87,16 @@ class CheckpointReader(FileSystemReader):
         try:
             with Path(self.path, ".metadata").open("rb") as stream:
                 read = _MetadataUnpickler(stream).load()
-        except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, TypeError) as error:
+        except Exception as error:  # a damaged pickle may raise anything
             raise ValueError(f".metadata cannot be read: {error}") from error
         if not isinstance(read, Metadata):
             raise ValueError(f".metadata holds a {type(read).__name__}")
-        if not isinstance(read.planner_data, Mapping):
-            raise ValueError(".metadata does not say how what was saved is nested")
-        for place in read.storage_data.values():
-            if place.relative_path not in self.manifest.files:
-                raise ValueError(f".metadata names {place.relative_path}, which the manifest does not")
+        if not (isinstance(read.planner_data, Mapping) and isinstance(read.storage_data, Mapping)):
+            raise ValueError(".metadata does not say where everything lies")
+        named = {getattr(place, "relative_path", None) for place in read.storage_data.values()}
+        foreign = named - self.manifest.files.keys()
+        if foreign:
+            raise ValueError(f".metadata names {foreign.pop()}, which the manifest does not")
         return read
 
 

@@ -18,7 +18,7 @@ from checks.preloaded import ROOT, ran
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 KILLS = 30
-"""As many with SHARDC_FUZZ, when also the run is longer; else one."""
+"""So many with SHARDC_FUZZ, in a longer run; else one."""
 
 
 def test_a_killed_run_goes_on_on_another_mesh(tmp_path: Path) -> None:

@@ -149,7 +149,10 @@ def live(life, mesh, doom):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    keeper = os.fork()  # of the store, as torchrun keeps it; this process has no threads, so that it may fork
+    if not keeper:
+        _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        signal.pause()
     victim = dice.randrange(ranks)
     children = {}
     for rank in range(ranks):
@@ -169,9 +172,10 @@ def live(life, mesh, doom):
         if list(children.values()) == [victim]:  # if it is stopped, it will not end by itself
             time.sleep(0 if doom is None else 0.5)
             [os.kill(child, signal.SIGKILL) for child in children if doom is not None]
-        child, status = os.wait()
+        child, status = os.waitpid(-1, 0)
         ended[children.pop(child)] = (os.waitstatus_to_exitcode(status), time.time())
-    del store
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
     said = [(folder / f"said-{life}-{rank}").read_text() for rank in range(ranks)]
     return victim, ended, said
 
@@ -189,7 +193,8 @@ for life in range(kills + 1):
     before = complete()
     begin = time.time()
     how = signal.SIGSTOP if kills > 1 and dice.random() < 0.3 else signal.SIGKILL
-    victim, ended, said = live(life, mesh, (dice.randrange(1, 30), dice.uniform(0, 0.2), how) if doomed else None)
+    after = dice.randrange(1, min(30, 2 + 3 * steps // (2 * max(kills, 1)))), dice.uniform(0, 0.2), how
+    victim, ended, said = live(life, mesh, after if doomed else None)
     assert life > 1 or all("odd parts are right" in one for one in said), said
     lines = [line.split() for line in said[0].splitlines()]
     start = next((int(line[1]) for line in lines if line[:1] == ["@start"]), None)

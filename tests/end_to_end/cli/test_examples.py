@@ -32,6 +32,12 @@ def test_example_runs(arguments: list[str]) -> None:
     assert "plan for mesh dp=2,tp=2" in run(str(EXAMPLES / arguments[0]), *arguments[1:]).stdout
 
 
+def test_resume_saves_what_it_goes_on_from(tmp_path: Path) -> None:
+    resume = [str(EXAMPLES / "resume.py"), "--folder", str(tmp_path), "--steps", "20"]
+    assert "step   19  loss" in run(*resume).stdout
+    assert (tmp_path / "step-20/manifest.json").exists()
+
+
 @pytest.mark.distributed
 def test_train_under_torchrun_prints_the_losses_of_the_virtual_mesh() -> None:
     train = [str(EXAMPLES / "train.py"), "--steps", "2", "--dropout", "0"]
