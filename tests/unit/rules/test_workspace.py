@@ -57,7 +57,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "causal": {}, "full": {"causal": False}, "half": {"dtype": torch.bfloat16}, "grouped": {"group": 3},
     "window": {"window": 400}, "capped": {"softcap": 5.0}, "capped half": {"softcap": 5.0, "dtype": torch.bfloat16},
     "masked": {"masked": True, "causal": False}, "dropout": {"dropout": 0.1}, "narrow values": {"value": 32},
-    "dropout by a seed": {"dropout": 0.1, "seeded": True}, "wide values": {"value": 96}, "sinks": {"sinking": True}, "window half": {"window": 400, "dtype": torch.bfloat16},
+    "dropout by a seed": {"dropout": 0.1, "seeded": True},
+    "wide values": {"value": 96}, "sinks": {"sinking": True}, "window half": {"window": 400, "dtype": torch.bfloat16},
 }  # fmt: skip
 
 
