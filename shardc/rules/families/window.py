@@ -146,13 +146,13 @@ def _call(
     made = [Side([int(n) for n in sizes], words, points, size) for sizes, words in sides]
     words = [channels.first, channels.second, *_kernel(weight).split()]
     table = Side([int(n) for n in weight.shape], words, points, size)
-    settings = (each(setting, rank) for setting in (stride, padding, dilation))
-    asked = *map(int, weight.shape[2:]), *each(stride, rank), *each(dilation, rank)
+    strides, padded, dilated = (each(setting, rank) for setting in (stride, padding, dilation))
+    asked = *map(int, weight.shape[2:]), *strides, *dilated
     # of one thread, torch runs windows of one element as products of matrices
     product = x.dtype == torch.float32 and {*asked} == {1} and x.shape[0] < 16 and torch.get_num_threads() == 1
     kind = x.dtype in BLOCKED and not product, x.device.type == "cuda"
     shared = [name for name, window in windows.items() if window.before or window.after]
-    return Convolution(made[0], table, made[1], shared, *settings, transposed, groups, *kind)
+    return Convolution(made[0], table, made[1], shared, strides, padded, dilated, transposed, groups, *kind)
 
 
 def _outputs(weight: torch.Tensor, transposed: bool, groups: int) -> int:
