@@ -85,6 +85,8 @@ class Window:
 
     def folded(self, x: Tensor, dim: int, part: Part) -> Tensor:
         """The transpose of `extended`: rows of the neighbours are added to theirs; rows beyond the ends are dropped."""
+        if not self.before and not self.after:
+            return x
         chunk = x.shape[dim] - self.before - self.after
         result = x.narrow(dim, self.before, chunk).clone()
         if self.before:
@@ -126,7 +128,8 @@ class _Windows:
     def folded(self, x: Tensor) -> Tensor:
         """The transpose of `extended`: every rank gets the sum of all ranks' values for the rows that it holds."""
         for dim in self.split:
-            x = torch.nn.functional.pad(x, [0, 0] * (-1 - dim) + [0, self.windows[dim].spare])
+            if self.windows[dim].spare:  # torch pads by nothing with a copy
+                x = torch.nn.functional.pad(x, [0, 0] * (-1 - dim) + [0, self.windows[dim].spare])
         for dim, part in sorted(self.split.items(), reverse=True):
             x = self.windows[dim].folded(x, dim % x.dim(), part)
         return x

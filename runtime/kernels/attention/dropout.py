@@ -69,11 +69,17 @@ class SeededDropping(Dropping):
     """Dropout that is drawn piece by piece from a seed, by the rank that has the parts `places` of batch, heads and
     group."""
 
-    heads, width = None, 0
-
     def __init__(self, seed: int, dropout: float, places: Sequence[int]) -> None:
         self.dropout, self._seed, self._places = dropout, seed, tuple(places)
         self._drawn: tuple[Piece, Tensor] | None = None
+
+    @property
+    def heads(self) -> None:
+        return None
+
+    @property
+    def width(self) -> int:
+        return 0
 
     def seed_of(self, piece: Piece) -> int:
         """What a piece is drawn from: the same in forward and backward, and on ranks that compute the same."""

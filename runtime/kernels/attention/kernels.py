@@ -62,7 +62,7 @@ KEEP = Drop(0.0, 0)
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator of a CUDA device from which torch's kernels draw."""
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.cuda.default_generators[device.index]
 
 
 class Kernel(Protocol):

@@ -15,6 +15,8 @@ import torch
 from shardc.rules.notation import Workspace
 from shardc.runtime.kernels.attention.blocks import compute_dtype, tile_bytes
 from shardc.runtime.kernels.attention.pieces import Literals, rows_of_tile
+from shardc.runtime.kernels.mersenne import STATE
+from shardc.runtime.kernels.streams import SEED
 
 _CAPPED, _DROPPED = (2.0, 3.2), (2.25, 3.85)
 _MASKS = 1.2
@@ -50,7 +52,8 @@ class Operands:
 
     @property
     def by_kernel(self) -> bool:
-        return not self.softcap and self.draw is None
+        fused = self.draw is None or (self.draw.numel() == SEED and self.q.device.type == "cuda")
+        return not self.softcap and fused
 
     @property
     def in_tiles(self) -> bool:
@@ -127,9 +130,8 @@ def _blocks(of: Operands, backward: bool) -> list[Workspace]:
     points = (*ROWS, "s")
     if not of.by_kernel:
         tiles = (_DROPPED if of.draw is not None else _CAPPED)[backward]
-        grads = (
-            [Workspace(("s",), size, max(of.q.shape[-1], of.v.shape[-1]))] if of.draw is not None and backward else []
-        )
+        by_rows = of.draw is not None and of.draw.numel() == STATE  # a tile has whole rows of one head
+        grads = [Workspace(("s",), size, max(of.q.shape[-1], of.v.shape[-1]))] if by_rows and backward else []
         if backward and size > of.narrow:  # the operands of a tile in wide numbers
             side = math.isqrt(most // size)
             grads.append(Workspace((), size, 2 * side * (of.q.shape[-1] + of.v.shape[-1])))

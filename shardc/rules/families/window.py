@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from shardc.rules.notation import Rule, Send, Size, letters, parse, rule
+from shardc.rules.families.window_workspace import BLOCKED, Convolution, Side
+from shardc.rules.notation import ONLY, Rule, Send, Size, Variant, letters, parse, rule
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import windows as bodies
 from shardc.runtime.kernels.windows import Ints, Window, each
@@ -92,7 +93,7 @@ class _Channels:
 
 
 def _channels(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int) -> _Channels:
-    inputs, outputs = int(x.shape[1]), int(weight.shape[1] * groups if transposed else weight.shape[0])
+    inputs, outputs = int(x.shape[1]), _outputs(weight, transposed, groups)
     if groups == 1:
         c, o = _one(inputs, "c"), _one(outputs, "o")
         return _Channels(c, o, *((c, o) if transposed else (o, c)), {})
@@ -128,6 +129,36 @@ def _products(n: str, channels: _Channels, weight: torch.Tensor, narrow: list[st
     return [" ".join(name.split(":")[0].rstrip("!~") for name in names.split() if name != "1")] * count
 
 
+Sized = tuple[Sequence[int], list[str]]
+"""The sizes of a tensor, and the words of its dims."""
+
+
+def _call(
+    x: torch.Tensor, weight: torch.Tensor, sides: tuple[Sized, Sized], space: Space, channels: _Channels, stride: Ints,
+    padding: Ints, dilation: Ints, transposed: bool, groups: int,
+) -> Convolution:  # fmt: skip
+    """What its workspace depends on; `sides` are those of x and of the result."""
+    rank, windows = x.dim() - 2, {name: space.windows[int(name[1:])] for name in space.parts}
+    points = {name: int(space.narrow[int(name[1:])]) for name in windows}
+    if channels.parts:  # of groups
+        points["g"] = math.gcd(int(x.shape[1]), int(sides[1][0][1]))
+    size = x.element_size()
+    made = [Side([int(n) for n in sizes], words, points, size) for sizes, words in sides]
+    words = [channels.first, channels.second, *_kernel(weight).split()]
+    table = Side([int(n) for n in weight.shape], words, points, size)
+    strides, padded, dilated = (each(setting, rank) for setting in (stride, padding, dilation))
+    asked = *map(int, weight.shape[2:]), *strides, *dilated
+    # of one thread, torch runs windows of one element as products of matrices
+    product = x.dtype == torch.float32 and {*asked} == {1} and x.shape[0] < 16 and torch.get_num_threads() == 1
+    kind = x.dtype in BLOCKED and not product, x.device.type == "cuda"
+    shared = [name for name, window in windows.items() if window.before or window.after]
+    return Convolution(made[0], table, made[1], shared, strides, padded, dilated, transposed, groups, *kind)
+
+
+def _outputs(weight: torch.Tensor, transposed: bool, groups: int) -> int:
+    return int(weight.shape[1] * groups if transposed else weight.shape[0])
+
+
 @rule(aten.convolution.default)
 def convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
@@ -145,10 +176,16 @@ def convolution(
     text = f"{n} {c} {' '.join(before)}, {channels.first} {channels.second} {_kernel(weight)}"
     text += f"{f', {o}' if bias is not None else ''} -> {n} {o} {' '.join(after)}"
     wide, scale = (o, channels.outputs) if transposed else (c, channels.inputs)
+    sides = (x.shape, [n, c, *before]), ((int(x.shape[0]), _outputs(weight, transposed, groups), *out), [n, o, *after])
+    of = _call(x, weight, sides, space, channels, stride, padding, dilation, transposed, groups)
+    body = Variant(
+        ONLY, bodies.convolution, space.sends((n, wide.rstrip("~")), x.element_size(), scale),
+        workspace=replace(of, biased=bias is not None).forward_in_parts(),
+    )  # fmt: skip
     return parse(
         text, [{0, 2}, {1, 2}] if bias is not None else [{0}, {1}], sizes={8: "g"} if channels.depthwise else {},
-        flops=_products(n, channels, weight, before if transposed else after), body=bodies.convolution,
-        sends=space.sends((n, wide.rstrip("~")), x.element_size(), scale), parts={**space.parts, **channels.parts},
+        flops=_products(n, channels, weight, before if transposed else after), variants=[body],
+        parts={**space.parts, **channels.parts}, workspace=of.forward(),
     )  # fmt: skip
 
 
@@ -173,10 +210,15 @@ def convolution_backward(
     once = space.sends((n, wide.rstrip("~")), x.element_size(), scale)
     times = 1 if transposed else int(mask[0]) + int(mask[1])
     products = _products(n, channels, weight, inner if transposed else outer)
+    sides = (x.shape, [n, channels.c, *inner]), (grad.shape, [n, channels.o, *outer])
+    of = _call(x, weight, sides, space, channels, stride, padding, dilation, transposed, groups)
+    body = Variant(
+        ONLY, bodies.convolution_backward, {name: sent * times for name, sent in once.items()},
+        workspace=of.backward_in_parts(),
+    )  # fmt: skip
     return parse(
         f"{outputs}, {inputs}, {table} -> {', '.join(results)}", [{0}], reads=[{0, 2}, {0, 1}, {0}], sizes=sizes,
-        flops=products * 2, body=bodies.convolution_backward, parts={**space.parts, **channels.parts},
-        sends={name: sent * times for name, sent in once.items()},
+        flops=products * 2, variants=[body], parts={**space.parts, **channels.parts}, workspace=of.backward(),
     )  # fmt: skip
 
 
