@@ -253,10 +253,15 @@ def as_keywords(name: str, function: Callable[..., Any], options: type[Options])
             near = difflib.get_close_matches(unknown, [*known, *names], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(names)}"
             raise TypeError(f"{name}() has no option {unknown!r}{hint}")
+        lacking = [one for one in wanted[len(args) :] if one not in kwargs]
+        if lacking:
+            raise TypeError(f"{name}() lacks {' and '.join(lacking)}: {name}({', '.join(wanted)}, ...)")
         return function(*args, **kwargs, options=options(**given))
 
     parameters = [one for one in inspect.signature(function).parameters.values() if one.name != "options"]
     known = [one.name for one in parameters]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = [one.name for one in parameters if one.kind in named and one.default is one.empty]
     keywords = [one for one in inspect.signature(options).parameters.values()]
     called.__signature__ = inspect.signature(function).replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
     called.__name__ = called.__qualname__ = name  # pickle finds it by this name in its module

@@ -294,12 +294,16 @@ def _as_context(place: _Place, axis: str) -> None:
 
 def _note_between(place: _Place, axis: str, beside: Mapping[tuple[str, str], float]) -> None:
     """What an axis that splits weights splits beside the products, if that is rows more often than nothing. `beside`
-    are the bytes of results there, by axis and what it splits of them."""
+    are the bytes of results there, by axis and what it splits of them. Of an axis that also splits the batch of some
+    products, that says nothing new."""
     work = sum(amount for (a, role, _), amount in place.work.items() if a == axis and role is AxisRole.TENSOR)
     rows = {what: beside.get((axis, what), 0.0) for what in ("sequence", "batch")}
     what = max(rows, key=lambda one: rows[one])
     if work and rows[what] > beside.get((axis, ""), 0.0):
-        place.note((axis, AxisRole.SEQUENCE, f"{what} between them"), work)
+        if what == "sequence":
+            place.note((axis, AxisRole.SEQUENCE, "sequence between them"), work)
+        elif (axis, AxisRole.DATA, "batch") not in place.work:
+            place.note((axis, AxisRole.DATA, "batch between them"), work)
 
 
 @cache

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardc.errors import ShardcError
+
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """Example inputs: positional ones, or keywords."""
 
@@ -36,10 +38,16 @@ class ModelCall:
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Inputs) -> ModelCall:
-        """The call with positional inputs (a tuple) or keyword inputs (a mapping)."""
+        """The call with positional inputs (a tuple) or keyword inputs (a mapping). Raises ShardcError for what is
+        neither."""
         if isinstance(example_inputs, Mapping):
             return ModelCall(model, (), dict(example_inputs))
-        return ModelCall(model, tuple(example_inputs), {})
+        if isinstance(example_inputs, (tuple, list)):
+            return ModelCall(model, tuple(example_inputs), {})
+        raise ShardcError(
+            f"the inputs are a {type(example_inputs).__name__}; give a tuple of the model's arguments, like (x,), or a "
+            "dict of its keywords"
+        )
 
     @property
     def device(self) -> str:

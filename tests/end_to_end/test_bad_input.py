@@ -324,3 +324,14 @@ def test_a_rank_that_raises_names_rank_and_line() -> None:
 def test_mesh_objects_are_checked_too() -> None:
     with pytest.raises(MeshError, match="mesh axis 'tp' has size 0"):
         Mesh((("tp", 0),))
+
+
+def test_inputs_that_are_no_tuple_and_no_dict_are_refused() -> None:
+    with pytest.raises(
+        ShardcError, match=r"the inputs are a Tensor; give a tuple of the model's arguments, like \(x,\)"
+    ):
+        shardc.compile(nn.Linear(4, 4), "dp=2", torch.randn(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"compile\(\) lacks example_inputs: compile\(model, mesh, example_inputs, ...\)"
+    ):
+        shardc.compile(nn.Linear(4, 4), "dp=2")  # type: ignore[call-arg]

@@ -156,3 +156,9 @@ def test_an_axis_that_does_nothing_says_so() -> None:
     assert str(AxisUse("tp", 2, (Use(AxisRole.STORAGE, "x"),), 1, 3)) == (
         "tp: 1 of 3 weights are stored split, and gathered before use (fully sharded)"
     )
+
+
+def test_a_batch_between_columns_and_rows_is_no_sequence_parallelism() -> None:
+    found = read(large("(dp,tp),-,-", "dp,-,tp"), "dp=2,tp=2", X, constraints=MEGATRON)
+    assert AxisRole.SEQUENCE not in uses(found, "tp")
+    assert uses(found, "tp")[AxisRole.DATA] == ["batch between them"]
