@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from shardc.pretrained.save import save_pretrained
     from shardc.rules.custom import rule
     from shardc.search import search_mesh
+    from shardc.training.progress import progress
+    from shardc.training.sampler import data_sampler
 
 __all__ = [
     "B",
@@ -28,10 +30,12 @@ __all__ = [
     "ShardcError",
     "compile",
     "constrain",
+    "data_sampler",
     "deferred_init",
     "distribute",
     "load_pretrained",
     "materialize",
+    "progress",
     "rule",
     "save_pretrained",
     "search_mesh",
@@ -47,10 +51,12 @@ _HOME = {
     "ShardcError": "shardc.errors",
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
+    "data_sampler": "shardc.training.sampler",
     "deferred_init": "shardc.pretrained.recording",
     "distribute": "shardc.distribution",
     "load_pretrained": "shardc.pretrained.load",
     "materialize": "shardc.pretrained.materialize",
+    "progress": "shardc.training.progress",
     "rule": "shardc.rules.custom",
     "save_pretrained": "shardc.pretrained.save",
     "search_mesh": "shardc.search",

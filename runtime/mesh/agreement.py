@@ -10,6 +10,7 @@ rank does: that is how a rank that waits knows that another is elsewhere.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -96,7 +97,8 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        self._store = default.PrefixStore("shardc", store)
+        # the store of torchrun outlives a group that is destroyed, with what its ranks told
+        self._store = default.PrefixStore(f"shardc/{next(_numbers)}", store)
         self._lock = threading.Lock()
         self.agreed = 0
         self.calls = 0
@@ -293,6 +295,7 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
 
 
 _boards: list[Board] = []
+_numbers = itertools.count()
 
 
 def board() -> Board:
