@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from shardc.runtime.checkpoint.save import save_checkpoint
     from shardc.runtime.mesh.watch import watch
     from shardc.search import search_mesh
+    from shardc.training.progress import progress
+    from shardc.training.sampler import data_sampler
 
 __all__ = [
     "B",
@@ -33,11 +35,13 @@ __all__ = [
     "accumulate",
     "compile",
     "constrain",
+    "data_sampler",
     "deferred_init",
     "distribute",
     "load_checkpoint",
     "load_pretrained",
     "materialize",
+    "progress",
     "rule",
     "save_checkpoint",
     "save_pretrained",
@@ -56,11 +60,13 @@ _HOME = {
     "accumulate": "shardc.accumulation",
     "compile": "shardc.api",
     "constrain": "shardc.ir.constrain",
+    "data_sampler": "shardc.training.sampler",
     "deferred_init": "shardc.pretrained.recording",
     "distribute": "shardc.distribution",
     "load_checkpoint": "shardc.runtime.checkpoint.load",
     "load_pretrained": "shardc.pretrained.load",
     "materialize": "shardc.pretrained.materialize",
+    "progress": "shardc.training.progress",
     "rule": "shardc.rules.custom",
     "save_checkpoint": "shardc.runtime.checkpoint.save",
     "save_pretrained": "shardc.pretrained.save",

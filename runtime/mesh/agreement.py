@@ -10,6 +10,7 @@ rank does: that is how a rank that waits knows that another is elsewhere.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -98,7 +99,8 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        self._store = AskedStore(default.PrefixStore("shardc", store))
+        # the store of torchrun outlives a group that is destroyed, with what its ranks told
+        self._store = AskedStore(default.PrefixStore(f"shardc/{next(_numbers)}", store))
         self.agreed = 0
         self.calls = 0
         self.doing = ""
@@ -297,6 +299,7 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
 
 
 _boards: list[Board] = []
+_numbers = itertools.count()
 
 
 def board() -> Board:

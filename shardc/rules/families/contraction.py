@@ -6,7 +6,7 @@ import torch
 
 from shardc.rules.notation import Rule, Variant, fixed, named, named_dims, parse, rule
 from shardc.rules.ring import Ring
-from shardc.runtime.kernels import matmul_rings
+from shardc.runtime.kernels import matmul_rings, scaled_products
 
 aten = torch.ops.aten
 
@@ -47,6 +47,43 @@ def addmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
 def baddbmm(bias: torch.Tensor, *_: object, **__: object) -> Rule:
     text = f"{_bias(bias, 'bmn')}, b m k, b k n -> b m n"
     return parse(text, [{0, 1}, {0, 2}], flops=["b m k n"], variants=_rings(1))
+
+
+@rule(aten._scaled_mm.default)
+def scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_x: torch.Tensor,
+    scale_weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale_result: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *_: object,
+) -> Rule:
+    """A product of 8-bit numbers. Scales are one number, or one a row of `x` and one a column of `weight`; where they
+    are of blocks, nothing is split. A sum in 8 bits is not put together of parts, nor are operands sums in parts."""
+    m, k, n = int(x.shape[0]), int(x.shape[1]), int(weight.shape[1])
+    shown = [_scale(scale_x, "m", (m, 1)), _scale(scale_weight, "n", (1, n))]
+    whole = None in shown or scale_result is not None
+    narrow = (out_dtype or x.dtype).itemsize == 1
+    # the kernel needs k and n in multiples of 16: they are split only if parts for up to 16 ranks are
+    rows = "m!" if whole else "m"
+    inner = "k!" if whole or narrow or bias is not None or k % 256 else "k"
+    columns = "n!" if whole or n % 256 else "n"
+    operands = [f"{rows} {inner}", f"{inner} {columns}"]
+    for one, scale, factor in zip(shown, (scale_x, scale_weight), (rows, columns), strict=True):
+        operands.append(" ".join("s!" for _ in scale.shape) if one is None else one.replace(factor[0], factor))
+    operands += [columns] if bias is not None else []
+    operands += ["1" if scale_result.dim() else ""] if scale_result is not None else []
+    text = f"{', '.join(operands)} -> {rows} {columns}"
+    return parse(text, flops=["m k n"], body=scaled_products.scaled_mm, even=True)
+
+
+def _scale(scale: torch.Tensor, factor: str, shape: tuple[int, int]) -> str | None:
+    """The dims of a scale: of one number, or of one a row (a column). None for any other."""
+    if scale.numel() == 1:
+        return " ".join("1" for _ in scale.shape)
+    return " ".join(factor if size > 1 else "1" for size in shape) if tuple(scale.shape) == shape else None
 
 
 @rule(aten._grouped_mm.default)

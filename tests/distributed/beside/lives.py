@@ -57,6 +57,31 @@ def hooks_of_either_kind_before_and_after(prepare):
 
 
 @life
+def a_loss_that_is_scaled(prepare):
+    """An infinity in one element, and so on one rank, skips the step on all, and the scale falls on all."""
+    model = prepare(net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    seen = []
+    for number in range(6):
+        optimizer.zero_grad()
+        scaler.scale(model(data()).square().mean()).backward()
+        if number in (2, 4):
+            gradient = model[0].weight.grad
+            if not isinstance(gradient, DTensor):
+                gradient[0, 0] = float("inf")
+            elif not gradient.device_mesh.get_coordinate()[-1]:  # the ranks that hold the first rows
+                gradient.to_local()[0, 0] = float("inf")
+        if number % 2 == 0:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(torch.tensor(scaler.get_scale()))
+    return *seen, *model.parameters()
+
+
+@life
 def scaled_by_a_hook(prepare):
     model = prepare(net())
     model[0].weight.register_hook(lambda grad: 3 * grad)

@@ -173,6 +173,17 @@ class Types(nn.Module):
         return {**made, **wide, "loss": F.cross_entropy(h, torch.zeros(4, dtype=torch.long))}
 
 
+def test_weights_are_sent_in_the_type_in_which_they_are_used() -> None:
+    """Master weights stay float32 and split; the plan casts them before it gathers them."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    model = shard(model, mesh="dp=4", hardware="h100", constraints={"*.weight": ("dp", None)})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(4096, 64)).float().square().mean().backward()
+    gathered = [one for one in model.plan.conversions if one.phase == "forward" and one.kind == "all_gather"]
+    assert sum(one.sent for one in gathered) == 2 * 0.75 * 2 * 256 * 64
+    assert model[0].weight.grad.dtype == model[0].weight.dtype == torch.float32
+
+
 def test_autocast_for_cuda_counts_though_the_trace_runs_on_the_cpu() -> None:
     """As torch documents its types on CUDA. (torch.autocast("cuda") switches itself off without CUDA.)"""
     model, x = Types(), torch.randn(4, 8)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples.calls.sample import Group, Sample, boolean, positive, real, whole
+from samples.calls.sample import Group, Sample, View, boolean, positive, real, whole
 
 aten = torch.ops.aten
 
@@ -117,6 +117,20 @@ def pairs() -> Iterator[Sample]:
     yield Sample(aten._pdist_forward.default, (positive(2, 5),))
 
 
+def scaled() -> Iterator[Sample]:
+    """8-bit numbers whose products are exact in float32: one scale, and one a row and a column; sums in 16 bits."""
+    eight, product = torch.float8_e4m3fn, aten._scaled_mm.default
+    x, half = whole(2, 6, 256, low=-1).to(eight), torch.full((), 0.5)
+    weight = View(whole(2, 256, 256, low=-1).to(eight), aten.permute.default, ([1, 0],))
+    rows, columns = (torch.full(shape, 0.5) for shape in ((6, 1), (1, 256)))
+    yield Sample(product, (x, weight, half, half), {"out_dtype": torch.float32})
+    yield Sample(product, (x, weight, rows, columns), {"out_dtype": torch.float32})
+    yield Sample(
+        product, (x, weight, half, half, whole(3, 256).bfloat16()), {"out_dtype": torch.bfloat16}, tolerance=0.02
+    )
+    yield Sample(product, (x, weight, half.view(1), half.view(1)), {"out_dtype": eight})
+
+
 def decomposed() -> Iterator[Sample]:
     """Of operators that are decomposed before layouts are chosen."""
     for operators in (aten.any, aten.all):
@@ -140,4 +154,4 @@ def decomposed() -> Iterator[Sample]:
         yield Sample(aten.linalg_inv_ex.default, (_definite(*shape),))
 
 
-MATRICES: tuple[Group, ...] = (factorisations, reflections, solves, spectra, segments, lists, pairs)
+MATRICES: tuple[Group, ...] = (factorisations, reflections, solves, spectra, segments, lists, pairs, scaled)
