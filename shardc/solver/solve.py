@@ -59,6 +59,8 @@ class WarmStart:
     def of(problem: Problem, kept: int = 1) -> WarmStart:
         """Nothing is known yet but the fold, to `kept` layers on either side of its cut."""
         folded = fold(problem, kept)
+        if folded is not None and kept > 1 and folded.count < tuning.FOLD_KEPT_OF:
+            folded = fold(problem, 1)
         worth = folded is not None and tuning.FOLD_FACTOR * len(folded.template.unary) <= len(problem.unary)
         return WarmStart(folded if worth else None)
 

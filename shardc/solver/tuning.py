@@ -197,8 +197,12 @@ CHECKED_FACTOR_ENTRIES = 2.0**24
 MIN_LAYERS = 8
 """Layers from which on a network is folded. Time of folding against variables saved."""
 
-PERIODS = 40
-"""Distances between equal variables that are tried as the length of a layer, the most frequent first."""
+PERIODS, TURNS = 40, 8
+"""Distances between equal variables that are tried as the length of a layer, the most frequent first; and how many of
+them together: layers may take turns (five of local attention, one of global)."""
+
+MANY_READERS = 16
+"""Edges to later variables from which on a variable counts as one that all layers may read."""
 
 LONG_RUN = 4
 """Times shorter than the longest run that another may be to have a say in how many layers there are."""
@@ -212,7 +216,7 @@ RING_COPIES = 3
 
 # -- Within a capacity (capacity.py and what it uses) ------------------------------------------------------------------
 
-CAPACITY_GAP, CAPACITY_GAP_FOLDED = 1e-3, 2e-3
+CAPACITY_GAP, CAPACITY_GAP_FOLDED = 1e-3, 1e-3
 """Relative gaps at which the search within a capacity ends: without and with a fold. Time against
 gap. They were 5e-4 at first."""
 
@@ -237,9 +241,10 @@ MERGE_PROMISE = 1e-2
 PROOFS, DRAFTS = 3, 40
 """Times that a series of drafts is followed by a proof; drafts in a series."""
 
-FOLD_KEPT = 2
+FOLD_KEPT, FOLD_KEPT_OF = 2, 20
 """Layers on either side of a fold under a capacity. With one, the last layer, which nothing follows, would be the only
-neighbour of the cut: what it does without, all others may need of the one before."""
+neighbour of the cut: what it does without, all others may need of the one before. Of fewer than so many layers one is
+kept: where layers take turns, each is several."""
 
 CEILING_FIRST, CEILING_GROWTH, CEILING_LAST = 0.15, 4.0, 1e4
 """Ceilings of all multipliers until something fits: the first, the factor, the last. At 1, the whole capacity costs as

@@ -269,11 +269,14 @@ def _labels(problem: Problem) -> tuple[Integers, Integers] | None:
 
 
 def _signatures(problem: Problem) -> Integers:
-    """Equal numbers for variables of equal cost whose edges to earlier ones have equal tables."""
+    """Equal numbers for variables of equal cost whose edges to earlier ones have equal tables. What many variables
+    read tells them apart: layers that take turns may do so in what they read alone (positions, of local attention and
+    of global)."""
     contents: dict[object, int] = {}
-    behind: list[list[int]] = [[] for _ in problem.unary]
-    for (_, v), table in problem.edges.items():
-        behind[v].append(id(table))
+    behind: list[list[tuple[int, int]]] = [[] for _ in problem.unary]
+    readers = Counter(u for u, _ in problem.edges)
+    for (u, v), table in problem.edges.items():
+        behind[v].append((id(table), u if readers[u] >= tuning.MANY_READERS else _NONE))
     known: dict[object, int] = {}
     signatures: list[int] = []
     for cost, tables in zip(problem.unary, behind, strict=True):
@@ -290,7 +293,10 @@ def _runs(signatures: Integers) -> Iterator[_Blocks]:
         if signature in last:
             distances[place - last[signature]] += 1
         last[signature] = place
-    for period, _ in distances.most_common(tuning.PERIODS):
+    near = [distance for distance, _ in distances.most_common(tuning.PERIODS)]
+    for period in dict.fromkeys(turns * distance for turns in range(1, tuning.TURNS + 1) for distance in near):
+        if period * (tuning.MIN_LAYERS - 1) >= len(signatures):
+            continue
         same = np.concatenate([[0], signatures[:-period] == signatures[period:], [0]]).astype(np.int64)
         edges = np.diff(same)
         for start, stop in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
