@@ -40,8 +40,8 @@ from shardc.capture.torch_patches.fake_tensors import (
     same_shape,
 )
 from shardc.capture.torch_patches.module_internals import (
-    has_global_hooks,
     dict_version,
+    has_global_hooks,
     has_gradient_hooks,
     namespace_of,
     version,
