@@ -38,8 +38,7 @@ from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
-from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
-from shardc.runtime.kernels.parts import Part
+from shardc.runtime.kernels.parts import Part, addend_of_microbatch, part_of_microbatch
 from shardc.runtime.kernels.random import DRAWS, draw
 from shardc.runtime.mesh.mesh import TIME
 

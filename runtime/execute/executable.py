@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
-from shardc.runtime.execute.accumulation import Sums, deferred_leaves
+from shardc.runtime.execute.accumulation import GradientSums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.microbatches import run_microbatches
@@ -90,7 +90,7 @@ class Executable:
         state: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
         fallback: Fallback | None = None,
-        sums: Sums | None = None,
+        sums: GradientSums | None = None,
     ) -> list[Tensor]:
         """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
 
@@ -118,7 +118,7 @@ class Executable:
             self._mutate(result.mutations, names)
             return result.outputs
         mutations = {}
-        run = _Run(self, fallback, mutations, sums)
+        run = _Asked(self, fallback, mutations, sums)
         outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
         self._mutate(mutations, names)
         return outputs
@@ -192,7 +192,11 @@ class Executable:
         return [(tuple(map(apart, result[0])), *result[1:]) for result in results]
 
     def _backward(
-        self, saved: list[list[Any]], tangents: Mapping[int, Tensor], sums: Sums | None, leaves: Mapping[str, Tensor]
+        self,
+        saved: list[list[Any]],
+        tangents: Mapping[int, Tensor],
+        sums: GradientSums | None,
+        leaves: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no
         gradient that depends on absent ones alone. Those of `leaves` that wait for the epilogue go to `sums`, where
@@ -219,7 +223,7 @@ class Executable:
             return gradients | self.deliver(deferred, sums, leaves)
 
     def deliver(
-        self, addends: Mapping[str, list[Tensor]], sums: Sums | None, leaves: Mapping[str, Tensor]
+        self, addends: Mapping[str, list[Tensor]], sums: GradientSums | None, leaves: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What the epilogue makes of what each local rank has added up, by name; of `leaves`, `sums` gets it."""
         self._addends |= {name: [torch.empty_like(one, device="meta") for one in addends[name]] for name in addends}
@@ -280,13 +284,13 @@ class Executable:
 
 
 @dataclass
-class _Run:
+class _Asked:
     """What one run is asked for, and the buffers that it changes."""
 
     executable: Executable
     fallback: Fallback | None
     mutations: dict[str, Tensor]
-    sums: Sums | None
+    sums: GradientSums | None
 
 
 class _Differentiable(torch.autograd.Function):
@@ -294,7 +298,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, run: _Run, second: Tensor, *tensors: Tensor
+        ctx: Any, run: _Asked, second: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         executable, fallback = run.executable, run.fallback
         names = [slot.name for slot in executable.inputs]
