@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from shardc.analysis.operands import collective_of
 from shardc.errors import InfeasibleError, ShardcError
@@ -153,7 +154,7 @@ class _Divided:
             target, kwargs = chosen.op.node.target, dict(chosen.op.node.kwargs)
         elif target is draw:
             parts = {int(name[1:]): value for name, value in kwargs.items() if isinstance(value, Part)}
-            shape = list(args[0])
+            shape: list[int] = list(args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Part)}
             if parts:
                 kwargs["batch"] = [(dim, shape[dim]) for dim in parts]
@@ -244,7 +245,7 @@ class _Divided:
             results.append(made)
         graph.output(tuple(results))
         outputs = [Port(Role.OUTPUT, "", index) for index in range(len(results))]
-        spec = torch.utils._pytree.tree_structure([*results])
+        spec = pytree.tree_structure([*results])
         return replace(
             self.whole, version=GraphVersion.of(graph), inputs=ports, outputs=outputs, out_spec=spec,
             out_leaves=[*range(len(results))], attached=frozenset(), effects=None, orders={}, depends_on={},
