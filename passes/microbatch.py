@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from shardc.analysis.operands import collective_of
 from shardc.errors import InfeasibleError, ShardcError
@@ -38,8 +39,7 @@ from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.shard import shard
 from shardc.runtime.collectives.to_partial import to_partial
-from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
-from shardc.runtime.kernels.parts import Part
+from shardc.runtime.kernels.parts import Part, addend_of_microbatch, part_of_microbatch
 from shardc.runtime.kernels.random import DRAWS
 from shardc.runtime.mesh.mesh import TIME
 
@@ -155,7 +155,7 @@ class _Divided:
         elif target in PARTED_DRAWS:
             at = PARTED_DRAWS[target]
             parts = {int(name[1:]): value for name, value in kwargs.items() if isinstance(value, Part)}
-            shape = list(args[at])
+            shape: list[int] = list(args[at])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Part)}
             if parts:
                 kwargs["batch"] = [(dim, shape[dim]) for dim in parts]
@@ -247,7 +247,7 @@ class _Divided:
             results.append(made)
         graph.output(tuple(results))
         outputs = [Port(Role.OUTPUT, "", index) for index in range(len(results))]
-        spec = torch.utils._pytree.tree_structure([*results])
+        spec = pytree.tree_structure([*results])
         return replace(
             self.whole, version=GraphVersion.of(graph), inputs=ports, outputs=outputs, out_spec=spec,
             out_leaves=[*range(len(results))], attached=frozenset(), effects=None, orders={}, depends_on={},

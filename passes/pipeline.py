@@ -37,6 +37,9 @@ def part(first: str, last: str) -> tuple[Pass, ...]:
     return PIPELINE[NAMES.index(first) : NAMES.index(last) + 1]
 
 
+LOCAL = NAMES[NAMES.index("schedule") - 1]
+"""The last pass before buckets and order are chosen: it leaves what a rank computes."""
+
 LOWERING = part("reshard", "simplify")
 """What it takes to know what a choice holds in memory."""
 

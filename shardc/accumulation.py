@@ -15,7 +15,7 @@ from torch import nn
 
 from shardc.api import engine_of
 from shardc.errors import ShardcError
-from shardc.runtime.execute.accumulation import Sums
+from shardc.runtime.execute.accumulation import GradientSums
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def accumulate(model: nn.Module) -> Generator[None]:
     if not engines:
         raise ShardcError(f"nothing of {type(model).__name__} is sharded: call shard(model) before accumulate(model)")
     outer = [engine for engine in engines if engine.sums is None]
-    sums = Sums()
+    sums = GradientSums()
     for engine in outer:
         engine.sums = sums
     try:

@@ -32,7 +32,7 @@ from shardc.ir.model_call import SHARDED_FROM, Dims, Inputs, ModelCall, unsharde
 from shardc.options import Options, ShardOptions, as_keywords
 from shardc.passes.capture import TRACING
 from shardc.runtime import Executable
-from shardc.runtime.execute.accumulation import Sums
+from shardc.runtime.execute.accumulation import GradientSums
 from shardc.runtime.mesh.parameters import moves
 
 
@@ -91,7 +91,7 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
-        self.sums: Sums | None = None
+        self.sums: GradientSums | None = None
         """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
         """Whether a program was made by the plan that the options name; it is for no other."""

@@ -30,7 +30,7 @@ from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
-from shardc.runtime.execute.accumulation import Sums
+from shardc.runtime.execute.accumulation import GradientSums
 from shardc.runtime.mesh.distributed import CALLED
 
 MAIN = """
@@ -200,7 +200,7 @@ class Compiled:
         leaves: list[Any],
         arguments: Any,
         fallback: Callable[[frozenset[int]], Executable] | None = None,
-        sums: Sums | None = None,
+        sums: GradientSums | None = None,
     ) -> Any:
         """Run on flat inputs, those of `arguments` (args and kwargs). Returns what the program returns, in its own
         structure, and leaves behind what the program leaves behind. With `sums`, gradients that it reduces once, if

@@ -19,7 +19,7 @@ from shardc.explain.plan_file.reading import PlanFile
 from shardc.explain.planned import plan_of
 from shardc.ir.mesh import Mesh
 from shardc.options import Options
-from shardc.passes.pipeline import part, run
+from shardc.passes.pipeline import LOCAL, part, run
 from shardc.planning.compilation import Compilation, Pass
 from shardc.planning.given.given import GivenPlan
 from shardc.runtime import DistributedMesh, local_mesh
@@ -62,10 +62,10 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
 
 def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
     snapshots = dict(before)
-    run(part("assign", "simplify"), replace(c, given=given), snapshots)
+    run(part("assign", LOCAL), replace(c, given=given), snapshots)
     once = deferred(snapshots) if c.program.microbatches is not None else None
     if once is None:
-        run(part("schedule", "codegen"), snapshots["simplify"], snapshots)
+        run(part("schedule", "codegen"), snapshots[LOCAL], snapshots)
     return Decided(once or snapshots, plan_of(once or snapshots))
 
 

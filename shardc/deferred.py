@@ -17,7 +17,7 @@ from shardc.analysis.reductions import deferral_of, epilogue, every_backward
 from shardc.errors import InfeasibleError
 from shardc.ir.printing import in_bytes
 from shardc.ir.versions import GraphVersion
-from shardc.passes.pipeline import part, run
+from shardc.passes.pipeline import LOCAL, part, run
 from shardc.planning.compilation import Compilation
 
 
@@ -25,7 +25,7 @@ def deferred(snapshots: Mapping[str, Compilation]) -> dict[str, Compilation] | N
     """What the passes leave of the same plan, with gradients that are reduced once; None where none is reduced.
 
     Raises InfeasibleError where a device cannot hold the sums of gradients beside what it holds already."""
-    c = snapshots["simplify"]
+    c = snapshots[LOCAL]
     graph = c.lowered.read()
     deferral = deferral_of(graph, c.program)
     if not deferral.cuts:

@@ -32,7 +32,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment, CostNetwork
 from shardc.planning.gc_pause import gc_paused
 from shardc.planning.out_of_memory import OutOfMemoryError, refuse_too_large
-from shardc.planning.scheduled import step_seconds, turns
+from shardc.planning.scheduled import step_seconds
 from shardc.rules.factors.strategy import make
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.solver.proof.certificate import Certificate, check
@@ -236,7 +236,7 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     try:
         c = run(part("retile", "propagate"), c)
         network = first_network(c)
-        bound = turns(c) * check(network.problem(), Certificate({}))
+        bound = c.program.turns * check(network.problem(), Certificate({}))
         if bound >= best:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
         c = run(part("assign", "assign"), replace(c, network=network))
@@ -247,7 +247,7 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     except ShardcError as error:
         return without(0.0, str(error).splitlines()[0])
     assert c.solution is not None
-    times, remark, summary = turns(c), "", None
+    times, remark, summary = c.program.turns, "", None
     cost, bound = times * c.solution.cost, times * c.solution.lower_bound
     if c.options.budget is not None:
         c = run(part("reshard", "schedule"), c)

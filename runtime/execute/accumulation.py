@@ -1,6 +1,6 @@
 """Gradients that stay on the ranks over several backwards, and are reduced once.
 
-    sums = Sums()
+    sums = GradientSums()
     executable.run(state, [x0], sums=sums)[0].backward()      each rank adds up its addends
     executable.run(state, [x1], sums=sums)[0].backward()
     sums.deliver()                                            one reduction; p.grad gets the sum
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from shardc.runtime.execute.executable import Executable
 
 _HELD = "_shardc_sums"
-"""The attribute of a watched parameter that holds the `Sums` where its gradient is."""
+"""The attribute of a watched parameter that holds the `GradientSums` where its gradient is."""
 
 
-class Sums:
+class GradientSums:
     """What the ranks of this process have added up, by executable and by the name of the gradient."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ def _delivered(parameter: Any) -> None:
     vars(parameter)[_HELD].deliver()
 
 
-def _watch(parameter: Tensor, sums: Sums) -> None:
+def _watch(parameter: Tensor, sums: GradientSums) -> None:
     if _HELD not in vars(parameter):
         vars(parameter)[_HELD] = sums
         parameter.__class__ = _watched(type(parameter))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import GENERATED, RankError
-from shardc.runtime.execute.accumulation import Sums, deferred_leaves
+from shardc.runtime.execute.accumulation import GradientSums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.microbatches import run_microbatches
@@ -74,7 +74,7 @@ class Executable:
         state: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
         fallback: Fallback | None = None,
-        sums: Sums | None = None,
+        sums: GradientSums | None = None,
         record: bool = False,
     ) -> list[Tensor]:
         """The program's flat outputs, tied into autograd if gradients are on and some tensor requires one.
@@ -100,7 +100,7 @@ class Executable:
             if self.microbatches > 1:
                 outputs, mutations = run_microbatches(self, names, fallback, sums, recording)
             elif recording:
-                run = _Run(self, fallback, mutations, sums)
+                run = _Asked(self, fallback, mutations, sums)
                 outputs = list(_Differentiable.apply(run, Second.apply(*tensors), *tensors))
             else:
                 result = self._forward(names, differentiable=False)
@@ -194,7 +194,11 @@ class Executable:
         return [(tuple(map(apart, result[0])), *result[1:]) for result in results]
 
     def _backward(
-        self, saved: list[list[Any]], tangents: Mapping[int, Tensor], sums: Sums | None, leaves: Mapping[str, Tensor]
+        self,
+        saved: list[list[Any]],
+        tangents: Mapping[int, Tensor],
+        sums: GradientSums | None,
+        leaves: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Gradients by name, from the tangents by output index. Absent tangents count as zeros, but there is no
         gradient that depends on absent ones alone. Those of `leaves` that wait for the epilogue go to `sums`, where
@@ -221,7 +225,7 @@ class Executable:
             return gradients | self.deliver(deferred, sums, leaves)
 
     def deliver(
-        self, addends: Mapping[str, list[Tensor]], sums: Sums | None, leaves: Mapping[str, Tensor]
+        self, addends: Mapping[str, list[Tensor]], sums: GradientSums | None, leaves: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What the epilogue makes of what each local rank has added up, by name; of `leaves`, `sums` gets it."""
         self._addends |= {name: [torch.empty_like(one, device="meta") for one in addends[name]] for name in addends}
@@ -282,13 +286,13 @@ class Executable:
 
 
 @dataclass
-class _Run:
+class _Asked:
     """What one run is asked for, and the buffers that it changes."""
 
     executable: Executable
     fallback: Fallback | None
     mutations: dict[str, Tensor]
-    sums: Sums | None
+    sums: GradientSums | None
 
 
 class _Differentiable(torch.autograd.Function):
@@ -296,7 +300,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, run: _Run, second: Tensor, *tensors: Tensor
+        ctx: Any, run: _Asked, second: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         executable, fallback = run.executable, run.fallback
         names = [slot.name for slot in executable.inputs]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.errors import RankError
-from shardc.runtime.execute.accumulation import Sums
+from shardc.runtime.execute.accumulation import GradientSums
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot
@@ -70,7 +70,7 @@ class _Made:
         return self.executable.in_memory(slot, self.executable.boundary.join(slot, self.parts[place]))
 
 
-class Batch:
+class DividedBatch:
     """A batch with the state that a program reads, as the micro-batches take them."""
 
     def __init__(self, executable: Executable, values: Mapping[str, Tensor]) -> None:
@@ -138,37 +138,41 @@ def part(slot: Slot, value: Tensor, turn: Turn) -> Tensor:
 
 
 def run_microbatches(
-    executable: Executable, values: dict[str, Tensor], fallback: Fallback | None, sums: Sums | None, recording: bool
+    executable: Executable,
+    values: dict[str, Tensor],
+    fallback: Fallback | None,
+    sums: GradientSums | None,
+    recording: bool,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The outputs of all micro-batches of a batch, tied into autograd if `recording`, and new values of buffers."""
     values |= executable.before(values)
-    run = _Run(executable, fallback, sums, [slot.name for slot in executable.inputs])
+    run = _BatchCall(executable, fallback, sums, [slot.name for slot in executable.inputs])
     if not recording:
-        return _told(run, _forward(Batch(executable, values), executable))
+        return _told(run, _forward(DividedBatch(executable, values), executable))
     tensors = [values[name] for name in run.names]
     made = list(_Microbatched.apply(run, Second.apply(*tensors), *tensors))
     return made, run.mutations
 
 
 @dataclass
-class _Run:
+class _BatchCall:
     """What one run is asked for: the names of its tensors, in order; and what it changes."""
 
     executable: Executable
     fallback: Fallback | None
-    sums: Sums | None
+    sums: GradientSums | None
     names: list[str]
     mutations: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def _forward(batch: Batch, executable: Executable) -> _Made:
+def _forward(batch: DividedBatch, executable: Executable) -> _Made:
     outputs = _Made(executable, executable.module.OUTPUTS)
     for turn in batch.turns():
         outputs.add([result[0] for result in batch.forward(turn)])
     return outputs
 
 
-def _told(run: _Run, made: _Made) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _told(run: _BatchCall, made: _Made) -> tuple[list[Tensor], dict[str, Tensor]]:
     outputs: list[Tensor] = []
     for place, slot in enumerate(made.slots):
         value = made.value(place)
@@ -184,12 +188,12 @@ class _Microbatched(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, run: _Run, second: Tensor, *tensors: Tensor
+        ctx: Any, run: _BatchCall, second: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         executable = run.executable
         values = {name: tensor.detach() for name, tensor in zip(run.names, tensors, strict=True)}
         changed = {name: values[name].clone() for name in run.names if name in executable.mutated}
-        batch = Batch(executable, {**values, **changed})
+        batch = DividedBatch(executable, {**values, **changed})
         ctx.gradients = None
         if executable.at_once:
             outputs, ctx.gradients = (
@@ -222,7 +226,7 @@ class _Microbatched(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if any(tangent is not None and is_batched(tangent) for tangent in tangents):
             raise RankError("backward got a batch of gradients at once, which a sharded model does not take")
-        run: _Run = ctx.run
+        run: _BatchCall = ctx.run
         executable = run.executable
         second, *_ = ctx.saved_tensors
         arrived = {
@@ -242,7 +246,7 @@ class _Microbatched(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, arrived: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        run: _Run = ctx.run
+        run: _BatchCall = ctx.run
         executable, made = run.executable, ctx.gradients
         uncovered = arrived.keys() - {slot.index for slot in executable.tangents}
         if uncovered:
@@ -250,7 +254,7 @@ class _Microbatched(torch.autograd.Function):
                 raise RankError(f"output {min(uncovered)} got a gradient, but backward does not start from it")
             with ctx.surroundings.again():
                 other = run.fallback(frozenset(arrived))
-            batch = Batch(other, {**ctx.batch.values, **other.before(ctx.batch.values)})
+            batch = DividedBatch(other, {**ctx.batch.values, **other.before(ctx.batch.values)})
             batch.random = ctx.batch.random
             return _put_together(other, _again(batch, arrived), arrived, None, {})
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore
@@ -273,7 +277,7 @@ def _scaled(parts: list[Parts], scale: Tensor) -> list[Parts]:
     return [[one * scale.to(one.dtype) for one in ranks] for ranks in parts]
 
 
-def _again(batch: Batch, tangents: Mapping[int, Tensor]) -> _Made:
+def _again(batch: DividedBatch, tangents: Mapping[int, Tensor]) -> _Made:
     """Forward and backward of every micro-batch, once more."""
     made = _Made(batch.executable, batch.executable.gradients)
     before = torch.get_rng_state()
@@ -288,7 +292,11 @@ def _again(batch: Batch, tangents: Mapping[int, Tensor]) -> _Made:
 
 
 def _put_together(
-    executable: Executable, made: _Made, arrived: Mapping[int, Tensor], sums: Sums | None, leaves: Mapping[str, Tensor]
+    executable: Executable,
+    made: _Made,
+    arrived: Mapping[int, Tensor],
+    sums: GradientSums | None,
+    leaves: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Gradients by name; those that wait for the epilogue are reduced now, or go to `sums`."""
     places = {

@@ -1,4 +1,6 @@
-"""A dim that the mesh splits, as the running rank sees it: the rank's part, and collectives over all parts."""
+"""A dim that the mesh splits, as the running rank sees it: the rank's part, and collectives over all parts. And what a
+micro-batch has of values that do not depend on the batch: micro-batches run one after another, as ranks of an axis
+`time` would side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.bands import Runs, runs_of_parts
-from shardc.runtime.mesh.mesh import current
+from shardc.runtime.mesh.mesh import TIME, current
 from shardc.runtime.mesh.orders import BLOCKS, axis_of, extent, order_of
 
-__all__ = ["Part"]
+__all__ = ["Part", "addend_of_microbatch", "part_of_microbatch"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,3 +137,16 @@ class Part:
 def by_dim(parts: Mapping[str, Part]) -> dict[int, Part]:
     """The parts that a body gets as keywords `d0`, `d1`, ..., by the number of the dim."""
     return {int(name[1:]): part for name, part in parts.items()}
+
+
+def part_of_microbatch(x: Tensor, *, dim: int, count: int) -> Tensor:
+    """The part of `dim` that the micro-batch under way has, of `count` equal ones. A copy: a view would keep all of
+    `x`."""
+    size = x.shape[dim] // count
+    part = x.narrow(dim, current().coordinates[TIME] * size, size)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def addend_of_microbatch(x: Tensor) -> Tensor:
+    """`x` in the first micro-batch and zeros in the others, so that all of them add up to `x`."""
+    return x if current().coordinates[TIME] == 0 else torch.zeros_like(x)

@@ -24,7 +24,7 @@ from shardc.ir.program import Role, output_names, where
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import Assignment
-from shardc.planning.scheduled import seconds_once, step_seconds, turns
+from shardc.planning.scheduled import seconds_once, step_seconds
 from shardc.rules.factors.chosen import chosen_of
 from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.kernels.random import DRAWS, INDEPENDENT
@@ -42,7 +42,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         cost, bound = c.solution.cost, c.solution.lower_bound
     elif c.given is not None and c.given.proof is not None:
         cost, bound = c.given.proof.cost, c.given.proof.lower_bound
-    if turns(c) == 1 and not seconds_once(c):
+    if c.program.turns == 1 and not seconds_once(c):
         predicted = compute + sum(one.seconds for one in conversions) - schedule.hidden
     return Plan(
         mesh, c.options.device.name, c.options.mode, _placed(c, graph),
@@ -50,7 +50,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
         _outputs(c, graph), lambda: summary_of(c, predicted), lambda: advice_on(snapshots),
-        max(0.0, _compute_of_strategies(c) - compute), turns(c), seconds_once(c), once,
+        max(0.0, _compute_of_strategies(c) - compute), c.program.turns, seconds_once(c), once,
     )  # fmt: skip
 
 

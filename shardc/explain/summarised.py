@@ -10,7 +10,6 @@ from shardc.explain.summary import Summary
 from shardc.ir.program import Role, tensor_of
 from shardc.planning.compilation import Compilation
 from shardc.planning.recompute_network import RecomputeNetwork
-from shardc.planning.scheduled import turns
 from shardc.rules.factors.bodies import work
 from shardc.rules.factors.factored import Kind
 from shardc.rules.factors.strategy import Shape, Strategy
@@ -38,7 +37,7 @@ def _rows(c: Compilation) -> tuple[int, str]:
     """How many tokens a step takes, or samples."""
     ports = zip(c.program.inputs, c.program.placeholders, strict=True)
     inputs = [tensor_of((node, 0)) for port, node in ports if port.role is Role.INPUT]
-    times = turns(c)
+    times = c.program.turns
     for one in inputs:
         if one.dim() == 2 and not one.is_floating_point() and not one.is_complex():
             return times * int(one.numel()), "tokens"
@@ -56,7 +55,7 @@ def _products(c: Compilation) -> tuple[float, float]:
                 known[op.kind] = work(shape, Strategy(((),) * len(shape.factors)), c.mesh)[0]
             flops += known[op.kind]
             ideal += known[op.kind] / c.options.device.rate(shape.dtype)
-    return turns(c) * flops, turns(c) * ideal
+    return c.program.turns * flops, c.program.turns * ideal
 
 
 def _spent(c: Compilation, seconds: float) -> Mapping[str, float]:
@@ -71,7 +70,7 @@ def _spent(c: Compilation, seconds: float) -> Mapping[str, float]:
         if (op.kind, strategy) not in known:
             known[op.kind, strategy] = _limit(shape, strategy, c), c.network.options_of(op).compute_of(strategy)
         limit, taken = known[op.kind, strategy]
-        times = turns(c) * (2 if strategy.again else 1)
+        times = c.program.turns * (2 if strategy.again else 1)
         spent[limit] += times * (taken - device.launch)
         spent["launches"] += times * device.launch
     lost = {axis: _lost(c, axis) for axis, ways in c.mesh.axes if ways > 1}
@@ -82,8 +81,8 @@ def _spent(c: Compilation, seconds: float) -> Mapping[str, float]:
 
 def _lost(c: Compilation, axis: str) -> float:
     """The seconds of a step that a rank loses on account of an axis."""
-    once = sum(one.schedule.lost[axis] for one in (c.prologue, c.epilogue) if one is not None and turns(c) > 1)
-    return turns(c) * c.schedule.lost[axis] + once
+    once = sum(one.schedule.lost[axis] for one in (c.prologue, c.epilogue) if one is not None and c.program.turns > 1)
+    return c.program.turns * c.schedule.lost[axis] + once
 
 
 def _limit(shape: Shape, strategy: Strategy, c: Compilation) -> str:

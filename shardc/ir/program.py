@@ -152,6 +152,11 @@ class Program:
         parameters = {port.name for port in self.inputs if port.role is Role.PARAMETER}
         return frozenset(port.name for port in self.outputs if port.role is Role.GRADIENT) & parameters
 
+    @property
+    def turns(self) -> int:
+        """How often the program runs in a step: once for every micro-batch."""
+        return 1 if self.microbatches is None else self.microbatches.count
+
     def adds_up(self, port: Port) -> bool:
         """Whether the gradient of a port is added up over several backwards, outside of the program."""
         divided = self.microbatches is not None and port in self.microbatches.sums

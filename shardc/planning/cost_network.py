@@ -127,8 +127,8 @@ class CostNetwork:
     @cached_property
     def _whole(self) -> Problem:
         problem = Problem([v.unary for v in self.variables], {}, [v.name for v in self.variables])
-        for one, other, table in self._edges:
-            problem.add_edge(one, other, table)
+        for edge in self._edges:
+            problem.add_edge(*edge)
         return problem
 
     def assignment(self, choice: list[int]) -> Assignment:
@@ -179,9 +179,9 @@ class CostNetwork:
 
     @cached_property
     def _sharing(self) -> dict[torch.dtype, Sharing]:
-        """By dtype, the gradients that share collectives in buckets, and the seconds a byte of backward that hide
-        them. The model assumes that all of a dtype are in buckets, and that every operator of backward is split as far
-        as it can be."""
+        """By dtype, the gradients that share collectives in buckets, and the seconds a byte of backward that hide them
+        (behind micro-batches, none). The model assumes that all of a dtype are in buckets, and that every operator of
+        backward is split as far as it can be."""
         sizes: dict[torch.dtype, list[float]] = {}
         for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
             if node is not None and port.role is Role.GRADIENT:
@@ -189,14 +189,8 @@ class CostNetwork:
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
         buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
-        beneath = self._beneath / total if total and self._turns == 1 else 0.0
+        beneath = self._beneath / total if total and self.factored.program.turns == 1 else 0.0
         return {dtype: Sharing(buckets, tuple(bytes_of_each), beneath) for dtype, bytes_of_each in sizes.items()}
-
-    @cached_property
-    def _turns(self) -> int:
-        """How often the program runs before gradients are reduced: behind the last nothing hides that."""
-        divided = self.factored.program.microbatches
-        return 1 if divided is None else divided.count
 
     @cached_property
     def _beneath(self) -> float:
@@ -225,9 +219,7 @@ class CostNetwork:
 
     def _users(self) -> Counter[Key]:
         users = Counter(operand.value.key for op in self.factored.ops for operand in op.operands)
-        for node in self.factored.program.results:
-            if node is not None:
-                users[self.factored.values[node].key] += 1
+        users.update(self.factored.values[node].key for node in self.factored.program.results if node is not None)
         return users
 
     def options_of(self, op: Op) -> OperatorOptions:
@@ -355,8 +347,8 @@ class CostNetwork:
         tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
         identity = (id(tensor), id(layouts), id(demanded))
         if identity not in self._tables:
-            seconds = tensor.seconds[np.ix_(layouts, demanded)]
-            self._tables[identity] = seconds / self._turns if variable in self._parameters else seconds
+            turns = self.factored.program.turns if variable in self._parameters else 1  # a gradient goes once a step
+            self._tables[identity] = tensor.seconds[np.ix_(layouts, demanded)] / turns
         self._edges.append((source, variable, self._tables[identity]))
 
     def _source_of(self, key: Key) -> tuple[int, np.ndarray]:

@@ -33,11 +33,6 @@ def scheduled(c: Compilation) -> Scheduled:
     return Scheduled(run, forward, backward, MemoryAnalysis(graph, run, c.program, c.mesh, c.states))
 
 
-def turns(c: Compilation) -> int:
-    """How often the program runs in a step: once for every micro-batch."""
-    return 1 if c.program.microbatches is None else c.program.microbatches.count
-
-
 def seconds_once(c: Compilation) -> float:
     """Seconds of what runs once a step, before and behind all micro-batches."""
     parts = (c.prologue, c.epilogue if c.program.microbatches is not None else None)
@@ -46,7 +41,7 @@ def seconds_once(c: Compilation) -> float:
 
 def step_seconds(c: Compilation) -> float:
     """Seconds of a step of a compilation that `schedule` has left."""
-    return turns(c) * c.schedule.seconds + seconds_once(c)
+    return c.program.turns * c.schedule.seconds + seconds_once(c)
 
 
 def recorded(c: Compilation) -> RecordedStep:

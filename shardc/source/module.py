@@ -273,8 +273,8 @@ class _Module:
 
     def _finished(self, made: Slots, epilogue: Once) -> Slots:
         """The gradients as the epilogue leaves them."""
-        results = epilogue.graph.output_node().args[0]
-        ends = dict(zip(epilogue.program.outputs, results, strict=True))  # type: ignore[arg-type]
+        results: list[fx.Node] = list(epilogue.graph.output_node().args[0])  # type: ignore[arg-type]
+        ends = dict(zip(epilogue.program.outputs, results, strict=True))
         return [(ends.get(port, node), port) for node, port in made]
 
     def _deferred(self, made: Sequence[Port]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from shardc.rules.notation import Rule, letters, mark, parse, rule
-from shardc.runtime.kernels.microbatches import addend_of_microbatch, part_of_microbatch
+from shardc.runtime.kernels.parts import addend_of_microbatch, part_of_microbatch
 
 
 @rule(part_of_microbatch)
