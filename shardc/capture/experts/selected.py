@@ -93,6 +93,12 @@ class SelectedRows:
             return torch.Size([Count(n, self.empty) if place == dim else n for place, n in enumerate(value)])
         return value
 
+    def listed(self, tensor: Tensor) -> tuple[list[Any]] | None:
+        """The numbers of a tensor that counts what was selected."""
+        truth = self._notes.get(tensor, Truth)
+        known = truth is not None and truth.value is None and tensor.ndim == 1
+        return ([Count(1, self.empty) for _ in range(tensor.shape[0])],) if known else None
+
     def forget(self) -> None:
         """Let go of all tensors."""
         self._notes, self._any = Notes(), False
@@ -121,6 +127,8 @@ class SelectedRows:
             return self._asked(name, first, args)
         if name == "bincount":
             return self._binned(first, args, kwargs)
+        if name == "__getitem__" and (number := self._one(args[1])) is not None:
+            return self._numbered(args, number)
         if name in ("__getitem__", "index_select"):
             key = args[1] if name == "__getitem__" else self._along(args)
             return self._taken(first, key) if self._selects(key) and not self._selected(first) else None
@@ -379,13 +387,23 @@ class SelectedRows:
         if numbers is not None:
             return self._number(name, tensor, numbers)
         truth = self._notes.get(tensor, Truth)
-        if truth is None or name not in ("__bool__", "item", "tolist", "__int__"):
+        if truth is None or name not in ("__bool__", "item", "__int__"):
             return None
         if name == "__bool__" or (name == "item" and truth.value is not None):
             return ((truth.value is not False) != bool(self.empty),)
-        if name == "tolist" and tensor.ndim == 1:
-            return ([Count(1, self.empty) for _ in range(tensor.shape[0])],)
         return (Count(1, self.empty),) if name == "item" else None
+
+    def _one(self, key: Any) -> int | None:
+        """The number of an expert, where an index is that."""
+        numbers = self._notes.get(key, Counts)
+        return numbers.numbers[0] if numbers is not None and key.numel() == 1 else None
+
+    def _numbered(self, args: tuple[Any, ...], number: int) -> tuple[Any]:
+        """`x[number]`, of a tensor that has the number."""
+        key = slice(number, number + 1) if args[1].ndim else number
+        made = args[0][key]
+        note_choices(self._notes, "__getitem__", (args[0], args[1]), {}, made)
+        return (made,)
 
     def _number(self, name: str, tensor: Tensor, numbers: Counts) -> tuple[Any] | None:
         """Of the experts that something has chosen, one by one."""
@@ -402,7 +420,7 @@ class SelectedRows:
 
 
 _OF_INDICES = ("to", "long", "int", "squeeze", "flatten", "view", "reshape", "contiguous", "clone")
-_ASKS = ("__bool__", "item", "tolist", "__int__", "__index__", "unbind", "size", "numel", "__len__")
+_ASKS = ("__bool__", "item", "__int__", "__index__", "unbind", "size", "numel", "__len__")
 _COMPARED: Mapping[str, tuple[int, bool]] = {
     **dict.fromkeys(("gt", "__gt__", "greater", "ne", "__ne__", "not_equal"), (0, True)),
     **dict.fromkeys(("eq", "__eq__"), (0, False)),

@@ -26,6 +26,7 @@ from shardc.capture.experts.sums import Sum, Sums
 from shardc.capture.torch_patches.aot_autograd import output_kinds
 from shardc.errors import CaptureError
 from shardc.ir.facts import Captured, describe
+from shardc.ir.program import value_of
 
 aten: Any = torch.ops.aten
 
@@ -73,8 +74,10 @@ class WrittenExperts:
         replaced = self._full is None
 
         def called() -> Any:
-            if replaced and writes(name) and self.events.next(path) in self._skipped:
-                return None if name == "__setitem__" else args[0]
+            if replaced and writes(name):
+                number = self.events.next(path)
+                if number in self._skipped or number in self._recipes:
+                    return None if name == "__setitem__" else args[0]
             return self.rows.call(run, name, args, kwargs)
 
         event, result = self.events.call(called, name, path, args, kwargs, self._wanted if replaced else {})
@@ -126,7 +129,7 @@ class WrittenExperts:
         return more or asked
 
     def _outline(self, kept: _Copy) -> list[Any]:
-        false = {kept.env[node] for node in self.rows.masks if node in kept.env}
+        false = {_viewed(kept.env[node]) for node in self.rows.masks if node in kept.env}
         return self._outlines.of(kept.graph, kept.results, false)
 
     def _search(self, kept: _Copy, record: Record) -> bool:
@@ -172,6 +175,22 @@ def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
     return nodes <= without or not nodes & without
 
 
+def _same_order(node: fx.Node) -> bool:
+    """Whether a node has the elements of its operand in their order."""
+    if node.target is not aten.permute.default:
+        return node.target is aten.view.default
+    dims = value_of(node.args[0]).shape  # type: ignore[arg-type]
+    moved = [dim for dim in node.args[1] if dims[dim] != 1]  # type: ignore[union-attr, index]
+    return moved == sorted(moved)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target is aten.view.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def writes(name: str) -> bool:
     """Whether a function of torch writes into its first argument."""
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -204,5 +223,10 @@ class _Copy(Rewriter):
         return new
 
     def event(self, node: fx.Node, record: Record) -> Event | None:
-        """The call that makes the value of a node."""
-        return next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
+        """The call that makes the value of a node, or the one that gives it as it is seen by all readers."""
+        while True:
+            found = next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
+            users = list(node.users)
+            if found is not None or len(users) != 1 or not _same_order(users[0]):
+                return found
+            node = users[0]
