@@ -36,7 +36,9 @@ def gradients(model: Any, program: Program, x: Tensor) -> list[Tensor]:
     x = x.detach().clone().requires_grad_()
     program.zero_grad()
     model(x).backward()
-    return [x.grad, *(p.grad for p in program.parameters())]  # type: ignore[list-item]
+    # an expert without tokens has no gradient, or zeros
+    leaves = [x, *program.parameters()]
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
 def compare(model: Any, program: Program, alone: Program, x: Tensor) -> None:

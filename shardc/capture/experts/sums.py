@@ -125,7 +125,7 @@ class Sums:
     def _joined(self, node: fx.Node) -> tuple[tuple[Term | fx.Node, ...], frozenset[fx.Node]]:
         term = self._term(node)
         if term is not None:
-            return (term,), frozenset()
+            return (term,), frozenset({node}) if node.target in _ADDS else frozenset()
         if is_filled(node, 0):
             return (), frozenset()
         several = self._several(node)

@@ -151,8 +151,11 @@ class WrittenExperts:
                 continue
             self._recipes[event] = made
             more = True
-            chain = {node for node in found.chain if set(node.users) <= {*found.inside, found.node, *found.chain}}
-            self._skipped |= {one for node in chain if (one := kept.event(node, record)) is not None} - {event}
+            inside = {*found.inside, *found.chain, found.node}
+            unread = [node for node in found.chain if _read_by(node, inside)]
+            seen = [view for node in unread for view in (node, *filter(_same_order, node.users))]
+            events = {kept.event(node, record) for node in seen}
+            self._skipped |= {one for one in events if one is not None} - {event}
         wanted: dict[Event, set[int]] = {}
         for made in self._recipes.values():
             for place in made.places():
@@ -173,6 +176,12 @@ def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
     """Whether all that the operator stands for was computed with gradients, or all without."""
     nodes = {found.node, *found.inside, *write.read}
     return nodes <= without or not nodes & without
+
+
+def _read_by(node: fx.Node, readers: set[fx.Node]) -> bool:
+    """Whether nothing but `readers` reads a value, or copies and views of it."""
+    copies = (aten.clone.default, aten.view.default)
+    return all(user in readers or (user.target in copies and _read_by(user, readers)) for user in node.users)
 
 
 def _same_order(node: fx.Node) -> bool:
@@ -224,9 +233,7 @@ class _Copy(Rewriter):
 
     def event(self, node: fx.Node, record: Record) -> Event | None:
         """The call that makes the value of a node, or the one that gives it as it is seen by all readers."""
-        while True:
-            found = next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
-            users = list(node.users)
-            if found is not None or len(users) != 1 or not _same_order(users[0]):
-                return found
-            node = users[0]
+        found = next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
+        if found is not None or not all(map(_same_order, node.users)):
+            return found
+        return next((one for user in node.users if (one := self.event(user, record)) is not None), None)
