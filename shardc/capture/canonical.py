@@ -186,7 +186,11 @@ def _through(target: Target, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _alike(source: Any, result: Any) -> bool:
     """Whether a value that is written over another is what comes of it."""
     value = source.meta.get("val")
-    if not is_fake(value) or not same_shape(value.shape, result.shape) or not same_shape(value.stride(), result.stride()):
+    if (
+        not is_fake(value)
+        or not same_shape(value.shape, result.shape)
+        or not same_shape(value.stride(), result.stride())
+    ):
         return False
     return value.dtype == result.dtype and value.device == result.device
 

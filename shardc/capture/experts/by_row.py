@@ -1,7 +1,7 @@
 """Functions of torch that work on each row by itself: where the rows are in their result.
 
-    by_row("linear", (x, w), {}, dim=0)     0: row i of the result is made of row i of x alone
-    by_row("cumsum", (x, 0), {}, dim=0)     None
+by_row("linear", (x, w), {}, dim=0)     0: row i of the result is made of row i of x alone
+by_row("cumsum", (x, 0), {}, dim=0)     None
 """
 
 from __future__ import annotations
@@ -173,5 +173,7 @@ def _along(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tenso
     along = {one % x.ndim for one in (given if isinstance(given, (tuple, list)) else (given,))}
     if dim in along:
         return None
-    fewer = name == "unbind" or (name in ("sum", "mean", "norm") and not kwargs.get("keepdim", args[place + 1 :] == (True,)))
+    fewer = name == "unbind" or (
+        name in ("sum", "mean", "norm") and not kwargs.get("keepdim", args[place + 1 :] == (True,))
+    )
     return dim - sum(one < dim for one in along) if fewer else dim

@@ -1,14 +1,14 @@
 """What is known of the numbers of chosen experts while a model is traced, and of what is made of them.
 
-    scores, ids = torch.topk(router(x), 2)      ids: Choices("tj"), a token and its choices, which are different
-    mask = F.one_hot(ids, 8).permute(2, 1, 0)   mask: Choices("ejt")
-    mask[3]                                     Choices("jt"): true for at most one choice of a token
+scores, ids = torch.topk(router(x), 2)      ids: Choices("tj"), a token and its choices, which are different
+mask = F.one_hot(ids, 8).permute(2, 1, 0)   mask: Choices("ejt")
+mask[3]                                     Choices("jt"): true for at most one choice of a token
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
         return
     if not isinstance(result, Tensor):
         return
-    if name in (*_VIEWS, "contiguous") and result.numel() == args[0].numel():
+    if name in (*_VIEWS, "contiguous") and not result.is_floating_point() and result.numel() == args[0].numel():
         notes.put(result, Same(origin(notes, args[0])))
     known = notes.get(args[0], Choices)
     if known is None:
@@ -180,5 +180,3 @@ def _viewed(kinds: str, before: tuple[int, ...], after: tuple[int, ...]) -> str 
 def tokens_of(kinds: str, shape: tuple[int, ...]) -> int:
     """How many tokens a tensor has."""
     return math.prod(size for kind, size in zip(kinds, shape, strict=True) if kind == "t")
-
-

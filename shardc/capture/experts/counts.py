@@ -16,8 +16,7 @@ from shardc.errors import CaptureError
 
 @dataclass(frozen=True)
 class Truth:
-    """The tensor says of selections whether they have rows (True), whether they have none (False), or how many (None).
-    """
+    """The tensor says of selections whether they have rows (True), that they have none (False), or how many (None)."""
 
     value: bool | None
 

@@ -1,6 +1,6 @@
 """The calls of torch's functions in a trace, by number, so that another trace of the same model finds them again.
 
-    x = F.linear(x, w)    # in layers.0.mlp, its fourth call    ->    Place(("layers.0.mlp", 3), 1) is w
+x = F.linear(x, w)    # in layers.0.mlp, its fourth call    ->    Place(("layers.0.mlp", 3), 1) is w
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Record:
     """Whether something chooses among experts, or among anything else."""
 
 
-_CHOICES = frozenset({"topk", "argmax", "argsort", "sort", "max", "scatter", "scatter_", "one_hot", "softmax", "sigmoid"})
+_CHOICES = frozenset(
+    {"topk", "argmax", "argsort", "sort", "max", "scatter", "scatter_", "one_hot", "softmax", "sigmoid"}
+)
 
 
 class Events:

@@ -1,6 +1,6 @@
 """The network of one expert in a traced graph: two products, and something elementwise between them.
 
-    mm(mul(silu(mm(x, w1)), mm(x, w3)), w2)    ->    Network(x, ups=(w1, w3), down=w2, "mul(silu(gate), up)")
+mm(mul(silu(mm(x, w1)), mm(x, w3)), w2)    ->    Network(x, ups=(w1, w3), down=w2, "mul(silu(gate), up)")
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether two traces of a model compute the same, where all selections are empty.
 
-    out = out + where(mask, y, 0)     of one trace, where a mask that selects rows is false,
-    out                               is what the other, in which code was told so, has
+out = out + where(mask, y, 0)     of one trace, where a mask that selects rows is false,
+out                               is what the other, in which code was told so, has
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from shardc.capture.experts.routing import is_filled
 from shardc.ir.program import value_of
 
 aten: Any = torch.ops.aten
-_VIEWS = frozenset({aten.view.default, aten.expand.default, aten._to_copy.default, aten.clone.default, aten.permute.default})
+_VIEWS = frozenset(
+    {aten.view.default, aten.expand.default, aten._to_copy.default, aten.clone.default, aten.permute.default}
+)
 _ZERO = "zero"
 
 
@@ -48,7 +50,13 @@ class Outlines:
         if (target in _VIEWS and zeros[0]) or (target in (aten.mul.Tensor, aten.bitwise_and.Tensor) and any(zeros)):
             return zero
         if target is aten.where.self and zeros[0]:
-            return args[2] if _form(node.args[2]) == _form(node) else zero if zeros[2] else self._plain(target, args, kwargs)
+            return (
+                args[2]
+                if _form(node.args[2]) == _form(node)
+                else zero
+                if zeros[2]
+                else self._plain(target, args, kwargs)
+            )
         if target is aten.add.Tensor and any(zeros) and not node.kwargs:
             other = args[1 if zeros[0] else 0]
             source = node.args[1 if zeros[0] else 0]

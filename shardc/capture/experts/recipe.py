@@ -154,10 +154,18 @@ def recipe(found: Sum, write: Writer) -> Recipe | None:
     if len({up.bias is None for up in net.ups}) > 1:
         return None
     return Recipe(
-        rows=write(net.rows), width=width, ids=write(ids), bounded=0 < count_of(ids) <= len(terms), count=len(terms),
-        scores=scores, factor=terms[0].factor, ups=_ups(terms, parts, write), down=_weights([term.network.down for term in terms], write), activation=net.activation,
+        rows=write(net.rows),
+        width=width,
+        ids=write(ids),
+        bounded=0 < count_of(ids) <= len(terms),
+        count=len(terms),
+        scores=scores,
+        factor=terms[0].factor,
+        ups=_ups(terms, parts, write),
+        down=_weights([term.network.down for term in terms], write),
+        activation=net.activation,
         rest=None if found.rest is None else write(found.rest),
-    )  # fmt: skip
+    )
 
 
 def _ups(terms: tuple[Term, ...], parts: tuple[Part, ...], write: Writer) -> tuple[Weights, ...]:
@@ -240,7 +248,9 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
     for mask, scores in pairs:
         one = Gates(tokens, expert)(mask)
         whole = shape(scores) == shape(mask) == shape(node) and math.prod(shape(node)) == math.prod(shape(ids))
-        ordered = one is not None and one.exact and one.ids is ids and [kind for kind, _ in one.runs] in (["t", "j"], ["t"])
+        ordered = (
+            one is not None and one.exact and one.ids is ids and [kind for kind, _ in one.runs] in (["t", "j"], ["t"])
+        )
         if whole and ordered:
             return scores
     return None
@@ -257,9 +267,9 @@ def _matrix(gates: list[Gate], tokens: int) -> fx.Node | None:
             while node.target in (aten.view.default, aten.clone.default):
                 node = node.args[0]  # type: ignore[assignment]
             args: Any = node.args
-            if node.target is aten.select.int and args[2] == number:
-                source, dim = args[0], args[1] % len(shape(args[0]))
-            elif node.target is aten.slice.Tensor and args[2:4] == (number, number + 1):
+            if (node.target is aten.select.int and args[2] == number) or (
+                node.target is aten.slice.Tensor and args[2:4] == (number, number + 1)
+            ):
                 source, dim = args[0], args[1] % len(shape(args[0]))
             else:
                 return None

@@ -269,7 +269,10 @@ def distinct(ids: fx.Node) -> bool:
     rank = len(shape(ids))
     if several.target is aten.topk.default:
         return (*several.args, -1)[2 if len(several.args) > 2 else -1] % rank == rank - 1
-    return several.target is aten.sort.default and (*several.args, -1)[1 if len(several.args) > 1 else -1] % rank == rank - 1
+    return (
+        several.target is aten.sort.default
+        and (*several.args, -1)[1 if len(several.args) > 1 else -1] % rank == rank - 1
+    )
 
 
 def count_of(ids: fx.Node) -> int:

@@ -1,6 +1,6 @@
 """Sums over experts in a traced graph: what is added, each with the gates that it is multiplied by.
 
-    add(add(zeros, mul(g0, f0(x))), mul(g1, f1(x)))    ->    Sum(node, [Term((g0,), f0), Term((g1,), f1)])
+add(add(zeros, mul(g0, f0(x))), mul(g1, f1(x)))    ->    Sum(node, [Term((g0,), f0), Term((g1,), f1)])
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     for e, expert in enumerate(self.experts):      ->    %out = shardc.experts(%x, %ids, %scores, ...)
         out = out + gates[:, e, None] * expert(x)
 
-A first trace records the model as it is written. In its graph, sums over experts are found, and it is shown which tokens
-each expert works for. Then the model is traced again: the call that completes such a sum returns what the operator
-computes of the same tensors, and what was written is dead code.
+A first trace records the model as it is written. In its graph, sums over experts are found, and it is shown which
+tokens each expert works for. Then the model is traced again: the call that completes such a sum returns what the
+operator computes of the same tensors, and what was written is dead code.
 """
 
 from __future__ import annotations
@@ -146,14 +146,14 @@ class WrittenExperts:
                 made = recipe(found, write)
             except LookupError:
                 made = None
-            if made is None or not _one_mode(found, write, without):
+            inside = {*found.inside, *found.chain, found.node}
+            alone = all(_read_by(node, inside) for node in found.chain)
+            if made is None or not alone or not _one_mode(found, write, without):
                 self._left.add(event)
                 continue
             self._recipes[event] = made
             more = True
-            inside = {*found.inside, *found.chain, found.node}
-            unread = [node for node in found.chain if _read_by(node, inside)]
-            seen = [view for node in unread for view in (node, *filter(_same_order, node.users))]
+            seen = [view for node in found.chain for view in (node, *filter(_same_order, node.users))]
             events = {kept.event(node, record) for node in seen}
             self._skipped |= {one for one in events if one is not None} - {event}
         wanted: dict[Event, set[int]] = {}
