@@ -5,16 +5,17 @@ from __future__ import annotations
 import linecache
 
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
-from shardc.capture.user_frames import failing_frame
+from shardc.capture.user_frames import failing_line
 from shardc.errors import CaptureError
 
 
-def explained(error: Exception, path: str) -> CaptureError:
-    """The CaptureError for a failed trace in the module at `path`: where in the user's code, what, and the way out."""
-    innermost = failing_frame(error.__traceback__)
+def explained(error: Exception, path: str, at: tuple[str, int] | None = None) -> CaptureError:
+    """The CaptureError for a failed trace in the module at `path`: where in the user's code (the file and line `at`, or
+    where the error passed through), what, and the way out."""
+    innermost = at or failing_line(error.__traceback__)
     place, code = f"module {path!r}" if path else "the model", ""
     if innermost is not None:
-        filename, line = innermost[0].f_code.co_filename, innermost[1]
+        filename, line = innermost
         place += f", {filename}:{line}"
         text = linecache.getline(filename, line).strip()
         code = f"\n    {text}" if text else ""

@@ -37,11 +37,11 @@ def source_line(frame: FrameType | None) -> str:
     return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-def failing_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:
-    """The innermost frame of user code that an exception passed through, and the line in it."""
-    innermost: tuple[FrameType, int] | None = None
+def failing_line(traceback: TracebackType | None) -> tuple[str, int] | None:
+    """The innermost file and line of user code that an exception passed through."""
+    innermost: tuple[str, int] | None = None
     while traceback is not None:
         if is_user_code(traceback.tb_frame.f_code):
-            innermost = traceback.tb_frame, traceback.tb_lineno
+            innermost = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
     return innermost

@@ -1,4 +1,4 @@
-"""Layers with experts as people write them: loops with masks, loops over all tokens, stacks, one-hot products, sorts."""
+"""Layers with experts as people write them: loops with masks, loops over all tokens, stacks."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +16,7 @@ from shardc.errors import CaptureError
 
 @dataclass(frozen=True)
 class Truth:
-    """The tensor says of selections whether they have rows (True), whether they have none (False), or how many (None)."""
+    """The tensor says of selections whether they have rows (True), that they have none (False), or how many (None)."""
 
     value: bool | None
 
@@ -36,15 +35,13 @@ class Emptiness:
         self._empty = empty
         self.path = ""
         """The module that is running."""
-        self._asked: tuple[Exception, str] | None = None
+        self._asked: tuple[Exception, str, tuple[str, int] | None] | None = None
 
     def __bool__(self) -> bool:
         if self._asked is None:
             frame = user_frame(sys._getframe(1))
-            error = unknown()
-            if frame is not None:
-                error = error.with_traceback(TracebackType(None, frame, frame.f_lasti, frame.f_lineno))
-            self._asked = error, self.path
+            at = None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+            self._asked = unknown(), self.path, at
         return self._empty
 
     @property

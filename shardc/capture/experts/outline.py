@@ -35,7 +35,7 @@ class Outlines:
             if node.op == "call_function":
                 known[node] = self._call(node, known, node in false)
             elif node.op != "output":
-                known[node] = self._number((node.op, str(node.target), _form(node)))
+                known[node] = self._number((node.op, len(known), _form(node)))
         return [None if node is None else known[node] for node in results]
 
     def _call(self, node: fx.Node, known: dict[fx.Node, Any], false: bool) -> Any:
@@ -45,6 +45,8 @@ class Outlines:
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), known.__getitem__)
         zeros = [isinstance(one, fx.Node) and known[one] == self._number((_ZERO, _form(one))) for one in node.args]
         target: Any = node.target
+        if target is aten.detach.default:
+            return args[0]
         if (target in _VIEWS and zeros[0]) or (target in (aten.mul.Tensor, aten.bitwise_and.Tensor) and any(zeros)):
             return zero
         if target is aten.where.self and zeros[0]:

@@ -154,10 +154,18 @@ def recipe(found: Sum, write: Writer) -> Recipe | None:
     if len({up.bias is None for up in net.ups}) > 1:
         return None
     return Recipe(
-        rows=write(net.rows), width=width, ids=write(ids), bounded=0 < count_of(ids) <= len(terms), count=len(terms),
-        scores=scores, factor=terms[0].factor, ups=_ups(terms, parts, write), down=_weights([term.network.down for term in terms], write), activation=net.activation,
+        rows=write(net.rows),
+        width=width,
+        ids=write(ids),
+        bounded=0 < count_of(ids) <= len(terms),
+        count=len(terms),
+        scores=scores,
+        factor=terms[0].factor,
+        ups=_ups(terms, parts, write),
+        down=_weights([term.network.down for term in terms], write),
+        activation=net.activation,
         rest=None if found.rest is None else write(found.rest),
-    )  # fmt: skip
+    )
 
 
 def _ups(terms: tuple[Term, ...], parts: tuple[Part, ...], write: Writer) -> tuple[Weights, ...]:

@@ -125,7 +125,7 @@ class Sums:
     def _joined(self, node: fx.Node) -> tuple[tuple[Term | fx.Node, ...], frozenset[fx.Node]]:
         term = self._term(node)
         if term is not None:
-            return (term,), frozenset()
+            return (term,), frozenset({node}) if node.target in _ADDS else frozenset()
         if is_filled(node, 0):
             return (), frozenset()
         several = self._several(node)
@@ -138,7 +138,7 @@ class Sums:
             if more is not None:
                 before, inside = self._added[_inner(base)]
                 more = replace(more.gated(where, node), alone=more.alone or not adds)
-                return (*before, more), inside | {node}
+                return (*before, more), inside | {node, _inner(node.args[1])}  # type: ignore[arg-type]
         if node.target is aten.add.Tensor and not node.kwargs:
             left, right = node.args
             known = [self._added[_inner(one)] for one in (left, right) if is_tensor(one)]  # type: ignore[arg-type]

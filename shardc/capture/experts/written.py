@@ -3,9 +3,9 @@
     for e, expert in enumerate(self.experts):      ->    %out = shardc.experts(%x, %ids, %scores, ...)
         out = out + gates[:, e, None] * expert(x)
 
-A first trace records the model as it is written. In its graph, sums over experts are found, and it is shown which tokens
-each expert works for. Then the model is traced again: the call that completes such a sum returns what the operator
-computes of the same tensors, and what was written is dead code.
+A first trace records the model as it is written. In its graph, sums over experts are found, and it is shown which
+tokens each expert works for. Then the model is traced again: the call that completes such a sum returns what the
+operator computes of the same tensors, and what was written is dead code.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from shardc.capture.experts.sums import Sum, Sums
 from shardc.capture.torch_patches.aot_autograd import output_kinds
 from shardc.errors import CaptureError
 from shardc.ir.facts import Captured, describe
+from shardc.ir.program import value_of
 
 aten: Any = torch.ops.aten
 
@@ -73,8 +74,10 @@ class WrittenExperts:
         replaced = self._full is None
 
         def called() -> Any:
-            if replaced and writes(name) and self.events.next(path) in self._skipped:
-                return None if name == "__setitem__" else args[0]
+            if replaced and writes(name):
+                number = self.events.next(path)
+                if number in self._skipped or number in self._recipes:
+                    return None if name == "__setitem__" else args[0]
             return self.rows.call(run, name, args, kwargs)
 
         event, result = self.events.call(called, name, path, args, kwargs, self._wanted if replaced else {})
@@ -126,7 +129,7 @@ class WrittenExperts:
         return more or asked
 
     def _outline(self, kept: _Copy) -> list[Any]:
-        false = {kept.env[node] for node in self.rows.masks if node in kept.env}
+        false = {_viewed(kept.env[node]) for node in self.rows.masks if node in kept.env}
         return self._outlines.of(kept.graph, kept.results, false)
 
     def _search(self, kept: _Copy, record: Record) -> bool:
@@ -143,13 +146,16 @@ class WrittenExperts:
                 made = recipe(found, write)
             except LookupError:
                 made = None
-            if made is None or not _one_mode(found, write, without):
+            inside = {*found.inside, *found.chain, found.node}
+            alone = all(_read_by(node, inside) for node in found.chain)
+            if made is None or not alone or not _one_mode(found, write, without):
                 self._left.add(event)
                 continue
             self._recipes[event] = made
             more = True
-            chain = {node for node in found.chain if set(node.users) <= {*found.inside, found.node, *found.chain}}
-            self._skipped |= {one for node in chain if (one := kept.event(node, record)) is not None} - {event}
+            seen = [view for node in found.chain for view in (node, *filter(_same_order, node.users))]
+            events = {kept.event(node, record) for node in seen}
+            self._skipped |= {one for one in events if one is not None} - {event}
         wanted: dict[Event, set[int]] = {}
         for made in self._recipes.values():
             for place in made.places():
@@ -170,6 +176,28 @@ def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
     """Whether all that the operator stands for was computed with gradients, or all without."""
     nodes = {found.node, *found.inside, *write.read}
     return nodes <= without or not nodes & without
+
+
+def _read_by(node: fx.Node, readers: set[fx.Node]) -> bool:
+    """Whether nothing but `readers` reads a value, or copies and views of it."""
+    copies = (aten.clone.default, aten.view.default)
+    return all(user in readers or (user.target in copies and _read_by(user, readers)) for user in node.users)
+
+
+def _same_order(node: fx.Node) -> bool:
+    """Whether a node has the elements of its operand in their order."""
+    if node.target is not aten.permute.default:
+        return node.target is aten.view.default
+    dims = value_of(node.args[0]).shape  # type: ignore[arg-type]
+    moved = [dim for dim in node.args[1] if dims[dim] != 1]  # type: ignore[union-attr, index]
+    return moved == sorted(moved)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target is aten.view.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def writes(name: str) -> bool:
@@ -204,5 +232,8 @@ class _Copy(Rewriter):
         return new
 
     def event(self, node: fx.Node, record: Record) -> Event | None:
-        """The call that makes the value of a node."""
-        return next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
+        """The call that makes the value of a node, or the one that gives it as it is seen by all readers."""
+        found = next((record.made[old] for old in self._of.get(node, ()) if old in record.made), None)
+        if found is not None or not all(map(_same_order, node.users)):
+            return found
+        return next((one for user in node.users if (one := self.event(user, record)) is not None), None)

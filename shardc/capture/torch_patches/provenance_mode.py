@@ -28,6 +28,7 @@ from shardc.capture.torch_patches.attention.written import Recognition, WrittenA
 from shardc.capture.torch_patches.autocast import as_on_cuda
 from shardc.capture.torch_patches.eager_semantics import PATCHES, set_data
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
+from shardc.capture.torch_patches.traced_nodes import lists_asked
 from shardc.capture.torch_patches.transformers import flex_sinks, packing
 from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
@@ -151,6 +152,7 @@ class Provenance(TorchFunctionMode):
             stack.enter_context(flex_attention_patched(flex))
             stack.enter_context(flex_sinks(flex))
             stack.enter_context(packing(lambda ids: self._attention.notes.get(ids, Counted) is not None))
+            stack.enter_context(lists_asked(lambda tensor: self._experts.rows.listed(tensor)))
             # What `parametrize.cached()` holds is real, and is not to hold what is fake.
             stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +29,19 @@ def node_of(tensor: Tensor) -> fx.Node | None:
     with torch._C.DisableTorchFunction():
         slot = get_proxy_slot(tensor.from_functional(), mode.tracer, None)
     return None if slot is None else slot.proxy.node  # type: ignore[attr-defined]
+
+
+@contextmanager
+def lists_asked(answer: Callable[[Tensor], tuple[list[Any]] | None]) -> Generator[None]:
+    """In here, `x.tolist()` of a tensor of the trace is what `answer` knows: no function mode sees that it is asked."""
+    tolist = FunctionalTensor.tolist
+
+    def asked(tensor: FunctionalTensor) -> Any:
+        known = answer(tensor)
+        return tolist(tensor) if known is None else known[0]
+
+    with patch.object(FunctionalTensor, "tolist", asked):
+        yield
 
 
 def added(graph: fx.Graph, before: int) -> Iterator[fx.Node]:

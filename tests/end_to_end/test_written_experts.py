@@ -1,0 +1,195 @@
+"""Experts that a model writes out itself run as the one operator, and train like the single device on every mesh.
+
+All ways to write them with --whole-zoo, else those that share least.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardc
+from checks import forced
+from samples import written_experts as written
+from shardc.capture.trace import capture
+from shardc.errors import CaptureError
+
+EXACT = dict(rtol=1e-10, atol=1e-10)
+CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
+WAYS = [("ep=2", "exchanged"), ("ep=3", "in_parts"), ("ep=4", "exchanged"), ("dp=2,ep=2", "in_parts"), ("ep=2", "")]
+SAMPLE = ["mixtral hits", "masks", "switch", "dense stack", "stacked"]
+X = torch.randn(4, 6, written.D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+class Program(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = layer().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).sin().sum()
+
+
+def gradients(model: Any, program: Program, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    program.zero_grad()
+    model(x).backward()
+    # an expert without tokens has no gradient, or zeros
+    leaves = [x, *program.parameters()]
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def compare(model: Any, program: Program, alone: Program, x: Tensor) -> None:
+    torch.testing.assert_close(model(x).detach(), alone(x).detach(), **EXACT)
+    for one, other in zip(gradients(model, program, x), gradients(alone, alone, x), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "layer_name" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--whole-zoo")
+        metafunc.parametrize("layer_name", written.LAYERS if whole else SAMPLE)
+
+
+def test_trains_like_the_single_device(layer_name: str) -> None:
+    """Routings of every kind: as the router says, all tokens to one expert, and tokens that are all alike."""
+    program = Program(written.LAYERS[layer_name])
+    alone = copy.deepcopy(program)
+    mesh, variant = WAYS[list(written.LAYERS).index(layer_name) % len(WAYS)]
+    with forced.experts(variant):
+        compiled = shardc.compile(program, mesh, (X,), hardware="h100", memory="unbounded")
+    assert CALLS[variant] in compiled.code
+    assert not [call for call in ("nonzero(", "aten.silu", "aten.gelu") if call in compiled.code]
+    for x in (X, X.abs() * 3, X[:1, :1].expand_as(X)):
+        compare(compiled, program, alone, x)
+
+
+class Noisy(written.DenseLoop):
+    """Draws within experts, which the operator does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for expert in self.experts:
+            expert.w2 = nn.Sequential(expert.w2, nn.Dropout(0.5))  # type: ignore[assignment]
+
+
+class Detached(written.DenseLoop):
+    """Stops the gradient of an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[1].register_forward_hook(lambda _, __, out: out.detach())
+
+
+class Unsorted(written.DenseLoop):
+    """Gates of all experts, for all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x).softmax(-1)
+        return sum(gates[..., e, None] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+class Crossed(written.DenseLoop):
+    """The gate of one expert multiplies another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        probabilities, scores, ids = self.route(x)
+        gates = torch.zeros_like(probabilities).scatter(-1, ids, scores).flip(-1)
+        return sum(gates[..., e, None] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("layer", [Noisy, Detached, Unsorted, Crossed])
+def test_what_is_something_else_stays_as_it_is(layer: type[nn.Module]) -> None:
+    program = Program(layer)
+    alone = copy.deepcopy(program)
+    captured = capture(program, (X,))
+    assert torch.ops.shardc.experts.default not in {node.target for node in captured.graph.nodes}
+    if layer is Detached:
+        compare(shardc.shard(program, mesh="dp=2"), program, alone, X)
+
+
+class ReadToo(written.MistralLoop):
+    """A sum is read before it is complete."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.view(-1, written.D)
+        _, scores, ids = self.route(inputs)
+        out, half = torch.zeros_like(inputs), torch.zeros_like(inputs)
+        for e, expert in enumerate(self.experts):
+            rows, choice = torch.where(ids == e)
+            out.index_add_(0, rows, expert(inputs[rows]) * scores[rows, choice, None])
+            if e == 2:
+                half = out.clone()
+        return (out + half.cos()).view(x.shape)
+
+
+def test_a_sum_may_be_read_before_it_is_complete() -> None:
+    program = Program(ReadToo)
+    alone = copy.deepcopy(program)
+    compare(shardc.shard(program, mesh="dp=2"), program, alone, X)
+
+
+REFUSED: dict[str, Any] = {
+    "sum": lambda x, mask: x[mask].sum(),
+    "mean": lambda x, mask: x + x[mask].mean(0),
+    "number": lambda x, mask: x / torch.where(mask)[0].shape[0],
+    "length": lambda x, mask: x * len(x[mask]),
+    "result": lambda x, mask: x[mask],
+    "branch": lambda x, mask: x * 2 if mask.any() else x,
+    "comparison": lambda x, mask: x * 2 if torch.where(mask)[0].numel() > 3 else x,
+    "two masks": lambda x, mask: x.index_add(0, torch.where(mask)[0], x[~mask]),
+    "along": lambda x, mask: x.index_add(0, torch.where(mask)[0], x[mask].cumsum(0)),
+    "sorted": lambda x, mask: x.index_add(0, torch.where(mask)[0], x[mask].sort(0)[0]),
+    "kept": lambda x, mask: x[mask] + 1,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_hangs_on_how_many_rows_there_are_is_refused(name: str) -> None:
+    class Selecting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return REFUSED[name](x, x[:, 0] > 0)
+
+    with pytest.raises(CaptureError, match="only known when it runs"):
+        capture(Selecting(), (X[0],))
+
+
+ROWS: dict[str, Any] = {
+    "mask": lambda x, mask: x.index_add(0, torch.where(mask)[0], torch.layer_norm(x[mask], [written.D]).tanh()),
+    "written": lambda x, mask: _written(x.clone(), mask, x[mask].softmax(-1)[:, None].squeeze(1)),
+    "added": lambda x, mask: _added(x.clone(), mask, x[mask] @ x.mT[:, :8]),
+    "if any": lambda x, mask: _if_any(x.clone(), mask),
+}
+
+
+def _written(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    x[mask] = rows
+    return x
+
+
+def _added(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    x[mask] += rows[:, :1]
+    return x
+
+
+def _if_any(x: Tensor, mask: Tensor) -> Tensor:
+    if mask.any():
+        x[mask] = x[mask].exp() * 2
+    return x
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_mask_go_through_functions_that_work_by_row(name: str) -> None:
+    class Selecting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ROWS[name](x, x[:, 0] > 0)
+
+    x = X[0].detach()
+    sharded = shardc.shard(Selecting(), mesh="dp=2")
+    for given in (x, x.abs(), -x.abs()):
+        torch.testing.assert_close(sharded(given), Selecting()(given), **EXACT)
