@@ -1,11 +1,14 @@
-"""Dtypes too narrow for sums: torch's kernels compute with them in float32, and so do those of the runtime."""
+"""Dtypes too narrow for sums: torch's kernels compute with them in float32, and so do those of the runtime. And products
+of 8-bit numbers, for which the right operand must lie column by column."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+__all__ = ["scaled_mm"]
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -13,3 +16,9 @@ LOW = (torch.float16, torch.bfloat16)
 def widened(x: Tensor) -> Tensor:
     """`x` in the dtype in which torch's kernels compute with it."""
     return x.float() if x.dtype in LOW else x
+
+
+def scaled_mm(x: Tensor, weight: Tensor, *scales: Any, **options: Any) -> Tensor:
+    """`torch._scaled_mm` of `x` [m, k] and `weight` [k, n], whatever their memory order, as conversions leave it."""
+    columns = weight if weight.stride(0) == 1 else weight.t().contiguous().t()
+    return torch.ops.aten._scaled_mm.default(x.contiguous(), columns, *scales, **options)

@@ -14,7 +14,6 @@ from shardc.rules.families import (
     index,
     lists,
     matrices,
-    microbatches,
     normalization,
     pointwise,
     pools,
@@ -27,6 +26,6 @@ from shardc.rules.families import (
 from shardc.rules.rewrites import bags, factorisations, randomness
 
 FAMILIES = (
-    attention, bags, contraction, experts, factories, factorisations, fourier, index, lists, matrices, microbatches,
-    normalization,     pointwise, pools, randomness, reduction, sampling, scan, shape, window,
+    attention, bags, contraction, experts, factories, factorisations, fourier, index, lists, matrices,
+    normalization, pointwise, pools, randomness, reduction, sampling, scan, shape, window,
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 Where such a dim is split, every rank moves the elements that it holds. Reading from the dim gives addends of the
 result. Writing into it needs nothing from other ranks.
+
+Of a value that is the same for all of the batch, a micro-batch has a part, or an addend.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from shardc.rules.notation import Body, Rule, Send, letters, mark, parse, rule
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import moves, shifts
+from shardc.runtime.kernels.parts import addend_of_microbatch, part_of_microbatch
 
 aten = torch.ops.aten
 MANY = 4
@@ -277,3 +280,18 @@ def checked(x: torch.Tensor, info: torch.Tensor, *_: object) -> Rule:
 def confirmed(x: torch.Tensor, *_: object) -> Rule:
     names = " ".join(letters(x))
     return parse(f"{names},  -> {names}", [{0}])
+
+
+@rule(part_of_microbatch)
+def part(x: torch.Tensor, *, dim: int, **_: Any) -> Rule:
+    """The dim that is parted stays whole: its parts are not where the chunks of ranks are."""
+    names = letters(x)
+    made = [*names]
+    made[dim] = "part"
+    return parse(f"{mark(names, [dim])} -> {mark(made, [dim])}", [{0}])
+
+
+@rule(addend_of_microbatch)
+def addend(x: torch.Tensor, **_: Any) -> Rule:
+    names = " ".join(letters(x))
+    return parse(f"{names} -> {names}", [{0}])
