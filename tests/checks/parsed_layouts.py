@@ -92,6 +92,7 @@ def strategy_of(given: Operator, mesh: Mesh, told: str) -> Chosen | None:
 
     strategies = strategies_of(shape, mesh).strategies
     body = given.node.target if not isinstance(given.node.target, torch._ops.OpOverload) else None
+    body = None if body is op.node.target and not any(variant.body is body for variant in shape.variants) else body
     fitting = [one for one in strategies if agrees(one) and (body is None or _body(shape, one) is body)]
     lies = ", ".join(str(laid(node).simplify(mesh)) for node in operands)
     return Chosen(op, shape, one_of(op, fitting, mesh, told, f"demands operands that lie as {lies}, and makes this"))
