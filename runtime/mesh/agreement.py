@@ -98,7 +98,9 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        self._store = AskedStore(default.PrefixStore("shardc", store))
+        # torchrun may keep the store when it starts the ranks again: what the last ones said counts no more
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = AskedStore(default.PrefixStore(f"shardc/{attempt}", store))
         self.agreed = 0
         self.calls = 0
         self.doing = ""
