@@ -1,6 +1,7 @@
 """Trains through failures. If a process dies, the others end; torchrun starts them again, and they go on from the last
 checkpoint, on as many processes as are left.
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    else torch 2.13 looks for the processes that died
 torchrun --nproc-per-node 4 --max-restarts 3 examples/resume.py
 torchrun --nproc-per-node 2 examples/resume.py --steps 400    on other processes, from where the first ended
 """

@@ -99,8 +99,10 @@ class Board:
         self.patience: float = self.group._get_backend(device).options._timeout.total_seconds()
         store = default._get_default_store().clone()
         store.set_timeout(timedelta(seconds=2))
-        # the store of torchrun outlives a group that is destroyed, with what its ranks told
-        self._store = AskedStore(default.PrefixStore(f"shardc/{next(_numbers)}", store))
+        # the store of torchrun outlives a group that is destroyed, and ranks that it starts again: what was told counts
+        # no more
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = AskedStore(default.PrefixStore(f"shardc/{attempt}/{next(_numbers)}", store))
         self.agreed = 0
         self.calls = 0
         self.doing = ""

@@ -147,14 +147,26 @@ def local_mesh(axes: Mapping[str, int]) -> VirtualMesh | DistributedMesh:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl")
+            _initialise("nccl")
         else:
-            dist.init_process_group("gloo")
+            _initialise("gloo")
     # process groups are scarce, so all programs on the same axes share one mesh
     world, identity = dist.group.WORLD, tuple(axes.items())
     if _MESHES.get(identity, (None, None))[0] is not world:
         _MESHES[identity] = world, DistributedMesh(axes, "cuda" if "nccl" in dist.get_backend() else "cpu")
     return _MESHES[identity][1]
+
+
+def _initialise(backend: str) -> None:
+    """`init_process_group`. Where torchrun started the processes again it has kept the store, in which torch 2.13 would
+    find the addresses of those that have ended."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        dist.init_process_group(backend)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 _MESHES: dict[tuple[tuple[str, int], ...], tuple[object, DistributedMesh]] = {}

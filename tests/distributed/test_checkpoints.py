@@ -44,6 +44,7 @@ def test_torchrun_starts_the_ranks_again(tmp_path: Path) -> None:
         "--nproc-per-node",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the example says
     losses: dict[int, list[float]] = {}
     killed = False
     for command, steps in (([*torchrun, "4"], 60), ([*torchrun, "2"], 80), ([sys.executable], 100)):
