@@ -72,7 +72,10 @@ def _results(executable: Executable, seed: int) -> dict[str, Tensor]:
     inputs = {slot.index: made[slot.name] for slot in executable.inputs if slot.role == "input"}
     flat = [inputs.get(index, torch.empty(0)) for index in range(max(inputs, default=-1) + 1)]
     outputs = executable.run(made, flat)
-    ends = [out for out in outputs if out.requires_grad]
+    begins = {slot.index for slot in executable.tangents}  # backward starts from these outputs alone
+    ends = [
+        out for slot, out in zip(executable.outputs, outputs, strict=True) if slot.index in begins and out.requires_grad
+    ]
     if ends:
         torch.autograd.backward(ends, [torch.ones_like(out) for out in ends])
     found = {f"output {index}": out for index, out in enumerate(outputs)}

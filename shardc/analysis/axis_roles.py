@@ -217,6 +217,8 @@ class _Reading:
             (doing for doing, amount in work.items() if amount >= LITTLE * total),
             key=lambda d: (d[1] is AxisRole.SEQUENCE, -work[d], d[2]),
         )
+        if (axis, AxisRole.DATA, "batch") in most:
+            most = [doing for doing in most if doing[1] is not AxisRole.DATA or doing[2] == "batch"]
         weights = [port.name for port in self.program.inputs if port.role is Role.PARAMETER]
         gathered = len(self.gathers[axis].intersection(weights))
         uses = [Use(role, how) for _, role, how in most]

@@ -257,8 +257,8 @@ class Questions:
     ) -> list[tuple[str, ...] | None]:
         if len(dims) != len(shape):
             raise LayoutError(
-                f"{len(dims)} entries for {name} of shape {shape}; give one per dim, or a layout as plans print it, "
-                f"like {example}"
+                f"{len(dims)} {'entry' if len(dims) == 1 else 'entries'} for {name} of shape {shape}; give one per "
+                f"dim, or a layout as plans print it, like {example}"
             )
         names, sizes = self.network.mesh.names, self.network.mesh.ranks
         unknown = next((axis_of(a) for dim in dims for a in dim or () if axis_of(a) not in names), None)

@@ -42,7 +42,7 @@ class ModelCall:
         neither."""
         if isinstance(example_inputs, Mapping):
             return ModelCall(model, (), dict(example_inputs))
-        if isinstance(example_inputs, (tuple, list)):
+        if isinstance(example_inputs, (tuple, list)):  # pyright: ignore[reportUnnecessaryIsInstance] - types may lie
             return ModelCall(model, tuple(example_inputs), {})
         raise ShardcError(
             f"the inputs are a {type(example_inputs).__name__}; give a tuple of the model's arguments, like (x,), or a "

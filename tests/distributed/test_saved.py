@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import shardc
 from samples.textbook import MLP
@@ -16,13 +17,26 @@ from shardc.runtime.execute import saved
 pytestmark = pytest.mark.distributed
 
 
+class WithLogits(MLP):
+    """Training begins from the loss alone; the logits come back beside it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.logits(x)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
 def test_processes_compute_what_a_virtual_mesh_does(torchrun: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "mlp.py"
-    shardc.compile(MLP(64, 128), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
+    shardc.compile(WithLogits(64, 128), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
     with pytest.raises(RankError, match="start it with torchrun"):
         saved.main(str(path), ["--check"])
     told = torchrun(str(path), "--check", nproc=2)
-    assert "equal  output 0" in told and told.count("equal  gradient of") >= 2 and "WRONG" not in told
+    assert (
+        "equal  output 0" in told
+        and "equal  output 1" in told
+        and told.count("equal  gradient of") >= 2
+        and "WRONG" not in told
+    )
 
 
 def test_results_that_differ_are_far_from_each_other() -> None:

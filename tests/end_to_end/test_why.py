@@ -85,7 +85,7 @@ def test_a_value_that_is_not_there(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ("tp", r"1 entries for up.weight of shape \(4096, 256\); give one per dim, or a layout as plans print it"),
+        ("tp", r"1 entry for up.weight of shape \(4096, 256\); give one per dim, or a layout as plans print it"),
         ("pp,-", "mesh dp=2,tp=4 has no axis 'pp'; it has dp, tp"),
         ("f32[4096@pp, 256]", "mesh dp=2,tp=4 has no axis 'pp'"),
         ("f32[4096@tp, 256@tp]", "uses axis 'tp' twice"),

@@ -44,8 +44,9 @@ class PlanFile:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ShardcError(
-                f"cannot read the plan {path}: {error}; plan.save({str(path)!r}) or `shardc plan FILE -o {path}` "
+                f"cannot read the plan {path}: {reason}; plan.save({str(path)!r}) or `shardc plan FILE -o {path}` "
                 "writes one"
             ) from error
         return PlanFile.parse(text, str(path))
