@@ -6,7 +6,7 @@ import torch
 
 from shardc.rules.notation import Rule, Variant, fixed, named, named_dims, parse, rule
 from shardc.rules.ring import Ring
-from shardc.runtime.kernels import matmul_rings, scaled_products
+from shardc.runtime.kernels import matmul_rings, widening
 
 aten = torch.ops.aten
 
@@ -76,7 +76,7 @@ def scaled(
     operands += [columns] if bias is not None else []
     operands += ["1" if scale_result.dim() else ""] if scale_result is not None else []
     text = f"{', '.join(operands)} -> {rows} {columns}"
-    return parse(text, flops=["m k n"], body=scaled_products.scaled_mm, even=True)
+    return parse(text, flops=["m k n"], body=widening.scaled_mm, even=True)
 
 
 def _scale(scale: torch.Tensor, factor: str, shape: tuple[int, int]) -> str | None:
