@@ -1,5 +1,5 @@
-"""Dtypes too narrow for sums: torch's kernels compute with them in float32, and so do those of the runtime. And products
-of 8-bit numbers, for which the right operand must lie column by column."""
+"""Narrow dtypes. Of 16 bits: torch's kernels compute with them in float32, and so do those of the runtime. Of 8 bits:
+they are multiplied by a kernel of their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def scaled_mm(x: Tensor, weight: Tensor, *scales: Any, **options: Any) -> Tensor:
-    """`torch._scaled_mm` of `x` [m, k] and `weight` [k, n], whatever their memory order, as conversions leave it."""
+    """`torch._scaled_mm` of `x` [m, k] and `weight` [k, n], in whichever memory order conversions leave them: the
+    kernel reads the right operand column by column."""
     columns = weight if weight.stride(0) == 1 else weight.t().contiguous().t()
     return torch.ops.aten._scaled_mm.default(x.contiguous(), columns, *scales, **options)

@@ -14,7 +14,7 @@ from shardc.errors import ShardcError
 from shardc.ir.mesh import Mesh
 from shardc.pretrained.files import WeightFiles
 from shardc.pretrained.hf_names import WeightSource, ignored, made_of, to_load
-from shardc.pretrained.materialize import draw, same_draws
+from shardc.pretrained.materialize import draw, forget, same_draws
 from shardc.pretrained.meshes import mesh_of
 from shardc.pretrained.places import Destination, put, tensors_of
 from shardc.runtime.mesh.agreement import Note, agree
@@ -69,6 +69,7 @@ def load_pretrained(
     for conversion in fits.conversions:
         _fill(conversion, files, {name: places[id(named[name])] for name in fits.targets(conversion)})
     put(names, places.values())
+    forget(model)
     return Unmatched(fits.missing, fits.unexpected)
 
 

@@ -61,9 +61,14 @@ def materialize(model: nn.Module, init: Initialiser | None = None, *, mesh: str 
     with same_draws(real):
         draw(model, lacking, take, init, advance=True)
     put(names, places)
+    forget(model)
+    return model
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of how a model was constructed: it has its values."""
     for part in model.modules():
         vars(part).pop(RECORDING, None)
-    return model
 
 
 def draw(

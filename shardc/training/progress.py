@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -52,7 +52,8 @@ class StepSpeed:
 def progress(
     items: Iterable[T], model: nn.Module, *, every: int = 10, show: Callable[[StepSpeed], None] | None = None
 ) -> Iterator[T]:
-    """The items of a loader, one a step of a sharded model; every so many steps it shows how fast they were.
+    """The items of a loader, one a step of a sharded model. Every so many steps, and at last, it shows how fast they
+    were.
 
     Measured is the whole turn of the loop, with data and optimizer; the plan predicts forward and backward. The first
     step, which compiles, does not count. `show` gets a `StepSpeed`; without it, rank 0 prints it to stderr.
@@ -67,17 +68,25 @@ def progress(
 
 
 def _timed(items: Iterable[T], model: nn.Module, every: int, show: Callable[[StepSpeed], None]) -> Iterator[T]:
-    since, counted = 0.0, 0
-    for step, item in enumerate(items):
-        if step == 1 or counted == every:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            if counted:
-                show(StepSpeed(step, (now - since) / counted, model.plan.summary))  # type: ignore[union-attr]
-            since, counted = now, 0
+    since, counted, steps = 0.0, 0, 0
+
+    def tell() -> None:
+        nonlocal since, counted
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if counted:
+            program: Any = model
+            show(StepSpeed(steps, (now - since) / counted, program.plan.summary))
+        since, counted = now, 0
+
+    for item in items:
+        if steps == 1 or counted == every:
+            tell()
         yield item
-        counted += 1 if step else 0
+        counted += 1 if steps else 0
+        steps += 1
+    tell()
 
 
 def _print(speed: StepSpeed) -> None:
