@@ -1,10 +1,11 @@
 """Twenty-four models at their published sizes, on the meta device in bfloat16: what `planner.py --only models` plans.
 
-    model, inputs = build("Falcon-180B")     # holds no memory; called with the inputs it gives the loss alone
+model, inputs = build("Falcon-180B")     # holds no memory; called with the inputs it gives the loss alone
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -62,7 +63,9 @@ def bert() -> tuple[nn.Module, Inputs]:
 def t5() -> tuple[nn.Module, Inputs]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128, decoder_start_token_id=0, pad_token_id=0)
+    config = T5Config(
+        d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128, decoder_start_token_id=0, pad_token_id=0
+    )
     return WithLoss(T5ForConditionalGeneration(config).bfloat16(), use_cache=False), tokens(
         "input_ids", "labels", shape=(128, 512)
     )
@@ -169,7 +172,7 @@ class DLRM(nn.Module):
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width, out in zip(widths, widths[1:], strict=False):
+    for width, out in itertools.pairwise(widths):
         layers += [nn.Linear(width, out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
