@@ -5,6 +5,7 @@ model, inputs = build("Falcon-180B")     # holds no memory; called with the inpu
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -171,7 +172,7 @@ class DLRM(nn.Module):
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width, out in zip(widths, widths[1:], strict=False):
+    for width, out in itertools.pairwise(widths):
         layers += [nn.Linear(width, out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

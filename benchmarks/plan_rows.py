@@ -76,8 +76,8 @@ def _apart(row: Row, peak: float) -> dict[str, Any]:
     if done.returncode:
         taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         late = taken >= LIMIT - 1.0
-        found["ended"] = f"stopped after {LIMIT} s" if late else (done.stderr.strip().splitlines() or ["killed"])[-1]
-        found["error"] = done.stderr[-2000:]
+        said = [line for line in done.stderr.splitlines() if "Error:" in line] or ["killed"]
+        found["ended"] = f"stopped after {LIMIT} s" if late else said[-1].rpartition("Error: ")[2]
     return found
 
 

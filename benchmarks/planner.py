@@ -2,6 +2,7 @@
 
     python benchmarks/planner.py            # everything; the tables of README.md
     python benchmarks/planner.py --only time
+    python benchmarks/planner.py --only models --models Falcon-180B --axes 2 3    # only when asked for: hours in all
 
 Times are CPU-seconds, every case of them in a fresh process; those that a ratio compares are taken in one process.
 """
@@ -20,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import large_models
 import numpy as np
+import plan_rows
 import torch
 from compile import machine
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -338,12 +341,22 @@ def closed_forms() -> str:
     return f"Closed forms:\n\n{markdown(['what', 'over', 'found'], rows)}\n"
 
 
+def models(names: Sequence[str], axes: Sequence[int], parts: Sequence[float], file: Path) -> str:
+    """Large models within bounds on memory, planned a row at a time; rows that the file has are not planned again."""
+    found = plan_rows.measured(plan_rows.rows(names, axes, parts), file)
+    return f"Models within bounds:\n\n{markdown(*plan_rows.table(found))}\n\n{plan_rows.summary(found)}\n"
+
+
 SECTIONS = {"time": times, "highs": solvers, "forms": closed_forms}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", choices=list(SECTIONS), help="one section")
+    parser.add_argument("--only", choices=[*SECTIONS, "models"], help="one section")
+    parser.add_argument("--models", default=",".join(large_models.BUILDERS), help="of `--only models`, by comma")
+    parser.add_argument("--axes", type=int, nargs="+", default=[1, 2, 3, 4], help="of their meshes")
+    parser.add_argument("--parts", type=float, nargs="+", default=plan_rows.PARTS, help="of the free peak, as bounds")
+    parser.add_argument("--rows", type=Path, default=plan_rows.ROWS, help="the file that keeps what was measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -351,6 +364,8 @@ def main() -> None:
         print(json.dumps({"time": timed, "highs": against_highs}[what](Case(**case))))
         return
     print(f"CPU-seconds; sequences of {SEQUENCE} tokens, bf16, costs of {HARDWARE}. Machine: {machine()}.\n")
+    if options.only == "models":
+        print(models(options.models.split(","), options.axes, options.parts, options.rows))
     for name, section in SECTIONS.items():
         if options.only in (None, name):
             print(section(), flush=True)

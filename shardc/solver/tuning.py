@@ -197,7 +197,7 @@ CHECKED_FACTOR_ENTRIES = 2.0**24
 MIN_LAYERS = 8
 """Layers from which on a network is folded. Time of folding against variables saved."""
 
-PERIODS, TURNS = 40, 8
+PERIODS, TURNS = 160, 8
 """Distances between equal variables that are tried as the length of a layer, the most frequent first; and how many of
 them together: layers may take turns (five of local attention, one of global)."""
 

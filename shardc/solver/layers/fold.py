@@ -293,7 +293,8 @@ def _runs(signatures: Integers) -> Iterator[_Blocks]:
         if signature in last:
             distances[place - last[signature]] += 1
         last[signature] = place
-    near = [distance for distance, _ in distances.most_common(tuning.PERIODS)]
+    often = distances.most_common(tuning.PERIODS)
+    near = [distance for distance, times in often if times >= tuning.MIN_LAYERS - 1]
     for period in dict.fromkeys(turns * distance for turns in range(1, tuning.TURNS + 1) for distance in near):
         if period * (tuning.MIN_LAYERS - 1) >= len(signatures):
             continue

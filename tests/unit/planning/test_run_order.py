@@ -14,7 +14,7 @@ from samples.towers import Tower
 from shardc.capture.trace import capture
 from shardc.ir.facts import origin_of
 from shardc.passes.normalize import normalized
-from shardc.planning.run_order import RunOrder
+from shardc.planning.run_order import RunOrder, _grouped
 from shardc.rules.factors.factoring import factor
 
 BLOCKS, MANY = 4, 9
@@ -119,3 +119,18 @@ def test_what_crosses_a_waist_is_kept() -> None:
 def test_without_waists_all_may_run_again() -> None:
     scheduled = schedule(Skipping(), torch.randn(4, 8))
     assert {"addmm", "addmm_1", "exp", "exp_1"} <= {node.name for node in scheduled.rerun}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "windows"),
+    [
+        ("eababababcdfcdfcdfcdfz", ["e", *["ab"] * 4, *["cdf"] * 4, "z"]),  # an encoder, and a decoder behind it
+        ("eababz", ["e", "ab", "ab", "z"]),
+        ("abc", ["a", "b", "c"]),
+        ("", []),
+    ],
+)
+def test_stretches_that_repeat_in_turns_are_one_window(kinds: str, windows: list[str]) -> None:
+    numbers = _grouped(kinds, range(len(kinds)), 0, 1)
+    pairs = zip(kinds, numbers, strict=True)
+    assert ["".join(kind for kind, _ in each) for _, each in itertools.groupby(pairs, lambda pair: pair[1])] == windows

@@ -283,3 +283,63 @@ def test_a_rough_solve_of_layers_with_cycles_is_as_close_as_asked(monkeypatch: p
     assert found.cost == pytest.approx(24.0)
     assert found.gap <= 2e-3 * found.cost
     assert check(problem, found.certificate) == pytest.approx(found.lower_bound)
+
+
+def test_layers_that_take_turns_are_folded_by_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth layer has a variable more; weights and backward are alike in all."""
+    table = np.random.default_rng(0).random((VALUES, 3))
+
+    def odd(problem: Problem, layer: int) -> None:
+        if layer % 4 == 3:
+            other = problem.add_variable(f"odd {layer}", np.linspace(0.0, 0.3, 3))
+            problem.add_edge(len(problem.unary) - 2, other, table)
+
+    problem = layered(80, 3, odd)
+    folded = fold(problem, 1)
+    assert folded is not None and folded.count in (18, 19, 20)
+    assert len(folded.template.unary) < len(problem.unary) / 3
+    solution = solve(problem)
+    assert solution.exact and solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+
+
+def test_layers_that_read_other_variables_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers read one variable or another in turns, by the same table; the two are best at different values."""
+    rng = np.random.default_rng(1)
+    read, inside, along = rng.random((3, 2)), rng.random((2, 4)), rng.random((4, 2))
+    problem, count = Problem(), 60
+    shared = [problem.add_variable(f"positions {i}", cost) for i, cost in enumerate(rng.random((2, 3)) * count)]
+    before = -1
+    for i in range(count):
+        first = problem.add_variable(f"first {i}", np.zeros(2))
+        problem.add_edge(shared[i % 3 == 2], first, read)
+        if i:
+            problem.add_edge(before, first, along)
+        before = problem.add_variable(f"second {i}", np.zeros(4))
+        problem.add_edge(first, before, inside)
+    folded = fold(problem, 1)
+    assert folded is not None and folded.count in (19, 20)
+    solution = solve(problem)
+    assert solution.exact and solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
+
+
+def test_towers_that_share_no_layer_are_folded_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an encoder and a decoder: a value of the last layer of the one is read by every layer of the other."""
+    rng = np.random.default_rng(2)
+    tables = {name: rng.random((VALUES, VALUES)) for name in ("near", "up", "down", "cross")}
+    costs = rng.random((4, VALUES))
+    problem, end = Problem(), -1
+    for tower in range(2):
+        before = -1
+        for i in range(20):
+            made = [problem.add_variable(f"{tower} {i} {k}", costs[2 * tower + k]) for k in range(2)]
+            problem.add_edge(made[0], made[1], tables["near"])
+            if i:
+                problem.add_edge(before, made[0], tables["up" if tower else "down"])
+            if tower:
+                problem.add_edge(end, made[1], tables["cross"])
+            before = made[1]
+        end = before
+    folded = fold(problem, 1)
+    assert folded is not None and len(folded.template.unary) < len(problem.unary) / 3
+    solution = solve(problem)
+    assert solution.exact and solution.cost == pytest.approx(whole(problem, monkeypatch), rel=1e-9)
