@@ -88,6 +88,24 @@ EVALUATE = frozenset({"eval", "exec"})
 LOOK_UP = frozenset({"getattr", "hasattr", "attrgetter", "setattr", "__getattribute__", "vars", "__dict__", "globals"})
 """What code names that looks attributes up by names which it computes, or all at once."""
 
+CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__"})
+"""Methods that run where an object is made."""
+
+
+@cache
+def may_construct(code: CodeType) -> bool:
+    """Whether code may make an object of a class that it does not name: by the class of another object."""
+    parts = [part for part in _nested(code) if not _CLASS_OF.isdisjoint(part.co_names)]
+    return any(
+        one.argval in CONSTRUCTORS or one.argval in ("__class__", "replace") or one.opname == "LOAD_GLOBAL"
+        for part in parts
+        for one in dis.get_instructions(part)
+        if one.argval in _CLASS_OF
+    )
+
+
+_CLASS_OF = frozenset({*CONSTRUCTORS, "__class__", "replace", "type"})
+
 _WORD = re.compile(r"[^\W\d]\w*")
 
 
