@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardc.capture.side_effects.code import is_known, names
+from shardc.capture.side_effects.code import names
 from shardc.capture.torch_patches.fake_tensors import untraced
+from shardc.capture.user_frames import is_known, user_frame
 from shardc.errors import CaptureError
 
 _FILLED = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
@@ -229,9 +230,7 @@ def _calling_line(run: Callable[[], Any], generators: Collection[int]) -> str:
     def on_call(frame: FrameType, event: str, called: Any) -> None:
         nonlocal culprit
         if event == "c_call" and not culprit and id(getattr(called, "__self__", None)) in generators:
-            user: FrameType | None = frame
-            while user is not None and is_known(user.f_code.co_filename):
-                user = user.f_back
+            user = user_frame(frame)
             culprit = "" if user is None else f"{user.f_code.co_filename}:{user.f_lineno}"
 
     _observed(run, sys.setprofile, sys.getprofile(), on_call)

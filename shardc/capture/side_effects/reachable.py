@@ -34,7 +34,6 @@ from shardc.capture.side_effects.code import (
     CONSTRUCTORS,
     free_names,
     imported,
-    is_known,
     looks_up,
     may_construct,
     names,
@@ -57,6 +56,7 @@ from shardc.capture.side_effects.holders import (
     holder_of,
 )
 from shardc.capture.side_effects.library_objects import MEMORY, insides, opens
+from shardc.capture.user_frames import is_known
 from shardc.runtime.mesh.parameters import RECORD
 
 PLAIN = (
