@@ -273,7 +273,7 @@ def _shard_module(module: nn.Module, request: Request) -> nn.Module:
     original = type(module)
     methods = {**_methods(original.forward, request), "__module__": original.__module__}
     # pickle finds no class of its own in the module: the original is named, and sharded again
-    methods["__reduce__"] = lambda self: (_restored, (original, self.__dict__["_shardc"].request), self.__getstate__())
+    methods["__reduce__"] = _reduced
     methods |= {SHARDED_FROM: original, "__class__": property(_class_of, _set_class)}
     module.__class__ = _subclass(original, methods)
     module.__dict__["_shardc"] = _Engine(request)
@@ -319,6 +319,10 @@ _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "")
 
 def _set_class(module: nn.Module, kind: type) -> None:
     object.__dict__["__class__"].__set__(module, kind)
+
+
+def _reduced(module: nn.Module) -> tuple[Any, ...]:
+    return _restored, (unsharded(type(module)), module.__dict__["_shardc"].request), module.__getstate__()
 
 
 def _restored(original: type[nn.Module], request: Request) -> nn.Module:

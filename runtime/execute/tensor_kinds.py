@@ -7,6 +7,7 @@ known.fit(others)                # True: each has the class, dtype, device and s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ class TensorKinds:
     of some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        shapes = [list(tensor.shape) for tensor in tensors]
+        # whose types torch gives wrongly: there is a list for each tensor
+        shapes: Any = [list(tensor.shape) for tensor in tensors]
+        strides: Any = [[None] * len(shape) for shape in shapes]
         with torch.enable_grad():  # without gradients no tensor seems to require one
-            self._guards = TensorGuards(
-                *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=[[None] * len(shape) for shape in shapes]
-            )
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
         self._number = len(tensors)
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from shardc.capture.side_effects.code import is_known
+from shardc.capture.user_frames import is_known
 from shardc.errors import CaptureError
 
 

@@ -1,32 +1,42 @@
-"""Frames of the user's code: which line called an operator, and which line raised an error."""
+"""Whose code is whose, and frames of the user's: which line called an operator, and which line raised an error."""
 
 from __future__ import annotations
 
 import os
+import sysconfig
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 
+import numpy as np
 import torch
 
-_TORCH = str(Path(torch.__file__).parent)
-_SHARDC = str(Path(__file__).parents[1])
-_RUNTIME = str(Path(__file__).resolve().parents[2] / "runtime")
-
-
-def is_user_code(code: CodeType) -> bool:
-    """Whether code belongs to neither torch nor shardc."""
-    return _is_user_file(code.co_filename)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = tuple(
+    str(path) + os.sep for path in (Path(__file__).parents[1], Path(__file__).resolve().parents[2] / "runtime")
+)
+_STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
+_INSTALLED = tuple(os.path.join(sysconfig.get_path(kind), "") for kind in ("purelib", "platlib"))
+_KNOWN = (_TORCH, *_OURS, str(Path(np.__file__).parent) + os.sep, "<frozen", "<eval_with_key", "<shardc-")
 
 
 @cache
-def _is_user_file(filename: str) -> bool:
-    return not filename.startswith((_TORCH, _SHARDC, _RUNTIME, "<frozen", "<eval_with_key"))
+def is_known(filename: str) -> bool:
+    """Whether a file belongs to torch, NumPy, Python's library or shardc, whose functions keep nothing for the user
+    and read nothing of the user's."""
+    installed = filename.startswith(_INSTALLED)
+    return filename.startswith(_KNOWN) or (filename.startswith(_STANDARD) and not installed)
+
+
+@cache
+def is_installed(filename: str) -> bool:
+    """Whether a file belongs to a library: one of those that are known, or any that is installed."""
+    return is_known(filename) or filename.startswith(_INSTALLED)
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """The innermost frame of user code among `frame` and its callers, or None."""
-    while frame is not None and not is_user_code(frame.f_code):
+    while frame is not None and is_known(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
@@ -41,7 +51,7 @@ def failing_line(traceback: TracebackType | None) -> tuple[str, int] | None:
     """The innermost file and line of user code that an exception passed through."""
     innermost: tuple[str, int] | None = None
     while traceback is not None:
-        if is_user_code(traceback.tb_frame.f_code):
+        if not is_known(traceback.tb_frame.f_code.co_filename):
             innermost = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
     return innermost

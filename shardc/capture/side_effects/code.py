@@ -7,39 +7,11 @@ def forward(self, x):
 from __future__ import annotations
 
 import dis
-import os
 import re
-import sysconfig
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-
-import numpy as np
-import torch
-
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_OURS = tuple(
-    str(path) + os.sep for path in (Path(__file__).parents[2], Path(__file__).resolve().parents[3] / "runtime")
-)
-_STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
-_INSTALLED = tuple(os.path.join(sysconfig.get_path(kind), "") for kind in ("purelib", "platlib"))
-_KNOWN = (_TORCH, *_OURS, str(Path(np.__file__).parent) + os.sep, "<frozen", "<eval_with_key", "<shardc-")
-
-
-@cache
-def is_known(filename: str) -> bool:
-    """Whether a file belongs to torch, NumPy, Python's library or shardc, whose functions keep nothing for the user
-    and read nothing of the user's."""
-    installed = filename.startswith(_INSTALLED)
-    return filename.startswith(_KNOWN) or (filename.startswith(_STANDARD) and not installed)
-
-
-@cache
-def is_installed(filename: str) -> bool:
-    """Whether a file belongs to a library: one of those that are known, or any that is installed."""
-    return is_known(filename) or filename.startswith(_INSTALLED)
 
 
 @cache
@@ -87,6 +59,24 @@ def parts_of(text: str) -> list[str]:
 EVALUATE = frozenset({"eval", "exec"})
 LOOK_UP = frozenset({"getattr", "hasattr", "attrgetter", "setattr", "__getattribute__", "vars", "__dict__", "globals"})
 """What code names that looks attributes up by names which it computes, or all at once."""
+
+CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__"})
+"""Methods that run where an object is made."""
+
+
+@cache
+def may_construct(code: CodeType) -> bool:
+    """Whether code may make an object of a class that it does not name: by the class of another object."""
+    parts = [part for part in _nested(code) if not _CLASS_OF.isdisjoint(part.co_names)]
+    return any(
+        one.argval in CONSTRUCTORS or one.argval in ("__class__", "replace") or one.opname == "LOAD_GLOBAL"
+        for part in parts
+        for one in dis.get_instructions(part)
+        if one.argval in _CLASS_OF
+    )
+
+
+_CLASS_OF = frozenset({*CONSTRUCTORS, "__class__", "replace", "type"})
 
 _WORD = re.compile(r"[^\W\d]\w*")
 

@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from shardc.capture.side_effects.code import is_known
+from shardc.capture.user_frames import is_known
 from shardc.errors import CaptureError
 
 _INSTALLED = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")

@@ -152,7 +152,8 @@ class Names(Holder):
 
     def get(self) -> Contents:
         space = self._space()
-        new = () if len(space) == len(self._first) else (name for name in space if name not in self._first)
+        new = [] if len(space) == len(self._first) else [name for name in space if name not in self._first]
+        new = [name for name in new if not name.startswith("__")]  # Python's own, like what it has warned of
         return {name: space[name] for name in (*self.used, *new) if name in space}
 
     def put(self, contents: Mapping[Any, Any]) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Generator, Sequence
+import threading
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardc.capture.side_effects.code import is_known
+from shardc.capture.side_effects.code import names
 from shardc.capture.torch_patches.fake_tensors import untraced
+from shardc.capture.user_frames import is_known, user_frame
 from shardc.errors import CaptureError
 
 _FILLED = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
@@ -153,19 +155,53 @@ class Generators:
                 generator.setstate(state)
 
     def refuse_draws(self, run: Callable[[], Any]) -> None:
-        """Raise CaptureError if one has moved. `run` calls the model again, to find the line."""
+        """Raise CaptureError if forward has moved one. `run` calls the model again, to find the line.
+
+        Other threads draw as well, while the model is traced; of them nothing is seen in this thread's profile."""
         name = self.moved()
         if not name:
             return
-        self.restore()
-        line = _line(run, self.moved)
-        self.restore()
+        line = _calling_line(run, {id(generator) for _, generator in self._all})
+        if not line and threading.active_count() == 1:
+            line = ", ".join(sorted(self._moving_lines(run)))
+        elif not line:  # only NumPy's are left; what stands still in one run was moved by another thread
+            lines = set.intersection(*(self._moving_lines(run, _DRAWING) for _ in range(3)))
+            if not lines:
+                return
+            line = ", ".join(sorted(lines))
         raise CaptureError(
             f"forward draws from {name}{f' at {line}' if line else ''}: a compiled program would use the same numbers "
             "at every call. Draw with torch.rand in the model, or draw outside and pass the numbers in as a tensor"
         )
 
+    def _moving_lines(self, run: Callable[[], Any], named: Collection[str] = ()) -> set[str]:
+        """The lines of user code at which one moves, in a run by this thread; all are set back then. Only code counts
+        that uses one of the names, if some are `named`."""
+        self.restore()
+        moving, last, before = set[str](), "", self._states
 
+        def on_line(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last, before
+            if is_known(frame.f_code.co_filename) or frame.f_code.co_filename.startswith("<"):
+                return None
+            now = [_state(generator) for _, generator in self._all]
+            if last and any(map(_differ, now, before)):
+                moving.add(last)
+            if named and names(frame.f_code).isdisjoint(named):
+                last = ""
+                return on_line
+            before, last = now, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            return on_line
+
+        _observed(run, sys.settrace, sys.gettrace(), on_line)
+        now = [_state(generator) for _, generator in self._all]
+        if last and any(map(_differ, now, before)):
+            moving.add(last)
+        self.restore()
+        return moving
+
+
+_DRAWING = frozenset(name for name in (*dir(np.random.Generator), *dir(np.random.RandomState)) if name[0] != "_")
 _PYTHON = random.getrandbits.__self__  # type: ignore[attr-defined]
 _NUMPY = np.random.mtrand._rand  # type: ignore[attr-defined]  # the generator behind np.random.rand; it has no other name
 
@@ -186,26 +222,26 @@ def _differ(one: Any, other: Any) -> bool:
     return bool(one != other)
 
 
-def _line(run: Callable[[], Any], moved: Callable[[], str]) -> str:
-    """The line of user code that moves a generator in a run."""
-    culprit, last = "", ""
+def _calling_line(run: Callable[[], Any], generators: Collection[int]) -> str:
+    """The line of user code that calls one of the generators, given by identity, in a run by this thread; "" also for
+    those of NumPy, whose calls Python does not tell."""
+    culprit = ""
 
-    def on_line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal culprit, last
-        if is_known(frame.f_code.co_filename) or frame.f_code.co_filename.startswith("<"):
-            return None
-        if not culprit and moved():
-            culprit = last
-        if event in ("call", "line"):
-            last = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        return on_line
+    def on_call(frame: FrameType, event: str, called: Any) -> None:
+        nonlocal culprit
+        if event == "c_call" and not culprit and id(getattr(called, "__self__", None)) in generators:
+            user = user_frame(frame)
+            culprit = "" if user is None else f"{user.f_code.co_filename}:{user.f_lineno}"
 
-    before = sys.gettrace()
-    sys.settrace(on_line)
+    _observed(run, sys.setprofile, sys.getprofile(), on_call)
+    return culprit
+
+
+def _observed(run: Callable[[], Any], install: Callable[[Any], None], before: Any, observer: Any) -> None:
+    install(observer)
     try:
         run()
     except Exception:  # the model has run once: what counts is the line
         pass
     finally:
-        sys.settrace(before)
-    return culprit or (last if moved() else "")
+        install(before)

@@ -15,13 +15,10 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import queue
 import random
 import sys
-import threading
 import weakref
-from array import array
-from collections import ChainMap, UserDict, UserList, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -33,7 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.code import free_names, imported, is_known, looks_up, names, parts_of, pieces
+from shardc.capture.side_effects.code import (
+    CONSTRUCTORS,
+    free_names,
+    imported,
+    looks_up,
+    may_construct,
+    names,
+    parts_of,
+    pieces,
+)
 from shardc.capture.side_effects.computed_names import ComputedNames
 from shardc.capture.side_effects.holders import (
     Attributes,
@@ -49,6 +55,8 @@ from shardc.capture.side_effects.holders import (
     Within,
     holder_of,
 )
+from shardc.capture.side_effects.library_objects import MEMORY, insides, opens
+from shardc.capture.user_frames import is_known
 from shardc.runtime.mesh.parameters import RECORD
 
 PLAIN = (
@@ -58,12 +66,6 @@ PLAIN = (
 """Values that do not change, and are compared by value."""
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-
-_INSIDES: dict[type, tuple[str, ...]] = {
-    UserDict: ("data",), UserList: ("data",), ChainMap: ("maps",), weakref.WeakKeyDictionary: ("data",),
-    weakref.WeakValueDictionary: ("data",), weakref.WeakSet: ("data",), queue.Queue: ("queue",),
-}  # fmt: skip
-"""Classes of Python's library that hold the user's values, and in which attributes."""
 
 _ALL_AT_ONCE = frozenset({"vars", "__dict__", "asdict"})
 """What code names that reads all attributes of an object."""
@@ -75,10 +77,6 @@ _STATE = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 _OURS = frozenset({"_shardc", RECORD})
 _CACHED = type(functools.lru_cache(lambda: None))  # type: ignore[arg-type]
-_OPEN_LIBRARY = frozenset(
-    {"types", "argparse", "collections", "dataclasses", "functools", "queue", "typing", "weakref"}
-)
-"""Modules of Python's library whose objects are mere containers of the user's values."""
 
 
 class Reachable:
@@ -105,6 +103,9 @@ class Reachable:
         self._seen: dict[Any, Any] = {}
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._todo: deque[tuple[Any, str]] = deque()
+        self._made: dict[type, list[tuple[Any, str]] | None] = {}
+        """Constructors of classes of which objects were met; None where code may make another."""
+        self._constructs = False
         for path, value in roots:
             self._todo.append((value, path))
         while self._todo:
@@ -176,6 +177,7 @@ class Reachable:
             self._todo.append((value(), path))
         elif isinstance(value, type):
             self._class(value)
+            self._construct(value.__mro__)
         elif isinstance(value, ModuleType):
             if is_known(getattr(value, "__file__", None) or "<frozen"):
                 self.libraries[id(value)] = value
@@ -183,7 +185,7 @@ class Reachable:
                 self._attributes(Names(value, value.__name__), vars(value))
         elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
             self._use(name for text in value.__reduce__()[1] if isinstance(text, str) for name in parts_of(text))
-        elif isinstance(value, (np.ndarray, bytearray, array)):
+        elif isinstance(value, MEMORY):
             self.holders.append(Bytes(value, path))
         elif isinstance(value, GENERATORS):
             self.generators.append((path, value))
@@ -199,7 +201,7 @@ class Reachable:
         elif isinstance(value, BuiltinFunctionType):  # a method such as `losses.append`
             self._held.add(id(value.__self__))
             self._todo.append((value.__self__, path))
-        elif _opens(type(value)):
+        elif opens(type(value)):
             self._object(value, path)
 
     def _environment(self) -> None:
@@ -225,8 +227,7 @@ class Reachable:
             holder = Attributes(value, path, whole=self._reads_all(type(value)))
             self.holders.append(holder)
             self._attributes(holder, vars(value))
-            for name in next((names for kind, names in _INSIDES.items() if isinstance(value, kind)), ()):
-                self._use((name,))  # the library's own code, which is not read, names it
+            self._use(insides(value))  # the library's own code, which is not read, names them
         elif not isinstance(value, Enum) and any("__slots__" in vars(cls) for cls in type(value).__mro__):
             slots = Slots(value, path)
             self.holders.append(slots)
@@ -302,8 +303,16 @@ class Reachable:
             for name, value in vars(base).items():
                 called = name == "forward" or name.startswith("__") or differentiates
                 if called and isinstance(value, (FunctionType, staticmethod)):
-                    self._todo.append((value, f"{base.__qualname__}.{name}"))
+                    method = value, f"{base.__qualname__}.{name}"
+                    waiting = self._made.setdefault(base, []) if name in CONSTRUCTORS else None
+                    (self._todo if waiting is None or self._constructs else waiting).append(method)
             self._attributes(space, {n: v for n, v in vars(base).items() if not n.startswith("__")})
+
+    def _construct(self, classes: Iterable[type]) -> None:
+        """Code may make objects of these classes: it reads what their constructors read."""
+        for cls in list(classes):
+            self._todo += self._made.get(cls) or ()
+            self._made[cls] = None
 
     def _reads_all(self, kind: type) -> bool:
         """Whether a method of the user's goes through all attributes of an object."""
@@ -321,6 +330,9 @@ class Reachable:
             self._todo += [(cell.cell_contents, path) for cell in closure if _callable_in(cell)]
             return
         self._use(names(code))
+        if may_construct(code) and not self._constructs:
+            self._constructs = True
+            self._construct(self._made)
         self._computed.looks_up |= looks_up(code)
         self._computed.all_at_once |= not _ALL_AT_ONCE.isdisjoint(free_names(code))
         self._computed.pieces |= pieces(code)
@@ -363,22 +375,6 @@ class Reachable:
 
 _GONE = object()
 _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
-
-
-@functools.cache
-def _opens(cls: type) -> bool:
-    """Whether objects of a class are the user's: those of torch and of Python's library keep nothing of a model.
-
-    What a thread holds changes beside every call (the clock of a progress bar's monitor), and no call is to blame.
-    """
-    if issubclass(cls, threading.local):
-        return True
-    if issubclass(cls, threading.Thread):
-        return False
-    root = cls.__module__.partition(".")[0]
-    if root in ("torch", "numpy", "shardc", "builtins"):
-        return False
-    return root not in sys.stdlib_module_names or root in _OPEN_LIBRARY or root == "__main__"
 
 
 @functools.cache

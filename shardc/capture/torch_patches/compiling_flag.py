@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection
 from typing import cast
 
-from shardc.capture.side_effects.code import is_installed
+from shardc.capture.user_frames import is_installed
 
 _ASKING = (__file__, os.path.join("torch", "compiler", "__init__.py"), os.path.join("_dynamo", "external_utils.py"))
 
