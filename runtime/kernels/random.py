@@ -88,7 +88,7 @@ def bernoulli(
     generator = torch.Generator()
     generator.set_state(state)
     stream = Stream("bernoulli", (probability,), drawn or dtype, generator)
-    return filled(stream, shape, strides, by_dim(parts)).to(current().device, dtype)
+    return filled(stream, shape, strides, by_dim(parts), dtype).to(current().device)
 
 
 def fresh_seed() -> Tensor:
