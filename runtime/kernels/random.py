@@ -105,7 +105,7 @@ def bernoulli(
     generator.set_state(state)
     stream = Stream("bernoulli", (probability,), drawn or dtype, generator)
     whole, ours = _of_batch(shape, batch, parts)
-    return filled(stream, whole, strides, ours).to(current().device, dtype)
+    return filled(stream, whole, strides, ours, dtype).to(current().device)
 
 
 def fresh_seed() -> Tensor:

@@ -107,11 +107,11 @@ class _Bernoulli(_Pieces):
     def __init__(self, stream: Stream, total: int, contiguous: bool) -> None:
         state = state_of_draw(stream.generator, [total], stream.dtype)
         self._numbers = kind()(state, stream.parameters[0] if stream.parameters else 0.5, stream.dtype, total)
-        self._place, self._dtype = 0, stream.dtype
+        self._place = 0
 
     def take(self, count: int) -> Tensor:
         self._place += count
-        return self._numbers.take(self._place - count, count).to(self._dtype)
+        return self._numbers.take(self._place - count, count)
 
     def skip(self, count: int) -> None:
         self._place += count
@@ -146,11 +146,16 @@ class _Serial(_Pieces):
         )  # strides of 2 keep torch from drawing groups
 
 
-def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, parts: Mapping[int, Part]) -> Tensor:
+def filled(
+    stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, parts: Mapping[int, Part],
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """The rank's part of a random tensor of global `shape`; contiguous, with zeros as padding.
 
-    `strides` are those of the global tensor in eager mode, None if it is contiguous. `parts` are by dim.
+    `strides` are those of the global tensor in eager mode, None if it is contiguous. `parts` are by dim. `dtype` is
+    that of the result, where it is not that in which eager mode draws.
     """
+    made = stream.dtype if dtype is None else dtype
     shape, like = tuple(shape), torch.empty(tuple(shape), dtype=stream.dtype, device="meta")
     if strides is not None:
         like = torch.empty_strided(shape, tuple(strides), dtype=stream.dtype, device="meta")
@@ -160,14 +165,14 @@ def filled(stream: Stream, shape: Sequence[int], strides: Sequence[int] | None, 
     ]
     local = [parts[d].length if d in parts else n for d, n in enumerate(shape)]
     inside = tuple(slice(0, span.stop - span.start) for span in spans)
-    if not parts or not stream.in_pieces:
+    if not stream.in_pieces or (not parts and made == stream.dtype):
         whole = stream.fill(torch.empty_strided(shape, like.stride(), dtype=stream.dtype))
         if not parts:
-            return whole.contiguous()
-        result = torch.zeros(local, dtype=stream.dtype)
+            return whole.to(made).contiguous()
+        result = torch.zeros(local, dtype=made)
         result[inside] = whole[tuple(spans)]
         return result
-    result = torch.zeros(local, dtype=stream.dtype)
+    result = torch.zeros(local, dtype=made)
     order = list(range(len(shape)))
     if stream.distribution != "bernoulli" or in_memory_order():
         order.sort(key=lambda d: -like.stride(d))

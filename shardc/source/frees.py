@@ -108,6 +108,14 @@ class Lives:
                 self.room[start:stop] += size
         return fits
 
+    def may_stay(self, values: Sequence[fx.Node], end: int) -> bool:
+        """Whether values may stay until the node `end`, as in a list; they count from then on."""
+        if self.held is None:
+            return True
+        kept = {one for node in values for one in self.storages(node)}
+        stays = [(self.ends[storage] + 1, end, size) for storage, size in kept if self.ends.get(storage, end) + 1 < end]
+        return self.fits(Unit((), tuple(stays)))
+
     def units(self, names: Sequence[fx.Node], spans: Sequence[tuple[int, int]]) -> list[Unit]:
         """The storages of a function's values, with the spans for which they stay if the function runs from node to
         node of each of `spans`; where it runs several times, `names` are those of the first."""

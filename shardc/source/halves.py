@@ -316,7 +316,8 @@ class Half:
                     writer.where.setdefault(nodes[offset], Spot(lists[name], run * len(group) + position, length))
 
     def _varying(self, layer: Layer) -> None:
-        """Find where the arguments are that differ from run to run. What has no place in a list gets one."""
+        """Find where the arguments are that differ from run to run. What has no place in a list gets one. Raises
+        TooLong where such a list would hold more than fits."""
         loop, writer = layer.loop, self.writer
         self.turns: dict[int, tuple[Spot, int]] = {}
         for part in layer.parts:
@@ -326,6 +327,8 @@ class Half:
                 places = [writer.place(value) for value in read if value is not None]
                 step = even(places)
                 if step is None:
+                    if not self.lives.may_stay(some, loop.start + sum(map(len, loop.every))):
+                        raise TooLong
                     name = writer.scope.name("given_layers")
                     writer.add(f"{name} = ", listed(spread(places)))
                     writer.own(name, name)

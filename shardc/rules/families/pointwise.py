@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from shardc.rules.notation import Rule, adds, family, named_dims, parse
+from shardc.rules.notation import Rule, Workspace, adds, family, named_dims, parse
 
 aten = torch.ops.aten
 
@@ -88,7 +88,15 @@ def pointwise(operator: OpOverload, arguments: tuple[Any, ...], keywords: Mappin
         f"{', '.join(dims(x) for x in operands)} -> {', '.join(results)}",
         _groups(operator, arguments, keywords, operands),
         even=operator in FAILING and not any(x.is_floating_point() for x in operands),
+        workspace=_between(operator, names, operands),
     )
+
+
+def _between(operator: OpOverload, names: list[str], operands: list[torch.Tensor]) -> list[Workspace]:
+    """What a call makes on its way: on the CPU, the gradient of dropout is the product of two products."""
+    if operator is not aten.native_dropout_backward.default or operands[0].device.type == "cuda":
+        return []
+    return [Workspace(tuple(name for name in names if name != "1"), operands[0].element_size())]
 
 
 def _groups(

@@ -50,7 +50,8 @@ def bernoulli_from(state: torch.Tensor, shape: Any, *_: Any, **__: Any) -> Rule:
     drawn = Drawn(tuple(factors), math.prod(shape[len(factors) :]), itemsize=1)
     dims = mark(letters(x), range(x.dim()), "~")
     needed = Workspace((), 1, min(x.numel(), BLOCK), most=BLOCK)
-    return parse(f"n! -> {dims}", drawn=drawn, variants=[Variant(ONLY, random.bernoulli, workspace=(needed,))])
+    body = Variant(ONLY, random.bernoulli, workspace=(needed,))
+    return parse(f"n! -> {dims}", drawn=drawn, variants=[body], workspace=(needed,))
 
 
 @rule(random.fresh_seed)

@@ -92,14 +92,14 @@ def test_backward_sees_what_forward_drew(split: tuple[str | None, ...]) -> None:
 class Tower(nn.Module):
     """Masks are most of what is kept for backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2, masks: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.layers, self.masks = nn.ModuleList(nn.Linear(16, 16) for _ in range(layers)), masks
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             y = layer(x)
-            for _ in range(4):
+            for _ in range(self.masks):
                 y = F.dropout(y, 0.2)
             x = x + y
         return x
@@ -123,6 +123,13 @@ def test_masks_are_drawn_again_where_that_is_cheaper(randomness: str) -> None:
     assert tight.graph("reshard").count(drawn) > 8
     for one, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(one.grad, grad)
+
+
+def test_a_loop_of_the_code_may_end_early_by_less_than_a_run() -> None:
+    """Masks that are drawn again in some layers only: what follows a loop repeats more than one of its runs."""
+    asked = {"hardware": "cpu", "memory": "92KB", "randomness": "independent"}
+    compiled = shardc.compile(Tower(3, 6), "a=2", (torch.empty(256, 16),), cache=False, **asked)  # type: ignore[arg-type]
+    assert compiled.graph("reshard").count("= draw_from(") > 18
 
 
 def test_the_default_goes_by_the_device_and_the_plan_says_which() -> None:
