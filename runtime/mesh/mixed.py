@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from shardc.runtime.mesh import local_steps
+
 _RAW = frozenset(
     (torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.__deepcopy__, Tensor.__reduce_ex__)
 )
@@ -45,6 +47,7 @@ def install() -> None:
         DTensor.__torch_function__ = classmethod(_torch_function)  # type: ignore[assignment]
         register_optimizer_step_pre_hook(lambda optimizer, *_: _enter_optimizer(optimizer))
         register_optimizer_step_post_hook(lambda *_: _leave_optimizer())
+        local_steps.install()
 
 
 _AsTorch = torch._C.DisableTorchFunctionSubclass
