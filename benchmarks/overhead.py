@@ -88,6 +88,21 @@ def row(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor], train:
     )
 
 
+def optimizer_step(fused: bool) -> str:
+    """One line of the table: a step of AdamW on local tensors, beside the same on DTensors (as that of a subclass)."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, ids = shard(llama(), mesh="a=1"), torch.randint(1, 4096, (2, 7))
+        model(input_ids=ids, labels=ids).loss.backward()
+        by_dtensor = type("AdamWOnDTensors", (torch.optim.AdamW,), {})
+        ours, theirs = (kind(model.parameters(), lr=1e-4, fused=fused) for kind in (torch.optim.AdamW, by_dtensor))
+        local, dispatched = medians(ours.step, theirs.step)
+    finally:
+        torch.distributed.destroy_process_group()
+    step = f"AdamW{', fused' if fused else ''}, beside DTensor's"
+    return f"| Llama, 4.8 M parameters | {step} | {local / dispatched:.3f} | {local - dispatched:+.2f} ms |"
+
+
 def tokens() -> str:
     """One line of the table: sixteen tokens of `generate` with a growing cache."""
     model = llama().eval()
@@ -128,7 +143,10 @@ def main() -> None:
         print(row("two linear layers of 8", Tiny(), lambda model: model(x).sum(), train))
     for train in (False, True):
         print(row("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids, labels=ids).loss, train))
-    print(tokens(), "\n")
+    print(tokens())
+    for fused in (False, True):
+        print(optimizer_step(fused))
+    print()
     print("| model | modules, parameters | run | call / run | difference |\n| --- | --- | --- | --- | --- |")
     deep = nn.Sequential(*(Block() for _ in range(100)))
     print(beyond("two linear layers of 8", Tiny(), lambda model: model(x)))

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from shardc.runtime.mesh import local_steps
 from shardc.runtime.mesh.agreement import meeting
 
 _RAW = frozenset(
@@ -52,6 +53,7 @@ def install() -> None:
             setattr(AsyncCollectiveTensor, name, _telling(getattr(AsyncCollectiveTensor, name)))
         register_optimizer_step_pre_hook(lambda optimizer, *_: _enter_optimizer(optimizer))
         register_optimizer_step_post_hook(lambda *_: _leave_optimizer())
+        local_steps.install()
 
 
 def _telling(wait: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:

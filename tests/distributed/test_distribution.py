@@ -18,6 +18,7 @@ Spawn = Callable[..., list[tuple[int, str]]]
     [
         ("accumulates.py", "programs equal one device"),
         ("lives.py", "programs equal one device"),
+        ("optimizers.py", "programs equal one device"),
         ("mixes.py", "programs equal one device"),
         ("parts.py", "all parts are right"),
         ("refuses.py", "refused as it should be"),
