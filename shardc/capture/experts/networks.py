@@ -68,6 +68,11 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(value_of(node).shape)
 
 
+def operand(node: fx.Node, place: int = 0) -> Any:
+    """One of the arguments of a call."""
+    return node.args[place]
+
+
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
 
@@ -79,7 +84,7 @@ def same_rows(node: fx.Node, seen: set[fx.Node]) -> fx.Node:
         if not view and node.target is not aten.clone.default:
             break
         seen.add(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node
 
 
@@ -176,7 +181,7 @@ class _Between:
         inner = product(whole, self._seen)
         if inner is not None:
             return self._first(Product(inner.rows, inner.weight, inner.bias, part))
-        target = node.target
+        target: Any = node.target
         pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
         if part is not None or not (pointwise or target is aten._to_copy.default):
             raise LookupError(node.name)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from shardc.capture.experts.events import Place
 from shardc.capture.experts.expressions import Call, Expression, Taken, Writer, evaluate, stacked, turned
-from shardc.capture.experts.networks import Part, Product, is_tensor, shape
+from shardc.capture.experts.networks import Part, Product, is_tensor, operand, shape
 from shardc.capture.experts.routing import Chosen, Column, Gate, Gates, count_of, distinct, is_filled
 from shardc.capture.experts.sums import Sum, Term
 from shardc.ir.program import value_of
@@ -230,12 +230,12 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
         return None
     node = gate
     while node.target in (aten.view.default, aten.clone.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     if node.target is aten.sum.dim_IntList:
         dims, rank = node.args[1], len(shape(node.args[0]))  # type: ignore[arg-type]
         if [dim % rank for dim in dims] != [rank - 1]:  # type: ignore[union-attr]
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     elif math.prod(shape(ids)) != tokens:
         return None
     args: Any = node.args
@@ -265,7 +265,7 @@ def _matrix(gates: list[Gate], tokens: int) -> fx.Node | None:
         else:
             node = gate
             while node.target in (aten.view.default, aten.clone.default):
-                node = node.args[0]  # type: ignore[assignment]
+                node = operand(node)
             args: Any = node.args
             if (node.target is aten.select.int and args[2] == number) or (
                 node.target is aten.slice.Tensor and args[2:4] == (number, number + 1)
