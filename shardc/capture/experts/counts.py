@@ -13,6 +13,9 @@ from shardc.capture.trace_errors import explained
 from shardc.capture.user_frames import user_frame
 from shardc.errors import CaptureError
 
+Place = tuple[str, tuple[str, int] | None]
+"""A module, and a file and line."""
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -35,14 +38,19 @@ class Emptiness:
         self._empty = empty
         self.path = ""
         """The module that is running."""
+        self.selected: Place = "", None
+        """Where rows were selected last."""
         self._asked: tuple[Exception, str, tuple[str, int] | None] | None = None
 
     def __bool__(self) -> bool:
         if self._asked is None:
-            frame = user_frame(sys._getframe(1))
-            at = None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-            self._asked = unknown(), self.path, at
+            self._asked = unknown(), *self.place()
         return self._empty
+
+    def place(self) -> Place:
+        """Where the user's code is."""
+        frame = user_frame(sys._getframe(1))
+        return self.path, None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
     @property
     def asked(self) -> CaptureError | None:
@@ -50,9 +58,12 @@ class Emptiness:
         return None if self._asked is None else explained(*self._asked)
 
 
-def unknown() -> Exception:
-    """What torch raises for a size that only a run knows."""
-    return DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+def unknown(selected: Place | None = None) -> Exception:
+    """What torch raises for a size that only a run knows; of rows that were `selected` somewhere."""
+    error = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+    if selected is not None:
+        error.selected = selected  # type: ignore[attr-defined]  # which `explained` reads
+    return error
 
 
 def _refused(*_: Any) -> NoReturn:
