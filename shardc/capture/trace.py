@@ -81,7 +81,10 @@ def capture(
                 experts.leave(error.event)
             except CaptureError as error:
                 if compiling.last is None or compiling.last in told:
-                    raise (experts.rows.empty.asked or error) from error
+                    asked = experts.rows.empty.asked
+                    if asked is None:
+                        raise
+                    raise asked from error
                 told.add(compiling.last)
 
     def captured() -> Program:

@@ -12,6 +12,7 @@ from shardc.errors import CaptureError
 def explained(error: Exception, path: str, at: tuple[str, int] | None = None) -> CaptureError:
     """The CaptureError for a failed trace in the module at `path`: where in the user's code (the file and line `at`, or
     where the error passed through), what, and the way out."""
+    path, at = getattr(error, "selected", (path, at))
     innermost = at or failing_line(error.__traceback__)
     place, code = f"module {path!r}" if path else "the model", ""
     if innermost is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ def gelu_network() -> nn.Module:
 class Routed(nn.Module):
     """A router, and experts of one kind. `scores` says how the chosen experts are weighed."""
 
-    def __init__(self, k: int = 2, kind: type[nn.Module] | None = SwiGLU, normalised: bool = True) -> None:
+    def __init__(self, k: int = 2, kind: Callable[[], nn.Module] | None = SwiGLU, normalised: bool = True) -> None:
         super().__init__()
         self.gate = nn.Linear(D, COUNT, bias=False)
         if kind is not None:
@@ -82,7 +84,7 @@ class MixtralHits(Routed):
         expert_mask = F.one_hot(selected_experts, num_classes=COUNT).permute(2, 1, 0)
         expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero()
         for expert_idx in expert_hit:
-            expert_layer = self.experts[expert_idx]
+            expert_layer = self.experts[expert_idx]  # type: ignore[index, arg-type]  # a tensor of one number
             idx, top_x = torch.where(expert_mask[expert_idx].squeeze(0))
             current_state = hidden_states[None, top_x].reshape(-1, width)
             current = expert_layer(current_state) * routing_weights[top_x, idx, None]
@@ -180,7 +182,7 @@ class DenseLoop(Routed):
     def forward(self, x: Tensor) -> Tensor:
         probabilities, scores, ids = self.route(x)
         gates = torch.zeros_like(probabilities).scatter_(-1, ids, scores)
-        return sum(gates[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+        return sum(gates[..., e, None] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
 
 
 class DenseSum(Routed):
@@ -234,7 +236,7 @@ class StackedLoop(Routed):
         return out.view(x.shape)
 
 
-LAYERS: dict[str, type[Routed] | object] = {
+LAYERS: dict[str, Callable[[], Routed]] = {
     "mixtral": MixtralLoop,
     "mixtral hits": MixtralHits,
     "mistral": lambda: MistralLoop(kind=gelu_network),

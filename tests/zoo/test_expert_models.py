@@ -62,12 +62,16 @@ def test_variants_train_like_the_single_device(name: str, variant: str) -> None:
         assert CALLS[variant] in compare(model, inputs)
 
 
-def test_llama4_trains_like_the_single_device() -> None:
-    """Its layers run all experts for all tokens in batched products, which split as such."""
+@pytest.mark.parametrize("variant", CALLS)
+def test_llama4_trains_like_the_single_device(variant: str, request: pytest.FixtureRequest) -> None:
+    """It multiplies what goes into an expert by the score."""
+    if variant != "exchanged" and not request.config.getoption("--whole-zoo"):
+        pytest.skip("with --whole-zoo")
     torch.manual_seed(0)
     settings = {**LLAMA, **EXPERTS, **LLAMA4}
     model, inputs = decoder(t.Llama4ForCausalLM, t.Llama4TextConfig, **settings)()
     for parameter in model.parameters():
         if not parameter.detach().isfinite().all() or not parameter.detach().any():
             nn.init.normal_(parameter, std=0.1)
-    compare(model, inputs)
+    with forced.experts(variant):
+        assert CALLS[variant] in compare(model, inputs)

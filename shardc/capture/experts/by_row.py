@@ -27,7 +27,7 @@ _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "einsum")
 
 def by_row(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: RowsOf, result: Any) -> int | None:
     """The dim of the rows in `result`, what a function of torch called `name` returned; None if it mixes them."""
-    first = args[0] if args else None
+    first: Any = next(iter(args), None)
     dim = rows(first)
     if name in _PRODUCTS:
         return _product(name, args, rows)

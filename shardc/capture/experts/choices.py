@@ -49,8 +49,8 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
         return
     if not isinstance(result, Tensor):
         return
-    if name in (*_VIEWS, "contiguous") and not result.is_floating_point() and result.numel() == args[0].numel():
-        notes.put(result, Same(origin(notes, args[0])))
+    if name in (*_VIEWS, "contiguous") and not result.is_floating_point() and result is not args[0]:
+        notes.put(result, Same(origin(notes, args[0])) if result.numel() == args[0].numel() else None)
     known = notes.get(args[0], Choices)
     if known is None:
         return

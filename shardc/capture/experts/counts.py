@@ -13,6 +13,9 @@ from shardc.capture.trace_errors import explained
 from shardc.capture.user_frames import user_frame
 from shardc.errors import CaptureError
 
+Place = tuple[str, tuple[str, int] | None]
+"""A module, and a file and line."""
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -35,14 +38,19 @@ class Emptiness:
         self._empty = empty
         self.path = ""
         """The module that is running."""
+        self.selected: Place = "", None
+        """Where rows were selected last."""
         self._asked: tuple[Exception, str, tuple[str, int] | None] | None = None
 
     def __bool__(self) -> bool:
         if self._asked is None:
-            frame = user_frame(sys._getframe(1))
-            at = None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-            self._asked = unknown(), self.path, at
+            self._asked = unknown(), *self.place()
         return self._empty
+
+    def place(self) -> Place:
+        """Where the user's code is."""
+        frame = user_frame(sys._getframe(1))
+        return self.path, None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
     @property
     def asked(self) -> CaptureError | None:
@@ -50,9 +58,12 @@ class Emptiness:
         return None if self._asked is None else explained(*self._asked)
 
 
-def unknown() -> Exception:
-    """What torch raises for a size that only a run knows."""
-    return DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+def unknown(selected: Place | None = None) -> Exception:
+    """What torch raises for a size that only a run knows; of rows that were `selected` somewhere."""
+    error = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+    if selected is not None:
+        error.selected = selected  # type: ignore[attr-defined]  # which `explained` reads
+    return error
 
 
 def _refused(*_: Any) -> NoReturn:
@@ -94,5 +105,5 @@ class Count(int):
         return not self._empty
 
     __hash__ = int.__hash__
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __pow__ = __rpow__ = __float__ = _refused
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused  # type: ignore[assignment]
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __pow__ = __rpow__ = __float__ = _refused  # type: ignore[assignment]

@@ -20,7 +20,7 @@ aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Part:
+class ColumnRange:
     """A part of the columns of a weight: every `step`-th from `first` on, before `last`."""
 
     first: int
@@ -35,7 +35,7 @@ class Product:
     rows: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    part: Part | None = None
+    part: ColumnRange | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(value_of(node).shape)
 
 
+def operand(node: fx.Node, place: int = 0) -> Any:
+    """One of the arguments of a call."""
+    return node.args[place]
+
+
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
 
@@ -79,7 +84,7 @@ def same_rows(node: fx.Node, seen: set[fx.Node]) -> fx.Node:
         if not view and node.target is not aten.clone.default:
             break
         seen.add(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node
 
 
@@ -176,7 +181,7 @@ class _Between:
         inner = product(whole, self._seen)
         if inner is not None:
             return self._first(Product(inner.rows, inner.weight, inner.bias, part))
-        target = node.target
+        target: Any = node.target
         pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
         if part is not None or not (pointwise or target is aten._to_copy.default):
             raise LookupError(node.name)
@@ -203,7 +208,7 @@ class _Between:
             self.ups.reverse()
 
 
-def _cut(node: fx.Node, seen: set[fx.Node]) -> tuple[fx.Node, Part | None]:
+def _cut(node: fx.Node, seen: set[fx.Node]) -> tuple[fx.Node, ColumnRange | None]:
     """What a node cuts along its last dim, and which part it is."""
     last = len(shape(node)) - 1
     if node.target is aten.slice.Tensor and node.args[1] % (last + 1) == last:  # type: ignore[operator]
@@ -211,14 +216,14 @@ def _cut(node: fx.Node, seen: set[fx.Node]) -> tuple[fx.Node, Part | None]:
         width = shape(source)[-1]
         first, stop, step = slice(*[*node.args[2:], None, None, None][:3]).indices(width)  # type: ignore[misc]
         seen.add(node)
-        return same_rows(source, seen), Part(first, stop if step == 1 else width, step)
+        return same_rows(source, seen), ColumnRange(first, stop if step == 1 else width, step)
     if node.target is operator.getitem and node.args[0].target in (aten.split.Tensor, aten.split_with_sizes.default):  # type: ignore[union-attr]
         several, number = node.args  # type: ignore[misc]
         source, sizes, dim = _split(several)  # type: ignore[arg-type]
         if dim == last:
             first = sum(sizes[:number])  # type: ignore[misc]
             seen.update((node, several))  # type: ignore[arg-type]
-            return same_rows(source, seen), Part(first, first + sizes[number], 1)  # type: ignore[index]
+            return same_rows(source, seen), ColumnRange(first, first + sizes[number], 1)  # type: ignore[index]
     return node, None
 
 

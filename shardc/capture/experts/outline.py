@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardc.capture.experts.networks import operand
 from shardc.capture.experts.routing import is_filled
 from shardc.ir.program import value_of
 
@@ -62,14 +63,14 @@ class Outlines:
             source = node.args[1 if zeros[0] else 0]
             if isinstance(source, fx.Node) and _form(source) == _form(node):
                 return other
-        if target in _VIEWS and isinstance(node.args[0], fx.Node) and target is not aten.permute.default:
-            inner = node.args[0]
+        if target in _VIEWS and isinstance(operand(node), fx.Node) and target is not aten.permute.default:
+            inner = operand(node)
             if target is aten.clone.default or (target is aten.view.default and _form(inner) == _form(node)):
                 return args[0]
             if target is aten.view.default:  # a view of a view is a view of the first
                 first = inner
                 while first.target in (aten.view.default, aten.clone.default):
-                    first = first.args[0]  # type: ignore[assignment]
+                    first = operand(first)
                 return known[first] if _form(first) == _form(node) else self._plain(target, (known[first], args[1]), {})
         return self._plain(target, args, kwargs)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from shardc.capture.experts.events import Place
 from shardc.capture.experts.expressions import Call, Expression, Taken, Writer, evaluate, stacked, turned
-from shardc.capture.experts.networks import Part, Product, is_tensor, shape
+from shardc.capture.experts.networks import ColumnRange, Product, is_tensor, operand, shape
 from shardc.capture.experts.routing import Chosen, Column, Gate, Gates, count_of, distinct, is_filled
 from shardc.capture.experts.sums import Sum, Term
 from shardc.ir.program import value_of
@@ -32,13 +32,13 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ExpertWeights:
     """One of the products of all experts: `[experts, out, in]`. Of two, where each has its own tensors: those of one
     expert come one after the other."""
 
     weight: Expression
     bias: Expression | None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ColumnRange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Recipe:
     count: int
     scores: Scores
     factor: float
-    ups: tuple[Weights, ...]
-    down: Weights
+    ups: tuple[ExpertWeights, ...]
+    down: ExpertWeights
     activation: tuple[str, str]
     rest: Expression | None
 
@@ -128,7 +128,7 @@ def _places(value: Any) -> Iterator[Place]:
     elif isinstance(value, (tuple, list)):
         for one in value:
             yield from _places(one)
-    elif isinstance(value, (Call, Scores, Weights, Recipe)):
+    elif isinstance(value, (Call, Scores, ExpertWeights, Recipe)):
         for one in vars(value).values():
             yield from _places(one)
 
@@ -168,7 +168,7 @@ def recipe(found: Sum, write: Writer) -> Recipe | None:
     )
 
 
-def _ups(terms: tuple[Term, ...], parts: tuple[Part, ...], write: Writer) -> tuple[Weights, ...]:
+def _ups(terms: tuple[Term, ...], parts: tuple[ColumnRange, ...], write: Writer) -> tuple[ExpertWeights, ...]:
     several = range(1 if parts else len(terms[0].network.ups))
     each = tuple(_weights([term.network.ups[place] for term in terms], write, parts) for place in several)
     if len(each) > 1 and all(_is_stack(one.weight) for one in each):
@@ -180,10 +180,10 @@ def _is_stack(expression: Expression) -> bool:
     return isinstance(expression, Call) and expression.target is aten.stack.default
 
 
-def _weights(products: list[Product], write: Writer, parts: tuple[Part, ...] = ()) -> Weights:
+def _weights(products: list[Product], write: Writer, parts: tuple[ColumnRange, ...] = ()) -> ExpertWeights:
     weight = stacked([turned(write(product.weight)) for product in products])
     biases = [write(product.bias) for product in products if product.bias is not None]
-    return Weights(weight, stacked(biases) if biases else None, parts)
+    return ExpertWeights(weight, stacked(biases) if biases else None, parts)
 
 
 def _ids(terms: tuple[Term, ...], tokens: int) -> tuple[fx.Node | None, list[list[Chosen | None]]]:
@@ -230,12 +230,12 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
         return None
     node = gate
     while node.target in (aten.view.default, aten.clone.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     if node.target is aten.sum.dim_IntList:
         dims, rank = node.args[1], len(shape(node.args[0]))  # type: ignore[arg-type]
         if [dim % rank for dim in dims] != [rank - 1]:  # type: ignore[union-attr]
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     elif math.prod(shape(ids)) != tokens:
         return None
     args: Any = node.args
@@ -265,7 +265,7 @@ def _matrix(gates: list[Gate], tokens: int) -> fx.Node | None:
         else:
             node = gate
             while node.target in (aten.view.default, aten.clone.default):
-                node = node.args[0]  # type: ignore[assignment]
+                node = operand(node)
             args: Any = node.args
             if (node.target is aten.select.int and args[2] == number) or (
                 node.target is aten.slice.Tensor and args[2:4] == (number, number + 1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.capture.experts.networks import is_tensor, shape
+from shardc.capture.experts.networks import is_tensor, operand, shape
 
 aten: Any = torch.ops.aten
 _COPIES = (aten.clone.default, aten._to_copy.default)
@@ -123,7 +123,8 @@ class Gates:
         if target is aten.select.int:
             return self._column(args[0], args[1], args[2])
         if target is aten.slice.Tensor:
-            dim, first, last, step = (*args[1:], *(0, 0, None, 1)[len(args) - 1 :])
+            given: list[Any] = [*args[1:], *(0, 0, None, 1)[len(args) - 1 :]]
+            dim, first, last, step = given
             cut = last == first + 1 and step == 1
             return self._column(args[0], dim, first) if cut else None
         if target is operator.getitem and args[0].target in (aten.unbind.int, aten.split.Tensor):
@@ -137,7 +138,7 @@ class Gates:
         """The ids themselves: one for each token, or some in the last dim."""
         source = ids
         while source.target in (aten.view.default, *_COPIES):
-            source = source.args[0]  # type: ignore[assignment]
+            source = operand(source)
         size = math.prod(shape(source))
         if size == self.tokens:
             runs = _runs(("t", size))
@@ -252,8 +253,8 @@ def _dims_of(runs: Iterable[Run], dims: tuple[int, ...]) -> list[list[int]] | No
 def _counts(node: fx.Node, count: int) -> bool:
     """Whether a node is 0, 1, ... `count` - 1 along the last dim."""
     while node.target in (aten.view.default, *_COPIES):
-        node = node.args[0]  # type: ignore[assignment]
-    return node.target is aten.arange.default and node.args[0] == count and len(node.args) == 1
+        node = operand(node)
+    return node.target is aten.arange.default and operand(node) == count and len(node.args) == 1
 
 
 def distinct(ids: fx.Node) -> bool:
@@ -278,7 +279,7 @@ def distinct(ids: fx.Node) -> bool:
 def count_of(ids: fx.Node) -> int:
     """How many experts the ids may name, if what they choose among is known; else 0."""
     while ids.target in (aten.view.default, aten.slice.Tensor, *_COPIES):
-        ids = ids.args[0]  # type: ignore[assignment]
+        ids = operand(ids)
     if ids.target is aten.argmax.default:
         source, dim = ids.args[0], (*ids.args[1:], None)[0]
     elif ids.target is operator.getitem and ids.args[0].target in _CHOOSE:  # type: ignore[union-attr]

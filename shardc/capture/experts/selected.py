@@ -65,8 +65,8 @@ class SelectedRows(Selections):
 
     def _known(self, run: Run, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The result of a call that selects rows, reads or writes them, or asks about them; None for other calls."""
-        first = args[0] if args else None
-        if name in ("where", "nonzero") and len(args) == 1 and is_mask(first):
+        first: Any = next(iter(args), None)
+        if name in ("where", "nonzero") and not args[1:] and is_mask(first):
             return self._picked(first, name == "where" or kwargs.get("as_tuple", False))
         if name in _ASKS and isinstance(first, Tensor):
             return self._asked(name, first, args)

@@ -62,7 +62,7 @@ class Selections:
             self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise unknown()
+        raise unknown(self.empty.selected if self._any else None)
 
     def _selected(self, tensor: Any) -> bool:
         return self._notes.get(tensor, Rows) is not None or self._notes.get(tensor, Picked) is not None
@@ -86,6 +86,7 @@ class Selections:
         made = Selection(mask.flatten() if chosen is None else chosen.any(-1), sizes, chosen)
         self._notes.put(root, made)
         self._any = True
+        self.empty.selected = self.empty.place()
         self._note_mask(made.valid)
         return made
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardc.capture.experts.networks import Network, is_tensor, network, same_rows, shape
+from shardc.capture.experts.networks import Network, is_tensor, network, operand, same_rows, shape
 from shardc.capture.experts.routing import Column, Gate, is_filled
 
 aten: Any = torch.ops.aten
@@ -209,7 +209,7 @@ def _is_gate(gate: Any, node: fx.Node) -> bool:
 
 def _gate(gate: fx.Node) -> fx.Node:
     while gate.target is aten.expand.default and shape(gate.args[0])[-1:] == (1,):  # type: ignore[arg-type]
-        gate = gate.args[0]  # type: ignore[assignment]
+        gate = operand(gate)
     return gate
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from shardc.capture.canonical import Rewriter, live
 from shardc.capture.experts.events import Event, Events, Place, Record
 from shardc.capture.experts.expressions import Writer
+from shardc.capture.experts.networks import operand
 from shardc.capture.experts.outline import Outlines
 from shardc.capture.experts.recipe import Recipe, recipe
 from shardc.capture.experts.selected import SelectedRows
@@ -196,7 +197,7 @@ def _same_order(node: fx.Node) -> bool:
 def _viewed(node: fx.Node) -> fx.Node:
     """What a node is a view of."""
     while node.target is aten.view.default:
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node
 
 

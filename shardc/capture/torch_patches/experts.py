@@ -68,6 +68,25 @@ def fused(traced: Forward) -> Forward:
     return forward
 
 
+def fused_llama4(layer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What `Llama4TextMoe.forward` returns; None where a token has several experts. Scores multiply what goes in, and
+    those of other experts are zero, of which comes zero."""
+    weights = layer.experts
+    up = weights.gate_up_proj.transpose(1, 2).unflatten(1, (2, -1))
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):  # pyright: ignore
+        known = formulas(lambda gate, up: up * weights.act_fn(gate), 2, up.dtype) if layer.top_k == 1 else None
+    if known is None:
+        return None
+    rows = hidden_states.reshape(-1, layer.hidden_dim)
+    scores, logits = layer.router(rows)
+    ids = torch.topk(logits, 1, dim=1).indices
+    routed = experts(
+        rows * scores.gather(1, ids), ids, torch.ones_like(ids, dtype=rows.dtype), up, None,
+        weights.down_proj.transpose(1, 2), None, *known,
+    )  # fmt: skip
+    return layer.shared_expert(rows) + routed, logits
+
+
 def _blocks(layer: Any, between: bool) -> tuple[Tensor, Tensor | None]:
     """The weight `[experts, g, f, d]` and the bias `[experts, g, f]` as views of the layer's."""
     name, count = ("gate_up_proj", 2) if layer.has_gate else ("up_proj", 1)

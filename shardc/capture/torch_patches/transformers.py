@@ -11,7 +11,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 from shardc.capture.torch_patches.attention.flex import FlexAttention
-from shardc.capture.torch_patches.experts import fused
+from shardc.capture.torch_patches.experts import fused, fused_llama4
 from shardc.capture.torch_patches.key_value_caches import windows
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
@@ -32,6 +32,9 @@ def patched(module: nn.Module) -> Generator[None]:
             known = layers.ExpertsInterface._global_mapping
             traced = {name: fused(known[name]) for name in TRACEABLE_EXPERTS}
             stack.enter_context(patch.dict(known, traced))
+        llama4 = sys.modules.get("transformers.models.llama4.modeling_llama4")
+        if llama4 is not None:
+            stack.enter_context(patch.object(llama4.Llama4TextMoe, "forward", _llama4(llama4.Llama4TextMoe.forward)))
         configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
         for config in configs.values():
             # The eager experts loop over the experts that were hit, which only the values know. The property
@@ -40,6 +43,16 @@ def patched(module: nn.Module) -> Generator[None]:
             if chosen not in TRACEABLE_EXPERTS:
                 stack.enter_context(patch.object(config, "_experts_implementation_internal", TRACEABLE_EXPERTS[0]))
         yield
+
+
+def _llama4(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of Llama 4's layer of experts, which runs all of them for all tokens, as one operator."""
+
+    def fused_forward(self: Any, hidden_states: Tensor) -> Any:
+        made = fused_llama4(self, hidden_states)
+        return forward(self, hidden_states) if made is None else made
+
+    return fused_forward
 
 
 @contextmanager

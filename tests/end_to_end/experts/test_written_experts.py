@@ -18,7 +18,7 @@ from samples import written_experts as written
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 
-EXACT = dict(rtol=1e-10, atol=1e-10)
+EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
 CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 WAYS = [("ep=2", "exchanged"), ("ep=3", "in_parts"), ("ep=4", "exchanged"), ("dp=2,ep=2", "in_parts"), ("ep=2", "")]
 SAMPLE = ["mixtral hits", "masks", "switch", "dense stack", "stacked"]

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.captured import operators
+from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import transformers
 from shardc.capture.torch_patches.ambient_modes import modes, unobserved
@@ -239,7 +240,9 @@ def test_versions_of_dicts() -> None:
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
-    provenance = Provenance(model, lambda path, output: None, lambda result, line: None, lambda *_: (), Recognition())
+    provenance = Provenance(
+        model, lambda path, output: None, lambda result, line: None, lambda *_: (), Recognition(), WrittenExperts()
+    )
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
         with provenance:
