@@ -13,7 +13,7 @@ from shardc.capture.trace_errors import explained
 from shardc.capture.user_frames import user_frame
 from shardc.errors import CaptureError
 
-Place = tuple[str, tuple[str, int] | None]
+CodePlace = tuple[str, tuple[str, int] | None]
 """A module, and a file and line."""
 
 
@@ -38,7 +38,7 @@ class Emptiness:
         self._empty = empty
         self.path = ""
         """The module that is running."""
-        self.selected: Place = "", None
+        self.selected: CodePlace = "", None
         """Where rows were selected last."""
         self._asked: tuple[Exception, str, tuple[str, int] | None] | None = None
 
@@ -47,7 +47,7 @@ class Emptiness:
             self._asked = unknown(), *self.place()
         return self._empty
 
-    def place(self) -> Place:
+    def place(self) -> CodePlace:
         """Where the user's code is."""
         frame = user_frame(sys._getframe(1))
         return self.path, None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
@@ -58,7 +58,7 @@ class Emptiness:
         return None if self._asked is None else explained(*self._asked)
 
 
-def unknown(selected: Place | None = None) -> Exception:
+def unknown(selected: CodePlace | None = None) -> Exception:
     """What torch raises for a size that only a run knows; of rows that were `selected` somewhere."""
     error = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
     if selected is not None:

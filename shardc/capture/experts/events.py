@@ -1,6 +1,6 @@
 """The calls of torch's functions in a trace, by number, so that another trace of the same model finds them again.
 
-x = F.linear(x, w)    # in layers.0.mlp, its fourth call    ->    Place(("layers.0.mlp", 3), 1) is w
+x = F.linear(x, w)    # in layers.0.mlp, its fourth call    ->    TensorPlace(("layers.0.mlp", 3), 1) is w
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Event = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor stands: the number of an argument of a call, or of a result, counted from -1 down."""
 
     event: Event
@@ -32,7 +32,7 @@ class Record:
     """What a trace has noted: where the value of a node can be had, which values are results of calls, and which nodes
     were made without gradients."""
 
-    places: dict[fx.Node, list[Place]] = field(default_factory=dict[fx.Node, list[Place]])
+    places: dict[fx.Node, list[TensorPlace]] = field(default_factory=dict[fx.Node, list[TensorPlace]])
     made: dict[fx.Node, Event] = field(default_factory=dict[fx.Node, Event])
     """The calls that return a value first, or write it into their first argument."""
     without_gradients: set[fx.Node] = field(default_factory=set[fx.Node])
@@ -51,7 +51,7 @@ class Events:
     def __init__(self) -> None:
         self._counts = Counter[str]()
         self.record = Record()
-        self.taken: dict[Place, tuple[Tensor, int]] = {}
+        self.taken: dict[TensorPlace, tuple[Tensor, int]] = {}
         """Tensors that are wanted, as they came, and how often they had been written by then."""
 
     def next(self, path: str) -> Event:
@@ -69,14 +69,14 @@ class Events:
         if graph is not None:
             self.record.chooses |= name in _CHOICES
             for number, tensor in enumerate(_tensors((args, kwargs))):
-                self._note(tensor, Place(event, number))
+                self._note(tensor, TensorPlace(event, number))
         if event in wanted:
             self._take(event, _tensors((args, kwargs)), (n for n in wanted[event] if n >= 0))
         before = len(graph.nodes) if graph is not None else 0
         result = run()
         if graph is not None:
             for number, tensor in enumerate(_tensors(result)):
-                node = self._note(tensor, Place(event, -1 - number))
+                node = self._note(tensor, TensorPlace(event, -1 - number))
                 if node is not None and number == 0:
                     self.record.made.setdefault(node, event)
             if name == "__setitem__" and isinstance(args[0], Tensor) and (node := node_of(args[0])) is not None:
@@ -87,7 +87,7 @@ class Events:
             self._take(event, _tensors(result), (-1 - n for n in wanted[event] if n < 0), results=True)
         return event, result
 
-    def _note(self, tensor: Tensor, place: Place) -> fx.Node | None:
+    def _note(self, tensor: Tensor, place: TensorPlace) -> fx.Node | None:
         node = node_of(tensor)
         if node is not None:
             self.record.places.setdefault(node, []).append(place)
@@ -97,7 +97,7 @@ class Events:
         chosen = set(numbers)
         for number, tensor in enumerate(tensors):
             if number in chosen:
-                place = Place(event, -1 - number if results else number)
+                place = TensorPlace(event, -1 - number if results else number)
                 self.taken[place] = tensor, -1 if tensor.is_inference() else tensor._version
 
 

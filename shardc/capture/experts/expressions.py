@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardc.capture.experts.events import Place
+from shardc.capture.experts.events import TensorPlace
 
 aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Taken:
+class TakenTensor:
     """A tensor of the trace."""
 
-    place: Place
+    place: TensorPlace
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
-Expression = Taken | Call
+Expression = TakenTensor | Call
 VIEWS = frozenset({
     aten.view.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.expand.default,
     aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem,
@@ -42,10 +42,10 @@ _MORE = frozenset({
 })  # fmt: skip
 
 
-class Writer:
+class ExpressionWriter:
     """Writes nodes as expressions. `places`: where values can be had in a trace."""
 
-    def __init__(self, places: Mapping[fx.Node, Place]) -> None:
+    def __init__(self, places: Mapping[fx.Node, TensorPlace]) -> None:
         self._places = places
         self.read = set[fx.Node]()
         """Nodes that stand in expressions as calls."""
@@ -53,7 +53,7 @@ class Writer:
     def __call__(self, node: fx.Node) -> Expression:
         """Raises LookupError where a trace has no such value."""
         if node in self._places:
-            return Taken(self._places[node])
+            return TakenTensor(self._places[node])
         if node.op != "call_function" or (node.target not in VIEWS and node.target not in _MORE):
             raise LookupError(node.name)
         self.read.add(node)
@@ -65,9 +65,9 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(one) for one in value) if isinstance(value, (list, tuple)) else value
 
 
-def evaluate(expression: Any, taken: Callable[[Place], Tensor], known: dict[Any, Any]) -> Any:
+def evaluate(expression: Any, taken: Callable[[TensorPlace], Tensor], known: dict[Any, Any]) -> Any:
     """The value of an expression; `known` are those that were computed already."""
-    if isinstance(expression, Taken):
+    if isinstance(expression, TakenTensor):
         return taken(expression.place)
     if isinstance(expression, tuple):
         return [evaluate(one, taken, known) for one in expression]

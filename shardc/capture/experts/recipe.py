@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardc.capture.experts.events import Place
-from shardc.capture.experts.expressions import Call, Expression, Taken, Writer, evaluate, stacked, turned
+from shardc.capture.experts.events import TensorPlace
+from shardc.capture.experts.expressions import (
+    Call,
+    Expression,
+    ExpressionWriter,
+    TakenTensor,
+    evaluate,
+    stacked,
+    turned,
+)
 from shardc.capture.experts.networks import ColumnRange, Product, is_tensor, operand, shape
-from shardc.capture.experts.routing import Chosen, Column, Gate, Gates, count_of, distinct, is_filled
+from shardc.capture.experts.routing import ChosenTokens, Gate, GateColumn, Gates, count_of, distinct, is_filled
 from shardc.capture.experts.sums import Sum, Term
 from shardc.ir.program import value_of
 from shardc.runtime.kernels.mixture.fused import experts
@@ -22,7 +30,7 @@ aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Scores:
+class ExpertScores:
     """What the experts of a token are multiplied by: `[tokens, k]` themselves, a matrix `[tokens, experts]`, or a
     column for each expert, of which each is a product."""
 
@@ -42,7 +50,7 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExpertsRecipe:
     """The operands of `shardc::experts`, in the shapes that the model has."""
 
     rows: Expression
@@ -50,18 +58,18 @@ class Recipe:
     ids: Expression
     bounded: bool
     count: int
-    scores: Scores
+    scores: ExpertScores
     factor: float
     ups: tuple[ExpertWeights, ...]
     down: ExpertWeights
     activation: tuple[str, str]
     rest: Expression | None
 
-    def places(self) -> Iterator[Place]:
+    def places(self) -> Iterator[TensorPlace]:
         """What it takes from the trace."""
         yield from _places(self)
 
-    def run(self, taken: Callable[[Place], Tensor], like: Tensor) -> Tensor:
+    def run(self, taken: Callable[[TensorPlace], Tensor], like: Tensor) -> Tensor:
         """The sum, in the form of `like`."""
         known: dict[Any, Any] = {}
 
@@ -122,18 +130,18 @@ def _floating(x: Tensor, like: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(like.dtype)
 
 
-def _places(value: Any) -> Iterator[Place]:
-    if isinstance(value, Taken):
+def _places(value: Any) -> Iterator[TensorPlace]:
+    if isinstance(value, TakenTensor):
         yield value.place
     elif isinstance(value, (tuple, list)):
         for one in value:
             yield from _places(one)
-    elif isinstance(value, (Call, Scores, ExpertWeights, Recipe)):
+    elif isinstance(value, (Call, ExpertScores, ExpertWeights, ExpertsRecipe)):
         for one in vars(value).values():
             yield from _places(one)
 
 
-def recipe(found: Sum, write: Writer) -> Recipe | None:
+def recipe(found: Sum, write: ExpressionWriter) -> ExpertsRecipe | None:
     """How to compute a sum; None where it cannot be shown which tokens go to which experts. Raises LookupError where a
     trace does not have an operand."""
     terms = found.terms
@@ -153,7 +161,7 @@ def recipe(found: Sum, write: Writer) -> Recipe | None:
     parts = tuple(up.part for up in net.ups if up.part is not None)
     if len({up.bias is None for up in net.ups}) > 1:
         return None
-    return Recipe(
+    return ExpertsRecipe(
         rows=write(net.rows),
         width=width,
         ids=write(ids),
@@ -168,7 +176,7 @@ def recipe(found: Sum, write: Writer) -> Recipe | None:
     )
 
 
-def _ups(terms: tuple[Term, ...], parts: tuple[ColumnRange, ...], write: Writer) -> tuple[ExpertWeights, ...]:
+def _ups(terms: tuple[Term, ...], parts: tuple[ColumnRange, ...], write: ExpressionWriter) -> tuple[ExpertWeights, ...]:
     several = range(1 if parts else len(terms[0].network.ups))
     each = tuple(_weights([term.network.ups[place] for term in terms], write, parts) for place in several)
     if len(each) > 1 and all(_is_stack(one.weight) for one in each):
@@ -180,13 +188,13 @@ def _is_stack(expression: Expression) -> bool:
     return isinstance(expression, Call) and expression.target is aten.stack.default
 
 
-def _weights(products: list[Product], write: Writer, parts: tuple[ColumnRange, ...] = ()) -> ExpertWeights:
+def _weights(products: list[Product], write: ExpressionWriter, parts: tuple[ColumnRange, ...] = ()) -> ExpertWeights:
     weight = stacked([turned(write(product.weight)) for product in products])
     biases = [write(product.bias) for product in products if product.bias is not None]
     return ExpertWeights(weight, stacked(biases) if biases else None, parts)
 
 
-def _ids(terms: tuple[Term, ...], tokens: int) -> tuple[fx.Node | None, list[list[Chosen | None]]]:
+def _ids(terms: tuple[Term, ...], tokens: int) -> tuple[fx.Node | None, list[list[ChosenTokens | None]]]:
     """The ids outside of which every term is zero, and what each of the gates shows."""
     shown = [[Gates(tokens, number).chosen(gate) for gate in term.gates] for number, term in enumerate(terms)]
     every = [{one.ids for one in of_term if one is not None} for of_term in shown]
@@ -196,8 +204,8 @@ def _ids(terms: tuple[Term, ...], tokens: int) -> tuple[fx.Node | None, list[lis
 
 
 def _scores(
-    terms: tuple[Term, ...], ids: fx.Node, shown: list[list[Chosen | None]], tokens: int, write: Writer
-) -> Scores | None:
+    terms: tuple[Term, ...], ids: fx.Node, shown: list[list[ChosenTokens | None]], tokens: int, write: ExpressionWriter
+) -> ExpertScores | None:
     left = [
         [gate for gate, one in zip(term.gates, of_term, strict=True) if not (one and one.exact and one.ids is ids)]
         for term, of_term in zip(terms, shown, strict=True)
@@ -207,26 +215,26 @@ def _scores(
         sources = {_matched(gates[0], ids, tokens, number) for number, gates in enumerate(left)}
         source = sources.pop()
         if source is not None and not sources:
-            return Scores(chosen=write(source))
+            return ExpertScores(chosen=write(source))
     if not (single or distinct(ids)):
         return None
     if all(not gates for gates in left):
-        return Scores()
+        return ExpertScores()
     matrix = _matrix([gates[0] for gates in left], tokens) if all(len(gates) == 1 for gates in left) else None
     if matrix is not None:
-        return Scores(matrix=write(matrix))
-    return Scores(columns=tuple(tuple(_column(g, n, write) for g in gates) for n, gates in enumerate(left)))
+        return ExpertScores(matrix=write(matrix))
+    return ExpertScores(columns=tuple(tuple(_column(g, n, write) for g in gates) for n, gates in enumerate(left)))
 
 
-def _column(gate: Gate, number: int, write: Writer) -> Expression:
-    if isinstance(gate, Column):
+def _column(gate: Gate, number: int, write: ExpressionWriter) -> Expression:
+    if isinstance(gate, GateColumn):
         return Call(aten.select.int, (write(gate.node), gate.dim, number))
     return write(gate)
 
 
 def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | None:
     """The scores `[tokens, k]` of which a gate is the sum where the ids are the expert's."""
-    if isinstance(gate, Column):
+    if isinstance(gate, GateColumn):
         return None
     node = gate
     while node.target in (aten.view.default, aten.clone.default):
@@ -260,7 +268,7 @@ def _matrix(gates: list[Gate], tokens: int) -> fx.Node | None:
     """The matrix `[tokens, experts]` of whose columns each gate is one, in their order."""
     sources = set[fx.Node]()
     for number, gate in enumerate(gates):
-        if isinstance(gate, Column):
+        if isinstance(gate, GateColumn):
             source, dim = gate.node, gate.dim
         else:
             node = gate

@@ -35,7 +35,7 @@ Tokens are in their order."""
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenTokens:
     """A value that is zero where the `ids` do not name an expert, and what its dims are. `exact`: it is true, or one,
     where they do."""
 
@@ -43,9 +43,9 @@ class Chosen:
     runs: tuple[Run, ...]
     exact: bool = False
 
-    def at(self, runs: tuple[Run, ...], *, exact: bool = True) -> Chosen:
+    def at(self, runs: tuple[Run, ...], *, exact: bool = True) -> ChosenTokens:
         """The same with other dims."""
-        return Chosen(self.ids, runs, self.exact and exact)
+        return ChosenTokens(self.ids, runs, self.exact and exact)
 
 
 def is_filled(node: Any, value: float) -> bool:
@@ -63,14 +63,14 @@ def is_filled(node: Any, value: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Column:
+class GateColumn:
     """The elements along a dim are the gates of one expert each."""
 
     node: fx.Node
     dim: int
 
 
-Gate = fx.Node | Column
+Gate = fx.Node | GateColumn
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Gates:
     tokens: int
     expert: int
 
-    def chosen(self, gate: Gate) -> Chosen | None:
+    def chosen(self, gate: Gate) -> ChosenTokens | None:
         """What a gate, one number for each token, shows; None if it does not show outside of which ids it is zero."""
-        found = self._column(gate.node, gate.dim, self.expert) if isinstance(gate, Column) else self(gate)
+        found = self._column(gate.node, gate.dim, self.expert) if isinstance(gate, GateColumn) else self(gate)
         return found if found is not None and found.runs == _runs(("t", self.tokens)) else None
 
-    def __call__(self, node: fx.Node) -> Chosen | None:
+    def __call__(self, node: fx.Node) -> ChosenTokens | None:
         args: Any = node.args
         target: Any = node.target
         if target in _COPIES:
@@ -113,7 +113,7 @@ class Gates:
             return self._product(node)
         return self._fewer_dims(node)
 
-    def _fewer_dims(self, node: fx.Node) -> Chosen | None:
+    def _fewer_dims(self, node: fx.Node) -> ChosenTokens | None:
         args: Any = node.args
         target: Any = node.target
         if target is aten.permute.default:
@@ -134,7 +134,7 @@ class Gates:
             return None if split and several.args[1] != 1 else self._column(several.args[0], dim, number)
         return None
 
-    def _chosen(self, ids: fx.Node) -> Chosen | None:
+    def _chosen(self, ids: fx.Node) -> ChosenTokens | None:
         """The ids themselves: one for each token, or some in the last dim."""
         source = ids
         while source.target in (aten.view.default, *_COPIES):
@@ -146,28 +146,28 @@ class Gates:
             runs = _runs(("t", self.tokens), ("j", shape(source)[-1]))
         else:
             return None
-        return self._seen(Chosen(source, runs, exact=True), shape(ids))
+        return self._seen(ChosenTokens(source, runs, exact=True), shape(ids))
 
-    def _aligned(self, operands: Sequence[Any], node: fx.Node) -> Chosen | None:
+    def _aligned(self, operands: Sequence[Any], node: fx.Node) -> ChosenTokens | None:
         """One of the operands of an operator by elements whose zeros are those of the result."""
         size = math.prod(shape(node))
         full = (one for one in operands if is_tensor(one) and math.prod(shape(one)) == size)
         return next((found for one in full if (found := self(one)) is not None), None)
 
-    def _seen(self, found: Chosen | None, dims: tuple[int, ...]) -> Chosen | None:
+    def _seen(self, found: ChosenTokens | None, dims: tuple[int, ...]) -> ChosenTokens | None:
         """What a view shows, if it leaves runs as they are."""
         return None if found is None or _dims_of(found.runs, dims) is None else found
 
-    def _scattered(self, node: fx.Node) -> Chosen | None:
+    def _scattered(self, node: fx.Node) -> ChosenTokens | None:
         _, dim, ids, *_ = node.args
         last = len(shape(node)) - 1
         if dim % (last + 1) != last or shape(ids)[:-1] != shape(node)[:-1]:  # type: ignore[operator, arg-type]
             return None
         found = self._chosen(ids)  # type: ignore[arg-type]
         whole = _runs(("t", self.tokens), ("e", shape(node)[-1]))
-        return None if found is None or math.prod(shape(node)[:-1]) != self.tokens else Chosen(found.ids, whole)
+        return None if found is None or math.prod(shape(node)[:-1]) != self.tokens else ChosenTokens(found.ids, whole)
 
-    def _softmax(self, node: fx.Node) -> Chosen | None:
+    def _softmax(self, node: fx.Node) -> ChosenTokens | None:
         """Of scores that are minus infinity but where something was scattered to."""
         filled, dim, *_ = node.args
         while filled.target in _COPIES:  # type: ignore[union-attr]
@@ -177,8 +177,8 @@ class Gates:
             return None
         return self._scattered(filled) if dim % len(shape(node)) == len(shape(node)) - 1 else None  # type: ignore[operator, arg-type]
 
-    def _product(self, node: fx.Node) -> Chosen | None:
-        """Scores `[t, 1, j]` times what is `[t, j, e]`."""
+    def _product(self, node: fx.Node) -> ChosenTokens | None:
+        """ExpertScores `[t, 1, j]` times what is `[t, j, e]`."""
         first, second = node.args
         found = self(second)  # type: ignore[arg-type]
         if found is None or shape(first)[1] != 1:  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ class Gates:
         left = tuple(run for run in found.runs if run[0] != "j")
         return found.at(left, exact=False) if kinds == ["t", "j", "e"] else None
 
-    def _permuted(self, node: fx.Node) -> Chosen | None:
+    def _permuted(self, node: fx.Node) -> ChosenTokens | None:
         source, order = node.args
         found = self(source)  # type: ignore[arg-type]
         dims = None if found is None else _dims_of(found.runs, shape(source))  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ class Gates:
         pairs = sorted(zip(moved, found.runs, strict=True))
         return found.at(tuple(run for _, run in pairs))
 
-    def _summed(self, node: fx.Node) -> Chosen | None:
+    def _summed(self, node: fx.Node) -> ChosenTokens | None:
         source: Any = node.args[0]
         found, rank = self(source), len(shape(source))
         dims = None if found is None else _dims_of(found.runs, shape(source))
@@ -213,7 +213,7 @@ class Gates:
         left = tuple(run for run in found.runs if run[0] not in gone)
         return found.at(left, exact=once or distinct(found.ids)) if set(gone) <= {"j"} else None
 
-    def _column(self, source: fx.Node, dim: int, number: int) -> Chosen | None:
+    def _column(self, source: fx.Node, dim: int, number: int) -> ChosenTokens | None:
         """What is left of an element of a dim."""
         found = self(source)
         dims = None if found is None else _dims_of(found.runs, shape(source))
@@ -228,7 +228,7 @@ class Gates:
         return None
 
 
-def _inexact(found: Chosen | None) -> Chosen | None:
+def _inexact(found: ChosenTokens | None) -> ChosenTokens | None:
     return None if found is None else found.at(found.runs, exact=False)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from shardc.capture.experts.networks import Network, is_tensor, network, operand, same_rows, shape
-from shardc.capture.experts.routing import Column, Gate, is_filled
+from shardc.capture.experts.routing import Gate, GateColumn, is_filled
 
 aten: Any = torch.ops.aten
 
@@ -46,7 +46,7 @@ class Sum:
     chain: frozenset[fx.Node]
 
 
-class Sums:
+class ExpertSums:
     """Finds the sums over experts of one graph."""
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ def _written(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool] | None:
     return base, value, where, False  # type: ignore[return-value]
 
 
-def _stacked(node: fx.Node) -> tuple[fx.Node | None, Column | None]:
+def _stacked(node: fx.Node) -> tuple[fx.Node | None, GateColumn | None]:
     """The stack of results that a sum or a product goes along, and what stands beside each of them."""
     args: Any = node.args
     if node.target is aten.sum.dim_IntList and args[0].target is aten.mul.Tensor:
@@ -239,7 +239,7 @@ def _stacked(node: fx.Node) -> tuple[fx.Node | None, Column | None]:
             if results is not None and dims == [_dim(results)] and is_tensor(gates):
                 dim = dims[0] - rank + len(shape(gates))
                 alone = math.prod(shape(gates)) * shape(results)[_width(results)] == math.prod(shape(results))
-                return (results, Column(gates, dim)) if dim >= 0 and alone else (None, None)
+                return (results, GateColumn(gates, dim)) if dim >= 0 and alone else (None, None)
     if node.target is aten.bmm.default:
         for gates, results, turned in ((args[0], args[1], False), (args[1], args[0], True)):
             seen = results
@@ -251,7 +251,7 @@ def _stacked(node: fx.Node) -> tuple[fx.Node | None, Column | None]:
             last = len(shape(seen)) - 1
             lies = dim == (last if turned else last - 1)
             one = shape(gates)[2 if turned else 1] == 1 and shape(results)[2 if turned else 1] == count
-            return (seen, Column(gates, 1 if turned else 2)) if lies and one else (None, None)
+            return (seen, GateColumn(gates, 1 if turned else 2)) if lies and one else (None, None)
     return None, None
 
 

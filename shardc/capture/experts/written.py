@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from shardc.capture.canonical import Rewriter, live
-from shardc.capture.experts.events import Event, Events, Place, Record
-from shardc.capture.experts.expressions import Writer
+from shardc.capture.experts.events import Event, Events, Record, TensorPlace
+from shardc.capture.experts.expressions import ExpressionWriter
 from shardc.capture.experts.networks import operand
 from shardc.capture.experts.outline import Outlines
-from shardc.capture.experts.recipe import Recipe, recipe
+from shardc.capture.experts.recipe import ExpertsRecipe, recipe
 from shardc.capture.experts.selected import SelectedRows
-from shardc.capture.experts.sums import Sum, Sums
+from shardc.capture.experts.sums import ExpertSums, Sum
 from shardc.capture.torch_patches.aot_autograd import output_kinds
 from shardc.errors import CaptureError
 from shardc.ir.facts import Captured, describe
@@ -36,7 +36,7 @@ class WrittenExperts:
     """What is known of the experts of a model, over all its traces."""
 
     def __init__(self) -> None:
-        self._recipes: dict[Event, Recipe] = {}
+        self._recipes: dict[Event, ExpertsRecipe] = {}
         self._left = set[Event]()
         self._skipped = set[Event]()
         """Calls that write parts of such a sum, which nothing else reads."""
@@ -98,7 +98,7 @@ class WrittenExperts:
             return result
         return new
 
-    def _taken(self, place: Place) -> Tensor:
+    def _taken(self, place: TensorPlace) -> Tensor:
         tensor, version = self.events.taken[place]
         if not tensor.is_inference() and tensor._version != version:
             raise ValueError("something is written into an operand before the sum is complete")
@@ -138,11 +138,11 @@ class WrittenExperts:
         places = {kept.env[node]: found[0] for node, found in record.places.items() if node in kept.env}
         without = {kept.env[node] for node in record.without_gradients if node in kept.env}
         more = False
-        for found in Sums().find(kept.order):
+        for found in ExpertSums().find(kept.order):
             event = kept.event(found.node, record)
             if event is None or event in self._left or event in self._recipes:
                 continue
-            write = Writer(places)
+            write = ExpressionWriter(places)
             try:
                 made = recipe(found, write)
             except LookupError:
@@ -173,7 +173,7 @@ class Changed(Exception):
         self.event = event
 
 
-def _one_mode(found: Sum, write: Writer, without: set[fx.Node]) -> bool:
+def _one_mode(found: Sum, write: ExpressionWriter, without: set[fx.Node]) -> bool:
     """Whether all that the operator stands for was computed with gradients, or all without."""
     nodes = {found.node, *found.inside, *write.read}
     return nodes <= without or not nodes & without
