@@ -241,7 +241,7 @@ MERGE_PROMISE = 1e-2
 PROOFS, DRAFTS = 3, 40
 """Times that a series of drafts is followed by a proof; drafts in a series."""
 
-FOLD_KEPT, FOLD_KEPT_OF = 2, 20
+FOLD_KEPT, FOLD_KEPT_OF = 2, 12
 """Layers on either side of a fold under a capacity. With one, the last layer, which nothing follows, would be the only
 neighbour of the cut: what it does without, all others may need of the one before. Of fewer than so many layers one is
 kept: where layers take turns, each is several."""
