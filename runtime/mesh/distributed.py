@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from shardc.runtime.collectives.c10d import Group
@@ -164,8 +166,8 @@ def _initialise(backend: str) -> None:
     if attempt == "0":
         dist.init_process_group(backend)
         return
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {attempt}", store)
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from torch import fx
 
 from shardc.source.body import Shared, Writer, alike_views, statements
-from shardc.source.dropping import dropped_early
+from shardc.source.dropping import TooLong, dropped_early
 from shardc.source.frees import Holding, Lives
 from shardc.source.layers import Function, Layer, Stretch, layer_names, layer_of
 from shardc.source.naming import Scope, layer_name
@@ -324,7 +324,8 @@ class Half:
             for number in part.held:
                 first = part is layer.parts[0]  # which alone is called for a run that does not end
                 read = loop.values(number) if first else loop.columns[number].values
-                places = [writer.place(value) for value in read if value is not None]
+                some = [value for value in read if value is not None]
+                places = [writer.place(value) for value in some]
                 step = even(places)
                 if step is None:
                     if not self.lives.may_stay(some, loop.start + sum(map(len, loop.every))):

@@ -113,12 +113,13 @@ def _einsum(args: tuple[Any, ...], rows: RowsOf) -> int | None:
 
 
 def _joined(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: RowsOf) -> int | None:
-    dims = {rows(one) for one in args[0]}
-    along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    tensors, *rest = args
+    dims = {rows(one) for one in tensors}
+    along = kwargs.get("dim", rest[0] if rest else 0)
     dim = dims.pop() if len(dims) == 1 else None
     if dim is None:
         return None
-    rank = args[0][0].ndim + (name == "stack")
+    rank = tensors[0].ndim + (name == "stack")
     along %= rank
     if name == "stack":
         return dim + (along <= dim)
