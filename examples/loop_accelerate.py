@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shardc
 from gpt import GPT, Config
-from text import batches
+from text import Batches
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     axes = ",".join(piece.partition("=")[0] for piece in options.mesh.split(","))
     model = shardc.shard(GPT(Config(layers=1)), mesh=options.mesh, data=axes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = DataLoader(TensorDataset(*next(batches(batch=16, seq=32))), batch_size=2)
+    loader = DataLoader(TensorDataset(*next(Batches(batch=16, seq=32))), batch_size=2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for tokens, targets in shardc.progress(loader, model, every=1):
         loss = model(tokens, targets)

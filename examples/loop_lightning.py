@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shardc
 from gpt import GPT, Config
-from text import batches
+from text import Batches
 
 
 class Training(lightning.LightningModule):
@@ -39,7 +39,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     training = Training(options.mesh)
-    rows = TensorDataset(*next(batches(batch=16, seq=32)))
+    rows = TensorDataset(*next(Batches(batch=16, seq=32)))
     loader = DataLoader(rows, batch_size=4, sampler=shardc.data_sampler(rows, training.model, shuffle=False))
     # Lightning is told of one device: it would wrap the model for several
     trainer = lightning.Trainer(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shardc
 from gpt import GPT, Config
-from text import batches
+from text import Batches
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     shardc.materialize(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = TensorDataset(*next(batches(batch=32, seq=32)))
+    rows = TensorDataset(*next(Batches(batch=32, seq=32)))
     sampler = shardc.data_sampler(rows, model)
     for epoch in range(options.epochs):
         sampler.set_epoch(epoch)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import shardc
-from text import batches
+from text import Batches
 
 SMALL = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
@@ -34,7 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     shardc.load_pretrained(model, options.folder) if known else shardc.materialize(model)
 
-    rows = [{"input_ids": tokens, "labels": tokens} for tokens in next(batches(batch=16, seq=16))[0]]
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in next(Batches(batch=16, seq=16))[0]]
     arguments = TrainingArguments(
         str(options.folder / "runs"), per_device_train_batch_size=2, max_steps=4, logging_steps=1, learning_rate=3e-3,
         use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[], disable_tqdm=True,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shardc.rules.families.window_workspace import BLOCKED, Convolution, Side
+from shardc.rules.families.window_workspace import BLOCKED, Convolution, WindowTensor
 from shardc.rules.notation import ONLY, Rule, Send, Size, Variant, letters, parse, rule
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels import windows as bodies
@@ -143,9 +143,9 @@ def _call(
     if channels.parts:  # of groups
         points["g"] = math.gcd(int(x.shape[1]), int(sides[1][0][1]))
     size = x.element_size()
-    made = [Side([int(n) for n in sizes], words, points, size) for sizes, words in sides]
+    made = [WindowTensor([int(n) for n in sizes], words, points, size) for sizes, words in sides]
     words = [channels.first, channels.second, *_kernel(weight).split()]
-    table = Side([int(n) for n in weight.shape], words, points, size)
+    table = WindowTensor([int(n) for n in weight.shape], words, points, size)
     strides, padded, dilated = (each(setting, rank) for setting in (stride, padding, dilation))
     asked = *map(int, weight.shape[2:]), *strides, *dilated
     # of one thread, torch runs windows of one element as products of matrices

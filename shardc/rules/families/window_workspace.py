@@ -22,7 +22,7 @@ BLOCKED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
-class Side:
+class WindowTensor:
     """A tensor of a call: its sizes, and the factors of its dims as words of a rule. `points` are the sizes of factors
     that are not those of their dims."""
 
@@ -49,9 +49,9 @@ class Convolution:
     """What the workspace of a call depends on: `x`, the weight and the result (or its gradient); `shared` are the
     factors of space that, if they are split, make ranks share rows with their neighbours."""
 
-    x: Side
-    weight: Side
-    y: Side
+    x: WindowTensor
+    weight: WindowTensor
+    y: WindowTensor
     shared: Sequence[str]
     strides: Sequence[int]
     padding: Sequence[int]
@@ -107,7 +107,7 @@ class Convolution:
         copied = [one for stage in (0, 1, 2, 2) for one in self._copied(self.x, stage)]
         return (*copied, *self.backward())
 
-    def _copied(self, side: Side, stage: int) -> list[Workspace]:
+    def _copied(self, side: WindowTensor, stage: int) -> list[Workspace]:
         """A copy of a side, with the rows of neighbours."""
         return [side.times(beside=(name,), stage=stage) for name in self.shared]
 
@@ -120,4 +120,4 @@ class Convolution:
         wide, narrow = (self.y, self.x) if self.transposed else (self.x, self.y)
         first = 1 if one_image or dilated else 0  # the dim from which on the matrix has all
         sizes, words = [*wide.sizes[first:2], *narrow.sizes[2:]], [*wide.words[first:2], *narrow.words[2:]]
-        return [Side(sizes, words, wide.points, wide.itemsize).times(math.prod(kernel) / self.groups)]
+        return [WindowTensor(sizes, words, wide.points, wide.itemsize).times(math.prod(kernel) / self.groups)]

@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler  # noqa: E402
 
 from gpt import GPT, Config  # noqa: E402
 from shardc import load_pretrained  # noqa: E402
-from text import batches  # noqa: E402
+from text import Batches  # noqa: E402
 
 
 def run(name, *arguments):
@@ -27,7 +27,7 @@ def one_device():
     torch.manual_seed(0)
     model = GPT(Config(layers=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens, targets = next(batches(batch=32, seq=32))
+    tokens, targets = next(Batches(batch=32, seq=32))
     order = list(DistributedSampler(range(32), num_replicas=1, rank=0))
     for start in range(0, 32, 8):
         rows = order[start : start + 8]
