@@ -51,7 +51,7 @@ class Call:
         self._nodes: dict[int, fx.Node] = {}
         args, kwargs = self._map(sample.args), self._map(sample.kwargs)
         node = self._call(sample.target, args, kwargs)
-        self.expected = _run(sample.target, *_map((args, kwargs), lambda n: self.whole[n], fx.Node))
+        self.expected = _run(sample.target, *_map((args, kwargs), lambda n: self.whole[n], fx.Node), sample.turn)
         value = value_of(node)
         results: list[fx.Node] = [node]
         if isinstance(value, (tuple, list)):
@@ -112,7 +112,7 @@ class Call:
                 describe(node, Captured(target(*given[0], **given[1])))
         else:  # a function of the runtime
             values = _map((args, kwargs), lambda n: self.whole[n], fx.Node)
-            describe(node, Captured(_map(_run(target, *values), self._mode.from_tensor, Tensor)))
+            describe(node, Captured(_map(_run(target, *values, self.sample.turn), self._mode.from_tensor, Tensor)))
         return node
 
     def strategies(self, mesh: Mesh) -> list[Strategy]:
@@ -202,7 +202,8 @@ class Call:
         torch.default_generator.manual_seed(7)  # torch.manual_seed tells all kinds of devices, which takes longer
         machine.reset()
         try:
-            ran = machine.run(load(source).forward, lambda rank: tuple(p[rank] for p in parts), random=True)
+            forward, turn = load(source).forward, self.sample.turn
+            ran = machine.run(forward, lambda rank: tuple(p[rank] for p in parts), random=True, turn=turn)
         except Exception as error:
             return f"failed: {str(error)[-500:]}\n{source[source.index('def forward') :]}"
         expected = list(self.expected) if isinstance(self.expected, (tuple, list)) else [self.expected]
@@ -233,12 +234,12 @@ def _map(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
     return value
 
 
-def _run(target: Any, args: Any, kwargs: Any) -> Any:
+def _run(target: Any, args: Any, kwargs: Any, turn: tuple[int, int] = (0, 1)) -> Any:
     """The operator on whole tensors; a function of the runtime on a mesh of one rank."""
     if isinstance(target, torch._ops.OpOverload):
         return target(*args, **kwargs)
     torch.default_generator.manual_seed(7)
-    return VirtualMesh({"a": 1}).run(lambda: target(*args, **kwargs), lambda _: (), random=True)[0]
+    return VirtualMesh({"a": 1}).run(lambda: target(*args, **kwargs), lambda _: (), random=True, turn=turn)[0]
 
 
 def _program(graph: fx.Graph, inputs: int, results: Sequence[fx.Node]) -> Program:

@@ -28,13 +28,15 @@ class View:
 
 @dataclass
 class Sample:
-    """One call of an operator. `values`: which results are defined (the others are compared in shape only)."""
+    """One call of an operator. `values`: which results are defined (the others are compared in shape only). `turn`: in
+    which of how many micro-batches it runs."""
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     values: Sequence[int] | None = None
     tolerance: float = 1e-9
+    turn: tuple[int, int] = (0, 1)
 
     def __str__(self) -> str:
         return (

@@ -8,6 +8,7 @@ import torch
 
 from samples.calls.sample import Sample, View, boolean, positive, real, whole
 from shardc.runtime.kernels import random
+from shardc.runtime.kernels.parts import addend_of_microbatch, part_of_microbatch
 
 aten = torch.ops.aten
 
@@ -28,6 +29,13 @@ def contraction() -> Iterator[Sample]:
     yield Sample(aten.addmm.default, (real(1), real(12, 3), real(3, 6)))
     yield Sample(aten.baddbmm.default, (real(6, 1, 3), real(6, 2, 6), real(6, 6, 3)))
     yield Sample(aten.baddbmm.default, (real(2, 3), real(6, 2, 6), real(6, 6, 3)), {"beta": 2.0})
+
+
+def microbatches() -> Iterator[Sample]:
+    for dim, turn in ((0, (1, 2)), (1, (2, 3)), (-1, (0, 2))):
+        yield Sample(part_of_microbatch, (real(6, 12, 2),), {"dim": dim % 3, "count": turn[1]}, turn=turn)
+    for turn in ((0, 2), (1, 2)):
+        yield Sample(addend_of_microbatch, (real(6, 12),), turn=turn)
 
 
 def reductions() -> Iterator[Sample]:
