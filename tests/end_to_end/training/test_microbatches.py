@@ -192,3 +192,29 @@ def test_what_cannot_be_asked_for() -> None:
             shardc.compile(nn.Linear(8, 8), mesh, (x,), microbatches=count)
     with pytest.raises(ShardcError, match="no input of the program is a tensor"):
         shardc.compile(nn.Flatten(0), "dp=2", (torch.zeros(()),), microbatches=2)
+
+
+class Drops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (x * self.scale).view(len(x), 2, 4, 8)
+        seen = F.scaled_dot_product_attention(heads, heads, heads.detach(), dropout_p=0.5).view(x.shape)
+        return F.dropout(x * self.scale, 0.5) + seen
+
+
+def test_independent_masks_differ_from_micro_batch_to_micro_batch() -> None:
+    model = shardc.shard(Drops(), mesh="dp=2", microbatches=2, randomness="independent")
+    x, parts = torch.ones(8, 64, requires_grad=True), list[Tensor]()
+    for _ in range(2):
+        torch.manual_seed(0)
+        parts.append(model(x))
+    assert torch.equal(*parts)
+    rows = parts[0].detach()
+    assert len({tuple(row.tolist()) for row in rows}) == 8
+    parts[0].sum().backward()
+    assert x.grad is not None  # 0 or 2 by the mask of forward: scores of equal values have no gradient
+    torch.testing.assert_close(x.grad, 2 * (x.grad > 1).float(), rtol=0, atol=1e-4)
+    assert 0.3 < (x.grad > 1).float().mean() < 0.7
