@@ -201,7 +201,7 @@ class Drops(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = (x * self.scale).view(len(x), 2, 4, 8)
-        seen = F.scaled_dot_product_attention(heads, heads, heads.detach(), dropout_p=0.5).view(x.shape)
+        seen = F.scaled_dot_product_attention(heads.detach(), heads.detach(), heads, dropout_p=0.5).view(x.shape)
         return F.dropout(x * self.scale, 0.5) + seen
 
 
@@ -215,6 +215,5 @@ def test_independent_masks_differ_from_micro_batch_to_micro_batch() -> None:
     rows = parts[0].detach()
     assert len({tuple(row.tolist()) for row in rows}) == 8
     parts[0].sum().backward()
-    assert x.grad is not None  # 0 or 2 by the mask of forward: scores of equal values have no gradient
-    torch.testing.assert_close(x.grad, 2 * (x.grad > 1).float(), rtol=0, atol=1e-4)
-    assert 0.3 < (x.grad > 1).float().mean() < 0.7
+    assert x.grad is not None  # what is linear in x is the product of x and its gradient, if the masks are the same
+    torch.testing.assert_close((x.grad * x.detach()).sum(1), rows.sum(1))
