@@ -165,7 +165,7 @@ def filled(
     ]
     local = [parts[d].length if d in parts else n for d, n in enumerate(shape)]
     inside = tuple(slice(0, span.stop - span.start) for span in spans)
-    if not stream.in_pieces or (not parts and made == stream.dtype):
+    if not stream.in_pieces or not shape or (not parts and made == stream.dtype):
         whole = stream.fill(torch.empty_strided(shape, like.stride(), dtype=stream.dtype))
         if not parts:
             return whole.to(made).contiguous()

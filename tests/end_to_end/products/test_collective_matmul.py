@@ -44,8 +44,8 @@ def chosen() -> shardc.Compiled:
 
 
 def test_a_ring_before_and_after_megatrons_mlp(chosen: shardc.Compiled) -> None:
-    assert 'ring_lhs(up_view, up_t, m=Part(("tp",), 8192))' in chosen.code
-    assert 'ring_sum(down_view, down_t, m=Part(("tp",), 8192))' in chosen.code
+    assert 'ring_lhs(sin.reshape(1024, 8192), up_weight.t(), m=Part(("tp",), 8192))' in chosen.code
+    assert 'ring_sum(relu.reshape(8192, 4096), down_weight.t(), m=Part(("tp",), 8192))' in chosen.code
     assert {step.kind for step in chosen.plan.conversions} == {"permute"}
 
 

@@ -106,3 +106,14 @@ def test_samples_of_rows(count: int, dtype: torch.dtype) -> None:
             assert torch.equal(torch.cat([own for own, _ in ran]), torch.multinomial(weights, count, True))
             after = torch.empty([], dtype=torch.float64).uniform_()
             assert all(torch.equal(own, after) for _, own in ran)
+
+
+def test_one_number_into_another_type() -> None:
+    for seed in range(4):
+        state = torch.Generator().manual_seed(seed).get_state()
+        machine = VirtualMesh({"a": 2})
+        made = machine.run(
+            lambda state=state: random.bernoulli(state, [], 0.4, dtype=torch.bool, drawn=torch.float64), lambda _: ()
+        )
+        right = torch.empty((), dtype=torch.float64).bernoulli_(0.4, generator=torch.Generator().manual_seed(seed))
+        assert all(torch.equal(one, right.bool()) for one in made)
