@@ -71,7 +71,7 @@ def _chosen(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     place = 2 if name == "topk" else 1
     dim = kwargs.get("dim", args[place] if len(args) > place else None if name in ("argmax", "max") else -1)
     rank = args[0].ndim
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim % rank != rank - 1:
+    if isinstance(dim, bool) or not isinstance(dim, int) or not rank or dim % rank != rank - 1:
         return
     notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank)))
 
@@ -91,7 +91,7 @@ def _kinds(kinds: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, An
         return _viewed(kinds, tuple(source.shape), tuple(result.shape)) or ("c" if result.ndim == 1 else None)
     if name in _ANY:
         dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if dims is None or isinstance(dims, bool):
+        if dims is None or isinstance(dims, bool) or not source.ndim:
             return None
         gone = {dim % source.ndim for dim in (dims if isinstance(dims, (tuple, list)) else (dims,))}
         if any(kinds[dim] != "j" for dim in gone) or kwargs.get("keepdim", len(args) > 2 and args[2]):
@@ -147,7 +147,7 @@ def moved(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rank: int
         return None
     if name == "permute":
         return [dim % rank for dim in dims]
-    if len(dims) != 2:
+    if len(dims) != 2 or not rank:
         return None
     first, second = (dim % rank for dim in dims)
     if name == "movedim":

@@ -241,7 +241,7 @@ def _matched(gate: Gate, ids: fx.Node, tokens: int, expert: int) -> fx.Node | No
         node = operand(node)
     if node.target is aten.sum.dim_IntList:
         dims, rank = node.args[1], len(shape(node.args[0]))  # type: ignore[arg-type]
-        if [dim % rank for dim in dims] != [rank - 1]:  # type: ignore[union-attr]
+        if not rank or [dim % rank for dim in dims] != [rank - 1]:  # type: ignore[union-attr]
             return None
         node = operand(node)
     elif math.prod(shape(ids)) != tokens:

@@ -161,7 +161,7 @@ class Gates:
     def _scattered(self, node: fx.Node) -> ChosenTokens | None:
         _, dim, ids, *_ = node.args
         last = len(shape(node)) - 1
-        if dim % (last + 1) != last or shape(ids)[:-1] != shape(node)[:-1]:  # type: ignore[operator, arg-type]
+        if last < 0 or dim % (last + 1) != last or shape(ids)[:-1] != shape(node)[:-1]:  # type: ignore[operator, arg-type]
             return None
         found = self._chosen(ids)  # type: ignore[arg-type]
         whole = _runs(("t", self.tokens), ("e", shape(node)[-1]))
@@ -173,7 +173,7 @@ class Gates:
         while filled.target in _COPIES:  # type: ignore[union-attr]
             filled = filled.args[0]  # type: ignore[union-attr]
         scattered = filled.target in (aten.scatter.src, aten.scatter.value)  # type: ignore[union-attr]
-        if not scattered or not is_filled(filled.args[0], -math.inf):  # type: ignore[union-attr]
+        if not scattered or not shape(node) or not is_filled(filled.args[0], -math.inf):  # type: ignore[union-attr]
             return None
         return self._scattered(filled) if dim % len(shape(node)) == len(shape(node)) - 1 else None  # type: ignore[operator, arg-type]
 
@@ -204,7 +204,7 @@ class Gates:
         source: Any = node.args[0]
         found, rank = self(source), len(shape(source))
         dims = None if found is None else _dims_of(found.runs, shape(source))
-        if found is None or dims is None:
+        if found is None or dims is None or not rank:
             return None
         given: Any = node.args[1]
         over = {dim % rank for dim in ([given] if isinstance(given, int) else given)}
@@ -268,6 +268,8 @@ def distinct(ids: fx.Node) -> bool:
         return False
     several: Any = ids.args[0]
     rank = len(shape(ids))
+    if not rank:
+        return False
     if several.target is aten.topk.default:
         return (*several.args, -1)[2 if len(several.args) > 2 else -1] % rank == rank - 1
     return (

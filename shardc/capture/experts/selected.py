@@ -74,6 +74,7 @@ class SelectedRows(Selections):
             return self._binned(first, args, kwargs)
         if name == "__getitem__" and (number := self._one(args[1])) is not None:
             return self._numbered(args, number)
+        args = _in_order(name, args, kwargs)
         if name in ("__getitem__", "index_select"):
             key = args[1] if name == "__getitem__" else self._along(args)
             return self._taken(first, key) if self._selects(key) and not self._selected(first) else None
@@ -203,3 +204,16 @@ def _counts(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_counts, value))
     return isinstance(value, Count) or (isinstance(value, dict) and any(map(_counts, value.values())))
+
+
+_INDEXED = ("input", "dim", "index", "source")
+_PARAMETERS = {
+    "index_select": _INDEXED[:3],
+    **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_"), _INDEXED),
+    **dict.fromkeys(("index_put", "index_put_"), ("input", "indices", "values")),
+}
+
+
+def _in_order(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call that indexes, whether by place or by name."""
+    return *args, *(kwargs[one] for one in _PARAMETERS.get(name, ())[len(args) :] if one in kwargs)

@@ -137,7 +137,8 @@ class Selections:
 
     def _along(self, args: tuple[Any, ...]) -> Any:
         """The index of `index_select`."""
-        return (*[slice(None)] * (args[1] % args[0].ndim), args[2]) if isinstance(args[1], int) else None
+        of, dim, index, *_ = args
+        return (*[slice(None)] * (dim % of.ndim), index) if isinstance(dim, int) and of.ndim else None
 
     def _place(self, key: Any, rank: int) -> tuple[Selection, int, list[Any], bool]:
         """What an index selects, the first dim where it does, what else it says of the dims from there on, and whether

@@ -193,3 +193,25 @@ def test_rows_of_a_mask_go_through_functions_that_work_by_row(name: str) -> None
     sharded = shardc.shard(Selecting(), mesh="dp=2")
     for given in (x, x.abs(), -x.abs()):
         torch.testing.assert_close(sharded(given), Selecting()(given), **EXACT)
+
+
+AS_EVER: dict[str, Any] = {
+    "a number by index": lambda x: torch.index_select(x[0, 0], 0, PLACES),
+    "the largest of a number": lambda x: (
+        x[0, 0].max(0)[0] + x[0, 1].topk(1)[0] + x[0, 2].sort(0)[0] + x[0, 3].argmax(0)
+    ),
+    "by name": lambda x: torch.index_select(x, dim=0, index=PLACES) + x.index_select(0, index=PLACES),
+    "put by name": lambda x: x.sin().index_put(indices=(PLACES[:1],), values=x[:1]),
+    "added by name": lambda x: torch.index_add(x, 0, index=PLACES, source=x[:2]),
+}
+PLACES = torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize("name", AS_EVER)
+def test_calls_that_choose_nothing_are_traced_as_ever(name: str) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return AS_EVER[name](x)
+
+    x = X[0].detach()
+    torch.testing.assert_close(shardc.shard(Calls(), mesh="dp=2")(x), Calls()(x), **EXACT)
