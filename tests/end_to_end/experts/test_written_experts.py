@@ -196,7 +196,7 @@ def test_rows_of_a_mask_go_through_functions_that_work_by_row(name: str) -> None
 
 
 AS_EVER: dict[str, Any] = {
-    "a number by index": lambda x: torch.index_select(x[0, 0], 0, PLACES),
+    "a number by index": lambda x: torch.index_select(x[0, 0], 0, PLACES[:1]),
     "the largest of a number": lambda x: (
         x[0, 0].max(0)[0] + x[0, 1].topk(1)[0] + x[0, 2].sort(0)[0] + x[0, 3].argmax(0)
     ),
