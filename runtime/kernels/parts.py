@@ -88,10 +88,10 @@ class Part:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """`(start, valid)` of every part, in order."""
+        """`(start, valid)` of every part, in order. One that is empty starts at the end, where tensors can be cut."""
         places = itertools.product(*map(range, self._counts))
         extents = (extent(self.size, self._counts, place, self.unit) for place in places)
-        return [(start, valid) for start, _, valid in extents]
+        return [(min(start, self.size), valid) for start, _, valid in extents]
 
     @property
     def _counts(self) -> tuple[int, ...]:
