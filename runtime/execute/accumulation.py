@@ -60,7 +60,7 @@ class GradientSums:
             for name, gradient in gradients.items():
                 leaf = leaves[executable][name]
                 if leaf.requires_grad:
-                    torch.autograd.backward([leaf], [executable.handed_over(gradient, type(leaf))])
+                    torch.autograd.backward([leaf], [executable.boundary.hand_over(gradient, type(leaf))])
 
     def drop(self) -> None:
         """Forget all sums. Gradients are what they were before."""

@@ -269,10 +269,6 @@ class Executable:
             results = self.mesh.run(self.module.prologue, arguments)
         return {f"{PROLOGUE}{number}": one.detach() for number, one in enumerate(results[0][0])}
 
-    def handed_over(self, gradient: Tensor, kind: type[Tensor]) -> Tensor | None:
-        """A gradient in the form that autograd expects for a user's tensor of type `kind`."""
-        return self.boundary.hand_over(gradient, kind)
-
     def left(self, slot: Slot, parts: Sequence[Tensor]) -> Tensor:
         """The user's tensor from the values of the local ranks, in memory as on one device.
 
@@ -378,8 +374,7 @@ class _Differentiable(torch.autograd.Function):
 
 def mutations_of(executable: Executable) -> list[str]:
     """The names of the buffers that a run changes and also reads."""
-    changed = {slot.name for slot in executable.module.OUTPUTS if slot.role == "mutation"}
-    return [slot.name for slot in executable.inputs if slot.name in changed]
+    return [slot.name for slot in executable.inputs if slot.name in executable.mutated]
 
 
 def _again(

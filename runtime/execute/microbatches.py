@@ -239,8 +239,7 @@ class _Microbatched(torch.autograd.Function):
         needs = zip(run.names, ctx.needs_input_grad[2:], strict=True)
         grads = [gradients.get(name) if need else None for name, need in needs]
         handed = [
-            None if gradient is None else executable.handed_over(gradient, kind)
-            for gradient, kind in zip(grads, ctx.kinds, strict=True)
+            executable.boundary.hand_over(gradient, kind) for gradient, kind in zip(grads, ctx.kinds, strict=True)
         ]
         return (None, None, *(once(handed, second, tangents) if torch.is_grad_enabled() else handed))
 
