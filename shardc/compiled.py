@@ -25,6 +25,7 @@ from shardc.inspect.html.page import Reported, report_page
 from shardc.inspect.measured import Statements, statements
 from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
+from shardc.ir.named_files import write_file
 from shardc.ir.program import Constant, Program, Role, depended_on
 from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
@@ -43,13 +44,6 @@ if __name__ == "__main__":
     main(sys.argv[0])
 """
 """What a saved module does as a program."""
-
-
-def _write(path: str | Path, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ShardcError(f"cannot write {path}: {error.strerror}") from error
 
 
 _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
@@ -98,7 +92,7 @@ class Compiled:
         program: `torchrun ... FILE --check` compares processes with a virtual mesh (`shardc.runtime.execute.saved`).
         Raises ShardcError where the file cannot be written.
         """
-        _write(path, f"{self.code}{MAIN}")
+        write_file(path, f"{self.code}{MAIN}")
 
     def trace(self, path: str | Path) -> None:
         """Write the predicted timeline of a step as a trace that Perfetto (ui.perfetto.dev) shows: what the rank
@@ -123,7 +117,7 @@ class Compiled:
         shown = [self.reported(Asking("compiled.plan", shell=False))]
         if against is not None:
             shown.append(against.reported(Asking("against.plan", shell=False)))
-        _write(path, report_page(shown))
+        write_file(path, report_page(shown))
 
     def reported(self, asking: Asking) -> Reported:
         """This program for a report, whose reader asks its plan more as `asking` says."""

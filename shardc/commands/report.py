@@ -11,11 +11,11 @@ from tyro.conf import arg
 
 from shardc.commands.shows import check_folder
 from shardc.commands.user_file import OnMesh, compile_file
-from shardc.errors import ShardcError
 from shardc.flags import spelled
 from shardc.inspect.html.data import Asking
 from shardc.inspect.html.page import report_page
 from shardc.inspect.progress import working
+from shardc.ir.named_files import write_file
 from shardc.ir.printing import in_bytes
 from shardc.options import Options
 
@@ -35,10 +35,7 @@ class ReportCommand(OnMesh):
         programs = [(mesh, compile_file(self.file, mesh, self.options)) for mesh in meshes]
         with working("writing the report"):
             page = report_page([program.reported(self._asking(mesh)) for mesh, program in programs])
-        try:
-            self.output.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise ShardcError(f"cannot write {self.output}: {error.strerror}") from error
+        write_file(self.output, page)
         print(f"wrote {self.output} ({in_bytes(len(page))})")
         return 0
 

@@ -18,6 +18,7 @@ from shardc.explain.summary import Summary
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.layout import Layout
 from shardc.ir.mesh import Mesh
+from shardc.ir.named_files import write_file
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.report import Columns, Report, Section
 
@@ -152,10 +153,7 @@ class Plan:
         Raises ShardcError where it cannot be written, and for a plan that was unpickled."""
         from shardc.explain.plan_file.as_json import as_json, written  # which is made of plans
 
-        try:
-            Path(path).write_text(written(as_json(self)), encoding="utf-8")
-        except OSError as error:
-            raise ShardcError(f"cannot write {path}: {error.strerror}") from error
+        write_file(path, written(as_json(self)))
 
     def diff(self, other: Plan | str | Path) -> PlanDiff:
         """What is different in `other`, another plan or the file of one: what moved, what is sent, what that costs.
