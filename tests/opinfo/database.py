@@ -73,18 +73,31 @@ def is_random(entry: Any) -> bool:
     return name_of(entry) in RANDOM or entry.name in RANDOM
 
 
-def samples(entry: Any, count: int) -> list[Sample]:
-    """`count` of an entry's samples, those with most dims to split, and its hand-made ones. Empty if none runs."""
+def samples(entry: Any, count: int, device: str = "cpu") -> list[Sample]:
+    """`count` of an entry's samples, those with most dims to split, and its hand-made ones, on a device. Empty if none
+    runs."""
     for sizes in (_USUAL,) if name_of(entry) in _USUAL_ONLY else (_EVEN, _USUAL):
         _set_sizes(sizes)
         try:
-            found = _chosen(entry, count)
+            found = [_on(device, sample) for sample in _chosen(entry, count)]
             for sample in found:
                 sample.function(*detached(sample.args), **detached(sample.kwargs))
             return found
         except Exception:  # some samples are only legal at torch's own sizes
             continue
     return []
+
+
+def _on(device: str, sample: Sample) -> Sample:
+    """The same call with its tensors on another device. Torch makes them on the CPU, where every machine draws alike."""
+    if device == "cpu":
+        return sample
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    args, kwargs = tree_map_only(Tensor, moved, (sample.args, sample.kwargs))
+    return Sample(sample.function, args, kwargs)
 
 
 def _set_sizes(sizes: dict[str, int]) -> None:

@@ -80,10 +80,10 @@ class Record:
         return Record(plain["name"], plain["status"], runs, plain["seconds"])
 
 
-def judge(entry: Any, count: int) -> Record:
-    """Run `count` samples of an entry (and its hand-made ones) in every layout."""
+def judge(entry: Any, count: int, device: str = "cpu") -> Record:
+    """Run `count` samples of an entry (and its hand-made ones) in every layout, on a device."""
     record = Record(name_of(entry))
-    found = samples(entry, count)
+    found = samples(entry, count, device)
     if not found:
         record.status = "no samples"
     for number, sample in enumerate(found):
@@ -119,7 +119,7 @@ def _reference(sample: Sample, grad: bool) -> _Reference:
     outputs = tree_leaves(sample.function(*args, **kwargs))
     generator = torch.Generator().manual_seed(3)
     tangents = {
-        i: torch.randn(out.shape, dtype=out.dtype, generator=generator)
+        i: torch.randn(out.shape, dtype=out.dtype, generator=generator).to(out.device)
         for i, out in enumerate(outputs)
         if isinstance(out, Tensor) and out.requires_grad and grad
     }

@@ -36,14 +36,14 @@ def judged(names: Sequence[str], jobs: int, samples: int, timeout: float) -> Ite
 class Worker:
     """A process that judges one operator after another; a new one takes its place when it hangs or dies."""
 
-    def __init__(self, samples: int, timeout: float) -> None:
-        self.samples, self.timeout = samples, timeout
+    def __init__(self, samples: int, timeout: float, device: str = "cpu") -> None:
+        self.samples, self.timeout, self.device = samples, timeout, device
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.here, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, self.samples), daemon=True)
+        self.process = context.Process(target=_serve, args=(there, self.samples, self.device), daemon=True)
         self.process.start()
         there.close()
         self.here.recv()  # it is ready
@@ -68,7 +68,7 @@ class Worker:
         self.process.join()
 
 
-def _serve(connection: Connection, samples: int) -> None:
+def _serve(connection: Connection, samples: int, device: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     known = entries()
@@ -79,6 +79,6 @@ def _serve(connection: Connection, samples: int) -> None:
         except EOFError:
             return
         start = time.perf_counter()
-        record = judge(known[name], samples)
+        record = judge(known[name], samples, device)
         record.seconds = round(time.perf_counter() - start, 2)
         connection.send(record.plain())
