@@ -89,7 +89,7 @@ def samples(entry: Any, count: int, device: str = "cpu") -> list[Sample]:
 
 
 def _on(device: str, sample: Sample) -> Sample:
-    """The same call with its tensors on another device. Torch makes them on the CPU, where every machine draws alike."""
+    """The same call with its tensors on another device. They are made on the CPU, where every machine draws alike."""
     if device == "cpu":
         return sample
 
