@@ -124,8 +124,9 @@ class Options:
     split and regathered, or computed again in backward, whichever costs the least time."""
 
     optimizer: Annotated[str | float | None, Text("NAME|BYTES", "adamw", _number_or_word)] = None
-    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., or bytes an element of a parameter that
-    trains. Without it, `adamw` where the bound is that of the hardware; else none."""
+    """The optimizer whose state counts in `memory`: `adamw`, `sgd`, ..., those of torch; `adamw-master` (16-bit
+    parameters with a copy and moments in 32 bits), `adamw-bf16`, `adamw-8bit`, `adamw-4bit`; or bytes an element of a
+    parameter that trains. Without it, `adamw` where the bound is that of the hardware; else none."""
 
     capacity: float = CAPACITY
     """The rows for which a rank that holds a part of the experts has room, in multiples of the mean: its memory is

@@ -52,18 +52,21 @@ SUMS = "sums of gradients"
 class Memory:
     """The most that a rank holds at once while the generated code runs: `peak` bytes, in `phase` (forward or backward),
     at `place` in the user's code. `parts` says what the bytes are, by label; `budget` is the bound in bytes, if there
-    is one. What kernels allocate for themselves counts where their rules declare it. `print(memory)` shows it."""
+    is one. What kernels allocate for themselves counts where their rules declare it. `optimizer` says in words what its
+    state consists of, if one counts. `print(memory)` shows it all."""
 
     peak: float = 0.0
     phase: str = ""
     place: str = ""
     parts: dict[str, float] = field(default_factory=dict[str, float])
     budget: float | None = None
+    optimizer: str = ""
 
     def __str__(self) -> str:
         rows = [(label, in_bytes(size), f"{size / self.peak:.0%}") for label, size in self.largest]
         place = f" ({self.place})" if self.place else ""
         lines = [f"  {line}" for line in columns(rows, "<>>")] if rows else []
+        lines += [f"  state of {self.optimizer}"] if self.optimizer else []
         return "\n".join([f"a device holds {self.summary}{place}", *lines]) if self.peak else "nothing"
 
     @property
@@ -145,7 +148,8 @@ class Execution:
             self._place(node, "tangents")
         gradients = dict.fromkeys(run.gradients, "gradients")
         self._go("backward", backward, [*run.given, *outputs, *run.gradients], gradients)
-        return self.peak
+        counted = str(self.known.states) if "optimizer state" in self.peak.parts else ""
+        return replace(self.peak, optimizer=counted)
 
     def _go(self, phase: str, order: Order, kept: list[fx.Node], labels: Mapping[fx.Node, str]) -> None:
         operands = self.known.run.operands

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardc.errors import ShardcError
 
@@ -17,8 +19,41 @@ HEADROOM = 0.1
 """The part of a device's memory that plans leave free where the bound is that of the hardware. What it is for: the
 context of the device, buffers of NCCL, workspaces of kernels, gaps of the allocator, what an optimizer allocates while
 it steps. None of that is counted in a plan's memory."""
-STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "adam": 2, "adamw": 2, "nadam": 2}
-"""Tensors of the parameter's size and dtype that an optimizer of torch keeps for it (lion: Chen et al. 2023)."""
+
+
+class State(NamedTuple):
+    """A tensor of the parameter's shape that an optimizer keeps for it, or more than one alike: its `name`, and the
+    `bits` of an element with what belongs to it; 0 for as many as the parameter's own elements have."""
+
+    name: str
+    bits: float = 0.0
+
+
+MOMENTS = State("exp_avg"), State("exp_avg_sq")
+BLOCKS = 32 / 256, 32 / 128
+"""Bits an element of the scales, one in float32 for every 256 elements of 8 bits, or 128 of 4 bits (torchao)."""
+STATES: dict[str, tuple[State, ...]] = {
+    "sgd": (),
+    "momentum": (State("momentum_buffer"),),
+    "adagrad": (State("sum"),),
+    "rmsprop": (State("square_avg"),),
+    "lion": (State("exp_avg"),),  # Chen et al. 2023
+    "muon": (State("momentum_buffer"),),
+    "adadelta": (State("square_avg"), State("acc_delta")),
+    "adam": MOMENTS,
+    "adamw": MOMENTS,
+    "nadam": MOMENTS,
+    "radam": MOMENTS,
+    "adamax": (State("exp_avg"), State("exp_inf")),
+    "amsgrad": (*MOMENTS, State("max_exp_avg_sq")),
+    "adamw-master": (State("master weight", 32), *(State(moment.name, 32) for moment in MOMENTS)),
+    "adamw-bf16": tuple(State(moment.name, 16) for moment in MOMENTS),
+    "adamw-8bit": tuple(State(moment.name, 8 + BLOCKS[0]) for moment in MOMENTS),
+    "adamw-4bit": tuple(State(moment.name, 4 + BLOCKS[1]) for moment in MOMENTS),
+}
+"""What optimizers keep for every parameter: those of torch by their names, in the parameter's dtype; `amsgrad` is Adam
+with that option. Then set-ups that people train with: `adamw-master` for parameters in 16 bits (Megatron-LM, DeepSpeed,
+Apex), 16-bit moments, and those of torchao and bitsandbytes. Counters of steps are not counted."""
 
 
 def bytes_of(amount: float | str) -> float:
@@ -38,14 +73,33 @@ def bytes_of(amount: float | str) -> float:
 
 @dataclass(frozen=True)
 class States:
-    """What an optimizer holds for every parameter: `copies` of its size and dtype, and `bytes` more an element."""
+    """What the optimizer called `name` holds for every parameter. `print` says it in words."""
 
-    copies: int = 0
-    bytes: float = 0.0
+    name: str = ""
+    tensors: tuple[State, ...] = ()
 
     def __call__(self, itemsize: int) -> float:
         """Bytes for one element of a parameter whose elements have `itemsize` bytes."""
-        return self.copies * itemsize + self.bytes
+        return sum(state.bits / 8 or itemsize for state in self.tensors)
+
+    def __str__(self) -> str:
+        """`adamw: exp_avg and exp_avg_sq, each in the parameter's dtype`."""
+        of_size: dict[float, list[str]] = {}
+        for state in self.tensors:
+            if not state.name:  # a number of bytes says it all
+                return self.name
+            of_size.setdefault(state.bits, []).append(state.name)
+        each = [
+            f"{_listed(names)}{', each' if len(names) > 1 else ''} "
+            + (f"of {bits:g} bits" if bits else "in the parameter's dtype")
+            for bits, names in of_size.items()
+        ]
+        return f"{self.name}: {'; '.join(each) or 'nothing'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])
 
 
 NO_STATES = States()
@@ -54,16 +108,16 @@ NO_STATES = States()
 def states_of(optimizer: str | float | None) -> States:
     """What an optimizer holds for every parameter.
 
-    `optimizer` is a name from `STATES`, or a number of bytes an element (12 for mixed-precision Adam with a master copy
-    in float32), or None for nothing. Raises ShardcError for an unknown name.
+    `optimizer` is a name from `STATES`, or a number of bytes an element (12 is `adamw-master`), or None for nothing.
+    Raises ShardcError for an unknown name.
     """
     if optimizer is None:
         return NO_STATES
     if isinstance(optimizer, (int, float)):
-        return States(bytes=float(optimizer))
+        return States(f"{optimizer:g} bytes an element", (State("", 8.0 * optimizer),) if optimizer else ())
     if optimizer.lower() not in STATES:
         raise ShardcError(
             f"optimizer={optimizer!r} is not known; it is one of {', '.join(STATES)}, or the bytes it holds for an "
             f"element of a parameter"
         )
-    return States(STATES[optimizer.lower()])
+    return States(optimizer.lower(), STATES[optimizer.lower()])

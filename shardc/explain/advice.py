@@ -84,8 +84,7 @@ def _changes(c: Compilation, now: Summary) -> Iterator[tuple[str, Callable[[], C
 
 def _optimizer(c: Compilation) -> str | float | None:
     """The optimizer that is reckoned with, named: by default it depends on the bound."""
-    states = c.states
-    return c.options.optimizer if c.options.optimizer is not None or not states(4) else states(4)
+    return c.options.optimizer if c.options.optimizer is not None else c.states.name or None
 
 
 def _captured_again(c: Compilation, rows: Callable[[int], int]) -> Compilation:

@@ -182,7 +182,8 @@ def test_api_search_and_command_line_agree_to_the_byte(tmp_path: Path, capsys: p
 
 def test_a_memory_reads_as_text() -> None:
     memory = planned().memory
-    first, *parts = str(memory).splitlines()
+    first, *parts, counted = str(memory).splitlines()
     assert re.match(r"a device holds [\d.]+ GiB of 67.1 GiB at most, in backward \(", first)
     assert [re.split(r"  +", line.strip())[0] for line in parts] == [label for label, _ in memory.largest]
     assert sum(memory.parts.values()) == memory.peak
+    assert counted.strip() == f"state of {memory.optimizer}" and memory.optimizer.startswith("adamw: exp_avg and ")
