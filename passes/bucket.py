@@ -64,10 +64,9 @@ def bucket(c: Compilation) -> Compilation:
     schedule = c.schedule
     if c.lowered is schedule.localized:
         return replace(c, lowered=schedule.bucketed)
-    if not schedule.most:
+    if schedule.buckets is None:
         return c
-    buckets = Buckets(c.mesh, c.options.device, schedule.most)
-    return replace(c, lowered=bucketed(c.lowered, c.program, buckets, schedule.apart)[0])
+    return replace(c, lowered=bucketed(c.lowered, c.program, schedule.buckets, schedule.apart)[0])
 
 
 def bucketed(localized: GraphVersion, program: Program, buckets: Buckets, apart: bool) -> tuple[GraphVersion, Joined]:

@@ -48,9 +48,9 @@ def schedule(c: Compilation) -> Compilation:
         if part < 1.0 and not largest:
             break
         most = part * largest
-        chosen, joined, beneath = scheduler.tried(most, False, ways)
+        chosen, joined = scheduler.tried(most, False, ways)
         largest = min(largest, joined.largest) if part == 1.0 else largest
-        if joined.held > AT_STAKE * beneath:
+        if joined.held > AT_STAKE * scheduler.beneath:
             other = scheduler.tried(most, True, ways)[0]
             chosen = min((one for one in (chosen, other) if one), key=lambda one: one.seconds, default=None)
         if chosen:
@@ -59,21 +59,25 @@ def schedule(c: Compilation) -> Compilation:
 
 
 class _Scheduler:
-    """Tries buckets and orders of one program; `least` is what the smallest so far would hold."""
+    """Tries buckets and orders of one program; `least` is what the smallest so far would hold, `beneath` the seconds
+    that backward computes."""
 
     def __init__(self, c: Compilation) -> None:
         self.c, self.least = c, math.inf
         self.budget = math.inf if c.options.budget is None else c.options.budget
+        self.localized = partition(c.lowered.read(), c.program)
+        compute = Times(self.localized, c.pace).compute
+        self.beneath = sum([compute[node] for node in self.localized.backward])
 
-    def tried(self, most: float, apart: bool, ways: Sequence[str]) -> tuple[Schedule | None, Joined, float]:
+    def tried(self, most: float, apart: bool, ways: Sequence[str]) -> tuple[Schedule | None, Joined]:
         """With buckets of at most `most` bytes: the first of `ways` to overlap that fits and hides more than it stalls;
-        what the buckets are; and the seconds that backward computes."""
+        and what the buckets are."""
         c = self.c
-        version, joined = self._joined(most, apart)
+        buckets = Buckets(c.mesh, c.options.device, most, self.beneath) if most else None
+        version, joined = self._joined(buckets, apart)
         graph, run = version.read(), joined.run
         ready, times = made_at(graph, becoming_gradients(run, graph)), Times(run, c.pace)
         memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.states)
-        beneath = sum([times.compute[node] for node in run.backward])
         for what in ways:
             found: Schedule | None = None
             for between in (False, True) if joined.largest and what != "nothing" else (False,):
@@ -86,18 +90,18 @@ class _Scheduler:
                 self.least = min(self.least, memory.peak)
                 if memory.peak <= self.budget:
                     names = tuple((node.name, awaited) for node, awaited in order)
-                    chosen = Schedule(c.lowered, version, most, apart, names, memory, *timed(order, times))
+                    chosen = Schedule(c.lowered, version, buckets, apart, names, memory, *timed(order, times))
                     if found is None or chosen.seconds <= found.seconds * (1.0 + EQUAL):
                         found = chosen
             if found is not None and (
                 what == "nothing" or found.hidden >= 0.0
             ):  # starting may stall more than it hides
-                return found, joined, beneath
-        return None, joined, beneath
+                return found, joined
+        return None, joined
 
-    def _joined(self, most: float, apart: bool) -> tuple[GraphVersion, Joined]:
+    def _joined(self, buckets: Buckets | None, apart: bool) -> tuple[GraphVersion, Joined]:
         """The program with its buckets written, and what they are."""
         c = self.c
-        if not most:
-            return c.lowered, Joined(0, partition(c.lowered.read(), c.program), 0.0)
-        return bucketed(c.lowered, c.program, Buckets(c.mesh, c.options.device, most), apart)
+        if buckets is None:
+            return c.lowered, Joined(0, self.localized, 0.0)
+        return bucketed(c.lowered, c.program, buckets, apart)

@@ -6,9 +6,14 @@
 All times are seconds, and all sizes are bytes. The two lines are the α-β model of `shardc/cost/collectives.py`, plus
 the copy into the buffer, which reads and writes every byte once.
 
-A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill as few buckets as hold
-them, all equally. An operand that gains nothing by a bucket stays alone. The solver charges an operand its share of
-a bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
+A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill buckets equally: as few
+as hold them, or more where that is faster. Backward hides part of every bucket but the last, so that of n buckets of T
+bytes in all these seconds are seen:
+
+    seen(n) = n · seconds(T / n) - min((n - 1) · hidden(T / n), (n - 1) / n · backward)
+
+An operand that gains nothing by a bucket stays alone. The solver charges an operand its share of a bucket, and
+`shardc/passes/bucket.py` fills buckets by the same numbers.
 """
 
 from __future__ import annotations
@@ -28,11 +33,13 @@ SLACK = 0.05
 
 @dataclass(frozen=True)
 class Buckets:
-    """What buckets cost on one mesh. Sizes are bytes of local operands. No bucket is meant to hold more than `most`."""
+    """What buckets cost on one mesh. Sizes are bytes of local operands. No bucket is meant to hold more than `most`.
+    Backward computes for `backward` seconds, beside which buckets may be sent."""
 
     mesh: Mesh
     device: Hardware
     most: float = math.inf
+    backward: float = 0.0
 
     def alone(self, collective: AnyCollective, axis: str, size: float) -> float:
         """Seconds of one collective by itself."""
@@ -54,7 +61,18 @@ class Buckets:
         """Bytes of every bucket if operands of `sizes` bytes fill buckets equally; 0 if no bucket saves time."""
         most = min(self.full(collective, axis), sum(sizes))
         total = sum(size for size in sizes if self.joins(collective, axis, size, most))
-        return total / math.ceil(total / most) if total else 0.0
+        if not total:
+            return 0.0
+        counts = [math.ceil(total / most)]
+        while counts[-1] < len(sizes):  # all counts, or steps of at most a quarter
+            counts.append(counts[-1] + math.ceil(counts[-1] / 4))
+        return total / min(counts, key=lambda count: (self._seen(collective, axis, total, count), count))
+
+    def _seen(self, collective: AnyCollective, axis: str, total: float, count: int) -> float:
+        """Seconds of `count` equal buckets of `total` bytes in all that backward does not hide."""
+        fill = total / count
+        hidden = self.device.hidden(self.mesh, axis, self.alone(collective, axis, fill)) if self.backward else 0.0
+        return count * self.seconds(collective, axis, fill) - (count - 1) * min(hidden, self.backward / count)
 
     def joins(self, collective: AnyCollective, axis: str, size: float, fill: float) -> bool:
         """Whether an operand takes less time in a bucket of `fill` bytes than alone."""

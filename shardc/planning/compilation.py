@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from shardc.analysis.memory import Memory
 from shardc.analysis.timeline import Pace
+from shardc.cost.buckets import Buckets
 from shardc.cost.memory import States
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
@@ -47,8 +48,8 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The decision of `schedule`: a bucket holds at most `most` bytes, and with `apart`, collectives that would delay
-    others stay out of buckets.
+    """The decision of `schedule`: how full `buckets` are (None: there are none), and with `apart`, that collectives
+    which would delay others stay out of them.
 
     `order` lists the nodes of `bucketed` as they run, and where collectives are awaited. `memory` is the peak that a
     rank holds, `seconds` the time of a step, `hidden` the seconds of collectives during which the rank computes; `lost`
@@ -57,7 +58,7 @@ class Schedule:
 
     localized: GraphVersion
     bucketed: GraphVersion
-    most: float
+    buckets: Buckets | None
     apart: bool
     order: Sequence[tuple[str, bool]]
     memory: Memory

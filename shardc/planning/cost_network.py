@@ -187,9 +187,9 @@ class CostNetwork:
             if node is not None and port.role is Role.GRADIENT:
                 tensor = tensor_of(self.factored.values[node].key)
                 sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
-        buckets = Buckets(self.mesh, self.device)
         total = sum(map(sum, sizes.values()))
-        beneath = self._beneath / total if total and self.factored.program.turns == 1 else 0.0
+        backward = self._beneath if total and self.factored.program.turns == 1 else 0.0
+        buckets, beneath = Buckets(self.mesh, self.device, backward=backward), backward / total if total else 0.0
         return {dtype: Sharing(buckets, tuple(bytes_of_each), beneath) for dtype, bytes_of_each in sizes.items()}
 
     @cached_property

@@ -43,6 +43,7 @@ from checks.parsed_lines import Assigned, Line, assigned
 from checks.shown import graph_of, shown
 from shardc.analysis.memory import Memory
 from shardc.cost.hardware import Hardware, hardware
+from shardc.cost.buckets import Buckets
 from shardc.cost.memory import bytes_of
 from shardc.errors import LayoutError
 from shardc.ir.layout import parse_typed
@@ -275,23 +276,25 @@ def _lowered(
     c = Compilation(ModelCall(nn.Module(), (), {}), mesh, options, program=program, lowered=version)
     if case.name not in ("bucket", "overlap"):
         return c
-    most, apart, order = math.inf, False, list[tuple[str, bool]]()
+    buckets: Buckets | None = Buckets(mesh, options.device)
+    apart, order = False, list[tuple[str, bool]]()
     nodes = by_name(version)
     below = ""  # the line below which the others stand
     for line in rest:
-        size = re.fullmatch(r"buckets of (any size|at most (.+?))(, apart.*)?", line.text)
+        size = re.fullmatch(r"buckets of (any size|at most (.+?))(, beside (.+) s of backward)?(, apart.*)?", line.text)
         if size is not None:
-            most, apart = bytes_of(size[2]) if size[2] else math.inf, size[3] is not None
+            most, beside = bytes_of(size[2]) if size[2] else math.inf, float(size[4] or 0.0)
+            buckets, apart = Buckets(mesh, options.device, most, beside), size[5] is not None
         elif line.text == "no buckets":
-            most = 0.0
+            buckets = None
         elif line.text.startswith("  ") and below == "order":
             order += _order(line, nodes) if case.name == "overlap" else []  # it names buckets, which there are not yet
         elif not re.match(r"order$|  .* joins |memory |time ", line.text):
-            line.refuse("write `buckets of at most 4096 B`, or `order` and below it `  %a, %b, wait %a`")
+            line.refuse("write `buckets of at most 4096 B, beside 1e-3 s of backward`, or `order` and below it `  %a, %b, wait %a`")
         below = below if line.text.startswith("  ") else line.text
     # what `bucket` and `overlap` do not read of a schedule is left out
     other = GraphVersion.of(version.read())
-    schedule = Schedule(other, other, most, apart, order, cast(Memory, None), 0.0, 0.0)
+    schedule = Schedule(other, other, buckets, apart, order, cast(Memory, None), 0.0, 0.0)
     return replace(c, schedule=schedule)
 
 

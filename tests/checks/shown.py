@@ -7,6 +7,7 @@ strategy after `assign`.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -210,9 +211,11 @@ def decision(c: Compilation) -> str:
     """What `schedule` decided: the graph is as it was."""
     chosen = c.schedule
     buckets = [line for line in chosen.bucketed.lines() if isinstance(line.target, Bucket)]
-    most = "of any size" if chosen.most == float("inf") else f"of at most {chosen.most:.0f} B"
-    apart = ", apart from what holds others back" if chosen.apart else ""
-    lines = [f"buckets {most}{apart}" if chosen.most else "no buckets"]
+    lines = ["no buckets"]
+    if limits := chosen.buckets:
+        most = "of any size" if math.isinf(limits.most) else f"of at most {limits.most:.0f} B"
+        beside = f", beside {limits.backward:.6g} s of backward" if limits.backward else ""
+        lines = [f"buckets {most}{beside}{', apart from what holds others back' if chosen.apart else ''}"]
     for bucket in buckets:
         names = ", ".join(f"%{user.name}" for user in bucket.node.users)
         lines.append(f"  %{bucket.node.name} joins {names}")
