@@ -134,9 +134,11 @@ class _StreamOrder:
             if not self._idle(node):
                 self._emit(node)
             self.passed = place
-            for one in self.due.get(place, ()):
+            due = self.due.get(place, ())
+            landing = self._landed(any(isinstance(one.target, Bucket) for one in due))
+            for one in due:
                 self._post(one)
-            for one in [one for one, time in self.watched.items() if time <= self.clock.now and not self._rest(one)]:
+            for one in landing:
                 self._land(one)
         while landing := [one for one in self.flying if one in self.posted]:
             self._land(min(landing, key=self._rest))
@@ -144,6 +146,11 @@ class _StreamOrder:
             self._emit(node)
             self._await(node)
         return self.made
+
+    def _landed(self, border: bool) -> list[fx.Node]:
+        """What has landed, and is worth awaiting here. With `between`, buckets are awaited where others begin."""
+        landed = [one for one, time in self.watched.items() if time <= self.clock.now and not self._rest(one)]
+        return [one for one in landed if border or not self.between or not isinstance(one.target, Bucket)]
 
     def _idle(self, node: fx.Node) -> bool:
         """Whether a node only passes on what has not come yet; it can wait for its reader."""

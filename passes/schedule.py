@@ -34,8 +34,8 @@ AT_STAKE = 0.01
 """What part of backward has to lie in collectives that wait for a bucket before it is tried without such buckets."""
 
 
-EQUAL = 1e-9
-"""By what part predicted times may differ that are equal: they are sums of many numbers."""
+ALIKE = 1e-3
+"""By what part a step may take longer where that leaves layers alike, so that one function is written for all."""
 
 
 @compiler_pass
@@ -91,7 +91,7 @@ class _Scheduler:
                 if memory.peak <= self.budget:
                     names = tuple((node.name, awaited) for node, awaited in order)
                     chosen = Schedule(c.lowered, version, buckets, apart, names, memory, *timed(order, times))
-                    if found is None or chosen.seconds <= found.seconds * (1.0 + EQUAL):
+                    if found is None or chosen.seconds <= found.seconds * (1.0 + ALIKE):
                         found = chosen
             if found is not None and (
                 what == "nothing" or found.hidden >= 0.0

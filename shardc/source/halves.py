@@ -25,17 +25,20 @@ LEAST_GIVEN = 4
 
 @dataclass
 class Taken:
-    """A list of which a loop takes `count` values for each run, from the end. `columns` are those of the loop."""
+    """A list of which a loop takes values for each run, from the end. `columns` are those of the loop. `later` are they
+    taken if only the second function of a layer reads them, which does not run for a run that ends early."""
 
     wanted: str
     loop: Loop
     columns: list[int]
+    later: bool = False
     name: str = ""
 
     @property
     def nodes(self) -> list[fx.Node]:
         """Its values, in order."""
-        turns = list(zip(*map(self.loop.values, self.columns), strict=True))
+        read = [self.loop.columns[n].values if self.later else self.loop.values(n) for n in self.columns]
+        turns = list(zip(*read, strict=True))
         return [value for turn in reversed(turns) for value in turn if value is not None]
 
 
@@ -73,18 +76,22 @@ class Half:
         for loop in self.loops[:]:
             self._read_on(loop, forward, mine)
         for loop in self.loops:
-            groups: dict[str, list[int]] = {}
+            groups: dict[tuple[str, bool], list[int]] = {}
             for number, column in enumerate(loop.columns):
                 if column.carried is not None or column.same or claimed.intersection(column.values):
                     continue
-                if mine.issuperset(loop.values(number)) and self._read_within(loop, number):
+                values = loop.values(number)
+                later = values[-1] is None and loop.begins_at(number) >= len(loop.rest)
+                values = values[:-1] if later else values
+                if mine.issuperset(values) and self._read_within(loop, values):
                     claimed.update(column.values)
                     place = forward.writer.where.get(column.values[0]) if forward else None
-                    groups.setdefault(place.name if place and place.at is not None else "", []).append(number)
-            for name, columns in groups.items():
+                    name = place.name if place and place.at is not None else ""
+                    groups.setdefault((name, later), []).append(number)
+            for (name, later), columns in groups.items():
                 if forward:
                     columns.sort(key=lambda number: self._index(forward, loop, number))
-                found.append(Taken(name or "saved", loop, columns))
+                found.append(Taken(name or "saved", loop, columns, later))
         return found
 
     def _read_on(self, loop: Loop, forward: Half | None, saved: Collection[fx.Node]) -> None:
@@ -105,9 +112,9 @@ class Half:
         place = forward.writer.where.get(loop.columns[number].values[0])
         return place.at if place is not None and place.at is not None else number
 
-    def _read_within(self, loop: Loop, number: int) -> bool:
+    def _read_within(self, loop: Loop, values: Sequence[fx.Node | None]) -> bool:
         """Whether every value of a column is read in its own run alone; that of a run that does not end, after it."""
-        for run, value in enumerate(loop.values(number)):
+        for run, value in enumerate(values):
             start = loop.start + run * loop.size
             stop = start + loop.size if run < len(loop.runs) else len(self.nodes)
             if value is None or value in self.results:
@@ -191,7 +198,8 @@ class Half:
         def read_on(node: fx.Node) -> bool:
             return node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
 
-        return layer_of(loop, [column for one in takes for column in one.columns], groups, read_on)
+        given, later = ([n for one in takes if one.later is late for n in one.columns] for late in (False, True))
+        return layer_of(loop, given, later, groups, read_on)
 
     def _called(self, layer: Layer) -> None:
         """Give the functions of a layer their names."""
@@ -235,9 +243,11 @@ class Half:
         left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name}")) for name in lists}
         between = writer.scope.name("between") if len(layer.parts) > 1 else ""
         state_or = [state] if state else carried
-        takes_ = [f"take({one.name}, {len(one.columns)})" for one in takes]
-        given = " + ".join([*([f"take({state}, {len(carried)})"] if state else []), *takes_])
-        if given:
+        from_lists, from_lists_later = (
+            [f"take({one.name}, {len(one.columns)})" for one in takes if one.later is late] for late in (False, True)
+        )
+        given = " + ".join([*([f"take({state}, {len(carried)})"] if state else []), *from_lists])
+        if given or from_lists_later:
             self.shared.used.add("take")
 
         def call(part: Stretch, run: int | None) -> None:
@@ -247,6 +257,8 @@ class Half:
             passed = [*first, *self._turn(part, run), *same]
             targets = [*(state_or if part is layer.parts[-1] else [between]), *(left[name] for name in part.groups)]
             made: list[Item] = [tuple_of(targets), " = "] if targets else []
+            for one in from_lists_later if part is not layer.parts[0] else ():
+                writer.add(f"{between} += {one}")
             writer.add(*made, part.name, arguments(passed))
             for name in part.groups:
                 if idle := layer.left(part, name):

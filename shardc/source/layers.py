@@ -27,17 +27,24 @@ LIVING = "nobody else holds them: each is freed with its last name"
 @dataclass
 class Stretch:
     """The nodes of a run from offset `low` to before `high`, as one function. `before` comes from the part before in a
-    list, `after` goes to the part behind in one. `held` and `same` are columns that are arguments; `groups` the offsets
-    of what runs leave, list by list."""
+    list, `after` goes to the part behind in one. `given` are columns that a part behind the first finds in the list,
+    too, behind what comes from before; `held` and `same` are columns that are arguments; `groups` the offsets of what
+    runs leave, list by list."""
 
     low: int
     high: int
     before: list[Own | Outer] = field(default_factory=list[Own | Outer])
     after: list[Own | Outer] = field(default_factory=list[Own | Outer])
+    given: list[int] = field(default_factory=list[int])
     held: list[int] = field(default_factory=list[int])
     same: list[int] = field(default_factory=list[int])
     groups: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     name: str = ""
+
+    @property
+    def in_list(self) -> list[Own | Outer]:
+        """What comes to a part behind the first in a list."""
+        return [*self.before, *map(Outer, self.given)]
 
 
 @dataclass
@@ -106,9 +113,11 @@ class Layer:
         return [module for node in self.run if (module := lowered(node).origin.module)]
 
 
-def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on: Callable[[fx.Node], bool]) -> Layer:
-    """How a loop runs: as two functions where its last run ends early. `read_on` says whether what that run makes is
-    read behind it."""
+def layer_of(
+    loop: Loop, given: list[int], later: list[int], groups: dict[str, list[int]], read_on: Callable[[fx.Node], bool]
+) -> Layer:
+    """How a loop runs: as two functions where its last run ends early, of which the second finds the columns `later` in
+    its list. `read_on` says whether what that run makes is read behind it."""
     layer = Layer(loop, given, groups)
     cuts = [0, *([len(loop.rest)] if loop.rest else []), loop.size]
     for low, high in itertools.pairwise(cuts):
@@ -116,7 +125,8 @@ def layer_of(loop: Loop, given: list[int], groups: dict[str, list[int]], read_on
         part = Stretch(low, high)
         part.same = [n for n in sorted(read) if loop.columns[n].same]
         part.held = [n for n in sorted(read) if not loop.columns[n].same and loop.columns[n].carried is None]
-        part.held = [n for n in part.held if n not in given]
+        part.given = later if low else []
+        part.held = [n for n in part.held if n not in given and n not in later]
         part.groups = {name: mine for name, all_ in groups.items() if (mine := [o for o in all_ if low <= o < high])}
         layer.parts.append(part)
     if loop.rest:
@@ -146,7 +156,7 @@ def spans_of(layer: Layer, part: Stretch) -> list[tuple[int, int]]:
 def own_units(layer: Layer, part: Stretch, lives: Lives) -> list[Unit]:
     """The storages that a function may free."""
     first = part is layer.parts[0]
-    columns = [layer.loop.columns[n].values[0] for n in layer.in_list] if first else list(map(layer.node, part.before))
+    columns = [layer.loop.columns[n].values[0] for n in layer.in_list] if first else list(map(layer.node, part.in_list))
     inside = set(columns)
     outside = {column.values[0] for column in layer.loop.columns} - inside
     theirs = {storage for node in outside for storage, _ in lives.storages(node)}
@@ -181,13 +191,13 @@ class Function:
         self.columns: dict[int, Spot] = {}
         loop = layer.loop
         read = {one.column for o in range(part.low, part.high) for one in loop.operands[o] if isinstance(one, Outer)}
-        read.update(layer.given if self.first else ())
+        read.update(layer.given if self.first else part.given)
         read.update(one.column for one in (*part.before, *part.after) if isinstance(one, Outer))
         for number in sorted({*read, *(layer.carried if self.first else ())}):
             column = loop.columns[number]
             name = wanted(number) if column.carried is not None else shared.naming.of(column.values[0], True)
             self.columns[number] = Spot(self.writer.scope.name(name))
-        self.given = list[Own | Outer](map(Outer, layer.in_list)) if self.first else part.before
+        self.given = list[Own | Outer](map(Outer, layer.in_list)) if self.first else part.in_list
         self.taken = self.writer.scope.name("given") if self.given else ""
 
     def lines(self, dropped: Collection[fx.Node | str] | None, doc: str) -> list[str]:

@@ -102,6 +102,10 @@ class Loop:
         """What every run reads in a column, and the one that does not end."""
         return [*self.columns[column].values, *([self.reads[column]] if self.rest else [])]
 
+    def begins_at(self, column: int) -> int:
+        """The offset of the first node that reads a column."""
+        return next(offset for offset, read in enumerate(self.operands) if Outer(column) in read)
+
     @property
     def carried(self) -> list[int]:
         """The columns that are carried from run to run."""

@@ -88,12 +88,13 @@ def table(name: str, slots: Sequence[Row]) -> list[str]:
             return [f"{name} = ({line})"]
     lines, at = [f"{name} = ("], 0
     while at < len(slots):
-        width, turns = _turns(slots, at)
+        first, width, turns = _turns(slots, at)
         if not turns:
             lines += _slot(slots[at], shown(slots[at].name), 1)
             at += 1
             continue
-        lines += ["    *(", "        slot", f"        for i in range({turns})", "        for slot in ("]
+        span = f"{first}, {first + turns}" if first else str(turns)
+        lines += ["    *(", "        slot", f"        for i in range({span})", "        for slot in ("]
         for row in slots[at : at + width]:
             lines += _slot(row, f'f"{_numbered(row.name)}"', 3)
         lines += ["        )", "    ),"]
@@ -126,26 +127,28 @@ def _numbered(name: str, number: str = "{i}") -> str:
     return _NUMBER.sub(number, name, count=1)
 
 
-def _turns(slots: Sequence[Row], at: int) -> tuple[int, int]:
-    """How many slots from `at` on are those of one layer, and how many equal layers follow, this one included."""
+def _turns(slots: Sequence[Row], at: int) -> tuple[int, int, int]:
+    """The number of the layer whose slots begin at `at`, how many these are, and how many equal layers follow, this one
+    included; 0 layers where it is not worth it."""
 
-    def number(row: Row) -> str | None:
-        found = _NUMBER.search(row.name)
-        return found.group() if found else None
+    def number(place: int) -> str:
+        found = _NUMBER.search(slots[place].name) if place < len(slots) else None
+        return found.group() if found else ""
 
-    if number(slots[at]) != "0":
-        return 0, 0
+    first = number(at)
+    if not first:
+        return 0, 0, 0
     width = 1
-    while at + width < len(slots) and number(slots[at + width]) == "0":
+    while number(at + width) == first:
         width += 1
     turns = 1
     while at + (turns + 1) * width <= len(slots):
         layer = slots[at + turns * width : at + (turns + 1) * width]
         alike = all(
-            other == row._replace(name=_numbered(row.name, str(turns))) and "{" not in row.name
+            other == row._replace(name=_numbered(row.name, str(int(first) + turns))) and "{" not in row.name
             for row, other in zip(slots[at : at + width], layer, strict=True)
         )
         if not alike:
             break
         turns += 1
-    return (width, turns) if turns >= LEAST_TURNS else (0, 0)
+    return (int(first), width, turns) if turns >= LEAST_TURNS else (0, 0, 0)
