@@ -20,6 +20,7 @@ from shardc.planning.folding import along_sequences, carried, folding, may_gain,
 from shardc.planning.given.given import GivenPlan
 from shardc.planning.given.posing import network_of
 from shardc.planning.given.proof import Proof
+from shardc.planning.gradient_sums import complete
 from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
@@ -218,9 +219,13 @@ def _within(frontier: Frontier, bound: float) -> Solution:
 
 
 def _demands(c: Compilation) -> LayoutDemands:
-    """What the user's constraints demand of layouts, and in `propagate` mode what they spread to."""
+    """What the user's constraints and types demand of layouts, and in `propagate` mode what they spread to."""
     wishes = c.spread.wishes() if c.options.mode == "propagate" else {}
-    return LayoutDemands(c.spread.accepts(), c.options.whole_bytes, wishes)
+    accepts = {**c.spread.accepts()}
+    for key, is_complete in complete(c.factored).items():
+        asked = accepts.get(key, is_complete)
+        accepts[key] = lambda splits, asked=asked, is_complete=is_complete: asked(splits) and is_complete(splits)
+    return LayoutDemands(accepts, c.options.whole_bytes, wishes)
 
 
 def _built(c: Compilation, network: AnyNetwork) -> AnyNetwork:

@@ -23,6 +23,7 @@ from torch import fx
 
 from shardc.ir.facts import describe, laid, lowered
 from shardc.ir.mesh import Mesh
+from shardc.ir.precision import GRADIENT_CAST, RUNS_AS
 from shardc.ir.program import call
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.rules.factors.chosen import Chosen, chosen_of
@@ -43,7 +44,14 @@ _FROM_END = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.defaul
 def localize(c: Compilation) -> Compilation:
     """Make the program that of one rank."""
     mesh = c.mesh
-    return replace(c, lowered=c.lowered.derived("localize", lambda graph: localized(graph, mesh)))
+    return replace(c, lowered=c.lowered.derived("localize", lambda graph: _plain(localized(graph, mesh))))
+
+
+def _plain(graph: fx.Graph) -> fx.Graph:
+    """Put what runs in the place of operators that tell the planner more, in place."""
+    for node in graph.find_nodes(op="call_function", target=GRADIENT_CAST):
+        node.args, node.kwargs, node.target = node.args[:1], {"dtype": node.args[1]}, RUNS_AS[GRADIENT_CAST]
+    return graph
 
 
 def localized(graph: fx.Graph, mesh: Mesh) -> fx.Graph:

@@ -34,6 +34,7 @@ from shardc.ir.splits import Splits, Step, apply
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.cost_network import Assignment, CostNetwork, base_demand
+from shardc.planning.gradient_sums import takes_sums
 from shardc.rules.factors.chosen import Chosen
 from shardc.rules.factors.factored import Factored, Form, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Strategy, demand, make, split_of
@@ -165,8 +166,8 @@ class _Rewrite:
         if old.op == "placeholder":
             new = self.graph.placeholder(old.name)
         else:
-            operands = zip(op.operands, layouts.operands, strict=True)
-            supply = iter([self._value(operand.node, splits, axes) for operand, (splits, axes) in operands])
+            operands, gradient = zip(op.operands, layouts.operands, strict=True), takes_sums(old)
+            supply = iter([self._value(operand.node, splits, axes, gradient) for operand, (splits, axes) in operands])
             wanted = {operand.node for operand in op.operands}
             args, kwargs = map_arg((old.args, old.kwargs), lambda n: next(supply) if n in wanted else n)
             new = call(self.graph, old.target, args, kwargs)
@@ -345,4 +346,4 @@ class _Rewrite:
             else:
                 splits = self.assignment.outputs[index]
                 axes = value.form.split_by(splits.axes)
-            self.made[index] = self._value(old, splits, axes, gradient)
+            self.made[index] = self._value(old, splits, axes, gradient and not takes_sums(value.key[0]))

@@ -23,6 +23,7 @@ from shardc.ir.versions import GraphVersion, copied
 from shardc.passes.factor import factor
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.planning.constraints import ParameterDemand
+from shardc.planning.gradient_sums import takes_sums
 from shardc.rules.factors.factored import Factored
 
 
@@ -79,9 +80,12 @@ def _border(graph: fx.Graph, node: fx.Node, dims: list[int]) -> fx.Node:
 
 
 def _insert(graph: fx.Graph, parameter: fx.Node, dims: list[int]) -> None:
+    """Put a border between a parameter, or the one cast of it, and what reads it."""
     users = list(parameter.users)
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
+    behind = next(node for node in graph.nodes if node.op != "placeholder")
+    if len(users) == 1 and users[0].target is torch.ops.aten._to_copy.default:
+        parameter, users, behind = users[0], list(users[0].users), users[0].next
+    with graph.inserting_before(behind):
         border = _border(graph, parameter, dims)
     for user in users:
         user.replace_input_with(parameter, border)
@@ -93,6 +97,11 @@ def _insert_on_gradient(program: Program, port: Port, dims: list[int]) -> None:
     for index, made in enumerate(program.outputs):
         gradient = results[index]
         if made.role is Role.GRADIENT and made.name == port.name and gradient is not None:
+            if takes_sums(gradient):  # what is scattered is what is summed
+                summed: fx.Node = gradient.args[0]  # type: ignore[assignment]
+                with program.graph.inserting_before(gradient):
+                    gradient.replace_input_with(summed, _border(program.graph, summed, dims))
+                continue
             with program.graph.inserting_before(output):
                 results[index] = _border(program.graph, gradient, dims)
     output.args = (tuple(results),)

@@ -11,12 +11,15 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import torch
+
 from shardc.cost.hardware import Hardware, hardware, this_hardware
 from shardc.cost.memory import HEADROOM, NO_STATES, States, bytes_of, states_of
 from shardc.errors import ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, serialise
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dynamic
+from shardc.ir.precision import Precision
 from shardc.runtime.kernels.mixture.fused import CAPACITY
 from shardc.runtime.kernels.random import INDEPENDENT
 
@@ -68,6 +71,21 @@ def _number_or_word(text: str) -> float | str:
         return text
 
 
+def _dtype(given: str | torch.dtype) -> torch.dtype:
+    """The floating type of this name. Raises ShardcError for any other name."""
+    found = given if isinstance(given, torch.dtype) else getattr(torch, given.removeprefix("torch."), None)
+    if found not in _FLOATING:
+        names = ", ".join(map(_name, _FLOATING))
+        raise ShardcError(f"{given} is no type to compute in; it is one of {names}")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPE = Text("DTYPE", "bfloat16", _dtype, _name)
 CONSTRAINT = Text(
     "PATTERN=SPEC",
     "'layers.*.up.weight=tp,-' (-: whole, ?: open)",
@@ -151,6 +169,21 @@ class Options:
     a device holds the activations of one. Values are those of the whole batch, also random ones, and gradients are
     reduced once."""
 
+    param_dtype: Annotated[str | torch.dtype | None, DTYPE] = None
+    """The type in which the model computes. Parameters stay in their own type, and so do their gradients and what the
+    optimizer holds; the plan casts them before it gathers them. Without it, they are used as they are. This and the
+    next three mean what they mean in FSDP2's `MixedPrecisionPolicy`, for the model as a whole."""
+
+    reduce_dtype: Annotated[str | torch.dtype | None, DTYPE] = None
+    """The type in which ranks sum gradients of parameters. Without it, `param_dtype`; without that, whichever of the
+    program's own types is cheapest."""
+
+    output_dtype: Annotated[str | torch.dtype | None, DTYPE] = None
+    """The type of floating outputs. Without it, they have the type in which they were computed."""
+
+    cast_forward_inputs: bool = True
+    """Whether floating inputs are cast to `param_dtype`."""
+
     plan: Annotated[str | Path | None, Text("PLAN.JSON", "plan.json")] = None
     """A plan that was saved: nothing is solved. What the file leaves out is, with the rest held fixed. Options that
     the call does not name are those of the plan. A plan of another program is refused."""
@@ -172,6 +205,9 @@ class Options:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")
         for name in ("constraints", "dynamic"):  # None is taken for nothing; what the caller changes later is not ours
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _dtype(getattr(self, name)))
         _ = self.device, self.budget, states_of(self.optimizer)  # refuse now what cannot be read
 
     @cached_property
@@ -190,6 +226,12 @@ class Options:
     def hardware_bounds(self) -> bool:
         """Whether the bound on memory is that of the hardware, since another one was not asked for."""
         return self.memory is None and self.hardware is not None and math.isfinite(self.device.memory)
+
+    @property
+    def precision(self) -> Precision:
+        """The types in which the model computes."""
+        types: list[Any] = [self.param_dtype, self.reduce_dtype, self.output_dtype]
+        return Precision(*types, self.cast_forward_inputs)
 
     def drawn_on(self, device: str) -> str:
         """The randomness, `exact` or `independent`, of a model on a device of this type."""

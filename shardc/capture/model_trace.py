@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import flatten, refuse_unplain
+from shardc.capture.precision import cast_outputs, retyped
 from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
@@ -52,6 +53,7 @@ from shardc.capture.trace_errors import explained
 from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
+from shardc.ir.precision import Precision
 from shardc.ir.program import Port, Role
 
 _GIVEN = (Role.INPUT, Role.NUMBER)
@@ -80,8 +82,9 @@ class ModelTrace:
         compiling: CompilingFlag,
         recognition: Recognition,
         experts: WrittenExperts,
+        precision: Precision,
     ) -> None:
-        self._compiling = compiling
+        self._compiling, self.precision = compiling, precision
         self.watch, self.stand_ins, self.recognition, self.experts = watch, stand_ins, recognition, experts
         self.candidates: list[StandInCandidate] = []
         """What the model changes so that stand-ins could take its part in another trace."""
@@ -93,9 +96,9 @@ class ModelTrace:
         self.own = self._containers.own(state.reachable.holds)
         self.leaves, self.in_spec = flatten((args, kwargs))
         refuse_unplain(self.leaves)
-        self.slots = state.slots(self._fake)
+        self.slots = state.slots(self._fake_state)
         self.slots += [
-            StateEntry(Port(Role.INPUT, f"input:{index}", index), self._fake(leaf, dynamic.get(index, ()), index))
+            StateEntry(Port(Role.INPUT, f"input:{index}", index), self._fake_input(leaf, dynamic.get(index, ()), index))
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor)
         ]
@@ -131,9 +134,14 @@ class ModelTrace:
             state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, experts, stand_ins
         )
 
-    def _fake(self, tensor: Tensor, dims: Iterable[int] = (), index: int = 0) -> Tensor:
-        symbolic = fake_dynamic(self.mode, tensor, dims, f"input:{index}") if dims else None
-        fake = fake_like(self.mode, tensor) if symbolic is None else symbolic
+    def _fake_state(self, tensor: Tensor) -> Tensor:
+        of_parameter = self.state.names[id(tensor)][0] is Role.PARAMETER
+        used = retyped(tensor, self.precision.of_parameter(tensor.dtype)) if of_parameter else tensor
+        return fake_like(self.mode, used).requires_grad_(tensor.requires_grad)
+
+    def _fake_input(self, tensor: Tensor, dims: Iterable[int], index: int) -> Tensor:
+        used = retyped(tensor, self.precision.of_input(tensor.dtype))
+        fake = fake_dynamic(self.mode, used, dims, f"input:{index}") if dims else fake_like(self.mode, used)
         return fake.requires_grad_(tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
@@ -202,7 +210,7 @@ class ModelTrace:
             watched = Watched(self.state.reachable, (args, kwargs))
             ways = passed_containers((args, kwargs))  # without what forward puts into the arguments
             with torch.set_grad_enabled(self._called_with_grad):
-                output = self._called(args, kwargs)
+                output = cast_outputs(self._called(args, kwargs), self.precision.outputs)
             self._facts.undress()
             changes = watched.changes(self._is_buffer)
             if changes and self.watch:
@@ -210,7 +218,12 @@ class ModelTrace:
             refuse_new_parameters(changes)
             self.candidates = candidates(changes)
             self._write_back(tensors)
-            slots = {id(tensor): slot for slot, tensor in zip(self.visible_slots, tensors, strict=True)}
+            pairs = zip(self.visible_slots, tensors, strict=True)
+            users = dict(self.tensors())
+            slots = {  # of a tensor in another type the model has a copy
+                id(tensor): slot for slot, tensor in pairs
+                if slot.port.name not in users or users[slot.port.name].dtype == slot.fake.dtype
+            }  # fmt: skip
             flat = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
             if self.outputs.attached and torch.is_inference_mode_enabled():
                 raise CaptureError(

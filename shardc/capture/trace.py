@@ -18,6 +18,7 @@ from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import opaque
 from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.model_trace import ModelTrace
+from shardc.capture.precision import with_casts
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
 from shardc.capture.side_effects.stand_ins import StandIns
@@ -29,6 +30,7 @@ from shardc.capture.torch_patches.compiling_flag import CompilingFlag, Place
 from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec
+from shardc.ir.precision import Precision
 from shardc.ir.program import Program
 from shardc.runtime.errors import RankError
 
@@ -44,6 +46,7 @@ def capture(
     constraints: Mapping[str, Spec] | None = None,
     function: Callable[..., Any] | None = None,
     dynamic: Mapping[int, Mapping[int, str]] | None = None,
+    precision: Precision | None = None,
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -58,13 +61,14 @@ def capture(
       return.
     - `function`: what is called in place of `module`: its forward, where the caller runs the module's own hooks.
     - `dynamic`: names of dims of flat inputs, whose sizes stay symbols in the graph (shardc.capture.dynamic_sizes).
+    - `precision`: the types in which the model computes, and gradients are summed (shardc.ir.precision).
 
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
     nothing or do not fit.
     """
     refuse_unsupported(module)
     arguments = tuple(args), dict(kwargs or {})
-    recognition, experts = Recognition(), WrittenExperts()
+    recognition, experts, types = Recognition(), WrittenExperts(), precision or Precision()
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
         mode = grad, grad and called_with_grad
@@ -72,7 +76,8 @@ def capture(
         told: set[Place] = set()
         while True:
             compiling = CompilingFlag(told)
-            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition, experts)
+            how = compiling, recognition, experts, types
+            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, *how)
             try:
                 made = trace.run()
                 if dynamic or not experts.unsure(made.graph):
@@ -92,7 +97,7 @@ def capture(
         trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
         if trace.candidates:
             trace, program = _with_stand_ins(traced, trace, program)
-        program = with_plain_masks(program)
+        program = with_casts(with_plain_masks(program), types, dict(trace.tensors()))
         recognition.check(program.graph.nodes)
         trace.check_met()
         return program

@@ -27,6 +27,7 @@ from shardc.ir.layout import Layout, is_sliceable, is_storable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Folds, Splits
+from shardc.planning.gradient_sums import late_sums, summed_bytes, takes_sums
 from shardc.planning.ring_offers import RingOffers
 from shardc.planning.same_draws import ties
 from shardc.planning.strategies import OperatorOptions
@@ -73,8 +74,8 @@ class LayoutDemands:
 
 @dataclass(eq=False)
 class CostNetwork:
-    """Builds the problem for one program on one mesh. see `LayoutDemands`. If `balanced`, it counts attention as if
-    sequences were folded (see `shardc/planning/folding.py`)."""
+    """Builds the problem for one program on one mesh. If `balanced`, it counts attention as if sequences were folded
+    (see `shardc/planning/folding.py`)."""
 
     factored: Factored
     mesh: Mesh
@@ -101,7 +102,7 @@ class CostNetwork:
         self._source: dict[Key, tuple[int, np.ndarray]] = {}
         self._edges: list[tuple[int, int, np.ndarray]] = []
         self._op_variable: dict[fx.Node, int] = {}
-        self._parameters: set[int] = set()
+        self._takes_gradient: set[int] = set()
         self._share_variable: dict[Key, int] = {}
         self._output_variable: dict[int, int] = {}
 
@@ -182,11 +183,7 @@ class CostNetwork:
         """By dtype, the gradients that share collectives in buckets, and the seconds a byte of backward that hide them
         (behind micro-batches, none). The model assumes that all of a dtype are in buckets, and that every operator of
         backward is split as far as it can be."""
-        sizes: dict[torch.dtype, list[float]] = {}
-        for port, node in zip(self.factored.program.outputs, self.factored.program.results, strict=True):
-            if node is not None and port.role is Role.GRADIENT:
-                tensor = tensor_of(self.factored.values[node].key)
-                sizes.setdefault(tensor.dtype, []).append(float(tensor.nbytes))
+        sizes = summed_bytes(self.factored)
         total = sum(map(sum, sizes.values()))
         backward = self._beneath if total and self.factored.program.turns == 1 else 0.0
         buckets, beneath = Buckets(self.mesh, self.device, backward=backward), backward / total if total else 0.0
@@ -210,7 +207,8 @@ class CostNetwork:
             for result in op.results:
                 self._add_shares(op, result.key, users[result.key], port)
         self._add_outputs()
-        self._edges += ties(self.factored, self._op_variable, self.variables, self.options_of)
+        for tied in (ties, late_sums):
+            self._edges += tied(self.factored, self._op_variable, self.variables, self.options_of)
 
     def _add_shares(self, op: Op, key: Key, users: int, port: Port | None) -> None:
         """Add the variables between a value and its readers: a share, where several read it."""
@@ -250,9 +248,9 @@ class CostNetwork:
 
     def _add_op(self, op: Op, port: Port | None, frozen: bool) -> Domain:
         domain = self._domain(op, port, frozen)
-        variable = self._op_variable[op.node] = self._variable(op.node.name, domain.strategies, domain.seconds)
-        if port is not None and port.role is Role.PARAMETER:
-            self._parameters.add(variable)
+        self._op_variable[op.node] = variable = self._variable(op.node.name, domain.strategies, domain.seconds)
+        if takes_sums(op.node) or (port is not None and port.role is Role.PARAMETER):
+            self._takes_gradient.add(variable)
         for operand, demanded in zip(op.operands, domain.operands, strict=True):
             self._connect(operand.value.key, variable, demanded)
         for result, layouts in zip(op.results, domain.results, strict=True):
@@ -341,13 +339,14 @@ class CostNetwork:
         return self._arrays.setdefault(array.tobytes(), array)
 
     def _connect(self, key: Key, variable: int, demanded: np.ndarray) -> None:
-        """Charge `variable` for converting a base value to the layouts that it demands. What a parameter demands is its
-        gradient in its layout, and that conversion runs in buckets."""
+        """Charge `variable` for converting a base value to the layouts that it demands. Conversions of gradients, which
+        parameters and casts of sums demand, run in buckets."""
         source, layouts = self._source_of(key)
-        tensor = self.gradient_class(key) if variable in self._parameters else self.class_of(key)
+        is_gradient = variable in self._takes_gradient and not takes_sums(key[0])  # else its sum was converted before
+        tensor = self.gradient_class(key) if is_gradient else self.class_of(key)
         identity = (id(tensor), id(layouts), id(demanded))
         if identity not in self._tables:
-            turns = self.factored.program.turns if variable in self._parameters else 1  # a gradient goes once a step
+            turns = self.factored.program.turns if is_gradient else 1  # a gradient goes once a step
             self._tables[identity] = tensor.seconds[np.ix_(layouts, demanded)] / turns
         self._edges.append((source, variable, self._tables[identity]))
 

@@ -1,10 +1,15 @@
-"""A model over gloo has the gradients, the types and the memory order of its results that one device gives."""
+"""A model over gloo has the gradients, the types and the memory order of its results that one device gives; in mixed
+precision, the losses of FSDP2 with the same types."""
 
 import copy
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from shardc import shard
 
@@ -38,4 +43,42 @@ for (name, one), other in zip(single.named_parameters(), model.parameters(), str
     assert (one.grad is None) == (other.grad is None), name
     if one.grad is not None:
         torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=2e-2, atol=2e-2)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def losses(model):
+    """The losses of twenty steps, over the batch of all ranks."""
+    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for batch in torch.randn(20, 8, 16, generator=torch.Generator().manual_seed(1)):
+        part = batch.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = (model(part).float() - part.flip(-1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.full_tensor() if isinstance(loss, DTensor) else loss)
+    total = torch.stack([loss.detach() for loss in seen])
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def beside_fsdp(types):
+    single = nn.Sequential(Block(), Block())
+    theirs, fsdp_mesh = copy.deepcopy(single), init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*theirs, theirs):
+        fully_shard(part, mesh=fsdp_mesh, mp_policy=MixedPrecisionPolicy(**types))
+    ours = shard(single, mesh=sys.argv[1], hardware="cpu", data="dp", **types)
+    expected, found = losses(theirs), losses(ours)
+    assert expected[-3:].mean() < 0.9 * expected[:3].mean()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
+beside_fsdp({"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.float32})
 print("as on one device")

@@ -13,6 +13,7 @@ from shardc.ir.facts import lowered
 from shardc.ir.invariants.inference import Described, Failure, inferred
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant
 from shardc.ir.layout import Layout
+from shardc.ir.precision import RUNS_AS
 from shardc.runtime.kernels import indexing
 
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ def _differs(made: Described, told: Described | None) -> str:
 def only_what_runs_is_left(checked: Checked) -> Iterator[Broken]:
     """Operators that only speak to the planner, `constrain` and `retile`, are gone."""
     for node in checked.calls:
-        if node.target in (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.default):
+        if node.target in (torch.ops.shardc.constrain.default, torch.ops.shardc.retile.default, *RUNS_AS):
             yield Broken(node, "runs nothing, and is still there")
 
 
@@ -105,7 +106,7 @@ def split_factors_have_their_body(checked: Checked) -> Iterator[Broken]:
     parts; every other operator is what it was."""
     for node, chosen in checked.operators:
         target, parts = checked.once(("runs", chosen.alike), lambda c=chosen: c.runs(checked.mesh))
-        if node.target != target:
+        if node.target != RUNS_AS.get(target, target):
             yield Broken(node, f"runs {node.target}, its strategy {target}")
         elif any(node.kwargs.get(name) != part for name, part in parts.items()):
             yield Broken(node, f"is to be told of {parts}, and is told {dict(node.kwargs)}")

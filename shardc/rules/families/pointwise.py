@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from shardc.ir.precision import GRADIENT_CAST
 from shardc.rules.notation import Rule, Workspace, adds, family, named_dims, parse
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ UNTAGGED = (
     aten.zeros_like.default,
     aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten._to_copy.default, aten.clone.default,
     aten.floor_divide.default, aten.rsub.Tensor, aten.rsub.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
-    aten.hardswish.default, aten.complex.default, aten.polar.default, *BACKWARD, *MOVES,
+    aten.hardswish.default, aten.complex.default, aten.polar.default, GRADIENT_CAST, *BACKWARD, *MOVES,
 )  # fmt: skip
 """Elementwise operators, some of which torch does not tag as pointwise."""
 
@@ -102,7 +103,7 @@ def _between(operator: OpOverload, names: list[str], operands: list[torch.Tensor
 def _groups(
     operator: OpOverload, arguments: tuple[Any, ...], keywords: Mapping[str, Any], operands: list[torch.Tensor]
 ) -> list[set[int]]:
-    if operator in MOVES:
+    if operator in (*MOVES, GRADIENT_CAST):  # of the cast, the user has said what becomes of addends
         return [{0}]
     if operator is aten._to_copy.default:
         # the sum of cast addends is the cast sum only between floats, and a narrowing cast would round each addend

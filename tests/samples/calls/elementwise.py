@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from samples.calls.sample import Group, Sample, View, boolean, positive, real, whole
+from shardc.ir.precision import GRADIENT_CAST
 
 aten = torch.ops.aten
 
@@ -78,6 +79,7 @@ def unary() -> Iterator[Sample]:
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}.get(dtype, 1e-9)
         yield Sample(aten._to_copy.default, (given,), {"dtype": dtype}, tolerance=tolerance)
     yield Sample(torch.ops.shardc.constrain.default, (real(6, 2), "?,?"))
+    yield Sample(GRADIENT_CAST, (real(6, 2), torch.float32, False), tolerance=1e-5)
 
 
 def binary() -> Iterator[Sample]:
