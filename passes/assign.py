@@ -21,6 +21,8 @@ from shardc.planning.given.given import GivenPlan
 from shardc.planning.given.posing import network_of
 from shardc.planning.given.proof import Proof
 from shardc.planning.gradient_sums import complete
+from shardc.planning.offers.listed import layouts_of
+from shardc.planning.offers.near import Offers, too_many
 from shardc.planning.out_of_memory import out_of_memory
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.planning.reuse_strategies import reuse_strategies
@@ -66,7 +68,7 @@ def _solved_anew(c: Compilation) -> Compilation:
     bounded = budget is not None and not c.options.hardware_bounds
     bounded = bounded or (budget is not None and c.given is not None and c.given.recomputes)
     network, solution = c.network if c.has("network") else None, None
-    if network is None and not (bounded and not _may_fold(c)):
+    if network is None and (_may_fold(c) or not bounded or too_many(c.factored, c.mesh)):
         network = first_network(c)
     if network is not None and network.balanced:
         c, network, solution = _with_orders(c, network, draft=bounded)
@@ -84,8 +86,17 @@ def _solved_anew(c: Compilation) -> Compilation:
 
 def first_network(c: Compilation) -> CostNetwork:
     """The network that `assign` solves first: no plan costs less than the cheapest choice of it. Raises InfeasibleError
-    where a variable has no value left."""
-    return _built(c, CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c)))
+    where a variable has no value left. Of operators with too many strategies it has those near a plan."""
+    if c.options.mode == "propagate" or not too_many(c.factored, c.mesh):
+        return _built(c, CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c)))
+    offers, cheapest = Offers(c.mesh, c.options.device), math.inf
+    while True:
+        made = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), balanced=_may_fold(c), offers=offers)
+        found = solved(_built(c, made).problem(), c.time_limit, tuning.NEARER_GAP, draft=True)
+        if found.cost > (1.0 - tuning.NEARER_GAP) * cheapest:
+            return made
+        plan, cheapest = made.assignment(found.choice), found.cost
+        offers = offers.around(plan.strategies, layouts_of(made, plan))
 
 
 def _may_fold(c: Compilation) -> bool:
@@ -103,7 +114,7 @@ def _with_orders(
     c = replace(c, factored=offered(c.factored, c.mesh, axes))
     if draft:
         return c, balanced, None
-    network = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c))
+    network = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), offers=balanced.offers)
     network.share(balanced)
     _built(c, network)
     return c, network, None if axes else carried(found, balanced.problem(), network.problem())
@@ -112,7 +123,11 @@ def _with_orders(
 def _as_given(c: Compilation, given: GivenPlan, proof: Proof) -> Compilation:
     """The decisions of a file as they are: nothing is solved, and the problem is not even posed."""
     network = network_of(c, proof, _demands(c))
-    return replace(c, network=network, assignment=given.assignment(network))
+    assignment = given.assignment(network)
+    if c.options.mode != "propagate" and too_many(c.factored, c.mesh):
+        offers = Offers(c.mesh, c.options.device).around(assignment.strategies, layouts_of(network, assignment))
+        network = network_of(c, proof, _demands(c), offers)
+    return replace(c, network=network, assignment=assignment)
 
 
 def _reused(c: Compilation, before: Compilation) -> Compilation | None:
@@ -153,7 +168,8 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
         asked = c.factored, c.mesh, c.options.device, _demands(c)
-        made = RecomputeNetwork(*asked, recompute=recompute, states=c.states)
+        offers = known.offers if known is not None else None
+        made = RecomputeNetwork(*asked, offers=offers, recompute=recompute, states=c.states)
         if like is not None:
             made.share(like)
         return _built(c, made)

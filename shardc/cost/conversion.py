@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,11 +53,13 @@ class TensorClass:
     device: Hardware
     sharing: Sharing | None = None
     folds: Folds = ()
+    among: Callable[[], StepGraph] | None = None
+    """The layouts that are offered, where not all of them are."""
 
     @cached_property
     def graph(self) -> StepGraph:
         """The layouts and the steps between them, without seconds."""
-        return step_graph(self.sizes, self.mesh, self.ops, self.folds)
+        return self.among() if self.among else step_graph(self.sizes, self.mesh, self.ops, self.folds)
 
     @property
     def layouts(self) -> list[Splits]:

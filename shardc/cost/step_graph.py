@@ -27,7 +27,7 @@ equally long."""
 
 @dataclass(frozen=True, eq=False)
 class StepGraph:
-    """All layouts of tensors whose atoms have these sizes, and all steps between them, on one mesh.
+    """All layouts of tensors whose atoms have these sizes, or those `listed`, and all steps between them, on one mesh.
 
     `moves` has, per layout, the layouts one step away, each with the step and the number of its load in `loads`.
     `columns` lists the same: layouts before, layouts after, numbers of loads.
@@ -37,10 +37,11 @@ class StepGraph:
     mesh: Mesh
     ops: tuple[str, ...]
     folds: Folds = ()
+    listed: tuple[Splits, ...] | None = None
 
     @cached_property
     def layouts(self) -> list[Splits]:
-        return list(_enumerate(self.sizes, self.mesh, self.ops, self.folds))
+        return list(self.listed if self.listed is not None else _enumerate(self.sizes, self.mesh, self.ops, self.folds))
 
     @cached_property
     def index(self) -> dict[Splits, int]:
@@ -71,6 +72,8 @@ class StepGraph:
             neighbours: dict[int, tuple[Step, int]] = {}
             for step in steps(splits, self.sizes, self.mesh, self.ops, self.folds):
                 after = apply(splits, step, self.mesh)
+                if after not in self.index:
+                    continue
                 load = step.collective, step.axis, self.operand_elements(splits, after, step), bool(step.orders)
                 neighbours[self.index[after]] = step, numbers.setdefault(load, len(numbers))
             moves.append(neighbours)

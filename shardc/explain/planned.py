@@ -114,6 +114,11 @@ def _notes(c: Compilation, graph: fx.Graph) -> tuple[str, ...]:
             f"gradients are added up over several calls, and reduced once behind the last, in "
             f"{in_seconds(c.epilogue.schedule.seconds)}"
         )
+    if c.network.offers is not None:
+        notes.append(
+            f"operators have too many strategies on {c.mesh} to try all: the bound is that of plans in which each "
+            "operator's is near the one that it has here"
+        )
     if c.given is not None and c.given.proof is None:
         notes.append(
             f"{c.given.source} was edited: what it says was held fixed, and the solver chose the rest; the bound is "

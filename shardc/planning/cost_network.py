@@ -22,12 +22,15 @@ from torch import fx
 from shardc.cost.buckets import Buckets, Sharing
 from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
+from shardc.cost.step_graph import StepGraph
 from shardc.ir.facts import origin_of
-from shardc.ir.layout import Layout, is_sliceable, is_storable
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Port, Role, tensor_of, value_of
 from shardc.ir.splits import Folds, Splits
 from shardc.planning.gradient_sums import late_sums, summed_bytes, takes_sums
+from shardc.planning.offers.listed import Atoms, listed_layouts
+from shardc.planning.offers.near import Offers, graph_of
+from shardc.planning.offers.ports import Accepts, PortLayouts
 from shardc.planning.ring_offers import RingOffers
 from shardc.planning.same_draws import ties
 from shardc.planning.strategies import OperatorOptions
@@ -35,8 +38,6 @@ from shardc.planning.variables import Domain, Variable, base_demand, name_of
 from shardc.rules.factors.factored import Factored, Key, Kind, Op, Value
 from shardc.rules.factors.strategy import Shape, Side, Strategy, shape_of
 from shardc.solver.problem import Problem, zeros
-
-Accepts = Callable[[Splits], bool]
 
 
 @dataclass
@@ -74,8 +75,8 @@ class LayoutDemands:
 
 @dataclass(eq=False)
 class CostNetwork:
-    """Builds the problem for one program on one mesh. If `balanced`, it counts attention as if sequences were folded
-    (see `shardc/planning/folding.py`)."""
+    """Builds the problem for one program on one mesh; see `LayoutDemands`. If `balanced`, it counts attention as if
+    sequences were folded (see `shardc/planning/folding.py`). With `offers`, it has a part of all strategies."""
 
     factored: Factored
     mesh: Mesh
@@ -83,6 +84,7 @@ class CostNetwork:
     demands: LayoutDemands
     variables: list[Variable] = field(default_factory=list[Variable])
     balanced: bool = False
+    offers: Offers | None = None
 
     def __post_init__(self) -> None:
         self._classes: dict[tuple[tuple[int, ...], int, Folds], TensorClass] = {}
@@ -90,11 +92,13 @@ class CostNetwork:
         self._gradient_classes: dict[tuple[tuple[int, ...], torch.dtype, Folds], TensorClass] = {}
         self._shapes: dict[Kind, Shape] = {}
         self._options: dict[fx.Node, OperatorOptions] = {}
-        self._distinct: dict[tuple[Shape, frozenset[str]], OperatorOptions] = {}
+        self._distinct: dict[object, OperatorOptions] = {}
         self._tables: dict[object, np.ndarray] = {}
         self._arrays: dict[bytes, np.ndarray] = {}
         self._domains: dict[object, Domain] = {}
-        self._answers: dict[object, bool] = {}
+        self._ports = PortLayouts(self.mesh)
+        self._graphs: dict[Atoms, StepGraph] = {}
+        self._listed: dict[Atoms, list[Splits]] = {}
         self._demands: dict[object, np.ndarray] = {}
         others = {r for op in self.factored.ops for r in op.rule.reductions.values()} - {"sum"}
         self._reductions = ("sum", *sorted(others))
@@ -109,9 +113,12 @@ class CostNetwork:
     def share(self, other: CostNetwork) -> None:
         """Use the strategies and conversions that another network of the same program on the same mesh has computed,
         also where the one offers layouts that the other does not, or only one of them is balanced."""
+        if self.offers is not None and self.factored is not other.factored:
+            return  # their layouts are those of other atoms
         self._classes, self._distinct = other._classes, other._distinct
         self._tables, self._arrays = other._tables, other._arrays
-        self._domains, self._answers, self._demands = other._domains, other._answers, other._demands
+        self._domains, self._ports, self._demands = other._domains, other._ports, other._demands
+        self._graphs, self._listed = other._graphs, other._listed
         if self.factored is other.factored:
             self._class_of = other._class_of
             alike = self.balanced == other.balanced
@@ -153,7 +160,8 @@ class CostNetwork:
         """The layouts of tensors with atoms of these sizes and elements of `itemsize` bytes, and their conversions."""
         key = sizes, itemsize, folds
         if key not in self._classes:
-            self._classes[key] = TensorClass(sizes, itemsize, self._reductions, self.mesh, self.device, folds=folds)
+            asked = sizes, itemsize, self._reductions, self.mesh, self.device
+            self._classes[key] = TensorClass(*asked, folds=folds, among=self._among(sizes, folds))
         return self._classes[key]
 
     def class_of(self, key: Key) -> TensorClass:
@@ -169,10 +177,26 @@ class CostNetwork:
         sizes, dtype, folds = self.factored.sizes(key), tensor_of(key).dtype, self.factored.folds(key)
         if (sizes, dtype, folds) not in self._gradient_classes:
             tensor_class = TensorClass(
-                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype], folds
-            )
+                sizes, dtype.itemsize, self._reductions, self.mesh, self.device, self._sharing[dtype], folds,
+                self._among(sizes, folds),
+            )  # fmt: skip
             self._gradient_classes[sizes, dtype, folds] = tensor_class
         return self._gradient_classes[sizes, dtype, folds]
+
+    def _among(self, sizes: tuple[int, ...], folds: Folds) -> Callable[[], StepGraph] | None:
+        """What gives the layouts of tensors of these sizes, where not all are offered."""
+        if self.offers is None:
+            return None
+
+        def graph() -> StepGraph:
+            if not self._listed:
+                self._listed.update(listed_layouts(self))
+            if (sizes, folds) not in self._graphs:
+                listed = self._listed.get((sizes, folds), ())
+                self._graphs[sizes, folds] = graph_of(sizes, self.mesh, self._reductions, folds, listed)
+            return self._graphs[sizes, folds]
+
+        return graph
 
     @cached_property
     def _rings(self) -> RingOffers:
@@ -229,18 +253,21 @@ class CostNetwork:
                     shape = replace(shape, band=replace(shape.band, balanced=True))
                 self._shapes[op.kind] = shape
             shape = self._shapes[op.kind]
-            self._options[op.node] = self._options_of(shape, self._rings.offered(op, shape))
+            self._options[op.node] = self._options_of(op, shape, self._rings.offered(op, shape))
         return self._options[op.node]
 
-    def _options_of(self, shape: Shape, rings: frozenset[str]) -> OperatorOptions:
-        if (shape, rings) not in self._distinct:
+    def _options_of(self, op: Op, shape: Shape, rings: frozenset[str]) -> OperatorOptions:
+        offers = None if any(result.key in self.demands.accepts for result in op.results) else self.offers
+        key = shape, rings, offers and offers.middle(op.node, shape), offers is None
+        if key not in self._distinct:
 
             def classes(sides: tuple[Side, ...]) -> list[TensorClass]:
                 return [self.tensor_class(side.sizes, side.itemsize, side.folds) for side in sides]
 
             operands, results = classes(shape.operands), classes(shape.results)
-            self._distinct[shape, rings] = OperatorOptions(shape, self.mesh, self.device, operands, results, rings)
-        return self._distinct[shape, rings]
+            asked = shape, self.mesh, self.device, operands, results, rings, offers
+            self._distinct[key] = OperatorOptions(*asked, middle=key[2])
+        return self._distinct[key]
 
     def _variable(self, name: str, domain: list[Strategy] | list[Splits], unary: np.ndarray) -> int:
         self.variables.append(Variable(name, domain, unary))
@@ -290,9 +317,9 @@ class CostNetwork:
             port.role is Role.PARAMETER
             or (port.role is Role.TANGENT and not self.demands.whole(tensor_of(op.results[0].key)))
         ):
-            tests.append((0, self._storable(op.results[0].value)))
+            tests.append((0, self._ports.storable(op.results[0].value)))
         elif port is not None:
-            tests.append((0, self._sliceable(op.results[0].value)))
+            tests.append((0, self._ports.sliceable(op.results[0].value)))
         if not tests and not self.demands.wishes:
             return None
 
@@ -306,34 +333,6 @@ class CostNetwork:
             granted = (passing(keep, k, wish) for wish in self.demands.wishes.get(result.key, ()))
             keep = next(filter(None, granted), keep)
         return keep
-
-    def _storable(self, value: Value) -> Accepts:
-        """Accepts what a DTensor can store: one chunk of every dim, axes in an order that DTensor has, nothing
-        partial."""
-
-        def stored(splits: Splits, layout: Layout) -> bool:
-            return not splits.partial and is_storable(layout, self.mesh)
-
-        return self._remembered("stored", value, stored)
-
-    def _sliceable(self, value: Value) -> Accepts:
-        """Accepts what local slices of the global tensor give, for inputs of a generated module."""
-
-        def sliced(_: Splits, layout: Layout) -> bool:
-            return is_sliceable(layout, self.mesh)
-
-        return self._remembered("sliced", value, sliced)
-
-    def _remembered(self, question: str, value: Value, answer: Callable[[Splits, Layout], bool]) -> Accepts:
-        """Accepts as `answer` does, which is asked once for all values of one form."""
-
-        def test(splits: Splits) -> bool:
-            key = question, value.form, splits
-            if key not in self._answers:
-                self._answers[key] = answer(splits, value.form.layout_on(splits.axes))
-            return self._answers[key]
-
-        return test
 
     def _intern(self, array: np.ndarray) -> np.ndarray:
         return self._arrays.setdefault(array.tobytes(), array)
@@ -374,7 +373,7 @@ class CostNetwork:
                 continue
             tensor = self.class_of(value.key)
             whole = port.role is not Role.OUTPUT or self.demands.whole(value_of(node))
-            storable = self._storable(value)
+            storable = self._ports.storable(value)
             domain = [Splits(((),) * len(tensor.sizes))] if whole else [s for s in tensor.layouts if storable(s)]
             variable = self._variable(f"output {index}", domain, zeros(len(domain)))
             self._connect(value.key, variable, self._intern(np.array([tensor.index[s] for s in domain])))

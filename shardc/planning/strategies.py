@@ -10,10 +10,10 @@ The options of an operator depend on its `Shape` only, so all operators of one s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from shardc.cost.conversion import TensorClass
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
 from shardc.ir.splits import Splits
+from shardc.planning.offers import words
 from shardc.rules.factors.bodies import drawn, imbalance, is_ring, work
 from shardc.rules.factors.rings import circle_of
 from shardc.rules.factors.strategy import (
@@ -30,10 +31,10 @@ from shardc.rules.factors.strategy import (
     demand,
     make,
     one_reduction,
-    splittable,
-    variants_of,
 )
-from shardc.runtime.mesh.orders import BLOCKS, FOLDED, in_order
+
+if TYPE_CHECKING:
+    from shardc.planning.offers.near import Offers
 
 QUICK = 64
 """How many plain strategies, those of least compute, a ring is compared with before it is compared with all."""
@@ -80,14 +81,20 @@ class Strategies:
 def strategies_of(shape: Shape, mesh: Mesh) -> Strategies:
     """All strategies of a shape but those of rings over factors that are not parted; compilations of whatever program
     share them."""
-    return Strategies(shape, mesh, [s for s in _enumerate(shape, mesh) if one_reduction(shape, s, mesh)])
+    every = words.written(shape, mesh, itertools.product(*words.letters(shape, mesh)))
+    return Strategies(shape, mesh, [s for s in every if one_reduction(shape, s, mesh)])
 
 
 @lru_cache(maxsize=512)
 def rings_of(shape: Shape, mesh: Mesh, along: tuple[str, ...], variants: frozenset[str]) -> Strategies:
     """The strategies of a shape in which something goes round one of the axes `along`, by one of some variants, and all
     other axes split a factor. Axes of one factor are in the mesh's order, but that the axis of the ring may be last."""
-    return Strategies(shape, mesh, [s for axis in along for s in _rings(shape, mesh, axis, variants)])
+
+    def listed(axis: str) -> Iterator[Strategy]:
+        every = itertools.product(*words.ring_letters(shape, mesh, axis, variants))
+        return words.rings(shape, mesh, axis, variants, every)
+
+    return Strategies(shape, mesh, [s for axis in along for s in listed(axis)])
 
 
 def together(one: Strategies, other: Strategies, places: list[int]) -> Strategies:
@@ -101,7 +108,8 @@ def together(one: Strategies, other: Strategies, places: list[int]) -> Strategie
 
 @dataclass(eq=False)
 class OperatorOptions:
-    """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute."""
+    """Every strategy of one shape, the layouts each demands and makes, and its seconds of compute. With `offers`, those
+    of them that are near `middle`."""
 
     shape: Shape
     mesh: Mesh
@@ -111,12 +119,34 @@ class OperatorOptions:
     offered: frozenset[str]
     """The variants with rings that may be among the strategies."""
 
-    def __post_init__(self) -> None:
-        self._known = strategies_of(self.shape, self.mesh)
+    offers: Offers | None = None
+    middle: Strategy | None = None
+
+    @cached_property
+    def _plain(self) -> Strategies:
+        return self.offers.strategies(self.shape, self.middle) if self.offers else strategies_of(self.shape, self.mesh)
+
+    @cached_property
+    def _candidates(self) -> Strategies | None:
+        """The strategies with rings that may be faster."""
         along = self.device.hiding(self.mesh) if self.offered else ()
-        if along:
-            rings = rings_of(self.shape, self.mesh, along, self.offered)
-            self._known = together(self._known, rings, self._faster(rings))
+        if not along:
+            return None
+        if self.offers is not None:
+            return self.offers.rings(self.shape, self.middle, along, self.offered)
+        return rings_of(self.shape, self.mesh, along, self.offered)
+
+    @cached_property
+    def _known(self) -> Strategies:
+        if self._candidates is None:
+            return self._plain
+        return together(self._plain, self._candidates, self._faster(self._candidates))
+
+    def layouts(self) -> Iterator[tuple[TensorClass, list[Splits]]]:
+        """What may be demanded of every operand, and made of every result, with its class."""
+        for strategies in filter(None, (self._plain, self._candidates)):
+            yield from zip(self.operand_classes, strategies.demanded, strict=True)
+            yield from zip(self.result_classes, strategies.made, strict=True)
 
     def _faster(self, rings: Strategies) -> list[int]:
         """The places of the rings that take less time than every strategy without one, even if that first converts what
@@ -124,7 +154,7 @@ class OperatorOptions:
         """
         if not rings.strategies:
             return []
-        taken = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        taken = self.device.compute_seconds_each(*self._plain.work, self.shape.dtype)
         sending, possible = self._sending_least(rings), np.arange(len(rings.strategies))
         for others in (np.argsort(taken, kind="stable")[:QUICK], np.arange(len(taken))):  # the first rule most out
             least = self._least_instead(rings, possible, taken, others)
@@ -139,7 +169,7 @@ class OperatorOptions:
     ) -> np.ndarray:
         """For the rings at `places`, the least seconds of the plain strategies `others` with conversions around them.
         `taken` are the seconds of every plain strategy alone."""
-        plain = self._known
+        plain = self._plain
         instead = np.broadcast_to(taken[others], (len(places), len(others))).copy()
         for classes, ours, theirs, made in (
             (self.operand_classes, rings.demanded, plain.demanded, False),
@@ -220,6 +250,9 @@ class OperatorOptions:
     @cached_property
     def least(self) -> float:
         """The compute seconds of the strategy that has least."""
+        if self.offers is not None and self.shape.computes:  # the same around every plan
+            grouped = self.offers.strategies(self.shape, None)
+            return float(self.device.compute_seconds_each(*grouped.work, self.shape.dtype).min())
         return float(self.compute.min())
 
     def compute_of(self, strategy: Strategy) -> float:
@@ -242,76 +275,3 @@ def _indices(classes: list[TensorClass], layouts: list[list[Splits]]) -> list[np
         np.array([one.index[splits] for splits in of_one], dtype=np.intp)
         for one, of_one in zip(classes, layouts, strict=True)
     ]
-
-
-class _Splitting(NamedTuple):
-    """What an axis splits: these factors together, in one order."""
-
-    factors: tuple[int, ...] = ()
-    order: str = BLOCKS
-
-
-def _enumerate(shape: Shape, mesh: Mesh) -> Iterator[Strategy]:
-    """One strategy for every split and every variant that runs it, but for rings over factors that are not parted."""
-    free = [(i,) for i, factor in enumerate(shape.factors) if not factor.whole]
-    plain = [_Splitting(together) for together in ((), *free, *shape.bundles)]
-    folded = [
-        _Splitting(together, FOLDED) for together in (*free, *shape.bundles)
-        if all(shape.factors[i].folds for i in together)
-    ]  # fmt: skip
-    choices = [*plain, *range(len(shape.linear)), *folded]
-    options: list[list[_Splitting | int]] = [choices if ways > 1 else [_Splitting()] for _, ways in mesh.axes]
-    # an int: the axis's partial sums pass through this linear group
-
-    @cache
-    def variants(split: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-        return variants_of(shape, split)
-
-    for passes, axes_of in _allowed(shape, mesh, options):
-        orders = [itertools.permutations(axes_of[i]) if i in axes_of else ((),) for i in range(len(shape.factors))]
-        for order in itertools.product(*orders):
-            for variant in variants(order):
-                yield Strategy(order, passes, variant=variant)
-
-
-def _rings(shape: Shape, mesh: Mesh, round_axis: str, offered: frozenset[str]) -> Iterator[Strategy]:
-    """The strategies of some variants in which something goes round an axis."""
-    pairs = {tuple(sorted(pair)) for name in offered for pair in shape.rings[name]}
-    splits_one: list[_Splitting | int] = [
-        _Splitting((i,)) for i, factor in enumerate(shape.factors) if not factor.whole
-    ]
-    options: list[list[_Splitting | int]] = [
-        [_Splitting(pair) for pair in sorted(pairs)] if name == round_axis
-        else splits_one if ways > 1 else [_Splitting()]
-        for name, ways in mesh.axes
-    ]  # fmt: skip
-
-    def orders(axes: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
-        last = *(axis for axis in axes if axis != round_axis), round_axis
-        return dict.fromkeys((axes, last)) if round_axis in axes else (axes,)
-
-    for passes, axes_of in _allowed(shape, mesh, options):
-        for order in itertools.product(*(orders(axes_of.get(i, ())) for i in range(len(shape.factors)))):
-            for variant in variants_of(shape, order):
-                if variant in offered:
-                    yield Strategy(order, passes, variant=variant)
-
-
-def _allowed(
-    shape: Shape, mesh: Mesh, options: list[list[_Splitting | int]]
-) -> Iterator[tuple[tuple[tuple[str, int], ...], dict[int, tuple[str, ...]]]]:
-    """For every choice of one option an axis that the shape allows: the axes whose partial sums pass through a linear
-    group, and by factor the axes that split it, in the mesh's order."""
-
-    @cache
-    def splits(factor: int, axes: tuple[str, ...]) -> bool:
-        return splittable(shape, factor, axes, mesh)
-
-    for choice in itertools.product(*options):
-        axes_of: dict[int, tuple[str, ...]] = {}
-        for axis, c in zip(mesh.names, choice, strict=True):
-            if isinstance(c, _Splitting):
-                for factor in c.factors:
-                    axes_of[factor] = (*axes_of.get(factor, ()), in_order(axis, c.order))
-        if all(splits(factor, axes) for factor, axes in axes_of.items()):
-            yield tuple((a, c) for a, c in zip(mesh.names, choice, strict=True) if isinstance(c, int)), axes_of

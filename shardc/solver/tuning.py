@@ -278,3 +278,7 @@ FREE_DRAFT_LOAD, FREE_DRAFT_GAP = 1.5, 3e-2
 """Before the capacity is looked at, a draft without it is made to this gap. Where its peak load is this many times the
 capacity, no exact solve without capacity is made: its answer would not fit. The gap was made rougher once, as the
 solve only serves that test."""
+
+NEARER_GAP = 1e-3
+"""Relative gap of the plans around which strategies are offered, where there are too many of them; and what a plan must
+gain for strategies to be offered around it, too. Time against quality."""

@@ -8,6 +8,7 @@ from shardc.planning.compilation import Compilation
 from shardc.planning.cost_network import CostNetwork, LayoutDemands
 from shardc.planning.given.choices import chosen_values
 from shardc.planning.given.proof import MEMORY_NETWORK, PLAIN_NETWORK, RECOMPUTE_NETWORK, Proof
+from shardc.planning.offers.near import Offers
 from shardc.planning.recompute_network import RecomputeNetwork
 from shardc.solver.loads import Relaxation
 from shardc.solver.problem import evaluate
@@ -29,12 +30,13 @@ def proof_of(c: Compilation, cost: float, lower_bound: float) -> Proof:
     return Proof(cost, lower_bound, network, tuple(sorted(axes)), float(relaxed.capacity), multipliers)
 
 
-def network_of(c: Compilation, proof: Proof, demands: LayoutDemands) -> CostNetwork:
+def network_of(c: Compilation, proof: Proof, demands: LayoutDemands, offers: Offers | None = None) -> CostNetwork:
     """The network whose choice the plan is, not built yet."""
     asked = c.factored, c.mesh, c.options.device, demands
     if proof.network == PLAIN_NETWORK:
-        return CostNetwork(*asked)
-    return RecomputeNetwork(*asked, recompute=proof.network == RECOMPUTE_NETWORK, states=c.states)
+        return CostNetwork(*asked, offers=offers)
+    recompute = proof.network == RECOMPUTE_NETWORK
+    return RecomputeNetwork(*asked, offers=offers, recompute=recompute, states=c.states)
 
 
 def posed_again(c: Compilation, proof: Proof) -> Compilation:
