@@ -32,6 +32,7 @@ from shardc.ir.layout import P, S
 from shardc.ir.mesh import Mesh
 from shardc.ir.program import Constant, Port, Program, Role, value_of
 from shardc.ir.verifier import VARIABLE
+from shardc.ir.versions import GraphVersion, copied
 from shardc.planning.constraints import ParameterDemand
 from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.factoring import VIEWS
@@ -96,30 +97,41 @@ class _Call(nn.Module):
         return tree_map_only(Tensor, lambda out: out.clone() if any(out is t for t in tensors) else out, result)
 
 
-def run_sharded(
-    sample: Sample, args: list[Any], kwargs: dict[str, Any], placements: Sequence[str], tangents: Mapping[int, Tensor]
-) -> Outcome:
+class Traced:
+    """A sample's call, and the program that it is captured as: one for all layouts."""
+
+    def __init__(self, sample: Sample, args: list[Any], kwargs: dict[str, Any]) -> None:
+        self._call = _Call(sample, args, kwargs)
+        self.tensors = tuple(leaf for leaf in self._call.leaves if isinstance(leaf, Tensor))
+        self._programs: dict[frozenset[int], Program] = {}
+
+    def program(self, tangents: frozenset[int]) -> Program:
+        """The program whose flat outputs numbered `tangents` get one, in a copy that may be changed. Raises what
+        capture raises."""
+        if tangents not in self._programs:
+            self._programs[tangents] = capture(self._call, self.tensors, grad=bool(tangents), differentiable=tangents)
+        program = self._programs[tangents]
+        return replace(program, version=GraphVersion.of(copied(program.graph)), inputs=[*program.inputs])
+
+
+def run_sharded(traced: Traced, placements: Sequence[str], tangents: Mapping[int, Tensor]) -> Outcome:
     """Run the call on a mesh of `RANKS`, its tensors placed as `placements` says, in pytree order.
 
     `tangents` are those of the flat outputs that get one; none: forward only. If only the backward fails, the outcome
     says so. Raises what capture, planning or running raise.
     """
-    call = _Call(sample, args, kwargs)
-    tensors = tuple(leaf for leaf in call.leaves if isinstance(leaf, Tensor))
     try:
-        return _run(call, tensors, placements, tangents)
+        return _run(traced, placements, tangents)
     except Exception as error:
         if not tangents:
             raise
-        outcome = _run(call, tensors, placements, {})
+        outcome = _run(traced, placements, {})
         outcome.backward_error = error
         return outcome
 
 
-def _run(
-    call: _Call, tensors: tuple[Tensor, ...], placements: Sequence[str], tangents: Mapping[int, Tensor]
-) -> Outcome:
-    program = capture(call, tensors, grad=bool(tangents), differentiable=frozenset(tangents))
+def _run(traced: Traced, placements: Sequence[str], tangents: Mapping[int, Tensor]) -> Outcome:
+    program, tensors = traced.program(frozenset(tangents)), traced.tensors
     demands, sums = _demands(program, placements)
     # no capture makes a program whose gradient is that of a sum of its input: the verifier would refuse it
     with patch.dict(os.environ, {VARIABLE: ""} if sums else {}):

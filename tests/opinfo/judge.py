@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from opinfo.adapter import Outcome, Step, run_sharded
+from opinfo.adapter import Outcome, Step, Traced, run_sharded
 from opinfo.database import Sample, detached, is_random, layouts, name_of, samples
 from shardc.errors import ShardcError
 
@@ -107,8 +107,9 @@ def _runs(sample: Sample, number: int, grad: bool, random: bool) -> list[Run]:
         return []
     found: list[Run] = []
     shapes = str([tuple(t.shape) for t in sample.tensors])
+    traced = Traced(sample, detached(sample.args, grad), detached(sample.kwargs, grad))
     for name, placements in layouts(sample.tensors).items():
-        forward, backward = _verdicts(sample, placements, reference, grad, random)
+        forward, backward = _verdicts(traced, placements, reference, random)
         found.append(Run(number, name, " ".join(placements), shapes, forward, backward))
     return found
 
@@ -134,12 +135,11 @@ def _reference(sample: Sample, grad: bool) -> _Reference:
 
 
 def _verdicts(
-    sample: Sample, placements: Sequence[str], reference: _Reference, grad: bool, random: bool
+    traced: Traced, placements: Sequence[str], reference: _Reference, random: bool
 ) -> tuple[Verdict, Verdict]:
     torch.default_generator.manual_seed(7)
     try:
-        args, kwargs = detached(sample.args, grad), detached(sample.kwargs, grad)
-        outcome = run_sharded(sample, args, kwargs, placements, reference.tangents)
+        outcome = run_sharded(traced, placements, reference.tangents)
     except Exception as error:
         return _failed(error), Verdict()
     wrong = _differs(outcome.outputs, reference.outputs, random)
