@@ -31,7 +31,7 @@ from shardc.capture.side_effects.recorded import (
     live_holders,
     refuse_new_parameters,
 )
-from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
+from shardc.capture.side_effects.stand_ins import ChangesAtEveryCall, StandIns, candidates
 from shardc.capture.side_effects.tensor_facts import TensorFacts
 from shardc.capture.side_effects.types_asked import answer_types
 from shardc.capture.skipped_layers import Watch
@@ -64,7 +64,7 @@ class ModelTrace:
 
     `slots` are all tensors of the model and all inputs; `visible_slots` are those that are arguments of the traced
     function, which the tensors of skipped layers are not (`hides`). `outputs` is what came out, `met` the patterns of
-    constraints that named a module that ran.
+    constraints that named a module that ran. Without `stand_ins`, even none, the run ends where they could stand.
     """
 
     def __init__(
@@ -86,8 +86,6 @@ class ModelTrace:
     ) -> None:
         self._compiling, self.precision = compiling, precision
         self.watch, self.stand_ins, self.recognition, self.experts = watch, stand_ins, recognition, experts
-        self.candidates: list[StandInCandidate] = []
-        """What the model changes so that stand-ins could take its part in another trace."""
         self.state, (self.grad, self._called_with_grad) = state, grad
         self.call = function
         self.constraints = [(pattern, serialise(spec)) for pattern, spec in constraints.items()]
@@ -166,7 +164,7 @@ class ModelTrace:
             try:
                 traced = joint_graph(stack, self._function, fakes)
                 self._check_backward()
-            except (ShardcError, Changed):
+            except (ShardcError, Changed, ChangesAtEveryCall):
                 raise
             except Exception as error:
                 raise explained(error, self.provenance.stack[-1]) from error
@@ -216,7 +214,10 @@ class ModelTrace:
             if changes and self.watch:
                 self.watch.refuse("the model leaves something behind")
             refuse_new_parameters(changes)
-            self.candidates = candidates(changes)
+            if self.stand_ins is None:
+                places = self.state.reachable.places
+                if StandIns(chosen := candidates(changes), places, set()):
+                    raise ChangesAtEveryCall(chosen, places)
             self._write_back(tensors)
             pairs = zip(self.visible_slots, tensors, strict=True)
             users = dict(self.tensors())

@@ -21,7 +21,7 @@ from shardc.capture.model_trace import ModelTrace
 from shardc.capture.precision import with_casts
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
-from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.capture.side_effects.stand_ins import ChangesAtEveryCall, StandIns
 from shardc.capture.skipped_layers import Watch
 from shardc.capture.state import State
 from shardc.capture.stitch import fill
@@ -94,9 +94,7 @@ def capture(
 
     def captured() -> Program:
         repeats = [] if dynamic else find(module, constraints or ())
-        trace, program = (_stitched(traced, repeats) if repeats else None) or traced()
-        if trace.candidates:
-            trace, program = _with_stand_ins(traced, trace, program)
+        trace, program = (_stitched(traced, repeats) if repeats else None) or _full(traced)
         program = with_casts(with_plain_masks(program), types, dict(trace.tensors()))
         recognition.check(program.graph.nodes)
         trace.check_met()
@@ -144,17 +142,21 @@ MOST_STAND_INS = 4
 """Traces with stand-ins: each goes without one that code has read in the trace before."""
 
 
-def _with_stand_ins(traced: Traced, trace: ModelTrace, program: Program) -> tuple[ModelTrace, Program]:
-    """The trace of a model that changes something at every call, so that the program holds for what it changes it to;
-    the trace that there is, where code reads all that it changes."""
+def _full(traced: Traced) -> tuple[ModelTrace, Program]:
+    """A trace of the whole model. Where the model changes something at every call, stand-ins take its part, so that the
+    program holds for what it changes it to; none do where code reads all that it changes."""
+    try:
+        return traced()
+    except ChangesAtEveryCall as error:
+        found, places = error.candidates, error.places
     read = set[Any]()
     for _ in range(MOST_STAND_INS):
-        stand_ins = StandIns(trace.candidates, trace.state.reachable.places, read)
+        stand_ins = StandIns(found, places, read)
         if not stand_ins:
             break
         known = len(read)
         try:
-            again = traced(None, stand_ins)
+            made = traced(None, stand_ins)
         except Unrecognised:
             raise
         except Exception:
@@ -162,5 +164,5 @@ def _with_stand_ins(traced: Traced, trace: ModelTrace, program: Program) -> tupl
                 break
         else:
             if len(read) == known:
-                return again
-    return trace, program
+                return made
+    return traced(None, StandIns((), places, read))

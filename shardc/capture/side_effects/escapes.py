@@ -33,10 +33,10 @@ class Escapes:
 
     def check(self) -> None:
         """Raise CaptureError if some tensor is still held. Caches of functions that hold one are emptied."""
-        held = self._held()
-        if not held:
-            return
-        gc.collect()  # what only holds itself
+        for generation in range(3):  # what only holds itself is young, and most objects of a process are not
+            if not self._held():
+                return
+            gc.collect(generation)
         held = self._held()
         for tensor, _ in held:
             for holder in gc.get_referrers(tensor):

@@ -3,7 +3,7 @@
     self.steps += 1                # Counter: steps + 1, whatever steps is
     self.losses.append(loss)       # a list that can only be written to: one element more, whatever it holds
 
-A trace has found that forward changes these. A second trace runs with stand-ins in their places. If no code asks what a
+A run of forward has found that it changes these. The trace runs with stand-ins in their places. If no code asks what a
 stand-in holds, the program does not depend on it: no guard is needed. A comparison of a counter is a guard of its own.
 """
 
@@ -44,6 +44,15 @@ class StandInCandidate:
     holder: Holder
     numbers: tuple[Any, ...] = ()
     grows: bool = False
+
+
+class ChangesAtEveryCall(Exception):
+    """Forward changes what stand-ins could take the part of: the trace is to begin again with them. `places` are those
+    where a container stands."""
+
+    def __init__(self, chosen: list[StandInCandidate], places: Callable[[Any], list[Location]]) -> None:
+        super().__init__()
+        self.candidates, self.places = chosen, places
 
 
 def candidates(changes: Iterable[Change]) -> list[StandInCandidate]:

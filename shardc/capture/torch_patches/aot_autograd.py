@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
+
+# The state of CUDA's generator for a switch of torch's compilers that is off here (`functionalize_rng_ops`).
+from torch._decomp.decompositions_for_rng import PhiloxStateTracker
 
 # AOTAutograd marks placeholders and outputs with these classes, in `meta["desc"]`. It says nowhere else what they are.
 from torch._functorch._aot_autograd import descriptors
@@ -32,6 +36,8 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     What AOTAutograd enters stays entered until `stack` closes. Raises CaptureError for an operator whose effects a
     sharded program cannot have, and whatever the tracer or the model raises.
     """
+    # Every trace would begin and end with new tensors for a state that nothing reads, which takes as long as planning.
+    stack.enter_context(patch.object(PhiloxStateTracker, "reset", lambda: None))
     wrapper = nn.Module()  # AOTAutograd traces modules only
     wrapper.forward = function  # type: ignore[method-assign]
     joint = aot_export_joint_with_descriptors(

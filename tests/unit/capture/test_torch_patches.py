@@ -17,6 +17,7 @@ import transformers as hf
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._decomp import decompositions
+from torch._decomp.decompositions_for_rng import PhiloxState, PhiloxStateTracker
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,6 +84,13 @@ def test_the_ends_of_a_joint_graph_are_told_apart() -> None:
     kinds = [kind for kind in output_kinds(graph) if kind[0]]
     assert sorted(kinds) == [("gradient", 0), ("mutation", 1), ("output", 0)]
     assert aten.mm.default in [node.target for node in graph.nodes]  # one graph of ATen, forward and backward
+
+
+def test_no_state_of_a_generator_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PhiloxState, "__init__", lambda _: pytest.fail("nothing reads it"))
+    before = vars(PhiloxStateTracker)["reset"]
+    traced(updated, *weight_buffer_input())
+    assert vars(PhiloxStateTracker)["reset"] is before
 
 
 def test_an_argument_of_an_unknown_kind_is_refused() -> None:

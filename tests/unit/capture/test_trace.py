@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from checks.captured import execute, operators, verify
 from samples.small import Small, X
+from shardc.capture.torch_patches.aot_autograd import joint_graph
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 from shardc.ir.program import Role
@@ -25,6 +26,27 @@ def test_shared_modules_are_tied() -> None:
     module = nn.Sequential(inner, nn.Tanh(), inner)
     program = verify(module, X, scalar=False)
     assert program.tied == {"2.weight": "0.weight", "2.bias": "0.bias"}
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_model_that_changes_something_is_traced_in_full_once(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    class Counts(nn.Module):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return x * int(self.steps) if reads else x
+
+    graphs: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        graphs.append(joint_graph(*arguments))
+        return graphs[-1]
+
+    monkeypatch.setattr("shardc.capture.model_trace.joint_graph", noted)
+    model = Counts()
+    capture(model, (X,))
+    assert len(graphs) == 1 and model.steps == 0
 
 
 def test_placeholder_names_are_unique_identifiers() -> None:
