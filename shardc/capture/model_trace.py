@@ -17,17 +17,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.experts.written import Changed, WrittenExperts
+from shardc.capture.guards.guards import Guards
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
-from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Location
 from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
     Watched,
     live_holders,
+    own_arguments,
     refuse_new_parameters,
 )
 from shardc.capture.side_effects.stand_ins import StandInCandidate, StandIns, candidates
@@ -297,8 +298,9 @@ class ModelTrace:
         contents, names = self.state.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
+        own = own_arguments(guards, self._containers)
         return RecordedEffects(
-            guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
+            guards, own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
         )
 
     def check_met(self) -> None:
