@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.changing_sizes import Longer
 from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.guards.guards import Guards
 from shardc.capture.inputs import flatten, refuse_unplain
@@ -138,13 +139,16 @@ class ModelTrace:
         return fake.requires_grad_(tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
-        """Let all dims of one name have one symbol."""
+        """Let all dims of one name have one symbol, and what is longer than others that of these and a number."""
         fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role in _GIVEN}
         first: dict[str, Any] = {}
         for index, dims in dynamic.items():
             for dim, name in dims.items():
                 size = fakes[index].shape[dim]
                 require_equal(first.setdefault(name, size), size)
+        for name, size in first.items():
+            if isinstance(name, Longer):
+                require_equal(first[name.name] + name.more, size)
 
     def run(self) -> fx.GraphModule:
         """The traced graph. Raises CaptureError for whatever goes wrong in torch or in the model."""
