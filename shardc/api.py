@@ -17,8 +17,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
-from shardc.capture.inputs import call_key, flatten
-from shardc.capture.own_tensors import OwnTensors
+from shardc.capture.inputs import call_key, flat_arguments, flatten
 from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import Compiled
@@ -95,7 +94,6 @@ class _Engine:
         """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
         """Whether a program was made by the plan that the options name; it is for no other."""
-        self.own: OwnTensors | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.request)
@@ -114,17 +112,18 @@ class _Engine:
     def _run(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        leaves, spec = flatten((args, kwargs))
+        flat = flat_arguments(args, kwargs)
+        leaves, spec = (flat, None) if flat is not None else flatten((args, kwargs))
         call, grad = ModelCall(module, args, kwargs, function=forward), torch.is_grad_enabled()
         with TRACING:
             # a program that evaluates was planned for parameters as they lay before others moved them
-            placed = 0 if torch.is_grad_enabled() else moves(module)
+            placed = 0 if grad else moves(module)
             named = named_dims(self.request.options.dynamic, call)
-            one = tuple(Containers((args, kwargs)).again)
-            self.own = self.own or OwnTensors(module)
-            key = call_key(leaves, named, self.own), str(spec), one, placed
+            one = () if spec is None else tuple(Containers((args, kwargs)).again)
+            structure = (len(args), *kwargs) if spec is None else str(spec)
+            key = call_key(leaves, named), structure, one, placed
             program = self._program(key, named, call, leaves)
-            if self.sums is not None and torch.is_grad_enabled():
+            if self.sums is not None and grad:
                 program = program.accumulating
             self.last = program
 
@@ -132,9 +131,9 @@ class _Engine:
             """Backward starts from outputs that were taken for mere results: compile for exactly these.
 
             The call may have changed its arguments and what else it reads, and the user may have, since."""
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            other_args, other_kwargs = (args, kwargs) if spec is None else pytree.tree_unflatten(leaves, spec)
             leaves_of = program.leaves_of(outputs)
-            other = replace(call, args=args, kwargs=kwargs, differentiable=leaves_of, grad=grad)
+            other = replace(call, args=other_args, kwargs=other_kwargs, differentiable=leaves_of, grad=grad)
             with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 

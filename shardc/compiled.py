@@ -32,6 +32,7 @@ from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.execute.accumulation import GradientSums
+from shardc.runtime.execute.arguments import WatchedState
 from shardc.runtime.mesh.distributed import CALLED
 
 MAIN = """
@@ -74,6 +75,9 @@ class Compiled:
         self._accumulating: Compiled | None = None
         self._at_planned_sizes = True
         self._state: list[tuple[str, dict[str, Tensor], str]] | None = None
+        self._held: tuple[int, WatchedState] | None = None
+        self._unwatched = False
+        """Whether the program reads tensors that the guards do not look at, because it writes them."""
 
     @property
     def code(self) -> str:
@@ -164,7 +168,7 @@ class Compiled:
         """This program at other sizes, by the source of many: with the same plan, and the same graphs."""
         other = copy.copy(self)
         other._program, other._agreed, other._executable = program, source, executable
-        other._accumulating, other._at_planned_sizes = None, False
+        other._accumulating, other._at_planned_sizes, other._held = None, False, None
         return other
 
     def _registries(self) -> list[tuple[str, dict[str, Tensor], str]]:
@@ -178,6 +182,28 @@ class Compiled:
                 held = vars(parts[path])
                 self._state.append((name, held["_parameters" if key in held["_parameters"] else "_buffers"], key))
         return self._state
+
+    def _state_now(self) -> dict[str, Tensor]:
+        """The parameters, buffers and constants of the program, wherever they stand now. Raises ShardcError for one
+        without values."""
+        state = {name: registry[key] for name, registry, key in self._registries()}
+        if any(map(_IS_META, state.values())):
+            meta = next(name for name, tensor in state.items() if tensor.is_meta)
+            raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
+        return state | self._program.constants | {name: place.get() for name, place in self._program.standing.items()}
+
+    def _watched_state(self) -> WatchedState | None:
+        """The same, if the guards look at each of them, as they have done for this call: from call to call, the same
+        mapping until they find a difference. None where they do not."""
+        program, effects = self._program, self._program.effects
+        if effects is None or self._unwatched:
+            return None
+        if self._held is None or self._held[0] != effects.version:
+            places = [(registry, key) for _, registry, key in self._registries()]
+            places += [(place.holder.target, place.key) for place in program.standing.values()]
+            self._unwatched = not all(effects.knows(*place) for place in places)
+            self._held = effects.version, WatchedState(self._state_now())
+        return None if self._unwatched else self._held[1]
 
     def broken(self, call: ModelCall) -> str:
         """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
@@ -197,21 +223,18 @@ class Compiled:
         sums: GradientSums | None = None,
     ) -> Any:
         """Run on flat inputs, those of `arguments` (args and kwargs). Returns what the program returns, in its own
-        structure, and leaves behind what the program leaves behind. With `sums`, gradients that it reduces once, if
+        structure, and leaves behind what the program leaves behind. `broken` has just found that the call is one of
+        this program. With `sums`, gradients that it reduces once, if
         there are any, go there."""
         program = self._program
         with TRACING:
             executable = self.executable
-            state = {name: registry[key] for name, registry, key in self._registries()}
-        if any(map(_IS_META, state.values())):
-            meta = next(name for name, tensor in state.items() if tensor.is_meta)
-            raise ShardcError(f"{meta} is on the meta device: this model was planned but has no values to run with")
-        if isinstance(executable.mesh, DistributedMesh) and before_call(
-            self._module, executable, state, leaves, self._last.options.data
-        ):
-            state = {name: registry[key] for name, registry, key in self._registries()}
-        state |= program.constants | {name: place.get() for name, place in program.standing.items()}
-        if any(not state[name].is_leaf for name in executable.deferred):
+            state = self._watched_state() or self._state_now()
+            if isinstance(executable.mesh, DistributedMesh) and before_call(
+                self._module, executable, state, leaves, self._last.options.data
+            ):
+                state = self._state_now()
+        if executable.deferred and any(not state[name].is_leaf for name in executable.deferred):
             sums = None  # what they were computed from needs their gradients now
         record = bool(program.attached) and not torch.is_grad_enabled()
         outputs = executable.run(state, leaves, fallback, sums, record)

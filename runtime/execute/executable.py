@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from shardc.runtime.errors import GENERATED, RankError
 from shardc.runtime.execute.accumulation import GradientSums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
+from shardc.runtime.execute.arguments import Arguments
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
-from shardc.runtime.execute.tensor_kinds import TensorKinds
-from shardc.runtime.execute.transforms import in_forward_mode, is_batched, refuse_transforms
+from shardc.runtime.execute.transforms import is_batched
 from shardc.runtime.kernels.random import INDEPENDENT
 from shardc.runtime.mesh.distributed import local_mesh
 from shardc.runtime.mesh.mesh import RuntimeMesh
@@ -66,8 +66,7 @@ class Executable:
         self.mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
         slots = (*self.inputs, *self.prologue)
         self._given = list({slot.name: slot for slot in slots if not slot.name.startswith(PROLOGUE)}.values())
-        self._from_state = [None if slot.role == "input" else slot.name for slot in self._given]
-        self._checked: TensorKinds | None = None
+        self._arguments = Arguments(self._given)
 
     def run(
         self,
@@ -85,12 +84,13 @@ class Executable:
 
         Where an output gets a gradient from which this executable's backward does not start, `run` calls `fallback`
         with the indices of all outputs that got one. It returns an executable whose backward starts from them. Without
-        a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot.
+        a fallback this is a RankError. So is a tensor that is missing, or has another shape or dtype than its slot. A
+        `state` that is a `WatchedState` is looked at once.
 
         With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters. With
         `record`, outputs may get a gradient where gradients are off, too: the model turns them on for itself.
         """
-        tensors = self._arguments(state, inputs)
+        tensors = self._arguments.of(state, inputs)
         names = {slot.name: tensor for slot, tensor in zip(self._given, tensors, strict=True)}
         recording = record or (torch.is_grad_enabled() and hasattr(self.module, "backward"))
         recording = recording and not torch.is_inference_mode_enabled()  # in which nothing is recorded, whatever is on
@@ -122,36 +122,6 @@ class Executable:
             return self.run(state, inputs)
 
         return call
-
-    def _arguments(self, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of the slots. They are looked at one by one where they are others than those of the last run."""
-        try:
-            tensors = [
-                inputs[slot.index] if name is None else state[name]
-                for slot, name in zip(self._given, self._from_state, strict=True)
-            ]
-        except LookupError:
-            tensors = []
-        refuse_transforms([])
-        if self._checked is None or in_forward_mode() or not self._checked.fit(tensors):
-            tensors = [self._argument(slot, state, inputs) for slot in self._given]
-            self._checked = TensorKinds(tensors)
-        return tensors
-
-    def _argument(self, slot: Slot, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        if slot.role == "input":
-            if slot.index >= len(inputs):
-                raise RankError(f"{slot} is missing: the call has {len(inputs)} inputs")
-            tensor = inputs[slot.index]
-        elif slot.name in state:
-            tensor = state[slot.name]
-        else:
-            raise RankError(f"{slot} is not in the state: pass a model or a state dict that has it")
-        if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RankError(f"{slot} must be a tensor, but is a {type(tensor).__name__}")
-        refuse_transforms([(str(slot), tensor)])
-        slot.check(tensor)
-        return tensor
 
     def _mutate(self, mutations: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

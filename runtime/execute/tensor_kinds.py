@@ -30,12 +30,17 @@ class TensorKinds:
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are of the same kinds. May be False for some that are, in another mode of torch."""
-        with torch.enable_grad(), torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():
             try:
                 nested = any(map(_IS_NESTED, tensors))  # at one of these torch's check ends the process
             except TypeError:  # no tensor
                 return False
-            return not nested and len(tensors) == self._number and bool(self._guards.check(*tensors))
+        return not nested and len(tensors) == self._number and self.kept(tensors)
+
+    def kept(self, tensors: Sequence[Tensor]) -> bool:
+        """The same for the very tensors that this was made of, in half the time."""
+        with torch.enable_grad(), torch._C.DisableTorchFunction():
+            return bool(self._guards.check(*tensors))
 
 
 _IS_NESTED = Tensor.is_nested.__get__  # type: ignore[attr-defined]

@@ -32,6 +32,19 @@ class Growth(NamedTuple):
         return bool(self.lengths or self.counts)
 
 
+class Longer(str):
+    """The name of a size that is another one and `more`: that of a mask beside what is cached."""
+
+    def __new__(cls, name: str, more: int) -> Longer:
+        """`name` is that of the other size."""
+        made = super().__new__(cls, f"{name}+{more}")
+        made.name, made.more = name, more
+        return made
+
+    name: str
+    more: int
+
+
 class ChangingSizes:
     """The sizes of calls that have as many inputs, of as many dims, as one another. `named` are dims that the user has
     named; these keep their names."""
@@ -45,7 +58,8 @@ class ChangingSizes:
         those that are known to grow.
 
         Dims whose sizes were equal in every call have one name. Sizes of zero and one never change: they broadcast.
-        What is one longer than a growing length grows with it, as masks do with what is cached.
+        What is one longer than a growing length grows with it, as masks do with what is cached. So does what changes
+        and was as much longer in every call.
         """
         growing = {*grown.lengths, *grown.counts}
         for index, leaf in enumerate(leaves):
@@ -65,9 +79,18 @@ class ChangingSizes:
         taken = {name for dims in self._named.values() for name in dims.values()}
         names = dict(zip(dict.fromkeys(changing.values()), _fresh(taken), strict=False))
         dims = {index: dict(named) for index, named in self._named.items()}
+        lengths = dict.fromkeys(changing[place] for place in grown.lengths if place in changing)
         for (index, dim), sizes in changing.items():
-            dims.setdefault(index, {})[dim] = names[sizes]
+            longer_ones = () if index in caches else (_longer(sizes, length, names[length]) for length in lengths)
+            dims.setdefault(index, {})[dim] = next(filter(None, longer_ones), names[sizes])
         return dims
+
+
+def _longer(sizes: tuple[int, ...], length: tuple[int, ...], name: str) -> Longer | None:
+    """The name of what had these sizes, if it was longer than `length`, in every call as much."""
+    more = {size - other for size, other in zip(sizes, length, strict=False)}
+    same = len(sizes) == len(length) and len(more) == 1 and min(more) > 0
+    return Longer(name, more.pop()) if same else None
 
 
 def _fresh(taken: Collection[str]) -> Iterable[str]:

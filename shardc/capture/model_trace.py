@@ -16,19 +16,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.changing_sizes import Longer
 from shardc.capture.experts.written import Changed, WrittenExperts
+from shardc.capture.guards.guards import Guards
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.precision import cast_outputs, retyped
 from shardc.capture.side_effects.arguments import Containers, passed_containers
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
-from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Holder, Location
 from shardc.capture.side_effects.random_states import Generators, Seeds
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
     Watched,
     live_holders,
+    own_arguments,
     refuse_new_parameters,
 )
 from shardc.capture.side_effects.stand_ins import ChangesAtEveryCall, StandIns, candidates
@@ -143,13 +145,16 @@ class ModelTrace:
         return fake.requires_grad_(tensor.requires_grad)
 
     def _tie(self, dynamic: Mapping[int, Mapping[int, str]]) -> None:
-        """Let all dims of one name have one symbol."""
+        """Let all dims of one name have one symbol, and what is longer than others that of these and a number."""
         fakes = {slot.port.index: slot.fake for slot in self.slots if slot.port.role in _GIVEN}
         first: dict[str, Any] = {}
         for index, dims in dynamic.items():
             for dim, name in dims.items():
                 size = fakes[index].shape[dim]
                 require_equal(first.setdefault(name, size), size)
+        for name, size in first.items():
+            if isinstance(name, Longer):
+                require_equal(first[name.name] + name.more, size)
 
     def run(self) -> fx.GraphModule:
         """The traced graph. Raises CaptureError for whatever goes wrong in torch or in the model."""
@@ -311,8 +316,9 @@ class ModelTrace:
         contents, names = self.state.contents(), self.state.reachable.names
         guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
+        own = own_arguments(guards, self._containers)
         return RecordedEffects(
-            guards, self.own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
+            guards, own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
         )
 
     def check_met(self) -> None:

@@ -65,6 +65,15 @@ class CallEffects(Protocol):
         if it is."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Another number whenever a tensor that `broken` has looked at may be another, or of another kind."""
+        ...
+
+    def knows(self, place: Any, key: Any) -> bool:
+        """Whether `broken` looks at the tensor that stands under a key of a container."""
+        ...
+
     def at(self, number: Callable[[Any], Any]) -> CallEffects:
         """The same, with `number` to put the sizes of a call into symbolic numbers."""
         ...

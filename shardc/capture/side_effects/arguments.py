@@ -73,7 +73,7 @@ def reached(arguments: Any, way: Way) -> Any:
     return value
 
 
-_FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
+_FLAT = frozenset({type(None), bool, int, float, str})
 
 
 class Containers:
@@ -85,11 +85,16 @@ class Containers:
         """Each once, in the order in which they are met."""
         self.again: list[int] = []
         """The numbers of those that are met again."""
+        self.tensors: list[Tensor] = []
+        """The tensors that are met, in this order."""
         known: dict[int, int] = {}
         args, kwargs = arguments
         todo: list[Any] = [*args, *kwargs.values()]
         while todo:
             value = todo.pop()
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+                continue
             if type(value) in _FLAT:
                 continue
             if isinstance(value, tuple):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardc.capture.guards.guards import Guards
 from shardc.capture.side_effects.arguments import Argument, Containers, argument_holders
-from shardc.capture.side_effects.guards import Guards
 from shardc.capture.side_effects.holders import Elements, Holder, Location, Registry
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.replay import CallRun, Describer, Recipe, SideEffect, side_effect
@@ -28,8 +28,8 @@ class RecordedEffects:
     """The guards of a program, and what its runs leave behind."""
 
     guards: Guards
-    own: tuple[int, ...] = ()
-    """The containers among the arguments that are the model's own, by number."""
+    own: tuple[Any, ...] = ()
+    """What of the arguments is the model's own: see `own_arguments`."""
     effects: tuple[SideEffect, ...] = ()
     numbers: tuple[Location, ...] = ()
     """Where counters stand, which effects compute from what they were."""
@@ -49,9 +49,20 @@ class RecordedEffects:
     def broken(self, arguments: Any) -> str:
         """Why a call with these arguments (args and kwargs) is not one of this program, in a few words; "" if it is."""
         reason = self.guards.broken()
-        if not reason and Containers(arguments).own(self.guards.holds) != self.own:
-            return "an argument is, or is not, an object that the model's code reads as well: it was different"
+        if not reason and own_arguments(self.guards, Containers(arguments)) != self.own:
+            return (
+                "an argument is, or is not, a tensor or an object that the model's code reads as well: it was different"
+            )
         return reason
+
+    @property
+    def version(self) -> int:
+        """Of the guards: another number whenever a tensor that they know may be another, or of another kind."""
+        return self.guards.version
+
+    def knows(self, place: Any, key: Any) -> bool:
+        """Whether the guards compare what stands under a key of a container."""
+        return self.guards.knows(place, key)
 
     def as_captured(self) -> AbstractContextManager[None]:
         """In here, a trace is one of the call that this program was captured for, whatever has changed since."""
@@ -71,6 +82,13 @@ class RecordedEffects:
             effect.replay(run)
         if self.seed is not None:
             torch.set_rng_state(self.seed)
+
+
+def own_arguments(guards: Guards, given: Containers) -> tuple[Any, ...]:
+    """The containers and tensors among the arguments that are the model's own, or views of these: by number."""
+    tensors = guards.numbers([tensor if tensor._base is None else tensor._base for tensor in given.tensors])
+    views = tuple(tensor._base is not None for tensor in given.tensors) if tensors else ()
+    return given.own(guards.holds), tensors, views
 
 
 class Watched:

@@ -52,6 +52,16 @@ def test_two_programs_generate_all_tokens(mesh: str, options: dict[str, Any], tr
     assert len(traces) == 2
 
 
+def test_padding_on_the_left_takes_no_more_programs(traces: list[object]) -> None:
+    single, model = pair(LlamaForCausalLM, LlamaConfig(**SIZES), "tp=2")
+    prompt = torch.randint(1, 64, (2, 5))
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    made = [of.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False) for of in (single, model)]
+    assert torch.equal(*made)
+    assert len(traces) == 2 and "SIZES" in model.code
+
+
 WINDOW = SIZES | {"sliding_window": 8}
 ALTERNATING = WINDOW | {
     "num_hidden_layers": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],

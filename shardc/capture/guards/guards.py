@@ -12,28 +12,19 @@ as it was, which the versions of dicts say, and every other value is the object 
 from __future__ import annotations
 
 import math
-import operator
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from itertools import chain, compress, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.guarded_values import (
-    GONE,
-    NEVER_READ,
-    MetValues,
-    WatchedDict,
-    brief,
-    call,
-    form,
-    plain_dict,
-)
+from shardc.capture.guards.guarded_values import GONE, NEVER_READ, MetValues, WatchedDict, brief, form, plain_dict
+from shardc.capture.guards.same_objects import SameObjects
 from shardc.capture.side_effects.holders import (
     Attributes,
     Contents,
@@ -49,7 +40,6 @@ from shardc.capture.side_effects.holders import (
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
-from shardc.capture.torch_patches.module_internals import dict_version
 from shardc.runtime.execute.tensor_kinds import TensorKinds
 
 
@@ -127,9 +117,11 @@ class Guards:
         self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
         self._methods = frozenset(vars(Tensor))
         self._watched = self._dicts_of(contents)
-        self._dicts = [one.target for one in self._watched]
-        self._versions = list[int]()
-        self._gather()
+        self._places = {(id(one.holder.target), key) for one in self._values for key in one.keys}
+        self._writes_state = any(isinstance(place.holder, Registry) for place, _ in self._written)
+        self.version = 0
+        """Another number whenever a value may be another object than it was, or a tensor of another kind."""
+        self._same = self._laid_out(None)
 
     def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[WatchedDict]:
         """The plain dicts, of which a version tells that nothing has changed."""
@@ -153,20 +145,10 @@ class Guards:
                 watched.append(WatchedDict(holder, values.get(id(holder)), keys, of_others, asked))
         return watched
 
-    def _gather(self) -> None:
-        """Lay all values out in a row, for the quick comparison."""
-        watched = set(map(id, self._dicts))
-        others = [values for values in self._values if id(values.target) not in watched]
-        single = [values for values in others if values.single]
-        several = [values for values in others if not values.single]
-        self._single = [values.getter for values in single], [values.target for values in single]
-        self._several = [values.getter for values in several], [values.target for values in several]
-        self._expected = [item for values in (*single, *several) for item in values.expected]
-        whole = [(holder.target, keys) for holder, keys in self._whole() if keys]
-        self._sized = [(target, keys) for target, keys in whole if id(target) not in watched]
-        self._lengths = [len(keys) for _, keys in self._sized]
-        self._containers = [target for target, _ in self._sized]
-        self._ordered = [(target, keys) for target, keys in self._sized if len(keys) > 1 and isinstance(target, dict)]
+    def _laid_out(self, versions: list[int] | None) -> SameObjects:
+        """All values as they are expected now, for the quick comparison."""
+        self.version += 1
+        self._numbers: dict[int, int] | None = None
         items = {id(item): item for values in self._values for item in values.expected}.values()
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
@@ -175,8 +157,10 @@ class Guards:
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
         self._kinds: TensorKinds | None = None
         self._bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
-        found = *self._single[1], *self._several[1], *self._tensors
-        self._looked_at: list[Any] = [*self._modules, *self._empty, *self._dicts, *self._bare, *found]
+        whole = [(holder.target, keys) for holder, keys in self._whole()]
+        same = SameObjects(self._values, self._watched, whole, versions)
+        self._touched: list[Any] = [*self._modules, *self._empty, *self._bare, *self._tensors, *same.touched]
+        return same
 
     def _whole(self) -> Iterable[tuple[Holder, list[Any]]]:
         """The holders in which nothing but these keys may be, in this order if it is a dict."""
@@ -184,7 +168,7 @@ class Guards:
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
-        self._looked_at.copy()  # brings all into the processor's cache at once, not one after the other as they are met
+        self._touched.copy()  # brings all into the processor's cache at once, not one after the other as they are met
         if list(map(type, self._modules)) != self._types:
             return "a module is of another class than it was"
         if [cls.forward for cls in self._classes] != self._forwards:
@@ -200,30 +184,10 @@ class Guards:
                 return f"torch.{query.__name__}() is {now}, and was {before}"
         if len(vars(Tensor)) != len(self._methods) and not self._names.isdisjoint(vars(Tensor).keys() ^ self._methods):
             return "a method of torch.Tensor is another than it was"
-        versions = list(map(dict_version, self._dicts))
-        reason = "" if self._unchanged(versions) else self._in_another_place() or self._compare()
+        reason = "" if self._same.hold() else self._in_another_place() or self._compare()
         if not reason:
-            self._versions = versions
             reason = next(chain(self._written_otherwise(), self._conditions_broken()), "")
         return reason or self._of_another_form()
-
-    def _unchanged(self, versions: list[int]) -> bool:
-        """Whether everything is the very object that it was. There are others that would do: this says False then."""
-        if versions != self._versions:
-            if not self._versions:
-                return False
-            changed = map(operator.ne, versions, self._versions)
-            if not all(one.holds() for one in compress(self._watched, changed)):
-                return False
-        if list(map(len, self._containers)) != self._lengths:
-            return False
-        if self._ordered and not all(list(target) == keys for target, keys in self._ordered):
-            return False
-        try:
-            several = chain.from_iterable(map(call, *self._several))
-            return all(map(operator.is_, chain(map(call, *self._single), several), self._expected))
-        except (LookupError, AttributeError, ValueError):
-            return False
 
     def _in_another_place(self) -> str:
         """What is in a container or in an object and was not there, or in another order; "" if nothing is."""
@@ -257,17 +221,34 @@ class Guards:
 
     def _of_another_form(self) -> str:
         """Which tensor or array is not what it was; "" if all are."""
-        if self._kinds is None or not self._kinds.fit(self._tensors):
+        if self._kinds is None or not self._kinds.kept(self._tensors):
             with torch._C.DisableTorchFunctionSubclass():  # DTensors answer slowly otherwise
                 forms = list(map(form, self._tensors))
             for now, before in zip(forms, self._forms, strict=True):
                 if now != before:
                     return f"a tensor is {now}, and was {before}"
             self._kinds = TensorKinds(self._tensors)
+            self.version += 1
         for array in self._arrays:
             if form(array) != self._known[id(array)][1]:
                 return f"an array of shape {array.shape} has other values than it had"
         return ""
+
+    def numbers(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """For each tensor the number of the model's parameter or buffer that it is; () where none is one."""
+        known = self._numbers
+        if known is None:
+            places = [(one.holder, key) for one in self._values if isinstance(one.holder, Registry) for key in one.keys]
+            places += [(place.holder, place.key) for place, _ in self._written if isinstance(place.holder, Registry)]
+            held = [holder.target.get(key) for holder, key in places]
+            known = {id(tensor): number for number, tensor in enumerate(held) if isinstance(tensor, Tensor)}
+            self._numbers = None if self._writes_state else known
+        given = list(map(id, tensors))
+        return () if known.keys().isdisjoint(given) else tuple(map(known.get, given))
+
+    def knows(self, target: Any, key: Any) -> bool:
+        """Whether what stands under a key of a container, or in a variable, is compared with what was there."""
+        return (id(target), key) in self._places
 
     def holds(self, value: Any) -> bool:
         """Whether a container or an object is one in which the code may read something."""
@@ -325,7 +306,7 @@ class Guards:
                 if now is not expected and id(expected) in self._known:
                     self._known[id(now)] = [now, self._known.pop(id(expected))[1]]
             values.take(contents)
-        self._gather()
+        self._same = self._laid_out(self._same.versions)
         return ""
 
     def _equal(self, now: Any, expected: Any, deep: int = 8) -> bool:

@@ -1,0 +1,1 @@
+"""The conditions under which a captured program is that of a call, checked before every run."""
