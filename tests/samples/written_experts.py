@@ -236,6 +236,61 @@ class StackedLoop(Routed):
         return out.view(x.shape)
 
 
+class SortedLoop(Routed):
+    """DeepSeek's for inference: rows sorted by expert, and put back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        _, weights, ids = self.route(flat)
+        counts = ids.new_zeros((ids.shape[0], COUNT))
+        counts.scatter_(1, ids, 1)
+        order = ids.view(-1).argsort()
+        rows = flat[order // ids.shape[1]]
+        outputs, start = [], 0
+        for i, rows_of_expert in enumerate(counts.sum(dim=0).cpu().numpy()):
+            end = start + rows_of_expert
+            if rows_of_expert == 0:
+                continue
+            outputs.append(self.experts[i](rows[start:end]))
+            start = end
+        made = torch.cat(outputs, dim=0) if len(outputs) else rows.new_empty(0)
+        back = torch.empty_like(made)
+        back[order] = made
+        return (back.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1).view(x.shape)
+
+
+class SplitLoop(Routed):
+    """torchtitan's: a histogram, and rows split by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        _, weights, ids = self.route(flat)
+        counts = torch.histc(ids.view(-1).to(x.dtype), bins=COUNT, min=0, max=COUNT)
+        order = torch.argsort(ids.view(-1), stable=True)
+        token = (order // self.k).reshape(-1, 1).expand(-1, D)
+        parts = torch.split(torch.gather(flat, 0, token), counts.int().tolist())
+        made = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        made = made * weights.view(-1)[order].reshape(-1, 1)
+        return torch.zeros_like(flat).scatter_add(0, token, made).view(x.shape)
+
+
+class SlicedLoop(Routed):
+    """Bounds from a cumulative sum, results written where their rows are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        _, weights, ids = self.route(flat)
+        by_expert, order = ids.flatten().sort(stable=True)
+        ends = F.pad(torch.bincount(by_expert, minlength=COUNT).cumsum(0), (1, 0))
+        rows = flat[order // self.k]
+        made = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            if ends[i] < ends[i + 1]:
+                made[ends[i] : ends[i + 1]] = expert(rows[ends[i] : ends[i + 1]])
+        made = made[order.argsort()].view(-1, self.k, D)
+        return torch.einsum("tkd,tk->td", made, weights).view(x.shape)
+
+
 LAYERS: dict[str, Callable[[], Routed]] = {
     "mixtral": MixtralLoop,
     "mixtral hits": MixtralHits,
@@ -249,4 +304,7 @@ LAYERS: dict[str, Callable[[], Routed]] = {
     "dense stack": lambda: DenseStack(kind=FusedSwiGLU),
     "dense einsum": DenseEinsum,
     "stacked": StackedLoop,
+    "sorted": SortedLoop,
+    "split": SplitLoop,
+    "sliced": SlicedLoop,
 }

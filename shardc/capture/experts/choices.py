@@ -23,6 +23,10 @@ class Choices:
     experts; "c", of all choices."""
 
     kinds: str
+    among: int = 0
+    """How many experts there are, if that is known."""
+    total: int = 0
+    """How many choices the tensor shows, each of them once; 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ _VIEWS = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten")
 _MOVES = ("permute", "transpose", "movedim", "swapaxes", "t")
 _ANY = ("any", "sum", "amax")
 _EQUAL = ("eq", "__eq__")
+_WHOLE = (*_COPIES, *_VIEWS, *_MOVES, "T", "mT", "one_hot")
 
 
 def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -46,6 +51,9 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
         return
     if name in _CHOOSE:
         _chosen(notes, name, args, kwargs, result)
+        known = notes.get(args[0], Choices)
+        if name == "sort" and known is not None and args[0].ndim == 1:
+            notes.put(result[0], Choices("c", known.among, known.total))
         return
     if not isinstance(result, Tensor):
         return
@@ -55,7 +63,8 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
     if known is None:
         return
     made = _kinds(known.kinds, name, args, kwargs, result)
-    notes.put(result, None if made is None else Choices(made))
+    total = known.total if name in _WHOLE else 0
+    notes.put(result, None if made is None else Choices(made, known.among, total))
 
 
 def origin(notes: Notes, tensor: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ def _chosen(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     rank = args[0].ndim
     if isinstance(dim, bool) or not isinstance(dim, int) or not rank or dim % rank != rank - 1:
         return
-    notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank)))
+    notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank), args[0].shape[-1], ids.numel()))
 
 
 def _kinds(kinds: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> str | None:

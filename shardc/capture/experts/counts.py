@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -31,11 +32,22 @@ class Counts:
     numbers: tuple[int, ...]
 
 
-class Emptiness:
-    """Whether selections are `empty` in a trace, and where code asked for it first."""
+class EmptyCase(Enum):
+    """What a trace is told of selections: that none is empty; that all are, though of rows in the order of experts the
+    first expert has all; or that all are, and of these the first expert's alone."""
 
-    def __init__(self, empty: bool) -> None:
-        self._empty = empty
+    NONE = 0
+    ALL = 1
+    FIRST = 2
+
+
+class Emptiness:
+    """Whether selections are empty in a trace, and where code asked for it first."""
+
+    def __init__(self, case: EmptyCase) -> None:
+        self.case = case
+        self.segmented = False
+        """Whether code may have asked how many rows an expert has, of rows in the order of experts."""
         self.path = ""
         """The module that is running."""
         self.selected: CodePlace = "", None
@@ -45,7 +57,13 @@ class Emptiness:
     def __bool__(self) -> bool:
         if self._asked is None:
             self._asked = unknown(), *self.place()
-        return self._empty
+        return self.case is not EmptyCase.NONE
+
+    def empties(self, count: int) -> frozenset[int]:
+        """The experts, of `count`, that have no segment."""
+        if self.case is EmptyCase.NONE or count < 2:
+            return frozenset()
+        return frozenset({0}) if self.case is EmptyCase.FIRST else frozenset(range(1, count))
 
     def place(self) -> CodePlace:
         """Where the user's code is."""
@@ -81,29 +99,106 @@ class Count(int):
         made._empty = empty
         return made
 
+    def none(self) -> bool:
+        """Whether there are no such rows, as the trace is told."""
+        return bool(self._empty)
+
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Count):
             return int.__eq__(self, other)
-        return bool(self._empty) if other == 0 else _refused()
+        return self.none() if other == 0 else _refused()
 
     def __ne__(self, other: object) -> bool:
         return not self.__eq__(other)
 
     def __gt__(self, other: int) -> bool:
-        return not self._empty if other == 0 else _refused()
+        return not self.none() if other == 0 else _refused()
 
     def __ge__(self, other: int) -> bool:
-        return not self._empty if other == 1 else _refused()
+        return not self.none() if other == 1 else _refused()
 
     def __lt__(self, other: int) -> bool:
-        return bool(self._empty) if other == 1 else _refused()
+        return self.none() if other == 1 else _refused()
 
     def __le__(self, other: int) -> bool:
-        return bool(self._empty) if other == 0 else _refused()
+        return self.none() if other == 0 else _refused()
 
     def __bool__(self) -> bool:
-        return not self._empty
+        return not self.none()
 
     __hash__ = int.__hash__
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused  # type: ignore[assignment]
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __pow__ = __rpow__ = __float__ = _refused  # type: ignore[assignment]
+
+
+class SegmentBound(Count):
+    """How many rows some `experts` have together, of the rows of `segments`, which lie in the order of experts.
+
+    Sums and differences of such numbers are such numbers.
+    """
+
+    segments: Any
+    experts: frozenset[int]
+
+    def __new__(cls, value: int, empty: Emptiness, segments: Any, experts: frozenset[int]) -> SegmentBound:
+        made = super().__new__(cls, value, empty)  # type: ignore[misc]
+        made.segments, made.experts = segments, experts
+        return made
+
+    def none(self) -> bool:
+        count = self.segments.experts
+        if not self.experts or len(self.experts) == count:
+            return not self.experts
+        return bool(self._empty) and self.experts <= self._empty.empties(count)
+
+    def _with(self, experts: frozenset[int]) -> SegmentBound:
+        return SegmentBound(int(self), self._empty, self.segments, experts)
+
+    def _same(self, other: Any) -> bool:
+        return isinstance(other, SegmentBound) and other.segments is self.segments
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, int) and not isinstance(other, Count) and other == 0:
+            return self
+        alone = self._same(other) and not self.experts & other.experts
+        return self._with(self.experts | other.experts) if alone else _refused()
+
+    __radd__ = __add__  # type: ignore[assignment]
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, int) and not isinstance(other, Count) and other == 0:
+            return self
+        if not self._same(other) or not self.experts >= other.experts:
+            _refused()
+        return self._with(self.experts - other.experts)
+
+    def _less(self, other: Any) -> bool:
+        """Whether `other`, which counts the same rows and more, is more, as the trace is told."""
+        return not (other - self).none()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SegmentBound):
+            return super().__eq__(other)
+        self._ordered(other)
+        return not (self._less(other) if self.experts <= other.experts else other._less(self))
+
+    def __lt__(self, other: Any) -> bool:
+        return (self.experts <= other.experts and self._less(other)) if self._ordered(other) else super().__lt__(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return (other.experts <= self.experts and other._less(self)) if self._ordered(other) else super().__gt__(other)
+
+    def __le__(self, other: Any) -> bool:
+        return not self > other if self._ordered(other) else super().__le__(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return not self < other if self._ordered(other) else super().__ge__(other)
+
+    def _ordered(self, other: Any) -> bool:
+        if not isinstance(other, SegmentBound):
+            return False
+        if not self._same(other) or not (self.experts <= other.experts or other.experts <= self.experts):
+            _refused()
+        return True
+
+    __hash__ = int.__hash__

@@ -38,7 +38,7 @@ VIEWS = frozenset({
 })  # fmt: skip
 _MORE = frozenset({
     aten._to_copy.default, aten.clone.default, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, aten.stack.default,
-    aten.cat.default, aten.sum.dim_IntList,
+    aten.cat.default, aten.sum.dim_IntList, aten.ge.Tensor, aten.cumsum.default, aten.arange.default,
 })  # fmt: skip
 
 

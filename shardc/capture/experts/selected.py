@@ -19,12 +19,13 @@ from torch import Tensor
 from shardc.capture.experts.by_row import by_row
 from shardc.capture.experts.choices import Choices, note_choices
 from shardc.capture.experts.counts import Count, Counts, Truth
-from shardc.capture.experts.selections import Picked, Rows, Selections, is_mask, tensors_of
+from shardc.capture.experts.segments import SegmentedRows
+from shardc.capture.experts.selections import Picked, Rows, is_mask, tensors_of
 
 Run = Callable[[], Any]
 
 
-class SelectedRows(Selections):
+class SelectedRows(SegmentedRows):
     """Calls functions of torch in a trace, and follows what they select."""
 
     def call(self, run: Run, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -41,6 +42,7 @@ class SelectedRows(Selections):
         else:
             note_choices(self._notes, name, args, kwargs, result)
             self._note_counts(name, args, kwargs, result)
+            self.follow_bounds(name, args, kwargs, result)
         return result
 
     def read(self, name: str, tensor: Any, value: Any) -> Any:
@@ -59,6 +61,9 @@ class SelectedRows(Selections):
 
     def listed(self, tensor: Tensor) -> tuple[list[Any]] | None:
         """The numbers of a tensor that counts what was selected."""
+        bounds = self.listed_bounds(tensor)
+        if bounds is not None:
+            return (bounds,)
         truth = self._notes.get(tensor, Truth)
         known = truth is not None and truth.value is None and tensor.ndim == 1
         return ([Count(1, self.empty) for _ in range(tensor.shape[0])],) if known else None
@@ -68,10 +73,13 @@ class SelectedRows(Selections):
         first: Any = next(iter(args), None)
         if name in ("where", "nonzero") and not args[1:] and is_mask(first):
             return self._picked(first, name == "where" or kwargs.get("as_tuple", False))
+        segmented = self.of_segments(name, args, kwargs)
+        if segmented is not None:
+            return segmented
         if name in _ASKS and isinstance(first, Tensor):
             return self._asked(name, first, args)
-        if name == "bincount":
-            return self._binned(first, args, kwargs)
+        if name in ("bincount", "histc"):
+            return (self._binned if name == "bincount" else self._histogram)(first, args, kwargs)
         if name == "__getitem__" and (number := self._one(args[1])) is not None:
             return self._numbered(args, number)
         args = _in_order(name, args, kwargs)
@@ -115,12 +123,24 @@ class SelectedRows(Selections):
     def _binned(self, ids: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """How often each expert was chosen."""
         given = dict(zip(("weights", "minlength"), args[1:], strict=False)) | dict(kwargs)
-        if self._notes.get(ids, Choices) is None or given.get("weights") is not None or not given.get("minlength"):
+        counts = None if given.get("weights") is not None else self.counted(ids, given.get("minlength", 0))
+        return None if counts is None else (self._counting(counts),)
+
+    def _histogram(self, ids: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+        """The same, in numbers of the type of the ids: `bins` of one number each."""
+        given = dict(zip(("bins", "min", "max"), args[1:], strict=False)) | dict(kwargs)
+        bins = given.get("bins", 100)
+        whole = given.get("min", 0) == 0 and given.get("max", 0) in (bins, bins - 1)
+        counts = self.counted(ids, bins) if whole else None
+        if counts is None:
             return None
-        numbers = torch.arange(given["minlength"], device=ids.device)
-        counts = (ids.unsqueeze(-1) == numbers).sum(0)
+        made = counts.to(ids.dtype)
+        self.follow_bounds("to", (counts,), {}, made)
+        return (self._counting(made),)
+
+    def _counting(self, counts: Tensor) -> Tensor:
         self._notes.put(counts, Truth(None))
-        return (counts,)
+        return counts
 
     def _note_counts(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note of a result that it counts what a mask selects, or says whether it selects anything."""

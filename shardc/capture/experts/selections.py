@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from shardc.capture.experts.choices import Choices, origin
-from shardc.capture.experts.counts import Counts, Emptiness, Truth, unknown
+from shardc.capture.experts.counts import Counts, Emptiness, EmptyCase, Truth, unknown
 from shardc.capture.torch_patches.attention.notes import Notes
 from shardc.capture.torch_patches.traced_nodes import node_of
 
@@ -19,11 +19,13 @@ from shardc.capture.torch_patches.traced_nodes import node_of
 @dataclass(frozen=True)
 class Selection:
     """The tokens for which `valid`, a flat mask, is true; their dims have `sizes`. `chosen` [tokens, k] is there where
-    they are those that have chosen something: it says by which choice, of which there is one at most."""
+    they are those that have chosen something: it says by which choice, of which there is one at most. `segment` is
+    there where they are the rows of one expert, of rows in the order of experts."""
 
     valid: Tensor
     sizes: tuple[int, ...]
     chosen: Tensor | None = None
+    segment: tuple[Any, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Picked:
 
 
 class Selections:
-    """What is selected in one trace. With `empty`, nothing is."""
+    """What is selected in one trace, which is told what is empty."""
 
-    def __init__(self, empty: bool = False) -> None:
-        self.empty = Emptiness(empty)
+    def __init__(self, case: EmptyCase = EmptyCase.NONE) -> None:
+        self.empty = Emptiness(case)
         self._notes = Notes()
-        self.masks = set[fx.Node]()
-        """What selects rows, and what such questions are about."""
+        self.masks = dict[fx.Node, int | None]()
+        """What selects rows, and what such questions are about; of rows in the order of experts, for which expert."""
         self._any = False
 
     def forget(self) -> None:
@@ -90,10 +92,10 @@ class Selections:
         self._note_mask(made.valid)
         return made
 
-    def _note_mask(self, mask: Tensor) -> None:
+    def _note_mask(self, mask: Tensor, expert: int | None = None) -> None:
         node = node_of(mask)
         if node is not None:
-            self.masks.add(node)
+            self.masks[node] = expert
 
     def _picked(self, mask: Tensor, apart: bool) -> tuple[Any] | None:
         if mask.ndim == 0 or self._selected(mask):

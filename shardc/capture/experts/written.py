@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from shardc.capture.canonical import Rewriter, live
+from shardc.capture.experts.counts import EmptyCase
 from shardc.capture.experts.events import Event, Events, Record, TensorPlace
 from shardc.capture.experts.expressions import ExpressionWriter
 from shardc.capture.experts.networks import operand
@@ -42,8 +43,8 @@ class WrittenExperts:
         """Calls that write parts of such a sum, which nothing else reads."""
         self._off = False
         self._shown = False
-        self._full: list[Any] | None = None
-        """What the last trace computes, while the next one is told that all selections are empty."""
+        self._expected: list[tuple[EmptyCase, list[Any]]] = []
+        """What a trace is to compute, where it is told that selections are empty: of those to come."""
         self._asked: CaptureError | None = None
         self._outlines = Outlines()
         self.rows = SelectedRows()
@@ -55,7 +56,7 @@ class WrittenExperts:
     def begin(self) -> None:
         """A trace begins."""
         self.events, self.used = Events(), False
-        self.rows = SelectedRows(empty=self._full is not None)
+        self.rows = SelectedRows(self._expected[0][0] if self._expected else EmptyCase.NONE)
 
     def stop(self) -> None:
         """From now on, recognise none."""
@@ -72,7 +73,7 @@ class WrittenExperts:
     ) -> Any:
         """`run()`, or the sum over experts that this call completes."""
         self.rows.empty.path = path
-        replaced = self._full is None
+        replaced = not self._expected
 
         def called() -> Any:
             if replaced and writes(name):
@@ -113,9 +114,10 @@ class WrittenExperts:
     def unsure(self, graph: fx.Graph) -> bool:
         """Whether the model is to be traced again: with an answer to whether selections are empty, or with sums over
         experts replaced, which its graph has. Raises CaptureError where the answer makes a difference."""
-        if self._full is not None:
-            expected, self._full, self._shown = self._full, None, True
-            if self._outline(_Copy(graph)) != expected:
+        if self._expected:
+            case, expected = self._expected.pop(0)
+            self._shown = True
+            if self._outline(_Copy(graph), case) != expected:
                 assert self._asked is not None
                 raise self._asked
             return True
@@ -126,11 +128,18 @@ class WrittenExperts:
         kept = _Copy(graph)
         more = self._search(kept, record) if record.chooses and not self._off else False
         if asked:
-            self._full, self._asked = self._outline(kept), self.rows.empty.asked
+            cases = (EmptyCase.ALL, EmptyCase.FIRST) if self.rows.empty.segmented else (EmptyCase.ALL,)
+            self._expected = [(case, self._outline(kept, case)) for case in cases]
+            self._asked = self.rows.empty.asked
         return more or asked
 
-    def _outline(self, kept: _Copy) -> list[Any]:
-        false = {_viewed(kept.env[node]) for node in self.rows.masks if node in kept.env}
+    def _outline(self, kept: _Copy, case: EmptyCase) -> list[Any]:
+        """What a graph computes where selections are empty."""
+        false = {
+            _viewed(kept.env[node])
+            for node, expert in self.rows.masks.items()
+            if node in kept.env and (expert is None or (expert == 0) == (case is EmptyCase.FIRST))
+        }
         return self._outlines.of(kept.graph, kept.results, false)
 
     def _search(self, kept: _Copy, record: Record) -> bool:

@@ -21,7 +21,7 @@ from shardc.errors import CaptureError
 EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
 CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 WAYS = [("ep=2", "exchanged"), ("ep=3", "in_parts"), ("ep=4", "exchanged"), ("dp=2,ep=2", "in_parts"), ("ep=2", "")]
-SAMPLE = ["mixtral hits", "masks", "switch", "dense stack", "stacked"]
+SAMPLE = ["mixtral hits", "sorted", "masks", "switch", "dense stack", "stacked"]
 X = torch.randn(4, 6, written.D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
