@@ -18,15 +18,16 @@ from torch._C._dynamo.guards import TensorGuards  # pyright: ignore
 
 class TensorKinds:
     """The class, the kind of storage (dense, sparse, nested, of a transform), dtype, device, shape and `requires_grad`
-    of some tensors."""
+    of some tensors, and which of them are the same object (as labels often are the input)."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._number = len(tensors)
+        self._places, tensors = _apart(tensors)
         # whose types torch gives wrongly: there is a list for each tensor
         shapes: Any = [list(tensor.shape) for tensor in tensors]
         strides: Any = [[None] * len(shape) for shape in shapes]
         with torch.enable_grad():  # without gradients no tensor seems to require one
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
-        self._number = len(tensors)
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are of the same kinds. May be False for some that are, in another mode of torch."""
@@ -35,7 +36,19 @@ class TensorKinds:
                 nested = any(map(_IS_NESTED, tensors))  # at one of these torch's check ends the process
             except TypeError:  # no tensor
                 return False
-            return not nested and len(tensors) == self._number and bool(self._guards.check(*tensors))
+            if nested or len(tensors) != self._number:
+                return False
+            places, once = _apart(tensors)
+            return places == self._places and bool(self._guards.check(*once))
+
+
+def _apart(tensors: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
+    """Where each tensor comes first, if some come twice; and each tensor once, as torch takes them."""
+    numbers = list(map(id, tensors))
+    if len(set(numbers)) == len(numbers):
+        return [], tensors
+    places = [numbers.index(number) for number in numbers]
+    return places, [tensor for at, (place, tensor) in enumerate(zip(places, tensors, strict=True)) if at == place]
 
 
 _IS_NESTED = Tensor.is_nested.__get__  # type: ignore[attr-defined]
