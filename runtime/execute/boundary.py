@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,20 @@ class _Virtual(Boundary):
 class _Distributed(Boundary):
     mesh: DistributedMesh
 
+    def __init__(self, mesh: RuntimeMesh) -> None:
+        super().__init__(mesh)
+        self._entered: dict[Slot, Any] = {}  # as what kind of DTensor a slot's value came that was local as it was
+        self._left: dict[Slot, tuple[torch.Size, torch.dtype, Any]] = {}  # which part became which kind of DTensor
+
     def enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
+        # DTensor takes as long for its part of a parameter, and to become one, as a small operator
+        if isinstance(value, DTensor) and value._spec is self._entered.get(slot):
+            local = value._local_tensor  # pyright: ignore[reportPrivateUsage]
+            if type(local) is Tensor:  # and not what a collective under way will be
+                return local.detach().contiguous()
+        return self._enter(slot, value, rank)
+
+    def _enter(self, slot: Slot, value: Tensor, rank: int) -> Tensor:
         if isinstance(value, DTensor) and any(order_of(axis) != BLOCKS for _, _, axis in slot.cuts):
             value = value.full_tensor()  # DTensor has no placement that is folded
         if not isinstance(value, DTensor):
@@ -86,10 +100,17 @@ class _Distributed(Boundary):
                 f"{slot} is a DTensor on the mesh {value.device_mesh}, but the module runs on {self.mesh.device_mesh}: "
                 "distribute it on that mesh"
             )
-        if not _same(value.placements, expected, self.mesh):
+        lies, shape = (
+            _same(value.placements, expected, self.mesh),
+            local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1],
+        )
+        spec = value._spec  # pyright: ignore[reportPrivateUsage]
+        if not lies:
             value = value.redistribute(self.mesh.device_mesh, expected)
         local = value.to_local().detach()
-        for dim, size in enumerate(local_shapes(slot.shape, slot.cuts, self.mesh.axes)[-1]):
+        if lies and local.shape == shape:
+            self._entered[slot] = spec
+        for dim, size in enumerate(shape):
             local = padded(local, dim, size)
         return local.contiguous()
 
@@ -97,8 +118,18 @@ class _Distributed(Boundary):
         # A parameter is a DTensor even where it is whole, and autograd wants a gradient of the same type.
         if not slot.cuts and slot.role != "gradient":
             return parts[0].detach()
-        value = from_local(parts[0].detach(), slot, self.mesh)
+        value = self._dtensor(parts[0].detach(), slot)
         return sharded_output(value) if slot.role == "output" else value
+
+    def _dtensor(self, local: Tensor, slot: Slot) -> DTensor:
+        shape, dtype, spec = self._left.get(slot, (None, None, None))
+        if local.shape == shape and local.dtype is dtype:
+            return DTensor(local, spec, requires_grad=False)  # pyright: ignore
+        value = from_local(local, slot, self.mesh)
+        made = value._local_tensor  # pyright: ignore[reportPrivateUsage]
+        if made.shape == local.shape and made.device == local.device:
+            self._left[slot] = local.shape, local.dtype, value._spec  # pyright: ignore[reportPrivateUsage]
+        return value
 
     def join(self, slot: Slot, parts: Sequence[Sequence[Tensor]]) -> Tensor:
         (dim, count), micro = slot.batch, slot.of_microbatch

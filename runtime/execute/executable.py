@@ -18,6 +18,7 @@ from shardc.runtime.execute.accumulation import GradientSums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
 from shardc.runtime.execute.arguments import Arguments
 from shardc.runtime.execute.boundary import Boundary, boundary
+from shardc.runtime.execute.direct import call_directly
 from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
 from shardc.runtime.execute.slots import Slot, ordered
@@ -47,6 +48,7 @@ class Executable:
     def __init__(self, module: ModuleType, mesh: RuntimeMesh | None = None) -> None:
         self.module = module
         setattr(module, GENERATED, True)  # also where it was imported as any other file
+        call_directly(module)
         axes: dict[str, int] = module.MESH
         if mesh is not None and mesh.axes != axes:
             raise RankError(f"the module was generated for the mesh {axes}, not {mesh.axes}: compile it for that mesh")

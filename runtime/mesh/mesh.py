@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardc.runtime.collectives.collective import AnyCollective, Started
 from shardc.runtime.errors import RankError, rank_error
+from shardc.runtime.execute.direct import unrecorded
 
 Result = TypeVar("Result")
 
@@ -157,7 +158,9 @@ class Context:
         """Call `function(*arguments(rank))` as the running rank of this thread. Every exception becomes a RankError."""
         try:
             with entered(self), torch.no_grad():
-                return function(*arguments(self.rank))
+                given = arguments(self.rank)
+                with unrecorded(function):
+                    return function(*given)
         except Exception as error:
             raise rank_error(error, self.rank, self.coordinates, self.operation) from error
 

@@ -42,8 +42,8 @@ from checks.parsed_layouts import NoStrategy, made_splits, printed_splits, print
 from checks.parsed_lines import Assigned, Line, assigned
 from checks.shown import graph_of, shown
 from shardc.analysis.memory import Memory
-from shardc.cost.hardware import Hardware, hardware
 from shardc.cost.buckets import Buckets
+from shardc.cost.hardware import Hardware, hardware
 from shardc.cost.memory import bytes_of
 from shardc.errors import LayoutError
 from shardc.ir.layout import parse_typed
@@ -290,7 +290,9 @@ def _lowered(
         elif line.text.startswith("  ") and below == "order":
             order += _order(line, nodes) if case.name == "overlap" else []  # it names buckets, which there are not yet
         elif not re.match(r"order$|  .* joins |memory |time ", line.text):
-            line.refuse("write `buckets of at most 4096 B, beside 1e-3 s of backward`, or `order` and below it `  %a, %b, wait %a`")
+            line.refuse(
+                "write `buckets of at most 4096 B, beside 1 s of backward`, or `order`, then `  %a, %b, wait %a`"
+            )
         below = below if line.text.startswith("  ") else line.text
     # what `bucket` and `overlap` do not read of a schedule is left out
     other = GraphVersion.of(version.read())

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.cuda_attention import CudaKernels
 from shardc.runtime import Part, VirtualMesh
-from shardc.runtime.kernels.attention import blocks, kernels
+from shardc.runtime.kernels.attention import blocks, kernels, one_kernel
 from shardc.runtime.kernels.attention.parts import attention_in_parts, attention_in_parts_backward
 
 FORWARD, BACKWARD = torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default
@@ -169,7 +169,8 @@ def test_kernels_of_cuda(monkeypatch: pytest.MonkeyPatch, prefer: tuple[SDPBacke
     """Stand-ins for the kernels of CUDA get what they ask for, and what is made of their results is right."""
     there = CudaKernels(*prefer)
     monkeypatch.setattr(kernels, "aten", there)
-    monkeypatch.setattr(blocks, "kernel_for", kernels.cuda_kernel)
+    for module in (blocks, one_kernel):
+        monkeypatch.setattr(module, "kernel_for", kernels.cuda_kernel)
     monkeypatch.setattr(blocks, "TILE", tile)
     for case in cases(60, tile):
         *sizes, width, value = case.sizes
@@ -190,7 +191,8 @@ def test_kernels_of_cuda_drop_by_a_seed(monkeypatch: pytest.MonkeyPatch, prefer:
     there = CudaKernels(*prefer)
     monkeypatch.setattr(kernels, "aten", there)
     monkeypatch.setattr(kernels, "default_generator", lambda _: there.generator)
-    monkeypatch.setattr(blocks, "kernel_for", kernels.cuda_kernel)
+    for module in (blocks, one_kernel):
+        monkeypatch.setattr(module, "kernel_for", kernels.cuda_kernel)
     before = there.generator.get_state()
     for case in (
         Case((2, 2, 0, 9, 9, 8, 8), causal=True, dropout=0.4),

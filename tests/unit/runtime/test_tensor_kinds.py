@@ -37,3 +37,11 @@ def test_batches_of_a_transform_do_not_fit() -> None:
     known = TensorKinds([torch.ones(3)])
     assert known.fit([torch.zeros(3)])
     assert torch.func.vmap(lambda x: x if known.fit([x]) else -x)(torch.ones(2, 3)).sum() == -6
+
+
+def test_a_tensor_given_twice_fits_one_given_twice() -> None:
+    x, y = torch.ones(2, 3), torch.ones(2, 3)
+    known = TensorKinds([x, y, x])
+    assert known.fit([x, y, x]) and known.fit([y, x, y])
+    assert not known.fit([x, y, y]) and not known.fit([x, y, y.clone()]) and not known.fit([x, x])
+    assert not TensorKinds([x, y, x.clone()]).fit([x, y, x])
