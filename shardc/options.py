@@ -296,6 +296,11 @@ def as_keywords(name: str, function: Callable[..., Any], options: type[Options])
             near = difflib.get_close_matches(unknown, [*known, *names], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(names)}"
             raise TypeError(f"{name}() has no option {unknown!r}{hint}")
+        if len(args) > len(placed) and not takes_any:
+            raise TypeError(
+                f"{name}() takes {len(placed)} arguments by position, {', '.join(placed)}, and was given {len(args)}; "
+                f"options are named, as in {name}(..., memory='80GB')"
+            )
         lacking = [one for one in wanted[len(args) :] if one not in kwargs]
         if lacking:
             raise TypeError(f"{name}() lacks {' and '.join(lacking)}: {name}({', '.join(wanted)}, ...)")
@@ -305,6 +310,8 @@ def as_keywords(name: str, function: Callable[..., Any], options: type[Options])
     known = [one.name for one in parameters]
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [one.name for one in parameters if one.kind in named and one.default is one.empty]
+    placed = [one.name for one in parameters if one.kind in named]
+    takes_any = any(one.kind is one.VAR_POSITIONAL for one in parameters)
     keywords = [one for one in inspect.signature(options).parameters.values()]
     called.__signature__ = inspect.signature(function).replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
     called.__name__ = called.__qualname__ = name  # pickle finds it by this name in its module
