@@ -26,7 +26,8 @@ setup: $(READY) ## make .venv and install shardc in it, editable, with all that 
 demo: $(READY) ## plan Llama-3-8B for 32 GPUs, then train a small Llama on a virtual mesh beside a single device
 	$(PY) examples/demo.py
 
-test: lint types unit ## set-up, lint, types and all tests
+test: lint ## set-up, lint, types and all tests; pyright, which takes one core, runs beside the tests
+	@$(MAKE) --no-print-directory -j 2 types unit
 
 lint: $(READY) ## ruff
 	$(PY) -m ruff check .

@@ -42,3 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write what is printed now to the texts in tests/golden/"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Property tests first: one of them takes a minute, and must not begin when the other process is done."""
+    items.sort(key=lambda item: "property" not in item.path.parts)

@@ -17,16 +17,15 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch import fx
 
 from shardc.analysis.liveness import dead_after
+from shardc.analysis.meta_kernels import Placed, made_by_meta_kernel
 from shardc.analysis.operands import collective_of, operand_bytes
-from shardc.analysis.storages import StoredTensor, TensorForm, form_of
+from shardc.analysis.storages import StoredTensor, TensorForm
 from shardc.analysis.timeline import Order, in_order
 from shardc.cost.memory import States
 from shardc.ir.facts import FACTS, Captured, dtype_of, laid, lowered
@@ -306,8 +305,11 @@ class Execution:
         """What torch's meta kernel makes. Functions of the runtime have no such kernel, nor have some operators, or it
         asks for values: these make new tensors of the layouts' sizes. All views have one."""
         if isinstance(node.target, torch._ops.OpOverload):
-            with suppress(RuntimeError, TypeError):  # as kernels say so (NotImplementedError is a RuntimeError)
-                return self._by_meta_kernel(node, storages)
+            found = made_by_meta_kernel(
+                node, lambda operand: self._placed(operand, storages), tuple(self.sizes[one] for one in storages)
+            )
+            if found is not None:
+                return found
         form = self._contiguous if chosen_of(node) is None else self._as_captured
         if lowered(node).layout is not None:
             return [form(node)]
@@ -333,26 +335,9 @@ class Execution:
             self.known.contiguous[shape, dtype] = self.known.one(form)
         return self.known.contiguous[shape, dtype]
 
-    def _by_meta_kernel(self, node: fx.Node, storages: list[int]) -> list[TensorForm | None]:
-        memory = [torch.UntypedStorage(self.sizes[storage], device="meta") for storage in storages]
-        # _cdata: Python makes a new object for a storage whenever it is asked; this number of it stays
-        numbers = {storage._cdata: number for number, storage in enumerate(memory)}
-
-        def tensor(operand: fx.Node) -> Tensor | None:
-            one = self.tensors[operand][0]
-            if one is None:
-                return None
-            form, storage = one.form, memory[storages.index(one.storage)]
-            empty = torch.empty(0, dtype=form.dtype, device="meta")
-            return empty.set_(storage, form.offset, form.shape, form.stride)  # pyright: ignore
-
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), tensor)
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("meta")
-        target = aten.reshape.default if node.target is aten.view.default else node.target
-        result = target(*args, **kwargs)  # type: ignore[operator]
-        results = result if isinstance(result, (list, tuple)) else [result]
-        return [form_of(one, numbers) for one in results]
+    def _placed(self, operand: fx.Node, storages: list[int]) -> Placed | None:
+        one = self.tensors[operand][0]
+        return None if one is None else (storages.index(one.storage), one.form)
 
     def _workspace(self, node: fx.Node) -> int:
         """Bytes that a call allocates and frees again.

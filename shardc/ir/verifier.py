@@ -85,6 +85,17 @@ class Known:
         self._source = ""
         self._invariants = set[Invariant]()
 
+    def copy(self) -> Known:
+        """The same, for another run."""
+        other = Known()
+        other.take(self)
+        return other
+
+    def take(self, other: Known) -> None:
+        """Know what another knows, and nothing else."""
+        self._read, self._ports, self._source = other._read, other._ports, other._source
+        self._invariants = set(other._invariants)
+
     def open(self, stage: str, checked: Checked) -> list[Invariant]:
         """The invariants of a stage that have to be asked."""
         ports = [*checked.program.inputs], [*checked.program.outputs], checked.mesh

@@ -39,6 +39,7 @@ class GraphVersion:
         self._lines: list[GraphLine] | None = None
         self._last: tuple[Hashable, GraphVersion] | None = None
         self.source: GraphVersion | None = None  # the version that this one is derived from
+        self.holds: dict[str, Any] = {}  # what the verifier knows to hold of it, by stage
 
     @staticmethod
     def of(graph: fx.Graph) -> GraphVersion:
@@ -66,6 +67,11 @@ class GraphVersion:
             self._lines = _noted(graph)
         self._graph = None
         return graph
+
+    @property
+    def taken(self) -> bool:
+        """Whether a pass wrote the next version into the graph."""
+        return self._was_written and self._graph is None
 
     def lines(self) -> list[GraphLine]:
         """The nodes of this version in order; the old ones, where its lines were noted when it was taken."""

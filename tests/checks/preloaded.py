@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 Finished = subprocess.CompletedProcess[str]
 
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import torch, torch._dynamo, torch.distributed.tensor, torch._functorch.aot_autograd
+gc.set_threshold(50_000, 20, 50)  # as in conftest.py; and a walk over what was forked copies it
 
 def program(asked):
     os.chdir(asked["cwd"])

@@ -1,5 +1,5 @@
 """Experts of four processes: random routings, from even to a single expert, on one axis and on two. Values and
-gradients are those of all experts in one place, and the bytes counted are what each routing says. Run by torchrun."""
+gradients are those of all experts in one place, and the bytes counted are what each routing says. For ranks.py."""
 
 import torch
 import torch.distributed as dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,28 @@ import shardc
 from shardc.cli import main
 
 pytestmark = pytest.mark.distributed
+Spawn = Callable[..., list[tuple[int, str]]]
 
 
-def test_the_file_predicts_a_size_that_was_not_measured(torchrun, tmp_path: Path) -> None:
+def measured(spawn: Spawn, *asked: str, nproc: int) -> str:
+    """What all ranks say."""
+    codes, tellings = zip(*spawn(*asked, nproc=nproc), strict=True)
+    assert not any(codes), tellings
+    return "".join(tellings)
+
+
+def test_the_file_predicts_a_size_that_was_not_measured(spawn: Spawn, tmp_path: Path) -> None:
     """Within a factor of two, in one of five trials, of at most four files: other work may disturb the rest."""
     path = tmp_path / "mine.toml"
-    output = torchrun("calibration/calibrated.py", str(path), nproc=2)
+    output = measured(spawn, "calibration/calibrated.py", str(path), nproc=2)
     ratios = [float(ratio) for ratio in re.findall(r"ratios (.*)", output)[0].split()]
     assert any(0.5 < ratio < 2 for ratio in ratios), output
     plan = shardc.compile(nn.Linear(8, 8), "tp=2", (torch.zeros(4, 8),), hardware=path).plan
     assert "on mine, mode=auto" in str(plan)
 
 
-def test_axes_that_span_nodes_are_measured_by_themselves(torchrun, tmp_path: Path) -> None:
-    output = torchrun("calibration/calibrated_apart.py", str(tmp_path / "apart.toml"), nproc=4)
+def test_axes_that_span_nodes_are_measured_by_themselves(spawn: Spawn, tmp_path: Path) -> None:
+    output = measured(spawn, "calibration/calibrated_apart.py", str(tmp_path / "apart.toml"), nproc=4)
     assert "[between.spanning.all_to_all] # fitted to 2 sizes" in output and "along an axis that spans nodes" in output
 
 

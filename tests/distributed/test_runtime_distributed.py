@@ -9,14 +9,11 @@ import pytest
 pytestmark = pytest.mark.distributed
 
 
-def test_training_equals_eager(torchrun):
-    output = torchrun("train.py")
-    assert all(f"rank {rank} is right" in output for rank in range(4)), output
-
-
-def test_five_hundred_routings_of_experts(torchrun):
-    output = torchrun("routings.py")
-    assert all(f"rank {rank} is right" in output for rank in range(4)), output
+@pytest.mark.parametrize("script", ["train.py", "routings.py"])
+def test_training_and_five_hundred_routings_of_experts(spawn, script):
+    for rank, (code, output) in enumerate(spawn(script)):
+        assert code == 0, output
+        assert f"rank {rank} is right" in output, output
 
 
 @pytest.mark.parametrize("nproc", [2, 3])

@@ -25,12 +25,16 @@ class WithLogits(MLP):
         return {"loss": logits.square().mean(), "logits": logits}
 
 
-def test_processes_compute_what_a_virtual_mesh_does(torchrun: Callable[..., str], tmp_path: Path) -> None:
+def test_processes_compute_what_a_virtual_mesh_does(
+    spawn: Callable[..., list[tuple[int, str]]], tmp_path: Path
+) -> None:
     path = tmp_path / "mlp.py"
     shardc.compile(WithLogits(64, 128), "dp=2", (torch.randn(8, 64),), hardware="cpu").save(path)
     with pytest.raises(RankError, match="start it with torchrun"):
         saved.main(str(path), ["--check"])
-    told = torchrun(str(path), "--check", nproc=2)
+    codes, tellings = zip(*spawn(str(path), "--check", nproc=2), strict=True)
+    told = "".join(tellings)
+    assert codes == (0, 0), told
     assert (
         "equal  output 0" in told
         and "equal  output 1" in told

@@ -1,4 +1,4 @@
-"""Trains the hand-written MLP over gloo, DTensor parameters and torch's own AdamW, next to eager. Run by torchrun."""
+"""Trains the hand-written MLP over gloo, DTensor parameters and torch's own AdamW, next to eager. For ranks.py."""
 
 import copy
 import itertools

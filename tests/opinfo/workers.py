@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
 import time
@@ -71,6 +72,7 @@ class Worker:
 def _serve(connection: Connection, samples: int, device: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.set_threshold(50_000, 20, 50)  # most objects are those of torch, and stay
     known = entries()
     connection.send("ready")
     while True:

@@ -116,6 +116,11 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
     out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = (*q.shape[:-1], v.shape[-1])  # kernels read beyond what does not fit
+    if tuple(grad.shape) != made or tuple(out.shape) != made or tuple(logsumexp.shape) != made[:-1]:
+        raise RankError(
+            f"shardc::attention returned {list(made)}; its backward got {list(grad.shape)} for the gradient"
+        )
     grad_sinks = q.new_empty(1) if sinks is None else sinks.new_empty(sinks.shape)
     return _empty_by_position(q), _empty_by_position(k), _empty_by_position(v), grad_sinks
 

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
-from shardc.rules.trial.recombine import FOLDS, Cell, How, Partition, all_close, close, combines, precision, wrong
+from shardc.rules.trial.recombine import (
+    FOLDS,
+    Cell,
+    How,
+    Partition,
+    all_close,
+    close,
+    combines,
+    positions,
+    precision,
+    wrong,
+)
 from shardc.rules.trial.sample_call import KINDS, InputKind, Path, SampleCall, draw
 from shardc.runtime.kernels.widening import LOW
 
@@ -142,9 +153,12 @@ class Checker:
         """For each result, all effects that the cut may have; None if the parts do not give some result."""
         size, unproven = self._size(cut), self._unproven(cut)
         options: list[set[How]] | None = None
+        asked = set[int]()
         for partition in partitions(size)[: 2 if self.brief else None]:
-            if not self._plausible(cut, partition):
+            lengths = {*map(len, partition)} - asked
+            if not all(self._plausible(cut, length) for length in lengths):
                 return None
+            asked |= lengths
             for run in self.runs:
                 cells = self.cells(run, [cut], [partition])
                 if cells is None:
@@ -158,23 +172,21 @@ class Checker:
                     return None
         return options
 
-    def _plausible(self, cut: Cut, partition: Partition) -> bool:
-        """Whether the meta kernel accepts the parts. Real kernels may read out of bounds if operands do not fit."""
-        for part in partition:
-            shapes = [[*shape] for shape in self.call.shapes]
-            for shape, dim in zip(shapes, cut.carriers, strict=True):
-                if dim is not None:
-                    shape[dim] = len(part)
-            numbers = {**self.call.numbers, **dict.fromkeys(cut.scaled, len(part))}
-            pairs = zip(shapes, self.dtypes, strict=True)
-            try:
-                self.call.run([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs], numbers)
-            except (
-                NotImplementedError
-            ):  # there is no meta kernel; the real one will run, and its results will be compared
-                return True
-            except Exception:
-                return False
+    def _plausible(self, cut: Cut, length: int) -> bool:
+        """Whether the meta kernel accepts parts of a length. Real kernels may read out of bounds if operands do not
+        fit."""
+        shapes = [[*shape] for shape in self.call.shapes]
+        for shape, dim in zip(shapes, cut.carriers, strict=True):
+            if dim is not None:
+                shape[dim] = length
+        numbers = {**self.call.numbers, **dict.fromkeys(cut.scaled, length)}
+        pairs = zip(shapes, self.dtypes, strict=True)
+        try:
+            self.call.run([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs], numbers)
+        except NotImplementedError:  # there is no meta kernel; the real one will run, and its results will be compared
+            return True
+        except Exception:
+            return False
         return True
 
     def _size(self, cut: Cut) -> int:
@@ -194,7 +206,7 @@ class Checker:
         outcomes: set[How] = set()
         size = sum(map(len, partition))
         for dim in (d for d, n in enumerate(whole.shape) if n == size):
-            pieces = (whole.index_select(dim, torch.tensor(p)) for p in partition)
+            pieces = (whole.index_select(dim, positions(tuple(p))) for p in partition)
             if all(close(a, b, precision(whole), kind) for a, b in zip(present, pieces, strict=True)):
                 outcomes.add(dim)
         # a result that is equal in all runs cannot show how it depends on the operands
@@ -244,7 +256,7 @@ class Checker:
             local = addends[number]
             for cut, partition, i in zip(cuts, partitions, cell, strict=True):
                 dim = cut.carriers[k]
-                local = local if dim is None else local.index_select(dim, torch.tensor(partition[i]))
+                local = local if dim is None else local.index_select(dim, positions(tuple(partition[i])))
             return local
 
         return part

@@ -7,6 +7,7 @@ with parts of operands, for which nobody made them.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import resource
@@ -46,6 +47,7 @@ def _child(function: Callable[[Item], Answer], items: Sequence[Item]) -> tuple[i
         os.close(end)
         return child, pipe
     try:
+        gc.disable()  # a collection writes to every object, and what is written to is copied
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc writes to stderr when the heap is broken

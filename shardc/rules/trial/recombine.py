@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ reduction by which the parts combine."""
 
 Partition = list[list[int]]
 Cell = tuple[int, ...]
+
+
+@lru_cache(maxsize=1 << 10)
+def positions(part: tuple[int, ...]) -> Tensor:
+    """The elements of a part, to select them."""
+    return torch.tensor(part)
+
+
 _PRECISION = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-5, torch.complex64: 2e-5}
 
 
@@ -42,7 +51,7 @@ def wrong(
         piece = whole
         for how, partition, i in zip(hows, partitions, place, strict=True):
             if isinstance(how, int):
-                piece = piece.index_select(how, torch.tensor(partition[i]))
+                piece = piece.index_select(how, positions(tuple(partition[i])))
         if not combines(fold, parts, piece, kind):
             return _shown(fold, parts, piece)
     return ""
