@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import linecache
 from pathlib import Path
 from types import ModuleType
 
 from shardc.runtime.errors import GENERATED
+from shardc.runtime.execute.lines import Lines
 
 
 def load(path_or_source: str | Path) -> ModuleType:
     """The generated module in a file, or in a source text (any string with a line break).
 
-    The lines are registered with linecache, so that tracebacks show the code that ran, even if the file has changed.
+    Tracebacks show the lines of the code that ran, even if the file has changed.
     """
     if isinstance(path_or_source, str) and "\n" in path_or_source:
         source = path_or_source
@@ -24,7 +24,6 @@ def load(path_or_source: str | Path) -> ModuleType:
     module = ModuleType(Path(name).stem if name.endswith(".py") else name.strip("<>").replace("-", "_"))
     module.__file__ = name
     setattr(module, GENERATED, True)
-    # Without a modification time linecache never reads the file again.
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    Lines(name, source).hold(vars(module))
     exec(compile(source, name, "exec"), module.__dict__)
     return module

@@ -7,12 +7,12 @@ batch = SIZES['batch']
 from __future__ import annotations
 
 import hashlib
-import linecache
 import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from shardc.runtime.errors import GENERATED, RankError
+from shardc.runtime.execute.lines import Lines
 
 
 def for_sizes(source: str) -> Callable[[Mapping[str, int]], ModuleType]:
@@ -25,14 +25,14 @@ def for_sizes(source: str) -> Callable[[Mapping[str, int]], ModuleType]:
         raise RankError("the source has no line SIZES: it is for one set of sizes; use shardc.runtime.load")
     title = f"shardc-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     name = f"<{title}>"
-    # Without a modification time linecache never reads the file again.
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    lines = Lines(name, source)
     code = compile(without, name, "exec")
 
     def module(sizes: Mapping[str, int]) -> ModuleType:
         made = ModuleType(title.replace("-", "_"))
         made.__file__ = name
         vars(made).update({GENERATED: True, "SIZES": dict(sizes)})
+        lines.hold(vars(made))
         exec(code, vars(made))
         return made
 

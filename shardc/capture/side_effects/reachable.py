@@ -377,11 +377,15 @@ _GONE = object()
 _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
 
 
-@functools.cache
+_NAMES = weakref.WeakKeyDictionary[type, frozenset[str]]()  # every sharded model has a class of its own
+
+
 def _methods_names(cls: type) -> frozenset[str]:
     """The attributes that the methods of one of torch's modules name."""
-    functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
-    return frozenset(name for function in functions for name in names(function.__code__))
+    if cls not in _NAMES:
+        functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+        _NAMES[cls] = frozenset(name for function in functions for name in names(function.__code__))
+    return _NAMES[cls]
 
 
 def _callable_in(cell: Any) -> bool:

@@ -26,6 +26,10 @@ from torch._functorch._aot_autograd import descriptors
 # The only entry to AOTAutograd that stops at the joint graph: the public ones partition and compile it.
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
+# What torch's compilers use: the Python code of a graph is written when somebody asks for it, which nobody does here.
+# torch keeps all such code for as long as the process runs.
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
 from shardc.capture.torch_patches.result_checks import replace_checks
 from shardc.errors import CaptureError
 
@@ -38,6 +42,7 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     """
     # Every trace would begin and end with new tensors for a state that nothing reads, which takes as long as planning.
     stack.enter_context(patch.object(PhiloxStateTracker, "reset", lambda: None))
+    stack.enter_context(_use_lazy_graph_module(True))
     wrapper = nn.Module()  # AOTAutograd traces modules only
     wrapper.forward = function  # type: ignore[method-assign]
     joint = aot_export_joint_with_descriptors(

@@ -33,9 +33,16 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 """What fake tensors raise where the program asks for a value that only a run would know."""
 
 
+MOST_KNOWN = 1 << 14
+"""Calls whose results fake modes remember, 3 KB each. A small model adds fifty."""
+
+
 def fake_mode(dynamic: bool = False) -> FakeTensorMode:
     """A mode that makes fake tensors; their shapes may hold symbols if `dynamic`. Real tensors that the program made
     itself (constants) may meet them."""
+    # All modes of a process share what they know of operators, which would grow with every model that is compiled.
+    if FakeTensorMode.cache_info().size > MOST_KNOWN:
+        FakeTensorMode.cache_clear()
     if not dynamic:
         return FakeTensorMode(allow_non_fake_inputs=True)
     # dims that happen to have one size in this call have symbols of their own, unless they are said to be equal

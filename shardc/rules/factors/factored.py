@@ -182,7 +182,7 @@ class Factored:
         return self.base[key].form.folds
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def _layout(
     dims: tuple[tuple[tuple[int, tuple[str, ...]], ...], ...], partial: tuple[tuple[str, str], ...]
 ) -> Layout:  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._decomp import decompositions
 from torch._decomp.decompositions_for_rng import PhiloxState, PhiloxStateTracker
+from torch.fx.graph_module import _loader
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +92,14 @@ def test_no_state_of_a_generator_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     before = vars(PhiloxStateTracker)["reset"]
     traced(updated, *weight_buffer_input())
     assert vars(PhiloxStateTracker)["reset"] is before
+
+
+def test_no_code_of_a_graph_is_written() -> None:
+    before = len(_loader.eval_cache)
+    graph = traced(updated, *weight_buffer_input())
+    assert len(_loader.eval_cache) == before and aten.mm.default in [node.target for node in graph.nodes]
+    fx.symbolic_trace(lambda x: x + 1)
+    assert len(_loader.eval_cache) == before + 1  # what it would be otherwise
 
 
 def test_an_argument_of_an_unknown_kind_is_refused() -> None:
