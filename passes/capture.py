@@ -38,6 +38,7 @@ def capture(c: Compilation) -> Compilation:
         constraints=module_constraints(constraints, call.model),
         function=call.function,
         dynamic=c.dims,
+        changing=call.changing,
     )
     demands = parameter_demands(program, call.model, constraints, c.mesh)
     return replace(c, call=call.without_arguments(), example=call.example(), program=program, demands=demands)

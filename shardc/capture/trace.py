@@ -8,7 +8,7 @@ models larger than memory, are captured as they are. The model itself stays as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,7 @@ def capture(
     constraints: Mapping[str, Spec] | None = None,
     function: Callable[..., Any] | None = None,
     dynamic: Mapping[int, Mapping[int, str]] | None = None,
+    changing: Collection[tuple[int, Any]] = (),
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -58,6 +59,7 @@ def capture(
       return.
     - `function`: what is called in place of `module`: its forward, where the caller runs the module's own hooks.
     - `dynamic`: names of dims of flat inputs, whose sizes stay symbols in the graph (shardc.capture.dynamic_sizes).
+    - `changing`: what is known to change from call to call, each as the identity of a container and a key in it.
 
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
     nothing or do not fit.
@@ -72,7 +74,9 @@ def capture(
         told: set[Place] = set()
         while True:
             compiling = CompilingFlag(told)
-            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, compiling, recognition, experts)
+            trace = ModelTrace(
+                State(module, opaque(arguments), changing), *arguments, *rest, compiling, recognition, experts
+            )
             try:
                 made = trace.run()
                 if dynamic or not experts.unsure(made.graph):
