@@ -39,6 +39,7 @@ def capture(c: Compilation) -> Compilation:
         function=call.function,
         dynamic=c.dims,
         precision=c.options.precision,
+        changing=call.changing,
     )
     demands = parameter_demands(program, call.model, constraints, c.mesh)
     return replace(c, call=call.without_arguments(), example=call.example(), program=program, demands=demands)

@@ -79,7 +79,14 @@ class Calls:
                 f"call to call: {broken[0]}. Make it a tensor, or leave it out of forward",
                 stacklevel=6,
             )
+        if broken:
+            call = replace(call, changing=self._changes())
         return self._for_many_sizes(call, leaves) or self._for_these_sizes(call, leaves)
+
+    def _changes(self) -> frozenset[tuple[int, Any]]:
+        """What has broken the guards of a program until now."""
+        alone = [program.changes() for programs in self._alone.values() for program in programs]
+        return frozenset[tuple[int, Any]]().union(*alone, *(one.family.changes() for one in self._dynamic))
 
     def _for_these_sizes(self, call: ModelCall, leaves: list[Any]) -> Compiled:
         options = self._options if self._first is None else replace(self._options, plan=None)  # it is for the first

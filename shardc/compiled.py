@@ -32,7 +32,7 @@ from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
 from shardc.runtime import DistributedMesh, Executable, load, local_mesh
 from shardc.runtime.execute.accumulation import GradientSums
-from shardc.runtime.execute.arguments import WatchedState
+from shardc.runtime.execute.slot_tensors import WatchedState
 from shardc.runtime.mesh.distributed import CALLED
 
 MAIN = """
@@ -210,6 +210,11 @@ class Compiled:
         effects = self._program.effects
         return effects.broken((call.args, call.kwargs)) if effects is not None else ""
 
+    def changes(self) -> frozenset[tuple[int, Any]]:
+        """What has broken the guards until now, each as the identity of a container and a key in it."""
+        effects = self._program.effects
+        return effects.changes() if effects is not None else frozenset()
+
     def as_captured(self) -> AbstractContextManager[None]:
         """In here, the values that the model's code reads are those for which this program holds."""
         effects = self._program.effects
@@ -237,12 +242,13 @@ class Compiled:
         if executable.deferred and any(not state[name].is_leaf for name in executable.deferred):
             sums = None  # what they were computed from needs their gradients now
         record = bool(program.attached) and not torch.is_grad_enabled()
+        before = program.effects.before() if program.effects is not None else {}
         outputs = executable.run(state, leaves, fallback, sums, record)
         outputs = [out if i in program.attached else out.detach() for i, out in enumerate(outputs)]
         for index in self._within():
             if outputs[index].requires_grad:
                 outputs[index].retain_grad = _no_gradient  # type: ignore[method-assign]
-        return _returned(program, outputs, leaves, arguments)
+        return _returned(program, outputs, leaves, arguments, before)
 
     def _within(self) -> frozenset[int]:
         """The outputs from which others are computed: part of their gradients stays within the program."""
@@ -271,14 +277,16 @@ class Compiled:
         return frozenset(i for i, leaf in enumerate(self._program.out_leaves) if leaf in outputs)
 
 
-def _returned(program: Program, outputs: list[Tensor], leaves: list[Any], arguments: Any) -> Any:
+def _returned(
+    program: Program, outputs: list[Tensor], leaves: list[Any], arguments: Any, before: dict[int, Any]
+) -> Any:
     """What the user's program returns, made of the outputs of ours; and what it leaves behind is left behind."""
     values: list[Any] = [
         leaf.value if isinstance(leaf, Constant) else outputs[leaf] if isinstance(leaf, int) else None
         for leaf in program.out_leaves
     ]
     if program.effects is not None:
-        run = program.effects.run(values, leaves, arguments)
+        run = program.effects.run(values, leaves, arguments, before)
         for index, leaf in enumerate(program.out_leaves):
             if not isinstance(leaf, (int, Constant)):
                 values[index] = leaf.make(run)

@@ -89,6 +89,11 @@ class Family:
         effects = self._captured.program.effects if self._captured else None
         return "" if effects is None else effects.broken((call.args, call.kwargs))
 
+    def changes(self) -> frozenset[tuple[int, Any]]:
+        """What has broken the guards until now, each as the identity of a container and a key in it."""
+        effects = self._captured.program.effects if self._captured else None
+        return frozenset() if effects is None else effects.changes()
+
     def at(self, call: ModelCall, leaves: Sequence[Any]) -> Compiled:
         """The program for the sizes of a call with these flat inputs."""
         sizes = sizes_of(self._asked.dims, leaves)

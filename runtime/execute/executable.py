@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from shardc.runtime.errors import GENERATED, RankError
 from shardc.runtime.execute.accumulation import GradientSums, deferred_leaves
 from shardc.runtime.execute.ambient import Surroundings, no_autocast
-from shardc.runtime.execute.arguments import Arguments
 from shardc.runtime.execute.boundary import Boundary, boundary
 from shardc.runtime.execute.direct import call_directly
 from shardc.runtime.execute.microbatches import run_microbatches
 from shardc.runtime.execute.second_derivatives import Second, once
+from shardc.runtime.execute.slot_tensors import SlotTensors
 from shardc.runtime.execute.slots import Slot, ordered
 from shardc.runtime.execute.transforms import is_batched
 from shardc.runtime.kernels.random import INDEPENDENT
@@ -68,7 +68,7 @@ class Executable:
         self.mutated = {slot.name for slot in module.OUTPUTS if slot.role == "mutation"}
         slots = (*self.inputs, *self.prologue)
         self._given = list({slot.name: slot for slot in slots if not slot.name.startswith(PROLOGUE)}.values())
-        self._arguments = Arguments(self._given)
+        self._tensors = SlotTensors(self._given)
 
     def run(
         self,
@@ -92,7 +92,7 @@ class Executable:
         With `sums`, the gradients that the module's epilogue reduces go there instead of to their parameters. With
         `record`, outputs may get a gradient where gradients are off, too: the model turns them on for itself.
         """
-        tensors = self._arguments.of(state, inputs)
+        tensors = self._tensors.of(state, inputs)
         names = {slot.name: tensor for slot, tensor in zip(self._given, tensors, strict=True)}
         recording = record or (torch.is_grad_enabled() and hasattr(self.module, "backward"))
         recording = recording and not torch.is_inference_mode_enabled()  # in which nothing is recorded, whatever is on
@@ -275,7 +275,9 @@ class _Differentiable(torch.autograd.Function):
         values = dict(zip(names, tensors, strict=True))
         # If the fallback runs the forward again, it must draw the same random numbers.
         ctx.random_state = torch.get_rng_state() if executable.random and fallback is not None else None
-        ctx.before = {name: values[name].clone() for name in mutations_of(executable)} if fallback is not None else {}
+        # what is written, also where it is an input as well
+        written = {id(values[name]) for name in mutations_of(executable)} if fallback is not None else ()
+        ctx.before = {name: value.clone() for name, value in values.items() if id(value) in written}
         result = executable._forward(values)  # pyright: ignore[reportPrivateUsage]
         run.mutations.update(result.mutations)
         # save_for_backward releases tensors with the graph and raises where one was changed in place.

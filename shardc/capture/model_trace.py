@@ -22,10 +22,13 @@ from shardc.capture.guards.guards import Guards
 from shardc.capture.inputs import flatten, refuse_unplain
 from shardc.capture.precision import cast_outputs, retyped
 from shardc.capture.side_effects.arguments import Containers, passed_containers
+from shardc.capture.side_effects.cached_functions import uncache
 from shardc.capture.side_effects.escapes import Escapes
 from shardc.capture.side_effects.files import Files
 from shardc.capture.side_effects.holders import Holder, Location
+from shardc.capture.side_effects.messages import Messages
 from shardc.capture.side_effects.random_states import Generators, Seeds
+from shardc.capture.side_effects.readings import asked_anew
 from shardc.capture.side_effects.recorded import (
     RecordedEffects,
     Watched,
@@ -127,6 +130,7 @@ class ModelTrace:
         self._tie(dynamic)
         self.outputs = TracedOutputs(self.grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
         self.seed: Tensor | None = None
+        self.messages = Messages()
         self.met: set[str] = set()
         self.escapes = Escapes()
         self._facts = TensorFacts()
@@ -204,7 +208,9 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.name in users:
                     self._facts.dress(slot.port.name, tensor_of.get(slot.port, slot.fake), users[slot.port.name])
-            self.state.uncache()
+            self.messages = Messages()
+            reachable = self.state.reachable
+            uncache(reachable.cached, reachable.holders, self.messages.told_once)
             self.state.stop_iterators()
             answer_types(self.state.reachable.holders)
             if self.stand_ins:
@@ -216,12 +222,13 @@ class ModelTrace:
                 output = cast_outputs(self._called(args, kwargs), self.precision.outputs)
             self._facts.undress()
             changes = watched.changes(self._is_buffer)
-            if changes and self.watch:
+            if (changes or self.messages.noted) and self.watch:
                 self.watch.refuse("the model leaves something behind")
             refuse_new_parameters(changes)
             if self.stand_ins is None:
                 places = self.state.reachable.places
-                if StandIns(chosen := candidates(changes), places, set()):
+                chosen = candidates(changes, self.state.reachable.holders, self.state.changing)
+                if StandIns(chosen, places, set()):
                     raise ChangesAtEveryCall(chosen, places)
             self._write_back(tensors)
             pairs = zip(self.visible_slots, tensors, strict=True)
@@ -230,7 +237,8 @@ class ModelTrace:
                 id(tensor): slot for slot, tensor in pairs
                 if slot.port.name not in users or users[slot.port.name].dtype == slot.fake.dtype
             }  # fmt: skip
-            flat = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins)
+            flat = self.outputs.flat(output, changes, slots, (args, kwargs), ways, self.stand_ins, self.messages.noted)
+            self.messages.noted.clear()
             if self.outputs.attached and torch.is_inference_mode_enabled():
                 raise CaptureError(
                     "forward leaves inference mode and returns, or keeps, what requires a gradient, but a sharded "
@@ -250,9 +258,16 @@ class ModelTrace:
         self.provenance.seeds = seeds = Seeds()
         generators = Generators(self.state.reachable.generators)
         files, switches = Files(), _switches()
-        self.provenance.asked = None
+        self.provenance.asked, self.provenance.computed = None, False
         try:
-            with self.provenance, seeds.watched(), files, self.watch.installed() if self.watch else nullcontext():
+            with (
+                self.provenance,
+                seeds.watched(),
+                files,
+                asked_anew(self.state.reachable, lambda: self.provenance.computed),
+                self.messages.noting(self.state.reachable),
+                self.watch.installed() if self.watch else nullcontext(),
+            ):
                 output = self.call(*args, **kwargs)
         except BaseException:
             generators.restore()
@@ -318,8 +333,9 @@ class ModelTrace:
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
         own = own_arguments(guards, self._containers)
         return RecordedEffects(
-            guards, own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks
-        )
+            guards, own, self.outputs.effects, numbers, self.seed, self.outputs.returned, self.outputs.marks,
+            messages=self.outputs.messages, early=self.outputs.early,
+        )  # fmt: skip
 
     def check_met(self) -> None:
         """Raise ConstraintError for a pattern that names modules only, none of which ran and returned a tensor."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from shardc.capture.side_effects.code import makes_tensors
 from shardc.capture.side_effects.holders import Contents, Holder, Library, Location
 from shardc.capture.side_effects.reachable import PLAIN, Reachable
 from shardc.capture.side_effects.snapshot import Change, Snapshot
@@ -39,11 +38,17 @@ class State:
     """The tensors of a model, each once, and what restores all that its code can reach.
 
     `tied` maps further names of a tensor to its first. `standing` are the places of tensors that are neither parameters
-    nor buffers. `objects` are further things that the call hands to the model, by name.
+    nor buffers. `objects` are further things that the call hands to the model, by name. `changing` is what others
+    change from call to call, each as the identity of a container and a key in it.
     """
 
-    def __init__(self, module: nn.Module, objects: Iterable[tuple[str, Any]] = ()) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        objects: Iterable[tuple[str, Any]] = (),
+        changing: Collection[tuple[int, Any]] = (),
+    ) -> None:
+        self.module, self.changing = module, changing
         self.reachable = Reachable([("model", module), *objects])
         self._patched = self.before = Snapshot(self.reachable.holders)
         names = self.reachable.names
@@ -86,12 +91,6 @@ class State:
     def contents(self) -> list[tuple[Holder, Contents]]:
         """All that the code can read, as it was before the trace."""
         return [*self.before.contents(), *self.libraries.contents()]
-
-    def uncache(self) -> None:
-        """Put bare functions in the places of those that remember their results, which would be those of the trace."""
-        for place, function in self.reachable.cached:
-            if makes_tensors(function.__wrapped__):
-                place.set(function.__wrapped__)
 
     def stop_iterators(self) -> None:
         """Put objects in the places of iterators that refuse to go on: nobody could set them back."""

@@ -8,7 +8,7 @@ models larger than memory, are captured as they are. The model itself stays as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -47,6 +47,7 @@ def capture(
     function: Callable[..., Any] | None = None,
     dynamic: Mapping[int, Mapping[int, str]] | None = None,
     precision: Precision | None = None,
+    changing: Collection[tuple[int, Any]] = (),
 ) -> Program:
     """The program that `module(*args, **kwargs)` runs, and its backward.
 
@@ -62,6 +63,7 @@ def capture(
     - `function`: what is called in place of `module`: its forward, where the caller runs the module's own hooks.
     - `dynamic`: names of dims of flat inputs, whose sizes stay symbols in the graph (shardc.capture.dynamic_sizes).
     - `precision`: the types in which the model computes, and gradients are summed (shardc.ir.precision).
+    - `changing`: what is known to change from call to call, each as the identity of a container and a key in it.
 
     Raises CaptureError for a model that cannot be traced; ConstraintError and LayoutError for constraints that name
     nothing or do not fit.
@@ -77,7 +79,7 @@ def capture(
         while True:
             compiling = CompilingFlag(told)
             how = compiling, recognition, experts, types
-            trace = ModelTrace(State(module, opaque(arguments)), *arguments, *rest, *how)
+            trace = ModelTrace(State(module, opaque(arguments), changing), *arguments, *rest, *how)
             try:
                 made = trace.run()
                 if dynamic or not experts.unsure(made.graph):

@@ -6,7 +6,7 @@ self.last = [h]; return {"loss": loss, "hidden": self.last}
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from shardc.capture.inputs import flatten
 from shardc.capture.side_effects.arguments import Containers, Way, passed_objects
+from shardc.capture.side_effects.messages import Message
+from shardc.capture.side_effects.readings import Asked
 from shardc.capture.side_effects.recorded import effects_of
 from shardc.capture.side_effects.replay import (
     Copied,
@@ -28,7 +30,7 @@ from shardc.capture.side_effects.replay import (
     holds_tensors,
 )
 from shardc.capture.side_effects.snapshot import Change
-from shardc.capture.side_effects.stand_ins import Counter, StandIns
+from shardc.capture.side_effects.stand_ins import StandIns
 from shardc.capture.side_effects.tensor_facts import marks
 from shardc.capture.state import StateEntry
 from shardc.capture.torch_patches.fake_tensors import is_traced
@@ -52,6 +54,9 @@ class TracedOutputs:
         self.effects: tuple[SideEffect, ...] = ()
         self.marks: dict[int, dict[str, Recipe]] = {}
         """Attributes that the model has set on its results, by flat position."""
+        self.messages: tuple[Message, ...] = ()
+        self.early: list[Asked] = []
+        """What of the world outside is asked before the run."""
         self.returned: Recipe | None = None
         """What the model returns, where containers in it are those of somebody else or come twice."""
 
@@ -63,6 +68,7 @@ class TracedOutputs:
         arguments: Any,
         ways: Mapping[int, Way],
         stand_ins: StandIns | None,
+        messages: Iterable[Message],
     ) -> tuple[Tensor, ...]:
         """The tensors among the outputs and among what the model leaves behind; notes what is made of them. `slots` are
         the tensors of the model and the inputs, by identity; `ways` lead to the containers that the call was given."""
@@ -97,7 +103,7 @@ class TracedOutputs:
             elif id(leaf) in passed:
                 made[index] = Passed(passed[id(leaf)])
                 leaves[index] = None
-            elif type(leaf) is Counter or holds_tensors(leaf):
+            elif holds_tensors(leaf):
                 made[index] = describer.describe(leaf)
         self.marks = {
             index: {name: describer.describe(value) for name, value in found.items()}
@@ -106,6 +112,8 @@ class TracedOutputs:
         }
         self.returned = describer.describe(output) if shared else None
         self.effects = effects_of(changes, describer, stand_ins)
+        self.messages = tuple(message.described(describer) for message in messages)
+        self.early = describer.early
         return self._chosen_outputs(leaves, made)
 
     def _chosen_outputs(self, leaves: list[Any], made: Mapping[int, Recipe]) -> tuple[Tensor, ...]:

@@ -26,8 +26,12 @@ Dims = Mapping[int, Mapping[int, str]]
 @dataclass(frozen=True)
 class ModelCall:
     """One call of a model: its arguments, the flat outputs that get a gradient (None: by default), and the function
-    that is captured (None: the model as a whole, its own hooks included). `grad` tells whether gradients are on where
-    the model is called; that forward may turn them on for itself is why a call without them may have a backward."""
+    that is captured (None: the model as a whole, its own hooks included).
+
+    `grad` tells whether gradients are on where the model is called; that forward may turn them on for itself is why a
+    call without them may have a backward. `changing` is what is known to change from call to call, each as the identity
+    of a container and a key in it.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -35,6 +39,7 @@ class ModelCall:
     differentiable: frozenset[int] | None = None
     function: Callable[..., Any] | None = None
     grad: bool = True
+    changing: frozenset[tuple[int, Any]] = frozenset()
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Inputs) -> ModelCall:

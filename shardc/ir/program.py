@@ -65,6 +65,10 @@ class CallEffects(Protocol):
         if it is."""
         ...
 
+    def changes(self) -> frozenset[tuple[int, Any]]:
+        """What `broken` has found changed until now, each as the identity of a container and a key in it."""
+        ...
+
     @property
     def version(self) -> int:
         """Another number whenever a tensor that `broken` has looked at may be another, or of another kind."""
@@ -82,7 +86,11 @@ class CallEffects(Protocol):
         """In here, all that the code reads is as it was when the program was captured."""
         ...
 
-    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> Any:
+    def before(self) -> dict[int, Any]:
+        """What a run needs to know that is found before it."""
+        ...
+
+    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any, before: dict[int, Any]) -> Any:
         """What `Made.make` needs to know of a run."""
         ...
 

@@ -290,9 +290,7 @@ def _lowered(
         elif line.text.startswith("  ") and below == "order":
             order += _order(line, nodes) if case.name == "overlap" else []  # it names buckets, which there are not yet
         elif not re.match(r"order$|  .* joins |memory |time ", line.text):
-            line.refuse(
-                "write `buckets of at most 4096 B, beside 1 s of backward`, or `order`, `  %a, %b, wait %a`"
-            )
+            line.refuse("write `buckets of at most 4096 B, beside 1 s of backward`, or `order`, `  %a, %b, wait %a`")
         below = below if line.text.startswith("  ") else line.text
     # what `bucket` and `overlap` do not read of a schedule is left out
     other = GraphVersion.of(version.read())

@@ -23,6 +23,7 @@ from shardc.capture.side_effects.holders import (
     Members,
     Names,
     Slots,
+    value_of_variable,
 )
 from shardc.capture.torch_patches.module_internals import namespace_of
 from shardc.runtime.mesh.parameters import RECORD
@@ -70,7 +71,7 @@ def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool
     if isinstance(holder, Environment):
         return (lambda variables: map(variables.get, keys)), False
     if isinstance(holder, ContextValue):
-        return (lambda variable: variable.get(GONE)), True
+        return (lambda variable: value_of_variable(variable, GONE)), True
     if isinstance(holder.target, dict) and type(holder.target).__getitem__ is not dict.__getitem__:
         return (lambda owner: [dict.__getitem__(owner, key) for key in keys]), False  # a subclass may make its items
     return operator.itemgetter(*keys), len(keys) == 1

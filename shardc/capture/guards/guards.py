@@ -119,6 +119,8 @@ class Guards:
         self._watched = self._dicts_of(contents)
         self._places = {(id(one.holder.target), key) for one in self._values for key in one.keys}
         self._writes_state = any(isinstance(place.holder, Registry) for place, _ in self._written)
+        self.changed = set[tuple[int, Any]]()
+        """What has broken a guard until now: see `_key`."""
         self.version = 0
         """Another number whenever a value may be another object than it was, or a tensor of another kind."""
         self._same = self._laid_out(None)
@@ -214,6 +216,7 @@ class Guards:
             held = target if type(target) is dict and isinstance(place.holder, Items) else place.holder.get()
             now = held.get(place.key, GONE)
             if not self._equal(now, before):
+                self.changed.add(_key(place))
                 yield f"{place} is {brief(now)}, and was {brief(before)}"
 
     def _conditions_broken(self) -> Iterator[str]:
@@ -297,6 +300,7 @@ class Guards:
                 now = contents.get(key, GONE)
                 if now is not expected and not self._equal(now, expected):
                     name = values.holder.name(key)
+                    self.changed.add((id(values.holder.target), key))
                     return f"{name} is gone" if now is GONE else f"{name} is {brief(now)}, and was {brief(expected)}"
                 if isinstance(now, Tensor) and (
                     old_to_new.setdefault(id(expected), id(now)) != id(now)

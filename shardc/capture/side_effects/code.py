@@ -128,5 +128,23 @@ def makes_tensors(function: Any) -> bool:
                for value in named if isinstance(value, (ModuleType, type, FunctionType)))  # fmt: skip
 
 
+_CHANGING = frozenset(
+    {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "STORE_SUBSCR", "DELETE_SUBSCR"}
+)
+_CHANGE = frozenset(
+    {"append", "add", "update", "extend", "setdefault", "pop", "insert", "remove", "clear", "setattr", "delattr"}
+)
+
+
+def changes_something(function: Any) -> bool:
+    """Whether a function's own code has an instruction, or names a method, that changes an object."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    return not free_names(code).isdisjoint(_CHANGE) or any(
+        one.opname in _CHANGING for part in _nested(code) for one in dis.get_instructions(part)
+    )
+
+
 def _home(value: Any) -> str:
     return value.__name__ if isinstance(value, ModuleType) else str(value.__module__)

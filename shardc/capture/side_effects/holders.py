@@ -288,7 +288,7 @@ class ContextValue(Holder):
     target: ContextVar[Any]
 
     def get(self) -> Contents:
-        value = self.target.get(_EMPTY)
+        value = value_of_variable(self.target)
         return {} if value is _EMPTY else {0: value}
 
     def put(self, contents: Mapping[Any, Any]) -> None:
@@ -297,6 +297,14 @@ class ContextValue(Holder):
 
     def name(self, key: Any) -> str:
         return self.path
+
+
+def value_of_variable(variable: ContextVar[Any], none: Any = _EMPTY) -> Any:
+    """The value of a context variable, or its default; `none` where it has neither."""
+    try:
+        return variable.get()
+    except LookupError:
+        return none
 
 
 @dataclass(frozen=True)

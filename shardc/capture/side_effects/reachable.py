@@ -149,6 +149,10 @@ class Reachable:
         """Where an object stands; none if something else holds it, too, in which nothing can be put."""
         return [] if id(value) in self._held else self._places.get(id(value), [])
 
+    def spaces(self) -> list[dict[str, Any]]:
+        """The globals of all code."""
+        return [one.target for one in self.holders if isinstance(one, Names) and isinstance(one.target, dict)]
+
     def _visit(self, value: Any, path: str) -> None:
         if isinstance(value, (*PLAIN, Enum)) or id(value) in self._seen:
             return

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from shardc.capture.guards.guards import Guards
 from shardc.capture.side_effects.arguments import Argument, Containers, argument_holders
 from shardc.capture.side_effects.holders import Elements, Holder, Location, Registry
+from shardc.capture.side_effects.messages import Message
 from shardc.capture.side_effects.reachable import Reachable
+from shardc.capture.side_effects.readings import Asked
 from shardc.capture.side_effects.replay import CallRun, Describer, Recipe, SideEffect, side_effect
 from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.capture.side_effects.stand_ins import StandIns
@@ -41,6 +43,9 @@ class RecordedEffects:
     """Attributes of results, by flat position."""
     number: Callable[[Any], Any] = lambda value: value
     """Puts the sizes of a call into symbolic numbers that the model leaves behind."""
+    messages: Sequence[Message] = ()
+    early: Sequence[Asked] = ()
+    """What of the world outside is asked before the run."""
 
     def at(self, number: Callable[[Any], Any]) -> RecordedEffects:
         """The same, for the sizes of a call."""
@@ -55,6 +60,10 @@ class RecordedEffects:
             )
         return reason
 
+    def changes(self) -> frozenset[tuple[int, Any]]:
+        """What has broken the guards until now, each as the identity of a container and a key in it."""
+        return frozenset(self.guards.changed)
+
     @property
     def version(self) -> int:
         """Of the guards: another number whenever a tensor that they know may be another, or of another kind."""
@@ -68,10 +77,15 @@ class RecordedEffects:
         """In here, a trace is one of the call that this program was captured for, whatever has changed since."""
         return self.guards.as_captured()
 
-    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any) -> CallRun:
-        """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call."""
+    def before(self) -> dict[int, Any]:
+        """What a run needs to know that is found before it."""
+        return {id(asked): asked.function() for asked in self.early}
+
+    def run(self, results: Sequence[Any], inputs: Sequence[Any], arguments: Any, before: dict[int, Any]) -> CallRun:
+        """A run with these results and flat inputs; `arguments` is the pair of args and kwargs of the call, `before`
+        what was found before it."""
         numbers = {place: place.get() for place in self.numbers}
-        return CallRun(results, inputs, arguments, numbers=numbers, number=self.number)
+        return CallRun(results, inputs, arguments, numbers=numbers, number=self.number, made=before)
 
     def replay(self, run: CallRun) -> None:
         """Leave behind what the model leaves behind."""
@@ -80,6 +94,8 @@ class RecordedEffects:
                 setattr(run.results[index], name, value.make(run))
         for effect in self.effects:
             effect.replay(run)
+        for message in self.messages:
+            message.replay(run)
         if self.seed is not None:
             torch.set_rng_state(self.seed)
 

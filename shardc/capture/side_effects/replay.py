@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from shardc.capture.side_effects.arguments import Argument, Way, reached
 from shardc.capture.side_effects.holders import Contents, Holder, Location
 from shardc.capture.side_effects.reachable import PLAIN
+from shardc.capture.side_effects.readings import Asked, Reading
 from shardc.capture.side_effects.snapshot import Change
 from shardc.capture.side_effects.stand_ins import Counter
 from shardc.capture.torch_patches.fake_tensors import is_traced
@@ -134,6 +135,19 @@ class Computed(Recipe):
         return self.formula(run.numbers[self.place])
 
 
+@dataclass(frozen=True)
+class Told(Recipe):
+    """What the world says in this run: see `readings`."""
+
+    asked: Asked
+    formula: Callable[[Any], Any]
+
+    def make(self, run: CallRun) -> Any:
+        if id(self.asked) not in run.made:
+            run.made[id(self.asked)] = self.asked.function()
+        return self.formula(run.made[id(self.asked)])
+
+
 @dataclass(frozen=True, eq=False)
 class Fresh(Recipe):
     """A container or an object that the model makes anew: its class, and its contents by key."""
@@ -192,11 +206,17 @@ class Describer:
         self._tensor, self._exists = tensor, exists
         self._known = dict(known)
         self._alive: list[Any] = []
+        self.early: list[Asked] = []
+        """What is asked before the run."""
 
     def describe(self, value: Any) -> Recipe:
         """The description of a value; one object has one description."""
         if type(value) is Counter:
             return Computed(value.place, value.formula)
+        if type(value) is Reading:
+            if value.asked.early and value.asked not in self.early:
+                self.early.append(value.asked)
+            return Told(value.asked, value.formula)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if id(value) not in self._known:
@@ -240,8 +260,9 @@ def _emptied(value: Any) -> Any:
 
 
 def holds_tensors(value: Any, deep: int = 6) -> bool:
-    """Whether an object that is no module has tensors in its attributes, however deep in containers."""
-    if isinstance(value, Tensor):
+    """Whether an object that is no module has tensors in its attributes, or what is as little the same at every call,
+    however deep in containers."""
+    if isinstance(value, Tensor) or type(value) in (Counter, Reading):
         return True
     if not deep or isinstance(value, (type, nn.Module)):
         return False

@@ -11,11 +11,23 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from shardc.capture.side_effects.holders import Attributes, Contents, Elements, Holder, Location, Names
+from shardc.capture.side_effects.holders import (
+    Attributes,
+    Cell,
+    Contents,
+    ContextValue,
+    Elements,
+    Holder,
+    Items,
+    Location,
+    Names,
+    Registry,
+)
+from shardc.capture.side_effects.readings import Reading
 from shardc.capture.side_effects.snapshot import Change
 
 
@@ -55,17 +67,39 @@ class ChangesAtEveryCall(Exception):
         self.candidates, self.places = chosen, places
 
 
-def candidates(changes: Iterable[Change]) -> list[StandInCandidate]:
-    """What stand-ins could take the part of."""
+def candidates(
+    changes: Iterable[Change], holders: Iterable[Holder] = (), others: Collection[tuple[int, Any]] = ()
+) -> list[StandInCandidate]:
+    """What stand-ins could take the part of: of what forward changes, and of what `others` have changed in the
+    `holders`, each given as the identity of the holder's target and a key."""
+    found: dict[int, tuple[Holder, dict[Any, None]]] = {}
     chosen: list[StandInCandidate] = []
     for change in changes:
         holder = change.holder
-        if isinstance(holder, (Attributes, Names)):
-            numbers = tuple(key for key in change.written if type(change.before.get(key)) in (int, float))
-            chosen += [StandInCandidate(holder, numbers)] if numbers else []
-        elif type(holder.target) in _WRITE_ONLY and _grew(change):
+        numbers = [key for key in change.written if _is_number(change.before, key) or _is_asked(change, key)]
+        if _has_numbers(holder) and numbers:
+            found.setdefault(id(holder.target), (holder, {}))[1].update(dict.fromkeys(numbers))
+        elif type(holder.target) in _WRITE_ONLY and not isinstance(holder, Attributes) and _grew(change):
             chosen.append(StandInCandidate(holder, grows=True))
-    return chosen
+    changed = {target for target, _ in others}
+    for holder in holders if changed else ():
+        if id(holder.target) in changed and _has_numbers(holder):
+            held = holder.get()
+            keys = [key for target, key in others if target == id(holder.target) and _is_number(held, key)]
+            found.setdefault(id(holder.target), (holder, {}))[1].update(dict.fromkeys(keys))
+    return [StandInCandidate(holder, tuple(keys)) for holder, keys in found.values() if keys] + chosen
+
+
+def _has_numbers(holder: Holder) -> bool:
+    return isinstance(holder, (Items, Elements, Names, Cell, ContextValue)) and not isinstance(holder, Registry)
+
+
+def _is_number(held: Contents, key: Any) -> bool:
+    return type(held.get(key)) in (int, float)
+
+
+def _is_asked(change: Change, key: Any) -> bool:
+    return key in change.before and type(change.now[key]) is Reading
 
 
 class StandIns:
@@ -168,6 +202,11 @@ class Counter:
 
     def __bool__(self) -> bool:
         return self.compared(operator.ne, 0)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.reads()
 
     __hash__ = reads  # type: ignore[assignment]
     __int__ = __float__ = __index__ = __complex__ = __str__ = __repr__ = __format__ = reads

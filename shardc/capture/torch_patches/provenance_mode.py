@@ -65,6 +65,8 @@ class Provenance(TorchFunctionMode):
         self.seeds = Seeds()
         self.after_seed: set[tuple[str, str]] = set()
         """Where operators are called after the model has set a seed."""
+        self.computed = False
+        """Whether an operator was called."""
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
         self._recognition, self._attention = recognition, WrittenAttention(recognition)
@@ -116,6 +118,7 @@ class Provenance(TorchFunctionMode):
                     lambda: self._attention.call(func, args, kwargs, line), name, self.stack[-1], args, kwargs
                 )
             self._made(result, line)
+            self.computed = True
             return result
         except Exception as error:
             if is_data_dependent(error):

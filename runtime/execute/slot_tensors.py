@@ -1,7 +1,7 @@
 """The tensors that go into a generated module, each looked at before it does.
 
-arguments = Arguments(slots)
-arguments.of(state, inputs)     # [w, b, x], in the order of the slots; RankError where one is missing or does not fit
+tensors = SlotTensors(slots)
+tensors.of(state, inputs)     # [w, b, x], in the order of the slots; RankError where one is missing or does not fit
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class WatchedState(dict[str, Tensor]):
     same kinds, whenever this very mapping is passed again. They are not looked at again then."""
 
 
-class Arguments:
+class SlotTensors:
     """What the slots of a module name, in one run after the other."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
