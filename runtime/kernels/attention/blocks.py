@@ -4,7 +4,7 @@ Shapes of this file:
 
     q, out     [batch, kv_heads, group, queries, width]
     k, v       [batch, kv_heads, keys, width]
-    mask       5 dims, each that of the scores `[batch, kv_heads, group, queries, keys]` or one
+    mask       5 dims, each that of the scores `[batch, kv_heads, group, queries, keys]` or one; or a function
     logsumexp  [batch, kv_heads, group, queries]; -inf for a query that sees nothing
 
 Where a fused kernel of torch takes the operands, it is called on pieces that are as large as it takes them. What no
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shardc.runtime.kernels.attention.dropout import Dropping, StreamDropping, drop_of
 from shardc.runtime.kernels.attention.kernels import Drop, Kernel, kernel_for
+from shardc.runtime.kernels.attention.mask_function import Mask, MaskFunction, pairs
 from shardc.runtime.kernels.attention.pieces import Literals, Piece, Runs, Sight, rectangles, tiles
 
 __all__: list[str] = []
@@ -59,7 +60,7 @@ def combine(out: Tensor, logsumexp: Tensor, more: Tensor, sums: Tensor) -> None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, literals: Literals, rows: Runs, columns: Runs,
     dropping: Dropping | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result and the log-sum-exp of queries at the positions `rows` over the keys at `columns`.
@@ -73,7 +74,7 @@ def attend(
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, out: Tensor, logsumexp: Tensor,
     literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, in their types, given the result and log-sum-exp over all keys."""
@@ -83,33 +84,48 @@ def attend_backward(
 
 
 def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, dropping: Dropping | None
-) -> tuple[Kernel | None, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, literals: Literals, dropping: Dropping | None
+) -> tuple[Kernel | None, Mask | None]:
     """The kernel, if there is one, and the mask; in numbers, where it is the same for all queries."""
     if literals.softcap or isinstance(dropping, StreamDropping):
         return None, mask
     biased = mask is not None or literals.window
     bias = q.new_empty(1).expand(1, 1, q.shape[3], k.shape[2]) if biased else None
     kernel = kernel_for(q.flatten(1, 2), k, v, bias, False, 0.0 if dropping is None else dropping.dropout)
-    return kernel, _as_numbers(mask, q.dtype) if mask is not None and mask.shape[-2] == 1 else mask
+    plain = isinstance(mask, Tensor) and mask.shape[-2] == 1
+    return kernel, _as_numbers(mask, q.dtype) if plain else mask
 
 
 # pieces for kernels
 
 
-def _pieces(q: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs) -> Iterator[Piece]:
+def _pieces(q: Tensor, mask: Mask | None, literals: Literals, rows: Runs, columns: Runs) -> Iterator[Piece]:
     if not literals.window and (mask is None or _ready(mask, q)):
         return iter(rectangles(rows, columns, literals))
-    heads = 1 if mask is None else _heads(mask, q) * mask.shape[0]
-    return tiles(rows, columns, literals, max(tile_bytes(q.device) // (q.element_size() * heads), 1))
+    heads = 1 if mask is None else _copies(mask, q)
+    found = tiles(rows, columns, literals, max(tile_bytes(q.device) // (q.element_size() * heads), 1))
+    return _not_empty(found, mask) if isinstance(mask, MaskFunction) else found
+
+
+def _not_empty(found: Iterator[Piece], mask: MaskFunction) -> Iterator[Piece]:
+    return (piece for piece in found if not mask.empty(piece))
+
+
+def _copies(mask: Mask, q: Tensor) -> int:
+    """How many masks of queries and keys a mask has."""
+    if isinstance(mask, Tensor):
+        return _heads(mask, q) * mask.shape[0]
+    return mask.batch * (1 if mask.mask is None else _heads(mask.mask, q))
 
 
 def _heads(mask: Tensor, q: Tensor) -> int:
     return 1 if mask.shape[1] == mask.shape[2] == 1 else q.shape[1] * q.shape[2]
 
 
-def _ready(mask: Tensor, q: Tensor) -> bool:
+def _ready(mask: Mask, q: Tensor) -> bool:
     """Whether kernels take the mask as it lies in memory: its heads are one dim, or become one without a copy."""
+    if not isinstance(mask, Tensor):
+        return False
     _, heads, group, _, last = mask.shape
     joined = heads == group == 1 or 1 in q.shape[1:3] or ((heads, group) == q.shape[1:3] and _merge(mask))
     return mask.dtype == q.dtype and mask.stride(-1) == 1 and last != 1 and joined
@@ -119,10 +135,15 @@ def _merge(mask: Tensor) -> bool:
     return mask.stride(1) == mask.shape[2] * mask.stride(2)
 
 
-def _bias(piece: Piece, mask: Tensor | None, literals: Literals, q: Tensor) -> Tensor | None:
+def _bias(piece: Piece, mask: Mask | None, literals: Literals, q: Tensor) -> Tensor | None:
     """What a kernel is to add to the scores of a piece: `[1 or batch, 1 or heads, queries, keys]`."""
-    bias = None if mask is None else _as_numbers(piece.pairs(mask), q.dtype)
-    if piece.sight is Sight.BAND:
+    given = None if mask is None else pairs(piece, mask)
+    made = isinstance(mask, MaskFunction) and given is not None and given.dtype == torch.bool
+    if made and piece.sight is Sight.BAND:  # while it is narrow
+        given = given & piece.seen(literals, q.device)
+    bias = None if given is None else _as_numbers(given, q.dtype)
+    del given
+    if piece.sight is Sight.BAND and not made:
         unseen = piece.seen(literals, q.device).logical_not_()
         if bias is None:
             bias = torch.zeros((1, 1, 1, *unseen.shape), dtype=q.dtype, device=q.device).masked_fill_(unseen, _NOTHING)
@@ -143,7 +164,7 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_kernel(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs,
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, literals: Literals, rows: Runs, columns: Runs,
     dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     made: tuple[Tensor, Tensor] | None = None
@@ -158,7 +179,7 @@ def _by_kernel(
 
 
 def _of_piece(
-    kernel: Kernel, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, drop: Drop
+    kernel: Kernel, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, literals: Literals, drop: Drop
 ) -> tuple[Tensor, Tensor]:
     bias = _bias(piece, mask, literals, q)
     out, sums = kernel.forward(
@@ -189,7 +210,7 @@ def _alone(piece: Piece, columns: Runs, literals: Literals) -> bool:
 
 
 def _by_kernel_backward(
-    kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor,
+    kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, out: Tensor, logsumexp: Tensor,
     literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made: list[Tensor] = []
@@ -239,11 +260,11 @@ def _in_types(made: list[Tensor], *like: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _by_tiles(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, literals: Literals, rows: Runs, columns: Runs,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, literals: Literals, rows: Runs, columns: Runs,
     dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, logsumexp = nothing(q, v)
-    for heads, piece in _tiles(q, literals, rows, columns, dropping):
+    for heads, piece in _tiles(q, mask, literals, rows, columns, dropping):
         scores, _ = _scores(piece, heads.rows(q), heads.keys(k), heads.mask(mask), literals)
         sums = torch.logsumexp(scores, -1)
         weights = scores.sub_(seen(sums).unsqueeze(-1)).exp_()
@@ -256,11 +277,11 @@ def _by_tiles(
 
 
 def _by_tiles_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, out: Tensor, logsumexp: Tensor,
     literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = [_zeros_of(x) for x in (q, k, v)]
-    for heads, piece in _tiles(q, literals, rows, columns, dropping):
+    for heads, piece in _tiles(q, mask, literals, rows, columns, dropping):
         upper, ours, result, total = (heads.rows(x) for x in (grad, q, out, logsumexp))
         given = upper, ours, result, total, heads.keys(k), heads.keys(v), heads.mask(mask)
         grads = heads.rows(made[0]), heads.keys(made[1]), heads.keys(made[2])
@@ -269,7 +290,7 @@ def _by_tiles_backward(
 
 
 def _tile_backward(
-    piece: Piece, grad: Tensor, q: Tensor, out: Tensor, logsumexp: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    piece: Piece, grad: Tensor, q: Tensor, out: Tensor, logsumexp: Tensor, k: Tensor, v: Tensor, mask: Mask | None,
     literals: Literals, grads: tuple[Tensor, Tensor, Tensor], first: tuple[int, int, int], dropping: Dropping | None,
 ) -> None:  # fmt: skip
     """Add what a tile gives to the gradients of q, k and v."""
@@ -298,7 +319,7 @@ def _over_group(x: Tensor) -> Tensor:
 
 
 def _scores(
-    piece: Piece, q: Tensor, k: Tensor, mask: Tensor | None, literals: Literals, *, sloped: bool = False
+    piece: Piece, q: Tensor, k: Tensor, mask: Mask | None, literals: Literals, *, sloped: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The scores of a piece, and the slope of their soft cap if it is asked for."""
     dtype, slope = compute_dtype(q.dtype), None
@@ -309,7 +330,7 @@ def _scores(
         slope = scores.square().neg_().add_(1) if sloped else None
         scores = scores.mul_(literals.softcap)
     if mask is not None:
-        bias = piece.pairs(mask)
+        bias = pairs(piece, mask)
         scores = scores.masked_fill_(bias.logical_not(), _NOTHING) if bias.dtype == torch.bool else scores.add_(bias)
     if piece.sight is Sight.BAND:
         scores = scores.masked_fill_(piece.seen(literals, q.device).logical_not_(), _NOTHING)
@@ -331,14 +352,18 @@ class _Heads:
         """`[batch, kv_heads, ...]` of these heads."""
         return x if self._index is None else x[self._index[:2]]
 
-    def mask(self, x: Tensor | None) -> Tensor | None:
+    def mask(self, x: Mask | None) -> Mask | None:
         if x is None or self._index is None:
             return x
+        if isinstance(x, MaskFunction):
+            inner = self.mask(x.mask)
+            assert not isinstance(inner, MaskFunction)
+            return x.of(self._index[0], inner)
         return x[tuple(slice(0, 1) if n == 1 else one for n, one in zip(x.shape, self._index, strict=False))]
 
 
 def _tiles(
-    q: Tensor, literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None
+    q: Tensor, mask: Mask | None, literals: Literals, rows: Runs, columns: Runs, dropping: Dropping | None
 ) -> Iterator[tuple[_Heads, Piece]]:
     """Tiles of all heads at once; with dropout of the single device's stream head by head and in full rows, in the
     order in which they are drawn."""
@@ -350,4 +375,6 @@ def _tiles(
         return
     count = q.shape[0] * q.shape[1] * q.shape[2]
     if min(count, q.shape[-1]) > 0:
-        yield from ((_Heads(None), piece) for piece in tiles(rows, columns, literals, max(most // count, 1)))
+        found = tiles(rows, columns, literals, max(most // count, 1))
+        found = _not_empty(found, mask) if isinstance(mask, MaskFunction) else found
+        yield from ((_Heads(None), piece) for piece in found)

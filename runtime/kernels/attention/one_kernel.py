@@ -45,7 +45,7 @@ def _kernel(
     # the causal mask of kernels is that of as many queries as keys
     if mask is not None or window or softcap or (causal and heads.shape[2] != k.shape[2]):
         return None
-    return kernel_for(heads, k, v, None, False)
+    return kernel_for(heads, k, v, None, causal)
 
 
 def _of_kernel(x: Tensor) -> Tensor:

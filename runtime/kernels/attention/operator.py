@@ -9,10 +9,12 @@ Shapes:
     sinks      [heads] or [kv_heads, group]: the logit of one more key of each head, whose value is zero
     draw       what `attention_draw` returned, or a seed, bytes `[8]` (see dropout.py)
     logsumexp  [*heads of q, q_length], contiguous, float32 unless q is float64; sinks count
+    of_queries, of_keys    integers [n, batch or 1, q_length] and [m, batch or 1, length], of which `sees` is a formula
 
 Query i sees key j where `j <= i`, if `causal`; where `window` is not 0, also `i - window < j`, and `j < i + window`
 if not causal. With `softcap`, scores become `softcap * tanh(scores / softcap)` before the mask. `dropout` is the
-probability with which a weight is dropped.
+probability with which a weight is dropped. Where `sees` is given, a query sees the keys for which it is true
+(mask_function.py), among those that the rest lets it see.
 
 The result has the strides that eager mode gives it: those of q, where flash kernels take the operands. Most often q has
 the heads of a position side by side in memory, so that joining the heads is a view. Gradients always have this layout.
@@ -64,14 +66,17 @@ def attention_draw(like: Tensor, shape: Sequence[int]) -> Tensor:
 @torch.library.custom_op("shardc::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
-    scale: float, window: int, softcap: float, dropout: float,
+    scale: float, window: int, softcap: float, dropout: float, of_queries: Tensor | None = None,
+    of_keys: Tensor | None = None, sees: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`softmax(scale * q @ k^T + mask) @ v` and the logsumexp of the scores.
 
     Returns the result `[*heads of q, q_length, value_dim]` and logsumexp. Rows that see nothing give zeros. A mask gets
     no gradient: RankError if it requires one.
     """
-    out, logsumexp = parts.attention_in_parts(q, k, v, mask, sinks, draw, causal, scale, window, softcap, dropout)
+    out, logsumexp = parts.attention_in_parts(
+        q, k, v, mask, sinks, draw, causal, scale, window, softcap, dropout, of_queries, of_keys, sees
+    )
     inside = _heads_inside(q, out.shape[-1], mask, dropout)
     return _by_position(out) if inside else out.contiguous(), logsumexp.contiguous()
 
@@ -80,12 +85,14 @@ def attention(
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
     out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    of_queries: Tensor | None = None, of_keys: Tensor | None = None, sees: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and sinks from the gradient of `out`; `out` and `logsumexp` are what `attention`
     returned. Without sinks, their gradient is a zero `[1]`."""
     grads = parts.attention_in_parts_backward(
-        grad, q, k, v, mask, sinks, draw, out, logsumexp, causal, scale, window, softcap, dropout
-    )
+        grad, q, k, v, mask, sinks, draw, out, logsumexp, causal, scale, window, softcap, dropout,
+        of_queries, of_keys, sees,
+    )  # fmt: skip
     return _by_position(grads[0]), _by_position(grads[1]), _by_position(grads[2]), grads[3]
 
 
@@ -103,7 +110,8 @@ def _(like: Tensor, shape: Sequence[int]) -> Tensor:
 @attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
-    scale: float, window: int, softcap: float, dropout: float,
+    scale: float, window: int, softcap: float, dropout: float, of_queries: Tensor | None = None,
+    of_keys: Tensor | None = None, sees: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     width = v.shape[-1]
     inside = _heads_inside(q, width, mask, dropout)
@@ -115,6 +123,7 @@ def _(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
     out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    of_queries: Tensor | None = None, of_keys: Tensor | None = None, sees: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = (*q.shape[:-1], v.shape[-1])  # kernels read beyond what does not fit
     if tuple(grad.shape) != made or tuple(out.shape) != made or tuple(logsumexp.shape) != made[:-1]:
@@ -126,19 +135,20 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, sinks, draw, *ctx.literals = inputs
+    q, k, v, mask, sinks, draw, *ctx.literals, of_queries, of_keys, ctx.sees = inputs
     if mask is not None and mask.requires_grad:
         raise RankError(
             "shardc::attention gives no gradient for its mask: detach it, or write attention with matmul and softmax"
         )
-    ctx.save_for_backward(q, k, v, mask, sinks, draw, *output)
+    ctx.save_for_backward(q, k, v, mask, sinks, draw, *output, of_queries, of_keys)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *grads, grad_sinks = attention_backward(grad, *ctx.saved_tensors, *ctx.literals)
-    sinks = ctx.saved_tensors[4]
-    return (*grads, None, None if sinks is None else grad_sinks, *[None] * 6)
+    *saved, of_queries, of_keys = ctx.saved_tensors
+    function = () if of_queries is None else (of_queries, of_keys, ctx.sees)
+    *grads, grad_sinks = attention_backward(grad, *saved, *ctx.literals, *function)
+    return (*grads, None, None if saved[4] is None else grad_sinks, *[None] * 9)
 
 
 def _second(ctx: Any, *grads: Tensor | None) -> None:

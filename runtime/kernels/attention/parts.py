@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardc.runtime.kernels.attention.blocks import attend, attend_backward, compute_dtype, heads_inside, seen
 from shardc.runtime.kernels.attention.dropout import Dropping, dropping_from
+from shardc.runtime.kernels.attention.mask_function import Mask, MaskFunction
 from shardc.runtime.kernels.attention.one_kernel import by_one_kernel, by_one_kernel_backward
 from shardc.runtime.kernels.attention.pieces import Literals, Runs
 from shardc.runtime.kernels.parts import Part
@@ -24,21 +25,22 @@ __all__ = ["attention_in_parts", "attention_in_parts_backward"]
 
 def attention_in_parts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
-    scale: float, window: int, softcap: float, dropout: float, *, b: Part | None = None, h: Part | None = None,
+    scale: float, window: int, softcap: float, dropout: float, of_queries: Tensor | None = None,
+    of_keys: Tensor | None = None, sees: str = "", *, b: Part | None = None, h: Part | None = None,
     g: Part | None = None, r: Part | None = None, s: Part | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`shardc::attention`: the result and the log-sum-exp of the scores, both complete.
 
     The results of the parts are weighed by their log-sum-exp (Dao et al. 2022, section 3.1).
     """
-    if r is None and s is None and sinks is None and draw is None:
+    if r is None and s is None and sinks is None and draw is None and of_queries is None:
         made = by_one_kernel(q, k, v, mask, causal, scale, window, softcap)
         if made is not None:
             return made
     literals, ours = Literals(causal, scale, window, softcap, dropout), grouped(q)
     dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
     rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
-    out, logsumexp = attend(ours, k, v, mask_of(mask, q), literals, rows, columns, dropping)
+    out, logsumexp = attend(ours, k, v, mask_of(mask, q, of_queries, of_keys, sees), literals, rows, columns, dropping)
     if s is not None:
         out, logsumexp = _over_keys(out.to(logsumexp.dtype), logsumexp, s, heads_inside(ours))
     return finished(out, logsumexp, sinks, q)
@@ -46,11 +48,12 @@ def attention_in_parts(
 
 def attention_in_parts_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
-    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float, *,
-    b: Part | None = None, h: Part | None = None, g: Part | None = None, r: Part | None = None, s: Part | None = None,
+    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    of_queries: Tensor | None = None, of_keys: Tensor | None = None, sees: str = "", *, b: Part | None = None,
+    h: Part | None = None, g: Part | None = None, r: Part | None = None, s: Part | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`shardc::attention_backward`: where a gradient sums over a split dim, this rank's addend of it."""
-    if r is None and s is None and sinks is None and draw is None:
+    if r is None and s is None and sinks is None and draw is None and of_queries is None:
         grads = by_one_kernel_backward(grad, q, k, v, mask, out, logsumexp, causal, scale, window, softcap)
         if grads is not None:
             return *grads, q.new_zeros(1)
@@ -59,7 +62,7 @@ def attention_in_parts_backward(
     dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
     rows, columns = runs_of(r, q.shape[-2]), runs_of(s, k.shape[2])
     grad_q, grad_k, grad_v = attend_backward(
-        upper, ours, k, v, mask_of(mask, q), made, total, literals, rows, columns, dropping
+        upper, ours, k, v, mask_of(mask, q, of_queries, of_keys, sees), made, total, literals, rows, columns, dropping
     )
     batch = b.valid if b else len(q)
     own = upper[:batch], made[:batch], total[:batch]
@@ -83,12 +86,13 @@ def grouped(x: Tensor) -> Tensor:
     return x if x.dim() == 5 else x.unsqueeze(2)
 
 
-def mask_of(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask with the five dims of the scores, or ones."""
-    if mask is None:
-        return None
-    mask = mask.reshape((1,) * (q.dim() - mask.dim()) + tuple(mask.shape))
-    return grouped(mask)
+def mask_of(
+    mask: Tensor | None, q: Tensor, of_queries: Tensor | None = None, of_keys: Tensor | None = None, sees: str = ""
+) -> Mask | None:
+    """The mask with the five dims of the scores, or ones; or with a function that masks besides."""
+    if mask is not None:
+        mask = grouped(mask.reshape((1,) * (q.dim() - mask.dim()) + tuple(mask.shape)))
+    return mask if of_queries is None or of_keys is None else MaskFunction(of_queries, of_keys, sees, mask)
 
 
 def runs_of(part: Part | None, length: int) -> Runs:

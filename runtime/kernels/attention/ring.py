@@ -17,7 +17,7 @@ Sources: Liu, Zaharia, Abbeel, "Ring attention with blockwise transformers", 202
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from shardc.runtime.collectives.collective import Started, wait
 from shardc.runtime.collectives.permute import permute
 from shardc.runtime.kernels.attention.blocks import attend, attend_backward, combine, compute_dtype, nothing
+from shardc.runtime.kernels.attention.mask_function import Mask, MaskFunction
 from shardc.runtime.kernels.attention.parts import dropping_of, finished, grad_of_sinks, grouped, mask_of
 from shardc.runtime.kernels.attention.pieces import Literals
 from shardc.runtime.kernels.parts import Part
@@ -124,12 +125,14 @@ def _unpacked(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None, causal: bool,
-    scale: float, window: int, softcap: float, dropout: float, *, r: Part, s: Part, b: Part | None = None,
-    h: Part | None = None, g: Part | None = None,
+    scale: float, window: int, softcap: float, dropout: float, of_queries: Tensor | None = None,
+    of_keys: Tensor | None = None, sees: str = "", *, r: Part, s: Part, b: Part | None = None, h: Part | None = None,
+    g: Part | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`shardc::attention` of the rank's queries and all keys: the result and the log-sum-exp of the scores."""
     ring, literals, ours = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout), grouped(q)
-    dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    whole = _Mask(mask_of(mask, q, of_queries, of_keys, sees), s)
     keys, made = _Travelling(ring, k, v), list[Tensor]()
     for place, visit in enumerate(ring.visits):
         keys.start(place)
@@ -149,15 +152,17 @@ def ring_attention(
 
 def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, draw: Tensor | None,
-    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float, *,
-    r: Part, s: Part, b: Part | None = None, h: Part | None = None, g: Part | None = None,
+    out: Tensor, logsumexp: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    of_queries: Tensor | None = None, of_keys: Tensor | None = None, sees: str = "", *, r: Part, s: Part,
+    b: Part | None = None, h: Part | None = None, g: Part | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`shardc::attention_backward`: the gradients of the rank's queries, keys and values, and its addend of those of
     the sinks."""
     ring, literals = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout)
     ours, upper, made = map(grouped, (q, grad, out))
     total = logsumexp.unsqueeze(2) if q.dim() == 4 else logsumexp
-    dropping, whole = dropping_of(draw, literals, ours, k, (b, h, g, r, s)), _Mask(mask, q, s)
+    dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
+    whole = _Mask(mask_of(mask, q, of_queries, of_keys, sees), s)
     grad_q = torch.zeros(ours.shape, dtype=compute_dtype(q.dtype), device=q.device)
     gathered = torch.zeros(k.numel() + v.numel(), dtype=grad_q.dtype, device=q.device)
     keys, coming = _Travelling(ring, k, v), None
@@ -190,21 +195,26 @@ def _add(grads: Sequence[Tensor], *sums: Tensor) -> None:
 
 class _Mask:
     """A mask that has all keys. Where it is the same for all queries, it is split along the keys, and its parts are
-    gathered, each with its padding."""
+    gathered, each with its padding. So are the numbers of keys of which it is a function."""
 
-    def __init__(self, mask: Tensor | None, q: Tensor, s: Part) -> None:
-        self.mask = mask_of(mask, q)
-        self.gathered = self.mask is not None and self.mask.shape[4] == s.length != s.size
-        if self.mask is not None and self.gathered:
-            self.mask = s.gather(self.mask, 4)
+    def __init__(self, mask: Mask | None, s: Part) -> None:
+        self._function = mask if isinstance(mask, MaskFunction) else None
+        plain = mask.mask if isinstance(mask, MaskFunction) else mask
+        self._gathered = plain is not None and plain.shape[4] == s.length != s.size
+        self._mask = s.gather(plain, 4) if plain is not None and self._gathered else plain
+        self._of_keys = s.gather(self._function.of_keys, 2) if self._function is not None else None
 
-    def of(self, ring: _Ring, visit: Visit) -> Tensor | None:
+    def of(self, ring: _Ring, visit: Visit) -> Mask | None:
         """The part for the keys of a step."""
-        mask, held = self.mask, ring.held(visit)
-        if mask is None:
-            return None
-        if self.gathered:
-            start = ring.number(visit.offset) * (mask.shape[4] // len(ring.columns))
-            return mask[..., start : start + sum(length for _, length in held)]
-        parts = [mask[..., start : start + length] for start, length in held]
+        mask = None if self._mask is None else self._part(self._mask, ring, visit, self._gathered)
+        if self._function is None or self._of_keys is None:
+            return mask
+        return replace(self._function, of_keys=self._part(self._of_keys, ring, visit, True), mask=mask)
+
+    def _part(self, x: Tensor, ring: _Ring, visit: Visit, gathered: bool) -> Tensor:
+        held = ring.held(visit)
+        if gathered:
+            start = ring.number(visit.offset) * (x.shape[-1] // len(ring.columns))
+            return x[..., start : start + sum(length for _, length in held)]
+        parts = [x[..., start : start + length] for start, length in held]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

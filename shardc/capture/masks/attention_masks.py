@@ -20,6 +20,7 @@ from torch import fx
 from shardc.capture.canonical import is_random, numbered
 from shardc.capture.masks.known_tensors import KnownTensors
 from shardc.capture.masks.known_values import INFINITY, Biased, Broadcast, Choice, Ramp, condition_of
+from shardc.capture.masks.mask_functions import MaskFormula, formula_of, stacked
 from shardc.capture.torch_patches.attention.scores import ABSENT
 from shardc.ir.facts import Captured, describe, origin_of
 from shardc.ir.program import Program, call, value_of
@@ -29,6 +30,12 @@ aten: Any = torch.ops.aten
 _ATTENTION = torch.ops.shardc.attention.default
 _FIRST: dict[Any, int] = {_ATTENTION: 0, torch.ops.shardc.attention_backward.default: 1}
 """The index of q among the arguments; the mask stands three places further."""
+_BAND: dict[Any, tuple[int, int]] = {_ATTENTION: (6, 8), torch.ops.shardc.attention_backward.default: (9, 11)}
+"""The indices of `causal` and `window`; what a mask is a function of stands three places behind."""
+
+
+Rest = tuple[fx.Node | None, tuple[Any, ...]]
+"""What is left of a mask: a mask, and the arguments of a function, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def with_plain_masks(program: Program) -> Program:
     """The program, with masks that are causal or windows as arguments of attention."""
     graph = program.version.read()
     calls = [node for node in graph.nodes if node.target in _FIRST]
-    known, made = KnownTensors(), dict[Any, fx.Node | None]()
+    known, made = KnownTensors(), dict[Any, Rest]()
     changed = [node for node in calls if _simplify(node, known, made)]
     changed += [copy for node in calls for copy in _copies(node)]
     if not changed:
@@ -91,25 +98,28 @@ def _is_view(value: torch.Tensor, shape: Any) -> bool:
     return True
 
 
-def _simplify(node: fx.Node, known: KnownTensors, made: dict[Any, fx.Node | None]) -> bool:
+def _simplify(node: fx.Node, known: KnownTensors, made: dict[Any, Rest]) -> bool:
     """Move what is known of a call's mask into its arguments, in place; whether anything was."""
     first = _FIRST[node.target]
-    place, causal, window = first + 3, len(node.args) - 5, len(node.args) - 3
+    place, causal, window = first + 3, *_BAND[node.target]
     given = node.args[place]
     if not isinstance(given, fx.Node):
         return False
     q, k = (value_of(node.args[first + i]) for i in (0, 1))  # type: ignore[arg-type]
     lengths = q.shape[-2], k.shape[-2]
+    band = _band(bool(node.args[causal]), int(node.args[window]))  # type: ignore[arg-type]
     mask = parts_of(given, known.of(given), lengths)
-    if mask is None:
-        return False
-    options = _options(mask.band & _band(bool(node.args[causal]), int(node.args[window])), lengths)  # type: ignore[arg-type]
+    options = None if mask is None else _options(mask.band & band, lengths)
+    if mask is None or options is None:
+        mask, options = Mask(SeenBand(), (Broadcast(given, tuple(value_of(given).shape)),)), _options(band, lengths)
     if options is None:
         return False
-    if given not in made:
-        made[given] = _remaining(given, mask)
+    key = given, q.dim(), str(lengths)
+    if key not in made:
+        made[key] = _remaining(given, mask, q.dim(), lengths)
     args = list(node.args)
-    args[place], args[causal], args[window] = made[given], *options
+    (args[place], function), (args[causal], args[window]) = made[key], options
+    args[window + 3 :] = function
     if tuple(args) == node.args:
         return False
     node.args = tuple(args)
@@ -174,12 +184,37 @@ def _options(band: SeenBand, lengths: tuple[Any, Any]) -> tuple[bool, int] | Non
     return (False, int(1 + band.high)) if 0 < band.high == -band.low < INFINITY else None
 
 
-def _remaining(mask: fx.Node, parts: Mask) -> fx.Node | None:
-    """What is left of a mask beside the band, made where the mask is made."""
-    if not parts.rest:
-        return None
-    add = _adder(mask)
-    pieces = [_viewed(add, spread) for spread in parts.rest]
+def _remaining(mask: fx.Node, parts: Mask, rank: int, lengths: tuple[Any, Any]) -> Rest:
+    """What is left of a mask beside the band, made where the mask is made: a mask, and a function."""
+    add, function = _adder(mask), MaskFormula()
+    alone = parts.added in (None, (-INFINITY, 0))
+    rest = [spread for spread in parts.rest if not alone or not _joined(function, spread, rank, lengths)]
+    if parts.added and rest:
+        rest, function = [*parts.rest], MaskFormula()
+    numbers: tuple[Any, ...] = ()
+    if function.sees:
+        sides = zip((function.queries, function.keys), lengths, strict=True)
+        sees = f"bitwise_not({function.sees})" if parts.added else function.sees
+        numbers = (*(stacked(nodes, length, add) for nodes, length in sides), sees)
+    return (_mask_of(add, rest, mask, parts) if rest else None), numbers
+
+
+def _joined(function: MaskFormula, spread: Broadcast, rank: int, lengths: tuple[Any, Any]) -> bool:
+    """Let a function mask what a part of a mask does, if it can."""
+    sizes = (*value_of(spread.node).shape, *spread.shape, *lengths)
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    same = tuple(value_of(spread.node).shape)[-2:] == spread.shape[-2:] == lengths
+    wide = [dim - len(spread.shape) for dim, size in enumerate(spread.shape[:-2]) if size != 1]
+    found = formula_of(spread.node, lengths, function) if same and wide in ([], [-rank]) else None
+    if found is None:
+        return False
+    function.sees = found if not function.sees else f"bitwise_and({function.sees}, {found})"
+    return True
+
+
+def _mask_of(add: Callable[..., fx.Node], rest: list[Broadcast], mask: fx.Node, parts: Mask) -> fx.Node:
+    pieces = [_viewed(add, spread) for spread in rest]
     whole = reduce(lambda x, y: add(aten.bitwise_and.Tensor, x, y), pieces)
     if parts.added is None:
         return whole

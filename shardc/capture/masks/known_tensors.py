@@ -255,8 +255,8 @@ def _triangle(node: fx.Node, x: Any, diagonal: int = 0) -> Known | None:
     part = Cond(low=diagonal) if upper else Cond(high=diagonal)
     if value_of(node).ndim < 2:
         return None
-    if isinstance(x, Cond):
-        return both_of(x, part)
+    if value_of(node).dtype == torch.bool:
+        return both_of(condition_of(node.args[0], x), part)
     if isinstance(x, Choice) and x.outside == 0:
         both = both_of(x.condition, part)
         return None if both is None else Choice(both, x.inside, 0)

@@ -42,7 +42,7 @@ def _split(node: fx.Node, x: Known, before: tuple[Any, ...], after: tuple[Any, .
     seen = [-1, -2, *range(-len(before), first - len(before))]
     if [str(size) for size in before[-2:]] != [str(size) for size in after[-2:]] or first > len(before) - 3:
         return None
-    condition = x.condition if isinstance(x, Choice) else x
+    condition = x.condition if isinstance(x, Choice) else Cond(rest=(x,)) if isinstance(x, Broadcast) else x
     if not isinstance(condition, Cond):
         return None
     for part in condition.rest:

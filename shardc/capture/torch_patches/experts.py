@@ -162,7 +162,7 @@ def _text(graph: fx.Graph, names: tuple[str, ...]) -> str | None:
         if node.op == "placeholder":
             texts[node] = names[len(texts)]
         elif node.op == "call_function":
-            call = _call(node, texts)
+            call = call_text(node, texts)
             if call is None:
                 return None
             if len(node.users) > 1 and node.target is not aten.detach.default:
@@ -183,7 +183,8 @@ def _name(number: int) -> str:
     return f"v{number}"
 
 
-def _call(node: fx.Node, texts: dict[fx.Node, str]) -> str | None:
+def call_text(node: fx.Node, texts: dict[fx.Node, str]) -> str | None:
+    """A call of an elementwise operator as a formula, given those of its operands; None for other calls."""
     if node.target is aten.detach.default or node.target is aten.alias.default:
         return texts[node.all_input_nodes[0]]
     if node.target is aten._to_copy.default:

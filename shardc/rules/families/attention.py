@@ -59,6 +59,11 @@ class _Names:
             texts.append(mark_whole(draw))
         return texts
 
+    def numbers(self, of_queries: torch.Tensor | None, of_keys: torch.Tensor | None) -> list[str]:
+        """What a mask is a function of: some numbers of each query and of each key."""
+        pairs = (of_queries, "x!", self.query), (of_keys, "y!", self.key)
+        return [named_dims(x, [whole, self.batch, name]) for x, whole, name in pairs if x is not None]
+
     def drawn(self, k: torch.Tensor, draw: torch.Tensor | None) -> Drawn | None:
         """The random numbers of dropout: one for every score, with the keys of all ranks."""
         factors = ("b", "h", "g", "r")
@@ -83,17 +88,19 @@ def _plain(word: str) -> str:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
     draw: torch.Tensor | None, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    of_queries: torch.Tensor | None = None, of_keys: torch.Tensor | None = None, sees: str = "",
 ) -> Rule:  # fmt: skip
     """Over split keys, the body weighs the result of each part by its log-sum-exp."""
-    del scale, dropout
+    del scale, dropout, sees
     names = _Names(q, draw, causal, window, "r~", "s~")
-    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap, of_keys)
     needed = attention_workspace.in_parts(of, backward=False)
     result = names.sums(q.select(-1, 0))
     rows = tuple(_plain(name) for name in result.split() if name != "1")
     size = compute_dtype(q.dtype).itemsize
     sums = [Send(all_reduce, rows, size), Send(all_reduce, rows, size), Send(all_reduce, (*rows, "e"), size)]
     operands = [names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!"), *names.others(mask, sinks, draw)]
+    operands += names.numbers(of_queries, of_keys)
     return parse(
         f"{', '.join(operands)} -> {result} {'e!' if v.shape[3] != 1 else '1'}, {result}",
         flops=names.flops("de"), band=names.band, drawn=names.drawn(k, draw),
@@ -109,13 +116,14 @@ def attention(
 def attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
     sinks: torch.Tensor | None, draw: torch.Tensor | None, out: torch.Tensor, logsumexp: torch.Tensor, causal: bool,
-    scale: float, window: int, softcap: float, dropout: float,
+    scale: float, window: int, softcap: float, dropout: float, of_queries: torch.Tensor | None = None,
+    of_keys: torch.Tensor | None = None, sees: str = "",
 ) -> Rule:  # fmt: skip
     """The gradients of keys and values sum over queries and the group, that of queries over keys, that of sinks over
     batch and queries."""
-    del scale, dropout
+    del scale, dropout, sees
     names = _Names(q, draw, causal, window, "r:sum~", "s:sum~")
-    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap)
+    of = attention_workspace.Operands(q, k, v, mask, sinks, draw, causal, window, softcap, of_keys)
     needed = attention_workspace.in_parts(of, backward=True)
     queries, keys, values = names.queries(q, "d!"), names.keys(k, "d!"), names.keys(v, "e!")
     others = names.others(mask, sinks, draw)
@@ -123,7 +131,8 @@ def attention_backward(
         names.queries(grad, "e!"), queries, keys, values, *others, names.queries(out, "e!"), names.sums(logsumexp),
     ]  # fmt: skip
     count = len(operands)
-    all_of = range(count)
+    operands += names.numbers(of_queries, of_keys)
+    all_of = range(len(operands))
     of_sinks = [] if sinks is None else [0, 4 + (mask is not None), count - 2, count - 1]
     return parse(
         f"{', '.join(operands)} -> {queries}, {keys}, {values}, {'1' if sinks is None else names.sinks(sinks)}",

@@ -34,7 +34,7 @@ def rings(of: Operands, *, backward: bool) -> list[Variant]:
     width = of.k.shape[3] + of.v.shape[3]
     around = Send(permute, KEYS, of.narrow, width, travel=Travel.ROUND)
     home = Send(permute, KEYS, of.wide, width, travel=Travel.HOME)
-    sends = [*([home] if backward else []), around, *_gathered(of.mask)]
+    sends = [*([home] if backward else []), around, *_gathered(of.mask), *_gathered_numbers(of.of_keys)]
     body = ring_attention_backward if backward else ring_attention
     needed = _backward(of) if backward else _forward(of)
     return [Variant("ring", body, {"s": sends}, TOGETHER, tuple(needed), POSITIONS)]
@@ -46,6 +46,13 @@ def _gathered(mask: torch.Tensor | None) -> list[Send]:
     names = ["b", "h", *(["g"] if mask.dim() == 5 else []), "r", "s"][-mask.dim() :]
     carried = tuple(name for size, name in zip(mask.shape, names, strict=True) if size > 1)
     return [Send(all_gather, carried, mask.element_size())]
+
+
+def _gathered_numbers(of_keys: torch.Tensor | None) -> list[Send]:
+    if of_keys is None:
+        return []
+    carried = ("b", "s") if of_keys.shape[1] > 1 else ("s",)
+    return [Send(all_gather, carried, of_keys.element_size(), of_keys.shape[0])]
 
 
 def _forward(of: Operands) -> list[Workspace]:

@@ -19,8 +19,9 @@ from shardc.runtime.kernels.mersenne import STATE
 from shardc.runtime.kernels.streams import SEED
 
 _CAPPED, _DROPPED = (2.0, 3.2), (2.25, 3.85)
-_MASKS = 1.2
-"""Tiles that are there at once: of scores, forward and backward, with a soft cap and with dropout; of masks."""
+_MASKS, _FUNCTIONS = 1.2, 1.5
+"""Tiles that are there at once: of scores, forward and backward, with a soft cap and with dropout; of masks, and of
+masks that a function makes."""
 
 _KEYS, _QUERIES = 512, ((768, 256), (192, 64), (0, 32))
 """The blocks of torch's flash kernel on the CPU: of keys, and of queries by how many there are at least."""
@@ -39,6 +40,7 @@ class Operands:
     causal: bool
     window: int
     softcap: float
+    of_keys: torch.Tensor | None = None
 
     @property
     def narrow(self) -> int:
@@ -58,7 +60,12 @@ class Operands:
     @property
     def in_tiles(self) -> bool:
         made = self.mask is not None and (self.mask.dtype != self.q.dtype or self.mask.shape[-1] == 1)
-        return not self.by_kernel or self.window > 0 or (made and self.mask is not None and self.mask.shape[-2] > 1)
+        return (
+            not self.by_kernel
+            or self.window > 0
+            or self.of_keys is not None
+            or (made and self.mask is not None and self.mask.shape[-2] > 1)
+        )
 
 
 ROWS, KEYS = ("b", "h", "g", "r"), ("b", "h", "s")
@@ -143,7 +150,8 @@ def _blocks(of: Operands, backward: bool) -> list[Workspace]:
         step = rows_of_tile(count, of.k.shape[2], literals, most // of.narrow)
         near = of.window * (1 if of.causal else 2) + step if of.window else most // (of.narrow * step)
         near = min(near, of.k.shape[2])
-        masks.append(Workspace(("s",), of.narrow, _MASKS * step, most=int(_MASKS * step * near * of.narrow)))
+        copies = _MASKS if of.of_keys is None else _FUNCTIONS
+        masks.append(Workspace(("s",), of.narrow, copies * step, most=int(copies * step * near * of.narrow)))
         if backward:  # the gradients of a tile
             masks.append(Workspace(("b", "h"), of.narrow, near * (of.q.shape[-1] + of.v.shape[-1])))
     return [*masks, *inside_kernel(of, backward, step)]

@@ -283,7 +283,7 @@ FLEX: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "window": (None, lambda b, h, q, k: (q >= k) & (q - k < 4), (None, True, 4, 0.0)),
     "soft cap": (lambda s, b, h, q, k: torch.tanh(s / 3.0) * 3.0, None, (None, False, 0, 3.0)),
     "documents": (
-        None, lambda b, h, q, k: (q >= k) & (DOCUMENTS[q] == DOCUMENTS[k]), ((LENGTH, LENGTH), True, 0, 0.0),
+        None, lambda b, h, q, k: (q >= k) & (DOCUMENTS[q] == DOCUMENTS[k]), (None, True, 0, 0.0),
     ),
     "alibi": (
         lambda s, b, h, q, k: s + (k - q) * 2.0 ** -(h + 1), lambda b, h, q, k: q >= k,
