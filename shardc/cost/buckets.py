@@ -4,7 +4,8 @@
     in buckets  the same, once a bucket, + launch + 2 B / memory_bandwidth  to copy its operands into the buffer
 
 All times are seconds, and all sizes are bytes. The two lines are the α-β model of `shardc/cost/collectives.py`, plus
-the copy into the buffer, which reads and writes every byte once.
+the copy into the buffer, which reads and writes every byte once. A collective that works on a copy of its operand
+anyway, as an all-reduce does, works on the buffer instead: there the copy costs nothing more.
 
 A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill buckets equally: as few
 as hold them, or more where that is faster. Backward hides part of every bucket but the last, so that of n buckets of T
@@ -46,8 +47,9 @@ class Buckets:
         return self.device.collective_seconds(collective, size, self.mesh, axis)
 
     def seconds(self, collective: AnyCollective, axis: str, size: float) -> float:
-        """Seconds of a bucket of `size` bytes in all: its collective and the copy that fills it."""
-        return self.alone(collective, axis, size) + self.device.launch + 2.0 * size / self.device.memory_bandwidth
+        """Seconds of a bucket of `size` bytes in all: its collective, and what it takes to fill it."""
+        copied = 0.0 if collective.works_on_copy else 2.0 * size / self.device.memory_bandwidth
+        return self.alone(collective, axis, size) + self.device.launch + copied
 
     def full(self, collective: AnyCollective, axis: str) -> float:
         """Bytes of a full bucket: the least size at which latency is at most `SLACK` of the transfer, and never more

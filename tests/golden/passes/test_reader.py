@@ -83,8 +83,9 @@ def alike(code: str) -> tuple[str, list[str]]:
                 new = numbers.setdefault(name, f"v{len(numbers)}")
                 setattr(one, "arg" if isinstance(one, ast.arg) else "id", new)
         for one in ast.walk(function):
-            if isinstance(one, ast.Delete):
-                one.targets.sort(key=ast.unparse)
+            if isinstance(one, ast.Delete):  # many names stand in parentheses
+                targets = [name for target in one.targets for name in getattr(target, "elts", [target])]
+                one.targets = sorted(targets, key=ast.unparse)
     return ast.unparse(tree), [text.strip() for text in re.findall(r"# (?!fmt).*$", code, re.M)]
 
 
