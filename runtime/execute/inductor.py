@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -79,11 +79,16 @@ def _traced(number: Tensor, read: list[Tensor], form: Any) -> _Traced:
     return _Traced(lambda: finish(torch.ops.shardc.land(number, read, shape, dtype, like)), number, read, form)
 
 
-pytree.register_pytree_node(
-    _Traced,
-    lambda one: ([one.number, *one.read], one.form),
-    lambda leaves, form: _traced(leaves[0], [*leaves][1:], form),
-)
+def _parts(started: _Traced) -> tuple[list[Tensor], Any]:
+    return [started.number, *started.read], started.form
+
+
+def _of_parts(parts: Iterable[Tensor], form: Any) -> _Traced:
+    number, *read = parts
+    return _traced(number, read, form)
+
+
+pytree.register_pytree_node(_Traced, _parts, _of_parts)
 
 
 class _Tracing(Context):
@@ -175,7 +180,7 @@ class CompiledFunction:
             self.reason = str(error)
             return None
         try:
-            run = torch._inductor.compile(graph, given)  # pyright: ignore[reportPrivateUsage]
+            run: Any = torch._inductor.compile(graph, [*given])
         except InvalidCxxCompiler as error:
             raise RankError(
                 "compile='inductor' needs a C++ compiler on the CPU, and there is none: install g++, name one in $CXX, "

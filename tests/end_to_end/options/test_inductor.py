@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.utils
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 import shardc
 from shardc import shard
@@ -145,7 +146,7 @@ def test_what_draws_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(graph: object, given: object) -> None:
-        raise torch._inductor.exc.InvalidCxxCompiler
+        raise InvalidCxxCompiler
 
     monkeypatch.setattr(torch._inductor, "compile", fails)
     with pytest.raises(RankError, match=r"compile='inductor' needs a C\+\+ compiler.*install g\+\+"):
