@@ -88,6 +88,18 @@ def row(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor], train:
     )
 
 
+def compiled(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor]) -> str:
+    """One line of the table: forward and backward of the model under `torch.compile`, and sharded over one device with
+    code that Inductor compiles."""
+    sharded, plain = shard(copy.deepcopy(model), mesh="a=1", compile="inductor"), torch.compile(model)
+
+    def step(each: Any) -> None:
+        call(each).backward()
+
+    theirs, ours = medians(lambda: step(plain), lambda: step(sharded))
+    return f"| {name} | beside torch.compile | {ours / theirs:.3f} | {ours - theirs:+.2f} ms |"
+
+
 def optimizer_step(fused: bool) -> str:
     """One line of the table: a step of AdamW on local tensors, beside the same on DTensors (as that of a subclass)."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -143,6 +155,7 @@ def main() -> None:
         print(row("two linear layers of 8", Tiny(), lambda model: model(x).sum(), train))
     for train in (False, True):
         print(row("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids, labels=ids).loss, train))
+    print(compiled("Llama, 4.8 M parameters", llama(), lambda model: model(input_ids=ids, labels=ids).loss))
     print(tokens())
     for fused in (False, True):
         print(optimizer_step(fused))

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from shardc.errors import RuleError
 from shardc.ir.program import where
+from shardc.options import INDUCTOR
 from shardc.planning.compilation import Compilation, compiler_pass
+from shardc.planning.fusion import fuse
 from shardc.rules.factors import factoring
 from shardc.rules.factors.factored import Factored
 
@@ -23,7 +25,7 @@ def factor(c: Compilation) -> Compilation:
     result = factoring.factor(c.program)
     if c.options.on_unknown == "error":
         _refuse_unknown(result)
-    return replace(c, factored=result)
+    return replace(c, factored=fuse(result) if c.options.compile == INDUCTOR else result)
 
 
 def _refuse_unknown(program: Factored) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from shardc.inspect.trace import Process, predicted, write
 from shardc.ir.model_call import ModelCall
 from shardc.ir.named_files import write_file
 from shardc.ir.program import Constant, Program, Role, depended_on
+from shardc.options import INDUCTOR
 from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import NAMES
 from shardc.planning.compilation import Compilation
@@ -150,8 +152,16 @@ class Compiled:
             self._agreed = mesh.agreed(source)
             module = module if source == self._agreed else load(self._agreed)
             setattr(module, CALLED, type(self._module).__name__)
-            self._executable = Executable(module, mesh)
+            self._executable = Executable(self.prepared(module), mesh)
         return self._executable
+
+    def prepared(self, module: ModuleType) -> ModuleType:
+        """A module of the generated code, as it is to run."""
+        if self._last.options.compile != INDUCTOR:
+            return module
+        from shardc.runtime.execute.inductor import compiled  # torch's compilers take seconds to import
+
+        return compiled(module)
 
     @property
     def accumulating(self) -> Compiled:

@@ -225,7 +225,7 @@ class Sized:
         """The program at these sizes."""
         key = tuple(sizes[name] for name in self._least)
         if key not in self._recent:
-            module = self._module({name: sizes[name] for name in self._least})
+            module = self._like.prepared(self._module({name: sizes[name] for name in self._least}))
             program = self._template.sized(self._like.program, sizes)
             self._recent[key] = self._like.for_sizes(program, self._source, Executable(module, self._mesh))
             if len(self._recent) > RECENT:

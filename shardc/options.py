@@ -30,6 +30,7 @@ OPTIMIZER = "adamw"
 """The optimizer whose state has to fit beside parameters that train, where none is named and hardware is."""
 UNBOUNDED = "unbounded"
 EXACT = "exact"
+INDUCTOR = "inductor"
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,10 @@ class Options:
     cast_forward_inputs: bool = True
     """Whether floating inputs are cast to `param_dtype`."""
 
+    compile: Literal["none", "inductor"] = "none"
+    """What compiles the generated code: with `inductor`, every function of it, one for each kind of layer. Then a chain
+    of elementwise operators counts as one kernel. On the CPU that needs a C++ compiler."""
+
     plan: Annotated[str | Path | None, Text("PLAN.JSON", "plan.json")] = None
     """A plan that was saved: nothing is solved. What the file leaves out is, with the rest held fixed. Options that
     the call does not name are those of the plan. A plan of another program is refused."""
@@ -230,8 +235,9 @@ class Options:
     @property
     def precision(self) -> Precision:
         """The types in which the model computes."""
-        types: list[Any] = [self.param_dtype, self.reduce_dtype, self.output_dtype]
-        return Precision(*types, self.cast_forward_inputs)
+        given = (self.param_dtype, self.reduce_dtype, self.output_dtype)
+        parameters, reduce, outputs = (None if one is None else _dtype(one) for one in given)
+        return Precision(parameters, reduce, outputs, self.cast_forward_inputs)
 
     def drawn_on(self, device: str) -> str:
         """The randomness, `exact` or `independent`, of a model on a device of this type."""

@@ -137,22 +137,32 @@ class Context:
         op: str = "",
     ) -> Started[Any]:
         """Start one collective (see `RuntimeMesh.begin`) and count its bytes. Its result is `finish(what arrives)`."""
-        self.operation = (collective.name, axis)
-        if self.rank == self.mesh.ranks[0]:
-            self.mesh.count(collective, axis, self.coordinates[axis], operand, op)
         operand = operand.contiguous()
-        arrive = self.mesh.begin(self, collective, axis, operand, op)
-        self.operation = None
+        arrive = self.send(collective, axis, operand, op)
         operands = [] if collective.works_on_copy else [operand]  # transports without a copy read it until they end
 
         def land() -> Any:
-            self.operation = (collective.name, axis)
             moved = arrive()
-            self.operation = None
             operands.clear()
             return finish(moved)
 
         return Started(land)
+
+    def send(self, collective: AnyCollective, axis: str, operand: Tensor, op: str) -> Callable[[], Tensor]:
+        """Start the transport of a contiguous operand, and count its bytes; the returned function waits for its end."""
+        self.operation = (collective.name, axis)
+        if self.rank == self.mesh.ranks[0]:
+            self.mesh.count(collective, axis, self.coordinates[axis], operand, op)
+        arrive = self.mesh.begin(self, collective, axis, operand, op)
+        self.operation = None
+
+        def arrived() -> Tensor:
+            self.operation = (collective.name, axis)
+            moved = arrive()
+            self.operation = None
+            return moved
+
+        return arrived
 
     def call(self, function: Callable[..., Result], arguments: Callable[[int], tuple[Any, ...]]) -> Result:
         """Call `function(*arguments(rank))` as the running rank of this thread. Every exception becomes a RankError."""

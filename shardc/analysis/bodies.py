@@ -62,7 +62,8 @@ def body_of(shape: Shape, strategy: Strategy, mesh: Mesh, device: Hardware) -> B
         return tuple([(axis, seconds) for _, axis, _, seconds in known])
 
     for step in steps(shape, strategy, mesh):
-        compute = device.compute_seconds(step.part * flops, moved, shape.dtype) if shape.computes else 0.0
+        rest = moved, shape.dtype, shape.fused.launches
+        compute = device.compute_seconds(step.part * flops, *rest) if shape.computes else 0.0
         compute += device.compute_seconds(0.0, step.copied, shape.dtype) if step.copied else 0.0
         compute += step.part * drawing
         made.append(TimedStep(slowest * compute, timed(step.before), timed(step.beside), timed(step.after)))

@@ -229,16 +229,19 @@ class Hardware:
         overlap, stall = self.overlapping(mesh, axis)
         return max(overlap * seconds - stall, 0.0) if overlap else 0.0
 
-    def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+    def compute_seconds(self, flops: float, moved: float, dtype: torch.dtype, launches: int = 1) -> float:
         """Seconds of a kernel that does `flops` operations in `dtype` and moves `moved` bytes.
 
-        Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel.
+        Roofline (Williams et al. 2009): the larger of arithmetic and memory time, plus the launch of the kernel; none
+        for what another operator's kernel does too.
         """
-        return max(flops / self.rate(dtype), moved / self.memory_bandwidth) + self.launch
+        return max(flops / self.rate(dtype), moved / self.memory_bandwidth) + launches * self.launch
 
-    def compute_seconds_each(self, flops: np.ndarray, moved: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    def compute_seconds_each(
+        self, flops: np.ndarray, moved: np.ndarray, dtype: torch.dtype, launches: int = 1
+    ) -> np.ndarray:
         """`compute_seconds` of several kernels, elementwise."""
-        return np.maximum(flops / self.rate(dtype), moved / self.memory_bandwidth) + self.launch
+        return np.maximum(flops / self.rate(dtype), moved / self.memory_bandwidth) + launches * self.launch
 
     def drawing_seconds(self, count: float, *, stream: bool) -> float:
         """Seconds to draw random numbers, beside what it takes to write them."""

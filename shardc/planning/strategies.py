@@ -154,7 +154,7 @@ class OperatorOptions:
         """
         if not rings.strategies:
             return []
-        taken = self.device.compute_seconds_each(*self._plain.work, self.shape.dtype)
+        taken = self.device.compute_seconds_each(*self._plain.work, self.shape.dtype, self.shape.fused.launches)
         sending, possible = self._sending_least(rings), np.arange(len(rings.strategies))
         for others in (np.argsort(taken, kind="stable")[:QUICK], np.arange(len(taken))):  # the first rule most out
             least = self._least_instead(rings, possible, taken, others)
@@ -239,7 +239,7 @@ class OperatorOptions:
         """Compute seconds of each strategy. An operator without operands still takes the time to write its result."""
         if not self.shape.computes:
             return np.zeros(len(self.strategies))
-        seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype)
+        seconds = self.device.compute_seconds_each(*self._known.work, self.shape.dtype, self.shape.fused.launches)
         if self.shape.drawn is not None:
             numbers = np.array([drawn(self.shape, strategy, self.mesh) for strategy in self.strategies])
             seconds += numbers / (self.device.stream if self.shape.drawn.stream else self.device.draws)
@@ -252,7 +252,8 @@ class OperatorOptions:
         """The compute seconds of the strategy that has least."""
         if self.offers is not None and self.shape.computes:  # the same around every plan
             grouped = self.offers.strategies(self.shape, None)
-            return float(self.device.compute_seconds_each(*grouped.work, self.shape.dtype).min())
+            fused = self.shape.fused.launches
+            return float(self.device.compute_seconds_each(*grouped.work, self.shape.dtype, fused).min())
         return float(self.compute.min())
 
     def compute_of(self, strategy: Strategy) -> float:

@@ -1,5 +1,5 @@
 """A model over gloo has the gradients, the types and the memory order of its results that one device gives; in mixed
-precision, the losses of FSDP2 with the same types."""
+precision, the losses of FSDP2 with the same types; and compiled, what it has as it is written."""
 
 import copy
 import sys
@@ -80,5 +80,25 @@ def beside_fsdp(types):
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
+def compiled_functions():
+    """Collectives are operators of the graphs that Inductor gets. Here these run as they were traced: compiling them
+    would take a minute."""
+    torch._inductor.compile = lambda graph, given: graph
+    single = nn.Sequential(Block(), Block())
+    demanded = {"*.up.weight": ("dp", None), "*.up": ("dp", None), "*.down": ("dp", None)}
+    results = []
+    for how in ("none", "inductor"):
+        model = shard(copy.deepcopy(single), mesh=sys.argv[1], hardware="h100", compile=how, constraints=demanded)
+        for _ in range(2):
+            out = model(torch.arange(128.0).view(8, 16) / 64)
+            out.square().sum().backward()
+        results.append([out, *(parameter.grad.full_tensor() for parameter in model.parameters())])
+    torch.testing.assert_close(*results)
+    made = model.compiled.executable.module.COMPILED
+    assert {name: (one.programs, one.reason) for name, one in made.items()} == dict.fromkeys(made, (1, "")), made
+    assert "all_gather.start" in model.code and "reduce_scatter" in model.code
+
+
+compiled_functions()
 beside_fsdp({"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.float32})
 print("as on one device")

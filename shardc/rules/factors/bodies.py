@@ -185,11 +185,13 @@ def work(shape: Shape, strategy: Strategy, mesh: Mesh) -> tuple[float, float]:
         split = split_of(shape, strategy, carried)
         return [mesh.chunk(f.size, axes) for f, axes in zip(shape.factors, split, strict=True)]
 
-    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in shape.results])
+    results = shape.results if shape.fused.writes else ()
+    moved = sum([side.itemsize * _local(shape, side, chunks(side.carried)) for side in results])
     if shape.drawn is not None:
         moved += shape.drawn.itemsize * drawn(shape, strategy, mesh)
     for operand, side in enumerate(shape.operands):
         passes = 1 + 2 * len(masks(shape, strategy, operand, mesh)) if shape.filled[operand] else 1
+        passes -= 0 if shape.fused.read(operand) else 1
         moved += side.itemsize * _local(shape, side, chunks(side.carried)) * passes
     circle = circle_of(shape, strategy)
     rounds = 1 if circle is None else mesh.sizes[circle.axis]

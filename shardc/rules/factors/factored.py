@@ -23,6 +23,7 @@ from shardc.ir.layout import Atom, Layout
 from shardc.ir.program import Program
 from shardc.ir.splits import Folds
 from shardc.rules.factors.atoms import Atoms, Ref
+from shardc.rules.factors.fused import ALONE, Fused
 from shardc.rules.notation import Rule
 from shardc.rules.trial.trial import Learned
 
@@ -137,6 +138,7 @@ class Kind:
 
     factors: list[Factor]
     carried: list[list[int | None]]
+    fused: Fused = ALONE
 
 
 @dataclass(slots=True)

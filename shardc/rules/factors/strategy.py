@@ -24,6 +24,7 @@ from shardc.rules.drawn import Drawn
 from shardc.rules.factors import exchanges as exchange
 from shardc.rules.factors import rings
 from shardc.rules.factors.factored import Factor, Op, Operand, Result
+from shardc.rules.factors.fused import Fused
 from shardc.rules.notation import Band, RowBound, Variant, Workspace
 from shardc.runtime.mesh.orders import axis_of
 
@@ -86,7 +87,7 @@ class Shape:
     computes: bool
     """Whether it is an operator, and no placeholder, which costs nothing."""
     even: bool
-    """Whether padding could make the operator fail. Then no factor may be split unevenly."""
+    """Whether padding could make the operator fail; then nothing is split unevenly."""
     multiplied: frozenset[int]
     """Operands that are in every linear group and yet not additive."""
     drawn: Drawn | None
@@ -96,6 +97,7 @@ class Shape:
     """What the operator itself allocates and frees again."""
     band: Band | None
     """The pairs of two factors that are computed."""
+    fused: Fused
 
     @cached_property
     def groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -127,7 +129,7 @@ class Shape:
 
     def variant_of(self, strategy: Strategy) -> Variant | None:
         """The variant that a strategy runs; None where the operator itself runs."""
-        return next((variant for variant in self.variants if variant.name == strategy.variant), None)
+        return next((one for one in self.variants if one.name == strategy.variant), None)
 
     @cached_property
     def reduced(self) -> dict[int, str]:
@@ -209,6 +211,7 @@ def shape_of(op: Op) -> Shape:
         op.rule.variants,
         op.rule.workspace,
         op.rule.band,
+        op.kind.fused,
     )
 
 
@@ -222,10 +225,9 @@ def _integers(op: Op) -> frozenset[int]:
     dtypes = [value_of(operand.node).dtype for operand in op.operands]
     extremes = bool(op.rule.reductions)
     return frozenset(
-        i
-        for i, dtype in enumerate(dtypes)
+        i for i, dtype in enumerate(dtypes)
         if not (dtype.is_floating_point or dtype.is_complex or (extremes and dtype is torch.bool))
-    )
+    )  # fmt: skip
 
 
 def _side(item: Operand | Result, tensor: torch.Tensor, carried: list[int | None]) -> Side:
@@ -245,10 +247,9 @@ def masks(shape: Shape, strategy: Strategy, operand: int, mesh: Mesh) -> dict[in
     """
     split = split_of(shape, strategy, shape.operands[operand].carried)
     return {
-        position: value
-        for position, value in shape.filled[operand].items()
+        position: value for position, value in shape.filled[operand].items()
         if shape.factors[position].size % mesh.ways(split[position])
-    }
+    }  # fmt: skip
 
 
 def workspace(shape: Shape, strategy: Strategy, mesh: Mesh) -> int:

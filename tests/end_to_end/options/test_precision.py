@@ -103,8 +103,8 @@ SHARDED = {"*.weight": ("dp", None), "up": ("dp", None), "down": ("dp", None)}
 
 
 def compiled(model: nn.Module | None = None, **asked: Any) -> Compiled:
-    constraints = {"constraints": SHARDED, "outputs": "sharded", "hardware": "h100"}
-    return shardc.compile(model or Mlp(), "dp=4", (X,), **{**constraints, **asked})
+    options: dict[str, Any] = {"constraints": SHARDED, "outputs": "sharded", "hardware": "h100", **asked}
+    return shardc.compile(model or Mlp(), "dp=4", (X,), **options)
 
 
 @pytest.mark.parametrize(
