@@ -159,12 +159,15 @@ def _lowered(c: Compilation) -> tuple[Compilation, Memory]:
     return replace(c, draft=Draft(c.assignment, snapshots["reshard"].lowered, candidate.titles)), memory
 
 
-def assign_within(c: Compilation, budget: float, known: CostNetwork | None = None) -> Compilation:
+def assign_within(
+    c: Compilation, budget: float, known: CostNetwork | None = None, above: float = math.inf
+) -> Compilation:
     """The same among the plans that hold at most `budget` bytes at once. Strategies are those of the network that is
     `known`, if one is. Operators that run again are offered only if something has to give. What a plan holds once it is
     lowered may not be what the network reckoned: then the bound is moved by the difference. What is proved is proved
-    for the largest bound that was tried, of the memory that the network reckons. Raises InfeasibleError if nothing
-    fits."""
+    for the largest bound that was tried, of the memory that the network reckons. Where strategies are offered near a
+    plan, and none fits, they are offered near the one that holds least, as long as that is less than `above`. Raises
+    InfeasibleError if nothing fits."""
 
     def network(recompute: bool, like: CostNetwork | None = None) -> RecomputeNetwork:
         asked = c.factored, c.mesh, c.options.device, _demands(c)
@@ -216,7 +219,13 @@ def assign_within(c: Compilation, budget: float, known: CostNetwork | None = Non
             break
         bound = max(budget - over, 0.5 * (low + bound))
     if best is None:
-        least = lowered(frontier.smallest())  # which may fit
+        smallest = frontier.smallest()
+        least = lowered(smallest)  # which may fit
+        if best is None and full.offers is not None and least.peak < above:
+            plan = full.assignment(smallest.choice)
+            offers = full.offers.around(plan.strategies, layouts_of(full, plan))
+            nearer = CostNetwork(c.factored, c.mesh, c.options.device, _demands(c), offers=offers)
+            return assign_within(c, budget, nearer, tuning.NEARER_MEMORY * least.peak)
         if best is None:
             raise out_of_memory(c, budget, least)
     assert best.solution is not None

@@ -282,3 +282,6 @@ solve only serves that test."""
 NEARER_GAP = 1e-3
 """Relative gap of the plans around which strategies are offered, where there are too many of them; and what a plan must
 gain for strategies to be offered around it, too. Time against quality."""
+
+NEARER_MEMORY = 0.98
+"""Part of the least peak that the least near its plan must stay below for another to be looked for."""

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import contains
 
 from torch import fx
 
@@ -86,21 +87,15 @@ class Offers:
     def rings(
         self, shape: Shape, middle: Strategy | None, along: tuple[str, ...], variants: frozenset[str]
     ) -> Strategies:
-        """Those in which something goes round one of the axes `along`, and all others do what they do in the middle."""
+        """Those in which something goes round one of the axes `along`, and all others do what they do in the middle;
+        none near the first plan."""
 
         def listed() -> Iterator[Strategy]:
-            for axis in along:
-                options = words.ring_letters(shape, self.mesh, axis, variants)
-                place = self.mesh.names.index(axis)
-                like = self._grouped(shape) if middle is None else [words.word_of(middle, self.mesh)]
-                kept = dict.fromkeys((*word[:place], *word[place + 1 :]) for word in like)
-                others = options[:place] + options[place + 1 :]
-                ring = [
-                    (*rest[:place], letter, *rest[place:])
-                    for rest in kept
-                    for letter in options[place]
-                    if all(one in among for one, among in zip(rest, others, strict=True))
-                ]
+            for axis in along if middle is not None else ():
+                options, place = words.ring_letters(shape, self.mesh, axis, variants), self.mesh.names.index(axis)
+                now = words.word_of(middle, self.mesh)
+                round_it = [(*now[:place], letter, *now[place + 1 :]) for letter in options[place]]
+                ring = [word for word in round_it if all(map(contains, options, word))]
                 yield from words.rings(shape, self.mesh, axis, variants, ring)
 
         return self._remembered((shape, middle, along, variants), shape, listed)
@@ -131,7 +126,7 @@ class Offers:
 def graph_of(
     sizes: tuple[int, ...], mesh: Mesh, ops: tuple[str, ...], folds: Folds, layouts: Iterable[Splits]
 ) -> StepGraph:
-    """The steps between some layouts, and those between them and the whole tensor."""
+    """The steps between some layouts, and those on the way from them to the whole tensor."""
     known = dict.fromkeys(layouts)
     waiting = [*known]
     while waiting:
