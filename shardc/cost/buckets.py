@@ -8,7 +8,7 @@ the copy into the buffer, which reads and writes every byte once. A collective t
 anyway, as an all-reduce does, works on the buffer instead: there the copy costs nothing more.
 
 A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill buckets equally: as few
-as hold them, or more where that is faster. Backward hides part of every bucket but the last, so that of n buckets of T
+as hold them, or more where that is faster by `LITTLE`. Backward hides part of every bucket but the last, so that of n buckets of T
 bytes in all these seconds are seen:
 
     seen(n) = n · seconds(T / n) - min((n - 1) · hidden(T / n), (n - 1) / n · backward)
@@ -30,6 +30,8 @@ from shardc.ir.mesh import Mesh
 from shardc.runtime.collectives.collective import AnyCollective
 
 SLACK = 0.05
+LITTLE = 1e-3
+"""What part of backward more buckets have to save: they start within layers, which are then no longer alike."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Buckets:
         counts = [math.ceil(total / most)]
         while counts[-1] < len(sizes):  # all counts, or steps of at most a quarter
             counts.append(counts[-1] + math.ceil(counts[-1] / 4))
-        return total / min(counts, key=lambda count: (self._seen(collective, axis, total, count), count))
+        seen = [self._seen(collective, axis, total, count) for count in counts]
+        enough = min(seen) + LITTLE * self.backward
+        return total / next(count for count, seconds in zip(counts, seen, strict=True) if seconds <= enough)
 
     def _seen(self, collective: AnyCollective, axis: str, total: float, count: int) -> float:
         """Seconds of `count` equal buckets of `total` bytes in all that backward does not hide."""
