@@ -130,6 +130,29 @@ class _Noted(dict[str, int]):
         return super().__getitem__(axis)
 
 
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    """One element in each row, as gradients of losses have them: compared with where it belongs, it fuses."""
+    others = [place for place in range(x.dim()) if place != dim % max(x.dim(), 1)]
+    one = x.dim() > 0 and index.shape == source.shape and index.shape[dim] == 1
+    if not one or any(x.shape[place] != index.shape[place] for place in others):
+        return NotImplemented
+    places = torch.arange(x.shape[dim], device=x.device).view(
+        [1 if place in others else -1 for place in range(x.dim())]
+    )
+    return x + torch.where(places == index, source, 0)
+
+
+def _scatter_add_in_place(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    made = _scatter_add(x, dim, index, source)
+    return made if made is NotImplemented else x.copy_(made)
+
+
+_REWRITES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.scatter_add.default: _scatter_add,
+    torch.ops.aten.scatter_add_.default: _scatter_add_in_place,
+}
+
+
 class CompiledFunction:
     """A function of a generated module, compiled at its first call. `programs` counts what was compiled; `reason` says
     why it runs as it is written, where it draws random numbers or what it sends depends on values."""
@@ -175,7 +198,7 @@ class CompiledFunction:
         tracing, given = _Tracing(context), [leaf.detach() for leaf in leaves]
         try:
             with entered(tracing), torch.no_grad():
-                graph = make_fx(flat, tracing_mode="fake")(*given)
+                graph = make_fx(flat, _REWRITES, tracing_mode="fake")(*given)
         except Exception as error:
             self.reason = str(error)
             return None

@@ -26,6 +26,7 @@ from shardc.ir.precision import GRADIENT_CAST, Precision
 from shardc.ir.program import Port, Program, Role, call, value_of
 
 _CAST = torch.ops.aten._to_copy.default
+_VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.view.default)
 
 
 def retyped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +96,12 @@ def _cast_gradients(program: Program, precision: Precision, tensors: Mapping[str
             dtype, sums = tensors[port.name].dtype, precision.sums
             summed = sums if port.name in parameters and dtype.is_floating_point else None
             results[index] = _cast_gradient(program.graph, gradient, dtype, summed)
-    output.args = (tuple(results),)
+    old, output.args = program.results, (tuple(results),)
+    for gradient in old:
+        while gradient is not None and gradient.target is _CAST and not gradient.users:  # another cast is in its place
+            operand: Any = gradient.args[0]
+            program.graph.erase_node(gradient)
+            gradient = operand
 
 
 def _cast_gradient(graph: fx.Graph, gradient: fx.Node, dtype: torch.dtype, sums: torch.dtype | None) -> fx.Node:
@@ -117,13 +123,26 @@ def _cast_gradient(graph: fx.Graph, gradient: fx.Node, dtype: torch.dtype, sums:
 
 
 def _before_casts(gradient: fx.Node) -> fx.Node:
-    """What a gradient was before the model's own casts to wider types: autocast writes such."""
-    while gradient.target is _CAST and len(gradient.users) == 1:
-        operand: Any = gradient.args[0]
-        before, after = value_of(operand).dtype, value_of(gradient).dtype
-        if not before.is_floating_point or before.itemsize >= after.itemsize:
+    """The gradient without the model's own casts to wider types, as autocast writes them; views are of what was before
+    the cast."""
+    views: list[fx.Node] = []
+    node = gradient
+    while len(node.users) == 1 and node.target in (_CAST, *_VIEWS):
+        operand: Any = node.args[0]
+        before, after = value_of(operand).dtype, value_of(node).dtype
+        if node.target is not _CAST:
+            views.append(node)
+        elif before.is_floating_point and before.itemsize < after.itemsize:
+            if not views:
+                gradient = operand
+            else:
+                views[-1].replace_input_with(node, operand)
+                node.graph.erase_node(node)
+            for view in views:
+                describe(view, Captured(value_of(view).to(before).detach(), origin_of(view)))
+        else:
             break
-        gradient = operand
+        node = operand
     return gradient
 
 

@@ -126,11 +126,13 @@ def test_bytes_are_those_of_the_types_that_were_asked_for(asked: dict[str, Any],
 
 
 def test_autocast_leaves_sums_to_reduce_dtype() -> None:
-    """The model's own casts are those of autocast."""
+    """The model's own casts are those of autocast; behind that of a gradient may stand a view."""
     sent: list[float] = []
     for dtype in (LOW, torch.float32):
         with torch.autocast("cpu", dtype=LOW):
-            plan = compiled(reduce_dtype=dtype).plan
+            made = compiled(reduce_dtype=dtype)
+        assert made.graph("capture").count("gradient_cast(") == 2
+        plan = made.plan
         sent.append(sum(one.sent for one in plan.conversions if one.kind == "reduce_scatter"))
     assert sent == [2 * 2 * 3 / 4 * SIZE, 4 * 2 * 3 / 4 * SIZE]
 
