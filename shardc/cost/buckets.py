@@ -5,16 +5,17 @@
 
 All times are seconds, and all sizes are bytes. The two lines are the α-β model of `shardc/cost/collectives.py`, plus
 the copy into the buffer, which reads and writes every byte once. A collective that works on a copy of its operand
-anyway, as an all-reduce does, works on the buffer instead: there the copy costs nothing more.
+anyway, as an all-reduce does, works on the buffer instead: there the copy costs nothing more. So does a reduce-scatter
+that the backend runs as an all-reduce.
 
 A bucket is full once latency is at most `SLACK` of the time that its bytes take. Operands fill buckets equally: as few
-as hold them, or more where that is faster by `LITTLE`. Backward hides part of every bucket but the last, so that of n buckets of T
-bytes in all these seconds are seen:
+as hold them, or more where that saves `LITTLE`. Backward hides part of every bucket but the last, so that of n buckets
+of T bytes in all these seconds are seen:
 
     seen(n) = n · seconds(T / n) - min((n - 1) · hidden(T / n), (n - 1) / n · backward)
 
-An operand that gains nothing by a bucket stays alone. The solver charges an operand its share of a bucket, and
-`shardc/passes/bucket.py` fills buckets by the same numbers.
+An operand that gains nothing by a bucket stays alone; so does one that would fill it by itself. The solver charges an
+operand its share of a bucket, and `shardc/passes/bucket.py` fills buckets by the same numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Buckets:
 
     def seconds(self, collective: AnyCollective, axis: str, size: float) -> float:
         """Seconds of a bucket of `size` bytes in all: its collective, and what it takes to fill it."""
-        copied = 0.0 if collective.works_on_copy else 2.0 * size / self.device.memory_bandwidth
+        copies = collective.works_on_copy or self.device.algorithms.get(collective) == ("all_reduce",)
+        copied = 0.0 if copies else 2.0 * size / self.device.memory_bandwidth
         return self.alone(collective, axis, size) + self.device.launch + copied
 
     def full(self, collective: AnyCollective, axis: str) -> float:
@@ -99,6 +101,8 @@ class Buckets:
         return self.alone(collective, axis, size) - self._share(collective, axis, size, fill) if fill else 0.0
 
     def _share(self, collective: AnyCollective, axis: str, size: float, fill: float) -> float:
+        if size >= self.full(collective, axis):  # others would gain nothing by it, and it would wait for them
+            return self.alone(collective, axis, size)
         return self.seconds(collective, axis, fill) * size / fill
 
 

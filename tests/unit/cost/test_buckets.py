@@ -105,3 +105,31 @@ def test_a_gradient_without_elements_hides_nothing(mesh: str) -> None:
     model = shardc.shard(Partly(), mesh=mesh)
     model(torch.randn(4, 8)).backward()
     assert model.empty.grad is not None and model.empty.grad.shape == (0, 8)
+
+
+def test_filling_a_bucket_costs_a_copy_where_none_would_be_made_otherwise() -> None:
+    mesh, size = Axes.parse("dp=4"), 1e6
+    for name, copied in (("cpu", ()), ("h100", (reduce_scatter,))):  # gloo's reduce-scatter is an all-reduce of a copy
+        buckets = Buckets(mesh, hardware(name))
+        for kind in KINDS:
+            copy = 2 * size / buckets.device.memory_bandwidth if kind in copied else 0.0
+            expected = buckets.alone(kind, "dp", size) + buckets.device.launch + copy
+            assert buckets.seconds(kind, "dp", size) == pytest.approx(expected)
+
+
+def test_what_fills_a_bucket_by_itself_stays_alone() -> None:
+    buckets = Buckets(Axes.parse("dp=8"), hardware("h100"))
+    full = buckets.full(all_reduce, "dp")
+    assert not buckets.joins(all_reduce, "dp", full, full) and buckets.joins(all_reduce, "dp", 0.9 * full, full)
+    assert buckets.least(all_reduce, "dp", full, full) == buckets.alone(all_reduce, "dp", full)
+
+
+def test_gradients_of_some_hundred_kilobytes_travel_together_between_processes() -> None:
+    """As those of DDP do: nine megabytes of them, in two collectives."""
+    with torch.device("meta"):
+        layers = [nn.Linear(384, 384) for _ in range(16)]
+        model, x = nn.Sequential(*layers), torch.empty(512, 384)
+        rows = {str(layer): ("dp", None) for layer in range(16)}
+        whole: dict[str, tuple[None, ...]] = {"*.weight": (None, None), "*.bias": (None,)}
+        made = shardc.compile(model, "dp=4", (x,), hardware="cpu", constraints=whole | rows)
+    assert made.code.count("= all_reduce_bucket") == 2 and "all_reduce.start(" not in made.code
