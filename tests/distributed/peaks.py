@@ -72,7 +72,7 @@ def decoder(sequence):
 
 
 def packed():
-    return Documents(), (torch.randn(1, 4096, 64), (torch.arange(4096) // 300).unsqueeze(0))
+    return Documents(), (torch.randn(1, 4096, 64), (torch.arange(4096) // 3000).unsqueeze(0))
 
 
 def experts():
