@@ -41,7 +41,7 @@ def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
 
 
 def test_peaks_of_attention_losses_and_experts(spawn: Spawn) -> None:
-    for code, output in spawn("peaks.py"):
+    for code, output in spawn("beside/peaks.py"):
         assert code == 0, output
         assert "peaks as predicted" in output
 
