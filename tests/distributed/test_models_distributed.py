@@ -40,6 +40,12 @@ def test_a_budget_on_memory(spawn: Spawn, mesh: str, part: float) -> None:
         assert "memory as predicted" in output
 
 
+def test_peaks_of_attention_losses_and_experts(spawn: Spawn) -> None:
+    for code, output in spawn("beside/peaks.py"):
+        assert code == 0, output
+        assert "peaks as predicted" in output
+
+
 def test_gradients_types_and_memory_order_of_results(spawn: Spawn) -> None:
     for code, output in spawn("one_device.py", "dp=2", nproc=2):
         assert code == 0, output

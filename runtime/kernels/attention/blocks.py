@@ -92,8 +92,7 @@ def _kernel(
     biased = mask is not None or literals.window
     bias = q.new_empty(1).expand(1, 1, q.shape[3], k.shape[2]) if biased else None
     kernel = kernel_for(q.flatten(1, 2), k, v, bias, False, 0.0 if dropping is None else dropping.dropout)
-    plain = isinstance(mask, Tensor) and mask.shape[-2] == 1
-    return kernel, _as_numbers(mask, q.dtype) if plain else mask
+    return kernel, _as_numbers(mask, q.dtype) if isinstance(mask, Tensor) and mask.shape[-2] == 1 else mask
 
 
 # pieces for kernels
@@ -139,7 +138,7 @@ def _bias(piece: Piece, mask: Mask | None, literals: Literals, q: Tensor) -> Ten
     """What a kernel is to add to the scores of a piece: `[1 or batch, 1 or heads, queries, keys]`."""
     given = None if mask is None else pairs(piece, mask)
     made = isinstance(mask, MaskFunction) and given is not None and given.dtype == torch.bool
-    if made and piece.sight is Sight.BAND:  # while it is narrow
+    if given is not None and made and piece.sight is Sight.BAND:  # while it is narrow
         given = given & piece.seen(literals, q.device)
     bias = None if given is None else _as_numbers(given, q.dtype)
     del given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 
@@ -141,8 +141,8 @@ class SegmentBound(Count):
     experts: frozenset[int]
 
     def __new__(cls, value: int, empty: Emptiness, segments: Any, experts: frozenset[int]) -> SegmentBound:
-        made = super().__new__(cls, value, empty)  # type: ignore[misc]
-        made.segments, made.experts = segments, experts
+        made = int.__new__(cls, value)
+        made._empty, made.segments, made.experts = empty, segments, experts
         return made
 
     def none(self) -> bool:
@@ -154,14 +154,15 @@ class SegmentBound(Count):
     def _with(self, experts: frozenset[int]) -> SegmentBound:
         return SegmentBound(int(self), self._empty, self.segments, experts)
 
-    def _same(self, other: Any) -> bool:
+    def _same(self, other: Any) -> TypeGuard[SegmentBound]:
         return isinstance(other, SegmentBound) and other.segments is self.segments
 
     def __add__(self, other: Any) -> Any:
         if isinstance(other, int) and not isinstance(other, Count) and other == 0:
             return self
-        alone = self._same(other) and not self.experts & other.experts
-        return self._with(self.experts | other.experts) if alone else _refused()
+        if not self._same(other) or self.experts & other.experts:
+            _refused()
+        return self._with(self.experts | other.experts)
 
     __radd__ = __add__  # type: ignore[assignment]
 

@@ -268,9 +268,11 @@ class SegmentedRows(Selections):
 
     def _scattered(self, args: tuple[Any, ...]) -> Choices | None:
         """Ones at the experts that a token has chosen."""
-        zeros, dim, ids, value = args if len(args) == 4 else (None, 0, None, None)
+        if len(args) != 4:
+            return None
+        zeros, dim, ids, value = args
         choices = self._notes.get(ids, Choices)
-        if choices is None or isinstance(value, Tensor) or value != 1 or not isinstance(zeros, Tensor):
+        if choices is None or isinstance(value, Tensor) or value != 1:
             return None
         last = dim % zeros.ndim == zeros.ndim - 1 and zeros.shape[:-1] == ids.shape[:-1]
         alone = set(choices.kinds[:-1]) <= {"t"} and choices.kinds[-1:] == "j"

@@ -59,9 +59,9 @@ class _Writer:
         value = value_of(node)
         if not isinstance(value, Tensor) or any(dim != batch for dim in _wide(value)):
             raise LookupError(node.name)
-        dims = (1, 1, *value.shape)[-2:]
+        dims: tuple[int, ...] = (1, 1, *value.shape)[-2:]
         if 1 in dims:
-            return self._number(node, dims)
+            return self._number(node, dims[1])
         if dims != self._lengths or node.op != "call_function":
             raise LookupError(node.name)
         target: Any = node.target
@@ -81,11 +81,11 @@ class _Writer:
             raise LookupError(source.name)
         return self(source, wide[0] if wide else 0)
 
-    def _number(self, node: fx.Node, dims: tuple[int, int]) -> str:
+    def _number(self, node: fx.Node, columns: int) -> str:
         value = value_of(node)
         if value.is_floating_point() or value.is_complex():
             raise LookupError(node.name)
-        names, letter = (self._found.keys, "k") if dims[1] != 1 else (self._found.queries, "q")
+        names, letter = (self._found.keys, "k") if columns != 1 else (self._found.queries, "q")
         if node not in names:
             names.append(node)
         text = f"{letter}{names.index(node)}"
