@@ -26,7 +26,9 @@ Finished = subprocess.CompletedProcess[str]
 SERVER = """
 import gc, json, os, runpy, sys
 import torch, torch._dynamo, torch.distributed.tensor, torch._functorch.aot_autograd
-gc.set_threshold(50_000, 20, 50)  # as in conftest.py; and a walk over what was forked copies it
+gc.set_threshold(50_000, 20, 50)  # as in conftest.py
+gc.collect()
+gc.freeze()  # what was imported holds nothing of a program that is forked: no need to walk over it, which copies it
 
 def program(asked):
     os.chdir(asked["cwd"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.ir.facts import FACTS, Captured, origin_of
-from shardc.ir.invariants.inference import Described, Failure, inferred
+from shardc.ir.invariants.inference import Described, Failure, disagreements
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant, of_another_stage, quoted
 from shardc.ir.program import Role, ancestors, value_of
 
@@ -38,22 +39,27 @@ def facts_are_captured(checked: Checked) -> Iterator[Broken]:
 def values_are_inferred(checked: Checked) -> Iterator[Broken]:
     """The fake value of a call has the shape and the dtype that the operator makes of its operands."""
     for node in checked.calls:
-        value = value_of(node)
         if node.target is operator.getitem:
             source, index = node.args
-            made: Any = _known(value_of(source)[index])  # type: ignore[arg-type]
+            yield from _not_made(node, _known(value_of(source)[index]))  # type: ignore[arg-type]
         else:
-            made = inferred(node, lambda operand: _known(value_of(operand)), checked.device)
-        if isinstance(made, Failure):
-            yield Broken(node, f"cannot run on its operands: {made.reason}")
-        elif isinstance(made, Described) != isinstance(value, torch.Tensor) and isinstance(made, tuple):
-            yield Broken(node, f"has the value {value}, its operands make {made}")
-        elif isinstance(made, Described) and _known(value) not in (None, made):
-            yield Broken(node, f"has the value {_shown(_known(value))}, its operands make {_shown(made)}")
-        elif type(made) is tuple:
-            for index, (one, other) in enumerate(zip(made, value, strict=False)):
-                if one is not None and _known(other) not in (None, one):
-                    yield Broken(node, f"has the value {_shown(_known(other))} at {index}, makes {_shown(one)}")
+            yield from disagreements(
+                node, lambda operand: _known(value_of(operand)), checked.device, partial(_not_made, node)
+            )
+
+
+def _not_made(node: fx.Node, made: Any) -> Iterator[Broken]:
+    value = value_of(node)
+    if isinstance(made, Failure):
+        yield Broken(node, f"cannot run on its operands: {made.reason}")
+    elif isinstance(made, Described) != isinstance(value, torch.Tensor) and isinstance(made, tuple):
+        yield Broken(node, f"has the value {value}, its operands make {made}")
+    elif isinstance(made, Described) and _known(value) not in (None, made):
+        yield Broken(node, f"has the value {_shown(_known(value))}, its operands make {_shown(made)}")
+    elif type(made) is tuple:
+        for index, (one, other) in enumerate(zip(made, value, strict=False)):
+            if one is not None and _known(other) not in (None, one):
+                yield Broken(node, f"has the value {_shown(_known(other))} at {index}, makes {_shown(one)}")
 
 
 @invariant

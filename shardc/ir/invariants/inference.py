@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 aten = torch.ops.aten
+Wrong = TypeVar("Wrong")
 
 
 class Described(NamedTuple):
@@ -32,12 +33,36 @@ Inferred = Described | tuple["Described | None", ...] | Failure | None
 """One result, several, or that the operator refuses; None where this cannot be told."""
 
 
-def inferred(node: fx.Node, described: Callable[[fx.Node], Described | None], device: torch.device) -> Inferred:
-    """What a call makes on a device, when its operands are as `described`. Calls of one form are inferred once."""
+def disagreements(
+    node: fx.Node,
+    described: Callable[[fx.Node], Described | None],
+    device: torch.device,
+    compared: Callable[[Inferred], Iterable[Wrong]],
+) -> list[Wrong]:
+    """What `compared` finds wrong with what a call makes on a device, when its operands are as `described`. Calls of
+    one form are inferred once.
+
+    Meta kernels are asked first, which takes a tenth of the time that fake tensors take. On a device, some operators
+    make other shapes; so fake tensors have the last word.
+    """
+    wrong: list[Wrong] = []
+    for infer in (_by_meta_kernel, _by_fake_tensors):
+        wrong = list(compared(_inferred(infer, node, described, device)))
+        if not wrong:
+            break
+    return wrong
+
+
+def _inferred(
+    infer: Callable[[OpOverload, Any, torch.device], Inferred],
+    node: fx.Node,
+    described: Callable[[fx.Node], Described | None],
+    device: torch.device,
+) -> Inferred:
     if not isinstance(node.target, OpOverload):
         return None
     try:
-        return _inferred(node.target, _key((node.args, node.kwargs), described), device)
+        return infer(node.target, _key((node.args, node.kwargs), described), device)
     except TypeError as error:
         if "unhashable" in str(error):
             return None
@@ -73,32 +98,35 @@ def _made(key: Any, device: torch.device) -> Any:
     return device if isinstance(items[1], torch.device) else items[1]
 
 
-_BY_DEVICE = frozenset({aten._embedding_bag.default, aten._embedding_bag_forward_only.default})
-"""Operators that make other shapes on other devices."""
-
-
 @lru_cache(maxsize=1)
 def _mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
 @lru_cache(maxsize=1 << 14)
-def _inferred(target: OpOverload, key: Any, device: torch.device) -> Inferred:
-    # a rank's part need not have the strides that a view of the global tensor relies on: generated code reshapes
-    function = aten.reshape.default if target is aten.view.default else target
-    if target not in _BY_DEVICE and _reads_a_tensor(key):  # else it might be made on a device for real
-        # a tenth of the time that fake tensors take; they are asked where a meta kernel cannot tell, or refuses
+def _by_meta_kernel(target: OpOverload, key: Any, device: torch.device) -> Inferred:
+    if _reads_a_tensor(key):  # else it might be made on a device for real
         with suppress(Exception), torch.no_grad():
             args, kwargs = _made(key, torch.device("meta"))
-            return _described(function(*args, **kwargs))
+            return _described(_function(target)(*args, **kwargs))
+    return _by_fake_tensors(target, key, device)
+
+
+@lru_cache(maxsize=1 << 14)
+def _by_fake_tensors(target: OpOverload, key: Any, device: torch.device) -> Inferred:
     try:
         with torch.no_grad(), _mode():
             args, kwargs = _made(key, device)
-            return _described(function(*args, **kwargs))
+            return _described(_function(target)(*args, **kwargs))
     except (_Unknown, NotImplementedError, DataDependentOutputException, DynamicOutputShapeException):
         return None
     except Exception as error:
         return Failure(str(error).partition("\n")[0])
+
+
+def _function(target: OpOverload) -> OpOverload:
+    """A rank's part need not have the strides that a view of the global tensor relies on: generated code reshapes."""
+    return aten.reshape.default if target is aten.view.default else target
 
 
 def _reads_a_tensor(key: Any) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from shardc.ir.facts import lowered
-from shardc.ir.invariants.inference import Described, Failure, inferred
+from shardc.ir.invariants.inference import Described, Failure, Inferred, disagreements
 from shardc.ir.invariants.invariant import Broken, Checked, Invariant, invariant
 from shardc.ir.layout import Layout
 from shardc.ir.precision import RUNS_AS
@@ -62,8 +63,7 @@ def _follow(checked: Checked, local: bool) -> Iterator[Broken]:
             return None
         return Described(_shape(checked, node, facts.layout, local), facts.dtype)
 
-    for node in checked.calls:
-        made = inferred(node, described, checked.device)
+    def compared(node: fx.Node, made: Inferred) -> Iterator[Broken]:
         if isinstance(made, Failure):
             yield Broken(node, f"cannot run on its operands: {made.reason}")
         elif isinstance(made, Described):
@@ -74,6 +74,9 @@ def _follow(checked: Checked, local: bool) -> Iterator[Broken]:
                 one: Any = made[user.args[1]] if user.target is operator.getitem else None  # type: ignore[index]
                 if one is not None and one != described(user):
                     yield Broken(user, _differs(one, described(user)))
+
+    for node in checked.calls:
+        yield from disagreements(node, described, checked.device, partial(compared, node))
 
 
 def _shape(checked: Checked, node: fx.Node, layout: Layout, local: bool) -> tuple[int, ...]:
