@@ -210,7 +210,7 @@ class Compiled:
             return None
         if self._held is None or self._held[0] != effects.version:
             places = [(registry, key) for _, registry, key in self._registries()]
-            places += [(place.holder.target, place.key) for place in program.standing.values()]
+            places += [(place.container, place.key) for place in program.standing.values()]
             self._unwatched = not all(effects.knows(*place) for place in places)
             self._held = effects.version, WatchedState(self._state_now())
         return None if self._unwatched else self._held[1]

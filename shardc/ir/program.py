@@ -74,7 +74,7 @@ class CallEffects(Protocol):
         """Another number whenever a tensor that `broken` has looked at may be another, or of another kind."""
         ...
 
-    def knows(self, place: Any, key: Any) -> bool:
+    def knows(self, container: Any, key: Any) -> bool:
         """Whether `broken` looks at the tensor that stands under a key of a container."""
         ...
 
@@ -101,6 +101,16 @@ class CallEffects(Protocol):
 
 class Stands(Protocol):
     """A place where a tensor stands."""
+
+    @property
+    def container(self) -> Any:
+        """What holds it."""
+        ...
+
+    @property
+    def key(self) -> Any:
+        """Where it is there."""
+        ...
 
     def get(self) -> torch.Tensor: ...
 

@@ -317,6 +317,11 @@ class Location:
     def __str__(self) -> str:
         return self.holder.name(self.key)
 
+    @property
+    def container(self) -> Any:
+        """What the holder stands for."""
+        return self.holder.target
+
     def get(self) -> Any:
         """The value that stands there now. Raises ShardcError where there is none any more."""
         contents = self.holder.get()

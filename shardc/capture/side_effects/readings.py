@@ -160,16 +160,17 @@ _OF_DATES = ("now", "utcnow", "today")
 def _asking_class(real: Any, asking: Callable[..., Callable[..., Any]]) -> Any:
     """What stands in for a class of dates: its objects are those of the class, but for what day or time it is now."""
 
-    class Kind(type(real)):  # type: ignore[misc]  # whose class is only known when it runs
-        def __instancecheck__(cls, value: Any) -> bool:
-            return isinstance(value, real)
+    def instance_check(_: type, value: Any) -> bool:
+        return isinstance(value, real)
 
-        def __subclasscheck__(cls, kind: type) -> bool:
-            return issubclass(kind, real)
+    def subclass_check(_: type, kind: type) -> bool:
+        return issubclass(kind, real)
 
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            return real(*args, **kwargs)
+    def call(_: type, *args: Any, **kwargs: Any) -> Any:
+        return real(*args, **kwargs)
 
+    methods = {"__instancecheck__": instance_check, "__subclasscheck__": subclass_check, "__call__": call}
+    kind: Any = type(f"Kind{real.__name__}", (type(real),), methods)
     names = [name for name in _OF_DATES if hasattr(real, name)]
     own = {name: staticmethod(asking(getattr(real, name), f"{real.__name__}.{name}")) for name in names}
-    return Kind(real.__name__, (real,), own)
+    return kind(real.__name__, (real,), own)

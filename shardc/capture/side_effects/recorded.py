@@ -69,9 +69,9 @@ class RecordedEffects:
         """Of the guards: another number whenever a tensor that they know may be another, or of another kind."""
         return self.guards.version
 
-    def knows(self, place: Any, key: Any) -> bool:
+    def knows(self, container: Any, key: Any) -> bool:
         """Whether the guards compare what stands under a key of a container."""
-        return self.guards.knows(place, key)
+        return self.guards.knows(container, key)
 
     def as_captured(self) -> AbstractContextManager[None]:
         """In here, a trace is one of the call that this program was captured for, whatever has changed since."""

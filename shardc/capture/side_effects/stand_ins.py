@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from shardc.capture.side_effects.holders import (
     Attributes,
     Cell,
@@ -91,7 +93,9 @@ def candidates(
 
 
 def _has_numbers(holder: Holder) -> bool:
-    return isinstance(holder, (Items, Elements, Names, Cell, ContextValue)) and not isinstance(holder, Registry)
+    if isinstance(holder, Registry) or (isinstance(holder, Attributes) and isinstance(holder.owner, Tensor)):
+        return False  # a tensor of the trace has attributes of its own
+    return isinstance(holder, (Items, Elements, Names, Cell, ContextValue))
 
 
 def _is_number(held: Contents, key: Any) -> bool:

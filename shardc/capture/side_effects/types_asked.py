@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardc.capture.side_effects.holders import Holder, Names
+from shardc.capture.side_effects.readings import Reading
+from shardc.capture.side_effects.stand_ins import Counter
 from shardc.capture.torch_patches.fake_tensors import is_traced
 from shardc.ir.model_call import unsharded
 
@@ -20,6 +22,8 @@ def type_of(value: Any) -> type:
     """The class of an object on one device."""
     if is_traced(value):
         return nn.Parameter if isinstance(value, nn.Parameter) else Tensor
+    if type(value) in (Counter, Reading):
+        return type(value.value)
     return unsharded(type(value))
 
 
