@@ -19,10 +19,12 @@ reckoned from the link (`shardc/cost/buckets.py`).
 
 from __future__ import annotations
 
+import math
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from statistics import median_low
 from typing import NamedTuple
 
 import torch
@@ -31,12 +33,19 @@ from torch import fx
 from shardc.analysis.operands import collective_of, operand_bytes
 from shardc.analysis.reductions import becoming_gradients
 from shardc.cost.buckets import Buckets
-from shardc.ir.facts import Lowered, describe, dtype_of, lowered
+from shardc.ir.facts import Lowered, describe, dtype_of, laid, layer_of, lowered
 from shardc.ir.partition import Partition, partition
 from shardc.ir.program import Program, call
 from shardc.ir.versions import GraphVersion
 from shardc.planning.compilation import Compilation, compiler_pass
 from shardc.runtime.collectives.collective import AnyCollective
+
+NEARLY_FULL, MOST_FULL = 0.75, 2.0
+"""How full a bucket is, as part of what its link would have, that ends where one did in another layer: at least, and at
+most."""
+
+SMALL = 0.01
+"""What part of a layer's gradients is small."""
 
 BucketKind = tuple[AnyCollective, str, str, torch.dtype]
 """What collectives of one bucket have in common: which they are, axis, reduction, dtype."""
@@ -179,17 +188,56 @@ def _divided(
     fill = buckets.fill(collective, axis, [sizes[node] for node in nodes])
     joining = [node for node in nodes if buckets.saved(collective, axis, sizes[node], fill) > later.get(node, 0.0)]
     fill = buckets.fill(collective, axis, [sizes[node] for node in joining])
+    hides = bool(fill) and buckets.hidden(collective, axis, fill, fill) > 0.0
     buckets_made: list[list[fx.Node]] = [[]]
-    for node in joining:
-        if sum(map(sizes.__getitem__, buckets_made[-1])) >= fill:
-            buckets_made.append([])
+    for node, least in zip(joining, _least(joining, sizes, fill, hides), strict=True):
         buckets_made[-1].append(node)
+        if sum(map(sizes.__getitem__, buckets_made[-1])) >= least:
+            buckets_made.append([])
 
     def worth(members: Sequence[fx.Node]) -> bool:
         alone = sum(buckets.alone(collective, axis, sizes[node]) - later.get(node, 0.0) for node in members)
         return buckets.seconds(collective, axis, sum(map(sizes.__getitem__, members))) < alone
 
     return [members for members in buckets_made if len(members) > 1 and worth(members)]
+
+
+def _least(nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float, hides: bool) -> list[float]:
+    """For each collective the bytes from which on a bucket ends behind it. In repeated layers it ends at one place, so
+    that they are alike: where a layer ends, if a bucket holds one or more, else where the first buckets are full. What
+    is large of the last layer does not wait for what is small, if something of it `hides`."""
+    layers = list(map(layer_of, nodes))
+    held = Counter[str]()
+    for node, layer in zip(nodes, layers, strict=True):
+        held[layer] += sizes[node]
+    held.pop("", None)
+    whole = median_low(held.values() or [math.inf])
+    places = [_place(node) for node in nodes]
+    full, held_now, passed = set[str](), 0.0, 0.0
+    for node, place in zip(nodes, places, strict=True):
+        held_now, passed = held_now + sizes[node], passed + (sizes[node] if full else 0.0)
+        if held_now >= fill and passed < NEARLY_FULL * whole:
+            held_now = 0.0
+            full.add(place)
+            full.discard("")
+    found: list[float] = []
+    for at, (place, layer) in enumerate(zip(places, layers, strict=True)):
+        if fill >= whole:
+            ends, enough = [layer] != layers[at + 1 : at + 2], fill - whole / 2
+        else:
+            ends, enough = place in full, NEARLY_FULL * fill
+        found.append(fill if not layer else enough if ends else MOST_FULL * fill)
+    last = next(filter(None, reversed(layers)), "")
+    large = [at for at, node in enumerate(nodes) if last and layers[at] == last and sizes[node] > SMALL * whole]
+    if hides and large:
+        found[large[-1]] = 0.0
+    return found
+
+
+def _place(node: fx.Node) -> str:
+    """What a node is in a repeated layer, whatever its number is; "" outside of all."""
+    module, layer = lowered(node).origin.module, layer_of(node)
+    return f"{module.removeprefix(layer)} {lowered(node).origin.source} {laid(node)}" if layer else ""
 
 
 def _join(graph: fx.Graph, members: Sequence[fx.Node], places: Places) -> fx.Node:

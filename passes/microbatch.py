@@ -51,6 +51,8 @@ def microbatch(c: Compilation) -> Compilation:
     """Divide the batch, where micro-batches are asked for. Raises ShardcError where the batch cannot be divided, and
     InfeasibleError where an operator needs all of it at once."""
     count = c.options.microbatches
+    if not isinstance(count, int):
+        raise ShardcError(f"microbatches={count!r} is for whoever runs all passes; name a number")
     if count == 1:
         return c
     if TIME in c.mesh.names:
@@ -69,7 +71,7 @@ def microbatch(c: Compilation) -> Compilation:
 
 def _coupling(network: TimeNetwork, c: Compilation) -> fx.Node | None:
     """The first operator that reads a batch and cannot compute a part of it alone, or pairs its samples."""
-    batch = batch_of(c.program, c.options.microbatches)
+    batch = batch_of(c.program, network.mesh.size)
     asked: list[Constraint] = []
     for port, node in zip(c.program.inputs, c.program.placeholders, strict=True):
         if port in batch:

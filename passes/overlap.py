@@ -62,7 +62,8 @@ def ordered(
 ) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
     without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin. With
-    `between`, buckets begin where a repeated layer ends, so that layers stay alike."""
+    `between`, layers stay alike: buckets are awaited where others begin, and if there are fewer than repeated layers,
+    they begin where one ends."""
     forward, backward = (
         _StreamOrder(half, ready, times, fetch, between).order() for half in (run.forward, run.backward)
     )
@@ -108,10 +109,12 @@ class _StreamOrder:
         self.missing: Counter[fx.Node] = Counter()
         self.following: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self.after: dict[fx.Node, int] = {}
+        layers = len(set(filter(None, map(layer_of, self.stream))))
+        snaps = self.between and sum(isinstance(node.target, Bucket) for node in posted) < layers
         for node in posted:
             makers = self._makers(node)
             self.after[node] = max((self.place[maker] for maker in makers if maker in self.place), default=0)
-            if self.between and self.stream and isinstance(node.target, Bucket):
+            if snaps and isinstance(node.target, Bucket):
                 self.after[node] = self._end_of_layer(self.after[node])
             self.due[self.after[node]].append(node)
             for maker in (one for one in makers if one in self.posted):
@@ -119,8 +122,11 @@ class _StreamOrder:
                 self.following[maker].append(node)
 
     def _end_of_layer(self, place: int) -> int:
-        """The place of the last operator of the repeated layer that a place is in; the place itself outside of all."""
+        """The place of the last operator of the repeated layer that a place is in; the place itself outside of all, and
+        in the last, since little is left there that hides what is sent."""
         layer, end = layer_of(self.stream[place]), place
+        if layer == next(filter(None, map(layer_of, reversed(self.stream))), ""):
+            return place
         while layer and place < len(self.stream) and layer_of(self.stream[place]) == layer:
             end = end if self.seconds[self.stream[place]] else place
             place += 1
@@ -135,10 +141,10 @@ class _StreamOrder:
                 self._emit(node)
             self.passed = place
             due = self.due.get(place, ())
-            landing = self._landed(any(isinstance(one.target, Bucket) for one in due))
+            before = self._buckets() if any(isinstance(one.target, Bucket) for one in due) else []
             for one in due:
                 self._post(one)
-            for one in landing:
+            for one in self._landed() + before:
                 self._land(one)
         while landing := [one for one in self.flying if one in self.posted]:
             self._land(min(landing, key=self._rest))
@@ -147,10 +153,14 @@ class _StreamOrder:
             self._await(node)
         return self.made
 
-    def _landed(self, border: bool) -> list[fx.Node]:
-        """What has landed, and is worth awaiting here. With `between`, buckets are awaited where others begin."""
+    def _landed(self) -> list[fx.Node]:
+        """What has landed, and is worth awaiting here."""
         landed = [one for one, time in self.watched.items() if time <= self.clock.now and not self._rest(one)]
-        return [one for one in landed if border or not self.between or not isinstance(one.target, Bucket)]
+        return [one for one in landed if not self.between or not isinstance(one.target, Bucket)]
+
+    def _buckets(self) -> list[fx.Node]:
+        """With `between`, the buckets that are awaited where others begin."""
+        return [one for one in self.watched if self.between and isinstance(one.target, Bucket)]
 
     def _idle(self, node: fx.Node) -> bool:
         """Whether a node only passes on what has not come yet; it can wait for its reader."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from shardc.explain.plan_file.as_json import as_json
 from shardc.explain.plan_file.reading import PlanFile
 from shardc.explain.planned import plan_of
 from shardc.ir.mesh import Mesh
-from shardc.options import Options
+from shardc.options import AUTO, Options
+from shardc.passes.microbatch import microbatch
 from shardc.passes.pipeline import LOCAL, part, run
 from shardc.planning.compilation import Compilation, Pass
 from shardc.planning.given.given import GivenPlan
+from shardc.planning.out_of_memory import OutOfMemoryError
+from shardc.planning.time_axis import counts_worth_trying
 from shardc.runtime import DistributedMesh, local_mesh
 from shardc.runtime.mesh.distributed import started
 
@@ -41,6 +45,7 @@ def as_asked(options: Options, mesh: Mesh | None) -> tuple[Options, Mesh | None]
     none. Raises ShardcError for a plan of another mesh or of other options."""
     if options.plan is None:
         return options, mesh
+    options = replace(options, microbatches=1) if options.microbatches == AUTO else options  # the file knows
     file = PlanFile.read(options.plan)
     if mesh is not None:
         file.check_mesh(mesh)
@@ -48,8 +53,13 @@ def as_asked(options: Options, mesh: Mesh | None) -> tuple[Options, Mesh | None]
 
 
 def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
-    """Compile: run `passes`, then find the decisions, then run the rest."""
+    """Compile: run `passes`, then find the decisions, then run the rest. Where the number of micro-batches is to be
+    chosen, rank 0 chooses it."""
     snapshots: dict[str, Compilation] = {"capture": c}
+    if c.options.microbatches == AUTO:
+        before = [one.name for one in passes].index(microbatch.name)
+        c, passes = run(passes[:before], c, snapshots), passes[before:]
+        c = replace(c, options=replace(c.options, microbatches=_agreed_count(c, passes, snapshots)))
     c = run(passes, c, snapshots)
     if c.reuse is not None:
         return _finished(c, snapshots)
@@ -58,6 +68,63 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
         assert isinstance(mesh, DistributedMesh)
         return _of_rank_0(c, snapshots, mesh)
     return _alone(c, snapshots)
+
+
+def _agreed_count(c: Compilation, passes: Sequence[Pass], before: Mapping[str, Compilation]) -> int:
+    """The number of micro-batches that all ranks take."""
+    if c.reuse is not None and isinstance(c.reuse.options.microbatches, int):
+        return c.reuse.options.microbatches
+    if started() <= 1:
+        return _fastest_count(c, passes, before)
+    mesh = local_mesh(c.mesh.sizes)
+    assert isinstance(mesh, DistributedMesh)
+    if mesh.rank == 0:
+        try:
+            count = _fastest_count(c, passes, before)
+        except Exception as error:
+            mesh.agreed(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            raise
+        mesh.agreed(json.dumps({"count": count}))
+        return count
+    told: dict[str, Any] = json.loads(mesh.agreed(""))
+    _raise_told(told)
+    return int(told["count"])
+
+
+def _fastest_count(c: Compilation, passes: Sequence[Pass], before: Mapping[str, Compilation]) -> int:
+    """The number of micro-batches of the fastest step that fits. More of them are tried while memory costs time, and
+    until one more step is slower: each is planned as it would be alone, on what was captured once. Raises what the
+    largest number raises if none fits."""
+    if c.options.budget is None:
+        return 1
+    best, fastest, refused = 0, math.inf, None
+    for count in counts_worth_trying(c.program):
+        snapshots = dict(before)
+        try:
+            tried = run(passes, replace(c, options=replace(c.options, microbatches=count)), snapshots)
+            plan = _alone(tried, snapshots).plan
+        except OutOfMemoryError as error:
+            refused = error
+            continue
+        except ShardcError:
+            if count == 1:
+                raise
+            break  # what couples samples does so in any number of micro-batches
+        if plan.predicted >= fastest:
+            break
+        best, fastest = count, plan.predicted
+        if not plan.summary.memory_binds:
+            break
+    if not best:
+        assert refused is not None
+        raise refused
+    return best
+
+
+def _raise_told(told: Mapping[str, Any]) -> None:
+    """Raise what rank 0 raised, if it did."""
+    if "error" in told:
+        raise getattr(errors, told["kind"], ShardcError)(told["error"])
 
 
 def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
@@ -97,6 +164,5 @@ def _of_rank_0(c: Compilation, before: dict[str, Compilation], mesh: Distributed
         return found
     text = mesh.agreed("")
     told: dict[str, Any] = json.loads(text)
-    if "error" in told:
-        raise getattr(errors, told["kind"], ShardcError)(told["error"])
+    _raise_told(told)
     return _finished(c, before, PlanFile.parse(text, "the plan of rank 0").decisions(c))

@@ -104,6 +104,10 @@ DYNAMIC = Text(
 AXES = Text("AXIS,...", "dp,tp", lambda text: tuple(axis.strip() for axis in text.split(",")), ",".join)
 
 
+AUTO = "auto"
+"""As many micro-batches as make the fastest step that fits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What may be asked of a compilation, beside the model, its inputs and the mesh. Raises ShardcError for a value
@@ -165,10 +169,10 @@ class Options:
     part draw the same). Either way the seed is that of `torch.manual_seed`. `auto`: exact where the model is on the
     CPU, independent where it is on another device; of a model on `meta`, where the hardware draws faster so."""
 
-    microbatches: int = 1
+    microbatches: int | Literal["auto"] = 1
     """Into how many micro-batches the batch, dim 0 of the first tensor, is divided: they run one after another, so that
     a device holds the activations of one. Values are those of the whole batch, also random ones, and gradients are
-    reduced once."""
+    reduced once. `auto`: as many as make the fastest step that fits into `memory`."""
 
     param_dtype: Annotated[str | torch.dtype | None, DTYPE] = None
     """The type in which the model computes. Parameters stay in their own type, and so do their gradients and what the
@@ -203,8 +207,8 @@ class Options:
                 f"imbalance={self.imbalance} must be 1 or more, and capacity={self.capacity} above 0: both are "
                 "multiples of the mean"
             )
-        if type(self.microbatches) is not int or self.microbatches < 1:
-            raise ShardcError(f"microbatches={self.microbatches!r} must be a whole number, 1 or more")
+        if self.microbatches != AUTO and (type(self.microbatches) is not int or self.microbatches < 1):
+            raise ShardcError(f"microbatches={self.microbatches!r} must be a whole number, 1 or more, or {AUTO!r}")
         for name, values in _choices(type(self)).items():
             if getattr(self, name) not in values:
                 raise ShardcError(f"{name}={getattr(self, name)!r} is not known; it is one of {', '.join(values)}")

@@ -40,7 +40,7 @@ from shardc.source.calls import is_view
 from shardc.source.grammar import LineKind, read
 
 _BEGIN, _TICK = "__begin__", "__tick__"
-_TICKED = {LineKind.OPERATOR, LineKind.BODY, LineKind.COLLECTIVE, LineKind.START, LineKind.WAIT}
+_TICKED = {LineKind.OPERATOR, LineKind.BODY, LineKind.COLLECTIVE, LineKind.START, LineKind.WAIT, LineKind.WAITS}
 _SHOWN = 10
 
 
@@ -116,9 +116,10 @@ class MeasuredSteps:
         """A rank begins with forward or backward."""
         self._halves[current().rank].append(_MeasuredHalf(phase, _now()))
 
-    def tick(self) -> None:
-        """A rank has run the next call."""
+    def tick(self, made: Tensor | None = None) -> Tensor | None:
+        """A rank has run the next call, which has `made` something."""
         self._halves[current().rank][-1].ends.append(_now())
+        return made
 
     def sent(self, rank: int, one: Slice) -> None:
         """A rank has run a collective."""
@@ -222,7 +223,12 @@ class _Ticking(ast.NodeTransformer):
         return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
-        return [node, _call(node, _TICK)] if node.lineno in self.ticked else node
+        if node.lineno not in self.ticked:
+            return node
+        if isinstance(node.value, ast.ListComp):  # each of several calls
+            node.value.elt = ast.Call(ast.Name(_TICK, ast.Load()), [node.value.elt], [])
+            return node
+        return [node, _call(node, _TICK)]
 
 
 def _call(at: ast.stmt, name: str, *arguments: ast.expr) -> ast.stmt:

@@ -56,11 +56,7 @@ def time_mesh(count: int) -> Mesh:
 def batch_of(program: Program, count: int) -> dict[Port, int]:
     """The inputs with the batch in dim 0, and its size: those with as many rows as the first tensor. Raises ShardcError
     where `count` does not divide that."""
-    sizes = {
-        port: int(value_of(node).shape[0])
-        for port, node in zip(program.inputs, program.placeholders, strict=True)
-        if port.role is Role.INPUT and value_of(node).dim()
-    }
+    sizes = _rows(program)
     if not sizes:
         raise ShardcError(f"microbatches={count}: no input of the program is a tensor with dims, so there is no batch")
     first, batch = next(iter(sizes.items()))
@@ -70,6 +66,25 @@ def batch_of(program: Program, count: int) -> dict[Port, int]:
             f"{', '.join(str(n) for n in range(2, batch + 1) if batch % n == 0)}"
         )
     return {port: size for port, size in sizes.items() if size == batch}
+
+
+def counts_worth_trying(program: Program) -> list[int]:
+    """Numbers of micro-batches, the smallest first: divisors of the batch, each about twice the one before."""
+    batch = next(iter(_rows(program).values()), 1)
+    found = [1]
+    for count in range(2, batch + 1):
+        if batch % count == 0 and count >= 2 * found[-1]:
+            found.append(count)
+    return found
+
+
+def _rows(program: Program) -> dict[Port, int]:
+    """Dim 0 of every input that has dims."""
+    return {
+        port: int(value_of(node).shape[0])
+        for port, node in zip(program.inputs, program.placeholders, strict=True)
+        if port.role is Role.INPUT and value_of(node).dim()
+    }
 
 
 @dataclass(eq=False)

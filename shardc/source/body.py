@@ -26,10 +26,15 @@ from shardc.source.frees import Holding
 from shardc.source.naming import Naming, Scope
 from shardc.source.places import Spot, spread
 from shardc.source.repetition import operands_of
-from shardc.source.text import Item, fits, remark, tuple_of, values, written
+from shardc.source.text import Item, fits, listed, remark, tuple_of, values, written
 
 LEAST_LIST = 6
 """Results of one call that are not named one by one, but stand in a list."""
+
+LEAST_ALIKE = 3
+MOST_LISTED = 64
+"""Views, or waits, of values in lists that are one statement, at least; and the columns that it takes to say of which
+values, at most."""
 
 
 AHEAD = 64
@@ -206,18 +211,21 @@ class Writer:
         """The axes that split a value, and over which it is to be summed: `(dp,tp)`, `+sum@tp`."""
         return sorted(re.findall(r"@\(.*?\)|\+?\w*@\w+", self.shared.typed(node)))
 
-    def each(self, views: Sequence[fx.Node], wanted: str) -> None:
-        """One statement for equal views of values that follow one another in a list."""
-        places = {view: self.place(view.all_input_nodes[0]) for view in views}
-        ordered = sorted(views, key=lambda view: places[view].at or 0)
+    def each(self, nodes: Sequence[fx.Node], wanted: str) -> None:
+        """One statement for equal views of values in lists, or for collectives there that are awaited."""
+        places = {node: self.place(node.all_input_nodes[0]) for node in nodes}
+        ordered = sorted(nodes, key=lambda node: places[node].at or 0) if _in_a_row(places.values()) else list(nodes)
         whole = self.scope.name(wanted)
         self.own(whole, whole)
-        for index, view in enumerate(ordered):
-            self.where[view] = Spot(whole, index, len(ordered))
-        (source,) = spread([places[view] for view in ordered])
+        for index, node in enumerate(ordered):
+            self.where[node] = Spot(whole, index, len(ordered))
+        items = spread([places[node] for node in ordered])
+        source: Item = str(items[0]).removeprefix("*") if len(items) == 1 else listed(items)
+        typed = {self.shared.typed(node) for node in nodes}
         made = self.shared.calls.parts(ordered[0], [Spot("x")], False)
         text = "".join(map(str, made))
-        self.add(f"{whole} = [{text} for x in {str(source).removeprefix('*')}]", comment=self.shared.typed(views[0]))
+        comment = typed.pop() if len(typed) == 1 else ""
+        self.add(f"{whole} = [{text} for x in ", source, "]", comment=comment)
 
     def _targets(self, node: fx.Node) -> list[Item]:
         pieces = unpacked(node, self.here)
@@ -250,6 +258,12 @@ class Writer:
         text = ", ".join(part for part in (below, _sources(mine)) if part)
         if text:
             self.remark(text)
+
+
+def _in_a_row(places: Collection[Spot]) -> bool:
+    """Whether places are all that lie between the first and the last of them in one list."""
+    numbers = sorted(place.at or 0 for place in places) or [0]
+    return len({place.name for place in places}) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _beside(node: fx.Node) -> bool:
@@ -304,20 +318,19 @@ def sends(node: fx.Node) -> bool:
     return collective is not None and not collective.single.local
 
 
-def alike_views(nodes: Iterable[fx.Node], where: Mapping[fx.Node, Spot]) -> int:
-    """How many of the nodes, from the first on, are equal views of values that follow one another in a list, each of
-    another one; 0 if too few are."""
+def alike(nodes: Iterable[fx.Node], where: Mapping[fx.Node, Spot]) -> int:
+    """How many of the nodes, from the first on, are equal views of values in lists, each of another one, or await
+    collectives in lists; 0 if too few are."""
     spots: list[Spot] = []
     first: fx.Node | None = None
     for node in nodes:
         first = first or node
-        spot = where.get(node.all_input_nodes[0]) if is_view(node) else None
-        if spot is None or spot.at is None or not _equal_views(first, node) or spot.name != (spots or [spot])[0].name:
+        spot = where.get(node.all_input_nodes[0]) if is_view(node) or node.target is wait else None
+        if spot is None or spot.at is None or not _equal_views(first, node):
             break
         spots.append(spot)
-    places = sorted(spot.at or 0 for spot in spots)
-    in_a_row = places == list(range(places[0], places[0] + len(places))) if places else False
-    return len(spots) if len(spots) >= LEAST_LIST and in_a_row else 0
+    short = _in_a_row(spots) or len(", ".join(map(str, spread(spots)))) <= MOST_LISTED
+    return len(spots) if len(spots) >= LEAST_ALIKE and short else 0
 
 
 def _equal_views(one: fx.Node, other: fx.Node) -> bool:

@@ -9,10 +9,15 @@ from torch import fx
 
 from shardc.source.frees import Lives, Unit
 from shardc.source.layers import Layer, carried_unit, own_units
+from shardc.source.repetition import Loop
 
 
 class TooLong(Exception):
-    """Lists of what runs leave would hold more than the plan says."""
+    """A list of what runs of a loop take or leave would hold more than the plan says."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop.start)
+        self.loop = loop
 
 
 def dropped_early(lives: Lives, layers: Sequence[Layer], named: Sequence[fx.Node]) -> set[fx.Node | str] | None:
@@ -58,18 +63,22 @@ def _lists(lives: Lives, layers: Sequence[Layer]) -> set[fx.Node | str]:
     dropped: set[fx.Node | str] = set()
     for layer in layers:
         for name, group in layer.groups.items():
-            made = [run[offset] for run in layer.loop.every for offset in group if offset < len(run)]
-            last = max(lives.last(node) for node in made) + 1
-            for stop in (len(lives.nodes), last):
-                stays = [
-                    (lives.ends[storage] + 1, stop, size)
-                    for node in made
-                    for storage, size in lives.storages(node)
-                    if lives.ends[storage] + 1 < stop
-                ]
-                if lives.fits(Unit((), tuple(stays))):
-                    break
-                if stop == last:
-                    raise TooLong
-                dropped.add(layer.list_of(name))
+            for number, (first, stop) in enumerate(layer.lists(name)):
+                made = [run[offset] for run in layer.loop.every[first:stop] for offset in group if offset < len(run)]
+                if not _may_stay(made, lives):
+                    if not _may_stay(made, lives, max(lives.last(node) for node in made) + 1):
+                        raise TooLong(layer.loop)
+                    dropped.add(layer.list_of(name, number))
     return dropped
+
+
+def _may_stay(made: Sequence[fx.Node], lives: Lives, stop: int | None = None) -> bool:
+    """Whether what a list has may stay until the node `stop`, or until the half ends."""
+    end = len(lives.nodes) if stop is None else stop
+    stays = [
+        (lives.ends[storage] + 1, end, size)
+        for node in made
+        for storage, size in lives.storages(node)
+        if lives.ends[storage] + 1 < end
+    ]
+    return lives.fits(Unit((), tuple(stays)))

@@ -7,6 +7,7 @@ hold it for so long, a `del` stands behind its last reader.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ class Unit:
 
 @dataclass
 class Lives:
-    """The values of one half: after which node each is read no more, by its place in the half."""
+    """The values of one half: after which node each is read no more, by its place in the half. What stands `behind` a
+    node between two runs of a loop has the place of that node, and is not among `nodes`."""
 
     nodes: Sequence[fx.Node]
     results: set[fx.Node]
@@ -64,25 +66,35 @@ class Lives:
     """What is held by others, whatever this half does."""
     held: Holding | None
     half: str
+    behind: Mapping[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     place: dict[fx.Node, int] = field(init=False)
     ends: dict[int, int] = field(init=False)
     """After which node each storage is dead."""
 
     def __post_init__(self) -> None:
-        self.place = {node: place for place, node in enumerate(self.nodes)}
+        self.place = {node: place for place, node in enumerate(self.nodes)} | dict(self.behind)
         self.ends = {}
         self.room = np.empty(0)
         """Bytes that the rank could hold besides, line by line."""
         if self.held is not None:
-            lines = np.array(self.held.lines.get(self.half, ()), dtype=float)
+            lines = self._lines(np.array(self.held.lines.get(self.half, ()), dtype=float))
             self.room = np.maximum((1.0 - SLACK) * self.held.peak - lines, SMALL * self.held.peak)
-        read = dict.fromkeys(self.nodes)
-        for node in self.nodes:
+        read = dict.fromkeys(self.place)
+        for node in self.place:
             read.update(dict.fromkeys(node.all_input_nodes))
         for node in read:
             end = self.last(node)
             for storage, _ in self.storages(node):
                 self.ends[storage] = max(self.ends.get(storage, -1), end)
+
+    def _lines(self, held: np.ndarray) -> np.ndarray:
+        """What is held while each node runs, and what stands behind it."""
+        if not self.behind or not len(held):
+            return held
+        behind = Counter(self.behind.values())
+        first = behind.pop(-1, 0)
+        starts = first + np.cumsum([0, *(1 + behind[place] for place in range(len(self.nodes) - 1))])
+        return np.maximum.reduceat(held, starts)
 
     def last(self, node: fx.Node) -> int:
         """The place of the last node that reads a value; behind the end if the value is still there then."""

@@ -27,6 +27,7 @@ class LineKind(Enum):
     START = "TARGETS = STARTED.start(XS)", 'y_started = all_reduce.start(x, axis="dp")', "a collective is started"
     WAIT = "TARGETS = wait(X)", "y = wait(y_started)", "the result of a collective that was started"
     EACH = "TARGETS = [x.METHOD(XS) for x in X]", "y = [x.reshape(64) for x in made]", "a view of each of a list"
+    WAITS = "TARGETS = [wait(X) for x in X]", "y = [wait(x) for x in made]", "collectives of a list are awaited"
     ITEM = "TARGETS = X[X]", "y = made[0]", "one of several results"
     LAYER = "TARGETS = LAYER(XS)", "x, kept = layer(x, *layers[9 * i : 9 * i + 9])", "one run of a repeated layer"
     LOOP = "for i in range(X): ...", "for i in range(32):", "the runs of a repeated layer"
@@ -165,9 +166,12 @@ def _call(kind: LineKind) -> Fits:
     return lambda reader, node: isinstance(node, ast.Assign) and _assigns(node) and reader.calls(node.value) is kind
 
 
-def _each(reader: _SourceReader, node: ast.stmt) -> bool:
-    made = node.value if isinstance(node, ast.Assign) else None
-    return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is LineKind.VIEW
+def _each(kind: LineKind) -> Fits:
+    def fits(reader: _SourceReader, node: ast.stmt) -> bool:
+        made = node.value if isinstance(node, ast.Assign) else None
+        return _assigns(node) and isinstance(made, ast.ListComp) and reader.calls(made.elt) is kind
+
+    return fits
 
 
 def _item(_: _SourceReader, node: ast.stmt) -> bool:
@@ -197,7 +201,8 @@ _FITS: tuple[tuple[LineKind, Fits], ...] = (
         )
     ),
     (LineKind.TAKE, _call(LineKind.TAKE)),
-    (LineKind.EACH, _each),
+    (LineKind.EACH, _each(LineKind.VIEW)),
+    (LineKind.WAITS, _each(LineKind.WAIT)),
     (LineKind.ITEM, _item),
     (LineKind.LOOP, _loop),
     (LineKind.COLLECT, lambda _, node: isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add)),

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import fx
 
-from shardc.source.body import Shared, Writer, alike_views, statements
+from shardc.source.between import Found, loops_among
+from shardc.source.body import NoPlace, Shared, Writer, alike, statements
 from shardc.source.dropping import TooLong, dropped_early
 from shardc.source.frees import Holding, Lives
-from shardc.source.layers import Function, Layer, Stretch, layer_names, layer_of
+from shardc.source.layers import MADE, Function, Layer, Stretch, layer_names, layer_of
 from shardc.source.naming import Scope, layer_name
 from shardc.source.places import Spot, even, spread, turn
-from shardc.source.repetition import Loop, Outer, Own, key_of, operands_of, repeated
+from shardc.source.repetition import Loop, Outer, Own, key_of, operands_of
 from shardc.source.shared_ends import share_ends
+from shardc.source.taken import Taken, read_on, taken
 from shardc.source.text import Item, arguments, listed, tuple_of, values
 
 LEAST_GIVEN = 4
 """Arguments in a row that loops read, which get one list instead of names."""
 
 
-@dataclass
-class Taken:
-    """A list of which a loop takes values for each run, from the end. `columns` are those of the loop. `later` are they
-    taken if only the second function of a layer reads them, which does not run for a run that ends early."""
+class Refused(Exception):
+    """A loop cannot be written as one: `half` and `start` say which."""
 
-    wanted: str
-    loop: Loop
-    columns: list[int]
-    later: bool = False
-    name: str = ""
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        """Its values, in order."""
-        read = [self.loop.columns[n].values if self.later else self.loop.values(n) for n in self.columns]
-        turns = list(zip(*read, strict=True))
-        return [value for turn in reversed(turns) for value in turn if value is not None]
+    def __init__(self, half: str, loop: Loop) -> None:
+        super().__init__(half, loop.start)
+        self.loop = half, loop.start
 
 
 class Half:
@@ -55,78 +45,37 @@ class Half:
         held: Holding | None,
         given: set[fx.Node],
         loops: bool,
+        refused: Collection[tuple[str, int]] = (),
     ) -> None:
-        self.name, self.nodes, self.shared, self.held = name, nodes, shared, held
+        self.name, self.shared, self.held = name, shared, held
         self.results = {node: place for place, node in enumerate(results) if node is not None}
         self.kept = set(kept)
-        self.lives = Lives(nodes, set(self.results), given, held, name)
-        self.loops = repeated(nodes, self.results, shared.mesh) if loops else []
+        self.found = loops_among(nodes, self.results, shared.mesh) if loops else Found([], nodes, {})
+        self.loops = [loop for loop in self.found.loops if (name, loop.start) not in refused]
+        self.nodes = self.found.nodes
+        self.lives = Lives(self.nodes, set(self.results), given, held, name, self.found.behind)
         inside = {node for loop in self.loops for run in loop.every for node in run}
         self.inline = [node for node in nodes if node not in inside]
         self.writer = Writer(shared, self.inline, layer=False)
         self.layers: list[Layer] = []
         self.functions: list[str] = []
 
-    # what loops read
-
     def taken(self, forward: Half | None, saved: Sequence[fx.Node]) -> list[Taken]:
         """The lists of saved values that loops may take from: each value is read in one run alone."""
-        found: list[Taken] = []
-        mine, claimed = set(saved), set[fx.Node]()
-        for loop in self.loops[:]:
-            self._read_on(loop, forward, mine)
-        for loop in self.loops:
-            groups: dict[tuple[str, bool], list[int]] = {}
-            for number, column in enumerate(loop.columns):
-                if column.carried is not None or column.same or claimed.intersection(column.values):
-                    continue
-                values = loop.values(number)
-                later = values[-1] is None and loop.begins_at(number) >= len(loop.rest)
-                values = values[:-1] if later else values
-                if mine.issuperset(values) and self._read_within(loop, values):
-                    claimed.update(column.values)
-                    place = forward.writer.where.get(column.values[0]) if forward else None
-                    name = place.name if place and place.at is not None else ""
-                    groups.setdefault((name, later), []).append(number)
-            for (name, later), columns in groups.items():
-                if forward:
-                    columns.sort(key=lambda number: self._index(forward, loop, number))
-                found.append(Taken(name or "saved", loop, columns, later))
-        return found
-
-    def _read_on(self, loop: Loop, forward: Half | None, saved: Collection[fx.Node]) -> None:
-        """Find what the run that does not end would read further on: in lists of forward, the next in turn, if it is
-        among what forward saved."""
-        if not loop.rest or forward is None:
-            return
-        at = {place: node for node, place in forward.writer.where.items() if place.at is not None and node in saved}
-        found = list(loop.reads)
-        for number, column in enumerate(loop.columns):
-            if found[number] is None:
-                one, two = (forward.writer.where.get(value) for value in column.values[-2:])
-                if one and two and one.at is not None and two.at is not None and one.name == two.name:
-                    found[number] = at.get(two._replace(at=2 * two.at - one.at))
-        self.loops[self.loops.index(loop)] = replace(loop, reads=tuple(found))
-
-    def _index(self, forward: Half, loop: Loop, number: int) -> int:
-        place = forward.writer.where.get(loop.columns[number].values[0])
-        return place.at if place is not None and place.at is not None else number
-
-    def _read_within(self, loop: Loop, values: Sequence[fx.Node | None]) -> bool:
-        """Whether every value of a column is read in its own run alone; that of a run that does not end, after it."""
-        for run, value in enumerate(values):
-            start = loop.start + run * loop.size
-            stop = start + loop.size if run < len(loop.runs) else len(self.nodes)
-            if value is None or value in self.results:
-                return False
-            if not all(start <= self.lives.place[user] < stop for user in value.users if user in self.lives.place):
-                return False
-        return True
+        where = forward.writer.where if forward else {}
+        self.loops[:] = [read_on(loop, where, set(saved)) for loop in self.loops]
+        return taken(self.loops, self.lives, where, set(saved))
 
     # writing
 
     def write(self, takes: Sequence[Taken]) -> None:
-        """Write everything but the beginning and the return."""
+        """Write everything but the beginning and the return. Raises Refused for a loop that cannot be written."""
+        try:
+            self._write(takes)
+        except TooLong as error:
+            raise Refused(self.name, error.loop) from error
+
+    def _write(self, takes: Sequence[Taken]) -> None:
         for loop in self.loops:
             self.layers.append(self._layer(loop, [one for one in takes if one.loop is loop]))
         share_ends(self.layers, partial(key_of, mesh=self.shared.mesh), self.shared.annotation, self._may_stay)
@@ -142,16 +91,22 @@ class Half:
                 at += 1
             self._straight(lines[first:at])
             if loop is not None:
-                layer = self.layers[number]
-                self._loop(layer, [one for one in takes if one.loop is loop])
-                self._functions(layer, dropped)
+                layer, between = self.layers[number], dict[int, list[fx.Node]]()
+                while at < len(lines) and (run := self.found.run_before(lines[at], loop)) is not None:
+                    between.setdefault(run, []).append(lines[at])
+                    at += 1
+                try:
+                    self._loop(layer, [one for one in takes if one.loop is loop], between)
+                    self._functions(layer, dropped)
+                except NoPlace as error:
+                    raise Refused(self.name, loop) from error
         self.dropped = dropped
 
     def _straight(self, lines: Sequence[fx.Node]) -> None:
         """The lines between two loops."""
         at = 0
         while at < len(lines):
-            if count := alike_views(itertools.islice(lines, at, None), self.writer.where):
+            if count := alike(itertools.islice(lines, at, None), self.writer.where):
                 self.writer.begin()
                 self.writer.each(lines[at : at + count], "grads" if lines[at] in self.results else "views")
             else:
@@ -168,7 +123,8 @@ class Half:
     def _alone(self, value: fx.Node, loop: Loop) -> bool:
         """Whether a value is made here, and read by nothing behind the loop that begins with it."""
         mine = value in self.writer.here or any(value in run for one in self.loops for run in one.runs[-1:])
-        return mine and self.lives.last(value) < loop.stop
+        aside = any(user in self.found.behind for user in value.users)
+        return mine and not aside and self.lives.last(value) < loop.stop
 
     def _line(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
         operands = operands_of(node)
@@ -189,7 +145,7 @@ class Half:
         groups: dict[str, list[int]] = {}
         for offset in loop.kept:
             runs = {run[offset] for run in loop.runs}
-            name = "saved" if runs & self.kept else "grads" if runs & self.results.keys() else "made"
+            name = "saved" if runs & self.kept else "grads" if runs & self.results.keys() else MADE
             groups.setdefault(name, []).append(offset)
         # gradients in the order in which they are returned: one slice of the list then has all of a run
         end = len(loop.rest) or loop.size
@@ -199,7 +155,11 @@ class Half:
             return node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
 
         given, later = ([n for one in takes if one.later is late for n in one.columns] for late in (False, True))
-        return layer_of(loop, given, later, groups, read_on)
+        layer = layer_of(loop, given, later, groups, read_on)
+        runs = {self.found.run_before(node, loop) for node in self.found.behind} - {None}
+        ends = sorted(run + 1 for run in runs if run is not None)
+        layer.stretches = list(itertools.pairwise(dict.fromkeys([0, *ends, len(loop.runs)])))
+        return layer
 
     def _called(self, layer: Layer) -> None:
         """Give the functions of a layer their names."""
@@ -219,7 +179,8 @@ class Half:
                  for run in range(len(layer.loop.runs))]  # fmt: skip
         return all(map(self.lives.fits, self.lives.units([layer.run[offset] for offset in offsets], whole)))
 
-    def _loop(self, layer: Layer, takes: Sequence[Taken]) -> None:
+    def _loop(self, layer: Layer, takes: Sequence[Taken], aside: Mapping[int, Sequence[fx.Node]]) -> None:
+        """Write a loop; `aside` has by its number what stands behind a run."""
         loop, writer = layer.loop, self.writer
         writer.begin()
         carried = [self._carried(layer, number) for number in layer.carried]
@@ -229,11 +190,18 @@ class Half:
             initial = [writer.place(loop.columns[number].values[0]) for number in layer.carried]
             writer.add(f"{state} = ", listed(map(str, initial)))
             writer.begin()  # where the names may be deleted
-        for name, whole in lists.items():
-            kinds = self.shared.list_of(layer.run[offset] for offset in layer.groups[name])
-            writer.add(f"{whole}: {kinds} = []")
-        for name, whole in lists.items():
-            writer.own(whole, layer.list_of(name))
+
+        def begin(number: int) -> None:
+            for name in lists:
+                if number and len(layer.lists(name)) == 1:
+                    continue
+                lists[name] = lists[name] if not number else writer.scope.name(name)
+                kinds = self.shared.list_of(layer.run[offset] for offset in layer.groups[name])
+                writer.add(f"{lists[name]}: {kinds} = []")
+                writer.own(lists[name], layer.list_of(name, number))
+                self._left(layer, name, number, lists[name])
+
+        begin(0)
         if not state:
             for number, name in zip(layer.carried, carried, strict=True):
                 initial = writer.place(loop.columns[number].values[0])
@@ -265,18 +233,32 @@ class Half:
                     writer.add("del ", tuple_of([f"{left[name]}[{place}]" for place in idle]))
                 writer.add(f"{lists[name]} += {left[name]}")
 
+        def stretch(first: int, stop: int) -> None:
+            if stop - first == 1 and aside:
+                for part in layer.parts:
+                    call(part, first)
+                return
+            span = f"{first}, {stop}" if first else str(stop)
+            writer.add(f"for {turns} in range({span}):", comment=layer_names(loop.runs[first:stop]))
+            writer.level += 1
+            for part in layer.parts:
+                call(part, None)
+            writer.level -= 1
+
         turns = "i" if any(self._turn(part, None) != self._turn(part, 0) for part in layer.parts) else "_"
-        writer.add(f"for {turns} in range({len(loop.runs)}):", comment=layer_names(loop))
-        writer.level += 1
-        for part in layer.parts:
-            call(part, None)
-        writer.level -= 1
+        for number, (first, stop) in enumerate(layer.stretches):
+            if number:
+                begin(number)
+            stretch(first, stop)
+            if lines := aside.get(stop - 1):
+                self._straight(lines)
+                writer.begin()
         if loop.rest:
             call(layer.parts[0], len(loop.runs))
         elif state:
             writer.add(values(carried), f" = {state}")
             writer.add(f"{state}.clear()")
-        self._after(layer, carried, lists)
+        self._after(layer, carried)
         if loop.rest:
             self._go_on(layer, between)
 
@@ -309,8 +291,8 @@ class Half:
             return "x" if self.name == "forward" else "grad"
         return self.shared.naming.of(layer.carried_node(number), True)
 
-    def _after(self, layer: Layer, carried: Sequence[str], lists: dict[str, str]) -> None:
-        """Where the values are once the loop has run."""
+    def _after(self, layer: Layer, carried: Sequence[str]) -> None:
+        """Where the values are that the last run carries on."""
         loop, writer = layer.loop, self.writer
         for number, name in zip(layer.carried, carried, strict=True):
             offset = loop.columns[number].carried
@@ -320,12 +302,14 @@ class Half:
                 continue
             writer.where.setdefault(last, Spot(name))
             writer.own(name, last)
-        for name, group in layer.groups.items():
-            rest = sum(offset < len(loop.rest) for offset in group)
-            length = len(group) * len(loop.runs) + rest
-            for run, nodes in enumerate(loop.every):
-                for position, offset in enumerate(group[: rest if nodes is loop.rest else None]):
-                    writer.where.setdefault(nodes[offset], Spot(lists[name], run * len(group) + position, length))
+
+    def _left(self, layer: Layer, name: str, number: int, whole: str) -> None:
+        """Where in a list the values will be that runs leave."""
+        loop, group = layer.loop, layer.groups[name]
+        first, stop = layer.lists(name)[number]
+        nodes = [run[offset] for run in loop.every[first:stop] for offset in group if offset < len(run)]
+        for place, node in enumerate(nodes):
+            self.writer.where.setdefault(node, Spot(whole, place, len(nodes)))
 
     def _varying(self, layer: Layer) -> None:
         """Find where the arguments are that differ from run to run. What has no place in a list gets one. Raises
@@ -341,7 +325,7 @@ class Half:
                 step = even(places)
                 if step is None:
                     if not self.lives.may_stay(some, loop.start + sum(map(len, loop.every))):
-                        raise TooLong
+                        raise TooLong(loop)
                     name = writer.scope.name("given_layers")
                     writer.add(f"{name} = ", listed(spread(places)))
                     writer.own(name, name)
@@ -378,7 +362,7 @@ class Half:
 
     def _which(self, layers: Sequence[Layer]) -> str:
         """`model.layers.0 to model.layers.31, in forward.`"""
-        named = [one for layer in layers if (one := layer_names(layer.loop))]
+        named = [one for layer in layers if (one := layer_names(layer.loop.runs))]
         return f"{' and '.join(named)}, in {self.name}." if named else f"A repeated part of {self.name}."
 
     def body(self) -> list[str]:

@@ -21,6 +21,9 @@ from shardc.source.places import Spot
 from shardc.source.repetition import Loop, Outer, Own
 from shardc.source.text import Item, arguments, listed, tuple_of, values, written
 
+MADE = "made"
+"""What the list is called of what runs leave that is read further on in the same half."""
+
 LIVING = "nobody else holds them: each is freed with its last name"
 
 
@@ -51,7 +54,8 @@ class Stretch:
 class Layer:
     """How a loop runs. Columns are those of the loop: `given` are those that the first function takes in one list,
     which it empties, so that each value is freed where its last reader is. With `state`, what is carried is in the
-    list, too. `groups` are all offsets of what runs leave, list by list.
+    list, too. `groups` are all offsets of what runs leave, list by list. The runs of each of `stretches` follow one
+    another; what they leave for what stands between two stretches is in lists of their own.
 
     A layer whose end is that of another, its `twin`, calls the function of that one: `pairs` has what the twin's end
     reads from before it, and what this one's reads there. The twin then `shares`: its function leaves what either
@@ -62,6 +66,7 @@ class Layer:
     groups: dict[str, list[int]]
     parts: list[Stretch] = field(default_factory=list[Stretch])
     state: bool = False
+    stretches: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     shares: bool = False
     twin: Layer | None = None
     pairs: dict[Own | Outer, Own | Outer] = field(default_factory=dict[Own | Outer, Own | Outer])
@@ -104,9 +109,14 @@ class Layer:
         own = set(self.groups[name])
         return [place for place, offset in enumerate(part.groups[name]) if offset not in own][::-1]
 
-    def list_of(self, name: str) -> str:
-        """What the list of a half is called inside of the compiler that has what runs leave."""
-        return f"{self.parts[0].name} {name}"
+    def lists(self, name: str) -> list[tuple[int, int]]:
+        """From run to run, the lists of a half that have what runs leave."""
+        last = self.stretches[-1][0], len(self.loop.every)
+        return [*self.stretches[:-1], last] if name == MADE else [(0, last[1])]
+
+    def list_of(self, name: str, number: int = 0) -> str:
+        """What one of these lists is called inside of the compiler."""
+        return f"{self.parts[0].name} {name} {number}"
 
     def modules(self) -> list[str]:
         """The user's modules from which the functions come, in order."""
@@ -263,8 +273,8 @@ class Function:
         return [*written([f"def {part.name}", arguments(parameters), f" -> {returns}:"], 0), f'    """{doc}"""']
 
 
-def layer_names(loop: Loop) -> str:
-    """`model.layers.0 to model.layers.31`: the layers of the user's that a loop runs."""
+def layer_names(runs: Sequence[Sequence[fx.Node]]) -> str:
+    """`model.layers.0 to model.layers.31`: the layers of the user's of which these are runs."""
 
     def first(run: Sequence[fx.Node]) -> str:
         for node in run:
@@ -274,5 +284,5 @@ def layer_names(loop: Loop) -> str:
                 return ".".join(parts[: numbers[0] + 1])
         return ""
 
-    one, other = first(loop.runs[0]), first(loop.runs[-1])
+    one, other = first(runs[0]), first(runs[-1])
     return f"{one} to {other}" if one and other and one != other else one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +16,21 @@ from shardc.ir.program import Port, Program, Role
 from shardc.runtime.kernels.random import DRAWS, INDEPENDENT, fresh_seed
 from shardc.source.body import NoPlace, Shared
 from shardc.source.calls import CallTexts, imported, shown
-from shardc.source.dropping import TooLong
 from shardc.source.frees import Holding
-from shardc.source.halves import LEAST_GIVEN, Half, Taken
+from shardc.source.halves import LEAST_GIVEN, Half, Refused
 from shardc.source.layers import LIVING
 from shardc.source.naming import Naming
 from shardc.source.places import Spot
 from shardc.source.slots import Row, gradients, rows, table
+from shardc.source.taken import Taken
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 
 MOST_BEFORE_STAR = 255
 """Names that Python takes before a starred one, in an assignment."""
 
+
+LoopPlace = tuple[str, int]
+"""The half that a loop is in, and where it begins there."""
 
 Slots = list[tuple[fx.Node, Port]]
 """Values with their ports."""
@@ -60,12 +63,16 @@ def source_of(
     graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted | None = None, *, loops: bool = True
 ) -> str:
     """The source of the module for a localized graph whose placeholders and outputs are those of `program`. With
-    `loops`, repeated layers become functions, unless their lists would hold more than the plan says."""
-    module = _Module(graph, program, mesh, predicted or Predicted())
-    try:
-        return module.text(loops)
-    except (TooLong, NoPlace):
-        return _Module(graph, program, mesh, predicted or Predicted()).text(loops=False)
+    `loops`, repeated layers become functions, but for those whose lists would hold more than the plan says."""
+    refused = set[LoopPlace]()
+    while loops:
+        try:
+            return _Module(graph, program, mesh, predicted or Predicted(), refused).text(loops)
+        except Refused as error:
+            refused.add(error.loop)
+        except NoPlace:
+            break
+    return _Module(graph, program, mesh, predicted or Predicted()).text(loops=False)
 
 
 _NAMES = (
@@ -77,8 +84,11 @@ _NAMES = (
 
 
 class _Module:
-    def __init__(self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted) -> None:
+    def __init__(
+        self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted, refused: Collection[LoopPlace] = ()
+    ) -> None:
         self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
+        self.refused = refused
         self.run: Partition = partition(graph, program)
         self.taken: set[str] = {*_NAMES}
         self.imports: set[str] = set()
@@ -125,7 +135,7 @@ class _Module:
 
     def _epilogue(self, epilogue: Once, loops: bool) -> tuple[list[str], list[str]]:
         """The functions of repeated layers of the epilogue, and the epilogue itself."""
-        other = _Module(epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told))
+        other = _Module(epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told), self.refused)
         other.shared.taken = self.taken
         half = other._half("epilogue", other.run.backward, other.run.gradients, loops)
         start = other._start(half, [], [])
@@ -137,7 +147,7 @@ class _Module:
     def _half(self, name: str, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None], loops: bool) -> Half:
         placeholders = {*self.run.given, *(node for node in self.run.outputs if node is not None)}
         given = set(self.run.given) if name == "forward" else placeholders
-        return Half(name, nodes, results, self.run.saved, self.shared, self.predicted.held, given, loops)
+        return Half(name, nodes, results, self.run.saved, self.shared, self.predicted.held, given, loops, self.refused)
 
     # the beginning and the end of forward
 

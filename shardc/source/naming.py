@@ -18,6 +18,7 @@ from torch import fx
 
 from shardc.ir.facts import Key, lowered
 from shardc.ir.program import Port, Program, Role, name_of
+from shardc.runtime.collectives.bucket import Bucket
 from shardc.runtime.collectives.collective import wait
 
 MOST_PARTS = 5
@@ -77,6 +78,8 @@ class Naming:
         if not node.name.startswith(what) and not module:
             return node.name  # somebody has named it
         what = _SHORT.get(what, what)
+        if isinstance(node.target, Bucket):
+            return what  # it is of no module alone
         base = lowered(node).base
         if base in self.gradients:
             return f"grad_{self._path(self.gradients[base], layer)}_{what}"

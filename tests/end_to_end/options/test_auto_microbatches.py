@@ -1,0 +1,48 @@
+"""`microbatches="auto"`: as many as make the fastest step that fits into memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardc
+from shardc.errors import ShardcError
+from shardc.explain.plan_file.as_json import as_json, written
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(1024, 4096, bias=False), nn.Linear(4096, 1024, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))).square().mean()
+
+
+def planned(microbatches: int | str, memory: str = "300MB") -> shardc.Plan:
+    with torch.device("meta"):
+        model, x = Mlp(), torch.empty(65536, 1024)
+    asked = {"hardware": "h100", "memory": memory, "microbatches": microbatches, "cache": False}
+    return shardc.compile(model, "dp=4", (x,), **asked).plan
+
+
+def test_auto_is_the_fastest_number_that_fits() -> None:
+    """One and two do not fit; four do, with something computed again, and eight take longer."""
+    chosen = planned("auto")
+    with pytest.raises(ShardcError, match="no plan was found"):
+        planned(2)
+    assert written(as_json(chosen)) == written(as_json(planned(4)))
+    assert chosen.predicted < planned(8).predicted
+
+
+def test_auto_is_one_where_nothing_binds() -> None:
+    assert planned("auto", "unbounded").turns == 1
+
+
+def test_auto_is_one_where_samples_are_coupled() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), torch.randn(16, 8)
+    one = shardc.compile(model, "dp=2", (x,), hardware="h100", microbatches="auto")
+    assert one.plan.turns == 1
+    with pytest.raises(ShardcError, match=r"'many' must be a whole number, 1 or more, or 'auto'"):
+        shardc.compile(model, "dp=2", (x,), microbatches="many")
