@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,11 @@ def exact() -> Compiled:
 
 
 @pytest.fixture(scope="module")
-def offered() -> Iterator[Compiled]:
+def offered() -> Compiled:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near, "FEW_AXES", 0)
         patch.setattr(near, "MOST_WORDS", 0)
-        yield planned()
+        return planned()
 
 
 def test_few_strategies_are_all_offered(exact: Compiled) -> None:
