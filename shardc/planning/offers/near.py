@@ -71,16 +71,19 @@ class Offers:
     def strategies(self, shape: Shape, middle: Strategy | None) -> Strategies:
         """Those that are offered to an operator of a shape, but for rings."""
 
-        def listed() -> Iterator[Strategy]:
-            if middle is None:
-                return words.written(shape, self.mesh, dict.fromkeys(self._grouped(shape)), _as_the_mesh)
-            near = words.beside(words.word_of(middle, self.mesh), words.letters(shape, self.mesh))
+        def grouped() -> Iterator[Strategy]:
+            return words.written(shape, self.mesh, dict.fromkeys(self._grouped(shape)), _as_the_mesh)
 
+        def near(chosen: Strategy) -> Iterator[Strategy]:
             def orders(factor: int, axes: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
-                chosen = middle.split[factor]
-                return dict.fromkeys([*_rotated(factor, axes), *[chosen] * (set(chosen) == set(axes))])
+                now = chosen.split[factor]
+                return dict.fromkeys([*_rotated(factor, axes), *[now] * (set(now) == set(axes))])
 
-            return words.written(shape, self.mesh, dict.fromkeys(near), orders)
+            beside = words.beside(words.word_of(chosen, self.mesh), words.letters(shape, self.mesh))
+            return words.written(shape, self.mesh, dict.fromkeys(beside), orders)
+
+        def listed() -> Iterator[Strategy]:
+            return grouped() if middle is None else near(middle)
 
         return self._remembered((shape, middle), shape, listed)
 
@@ -91,9 +94,9 @@ class Offers:
         none near the first plan."""
 
         def listed() -> Iterator[Strategy]:
-            for axis in along if middle is not None else ():
+            now = () if middle is None else words.word_of(middle, self.mesh)
+            for axis in along if now else ():
                 options, place = words.ring_letters(shape, self.mesh, axis, variants), self.mesh.names.index(axis)
-                now = words.word_of(middle, self.mesh)
                 round_it = [(*now[:place], letter, *now[place + 1 :]) for letter in options[place]]
                 ring = [word for word in round_it if all(map(contains, options, word))]
                 yield from words.rings(shape, self.mesh, axis, variants, ring)

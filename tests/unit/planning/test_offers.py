@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,11 @@ class Mlp(nn.Module):
         return (x + self.down(torch.relu(self.up(x)))).pow(2).mean()
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * 2.0
+
+
 def planned(memory: float | str = "unbounded") -> Compiled:
     with torch.device("meta"):
         return shardc.compile(Mlp(), MESH, (torch.empty(1024, 1024),), hardware="h100", memory=memory)
@@ -40,11 +44,11 @@ def exact() -> Compiled:
 
 
 @pytest.fixture(scope="module")
-def offered() -> Iterator[Compiled]:
+def offered() -> Compiled:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near, "FEW_AXES", 0)
         patch.setattr(near, "MOST_WORDS", 0)
-        yield planned()
+        return planned()
 
 
 def test_few_strategies_are_all_offered(exact: Compiled) -> None:
@@ -99,3 +103,17 @@ def test_a_word_says_what_each_axis_does(exact: Compiled) -> None:
         for strategy in strategies_of(shape, mesh).strategies[::7]:
             again = words.written(shape, mesh, [words.word_of(strategy, mesh)])
             assert strategy in list(again)
+
+
+def test_four_axes_do_what_one_of_their_product_does() -> None:
+    """Nothing is sent, so it makes no difference how many axes the devices are."""
+    x = torch.empty(4096, 4096, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near, "MOST_WORDS", 0)
+        four, one = (
+            shardc.compile(Scaled(), mesh, (x,), hardware="h100", memory="unbounded")
+            for mesh in ("a=2,b=2,c=2,d=2", "a=16")
+        )
+    assert four.planned.network.offers is not None
+    assert one.planned.network.offers is None
+    assert four.plan.cost == pytest.approx(one.plan.cost, rel=1e-9)
