@@ -80,17 +80,13 @@ def experts():
 
 
 CASES = {
-    "queries split": (lambda: decoder("x"), forced.attention(forced.gathered("x")), {}),
     "ring": (lambda: decoder("x"), forced.attention(forced.ring("x")), {}),
-    "heads split": (lambda: decoder("x"), forced.attention(forced.ulysses("x")), {}),
     "documents, ring": (packed, forced.attention(forced.ring("x")), {}),
-    "documents, queries split": (packed, forced.attention(forced.gathered("x")), {}),
     "vocabulary": (
         lambda: (Losses(), (torch.randn(128, 16), torch.randint(0, 4096, (128,)))), nullcontext(),
         {"head.weight": "x,-"},
     ),
     "experts in parts": (experts, forced.experts("in_parts"), {}),
-    "experts exchanged": (experts, forced.experts("exchanged"), {}),
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -59,7 +58,6 @@ MASKS: dict[str, Mask] = {
     "chunks": lambda _, places: same(places // 4) & causal(places),
     "prefix": lambda ids, places: causal(places) | (places < ids.amax(1)[:, None, None, None]),
     "added": lambda ids, _: torch.zeros(ids.shape[1:] * 2, dtype=X.dtype).masked_fill(~same(ids[1]), float("-inf")),
-    "counted": lambda ids, places: same((ids == 1).cumsum(-1)) & causal(places),
 }
 WAYS = [
     ("a=2", forced.ring("a")), ("a=3", forced.gathered("a")), ("a=2,b=2", forced.ring("a", "b")),
@@ -99,7 +97,6 @@ def test_masks_exist_nowhere_and_mask_the_same(name: str) -> None:
 LIKE: dict[str, Mask] = {
     "of heads": lambda ids, _: same(ids) & (torch.arange(HEADS)[:, None, None] != ids[:, None, None, :]),
     "of numbers": lambda ids, _: ids.double()[:, None, :, None] >= ids.double()[:, None, None, :],
-    "of pairs": lambda ids, _: same(ids) & (torch.outer(ids[0], ids[1]) > 0),
 }
 
 
@@ -144,10 +141,9 @@ def peaks(length: int, way: forced.Accepts) -> tuple[float, list[float]]:
     return memory.peak - memory.parts.get("optimizer state", 0.0), [meter.peak for meter in meters.values()]
 
 
-@pytest.mark.parametrize("way", [forced.ring("a"), forced.gathered("a")])
-def test_memory_grows_with_the_length(monkeypatch: pytest.MonkeyPatch, way: Any) -> None:
+def test_memory_grows_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_workspace, "inside_kernel", lambda *_: [])
-    sizes = [peaks(length, way) for length in (4096, 8192)]
+    sizes = [peaks(length, forced.ring("a")) for length in (4096, 8192)]
     for predicted, measured in sizes:
         assert any(predicted == pytest.approx(one, rel=0.05) for one in measured), sizes
     assert sizes[1][0] < 2.1 * sizes[0][0] and max(sizes[1][1]) < 2.1 * max(sizes[0][1])

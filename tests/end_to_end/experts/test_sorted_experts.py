@@ -55,14 +55,11 @@ def _passed_over(model: Any, rows: Tensor, counts: list[int]) -> Tensor:
 
 REFUSED: dict[str, Work] = {
     "in another order": lambda m, rows, n, _: torch.cat(each(m, rows, n)[::-1]),
-    "one is missing": lambda m, rows, n, _: torch.cat(each(m, rows, n)[:-1]),
     "more than three": lambda m, rows, n, _: torch.cat([one * 2 if n[1] > 3 else one for one in each(m, rows, n)]),
-    "empty changes all": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[3] == 0 else 1),
     "the first changes all": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[0] == 0 else 1),
     "passed over": lambda m, rows, n, _: _passed_over(m, rows, n),
     "divided by a number": lambda m, rows, n, _: torch.cat([y / c for y, c in zip(each(m, rows, n), n, strict=True)]),
     "mean of rows": lambda m, rows, n, _: torch.cat([m.experts[0](p - p.mean(0)) for p in rows.split(n)]),
-    "two at once": lambda m, rows, n, _: torch.cat([m.experts[0](rows[: n[0] + n[1]]), *each(m, rows, n)[2:]]),
 }
 
 
