@@ -19,12 +19,11 @@ reckoned from the link (`shardc/cost/buckets.py`).
 
 from __future__ import annotations
 
-import math
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from statistics import median_low
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -203,34 +202,42 @@ def _divided(
 
 
 def _least(nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float, hides: bool) -> list[float]:
-    """For each collective the bytes from which on a bucket ends behind it. In repeated layers it ends at one place, so
-    that they are alike: where a layer ends, if a bucket holds one or more, else where the first buckets are full. What
-    is large of the last layer does not wait for what is small, if something of it `hides`."""
+    """For each collective the bytes from which on a bucket ends behind it. What is large of the last repeated layer
+    does not wait for what is small, if something of it `hides`."""
+    found, kinds = list[float](), dict[str, list[str]]()
+    for node in nodes:
+        kinds.setdefault(layer_of(node), []).append(_place(node))
+    for _, alike in groupby(nodes, key=lambda node: kinds[layer_of(node)] if layer_of(node) else []):
+        found += _least_alike(list(alike), sizes, fill)
+    last = next(filter(None, map(layer_of, reversed(nodes))), "")
+    mine = [at for at, node in enumerate(nodes) if last and layer_of(node) == last]
+    large = [at for at in mine if sizes[nodes[at]] > SMALL * sum(sizes[nodes[at]] for at in mine)]
+    if hides and large:
+        found[large[-1]] = 0.0
+    return found
+
+
+def _least_alike(nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float) -> list[float]:
+    """The same of layers of one kind, or of what is in none. A bucket ends at one place of every layer, so that they
+    stay alike: where a layer ends, if a bucket holds one or more, else where the first buckets are full."""
     layers = list(map(layer_of, nodes))
-    held = Counter[str]()
-    for node, layer in zip(nodes, layers, strict=True):
-        held[layer] += sizes[node]
-    held.pop("", None)
-    whole = median_low(held.values() or [math.inf])
+    if not layers[0]:
+        return [fill] * len(nodes)
+    whole = sum(sizes[node] for node in nodes) / len(set(layers))
     places = [_place(node) for node in nodes]
-    full, held_now, passed = set[str](), 0.0, 0.0
+    full, held, passed = set[str](), 0.0, 0.0
     for node, place in zip(nodes, places, strict=True):
-        held_now, passed = held_now + sizes[node], passed + (sizes[node] if full else 0.0)
-        if held_now >= fill and passed < NEARLY_FULL * whole:
-            held_now = 0.0
+        held, passed = held + sizes[node], passed + (sizes[node] if full else 0.0)
+        if held >= fill and passed < NEARLY_FULL * whole:
+            held = 0.0
             full.add(place)
-            full.discard("")
     found: list[float] = []
     for at, (place, layer) in enumerate(zip(places, layers, strict=True)):
         if fill >= whole:
             ends, enough = [layer] != layers[at + 1 : at + 2], fill - whole / 2
         else:
             ends, enough = place in full, NEARLY_FULL * fill
-        found.append(fill if not layer else enough if ends else MOST_FULL * fill)
-    last = next(filter(None, reversed(layers)), "")
-    large = [at for at, node in enumerate(nodes) if last and layers[at] == last and sizes[node] > SMALL * whole]
-    if hides and large:
-        found[large[-1]] = 0.0
+        found.append(enough if ends else MOST_FULL * fill)
     return found
 
 

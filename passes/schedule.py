@@ -16,9 +16,11 @@ from dataclasses import replace
 
 from shardc.analysis.memory import MemoryAnalysis
 from shardc.analysis.reductions import becoming_gradients
-from shardc.analysis.timeline import Pace, Times, in_order, timed
+from shardc.analysis.timeline import Order, Pace, Times, in_order, timed
 from shardc.cost.buckets import Buckets
+from shardc.ir.facts import layer_of, origin_of
 from shardc.ir.partition import partition
+from shardc.ir.program import name_of
 from shardc.ir.versions import GraphVersion
 from shardc.passes.bucket import Joined, bucketed, made_at
 from shardc.passes.overlap import ordered
@@ -36,6 +38,11 @@ AT_STAKE = 0.01
 
 ALIKE = 1e-3
 """By what part a step may take longer where that leaves layers alike, so that one function is written for all."""
+
+
+STRETCH, APART = 8, 1.1
+"""Nodes of the stretches by which orders are compared; and how much more alike layers must be in an order whose buckets
+begin within them, since a loop does not go on behind these."""
 
 
 @compiler_pass
@@ -79,7 +86,7 @@ class _Scheduler:
         ready, times = made_at(graph, becoming_gradients(run, graph)), Times(run, c.pace)
         memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.states)
         for what in ways:
-            found: Schedule | None = None
+            fitting: list[tuple[Schedule, float]] = []
             for between in (False, True) if joined.largest and what != "nothing" else (False,):
                 orders = (
                     in_order(run)
@@ -90,9 +97,9 @@ class _Scheduler:
                 self.least = min(self.least, memory.peak)
                 if memory.peak <= self.budget:
                     names = tuple((node.name, awaited) for node, awaited in order)
-                    chosen = Schedule(c.lowered, version, buckets, apart, names, memory, *timed(order, times))
-                    if found is None or chosen.seconds <= found.seconds * (1.0 + ALIKE):
-                        found = chosen
+                    one = Schedule(c.lowered, version, buckets, apart, names, memory, *timed(order, times))
+                    fitting.append((one, _variety(order) * (1.0 if between else APART)))
+            found = _most_alike(fitting)
             if found is not None and (
                 what == "nothing" or found.hidden >= 0.0
             ):  # starting may stall more than it hides
@@ -105,3 +112,21 @@ class _Scheduler:
         if buckets is None:
             return c.lowered, Joined(0, self.localized, 0.0)
         return bucketed(c.lowered, c.program, buckets, apart)
+
+
+def _most_alike(fitting: Sequence[tuple[Schedule, float]]) -> Schedule | None:
+    """Of the fastest schedules the one that leaves layers most alike, by the variety of each."""
+    fastest = min((one.seconds for one, _ in fitting), default=0.0)
+    near = [pair for pair in fitting if pair[0].seconds <= fastest * (1.0 + ALIKE)]
+    return min(near, key=lambda pair: pair[1])[0] if near else None
+
+
+def _variety(order: Order) -> int:
+    """How many different stretches of a few nodes an order has: the fewer, the more layers are alike."""
+    numbers: dict[tuple[str, str, bool], int] = {}
+    keys: list[int] = []
+    for node, awaited in order:
+        module, layer = origin_of(node).module, layer_of(node)
+        key = name_of(node.target), module.removeprefix(layer), awaited
+        keys.append(numbers.setdefault(key, len(numbers)))
+    return len(set(zip(*(keys[first:] for first in range(STRETCH)), strict=False)))

@@ -45,8 +45,8 @@ def as_asked(options: Options, mesh: Mesh | None) -> tuple[Options, Mesh | None]
     none. Raises ShardcError for a plan of another mesh or of other options."""
     if options.plan is None:
         return options, mesh
-    options = replace(options, microbatches=1) if options.microbatches == AUTO else options  # the file knows
     file = PlanFile.read(options.plan)
+    options = replace(options, microbatches=1) if options.microbatches == AUTO else options  # the file knows
     if mesh is not None:
         file.check_mesh(mesh)
     return replace(options, **file.asked(options)), mesh or file.mesh

@@ -141,9 +141,9 @@ def layer_of(
         layer.parts.append(part)
     if loop.rest:
         first, second = layer.parts
-        later = [one for offset in range(second.low, second.high) for one in loop.operands[offset]]
-        passed = {one for one in later if isinstance(one, Own) and one.offset < first.high}
-        passed |= {one for one in later if isinstance(one, Outer) and (one.column in (*given, *layer.carried))}
+        read_behind = [one for offset in range(second.low, second.high) for one in loop.operands[offset]]
+        passed = {one for one in read_behind if isinstance(one, Own) and one.offset < first.high}
+        passed |= {one for one in read_behind if isinstance(one, Outer) and (one.column in (*given, *layer.carried))}
         kept = {offset for group in groups.values() for offset in group}
         ends = {Own(offset) for offset, node in enumerate(loop.rest) if offset not in kept and read_on(node)}
         passed |= ends

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,11 @@ class Mlp(nn.Module):
         return self.down(torch.relu(self.up(x))).square().mean()
 
 
-def planned(microbatches: int | str, memory: str = "300MB") -> shardc.Plan:
+def planned(microbatches: int | Literal["auto"], memory: str = "300MB") -> shardc.Plan:
     with torch.device("meta"):
         model, x = Mlp(), torch.empty(65536, 1024)
-    asked = {"hardware": "h100", "memory": memory, "microbatches": microbatches, "cache": False}
-    return shardc.compile(model, "dp=4", (x,), **asked).plan
+    made = shardc.compile(model, "dp=4", (x,), hardware="h100", memory=memory, microbatches=microbatches, cache=False)
+    return made.plan
 
 
 def test_auto_is_the_fastest_number_that_fits() -> None:
@@ -45,4 +47,4 @@ def test_auto_is_one_where_samples_are_coupled() -> None:
     one = shardc.compile(model, "dp=2", (x,), hardware="h100", microbatches="auto")
     assert one.plan.turns == 1
     with pytest.raises(ShardcError, match=r"'many' must be a whole number, 1 or more, or 'auto'"):
-        shardc.compile(model, "dp=2", (x,), microbatches="many")
+        shardc.compile(model, "dp=2", (x,), microbatches="many")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
