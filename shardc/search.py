@@ -54,6 +54,8 @@ class Candidate:
     spent: float
     remark: str = ""
     summary: Summary | None = None
+    near: bool = False
+    """Whether `lower_bound` is that of plans near this one alone: there were too many strategies to offer all."""
 
     @property
     def gap(self) -> float:
@@ -87,7 +89,7 @@ class MeshSearch:
         stored = "held" if self.bounded else "stored"
         rows = [["mesh", "a step", "gap", "MFU", stored, "CPU", "why not"]]
         for one in self.ranked:
-            gap = "optimal" if one.gap < 1e-6 else f"{one.gap:.1%}"
+            gap = f"{one.gap:.1%} near it" if one.near else "optimal" if one.gap < 1e-6 else f"{one.gap:.1%}"
             mfu = f"{one.summary.mfu:.1%}" if one.summary else "-"
             known = [in_seconds(one.cost), gap, mfu, in_bytes(one.stored)] if math.isfinite(one.cost) else ["-"] * 4
             rows.append([str(one.mesh), *known, f"{one.spent:.1f} s", one.remark or _slower(one, self.ranked[0])])
@@ -237,7 +239,7 @@ def _candidate(c: Compilation, best: float) -> Candidate:
         c = run(part("retile", "propagate"), c)
         network = first_network(c)
         bound = c.program.turns * check(network.problem(), Certificate({}))
-        if bound >= best:
+        if bound >= best and network.offers is None:
             return without(bound, f"not solved: no plan takes less than {in_seconds(bound)}")
         c = run(part("assign", "assign"), replace(c, network=network))
     except TooSlowError:
@@ -255,7 +257,8 @@ def _candidate(c: Compilation, best: float) -> Candidate:
     else:
         held, memory = _stored(c.network, c.assignment), c.options.device.memory
         remark = f"more than the {in_bytes(memory)} of a device" if held > memory else ""
-    return Candidate(mesh, cost, bound, held, time.process_time() - start, remark, summary)
+    near = c.network.offers is not None
+    return Candidate(mesh, cost, bound, held, time.process_time() - start, remark, summary, near)
 
 
 def _stored(network: CostNetwork, assignment: Assignment) -> float:

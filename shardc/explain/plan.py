@@ -105,6 +105,8 @@ class Plan:
     """Seconds of what runs once a step, before and behind all micro-batches."""
     conversions_once: tuple[Conversion, ...] = ()
     """Conversions of what runs once a step, or behind several calls whose gradients are accumulated."""
+    near: bool = False
+    """Whether `lower_bound` is that of plans near this one alone: there were too many strategies to offer all."""
 
     @cached_property
     def summary(self) -> Summary:
@@ -239,6 +241,8 @@ class Plan:
         proof = "proven optimal" if gap < 1e-6 else f"within {max(gap, 0.001):.1%} of the proven bound"
         if not self.lower_bound:
             proof = "no bound proven"
+        elif self.near:
+            proof = "none near it costs less" if gap < 1e-6 else f"within {max(gap, 0.001):.1%} of all near it"
         communication = in_seconds(sum(c.seconds for c in self.conversions))
         parts = f"compute {in_seconds(self.compute)}, conversions {communication}"
         if in_seconds(self.hidden) != in_seconds(0.0):

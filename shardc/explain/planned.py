@@ -51,6 +51,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
         _outputs(c, graph), lambda: summary_of(c, predicted), lambda: advice_on(snapshots),
         max(0.0, _compute_of_strategies(c) - compute), c.program.turns, seconds_once(c), once,
+        c.network.offers is not None,
     )  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def _docstring(c: Compilation) -> list[str]:
         proved = c.given.proof
     if proved is not None:
         gap = 1.0 - proved.lower_bound / proved.cost if proved.cost else 0.0
-        proof = "no plan costs less" if gap < 1e-6 else f"no plan costs less than {1.0 - gap:.1%} of it"
+        plan = "no plan near it" if c.has("network") and c.network.offers is not None else "no plan"
+        proof = f"{plan} costs less" if gap < 1e-6 else f"{plan} costs less than {1.0 - gap:.1%} of it"
     step = "step" if c.program.microbatches is None else "micro-batch"
     return [
         *parallelism(c),

@@ -61,6 +61,7 @@ def test_the_plan_near_itself_is_the_best_of_all(exact: Compiled, offered: Compi
     assert offered.plan.lower_bound == pytest.approx(offered.plan.cost, rel=1e-6)
     assert offered.plan.check() == pytest.approx(offered.plan.cost, rel=1e-6)
     assert [note for note in offered.plan.notes if "too many strategies" in note]
+    assert "none near it costs less" in str(offered.plan) and "proven optimal" not in str(offered.plan)
 
 
 def test_what_is_offered_is_a_part_of_all_strategies(offered: Compiled) -> None:
