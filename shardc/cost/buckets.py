@@ -28,6 +28,7 @@ import numpy as np
 
 from shardc.cost.hardware import Hardware
 from shardc.ir.mesh import Mesh
+from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.collective import AnyCollective
 
 SLACK = 0.05
@@ -51,7 +52,7 @@ class Buckets:
 
     def seconds(self, collective: AnyCollective, axis: str, size: float) -> float:
         """Seconds of a bucket of `size` bytes in all: its collective, and what it takes to fill it."""
-        copies = collective.works_on_copy or self.device.algorithms.get(collective) == ("all_reduce",)
+        copies = collective.works_on_copy or self.device.algorithms.get(collective) == (all_reduce.name,)
         copied = 0.0 if copies else 2.0 * size / self.device.memory_bandwidth
         return self.alone(collective, axis, size) + self.device.launch + copied
 

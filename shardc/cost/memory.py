@@ -21,7 +21,7 @@ context of the device, buffers of NCCL, workspaces of kernels, gaps of the alloc
 it steps. None of that is counted in a plan's memory."""
 
 
-class State(NamedTuple):
+class OptimizerTensor(NamedTuple):
     """A tensor of the parameter's shape that an optimizer keeps for it, or more than one alike: its `name`, and the
     `bits` of an element with what belongs to it; 0 for as many as the parameter's own elements have."""
 
@@ -29,27 +29,27 @@ class State(NamedTuple):
     bits: float = 0.0
 
 
-MOMENTS = State("exp_avg"), State("exp_avg_sq")
+MOMENTS = OptimizerTensor("exp_avg"), OptimizerTensor("exp_avg_sq")
 BLOCKS = 32 / 256, 32 / 128
 """Bits an element of the scales, one in float32 for every 256 elements of 8 bits, or 128 of 4 bits (torchao)."""
-STATES: dict[str, tuple[State, ...]] = {
+STATES: dict[str, tuple[OptimizerTensor, ...]] = {
     "sgd": (),
-    "momentum": (State("momentum_buffer"),),
-    "adagrad": (State("sum"),),
-    "rmsprop": (State("square_avg"),),
-    "lion": (State("exp_avg"),),  # Chen et al. 2023
-    "muon": (State("momentum_buffer"),),
-    "adadelta": (State("square_avg"), State("acc_delta")),
+    "momentum": (OptimizerTensor("momentum_buffer"),),
+    "adagrad": (OptimizerTensor("sum"),),
+    "rmsprop": (OptimizerTensor("square_avg"),),
+    "lion": (OptimizerTensor("exp_avg"),),  # Chen et al. 2023
+    "muon": (OptimizerTensor("momentum_buffer"),),
+    "adadelta": (OptimizerTensor("square_avg"), OptimizerTensor("acc_delta")),
     "adam": MOMENTS,
     "adamw": MOMENTS,
     "nadam": MOMENTS,
     "radam": MOMENTS,
-    "adamax": (State("exp_avg"), State("exp_inf")),
-    "amsgrad": (*MOMENTS, State("max_exp_avg_sq")),
-    "adamw-master": (State("master weight", 32), *(State(moment.name, 32) for moment in MOMENTS)),
-    "adamw-bf16": tuple(State(moment.name, 16) for moment in MOMENTS),
-    "adamw-8bit": tuple(State(moment.name, 8 + BLOCKS[0]) for moment in MOMENTS),
-    "adamw-4bit": tuple(State(moment.name, 4 + BLOCKS[1]) for moment in MOMENTS),
+    "adamax": (OptimizerTensor("exp_avg"), OptimizerTensor("exp_inf")),
+    "amsgrad": (*MOMENTS, OptimizerTensor("max_exp_avg_sq")),
+    "adamw-master": (OptimizerTensor("master weight", 32), *(OptimizerTensor(moment.name, 32) for moment in MOMENTS)),
+    "adamw-bf16": tuple(OptimizerTensor(moment.name, 16) for moment in MOMENTS),
+    "adamw-8bit": tuple(OptimizerTensor(moment.name, 8 + BLOCKS[0]) for moment in MOMENTS),
+    "adamw-4bit": tuple(OptimizerTensor(moment.name, 4 + BLOCKS[1]) for moment in MOMENTS),
 }
 """What optimizers keep for every parameter: those of torch by their names, in the parameter's dtype; `amsgrad` is Adam
 with that option. Then set-ups that people train with: `adamw-master` for parameters in 16 bits (Megatron-LM, DeepSpeed,
@@ -76,7 +76,7 @@ class States:
     """What the optimizer called `name` holds for every parameter. `print` says it in words."""
 
     name: str = ""
-    tensors: tuple[State, ...] = ()
+    tensors: tuple[OptimizerTensor, ...] = ()
 
     def __call__(self, itemsize: int) -> float:
         """Bytes for one element of a parameter whose elements have `itemsize` bytes."""
@@ -114,7 +114,7 @@ def states_of(optimizer: str | float | None) -> States:
     if optimizer is None:
         return NO_STATES
     if isinstance(optimizer, (int, float)):
-        return States(f"{optimizer:g} bytes an element", (State("", 8.0 * optimizer),) if optimizer else ())
+        return States(f"{optimizer:g} bytes an element", (OptimizerTensor("", 8.0 * optimizer),) if optimizer else ())
     if optimizer.lower() not in STATES:
         raise ShardcError(
             f"optimizer={optimizer!r} is not known; it is one of {', '.join(STATES)}, or the bytes it holds for an "

@@ -38,7 +38,7 @@ def execute(program: Program, module: nn.Module, args: Any, kwargs: Any) -> Any:
         found[port.role][position if port.role is Role.OUTPUT else port.name] = value
     flat: list[Any] = [results[leaf] if isinstance(leaf, int) else None for leaf in program.out_leaves]
     assert program.effects is not None
-    run = program.effects.run(flat, leaves, (args, kwargs))
+    run = program.effects.run(flat, leaves, (args, kwargs), {})
     for position, leaf in enumerate(program.out_leaves):
         if not isinstance(leaf, int):
             flat[position] = leaf.value if isinstance(leaf, Constant) else leaf.make(run)

@@ -41,6 +41,7 @@ GROUPS: Mapping[OpOverload, tuple[set[int], ...]] = {
     aten.masked_fill.Tensor: ({0, 2},),
     aten.copy.default: ({1},),
     aten.fill.Tensor: ({1},),
+    aten.polar.default: ({0},),
     aten.lerp.Scalar: ({0, 1},),
     aten.lerp.Tensor: ({0, 1},),
     aten.addcmul.default: ({0, 1}, {0, 2}),

@@ -29,6 +29,7 @@ HELPERS = {
     "samples": "models and programs that tests compile",
     "samples/calls": "sample calls of operators",
     "opinfo": "the run over torch's database of operators, which `make opinfo` starts",
+    "gpu": "the device that its tests run on",
     "zoo": "the models of the zoo",
     "distributed": "the scripts that its tests start",
     "distributed/beside": "the same, of users' programs beside one device",
