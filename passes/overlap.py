@@ -58,14 +58,20 @@ def overlap(c: Compilation) -> Compilation:
 
 
 def ordered(
-    run: Partition, ready: Mapping[fx.Node, int], times: Times, *, fetch: bool = True, between: bool = False
+    run: Partition,
+    ready: Mapping[fx.Node, int],
+    times: Times,
+    *,
+    fetch: bool = True,
+    between: bool = False,
+    last: bool = False,
 ) -> tuple[Order, Order]:
     """In which order forward and backward of a localized graph are to run so that collectives are started early;
     without `fetch`, those of gradients only. `ready` tells what makes only gradients, and where it can begin. With
     `between`, layers stay alike: buckets are awaited where others begin, and if there are fewer than repeated layers,
-    they begin where one ends."""
+    they begin where one ends; where the `last` one ends, too, though little is left behind it that hides them."""
     forward, backward = (
-        _StreamOrder(half, ready, times, fetch, between).order() for half in (run.forward, run.backward)
+        _StreamOrder(half, ready, times, fetch, between, last).order() for half in (run.forward, run.backward)
     )
     return _worthwhile(forward, times), _worthwhile(backward, times)
 
@@ -74,7 +80,13 @@ class _StreamOrder:
     """Puts the nodes of forward, or of backward, into a new order."""
 
     def __init__(
-        self, nodes: Sequence[fx.Node], ready: Mapping[fx.Node, int], times: Times, fetch: bool, between: bool
+        self,
+        nodes: Sequence[fx.Node],
+        ready: Mapping[fx.Node, int],
+        times: Times,
+        fetch: bool,
+        between: bool,
+        last: bool,
     ) -> None:
         self.nodes, self.mine, self.times = nodes, set(nodes), times
         self.light = {node for node in nodes if not times.sent[node] and passes_on(node)}
@@ -91,7 +103,7 @@ class _StreamOrder:
         self.trailing = apart.difference(self.posted)
         self.stream = [node for node in nodes if node not in apart]
         self.place = {node: place for place, node in enumerate(self.stream)}
-        self.between = between
+        self.between, self.last = between, last
         self.passed = -1
         self.flying: dict[fx.Node, Flight] = {}
         self.watched: dict[fx.Node, float] = {}  # what is posted, and from when on something may come of waiting for it
@@ -123,9 +135,9 @@ class _StreamOrder:
 
     def _end_of_layer(self, place: int) -> int:
         """The place of the last operator of the repeated layer that a place is in; the place itself outside of all, and
-        in the last, since little is left there that hides what is sent."""
+        in the last if that stays as it is."""
         layer, end = layer_of(self.stream[place]), place
-        if layer == next(filter(None, map(layer_of, reversed(self.stream))), ""):
+        if not self.last and layer == next(filter(None, map(layer_of, reversed(self.stream))), ""):
             return place
         while layer and place < len(self.stream) and layer_of(self.stream[place]) == layer:
             end = end if self.seconds[self.stream[place]] else place

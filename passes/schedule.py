@@ -40,6 +40,10 @@ ALIKE = 1e-3
 """By what part a step may take longer where that leaves layers alike, so that one function is written for all."""
 
 
+ALIGNED = (False, False), (True, False), (True, True)
+"""Whether buckets are to begin between repeated layers, and whether not within the last of them either."""
+
+
 STRETCH, APART = 8, 1.1
 """Nodes of the stretches by which orders are compared; and how much more alike layers must be in an order whose buckets
 begin within them, since a loop does not go on behind these."""
@@ -87,11 +91,11 @@ class _Scheduler:
         memories = MemoryAnalysis(graph, run, c.program, c.mesh, c.states)
         for what in ways:
             fitting: list[tuple[Schedule, float]] = []
-            for between in (False, True) if joined.largest and what != "nothing" else (False,):
+            for between, last in ALIGNED if joined.largest and what != "nothing" else ALIGNED[:1]:
                 orders = (
                     in_order(run)
                     if what == "nothing"
-                    else ordered(run, ready, times, fetch=what == "all", between=between)
+                    else ordered(run, ready, times, fetch=what == "all", between=between, last=last)
                 )
                 memory, order = memories.memory(*orders), [*orders[0], *orders[1]]
                 self.least = min(self.least, memory.peak)

@@ -32,7 +32,7 @@ from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.collective import AnyCollective
 
 SLACK = 0.05
-LITTLE = 1e-3
+LITTLE = 0.01
 """What part of backward more buckets have to save: they start within layers, which are then no longer alike."""
 
 
