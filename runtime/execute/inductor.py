@@ -10,6 +10,7 @@ that all ranks start them in the order of the generated code.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import linecache
 import threading
@@ -218,10 +219,14 @@ def compiled(module: ModuleType) -> ModuleType:
     """The generated module with all of its functions that only call operators compiled; its `COMPILED` are these."""
     name = str(module.__file__)
     tree, empties = cut("".join(linecache.getlines(name)))
+    tree.body = [line for line in tree.body if not _gives_sizes(line)]  # the module may be that of other sizes
     made = ModuleType(module.__name__)
     vars(made).update(vars(module))
     exec(compile(tree, name, "exec"), vars(made))
-    vars(made).update({one: vars(module)[one] for one in ("SIZES",) if one in vars(module)})
     kinds = {one: CompiledFunction(vars(made)[one], empty) for one, empty in empties.items()}
     vars(made).update(kinds, COMPILED=kinds)
     return made
+
+
+def _gives_sizes(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Assign) and any(isinstance(one, ast.Name) and one.id == "SIZES" for one in line.targets)

@@ -274,6 +274,7 @@ class ModelTrace:
             raise
         if self.provenance.asked is not None:
             raise explained(self.provenance.asked, "")
+        self.experts.rows.refuse_written()
         _refuse_switched(switches)
         files.refuse()
         generators.refuse_draws(lambda: self.call(*args, **kwargs))

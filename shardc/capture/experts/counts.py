@@ -46,8 +46,7 @@ class Emptiness:
 
     def __init__(self, case: EmptyCase) -> None:
         self.case = case
-        self.segmented = False
-        """Whether code may have asked how many rows an expert has, of rows in the order of experts."""
+        self._listed: CodePlace | None = None
         self.path = ""
         """The module that is running."""
         self.selected: CodePlace = "", None
@@ -58,6 +57,16 @@ class Emptiness:
         if self._asked is None:
             self._asked = unknown(), *self.place()
         return self.case is not EmptyCase.NONE
+
+    def lists(self) -> None:
+        """Code gets numbers of rows, of rows in the order of experts."""
+        self.selected = self.place()
+        self._listed = self._listed or self.selected
+
+    @property
+    def segmented(self) -> bool:
+        """Whether code has got such numbers."""
+        return self._listed is not None
 
     def empties(self, count: int) -> frozenset[int]:
         """The experts, of `count`, that have no segment."""
@@ -75,6 +84,11 @@ class Emptiness:
         """What to raise where code asked for it."""
         return None if self._asked is None else explained(*self._asked)
 
+    @property
+    def leaked(self) -> CaptureError | None:
+        """What to raise where code does something else with numbers that it got, which C code may have read."""
+        return None if self._listed is None else explained(unknown(), *self._listed)
+
 
 def unknown(selected: CodePlace | None = None) -> Exception:
     """What torch raises for a size that only a run knows; of rows that were `selected` somewhere."""
@@ -90,7 +104,7 @@ def _refused(*_: Any) -> NoReturn:
 
 class Count(int):
     """A number of selected rows. In the trace it is that of all rows, which shapes may have; it may be compared with
-    zero; nothing can be computed of it."""
+    zero; nothing can be computed of it, and nobody can be told it."""
 
     _empty: Emptiness
 
@@ -129,6 +143,13 @@ class Count(int):
     __hash__ = int.__hash__
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused  # type: ignore[assignment]
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __pow__ = __rpow__ = __float__ = _refused  # type: ignore[assignment]
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = _refused  # type: ignore[assignment]
+    __rrshift__ = __divmod__ = __rdivmod__ = __invert__ = __abs__ = __pos__ = __int__ = __round__ = _refused  # type: ignore[assignment]
+    __trunc__ = __floor__ = __ceil__ = __str__ = __repr__ = __format__ = bit_length = bit_count = _refused  # type: ignore[assignment]
+
+    def leaves(self) -> NoReturn:
+        """Raise for a number that leaves the model."""
+        raise unknown(self._empty.selected)
 
 
 class SegmentBound(Count):
@@ -152,7 +173,7 @@ class SegmentBound(Count):
         return bool(self._empty) and self.experts <= self._empty.empties(count)
 
     def _with(self, experts: frozenset[int]) -> SegmentBound:
-        return SegmentBound(int(self), self._empty, self.segments, experts)
+        return SegmentBound(int.__int__(self), self._empty, self.segments, experts)
 
     def _same(self, other: Any) -> TypeGuard[SegmentBound]:
         return isinstance(other, SegmentBound) and other.segments is self.segments

@@ -22,6 +22,7 @@ from torch import Tensor
 from shardc.capture.experts.choices import Choices
 from shardc.capture.experts.counts import EmptyCase, SegmentBound
 from shardc.capture.experts.selections import Rows, Selection, Selections
+from shardc.capture.torch_patches.module_internals import version
 
 Experts = frozenset[int]
 
@@ -61,7 +62,7 @@ class Comparison:
 
 _ZEROS = ("zeros", "new_zeros", "zeros_like")
 _COPIES = ("to", "cpu", "int", "long", "float", "double", "clone", "detach", "contiguous", "type")
-_ASKS = ("item", "__int__", "__index__", "numpy", "unbind")
+_ASKS = ("item", "numpy", "unbind")
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     name: getattr(operator, kind)
     for kind in ("eq", "ne", "lt", "le", "gt", "ge")
@@ -79,11 +80,19 @@ class SegmentedRows(Selections):
         self._cut: dict[tuple[Segments, int], Selection] = {}
         self._zero_before: dict[int, bool] = {}
         """Whether a tensor that is being written was all zeros."""
+        self._parts: list[tuple[Tensor, int]] = []
+        """What was cut of other tensors, and how often each was written before."""
 
     def forget(self) -> None:
         super().forget()
         self._numbers.clear()
         self._cut.clear()
+        self._parts.clear()
+
+    def refuse_written(self) -> None:
+        """Raise where code has written into a segment, and so into the rows of which the trace has cut a copy."""
+        if any(version(part) != before for part, before in self._parts):
+            self._refuse()
 
     def listed_bounds(self, tensor: Tensor) -> list[Any] | None:
         """The elements of a tensor of bounds."""
@@ -91,10 +100,12 @@ class SegmentedRows(Selections):
         return None if bounds is None or tensor.ndim != 1 else self._bounds_in(bounds)
 
     def _bounds_in(self, bounds: Bounds) -> list[SegmentBound]:
-        self._any = self.empty.segmented = True
-        self.empty.selected = self.empty.place()
+        self._any = True
+        self.empty.lists()
         of = bounds.segments
-        return [SegmentBound(of.total, self.empty, of, experts) for experts in bounds.experts]
+        # in each case another number, so that a trace differs where C code, such as that of `range`, has read it
+        shown = of.total + self.empty.case.value
+        return [SegmentBound(shown, self.empty, of, experts) for experts in bounds.experts]
 
     def of_segments(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The result of a call that cuts rows into segments, joins them, or asks for bounds; None for other calls."""
@@ -189,6 +200,8 @@ class SegmentedRows(Selections):
     def _part(self, x: Tensor, segments: Segments, expert: int) -> Tensor:
         made = x.clone()
         self._notes.put(made, Rows(self._selection_of(segments, expert), 0))
+        if not made.is_inference():
+            self._parts.append((made, version(made)))
         return made
 
     def _selection_of(self, segments: Segments, expert: int) -> Selection:
@@ -272,11 +285,11 @@ class SegmentedRows(Selections):
             return None
         zeros, dim, ids, value = args
         choices = self._notes.get(ids, Choices)
+        known = self._zero_before.pop(id(zeros), False) or self._notes.get(zeros, Zeros) is not None
         if choices is None or isinstance(value, Tensor) or value != 1:
             return None
         last = dim % zeros.ndim == zeros.ndim - 1 and zeros.shape[:-1] == ids.shape[:-1]
         alone = set(choices.kinds[:-1]) <= {"t"} and choices.kinds[-1:] == "j"
-        known = self._zero_before.pop(id(zeros), False) or self._notes.get(zeros, Zeros) is not None
         if not (last and alone and known):
             return None
         return Choices(choices.kinds[:-1] + "e", choices.among, choices.total)

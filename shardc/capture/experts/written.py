@@ -122,15 +122,17 @@ class WrittenExperts:
                 raise self._asked
             return True
         record = self.events.record
-        asked = self.rows.empty.asked is not None and not self._shown
+        empty = self.rows.empty
+        asked = (empty.asked is not None or empty.segmented) and not self._shown
         if not asked and (self._off or not record.chooses):
             return False
         kept = _Copy(graph)
         more = self._search(kept, record) if record.chooses and not self._off else False
         if asked:
-            cases = (EmptyCase.ALL, EmptyCase.FIRST) if self.rows.empty.segmented else (EmptyCase.ALL,)
+            both = empty.segmented and empty.asked is not None
+            cases = (EmptyCase.ALL, EmptyCase.FIRST) if both else (EmptyCase.ALL,)
             self._expected = [(case, self._outline(kept, case)) for case in cases]
-            self._asked = self.rows.empty.asked
+            self._asked = empty.asked or empty.leaked
         return more or asked
 
     def _outline(self, kept: _Copy, case: EmptyCase) -> list[Any]:

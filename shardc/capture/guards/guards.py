@@ -118,7 +118,7 @@ class Guards:
         self._methods = frozenset(vars(Tensor))
         self._watched = self._dicts_of(contents)
         self._places = {(id(one.holder.target), key) for one in self._values for key in one.keys}
-        self._writes_state = any(isinstance(place.holder, Registry) for place, _ in self._written)
+        self._writes_tensors = [place for place, before in self._written if isinstance(before, Tensor)]
         self.changed = set[tuple[int, Any]]()
         """What has broken a guard until now: see `_key`."""
         self.version = 0
@@ -238,14 +238,18 @@ class Guards:
         return ""
 
     def numbers(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """For each tensor the number of the model's parameter or buffer that it is; () where none is one."""
+        """For each tensor the number of that of the model's which it is; () where none is one."""
+        if self._numbers is None:
+            held = [item for one in self._values for item in one.expected]
+            self._numbers = {id(item): number for number, item in enumerate(held) if isinstance(item, Tensor)}
         known = self._numbers
-        if known is None:
-            places = [(one.holder, key) for one in self._values if isinstance(one.holder, Registry) for key in one.keys]
-            places += [(place.holder, place.key) for place, _ in self._written if isinstance(place.holder, Registry)]
-            held = [holder.target.get(key) for holder, key in places]
-            known = {id(tensor): number for number, tensor in enumerate(held) if isinstance(tensor, Tensor)}
-            self._numbers = None if self._writes_state else known
+        if self._writes_tensors:
+            held = ((place.holder.target, place) for place in self._writes_tensors)
+            now = (
+                target.get(place.key) if type(target) is dict else place.holder.get().get(place.key)
+                for target, place in held
+            )  # fmt: skip
+            known = known | {id(item): -1 - number for number, item in enumerate(now) if isinstance(item, Tensor)}
         given = list(map(id, tensors))
         return () if known.keys().isdisjoint(given) else tuple(map(known.get, given))
 

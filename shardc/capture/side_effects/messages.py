@@ -15,31 +15,57 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.readings import put_in_place
 from shardc.capture.side_effects.replay import CallRun, Describer, Recipe, holds_tensors
+from shardc.capture.torch_patches.module_internals import version
 from shardc.capture.user_frames import is_installed
 from shardc.errors import CaptureError
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message: its parts as they are in the trace, or as recipes, and what tells them."""
+    """One message: its parts as they are in the trace, or as recipes, and what tells them. `copies` are tensors as they
+    were when it was told, by identity: the tensor, how often it was written until then, and a copy."""
 
     parts: tuple[Any, ...]
     tell: Callable[[tuple[Any, ...]], Any]
+    copies: Mapping[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict[int, tuple[Tensor, int, Tensor]])
+
+    @staticmethod
+    def of(parts: tuple[Any, ...], tell: Callable[[tuple[Any, ...]], Any]) -> Message:
+        """The message with its parts as they are now, whatever is written into them afterwards."""
+        copies: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+        def kept(part: Any) -> Any:
+            if isinstance(part, Tensor) and id(part) not in copies:
+                copies[id(part)] = part, _writes(part), part.clone()
+            return part
+
+        return Message(pytree.tree_map(kept, parts), tell, copies)
 
     def described(self, describer: Describer) -> Message:
         """The same, without what belongs to the trace."""
-        parts = tuple(describer.describe(part) if holds_tensors(part) else part for part in self.parts)
-        return replace(self, parts=parts)
+
+        def then(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            tensor, before, copied = self.copies[id(part)]
+            return tensor if _writes(tensor) == before else copied  # the tensor may be there already, as a result
+
+        parts = pytree.tree_map(then, self.parts)
+        made = tuple(describer.describe(part) if holds_tensors(part) else part for part in parts)
+        return Message(made, self.tell)
 
     def replay(self, run: CallRun) -> None:
         """Tell it."""
@@ -77,7 +103,7 @@ class Messages:
             def tell(made: tuple[Any, ...]) -> None:
                 print(*made, **{**options, "file": getattr(sys, name)})
 
-            self.noted.append(Message(tuple(_text(value, frame) for value in values), tell))
+            self.noted.append(Message.of(tuple(_text(value, frame) for value in values), tell))
             return None
 
         def note_warning(
@@ -96,16 +122,19 @@ class Messages:
                 known = space.setdefault("__warningregistry__", {})
                 warnings.warn_explicit(made[0], kind, place, line, space.get("__name__"), known)
 
-            self.noted.append(Message((text,), tell))
+            self.noted.append(Message.of((text,), tell))
             return None
 
         def note_record(logger: logging.Logger, record: logging.LogRecord) -> None:
-            if not self._here() or is_installed(record.pathname) or record.exc_info:
+            if not self._here() or is_installed(record.pathname):
                 return really_handle(logger, record)
             if not holds_tensors(record.args):
                 record.msg, record.args = record.getMessage(), None
             noted = copy.copy(record)
             noted.args = None
+            if noted.exc_info and noted.exc_info[0] is not None:  # as text: frames hold tensors of the trace
+                noted.exc_text = logging.Formatter().formatException(noted.exc_info)  # type: ignore[arg-type]
+            noted.exc_info = None
 
             def tell(made: tuple[Any, ...]) -> None:
                 again = copy.copy(noted)
@@ -113,7 +142,7 @@ class Messages:
                 again.msecs = again.created % 1 * 1000
                 logger.handle(again)
 
-            self.noted.append(Message((record.args,), tell))
+            self.noted.append(Message.of((record.args,), tell))
             return None
 
         with ExitStack() as stack:
@@ -148,6 +177,10 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else version(tensor)
 
 
 def _text(value: Any, frame: FrameType) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shardc.capture.experts.counts import Count
 from shardc.capture.side_effects.arguments import Argument, Way, reached
 from shardc.capture.side_effects.holders import Contents, Holder, Location
 from shardc.capture.side_effects.reachable import PLAIN
@@ -217,6 +218,8 @@ class Describer:
             if value.asked.early and value.asked not in self.early:
                 self.early.append(value.asked)
             return Told(value.asked, value.formula)
+        if isinstance(value, Count):
+            value.leaves()
         if isinstance(value, Tensor):
             return self._tensor(value)
         if id(value) not in self._known:
@@ -262,7 +265,7 @@ def _emptied(value: Any) -> Any:
 def holds_tensors(value: Any, deep: int = 6) -> bool:
     """Whether an object that is no module has tensors in its attributes, or what is as little the same at every call,
     however deep in containers."""
-    if isinstance(value, Tensor) or type(value) in (Counter, Reading):
+    if isinstance(value, Tensor) or type(value) in (Counter, Reading) or isinstance(value, Count):
         return True
     if not deep or isinstance(value, (type, nn.Module)):
         return False

@@ -69,6 +69,57 @@ def test_messages_are_told_in_every_call(capsys: pytest.CaptureFixture[str], cap
     assert seen[0][0].count("call|3") == 1 and len(seen[0][3]) == 3
 
 
+class Overwrites(nn.Module):
+    """Tells what it writes over afterwards, and an exception that it catches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 2
+        parts = [h, self.seen]
+        print(h, parts, {"x": x})
+        h.add_(1)
+        self.seen += 1
+        parts.clear()
+        x.mul_(3)
+        try:
+            raise ValueError("caught")
+        except ValueError:
+            LOGGER.exception("of %s", h)
+        return h
+
+
+def test_what_is_told_is_what_stood_there_then(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Any] = []
+    for model in (Overwrites(), shardc.shard(Overwrites(), mesh="a=2")):
+        caplog.clear()
+        for number in range(3):
+            model(torch.full((2, 2), float(number)))
+        records = [one for one in caplog.records if one.name == LOGGER.name]
+        texts = [logging.Formatter().format(one).splitlines() for one in records]
+        seen.append((capsys.readouterr().out, [(lines[0], lines[-1]) for lines in texts]))
+    assert seen[0] == seen[1] and len(seen[0][1]) == 3
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.ones(4, 8)  # no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 + self.table
+
+
+def test_a_plain_tensor_of_the_model_that_is_the_input_in_some_calls() -> None:
+    model = shardc.shard(Added(), mesh="a=2")
+    for x in (model.table, torch.zeros(4, 8), model.table, torch.full((4, 8), 5.0)):
+        torch.testing.assert_close(model(x), x * 2 + 1)
+
+
 def test_nothing_is_told_by_a_call_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     def forward(x: Tensor) -> Tensor:
         print("told")
@@ -184,6 +235,8 @@ def test_what_a_run_cannot_ask_is_refused_with_its_line(function: Callable[[Tens
 
 def test_a_buffer_that_is_the_input_and_is_written() -> None:
     class Writes(nn.Module):
+        table: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.Linear(8, 8)

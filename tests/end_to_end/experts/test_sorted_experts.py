@@ -53,7 +53,22 @@ def _passed_over(model: Any, rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat(made)
 
 
+def _doubled(rows: Tensor, counts: list[int]) -> Tensor:
+    """Writes into the rows by their segments."""
+    for part in rows.split(counts):
+        part[:, :2].mul_(2)
+    return rows
+
+
 REFUSED: dict[str, Work] = {
+    "an int of a tensor": lambda m, rows, n, t: torch.cat([m.experts[0](rows[: int(t[0])]), rows[int(t[0]) :]]),
+    "an int of a number": lambda m, rows, n, _: rows * int(n[0]),
+    "as many times": lambda m, rows, n, _: sum([rows for _ in range(n[0])], rows),
+    "bits": lambda m, rows, n, _: rows * (n[0] & 1),
+    "told": lambda m, rows, n, _: print(n) or rows,  # type: ignore[func-returns-value]
+    "told as text": lambda m, rows, n, _: print(f"{n[0]}") or rows,  # type: ignore[func-returns-value]
+    "kept": lambda m, rows, n, _: setattr(m, "load", n) or rows,  # type: ignore[func-returns-value]
+    "written in place": lambda m, rows, n, _: _doubled(rows, n),
     "in another order": lambda m, rows, n, _: torch.cat(each(m, rows, n)[::-1]),
     "more than three": lambda m, rows, n, _: torch.cat([one * 2 if n[1] > 3 else one for one in each(m, rows, n)]),
     "the first changes all": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[0] == 0 else 1),

@@ -144,6 +144,19 @@ def test_what_draws_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> No
     assert "no random generator" in kinds["forward"].reason and kinds["backward"].programs == 1
 
 
+def test_one_source_serves_many_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * x.shape[0]
+
+    monkeypatch.setattr(torch._inductor, "compile", plain)
+    single = Counts(8, 8)
+    model: Any = shard(copy.deepcopy(single), mesh="a=2", compile="inductor")
+    for rows in (4, 6, 8, 10, 12, 6, 14):
+        torch.testing.assert_close(model(torch.ones(rows, 8)), single(torch.ones(rows, 8)))
+    assert "SIZES" in model.code
+
+
 def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(graph: object, given: object) -> None:
         raise InvalidCxxCompiler
