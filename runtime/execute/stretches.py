@@ -15,16 +15,20 @@ Functions of repeated layers call nothing but operators, so they are taken whole
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 DRIVERS = ("forward", "backward", "prologue", "epilogue")
 """The functions that the executable calls."""
 
 
-def cut(source: str) -> tuple[ast.Module, dict[str, bool]]:
+def cut(source: str, given: Collection[str] = ()) -> tuple[ast.Module, dict[str, bool]]:
     """The module with the stretches of its drivers as functions; and all functions that only call operators, layers
-    and stretches, with whether they empty the list that they are given. Lines are those of the source."""
+    and stretches, with whether they empty the list that they are given. Lines are those of the source. Without what it
+    says of globals that are `given`."""
     tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.Assign) and _names([node], ast.Store)[0] in given)
+    ]
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     layers = [function.name for function in functions if function.name not in DRIVERS]
     if not any(_called(node) in layers for function in functions for node in ast.walk(function)):
