@@ -58,3 +58,8 @@ def test_a_batch_that_does_not_divide_as_others_did_has_a_number_of_its_own() ->
         sharded(torch.randn(rows, 16)).sum().backward()
         found.append(sharded.plan.turns)
     assert found[0] > 1 == found[1]
+
+
+def test_a_mean_that_is_rounded_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ShardcError, match=r"rounds a sum over all samples to fewer bits.*return it in float32"):
+        shardc.compile(Mlp(), "dp=2", (torch.randn(4, 1024),), microbatches=2, param_dtype="bfloat16")
