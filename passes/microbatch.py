@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from shardc.analysis.operands import collective_of
 from shardc.errors import InfeasibleError, ShardcError
-from shardc.ir.facts import Captured, Key, captured, describe, lowered, origin_of
+from shardc.ir.facts import Captured, Key, captured, describe, dtype_of, lowered, origin_of
 from shardc.ir.program import Microbatches, Port, Program, Role, ancestors, call, name_of, tensor_of, value_of, where
 from shardc.ir.versions import GraphVersion
 from shardc.passes.assign import solved
@@ -225,6 +225,12 @@ class _Divided:
                 readers = list(readers[0].users)
             reader = node if readers[0].op == "output" else readers[0]
         place = where(reader) or where(base[0])
+        if self.coupling is None and any(map(_rounds, (reader, *reader.users, *reader.all_input_nodes))):
+            return InfeasibleError(
+                f"microbatches={self.count}: {name_of(reader.target)} ({place}) rounds a sum over all samples to fewer "
+                "bits, and each micro-batch has only its own addend: compute and return it in float32, as in "
+                "loss(x.float())"
+            )
         return InfeasibleError(
             f"microbatches={self.count}: {name_of(reader.target)} ({place}) needs values of all samples at once, and "
             "each micro-batch has only its own. Operators that couple samples (batch norm while it trains, contrastive "
@@ -254,3 +260,11 @@ class _Divided:
             self.whole, version=GraphVersion.of(graph), inputs=ports, outputs=outputs, out_spec=spec,
             out_leaves=[*range(len(results))], attached=frozenset(), effects=None, orders={}, depends_on={},
         )  # fmt: skip
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether a node casts floats to floats of fewer bits."""
+    if node.target is not torch.ops.aten._to_copy.default:
+        return False
+    before, after = map(dtype_of, (node.all_input_nodes[0], node))
+    return before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from shardc.analysis.sized_source import alike, samples, sized_source
 from shardc.capture.dynamic_sizes import Template, named_dims, sizes_of
 from shardc.capture.inputs import flatten
@@ -20,7 +22,7 @@ from shardc.errors import ShardcError
 from shardc.explain.plan_file.reading import PlanFile
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import Dims, ModelCall
-from shardc.options import Options
+from shardc.options import AUTO, Options
 from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
@@ -102,12 +104,20 @@ class Family:
             return self._members[key]
         if self._captured is None and min(sizes.values()) > 1:
             self.captured(call)
-        if self._template is None or not self._template.admits(sizes):
+        if self._template is None or not self._template.admits(sizes) or self._undivided(leaves):
             options = self._asked.options
             options = replace(options, plan=None) if self._sizes_of_file() else options  # it is for the others
             alone = decided(replace(self._asked, call=call, dims={}, options=options))
             return self._members.setdefault(key, Compiled(alone, self))
         return self._by_one_source(self._template, sizes) or self._member(self._template, sizes)
+
+    def _undivided(self, leaves: Sequence[Any]) -> bool:
+        """Whether a batch does not divide into as many micro-batches as were chosen for others."""
+        if self._asked.options.microbatches != AUTO or self._planned is None:
+            return False
+        rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+        count = self._planned.options.microbatches
+        return isinstance(count, int) and bool(rows % count)
 
     def _member(self, template: Template, sizes: Sizes) -> Compiled:
         key = tuple(sizes.values())

@@ -24,7 +24,7 @@ from shardc.ir.model_call import Inputs, ModelCall
 from shardc.ir.printing import in_bytes, in_seconds
 from shardc.ir.program import Role
 from shardc.ir.report import Columns, Report, Section
-from shardc.options import SearchOptions, as_keywords
+from shardc.options import AUTO, SearchOptions, as_keywords
 from shardc.passes.assign import TooSlowError, first_network
 from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import part, run
@@ -139,6 +139,8 @@ def search(call: ModelCall, devices: int, options: SearchOptions) -> MeshSearch:
         raise MeshError(f"cannot spread {devices} devices over {len(options.axes)} axes; both must be 1 or more")
     if options.dynamic:
         raise ShardcError("dynamic= has no meaning for a search: name the sizes to plan for")
+    if options.microbatches == AUTO:
+        raise ShardcError("microbatches='auto' has no meaning for a search: name a number; a plan may choose one")
     if options.plan is not None:
         raise ShardcError("plan= has no meaning for a search: it looks for plans")
     if any(isinstance(parameter, DTensor) for parameter in call.model.parameters()):

@@ -21,6 +21,7 @@ __all__ = ["all_reduce_bucket"]
 class _AllReduceBucket(Bucket[Arguments, Result]):
     of = all_reduce
     works_on_copy = True  # the buffer, which becomes the result
+    writes_operand = True
 
     def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
         return c10d.reduced(operand, group, op, lambda x, how: c10d.OPS.all_reduce_(x, how, group.name))

@@ -81,6 +81,8 @@ class Collective(ABC, Generic[Arguments, Result]):
     """Whether it is local: it sends nothing."""
     works_on_copy = False
     """Whether it copies its operand into the result at the start, and so need not hold the operand."""
+    writes_operand = False
+    """Whether its transport may write to its operand, which nobody else reads then."""
     uneven = False
     """Whether ranks send different amounts. `op` then differs too, and `exchange` gets all of them, joined by `;`."""
     keeps_part = False

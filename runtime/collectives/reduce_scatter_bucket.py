@@ -22,6 +22,7 @@ __all__ = ["reduce_scatter_bucket"]
 
 class _ReduceScatterBucket(Bucket[Arguments, Result]):
     of = reduce_scatter
+    writes_operand = True
 
     def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
         if not group.gloo:

@@ -10,6 +10,8 @@ the kernel.
 
 from __future__ import annotations
 
+import linecache
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -20,11 +22,15 @@ import torch
 _DIRECT = "__direct__"
 """A global of a generated module: whether all that it calls is torch's, or the runtime's."""
 
+_OWN = frozenset({"aten", "prims", "shardc"})
+"""Namespaces of operators that do not differentiate inside of themselves."""
+
 
 def call_directly(module: ModuleType) -> None:
     """From now on, a generated module calls torch's operators without Python's layer, and `unrecorded` holds for it."""
     if _DIRECT not in vars(module):
-        setattr(module, _DIRECT, not any(_is_users(value, module) for value in vars(module).values()))
+        theirs = any(_is_users(value, module) for value in vars(module).values())
+        setattr(module, _DIRECT, not theirs and _namespaces(module) <= _OWN)
     if getattr(module, "aten", None) is torch.ops.aten:
         module.aten = _ATEN  # type: ignore[attr-defined]
 
@@ -41,6 +47,11 @@ def _is_users(value: object, module: ModuleType) -> bool:
     if not callable(value) or isinstance(value, type) or getattr(value, "__globals__", None) is vars(module):
         return False
     return not str(getattr(value, "__module__", "")).startswith(("shardc.runtime", "torch"))
+
+
+def _namespaces(module: ModuleType) -> set[str]:
+    """Those of the operators that a generated module calls."""
+    return set(re.findall(r"\btorch\.ops\.(\w+)", "".join(linecache.getlines(str(module.__file__)))))
 
 
 class _Operator:

@@ -10,7 +10,6 @@ that all ranks start them in the order of the generated code.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import linecache
 import threading
@@ -40,8 +39,8 @@ _LOCK = threading.RLock()
 def _begin(operand: Tensor, before: list[Tensor], collective: str, axis: str, op: str) -> Tensor:
     """Start a collective behind those `before`; its number, by which it lands."""
     context, number = current(), next(_NUMBERS)
-    if len(context.mesh.ranks) > 1:
-        operand = operand.clone()  # other ranks of this process read it while this one writes on in its memory
+    if len(context.mesh.ranks) > 1 or _COLLECTIVES[collective].writes_operand:
+        operand = operand.clone()  # compiled code writes on in its memory, and takes it for what it was
     _UNDERWAY[number] = context.send(_COLLECTIVES[collective], axis, operand, op)
     return torch.tensor([number])
 
@@ -118,7 +117,8 @@ class _Tracing(Context):
             moved = collective.exchange([sample] * ranks, 0, op)
         number = torch.ops.shardc.begin(operand, self.last, collective.name, axis, op)
         self.last = [number]
-        return _traced(number, [operand], (list(moved.shape), moved.dtype, finish))
+        read = operand.new_empty(0) if collective.writes_operand else operand  # it has its own
+        return _traced(number, [read], (list(moved.shape), moved.dtype, finish))
 
 
 class _Noted(dict[str, int]):
@@ -175,20 +175,17 @@ class CompiledFunction:
                     argument.clear()  # what it held is freed by whoever reads it last
         key = tuple([(leaf.shape, leaf.stride()) for leaf in leaves])
         context = current()
-        found = self._known.get(key) or self._known.get((context.rank, key))
+        here = tuple(context.coordinates.values()), key  # also which micro-batch it is
+        found = self._known.get(key) or self._known.get(here)
         if found is None:
             with _LOCK:
-                found = (
-                    self._known.get(key)
-                    or self._known.get((context.rank, key))
-                    or self._made(key, leaves, spec, context)
-                )
+                found = self._known.get(key) or self._known.get(here) or self._made(key, here, leaves, spec, context)
         if found is None:
             return self.function(*pytree.tree_unflatten(leaves, spec))
         run, out = found
         return pytree.tree_unflatten(run(*leaves), out)
 
-    def _made(self, key: Any, leaves: Sequence[Tensor], spec: pytree.TreeSpec, context: Context) -> Any:
+    def _made(self, key: Any, here: Any, leaves: Sequence[Tensor], spec: pytree.TreeSpec, context: Context) -> Any:
         outs: list[pytree.TreeSpec] = []
 
         def flat(*tensors: Tensor) -> list[Any]:
@@ -211,22 +208,17 @@ class CompiledFunction:
                 "or leave compile= out"
             ) from error
         self.programs += 1
-        made = self._known[(context.rank, key) if tracing.placed else key] = run, outs[0]
+        made = self._known[here if tracing.placed else key] = run, outs[0]
         return made
 
 
 def compiled(module: ModuleType) -> ModuleType:
     """The generated module with all of its functions that only call operators compiled; its `COMPILED` are these."""
     name = str(module.__file__)
-    tree, empties = cut("".join(linecache.getlines(name)))
-    tree.body = [line for line in tree.body if not _gives_sizes(line)]  # the module may be that of other sizes
+    tree, empties = cut("".join(linecache.getlines(name)), given=vars(module).keys() & {"SIZES"})
     made = ModuleType(module.__name__)
     vars(made).update(vars(module))
     exec(compile(tree, name, "exec"), vars(made))
     kinds = {one: CompiledFunction(vars(made)[one], empty) for one, empty in empties.items()}
     vars(made).update(kinds, COMPILED=kinds)
     return made
-
-
-def _gives_sizes(line: ast.stmt) -> bool:
-    return isinstance(line, ast.Assign) and any(isinstance(one, ast.Name) and one.id == "SIZES" for one in line.targets)

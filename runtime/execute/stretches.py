@@ -15,16 +15,20 @@ Functions of repeated layers call nothing but operators, so they are taken whole
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 DRIVERS = ("forward", "backward", "prologue", "epilogue")
 """The functions that the executable calls."""
 
 
-def cut(source: str) -> tuple[ast.Module, dict[str, bool]]:
+def cut(source: str, given: Collection[str] = ()) -> tuple[ast.Module, dict[str, bool]]:
     """The module with the stretches of its drivers as functions; and all functions that only call operators, layers
-    and stretches, with whether they empty the list that they are given. Lines are those of the source."""
+    and stretches, with whether they empty the list that they are given. Lines are those of the source. Without what it
+    says of globals that are `given`."""
     tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.Assign) and {*_names([node], ast.Store)} & {*given})
+    ]
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     layers = [function.name for function in functions if function.name not in DRIVERS]
     if not any(_called(node) in layers for function in functions for node in ast.walk(function)):
@@ -102,9 +106,20 @@ class _Driver:
         return isinstance(statement, ast.Assign) and _called(statement.value).startswith(f"{self.function.name}_")
 
 
-def _names(statements: Sequence[ast.stmt], context: type[ast.expr_context]) -> list[str]:
-    nodes = (node for statement in statements for node in ast.walk(statement))
-    return [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)]
+def _names(nodes: Iterable[ast.AST], context: type[ast.expr_context], bound: Collection[str] = ()) -> list[str]:
+    """The names in some nodes, but for those that are `bound` and the variables of comprehensions."""
+    found: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            found += [node.id] if isinstance(node.ctx, context) and node.id not in bound else []
+        elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+            first, *rest = node.generators
+            inner = {*bound, *_names([one.target for one in node.generators], ast.Store)}
+            found += _names([first.iter], context, bound)
+            found += _names([node.elt, *first.ifs, *(one.iter for one in rest)], context, inner)
+        else:
+            found += _names(ast.iter_child_nodes(node), context, bound)
+    return found
 
 
 def _called(node: ast.AST) -> str:

@@ -121,7 +121,7 @@ class _Module:
             more, lines = self._epilogue(self.predicted.epilogue, loops)
             functions += more
             parts += ["", "", *lines]
-        return "\n".join([*self._top(), *self._slots(), *functions, "", "", *parts, ""])
+        return "\n".join([*self._top(functions), *self._slots(), *functions, "", "", *parts, ""])
 
     def _prologue(self, prologue: Once) -> list[str]:
         other = _Module(prologue.graph, prologue.program, self.mesh, Predicted(told=prologue.told))
@@ -225,7 +225,10 @@ class _Module:
 
     # the top of the module
 
-    def _top(self) -> list[str]:
+    def _top(self, functions: Sequence[str]) -> list[str]:
+        abstract = (
+            ["from collections.abc import Sequence", ""] if any("Sequence[" in line for line in functions) else []
+        )
         names = sorted({"Slot", *self.imports, *self.calls.imports, *self.shared.used}, key=_order)
         line = written(["from shardc.runtime import ", tuple_of(names)], 0)
         body = self.predicted.lines or ("Runs with torch and shardc.runtime alone.",)
@@ -239,7 +242,8 @@ class _Module:
         if self.program.microbatches is not None:
             constants += [f"MICROBATCHES = {self.program.microbatches.count}", f"AT_ONCE = {self._at_once()}"]
         return [
-            *doc, "", "import torch", "from torch import Tensor", "", *line, *imported(self.calls.bodies), "",
+            *doc, "", *abstract, "import torch", "from torch import Tensor", "",
+            *line, *imported(self.calls.bodies), "",
             "aten = torch.ops.aten", *constants, "",
         ]  # fmt: skip
 

@@ -211,6 +211,7 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 --dynamic x=0:a,0:b", "--dynamic x=0:a,0:b: write ARGUMENT=DIM:NAME"),
         ("plan x.py --mesh tp=2 --dynamic 'x=0:a b'", "--dynamic x=0:a b: write ARGUMENT=DIM:NAME"),
         ("plan examples/mlp.py --devices 2 --dynamic x=0:batch", "dynamic= has no meaning for a search"),
+        ("plan examples/mlp.py --devices 2 --microbatches auto", "microbatches='auto' has no meaning for a search"),
         ("compile x.py --mesh tp=2 --print-after no", "Expected one of " + str(NAMES)),
         (
             "compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py",

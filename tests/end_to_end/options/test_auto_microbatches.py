@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -48,3 +48,18 @@ def test_auto_is_one_where_samples_are_coupled() -> None:
     assert one.plan.turns == 1
     with pytest.raises(ShardcError, match=r"'many' must be a whole number, 1 or more, or 'auto'"):
         shardc.compile(model, "dp=2", (x,), microbatches="many")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_batch_that_does_not_divide_as_others_did_has_a_number_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    sharded: Any = shardc.shard(model, mesh="a=2", hardware="h100", memory="600KB", microbatches="auto", cache=False)
+    found: list[int] = []
+    for rows in (4096, 1023):  # the last of an epoch is smaller
+        sharded(torch.randn(rows, 16)).sum().backward()
+        found.append(sharded.plan.turns)
+    assert found[0] > 1 == found[1]
+
+
+def test_a_mean_that_is_rounded_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ShardcError, match=r"rounds a sum over all samples to fewer bits.*return it in float32"):
+        shardc.compile(Mlp(), "dp=2", (torch.randn(4, 1024),), microbatches=2, param_dtype="bfloat16")

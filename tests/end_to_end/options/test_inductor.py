@@ -144,17 +144,28 @@ def test_what_draws_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> No
     assert "no random generator" in kinds["forward"].reason and kinds["backward"].programs == 1
 
 
-def test_one_source_serves_many_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counts(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * x.shape[0]
+class Numbered(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.arange(x.shape[0])[:, None]).tanh().sum()
 
+
+def test_what_depends_on_the_place_in_the_batch_is_compiled_for_each_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch._inductor, "compile", plain)
-    single = Counts(8, 8)
-    model: Any = shard(copy.deepcopy(single), mesh="a=2", compile="inductor")
-    for rows in (4, 6, 8, 10, 12, 6, 14):
-        torch.testing.assert_close(model(torch.ones(rows, 8)), single(torch.ones(rows, 8)))
-    assert "SIZES" in model.code
+    x = torch.randn(8, 4)
+    made = shard(Numbered(), mesh="a=2", compile="inductor", microbatches=4)
+    torch.testing.assert_close(made(x), Numbered()(x))
+
+
+def test_one_source_for_many_sizes_is_compiled_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", plain)
+    model = nn.Linear(4, 4)
+    made: Any = shard(copy.deepcopy(model), mesh="a=2", compile="inductor")
+    for rows in (8, 6, 7, 9, 11, 12):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(made(x), model(x))
+    assert "SIZES" in made.code
 
 
 def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

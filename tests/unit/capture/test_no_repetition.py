@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -94,7 +94,7 @@ def test_a_trace_that_fails_leaves_the_model_as_it_was(spy: Spy) -> None:
 
     class Fine(Block):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if math.isfinite(time.perf_counter()) else x
+            return super().forward(x) if math.isfinite(float(os.environ.get("LAYERS", "1"))) else x
 
     for module in (Stack(Failing), Stack(lambda _: Fine())):
         before = [dict(vars(part)) for part in module.modules()]

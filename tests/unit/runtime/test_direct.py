@@ -50,6 +50,15 @@ def test_nothing_is_recorded_and_nothing_is_between() -> None:
     assert (x * 2).requires_grad
 
 
+def test_the_operator_of_a_user_may_differentiate() -> None:
+    library = torch.library.Library("operators_of_a_user", "DEF")
+    library.define("slope(Tensor x) -> Tensor")
+    library.impl("slope", slope, "CPU")
+    x = torch.arange(3.0)
+    source = "import torch\ndef forward(x):\n    return torch.ops.operators_of_a_user.slope.default(x)\n"
+    assert all(torch.equal(one, 2 * x) for one in ran(source, x))  # type: ignore[arg-type]
+
+
 def test_the_body_of_a_user_may_differentiate(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = ModuleType("bodies_of_a_user")
     theirs.slope = slope  # type: ignore[attr-defined]
