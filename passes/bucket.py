@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -187,7 +187,12 @@ def _divided(
     fill = buckets.fill(collective, axis, [sizes[node] for node in nodes])
     joining = [node for node in nodes if buckets.saved(collective, axis, sizes[node], fill) > later.get(node, 0.0)]
     fill = buckets.fill(collective, axis, [sizes[node] for node in joining])
-    hides = bool(fill) and buckets.hidden(collective, axis, fill, fill) > 0.0
+
+    def hides(rest: float) -> bool:
+        """Whether more of a bucket is hidden than a collective of what is left takes."""
+        alone = buckets.alone(collective, axis, fill)
+        return buckets.hidden(collective, axis, fill, fill) * alone > buckets.alone(collective, axis, rest)
+
     buckets_made: list[list[fx.Node]] = [[]]
     for node, least in zip(joining, _least(joining, sizes, fill, hides), strict=True):
         buckets_made[-1].append(node)
@@ -201,9 +206,11 @@ def _divided(
     return [members for members in buckets_made if len(members) > 1 and worth(members)]
 
 
-def _least(nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float, hides: bool) -> list[float]:
+def _least(
+    nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float, hides: Callable[[float], bool]
+) -> list[float]:
     """For each collective the bytes from which on a bucket ends behind it. What is large of the last repeated layer
-    does not wait for what is small, if something of it `hides`."""
+    does not wait for what is small, if more of it `hides` than the bytes that are left then take."""
     found, kinds = list[float](), dict[str, list[str]]()
     for node in nodes:
         kinds.setdefault(layer_of(node), []).append(_place(node))
@@ -212,7 +219,7 @@ def _least(nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, float], fill: float
     last = next(filter(None, map(layer_of, reversed(nodes))), "")
     mine = [at for at, node in enumerate(nodes) if last and layer_of(node) == last]
     large = [at for at in mine if sizes[nodes[at]] > SMALL * sum(sizes[nodes[at]] for at in mine)]
-    if hides and large:
+    if large and hides(sum(sizes[node] for node in nodes[large[-1] + 1 :])):
         found[large[-1]] = 0.0
     return found
 
