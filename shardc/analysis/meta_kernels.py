@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from shardc.analysis.storages import TensorForm, form_of
+from shardc.ir.argument_keys import key_of
 
 aten = torch.ops.aten
 Placed = tuple[int, TensorForm]
@@ -28,23 +29,12 @@ def made_by_meta_kernel(
     """The forms of the results of a call, whose operands lie in storages of `sizes` bytes as `placed` says; None where
     there is no meta kernel, or where it asks for values."""
     assert isinstance(node.target, OpOverload)
-    args, kwargs = _key(node.args, placed), _key(dict(node.kwargs), placed)
+    args, kwargs = key_of(node.args, placed), key_of(dict(node.kwargs), placed)
     try:
         hash((args, kwargs))
     except TypeError:  # sizes that are symbols
         return _made.__wrapped__(node.target, args, kwargs, sizes)
     return _made(node.target, args, kwargs, sizes)
-
-
-def _key(argument: Any, placed: Callable[[fx.Node], Placed | None]) -> Any:
-    """An argument as a key; numbers of different types are different keys."""
-    if isinstance(argument, fx.Node):
-        return placed(argument)
-    if isinstance(argument, (list, tuple)):
-        return "list", *(_key(item, placed) for item in argument)  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(argument, dict):
-        return "dict", *((name, _key(item, placed)) for name, item in argument.items())  # pyright: ignore[reportUnknownVariableType]
-    return "plain", type(argument), argument  # pyright: ignore[reportUnknownVariableType]
 
 
 @lru_cache(maxsize=1 << 13)

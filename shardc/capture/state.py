@@ -18,7 +18,7 @@ from shardc.capture.side_effects.holders import Contents, Holder, Library, Locat
 from shardc.capture.side_effects.reachable import PLAIN, Reachable
 from shardc.capture.side_effects.snapshot import Change, Snapshot
 from shardc.capture.unsupported_parts import refuse_replaced_methods
-from shardc.capture.user_frames import user_frame
+from shardc.capture.user_frames import at_line
 from shardc.errors import CaptureError
 from shardc.ir.program import Port, Role
 
@@ -137,8 +137,7 @@ class Stopped:
 
     def refuse(self) -> NoReturn:
         """Raise CaptureError for the line that wants a value."""
-        frame = user_frame(sys._getframe(2))
-        line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+        line = at_line(sys._getframe(2))
         raise CaptureError(
             f"forward uses {self._path}, an iterator or a file{line}: a compiled program would use the same value at "
             "every call. Use it outside of the model, and pass values in"

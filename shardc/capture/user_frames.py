@@ -47,6 +47,12 @@ def source_line(frame: FrameType | None) -> str:
     return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def at_line(frame: FrameType | None) -> str:
+    """The innermost line of user code with its whole path, as ` at models/model.py:41`; "" if there is none."""
+    frame = user_frame(frame)
+    return "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
 def failing_line(traceback: TracebackType | None) -> tuple[str, int] | None:
     """The innermost file and line of user code that an exception passed through."""
     innermost: tuple[str, int] | None = None

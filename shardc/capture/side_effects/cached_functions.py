@@ -17,7 +17,7 @@ from typing import Any
 from shardc.capture.side_effects.code import changes_something, makes_tensors
 from shardc.capture.side_effects.holders import Holder, Location
 from shardc.capture.side_effects.snapshot import Snapshot
-from shardc.capture.user_frames import user_frame
+from shardc.capture.user_frames import at_line
 from shardc.errors import CaptureError
 
 Telling = Callable[[], AbstractContextManager[None]]
@@ -43,8 +43,7 @@ def _watched(function: Any, holders: list[Holder], told_once: Telling) -> Any:
                 function.__wrapped__(*args, **kwargs)  # nothing is remembered if it is refused
                 changes = before.restore()
                 if changes:
-                    frame = user_frame(sys._getframe(1))
-                    line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+                    line = at_line(sys._getframe(1))
                     raise CaptureError(
                         f"forward calls {function.__qualname__}{line}, which changes {', '.join(changes[0].names())} "
                         "and runs once only, because functools.lru_cache remembers its result. A trace may run it "

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 from shardc.capture.side_effects.reachable import Reachable
-from shardc.capture.user_frames import is_installed, user_frame
+from shardc.capture.user_frames import at_line, is_installed
 from shardc.errors import CaptureError
 
 _OF_ITS_MOMENT = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}
@@ -64,8 +64,7 @@ class Reading:
 
     def reads(self, *_: Any, **__: Any) -> NoReturn:
         """Raise CaptureError: code asks for the answer itself."""
-        frame = user_frame(sys._getframe(1))
-        line = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+        line = at_line(sys._getframe(1))
         raise CaptureError(
             f"forward computes with what {self.asked.name} says{line}: a compiled program would use the answer of its "
             "trace at every call, and runs no part of the model on its own. Ask outside of the model, or keep the "

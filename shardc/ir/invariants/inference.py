@@ -12,6 +12,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from shardc.ir.argument_keys import key_of
+
 aten = torch.ops.aten
 Wrong = TypeVar("Wrong")
 
@@ -62,7 +64,7 @@ def _inferred(
     if not isinstance(node.target, OpOverload):
         return None
     try:
-        return infer(node.target, _key((node.args, node.kwargs), described), device)
+        return infer(node.target, key_of((node.args, node.kwargs), described), device)
     except TypeError as error:
         if "unhashable" in str(error):
             return None
@@ -71,17 +73,6 @@ def _inferred(
 
 class _Unknown(Exception):
     """An operand that nothing is known of."""
-
-
-def _key(argument: Any, described: Callable[[fx.Node], Described | None]) -> Any:
-    """An argument as a key; numbers of different types are different keys."""
-    if isinstance(argument, fx.Node):
-        return described(argument)
-    if isinstance(argument, (list, tuple)):
-        return "list", *(_key(item, described) for item in argument)  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(argument, dict):
-        return "dict", *((name, _key(item, described)) for name, item in argument.items())  # pyright: ignore[reportUnknownVariableType]
-    return "plain", type(argument), argument  # pyright: ignore[reportUnknownVariableType]
 
 
 def _made(key: Any, device: torch.device) -> Any:
