@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from itertools import chain, repeat
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import torch
@@ -151,7 +150,8 @@ class Guards:
     def _laid_out(self, versions: list[int] | None) -> SameObjects:
         """All values as they are expected now, for the quick comparison."""
         self.version += 1
-        self._numbers: dict[int, tuple[int, ref[Tensor]]] | None = None
+        self._numbers: dict[int, int] | None = None
+        self._numbered: list[Tensor] = []
         items = {id(item): item for values in self._values for item in values.expected}.values()
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
@@ -240,12 +240,11 @@ class Guards:
 
     def numbers(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
         """For each tensor the number of that of the model's which it is; () where none is one."""
-        if self._numbers is None:
+        # a parameter that moves is replaced in the list, and another tensor may get the identity of the old one
+        if self._numbers is None or list(map(id, self._numbered)) != list(self._numbers):
             held = [item for one in self._values for item in one.expected]
-            # parameters that move are freed, and another tensor may then have their identity
-            self._numbers = {
-                id(item): (number, ref(item)) for number, item in enumerate(held) if isinstance(item, Tensor)
-            }
+            self._numbers = {id(item): number for number, item in enumerate(held) if isinstance(item, Tensor)}
+            self._numbered = list({id(item): item for item in held if isinstance(item, Tensor)}.values())
         known = self._numbers
         if self._writes_tensors:
             held = ((place.holder.target, place) for place in self._writes_tensors)
@@ -253,14 +252,9 @@ class Guards:
                 target.get(place.key) if type(target) is dict else place.holder.get().get(place.key)
                 for target, place in held
             )  # fmt: skip
-            known = known | {
-                id(item): (-1 - number, ref(item)) for number, item in enumerate(now) if isinstance(item, Tensor)
-            }
-        if known.keys().isdisjoint(map(id, tensors)):
-            return ()
-        met = [(tensor, known.get(id(tensor))) for tensor in tensors]
-        numbers = tuple(one[0] if one is not None and one[1]() is tensor else None for tensor, one in met)
-        return () if all(number is None for number in numbers) else numbers
+            known = known | {id(item): -1 - number for number, item in enumerate(now) if isinstance(item, Tensor)}
+        given = list(map(id, tensors))
+        return () if known.keys().isdisjoint(given) else tuple(map(known.get, given))
 
     def knows(self, target: Any, key: Any) -> bool:
         """Whether what stands under a key of a container, or in a variable, is compared with what was there."""

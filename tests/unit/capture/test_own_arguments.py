@@ -26,6 +26,16 @@ def test_a_tensor_with_the_identity_of_one_that_is_gone_is_another() -> None:
     assert (
         number is not None and guards.numbers([other]) == () and guards.numbers([other, model.shift]) == (None, number)
     )
-    assert guards._numbers is not None
-    guards._numbers[id(other)] = guards._numbers[id(model.shift)]  # as where memory is used again
+    assert [tensor is model.shift for tensor in guards._numbered] == [True]
+    guards._numbered[0] = other  # as where a parameter becomes a DTensor
     assert guards.numbers([other]) == ()
+    assert guards.numbers([model.shift]) == (number,)
+
+
+def test_numbering_lets_torch_swap_the_tensors() -> None:
+    model = Shifted()
+    effects = capture(model, (torch.ones(4),)).effects
+    assert effects is not None
+    effects.guards.numbers([model.shift])
+    torch.utils.swap_tensors(model.shift, torch.zeros(4))  # refuses a tensor that something refers to weakly
+    assert model.shift.equal(torch.zeros(4))
