@@ -141,14 +141,11 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
         (int, "any") if type(leaf) is int and leaf > 1 else _leaf_key(leaf, free.get(index, ()))
         for index, leaf in enumerate(leaves)
     )
-    return switches(), inputs, shared_memory(tensors)
-
-
-def switches() -> tuple[Any, ...]:
-    """The global switches of torch on which a program depends."""
-    casts = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
+    casts = tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
+    )
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return torch.is_grad_enabled(), *casts, torch.get_default_dtype(), *exact
+    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, shared_memory(tensors)
 
 
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, ...]:

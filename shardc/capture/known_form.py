@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shardc.capture.inputs import shared_memory, switches
+from shardc.capture.inputs import shared_memory
+from shardc.capture.torch_patches.ambient_modes import Switches
 from shardc.runtime.execute.tensor_kinds import TensorKinds
 from shardc.runtime.execute.transforms import in_forward_mode
 
@@ -21,7 +22,7 @@ class KnownForm:
     """The form of a call with flat inputs that were looked at, one by one. `structure` is how they were passed."""
 
     def __init__(self, leaves: Sequence[Any], structure: Any) -> None:
-        self._number, self._structure, self._switches = len(leaves), structure, switches()
+        self._number, self._structure, self._switches = len(leaves), structure, Switches()
         self._at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._others_at = [index for index in range(len(leaves)) if index not in self._at]
         self._others = [leaves[index] for index in self._others_at]
@@ -36,7 +37,7 @@ class KnownForm:
 
     def fits(self, leaves: Sequence[Any], structure: Any) -> bool:
         """Whether a call with these flat inputs is of this form. False for some that are."""
-        if len(leaves) != self._number or structure != self._structure or switches() != self._switches:
+        if len(leaves) != self._number or structure != self._structure or not self._switches.same():
             return False
         if not all(map(operator.is_, [leaves[index] for index in self._others_at], self._others)):
             return False

@@ -166,6 +166,7 @@ class Guards:
         self.version += 1
         self._numbers: dict[int, int] | None = None
         self._numbered: list[Tensor] = []
+        self._numbered_as = b""
         items = {id(item): item for values in self._values for item in values.expected}.values()
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
@@ -258,10 +259,11 @@ class Guards:
     def numbers(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
         """For each tensor the number of that of the model's which it is; () where none is one."""
         # a parameter that moves is replaced in the list, and another tensor may get the identity of the old one
-        if self._numbers is None or list(map(id, self._numbered)) != list(self._numbers):
+        if self._numbers is None or _identities(self._numbered) != self._numbered_as:
             held = [item for one in self._values for item in one.expected]
             self._numbers = {id(item): number for number, item in enumerate(held) if isinstance(item, Tensor)}
             self._numbered = list({id(item): item for item in held if isinstance(item, Tensor)}.values())
+            self._numbered_as = _identities(self._numbered)
         known = self._numbers
         if self._writes_tensors:
             held = ((place.holder.target, place) for place in self._writes_tensors)
@@ -384,6 +386,10 @@ def _may_grow(holder: Holder) -> bool:
     if isinstance(holder, Names):
         return isinstance(holder.target, dict)
     return isinstance(holder, Attributes) and not holder.whole
+
+
+def _identities(values: Sequence[Any]) -> bytes:
+    return np.fromiter(map(id, values), np.int64, len(values)).tobytes()
 
 
 def _key(place: Location) -> tuple[int, Any]:
