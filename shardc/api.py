@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from shardc.calls import Calls
 from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flat_arguments, flatten
+from shardc.capture.known_form import KnownForm
 from shardc.capture.side_effects.arguments import Containers
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import Compiled
@@ -80,6 +81,15 @@ class Request(NamedTuple):
     options: Options
 
 
+class _Known(NamedTuple):
+    """The last call of a model: its form, what it was looked up by, and its program. Most calls are like the last."""
+
+    form: KnownForm
+    key: Any
+    named: Dims
+    program: Compiled
+
+
 class _Engine:
     """What a sharded model carries: the request, and what was compiled for each form of call."""
 
@@ -90,6 +100,7 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
+        self.known: _Known | None = None
         self.sums: GradientSums | None = None
         """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
@@ -114,15 +125,22 @@ class _Engine:
     ) -> Any:
         flat = flat_arguments(args, kwargs)
         leaves, spec = (flat, None) if flat is not None else flatten((args, kwargs))
-        call, grad = ModelCall(module, args, kwargs, function=forward), torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
         with TRACING:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if grad else moves(module)
-            named = named_dims(self.request.options.dynamic, call)
-            one = () if spec is None else tuple(Containers((args, kwargs)).again)
             structure = (len(args), *kwargs) if spec is None else str(spec)
-            key = call_key(leaves, named), structure, one, placed
-            program = self._program(key, named, call, leaves)
+            known = self.known if spec is None else None
+            if known and known.form.fits(leaves, (structure, placed)) and not known.program.broken((args, kwargs)):
+                key, named, program = known.key, known.named, known.program
+            else:
+                call = ModelCall(module, args, kwargs, function=forward)
+                named = named_dims(self.request.options.dynamic, call)
+                one = () if spec is None else tuple(Containers((args, kwargs)).again)
+                key = call_key(leaves, named), structure, one, placed
+                program = self._program(key, named, call, leaves)
+                form = KnownForm.of(leaves, (structure, placed)) if spec is None else None
+                self.known = _Known(form, key, named, program) if form else None
             if self.sums is not None and grad:
                 program = program.accumulating
             self.last = program
@@ -132,8 +150,7 @@ class _Engine:
 
             The call may have changed its arguments and what else it reads, and the user may have, since."""
             other_args, other_kwargs = (args, kwargs) if spec is None else pytree.tree_unflatten(leaves, spec)
-            leaves_of = program.leaves_of(outputs)
-            other = replace(call, args=other_args, kwargs=other_kwargs, differentiable=leaves_of, grad=grad)
+            other = ModelCall(module, other_args, other_kwargs, program.leaves_of(outputs), forward, grad)
             with torch.enable_grad(), TRACING, program.as_captured():
                 return self._program(key, named, other, leaves).executable
 

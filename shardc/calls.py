@@ -60,7 +60,7 @@ class Calls:
         broken: list[str] = []
         programs = self._alone.get(fixed_sizes(leaves, {}), []) if self._alone else []
         for index, program in enumerate(programs):
-            reason = program.broken(call)
+            reason = program.broken((call.args, call.kwargs))
             if not reason:
                 _to_front(programs, index)
                 return program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -215,10 +215,11 @@ class Compiled:
             self._held = effects.version, WatchedState(self._state_now())
         return None if self._unwatched else self._held[1]
 
-    def broken(self, call: ModelCall) -> str:
-        """Why a call is not one of this program: which value that the model's code reads has changed. "" if it is."""
+    def broken(self, arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> str:
+        """Why a call with these arguments (args and kwargs) is not one of this program: which value that the model's
+        code reads has changed. "" if it is."""
         effects = self._program.effects
-        return effects.broken((call.args, call.kwargs)) if effects is not None else ""
+        return effects.broken(arguments) if effects is not None else ""
 
     def changes(self) -> frozenset[tuple[int, Any]]:
         """What has broken the guards until now, each as the identity of a container and a key in it."""
@@ -272,7 +273,7 @@ class Compiled:
             return self.at(ModelCall(self._module, args, kwargs), leaves).run(leaves, (args, kwargs))
 
         with TRACING:
-            reason = self.broken(ModelCall(self._module, args, kwargs))
+            reason = self.broken((args, kwargs))
         if reason:
             raise ShardcError(f"{reason} when the model was compiled: put it back, or compile the model again")
         return with_global_batch(run, args, kwargs, self._last.mesh, self._last.options.data)

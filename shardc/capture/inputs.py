@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -144,14 +144,18 @@ def call_key(leaves: list[Any], dynamic: Mapping[int, Collection[int]] | None = 
     casts = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )
-    twice: tuple[int, ...] = ()
-    if len(tensors) > 1:
-        first: dict[int, int] = {}
-        twice = tuple([first.setdefault(memory_of(tensor), i) for i, tensor in enumerate(tensors)])
-        if len(first) < len(tensors):  # code may ask whether two of them are one
-            twice = *twice, *same_tensors(tensors)
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, twice
+    return torch.is_grad_enabled(), casts, torch.get_default_dtype(), exact, inputs, shared_memory(tensors)
+
+
+def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which of some tensors lie in the memory of another, and then which are the same object; () of one tensor."""
+    if len(tensors) < 2:
+        return ()
+    first: dict[int, int] = {}
+    twice = tuple([first.setdefault(memory_of(tensor), i) for i, tensor in enumerate(tensors)])
+    # code may ask whether two of them are one
+    return twice if len(first) == len(tensors) else (*twice, *same_tensors(tensors))
 
 
 def same_tensors(tensors: Iterable[Any]) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ values.getter(values.target)        # (0.5, 1e-05)
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Set
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ class MetValues:
 
 def _getter(holder: Holder, keys: list[Any]) -> tuple[Callable[[Any], Any], bool]:
     """A function from the holder's target to its values under `keys`, and whether it gives the bare value, of one."""
-    if isinstance(holder, Members):
+    if isinstance(holder, Members) or (
+        type(holder.target) in (list, deque) and keys == list(range(len(holder.target)))
+    ):
         return iter, False
     if isinstance(holder, Bytes):
         return (lambda _: holder.get().get(0)), True
@@ -89,7 +92,7 @@ def plain_dict(holder: Holder) -> Any:
 
 
 class WatchedDict:
-    """The conditions on one plain dict, to be looked at when it was changed.
+    """The conditions on one dict, to be looked at when it was changed.
 
     `values` are values that stand in it (None: nobody reads one), `keys` all its keys in their order (None: others may
     come). None of `absent` may come, and no key of `asked` that is not `known`.
@@ -120,6 +123,46 @@ class WatchedDict:
         except LookupError:
             return False
         return all(map(operator.is_, (now,) if self._values.single else now, self._values.expected))
+
+
+class UnusedNames:
+    """A dict in which none of some names may come or go: the attributes of a tensor, or the methods of all tensors."""
+
+    def __init__(self, target: dict[str, Any], names: Set[str]) -> None:
+        self.target, self._names = target, names
+        self._known = frozenset(target)
+
+    def holds(self) -> bool:
+        """Whether none has."""
+        return self._names.isdisjoint(self.target.keys() ^ self._known)
+
+
+class Forwards:
+    """The forwards of some classes of modules, by themselves or of classes before them."""
+
+    def __init__(self, classes: Iterable[Any]) -> None:
+        self._classes = list(classes)
+        self._before = [cls.forward for cls in self._classes]
+        self.bases: list[tuple[type, Any]] = [(cls, cls.__mro__) for cls in self._classes]
+        """Each class, and the tuple of all its bases, which is another one where these are others."""
+        spaces = {id(space): space for _, bases in self.bases for space in map(namespace_of, bases)}
+        self.watched = [ForwardsIn(space, self) for space in spaces.values()]
+        """All dicts in which one of them may come to stand."""
+
+    def holds(self) -> bool:
+        """Whether all are those that they were."""
+        return [cls.forward for cls in self._classes] == self._before
+
+
+class ForwardsIn(NamedTuple):
+    """One dict in which a forward may come to stand."""
+
+    target: dict[str, Any]
+    of: Forwards
+
+    def holds(self) -> bool:
+        """Whether all forwards are those that they were."""
+        return self.of.holds()
 
 
 def form(tensor: Tensor | np.ndarray) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ as it was, which the versions of dicts say, and every other value is the object 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -21,10 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shardc.capture.guards.guarded_values import GONE, NEVER_READ, MetValues, WatchedDict, brief, form, plain_dict
-from shardc.capture.guards.same_objects import SameObjects
+from shardc.capture.guards.guarded_values import (
+    GONE,
+    NEVER_READ,
+    Forwards,
+    MetValues,
+    UnusedNames,
+    WatchedDict,
+    brief,
+    form,
+    plain_dict,
+)
+from shardc.capture.guards.same_objects import SameObjects, Watched
 from shardc.capture.side_effects.holders import (
     Attributes,
     Contents,
@@ -40,6 +51,8 @@ from shardc.capture.side_effects.holders import (
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.capture.torch_patches.module_internals import namespace_of
+from shardc.capture.torch_patches.object_numbers import BASES, CLASS, COUNTED
 from shardc.runtime.execute.tensor_kinds import TensorKinds
 
 
@@ -81,6 +94,8 @@ class Guards:
         for holder, held in contents:
             if isinstance(holder, Registry) and not _is_read(holder.kind, held, self._names):
                 continue
+            if holder.path.endswith(".__all__"):  # which nothing but `import *` reads
+                continue
             self._unread += [(Location(holder, key), held[key]) for key in held if (id(holder.target), key) in unread]
             if id(holder.target) in untouched and not isinstance(holder, (Attributes, Names, Environment)):
                 self._counted[id(holder)] = holder, list(held)
@@ -94,7 +109,7 @@ class Guards:
             keys = [key for key in keys if (id(holder.target), key) not in unread]
             counted = isinstance(holder, Attributes) and holder.whole
             if counted or (
-                type(holder.target) in _COUNTED and not isinstance(holder, (Attributes, Names, Environment, Library))
+                type(holder.target) in COUNTED and not isinstance(holder, (Attributes, Names, Environment, Library))
             ):
                 self._counted[id(holder)] = holder, list(held)
                 if not held:
@@ -109,14 +124,13 @@ class Guards:
         owners = [holder.owner for holder, _ in contents if isinstance(holder, Attributes)]
         self._modules = [owner for owner in owners if isinstance(owner, nn.Module)]
         self._types = list(map(type, self._modules))
-        self._classes = list(dict.fromkeys(self._types))
-        self._forwards = [cls.forward for cls in self._classes]
+        self._forwards = Forwards(dict.fromkeys(self._types))
+        self._methods = UnusedNames(namespace_of(Tensor), self._names)
         self._unpatched = [vars(module) for module in self._modules if "forward" not in vars(module)]
         self._open = [(holder, held.keys()) for holder, held in contents if _may_grow(holder)]
         """What may get attributes that it did not have, and that code asks for."""
         self._queries = [(query, query()) for name, query in _QUERIES.items() if name in self._names]
-        self._methods = frozenset(vars(Tensor))
-        self._watched = self._dicts_of(contents)
+        self._watched = [*self._dicts_of(contents), self._methods, *self._forwards.watched]
         self._places = {(id(one.holder.target), key) for one in self._values for key in one.keys}
         self._writes_tensors = [place for place, before in self._written if isinstance(before, Tensor)]
         self.changed = set[tuple[int, Any]]()
@@ -125,17 +139,17 @@ class Guards:
         """Another number whenever a value may be another object than it was, or a tensor of another kind."""
         self._same = self._laid_out(None)
 
-    def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[WatchedDict]:
-        """The plain dicts, of which a version tells that nothing has changed."""
+    def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[Watched]:
+        """The dicts, of which a version tells that nothing has changed."""
         values = {id(one.holder): one for one in self._values}
         known = {id(holder): keys for holder, keys in self._open}
         written = defaultdict[int, set[Any]](set)
         for place, _ in self._written:
             written[id(place.holder.target)].add(place.key)
         unpatched = set(map(id, self._unpatched))
-        watched: list[WatchedDict] = []
+        watched: list[Watched] = []
         for holder, held in contents:
-            if type(plain_dict(holder)) is not dict or id(holder) in self._appending:
+            if not isinstance(plain_dict(holder), dict) or id(holder) in self._appending:
                 continue
             asked: Set[Any] = frozenset()
             if id(holder) in known:
@@ -147,11 +161,12 @@ class Guards:
                 watched.append(WatchedDict(holder, values.get(id(holder)), keys, of_others, asked))
         return watched
 
-    def _laid_out(self, versions: list[int] | None) -> SameObjects:
+    def _laid_out(self, versions: NDArray[np.int64] | None) -> SameObjects:
         """All values as they are expected now, for the quick comparison."""
         self.version += 1
         self._numbers: dict[int, int] | None = None
         self._numbered: list[Tensor] = []
+        self._numbered_as = b""
         items = {id(item): item for values in self._values for item in values.expected}.values()
         self._tensors = [item for item in items if isinstance(item, Tensor)]
         self._arrays = [item for item in items if isinstance(item, np.ndarray)]
@@ -159,11 +174,13 @@ class Guards:
             self._known.setdefault(id(item), [item, form(item)])
         self._forms = [self._known[id(tensor)][1] for tensor in self._tensors]
         self._kinds: TensorKinds | None = None
-        self._bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
+        bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
+        self._bare = [UnusedNames(held, self._names) for held in bare]
         whole = [(holder.target, keys) for holder, keys in self._whole()]
-        same = SameObjects(self._values, self._watched, whole, versions)
-        self._touched: list[Any] = [*self._modules, *self._empty, *self._bare, *self._tensors, *same.touched]
-        return same
+        classes = [(module, CLASS, id(cls)) for module, cls in zip(self._modules, self._types, strict=True)]
+        facts = [*classes, *((cls, BASES, id(bases)) for cls, bases in self._forwards.bases)]
+        versions = None if versions is None else versions[: len(self._watched)]
+        return SameObjects(self._values, [*self._watched, *self._bare], whole, facts, versions)
 
     def _whole(self) -> Iterable[tuple[Holder, list[Any]]]:
         """The holders in which nothing but these keys may be, in this order if it is a dict."""
@@ -171,26 +188,27 @@ class Guards:
 
     def broken(self) -> str:
         """What does not hold any more, in a few words; "" if all holds."""
-        self._touched.copy()  # brings all into the processor's cache at once, not one after the other as they are met
-        if list(map(type, self._modules)) != self._types:
-            return "a module is of another class than it was"
-        if [cls.forward for cls in self._classes] != self._forwards:
-            return "a module has another forward than it had"
-        if any(self._empty):
-            return f"{next(filter(None, self._empty))!r} was empty"
-        for held in filter(None, self._bare) if any(self._bare) else ():
-            if not self._names.isdisjoint(held):
-                return f"a tensor has attributes that it had not: {', '.join(held)}"
         queried = [query() for query, _ in self._queries]
         for (query, before), now in zip(self._queries, queried, strict=True):
             if now != before:
                 return f"torch.{query.__name__}() is {now}, and was {before}"
-        if len(vars(Tensor)) != len(self._methods) and not self._names.isdisjoint(vars(Tensor).keys() ^ self._methods):
-            return "a method of torch.Tensor is another than it was"
-        reason = "" if self._same.hold() else self._in_another_place() or self._compare()
-        if not reason:
+        reason = "" if self._same.hold() else self._of_other_classes() or self._in_another_place() or self._compare()
+        if not reason and (self._written or self._conditions):
             reason = next(chain(self._written_otherwise(), self._conditions_broken()), "")
         return reason or self._of_another_form()
+
+    def _of_other_classes(self) -> str:
+        """What has another class or other methods than it had, or attributes that it had not; "" if nothing has."""
+        if list(map(type, self._modules)) != self._types:
+            return "a module is of another class than it was"
+        if not self._forwards.holds():
+            return "a module has another forward than it had"
+        if any(self._empty):
+            return f"{next(filter(None, self._empty))!r} was empty"
+        for one in self._bare:
+            if not one.holds():
+                return f"a tensor has attributes that it had not: {', '.join(one.target)}"
+        return "" if self._methods.holds() else "a method of torch.Tensor is another than it was"
 
     def _in_another_place(self) -> str:
         """What is in a container or in an object and was not there, or in another order; "" if nothing is."""
@@ -241,10 +259,11 @@ class Guards:
     def numbers(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
         """For each tensor the number of that of the model's which it is; () where none is one."""
         # a parameter that moves is replaced in the list, and another tensor may get the identity of the old one
-        if self._numbers is None or list(map(id, self._numbered)) != list(self._numbers):
+        if self._numbers is None or _identities(self._numbered) != self._numbered_as:
             held = [item for one in self._values for item in one.expected]
             self._numbers = {id(item): number for number, item in enumerate(held) if isinstance(item, Tensor)}
             self._numbered = list({id(item): item for item in held if isinstance(item, Tensor)}.values())
+            self._numbered_as = _identities(self._numbered)
         known = self._numbers
         if self._writes_tensors:
             held = ((place.holder.target, place) for place in self._writes_tensors)
@@ -351,9 +370,6 @@ _QUERIES: dict[str, Callable[[], Any]] = {
 } | {"inference_mode": torch.is_inference_mode_enabled}
 """Functions of torch that tell something of the process or of the thread, by what code names that depends on them."""
 
-_COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
-
-
 MOST_COMPARED = 100_000
 """Elements of a container that are compared one by one; of more, their number is."""
 
@@ -370,6 +386,10 @@ def _may_grow(holder: Holder) -> bool:
     if isinstance(holder, Names):
         return isinstance(holder.target, dict)
     return isinstance(holder, Attributes) and not holder.whole
+
+
+def _identities(values: Sequence[Any]) -> bytes:
+    return np.fromiter(map(id, values), np.int64, len(values)).tobytes()
 
 
 def _key(place: Location) -> tuple[int, Any]:
