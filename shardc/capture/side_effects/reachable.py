@@ -56,6 +56,7 @@ from shardc.capture.side_effects.holders import (
     holder_of,
 )
 from shardc.capture.side_effects.library_objects import MEMORY, insides, opens
+from shardc.capture.torch_patches.module_internals import global_hooks
 from shardc.capture.user_frames import is_known
 from shardc.runtime.mesh.parameters import RECORD
 
@@ -108,6 +109,8 @@ class Reachable:
         self._constructs = False
         for path, value in roots:
             self._todo.append((value, path))
+        for name, hooks in global_hooks().items():
+            self._registry(Registry(hooks, f"torch.nn.modules.module.{name}", name))
         while self._todo:
             while self._todo:
                 self._visit(*self._todo.popleft())
@@ -243,15 +246,17 @@ class Reachable:
         self.holders.append(holder)
         for name in (*_STATE, *_HOOKS):
             if isinstance(attributes.get(name), dict):
-                registry = Registry(attributes[name], path if name in _STATE else holder.name(name), name)
-                self._seen[id(registry.target)] = registry.target
-                self.holders.append(registry)
-                for key, item in registry.get().items():
-                    self._stands(registry, key, item)
+                self._registry(Registry(attributes[name], path if name in _STATE else holder.name(name), name))
         if "forward" in attributes:
             self._stands(holder, "forward", attributes["forward"])
         skipped = {*_STATE, *_HOOKS, *_OURS, "forward"}
         self._attributes(holder, {name: value for name, value in attributes.items() if name not in skipped})
+
+    def _registry(self, registry: Registry) -> None:
+        self._seen[id(registry.target)] = registry.target
+        self.holders.append(registry)
+        for key, item in registry.get().items():
+            self._stands(registry, key, item)
 
     def _attributes(self, holder: Holder, attributes: dict[str, Any]) -> None:
         """Follow the attributes that code names, now or as soon as it does."""
