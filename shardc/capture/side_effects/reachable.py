@@ -197,10 +197,7 @@ class Reachable:
         elif isinstance(value, GENERATORS):
             self.generators.append((path, value))
         elif isinstance(value, ContextVar):
-            context = ContextValue(value, path)
-            self.holders.append(context)
-            for key, item in context.get().items():
-                self._stands(context, key, item)
+            self._opened(ContextValue(value, path))
         elif isinstance(value, nn.Module):
             self._module(value, path)
         elif (holder := holder_of(value, path)) is not None:
@@ -254,9 +251,13 @@ class Reachable:
 
     def _registry(self, registry: Registry) -> None:
         self._seen[id(registry.target)] = registry.target
-        self.holders.append(registry)
-        for key, item in registry.get().items():
-            self._stands(registry, key, item)
+        self._opened(registry)
+
+    def _opened(self, holder: Holder) -> None:
+        """A holder all of whose contents count."""
+        self.holders.append(holder)
+        for key, item in holder.get().items():
+            self._stands(holder, key, item)
 
     def _attributes(self, holder: Holder, attributes: dict[str, Any]) -> None:
         """Follow the attributes that code names, now or as soon as it does."""
@@ -363,15 +364,10 @@ class Reachable:
             holder = Cell(cell, f"{variable} of {function.__qualname__}")
             if variable != "__class__" and id(cell) not in self._seen:  # that one is for super()
                 self._seen[id(cell)] = cell
-                self.holders.append(holder)
-                for key, value in holder.get().items():
-                    self._stands(holder, key, value)
+                self._opened(holder)
         self._todo += [(part, path) for part in (function.__defaults__, function.__kwdefaults__) if part]
         if wrapped:
-            holder = Attributes(function, function.__qualname__)
-            self.holders.append(holder)
-            for key, value in holder.get().items():
-                self._stands(holder, key, value)
+            self._opened(Attributes(function, function.__qualname__))
 
     def _globals(self, function: FunctionType) -> Names:
         key = "globals", id(function.__globals__)
@@ -384,7 +380,6 @@ class Reachable:
 
 _GONE = object()
 _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
-
 
 _NAMES = weakref.WeakKeyDictionary[type, frozenset[str]]()  # every sharded model has a class of its own
 
