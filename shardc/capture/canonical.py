@@ -140,8 +140,20 @@ def canonical(
         target = aten.zeros.default
     if target in (aten.empty_strided.default, aten.empty_permuted.default):  # each rank chooses strides
         target, args = aten.empty.memory_format, (args[0],)
+    if _of_default_dtype(target, kwargs, val):  # another one in forward than when the program runs
+        kwargs = {**kwargs, "dtype": val.dtype}
     keep = ("memory_format",) if target is aten.clone.default else ()
     return target, args, {key: value for key, value in kwargs.items() if key in keep or key not in _IRRELEVANT}
+
+
+def _of_default_dtype(target: torch._ops.OpOverload, kwargs: Mapping[str, Any], val: Any) -> bool:
+    """Whether a call makes a tensor of the default dtype that there was when it was traced, and is none now."""
+    if kwargs.get("dtype") is not None or not isinstance(val, torch.Tensor) or not val.is_floating_point():
+        return False
+    arguments = target._schema.arguments
+    takes = any(argument.name == "dtype" and argument.kwarg_only for argument in arguments)
+    tensors = any(isinstance(argument.type, torch.TensorType) for argument in arguments)
+    return takes and not tensors and val.dtype != torch.get_default_dtype()
 
 
 def positional(

@@ -116,6 +116,24 @@ def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -
                 )
 
 
+def refuse_promoted(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
+    """Raise CaptureError for floating numbers made of integers under a default dtype that forward has set: when the
+    program runs, there is another one."""
+    default = torch.get_default_dtype()
+    for node in nodes:
+        value = node.meta.get("val")
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or not isinstance(value, Tensor):
+            continue
+        operands = [one.meta.get("val") for one in node.all_input_nodes]
+        whole = all(isinstance(one, Tensor) and not (one.is_floating_point() or one.is_complex()) for one in operands)
+        if value.is_floating_point() and value.dtype != default and whole and "dtype" not in node.kwargs:
+            place = ", ".join(part for part in (origins[node].module, origins[node].source) if part)
+            raise CaptureError(
+                f"{node.target} ({place}) makes {value.dtype} of integers under a default dtype that forward has set "
+                f"(it was {default}): convert the integers first, with .to({value.dtype})"
+            )
+
+
 def refuse_seeded(
     nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin], after_seed: Collection[tuple[str, str]]
 ) -> None:
@@ -185,11 +203,20 @@ def refuse_shared(written: Collection[str], tensors: Iterable[tuple[str, Tensor]
                 )
 
 
+def _order(tensor: Tensor) -> tuple[tuple[int, bool, bool], ...]:
+    """How a tensor lies in memory whatever its sizes are: the dims from major to minor, whether each repeats one
+    element, and whether its elements lie side by side. That decides which views it has."""
+    dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    sizes, strides = tensor.shape, tensor.stride()
+    within = [*(strides[dim] * sizes[dim] for dim in dims[1:]), 1]
+    return tuple([(dim, strides[dim] == 0, strides[dim] == size) for dim, size in zip(dims, within, strict=True)])
+
+
 def _leaf_key(leaf: Any, free: Collection[int]) -> Any:
     if isinstance(leaf, Tensor):
         shape = tuple("any" if size > 1 or dim in free else size for dim, size in enumerate(leaf.shape))
         # results are laid out in memory as operands are, and eager mode draws random numbers in the order of memory
-        order = None if leaf.is_contiguous() else tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
+        order = None if leaf.is_contiguous() else _order(leaf)
         facts = type(leaf) is nn.Parameter, tuple((name, _leaf_key(vars(leaf)[name], ())) for name in vars(leaf))
         return shape, leaf.dtype, leaf.requires_grad, order, facts if any(facts) else None
     if isinstance(leaf, (int, float, complex, slice)) or type(leaf).__hash__ is None:

@@ -53,6 +53,7 @@ from shardc.capture.torch_patches.fake_tensors import (
     require_equal,
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance
+from shardc.capture.torch_patches.symbols import spelled_out
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
 from shardc.capture.trace_errors import explained
 from shardc.capture.traced_outputs import TracedOutputs
@@ -166,9 +167,10 @@ class ModelTrace:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(tracing_flags(self.state.module, self._compiling))
+            stack.enter_context(self.provenance.tracking())
             stack.enter_context(self.state.traced())
             stack.enter_context(recording())
-            stack.enter_context(self.provenance.tracking())
+            stack.enter_context(spelled_out())
             stack.enter_context(attributes_noted(self._facts.attribute_set))
             try:
                 traced = joint_graph(stack, self._function, fakes)

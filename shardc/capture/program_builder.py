@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shardc.capture import canonical, provenance
-from shardc.capture.inputs import refuse_foreign, refuse_seeded, refuse_shared, refuse_sparse
+from shardc.capture.inputs import refuse_foreign, refuse_promoted, refuse_seeded, refuse_shared, refuse_sparse
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Location
@@ -52,6 +52,7 @@ class ProgramBuilder:
         refuse_shared(self.written, [(name, tensor) for name, tensor in self.trace.tensors() if name in used])
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
         refuse_sparse(nodes, self.origins)
+        refuse_promoted(nodes, self.origins)
         refuse_seeded(nodes, self.origins, self.trace.provenance.after_seed)
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]

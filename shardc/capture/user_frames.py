@@ -34,6 +34,13 @@ def is_installed(filename: str) -> bool:
     return is_known(filename) or filename.startswith(_INSTALLED)
 
 
+def caller_is_users(frame: FrameType | None) -> bool:
+    """Whether the code that calls is none of torch, NumPy or shardc, also by way of Python's library (`json.dumps`)."""
+    while frame is not None and frame.f_code.co_filename.startswith(_STANDARD) and is_known(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and not is_known(frame.f_code.co_filename)
+
+
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """The innermost frame of user code among `frame` and its callers, or None."""
     while frame is not None and is_known(frame.f_code.co_filename):

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,7 @@ from shardc.capture.side_effects.reachable import Reachable
 from shardc.capture.side_effects.readings import put_in_place
 from shardc.capture.side_effects.replay import CallRun, Describer, Recipe, holds_tensors
 from shardc.capture.torch_patches.module_internals import version
+from shardc.capture.torch_patches.symbols import is_symbolic
 from shardc.capture.user_frames import is_installed
 from shardc.errors import CaptureError
 
@@ -52,7 +54,7 @@ class Message:
                 copies[id(part)] = part, _writes(part), part.clone()
             return part
 
-        return Message(pytree.tree_map(kept, parts), tell, copies)
+        return Message(pytree.tree_map(kept, parts, is_leaf=_is_size), tell, copies)
 
     def described(self, describer: Describer) -> Message:
         """The same, without what belongs to the trace."""
@@ -63,8 +65,8 @@ class Message:
             tensor, before, copied = self.copies[id(part)]
             return tensor if _writes(tensor) == before else copied  # the tensor may be there already, as a result
 
-        parts = pytree.tree_map(then, self.parts)
-        made = tuple(describer.describe(part) if holds_tensors(part) else part for part in parts)
+        parts = pytree.tree_map(then, self.parts, is_leaf=_is_size)
+        made = tuple(describer.describe(part) if _differs(part) else part for part in parts)
         return Message(made, self.tell)
 
     def replay(self, run: CallRun) -> None:
@@ -128,7 +130,7 @@ class Messages:
         def note_record(logger: logging.Logger, record: logging.LogRecord) -> None:
             if not self._here() or is_installed(record.pathname):
                 return really_handle(logger, record)
-            if not holds_tensors(record.args):
+            if not _differs(record.args):
                 record.msg, record.args = record.getMessage(), None
             noted = copy.copy(record)
             noted.args = None
@@ -183,9 +185,18 @@ def _writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else version(tensor)
 
 
+def _differs(value: Any) -> bool:
+    """Whether a part of a message is another one in each run: it holds tensors, or sizes that change."""
+    return holds_tensors(value) or any(map(is_symbolic, pytree.tree_leaves(value)))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)  # of which pytree makes a mere tuple
+
+
 def _text(value: Any, frame: FrameType) -> Any:
     """A part of a message that is the same in every run, as text; all others as they are."""
-    if holds_tensors(value):
+    if _differs(value):
         return value
     text = str(value)
     if "FakeTensor(" in text or "FunctionalTensor(" in text:

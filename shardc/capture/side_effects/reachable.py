@@ -56,6 +56,7 @@ from shardc.capture.side_effects.holders import (
     holder_of,
 )
 from shardc.capture.side_effects.library_objects import MEMORY, insides, opens
+from shardc.capture.torch_patches.module_internals import global_hooks
 from shardc.capture.user_frames import is_known
 from shardc.runtime.mesh.parameters import RECORD
 
@@ -108,6 +109,8 @@ class Reachable:
         self._constructs = False
         for path, value in roots:
             self._todo.append((value, path))
+        for name, hooks in global_hooks().items():
+            self._registry(Registry(hooks, f"torch.nn.modules.module.{name}", name))
         while self._todo:
             while self._todo:
                 self._visit(*self._todo.popleft())
@@ -194,10 +197,7 @@ class Reachable:
         elif isinstance(value, GENERATORS):
             self.generators.append((path, value))
         elif isinstance(value, ContextVar):
-            context = ContextValue(value, path)
-            self.holders.append(context)
-            for key, item in context.get().items():
-                self._stands(context, key, item)
+            self._opened(ContextValue(value, path))
         elif isinstance(value, nn.Module):
             self._module(value, path)
         elif (holder := holder_of(value, path)) is not None:
@@ -243,15 +243,21 @@ class Reachable:
         self.holders.append(holder)
         for name in (*_STATE, *_HOOKS):
             if isinstance(attributes.get(name), dict):
-                registry = Registry(attributes[name], path if name in _STATE else holder.name(name), name)
-                self._seen[id(registry.target)] = registry.target
-                self.holders.append(registry)
-                for key, item in registry.get().items():
-                    self._stands(registry, key, item)
+                self._registry(Registry(attributes[name], path if name in _STATE else holder.name(name), name))
         if "forward" in attributes:
             self._stands(holder, "forward", attributes["forward"])
         skipped = {*_STATE, *_HOOKS, *_OURS, "forward"}
         self._attributes(holder, {name: value for name, value in attributes.items() if name not in skipped})
+
+    def _registry(self, registry: Registry) -> None:
+        self._seen[id(registry.target)] = registry.target
+        self._opened(registry)
+
+    def _opened(self, holder: Holder) -> None:
+        """A holder all of whose contents count."""
+        self.holders.append(holder)
+        for key, item in holder.get().items():
+            self._stands(holder, key, item)
 
     def _attributes(self, holder: Holder, attributes: dict[str, Any]) -> None:
         """Follow the attributes that code names, now or as soon as it does."""
@@ -358,15 +364,10 @@ class Reachable:
             holder = Cell(cell, f"{variable} of {function.__qualname__}")
             if variable != "__class__" and id(cell) not in self._seen:  # that one is for super()
                 self._seen[id(cell)] = cell
-                self.holders.append(holder)
-                for key, value in holder.get().items():
-                    self._stands(holder, key, value)
+                self._opened(holder)
         self._todo += [(part, path) for part in (function.__defaults__, function.__kwdefaults__) if part]
         if wrapped:
-            holder = Attributes(function, function.__qualname__)
-            self.holders.append(holder)
-            for key, value in holder.get().items():
-                self._stands(holder, key, value)
+            self._opened(Attributes(function, function.__qualname__))
 
     def _globals(self, function: FunctionType) -> Names:
         key = "globals", id(function.__globals__)
@@ -379,7 +380,6 @@ class Reachable:
 
 _GONE = object()
 _ATOMS = frozenset(kind for kind in PLAIN if kind not in (np.generic, PurePath))
-
 
 _NAMES = weakref.WeakKeyDictionary[type, frozenset[str]]()  # every sharded model has a class of its own
 

@@ -43,8 +43,7 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     # Every trace would begin and end with new tensors for a state that nothing reads, which takes as long as planning.
     stack.enter_context(patch.object(PhiloxStateTracker, "reset", lambda: None))
     stack.enter_context(_use_lazy_graph_module(True))
-    wrapper = nn.Module()  # AOTAutograd traces modules only
-    wrapper.forward = function  # type: ignore[method-assign]
+    wrapper = _Traced(function)
     joint = aot_export_joint_with_descriptors(
         stack,
         wrapper,
@@ -54,6 +53,19 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     )
     replace_checks(joint.graph_module)
     return joint.graph_module
+
+
+class _Traced(nn.Module):
+    """A function as a module, which is all that AOTAutograd traces. Hooks on all modules do not see it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    forward = __call__
 
 
 def input_index(placeholder: fx.Node) -> int | None:

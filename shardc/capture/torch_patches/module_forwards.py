@@ -1,18 +1,20 @@
-"""Forwards of torch's modules that ask for values on one device, written so that they trace.
+"""What torch writes so that it does not trace, written so that it does: forwards of modules, and checkpointing.
 
 nn.BatchNorm1d(8, momentum=None)       # the average counts the batches, in a tensor
 nn.TransformerEncoder, in eval mode    # rows that are padding become zeros, if padding is at the end
+checkpoint(part, x, use_reentrant=True)    # no gradients at all where x requires none
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 # the class of all batch norms, which torch does not export
@@ -48,7 +50,20 @@ def patched() -> Generator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(_BatchNorm, "forward", norm_forward))
         stack.enter_context(patch.object(nn.TransformerEncoder, "forward", encoder_forward))
+        stack.enter_context(patch.object(torch.utils.checkpoint, "CheckpointFunction", _Reentrant))
         yield
+
+
+class _Reentrant:
+    """Checkpointing with `use_reentrant=True`, whose backward starts a backward of its own, which no trace does. The
+    plan decides what is kept, so here the part just runs: as torch's, without gradients where no argument has one."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        torch.utils.checkpoint.check_backward_validity(args)
+        able = any(isinstance(one, Tensor) and one.requires_grad for one in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and able):
+            return function(*args)
 
 
 def _average(norm: Any, input: Tensor) -> Tensor:

@@ -15,6 +15,14 @@ def has_global_hooks() -> bool:
     return bool(nn.modules.module._has_any_global_hook())
 
 
+def global_hooks() -> dict[str, dict[Any, Any]]:
+    """The registries of hooks on all modules, by their names, which end as those of a module's own do."""
+    endings = ("_hooks", "_with_kwargs", "_always_called")
+    space = vars(nn.modules.module)
+    return {name: space[name] for name in space if name.startswith(("_global_forward", "_global_backward_"))
+            and name.endswith(endings)}  # fmt: skip
+
+
 def has_gradient_hooks(tensor: Tensor) -> bool:
     """Whether `register_hook` was called on a tensor; torch has no public way to ask."""
     return bool(tensor._backward_hooks)

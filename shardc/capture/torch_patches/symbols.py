@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter  # how torch itself writes its guards as code
 
+from shardc.capture.user_frames import caller_is_users
 from shardc.errors import CaptureError
+
+_NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def is_symbolic(value: Any) -> bool:
     """Whether a number depends on a symbol."""
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+@contextmanager
+def spelled_out() -> Generator[None]:
+    """In here, where code of the user's makes a text of a symbolic number, the trace fixes the number to that of this
+    call: f"{x.shape[0]}x8" is "6x8", and never "s0x8"."""
+
+    def spelling(number: type, original: Callable[[Any], str]) -> Callable[[Any], str]:
+        def spelled(value: Any) -> str:
+            return str(number(value)) if caller_is_users(sys._getframe(1)) else original(value)
+
+        return spelled
+
+    with ExitStack() as stack:
+        for kind, number in _NUMBERS.items():
+            stack.enter_context(patch.object(kind, "__repr__", spelling(number, kind.__repr__)))
+        yield
 
 
 class Free(NamedTuple):
@@ -101,8 +124,7 @@ class Symbols:
             expr = value.node.expr
             if expr not in known:
                 known[expr] = self._env.replace(expr).xreplace(values)
-            kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
-            return kind(known[expr])
+            return _NUMBERS[type(value)](known[expr])
 
         return number
 

@@ -1,0 +1,142 @@
+"""What Python sees of a trace: text of sizes, hooks on all modules, switches of a part, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from shardc import ShardcError, shard
+
+LOGGER = logging.getLogger(__name__)
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model on one device, and the same on a mesh."""
+    return model, shard(copy.deepcopy(model), mesh="a=2")
+
+
+class Spells(nn.Module):
+    """Makes texts of sizes, which change from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.seen = nn.Linear(4, 4), dict[str, Any]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen[f"{x.shape[0]}x{x.shape[1]}"] = str(x.shape), f"{x.shape[0] / 4}"
+            setattr(self, f"of_{len(x)}", repr(x.size(0)))
+        print(x.shape, {"rows": x.shape[0]})
+        LOGGER.warning("of %s", x.shape)
+        return self.up(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sizes_that_change_are_digits_in_texts(
+    training: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Any] = []
+    for model in both(Spells().train(training)):
+        caplog.clear()
+        for rows in (3, 5, 6, 7, 5):
+            model(torch.ones(rows, 4))
+        left = {name: value for name, value in vars(model).items() if name.startswith("of_")}
+        logged = [one.getMessage() for one in caplog.records if one.name == LOGGER.name]
+        seen.append((model.seen, left, capsys.readouterr().out, logged))
+    assert seen[0] == seen[1] and "s" not in seen[0][2].replace("torch.Size", "").replace("rows", "")
+
+
+def test_hooks_on_all_modules_run_once_in_every_call() -> None:
+    single, many = both(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    x, seen = torch.randn(2, 4), list[Any]()
+    torch.testing.assert_close(many(x), single(x))  # before there are any
+
+    def hook(part: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        seen.append((type(part).__name__, output.detach().mean()))
+        return output * 2 if isinstance(part, nn.ReLU) else None
+
+    handle = of_all_modules.register_module_forward_hook(hook)
+    try:
+        expected = [single(x * call) for call in range(2)]
+        ours = list(seen)
+        seen.clear()
+        torch.testing.assert_close([many(x * call) for call in range(2)], expected)
+    finally:
+        handle.remove()
+    assert [name for name, _ in seen] == [name for name, _ in ours]
+    torch.testing.assert_close([mean for _, mean in seen], [mean for _, mean in ours])
+    torch.testing.assert_close(many(x), single(x))
+
+
+class OfDefaultDtype(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return x + 1, torch.linspace(0, 1, 8), torch.full((2,), 0.5), torch.full((2,), 3)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def test_a_part_of_forward_has_its_default_dtype() -> None:
+    single, many = both(OfDefaultDtype())
+    torch.testing.assert_close(many(torch.ones(4)), single(torch.ones(4)), rtol=0, atol=0)
+
+
+def test_integers_that_a_default_dtype_of_forward_makes_floating_are_refused() -> None:
+    def thirds(x: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        y = torch.arange(8) / 3
+        torch.set_default_dtype(torch.float32)
+        return x * y
+
+    with pytest.raises(ShardcError, match=r"test_boundary\.py:\d+.*convert the integers"):
+        shard(thirds, mesh="a=2")(torch.ones(8))
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, bool]:
+        try:
+            return x.view(4, -1), x.is_contiguous()
+        except RuntimeError:
+            return x.reshape(4, -1) * 2, x.is_contiguous()
+
+
+def test_the_memory_of_inputs_decides_which_views_there_are() -> None:
+    single, many = both(Views())
+    whole = torch.randn(4, 8, 16)
+    for x in (whole[:, :4, :8], whole[:, :4, ::2], whole[:, :1, :8].expand(4, 4, 8), whole[:, :4], whole[:, ::2]):
+        torch.testing.assert_close(many(x), single(x))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.part = nn.Sequential(self.up, nn.Dropout(0.5), self.down)
+
+    def forward(self, x: Tensor, early: bool) -> Tensor:
+        h = x if early else self.first(x)  # without gradients of its arguments, a part has none
+        return self.first(checkpoint(self.part, h, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("early", [False, True])
+def test_parts_that_are_computed_again_by_a_backward_of_their_own(early: bool) -> None:
+    seen: list[Any] = []
+    for model in both(Checkpoints()):
+        torch.manual_seed(3)
+        loss = model(torch.ones(6, 4), early).square().mean()
+        loss.backward()
+        seen.append((loss, [p.grad for p in model.parameters()], torch.rand(1)))
+    assert pytree.tree_structure(seen[0]) == pytree.tree_structure(seen[1])
+    for a, b in zip(*map(pytree.tree_leaves, seen), strict=True):
+        torch.testing.assert_close(b, a) if a is not None else None
