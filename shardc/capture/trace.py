@@ -73,13 +73,13 @@ def capture(
     recognition, experts, types = Recognition(), WrittenExperts(), precision or Precision()
 
     def traced(watch: Watch | None = None, stand_ins: StandIns | None = None) -> tuple[ModelTrace, Program]:
-        mode = grad, grad and called_with_grad
-        rest = mode, differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
+        rest = differentiable, dict(constraints or {}), function or module, dynamic or {}, watch, stand_ins
         told: set[Place] = set()
         while True:
             compiling = CompilingFlag(told)
             how = compiling, recognition, experts, types
-            trace = ModelTrace(State(module, opaque(arguments), changing), *arguments, *rest, *how)
+            mode = grad and not experts.compares, grad and called_with_grad
+            trace = ModelTrace(State(module, opaque(arguments), changing), *arguments, mode, *rest, *how)
             try:
                 made = trace.run()
                 if dynamic or not experts.unsure(made.graph):

@@ -32,6 +32,8 @@ TILE, LARGE_TILE = 1 << 20, 1 << 26
 """The most bytes of a tile of scores, or of a mask that is made for a kernel: on the CPU, whose caches hold it, and on
 other devices."""
 
+LOWEST = -1e30
+"""What masks add that is less than this swallows scores, in every type in which they are computed."""
 _NOTHING = float("-inf")
 
 
@@ -50,13 +52,18 @@ def seen(logsumexp: Tensor) -> Tensor:
     return logsumexp.masked_fill(logsumexp == _NOTHING, 0.0)
 
 
-def combine(out: Tensor, logsumexp: Tensor, more: Tensor, sums: Tensor) -> None:
-    """Weigh `out` and the result `more` over other keys by their log-sum-exp, in place."""
+def combine(out: Tensor, logsumexp: Tensor, more: Tensor, sums: Tensor, keys: tuple[int, int]) -> None:
+    """Weigh `out` and the result `more` over other keys by their log-sum-exp, in place.
+
+    `keys`: over how many keys each is. That weighs rows to whose scores a mask adds the lowest number: this swallows
+    the scores and the logarithm of how many there are, and eager mode makes the mean of all values.
+    """
     both = torch.logaddexp(logsumexp, sums)
     top = seen(both)
-    out.mul_(torch.exp(logsumexp - top).unsqueeze(-1))
-    out.addcmul_(more.to(out.dtype), torch.exp(sums - top).unsqueeze(-1))
-    logsumexp.copy_(both)
+    alike, share = (sums < LOWEST).logical_and_(sums == logsumexp).logical_and_(sums > _NOTHING), keys[0] / sum(keys)
+    out.mul_(torch.exp(logsumexp - top).masked_fill_(alike, share).unsqueeze(-1))
+    out.addcmul_(more.to(out.dtype), torch.exp(sums - top).masked_fill_(alike, 1 - share).unsqueeze(-1))
+    logsumexp.copy_(torch.where(alike, sums, both))
 
 
 def attend(
@@ -172,7 +179,7 @@ def _by_kernel(
         if made is None and piece.rows == q.shape[3] and _alone(piece, columns, literals):
             return part
         made = made or nothing(q, v)
-        combine(piece.queries(made[0]), piece.sums(made[1]), *part)
+        combine(piece.queries(made[0]), piece.sums(made[1]), *part, (piece.column, piece.columns))
         del part  # before the next is made
     return made or nothing(q, v)
 
@@ -267,10 +274,14 @@ def _by_tiles(
         scores, _ = _scores(piece, heads.rows(q), heads.keys(k), heads.mask(mask), literals)
         sums = torch.logsumexp(scores, -1)
         weights = scores.sub_(seen(sums).unsqueeze(-1)).exp_()
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            counted = weights.sum(-1, keepdim=True).masked_fill_((sums >= LOWEST).unsqueeze(-1), 1)
+            weights = weights.div_(counted.clamp_(min=1))
         if dropping is not None:
             weights = dropping.drop(weights, heads.first, piece)
         part = torch.matmul(weights, piece.keys(heads.keys(v)).to(weights.dtype).unsqueeze(2))
-        combine(piece.queries(heads.rows(out)), piece.sums(heads.rows(logsumexp)), part, sums)
+        before = piece.queries(heads.rows(out)), piece.sums(heads.rows(logsumexp))
+        combine(*before, part, sums, (piece.column, piece.columns))
         del scores, weights, part  # before the next are made
     return out, logsumexp
 

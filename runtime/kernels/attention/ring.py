@@ -133,17 +133,19 @@ def ring_attention(
     ring, literals, ours = _ring(r, s, causal, window), Literals(causal, scale, window, softcap, dropout), grouped(q)
     dropping = dropping_of(draw, literals, ours, k, (b, h, g, r, s))
     whole = _Mask(mask_of(mask, q, of_queries, of_keys, sees), s)
-    keys, made = _Travelling(ring, k, v), list[Tensor]()
+    keys, made, before = _Travelling(ring, k, v), list[Tensor](), 0
     for place, visit in enumerate(ring.visits):
         keys.start(place)
         if ring.busy(visit):
             out, sums = attend(
                 ours, keys.k, keys.v, whole.of(ring, visit), literals, ring.mine, ring.held(visit), dropping
             )
+            now = sum(length for _, length in ring.held(visit))
             if made:
-                combine(made[0], made[1], out, sums)
+                combine(made[0], made[1], out, sums, (before, now))
             else:
                 made = [out.to(sums.dtype), sums]
+            before += now
             del out, sums  # the next step needs the room
         keys.land()
     out, logsumexp = made or nothing(ours, v)

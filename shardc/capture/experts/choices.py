@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from shardc.capture.experts.counts import Chooser, Counts, Subject
 from shardc.capture.torch_patches.attention.notes import Notes
 
 
@@ -27,6 +28,15 @@ class Choices:
     """How many experts there are, if that is known."""
     total: int = 0
     """How many choices the tensor shows, each of them once; 0 where that is not known."""
+    chooser: Chooser = field(default_factory=Chooser)
+    expert: int | None = None
+    """Of a mask without a dim of experts: the one about which it is."""
+
+    def subjects(self, shape: tuple[int, ...]) -> list[Subject] | None:
+        """Which experts a mask is about, each of them if it has a dim of experts; None for what is no mask."""
+        if "e" in self.kinds:
+            return self.chooser.experts(shape[self.kinds.index("e")])
+        return None if self.expert is None else [frozenset({(self.chooser, self.expert)})]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
         _chosen(notes, name, args, kwargs, result)
         known = notes.get(args[0], Choices)
         if name == "sort" and known is not None and args[0].ndim == 1:
-            notes.put(result[0], Choices("c", known.among, known.total))
+            notes.put(result[0], replace(known, kinds="c"))
         return
     if not isinstance(result, Tensor):
         return
@@ -64,7 +74,28 @@ def note_choices(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping
         return
     made = _kinds(known.kinds, name, args, kwargs, result)
     total = known.total if name in _WHOLE else 0
-    notes.put(result, None if made is None else Choices(made, known.among, total))
+    of_mask = known.expert is not None or "e" in known.kinds
+    if made is None or (name in _EQUAL and of_mask and (isinstance(args[1], Tensor) or args[1] != 1)):
+        notes.put(result, None)
+        return
+    expert, chooser = known.expert, known.chooser
+    if name in _EQUAL and expert is None and "e" not in known.kinds:
+        expert = _number(notes, args[1])
+    elif name == "__getitem__":
+        parts = [part for part in _full(known.kinds, args[1]) if part is not None]
+        if "e" in known.kinds and "e" not in made:
+            expert = _number(notes, parts[known.kinds.index("e")])
+        some = [parts[place] for place, kind in enumerate(known.kinds) if kind == "j" and place < len(parts)]
+        if any(part != slice(None) for part in some):
+            chooser = chooser.part(str(some))
+    notes.put(result, Choices(made, known.among, total, chooser, expert))
+
+
+def _number(notes: Notes, of: Any) -> int | None:
+    """The number of an expert, where something is that."""
+    counts = notes.get(of, Counts)
+    known = counts.numbers if counts is not None else (of,)
+    return known[0] if len(known) == 1 and isinstance(known[0], int) else None
 
 
 def origin(notes: Notes, tensor: Tensor) -> Tensor:
@@ -82,7 +113,8 @@ def _chosen(notes: Notes, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     rank = args[0].ndim
     if isinstance(dim, bool) or not isinstance(dim, int) or not rank or dim % rank != rank - 1:
         return
-    notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank), args[0].shape[-1], ids.numel()))
+    among = args[0].shape[-1]
+    notes.put(ids, Choices("t" * (rank - 1) + "j" * (ids.ndim == rank), among, ids.numel(), Chooser(among)))
 
 
 def _kinds(kinds: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> str | None:
@@ -120,13 +152,8 @@ def _compared(kinds: str, other: Any, result: Tensor) -> str | None:
 
 def _indexed(kinds: str, key: Any) -> str | None:
     """What an index of numbers, slices and new dims leaves. A part of a token's choices are still different."""
-    parts = list(key) if isinstance(key, tuple) else [key]
-    used = sum(1 for part in parts if part is not None and part is not Ellipsis)
-    if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
-        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
-        parts[place : place + 1] = [slice(None)] * (len(kinds) - used)
     left, made = list(kinds), ""
-    for part in parts:
+    for part in _full(kinds, key):
         if part is None:
             made += "1"
             continue
@@ -142,6 +169,16 @@ def _indexed(kinds: str, key: Any) -> str | None:
         elif kind not in "ej1":
             return None
     return made + "".join(left)
+
+
+def _full(kinds: str, key: Any) -> list[Any]:
+    """The parts of an index, of which none stands for several dims."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    used = sum(1 for part in parts if part is not None and part is not Ellipsis)
+    if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(kinds) - used)
+    return parts
 
 
 def moved(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rank: int) -> list[int] | None:

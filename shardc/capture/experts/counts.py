@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from enum import Enum
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeGuard
 
 import torch
 
+from shardc.capture.experts.empty_cases import ChooserName, EmptyCase, Question, cases
 from shardc.capture.torch_patches.fake_tensors import DynamicOutputShapeException
 from shardc.capture.trace_errors import explained
 from shardc.capture.user_frames import user_frame
@@ -18,11 +20,33 @@ CodePlace = tuple[str, tuple[str, int] | None]
 """A module, and a file and line."""
 
 
+@dataclass(eq=False)
+class Chooser:
+    """What chooses: experts for each token, of which there are `count` if that is known, or rows by a mask."""
+
+    count: int = 0
+    _parts: dict[str, Chooser] = field(default_factory=dict[str, "Chooser"])
+
+    def part(self, key: str) -> Chooser:
+        """Some of the choices of each token."""
+        return self._parts.setdefault(key, Chooser(self.count))
+
+    def experts(self, count: int) -> list[Subject]:
+        """Each of the first `count` experts."""
+        return [frozenset({(self, expert)}) for expert in range(count)]
+
+
+Subject = frozenset[tuple[Chooser, int]]
+"""Selections that are empty together: what chooses, and the number of an expert."""
+
+
 @dataclass(frozen=True)
 class Truth:
-    """The tensor says of selections whether they have rows (True), that they have none (False), or how many (None)."""
+    """The tensor says of selections whether they have rows (True), that they have none (False), or how many (None).
+    Each element speaks of one of the `subjects`."""
 
     value: bool | None
+    subjects: tuple[Subject, ...]
 
 
 @dataclass(frozen=True)
@@ -32,20 +56,15 @@ class Counts:
     numbers: tuple[int, ...]
 
 
-class EmptyCase(Enum):
-    """What a trace is told of selections: that none is empty; that all are, though of rows in the order of experts the
-    first expert has all; or that all are, and of these the first expert's alone."""
-
-    NONE = 0
-    ALL = 1
-    FIRST = 2
-
-
 class Emptiness:
-    """Whether selections are empty in a trace, and where code asked for it first."""
+    """Which selections are empty in a trace, and where code asked for it first."""
 
     def __init__(self, case: EmptyCase) -> None:
         self.case = case
+        self._choosers: dict[Chooser, ChooserName] = {}
+        self._names = Counter[str]()
+        self.questions: dict[Question, None] = {}
+        """What code asked, and what it could have asked of the same."""
         self._listed: CodePlace | None = None
         self.path = ""
         """The module that is running."""
@@ -53,10 +72,34 @@ class Emptiness:
         """Where rows were selected last."""
         self._asked: tuple[Exception, str, tuple[str, int] | None] | None = None
 
-    def __bool__(self) -> bool:
+    def none(self, *subjects: Subject) -> bool:
+        """The answer to a question: whether all these selections are empty."""
         if self._asked is None:
             self._asked = unknown(), *self.place()
-        return self.case is not EmptyCase.NONE
+        for subject in subjects:
+            for chooser, expert in sorted(subject, key=lambda one: one[1]):
+                if chooser not in self._choosers:
+                    self._choosers[chooser] = self.path, self._names[self.path]
+                    self._names[self.path] += 1
+                    self.questions |= {(self._choosers[chooser], number): None for number in range(chooser.count)}
+                self.questions[self._choosers[chooser], expert] = None
+        return self.said(*subjects)
+
+    def said(self, *subjects: Subject) -> bool:
+        """Whether all these are empty in this trace, if code asks."""
+        return all(self._in(self.case, one) for one in subjects)
+
+    def _in(self, case: EmptyCase, subject: Subject) -> bool:
+        return bool(subject) and all((self._choosers.get(one), expert) in case.empty for one, expert in subject)
+
+    def cases(self) -> list[EmptyCase]:
+        """What other traces are to be told."""
+        wholes = {name: chooser.count for chooser, name in self._choosers.items() if chooser.count}
+        return cases(list(self.questions), wholes) if self.questions else [EmptyCase(1)]
+
+    def shown(self, masks: Collection[tuple[Any, Subject]], case: EmptyCase) -> list[Any]:
+        """Those of the masks that are false in another case."""
+        return [mask for mask, subject in masks if self._in(case, subject)]
 
     def lists(self) -> None:
         """Code gets numbers of rows, of rows in the order of experts."""
@@ -68,11 +111,9 @@ class Emptiness:
         """Whether code has got such numbers."""
         return self._listed is not None
 
-    def empties(self, count: int) -> frozenset[int]:
-        """The experts, of `count`, that have no segment."""
-        if self.case is EmptyCase.NONE or count < 2:
-            return frozenset()
-        return frozenset({0}) if self.case is EmptyCase.FIRST else frozenset(range(1, count))
+    def empties(self, experts: list[Subject]) -> frozenset[int]:
+        """The experts that have no segment."""
+        return frozenset(number for number, expert in enumerate(experts) if self.said(expert))
 
     def place(self) -> CodePlace:
         """Where the user's code is."""
@@ -107,15 +148,16 @@ class Count(int):
     zero; nothing can be computed of it, and nobody can be told it."""
 
     _empty: Emptiness
+    _subject: Subject
 
-    def __new__(cls, value: int, empty: Emptiness) -> Count:
+    def __new__(cls, value: int, empty: Emptiness, subject: Subject) -> Count:
         made = super().__new__(cls, value)
-        made._empty = empty
+        made._empty, made._subject = empty, subject
         return made
 
     def none(self) -> bool:
         """Whether there are no such rows, as the trace is told."""
-        return bool(self._empty)
+        return self._empty.none(self._subject)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Count):
@@ -170,7 +212,7 @@ class SegmentBound(Count):
         count = self.segments.experts
         if not self.experts or len(self.experts) == count:
             return not self.experts
-        return bool(self._empty) and self.experts <= self._empty.empties(count)
+        return self._empty.none(*(self.segments.subjects[expert] for expert in sorted(self.experts)))
 
     def _with(self, experts: frozenset[int]) -> SegmentBound:
         return SegmentBound(int.__int__(self), self._empty, self.segments, experts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from shardc.capture.experts.choices import Choices
-from shardc.capture.experts.counts import EmptyCase, SegmentBound
+from shardc.capture.experts.counts import Chooser, SegmentBound, Subject
+from shardc.capture.experts.empty_cases import FIRST_TRACE, EmptyCase
 from shardc.capture.experts.selections import Rows, Selection, Selections
 from shardc.capture.torch_patches.module_internals import version
 
@@ -29,14 +30,19 @@ Experts = frozenset[int]
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """There are `counts[e]` rows of expert e, and `total` in all."""
+    """There are `counts[e]` rows of expert e, and `total` in all. What `chooser` chooses is sorted."""
 
     counts: Tensor
     total: int
+    chooser: Chooser
 
     @property
     def experts(self) -> int:
         return self.counts.shape[0]
+
+    @property
+    def subjects(self) -> list[Subject]:
+        return self.chooser.experts(self.experts)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ _JOINS = ("cat", "concat", "concatenate")
 class SegmentedRows(Selections):
     """Follows counts, and what is cut and joined by them."""
 
-    def __init__(self, case: EmptyCase = EmptyCase.NONE) -> None:
+    def __init__(self, case: EmptyCase = FIRST_TRACE) -> None:
         super().__init__(case)
         self._numbers: dict[Segments, Tensor] = {}
         self._cut: dict[tuple[Segments, int], Selection] = {}
@@ -104,7 +110,7 @@ class SegmentedRows(Selections):
         self.empty.lists()
         of = bounds.segments
         # in each case another number, so that a trace differs where C code, such as that of `range`, has read it
-        shown = of.total + self.empty.case.value
+        shown = of.total + self.empty.case.number
         return [SegmentBound(shown, self.empty, of, experts) for experts in bounds.experts]
 
     def of_segments(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
@@ -174,7 +180,7 @@ class SegmentedRows(Selections):
         after = stop.experts if isinstance(stop, SegmentBound) else whole if stop in (None, segments.total) else None
         if before is None or after is None or any(one.segments is not segments for one in known):
             self._refuse()
-        none = self.empty.empties(segments.experts)
+        none = self.empty.empties(segments.subjects)
         between = (after - before) - none if len(after - before) > 1 else after - before
         if len(between) != 1:
             self._refuse()
@@ -207,8 +213,9 @@ class SegmentedRows(Selections):
     def _selection_of(self, segments: Segments, expert: int) -> Selection:
         key = segments, expert
         if key not in self._cut:
-            self._cut[key] = Selection(self._expert_of_rows(segments) == expert, (segments.total,), segment=key)
-            self._note_mask(self._cut[key].valid, expert)
+            valid = self._expert_of_rows(segments) == expert
+            self._cut[key] = Selection(valid, (segments.total,), segments.subjects[expert], segment=key)
+            self._note_mask(self._cut[key].valid, segments.subjects[expert])
         return self._cut[key]
 
     def _expert_of_rows(self, segments: Segments) -> Tensor:
@@ -229,7 +236,7 @@ class SegmentedRows(Selections):
         left = set(range(segments.experts)) - set(experts)
         if any(one is not segments for one, _ in cuts) or experts != sorted(set(experts)):
             self._refuse()
-        if left - self.empty.empties(segments.experts):
+        if left - self.empty.empties(segments.subjects):
             self._refuse()
         total: Tensor | None = None
         for part, row in zip(parts, rows, strict=True):
@@ -246,12 +253,12 @@ class SegmentedRows(Selections):
             return None
         counts = (ids.long().unsqueeze(-1) == torch.arange(count, device=ids.device)).sum(0)
         if 0 < choices.among <= count:
-            self.note_bounds(counts, choices.total)
+            self.note_bounds(counts, choices)
         return counts
 
-    def note_bounds(self, counts: Tensor, total: int) -> None:
+    def note_bounds(self, counts: Tensor, choices: Choices) -> None:
         each = tuple(frozenset({expert}) for expert in range(counts.shape[0]))
-        self._notes.put(counts, Bounds(Segments(counts, total), each))
+        self._notes.put(counts, Bounds(Segments(counts, choices.total, choices.chooser), each))
 
     def follow_bounds(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note of a result what it says of the rows of experts."""
@@ -265,7 +272,7 @@ class SegmentedRows(Selections):
         elif name == "sum":
             choices = self._notes.get(first, Choices)
             if choices is not None and _sums_all_but_experts(choices, first, args[1:], kwargs, result):
-                self.note_bounds(result, choices.total)
+                self.note_bounds(result, choices)
         elif name in _COMPARE and result.ndim == 0 and len(args) > 1:
             pair = self._number_of(first), self._number_of(args[1])
             bounds = [one for one in pair if isinstance(one, SegmentBound)]
@@ -292,7 +299,7 @@ class SegmentedRows(Selections):
         alone = set(choices.kinds[:-1]) <= {"t"} and choices.kinds[-1:] == "j"
         if not (last and alone and known):
             return None
-        return Choices(choices.kinds[:-1] + "e", choices.among, choices.total)
+        return replace(choices, kinds=choices.kinds[:-1] + "e")
 
 
 def _sums_all_but_experts(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shardc.capture.experts.by_row import by_row
 from shardc.capture.experts.choices import Choices, note_choices
-from shardc.capture.experts.counts import Count, Counts, Truth
+from shardc.capture.experts.counts import Count, Counts, Subject, Truth
 from shardc.capture.experts.segments import SegmentedRows
 from shardc.capture.experts.selections import Picked, Rows, is_mask, tensors_of
 
@@ -56,7 +56,7 @@ class SelectedRows(SegmentedRows):
             else:
                 note_choices(self._notes, name, (tensor,), {}, value)
         elif name == "shape" and (dim := self._dim(tensor)) is not None:
-            return torch.Size([Count(n, self.empty) if place == dim else n for place, n in enumerate(value)])
+            return torch.Size([self._count(tensor, n) if place == dim else n for place, n in enumerate(value)])
         return value
 
     def listed(self, tensor: Tensor) -> tuple[list[Any]] | None:
@@ -65,8 +65,15 @@ class SelectedRows(SegmentedRows):
         if bounds is not None:
             return (bounds,)
         truth = self._notes.get(tensor, Truth)
-        known = truth is not None and truth.value is None and tensor.ndim == 1
-        return ([Count(1, self.empty) for _ in range(tensor.shape[0])],) if known else None
+        if truth is None or truth.value is not None or tensor.ndim != 1:
+            return None
+        return ([Count(1, self.empty, one) for one in truth.subjects],)
+
+    def _count(self, tensor: Tensor, number: int) -> Count:
+        """How many selected rows a tensor has."""
+        rows = self._notes.get(tensor, Rows) or self._notes.get(tensor, Picked)
+        assert rows is not None
+        return Count(number, self.empty, rows.selection.subject)
 
     def _known(self, run: Run, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The result of a call that selects rows, reads or writes them, or asks about them; None for other calls."""
@@ -124,7 +131,7 @@ class SelectedRows(SegmentedRows):
         """How often each expert was chosen."""
         given = dict(zip(("weights", "minlength"), args[1:], strict=False)) | dict(kwargs)
         counts = None if given.get("weights") is not None else self.counted(ids, given.get("minlength", 0))
-        return None if counts is None else (self._counting(counts),)
+        return None if counts is None else (self._counting(counts, ids),)
 
     def _histogram(self, ids: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The same, in numbers of the type of the ids: `bins` of one number each."""
@@ -136,10 +143,12 @@ class SelectedRows(SegmentedRows):
             return None
         made = counts.to(ids.dtype)
         self.follow_bounds("to", (counts,), {}, made)
-        return (self._counting(made),)
+        return (self._counting(made, ids),)
 
-    def _counting(self, counts: Tensor) -> Tensor:
-        self._notes.put(counts, Truth(None))
+    def _counting(self, counts: Tensor, ids: Tensor) -> Tensor:
+        choices = self._notes.get(ids, Choices)
+        assert choices is not None
+        self._notes.put(counts, Truth(None, tuple(choices.chooser.experts(counts.shape[0]))))
         return counts
 
     def _note_counts(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -149,36 +158,42 @@ class SelectedRows(SegmentedRows):
         first, counts = args[0], self._notes.get(args[0], Truth)
         choice = self._notes.get(first, Choices)
         if name in ("any", "sum", "count_nonzero") and (first.dtype is torch.bool or (choice and "e" in choice.kinds)):
+            subjects, together = self._subjects(first), frozenset(one for each in self._subjects(first) for one in each)
             whole = len(args) == 1 and not kwargs
-            if whole or (result.ndim == 1 and choice is not None and choice.kinds[:1] == "e"):
-                self._notes.put(result, Truth(name == "any" or None))
-                self._note_mask(first)
+            if whole or (result.shape == first.shape[:1] and choice is not None and choice.kinds[:1] == "e"):
+                self._notes.put(result, Truth(name == "any" or None, (together,) if whole else tuple(subjects)))
+                self._note_mask(first, together)
         elif counts is not None and name in _COMPARED and counts.value is None and len(args) > 1:
             said = _COMPARED[name]
             if args[1] == said[0]:
-                self._notes.put(result, Truth(said[1]))
+                self._notes.put(result, Truth(said[1], counts.subjects))
         elif counts is not None and name in ("__getitem__", "cpu", "to", "bool", "unbind", "squeeze", "item"):
-            self._notes.put(result, counts if name != "bool" else Truth(True))
+            subjects = counts.subjects
+            if name == "__getitem__":
+                _, key = args
+                subjects = _elements(subjects, key) if first.ndim else ()
+            value = counts.value if name != "bool" else True
+            self._notes.put(result, Truth(value, subjects) if subjects else None)
 
     def _asked(self, name: str, tensor: Tensor, args: tuple[Any, ...]) -> tuple[Any] | None:
         """The answer to a question about selections; None for other questions."""
         dim = self._dim(tensor)
         if dim is not None:
-            sizes = [Count(n, self.empty) if place == dim else n for place, n in enumerate(tensor.shape)]
+            sizes = [self._count(tensor, n) if place == dim else n for place, n in enumerate(tensor.shape)]
             if name == "size":
                 return (sizes[args[1]],) if len(args) > 1 else (torch.Size(sizes),)
             if name == "numel":
-                return (Count(tensor.numel(), self.empty),)
+                return (self._count(tensor, tensor.numel()),)
             self._refuse()
         numbers = self._notes.get(tensor, Counts)
         if numbers is not None:
             return self._number(name, tensor, numbers)
         truth = self._notes.get(tensor, Truth)
-        if truth is None or name not in ("__bool__", "item", "__int__"):
+        if truth is None or len(truth.subjects) != 1 or name not in ("__bool__", "item", "__int__"):
             return None
         if name == "__bool__" or (name == "item" and truth.value is not None):
-            return ((truth.value is not False) != bool(self.empty),)
-        return (Count(1, self.empty),) if name == "item" else None
+            return ((truth.value is not False) != self.empty.none(*truth.subjects),)
+        return (Count(1, self.empty, *truth.subjects),) if name == "item" else None
 
     def _one(self, key: Any) -> int | None:
         """The number of an expert, where an index is that."""
@@ -224,6 +239,13 @@ def _counts(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_counts, value))
     return isinstance(value, Count) or (isinstance(value, dict) and any(map(_counts, value.values())))
+
+
+def _elements(subjects: tuple[Subject, ...], key: Any) -> tuple[Subject, ...]:
+    """What the elements are about that an index leaves; none where it is no number, and no slice."""
+    if isinstance(key, slice):
+        return subjects[key]
+    return (subjects[key],) if isinstance(key, int) and not isinstance(key, bool) else ()
 
 
 _INDEXED = ("input", "dim", "index", "source")

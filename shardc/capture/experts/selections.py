@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from shardc.capture.experts.choices import Choices, origin
-from shardc.capture.experts.counts import Counts, Emptiness, EmptyCase, Truth, unknown
+from shardc.capture.experts.counts import Chooser, Counts, Emptiness, Subject, Truth, unknown
+from shardc.capture.experts.empty_cases import FIRST_TRACE, EmptyCase
 from shardc.capture.torch_patches.attention.notes import Notes
 from shardc.capture.torch_patches.traced_nodes import node_of
 
@@ -24,6 +25,7 @@ class Selection:
 
     valid: Tensor
     sizes: tuple[int, ...]
+    subject: Subject
     chosen: Tensor | None = None
     segment: tuple[Any, int] | None = None
 
@@ -47,11 +49,11 @@ class Picked:
 class Selections:
     """What is selected in one trace, which is told what is empty."""
 
-    def __init__(self, case: EmptyCase = EmptyCase.NONE) -> None:
+    def __init__(self, case: EmptyCase = FIRST_TRACE) -> None:
         self.empty = Emptiness(case)
         self._notes = Notes()
-        self.masks = dict[fx.Node, int | None]()
-        """What selects rows, and what such questions are about; of rows in the order of experts, for which expert."""
+        self.masks = dict[fx.Node, Subject]()
+        """What selects rows, and what such questions are about."""
         self._any = False
 
     def forget(self) -> None:
@@ -82,20 +84,34 @@ class Selections:
         paired = "j" in kinds
         sizes = tuple(size for size, kind in zip(mask.shape, kinds, strict=True) if kind != "j")
         if known is not None and paired == (known.chosen is not None):
-            return Selection(known.valid, sizes, known.chosen)
+            return Selection(known.valid, sizes, known.subject, known.chosen)
+        subject = frozenset[tuple[Chooser, int]]().union(*self._subjects(mask))
         mask = mask if mask.dtype is torch.bool else mask != 0
         chosen = mask.movedim(kinds.index("j"), -1).flatten(0, -2) if paired else None
-        made = Selection(mask.flatten() if chosen is None else chosen.any(-1), sizes, chosen)
+        made = Selection(mask.flatten() if chosen is None else chosen.any(-1), sizes, subject, chosen)
         self._notes.put(root, made)
         self._any = True
         self.empty.selected = self.empty.place()
-        self._note_mask(made.valid)
+        self._note_mask(made.valid, subject)
         return made
 
-    def _note_mask(self, mask: Tensor, expert: int | None = None) -> None:
+    def _subjects(self, mask: Tensor) -> list[Subject]:
+        """What a mask selects: for each expert, if it has a dim of experts."""
+        choices = self._notes.get(mask, Choices)
+        known = None if choices is None else choices.subjects(tuple(mask.shape))
+        if known is not None:
+            return known
+        root = origin(self._notes, mask)
+        chooser = self._notes.get(root, Chooser)
+        if chooser is None:
+            chooser = Chooser()
+            self._notes.put(root, chooser)
+        return chooser.experts(1)
+
+    def _note_mask(self, mask: Tensor, subject: Subject) -> None:
         node = node_of(mask)
         if node is not None:
-            self.masks[node] = expert
+            self.masks[node] = subject
 
     def _picked(self, mask: Tensor, apart: bool) -> tuple[Any] | None:
         if mask.ndim == 0 or self._selected(mask):
@@ -103,9 +119,9 @@ class Selections:
         truth = self._notes.get(mask, Truth)
         if truth is not None and mask.ndim == 1 and not apart and truth.value:
             numbers = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1)
-            empty = bool(self.empty)
-            numbers = numbers[:0] if empty else numbers
-            self._notes.put(numbers, Counts(tuple(range(numbers.shape[0]))))
+            left = [place for place, subject in enumerate(truth.subjects) if not self.empty.none(subject)]
+            numbers = numbers if len(left) == mask.shape[0] else numbers[left]
+            self._notes.put(numbers, Counts(tuple(left)))
             return (numbers,)
         selection = self._selection(mask)
         kinds = _kinds(self._notes.get(mask, Choices), mask)

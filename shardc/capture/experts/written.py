@@ -10,14 +10,14 @@ operator computes of the same tensors, and what was written is dead code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shardc.capture.canonical import Rewriter, live
-from shardc.capture.experts.counts import EmptyCase
+from shardc.capture.experts.empty_cases import FIRST_TRACE, EmptyCase, Question
 from shardc.capture.experts.events import Event, Events, Record, TensorPlace
 from shardc.capture.experts.expressions import ExpressionWriter
 from shardc.capture.experts.networks import operand
@@ -46,6 +46,8 @@ class WrittenExperts:
         self._expected: list[tuple[EmptyCase, list[Any]]] = []
         """What a trace is to compute, where it is told that selections are empty: of those to come."""
         self._asked: CaptureError | None = None
+        self._questions: Collection[Question] = ()
+        """What code asks where nothing is empty."""
         self._outlines = Outlines()
         self.rows = SelectedRows()
         self.used = False
@@ -53,10 +55,15 @@ class WrittenExperts:
         self.events = Events()
         self._wanted: Mapping[Event, set[int]] = {}
 
+    @property
+    def compares(self) -> bool:
+        """Whether the next trace is there to be compared: forward is enough."""
+        return bool(self._expected)
+
     def begin(self) -> None:
         """A trace begins."""
         self.events, self.used = Events(), False
-        self.rows = SelectedRows(self._expected[0][0] if self._expected else EmptyCase.NONE)
+        self.rows = SelectedRows(self._expected[0][0] if self._expected else FIRST_TRACE)
 
     def stop(self) -> None:
         """From now on, recognise none."""
@@ -117,8 +124,10 @@ class WrittenExperts:
         if self._expected:
             case, expected = self._expected.pop(0)
             self._shown = True
-            if self._outline(_Copy(graph), case) != expected:
+            more = self.rows.empty.questions.keys() - self._questions
+            if more or self._outline(_Copy(graph), case) != expected:
                 assert self._asked is not None
+                self._expected, self._shown = [], False
                 raise self._asked
             return True
         record = self.events.record
@@ -129,18 +138,14 @@ class WrittenExperts:
         kept = _Copy(graph)
         more = self._search(kept, record) if record.chooses and not self._off else False
         if asked:
-            both = empty.segmented and empty.asked is not None
-            cases = (EmptyCase.ALL, EmptyCase.FIRST) if both else (EmptyCase.ALL,)
-            self._expected = [(case, self._outline(kept, case)) for case in cases]
-            self._asked = empty.asked or empty.leaked
+            self._expected = [(case, self._outline(kept, case)) for case in empty.cases()]
+            self._asked, self._questions = empty.asked or empty.leaked, empty.questions.keys()
         return more or asked
 
     def _outline(self, kept: _Copy, case: EmptyCase) -> list[Any]:
         """What a graph computes where selections are empty."""
         false = {
-            _viewed(kept.env[node])
-            for node, expert in self.rows.masks.items()
-            if node in kept.env and (expert is None or (expert == 0) == (case is EmptyCase.FIRST))
+            _viewed(kept.env[node]) for node in self.rows.empty.shown(self.rows.masks.items(), case) if node in kept.env
         }
         return self._outlines.of(kept.graph, kept.results, false)
 

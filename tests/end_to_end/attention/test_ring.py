@@ -24,6 +24,8 @@ class Call:
     causal: bool = False
     window: int = 0
     mask: tuple[int, ...] | None = None
+    lowest: bool = False
+    """Whether the mask adds the lowest number, in some rows to all scores."""
     sinks: bool = False
     softcap: float = 0.0
     dropout: float = 0.0
@@ -45,7 +47,11 @@ class Attending(nn.Module):
         self.v = nn.Parameter(random(2, call.heads[0], call.columns, 6))
         self.sinks = nn.Parameter(random(*call.heads)) if call.sinks else None
         if call.mask is not None:
-            self.register_buffer("mask", random(*call.mask) > -0.5)
+            mask = random(*call.mask) > -0.5
+            if call.lowest:
+                mask[..., 1:4, :] = False
+                mask = torch.zeros(call.mask, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+            self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
         call, mask = self.call, getattr(self, "mask", None)
@@ -85,6 +91,8 @@ CALLS = {
     "full": Call(),
     "causal": CAUSAL,
     "mask": Call(mask=(2, 1, 8, 8)),
+    "lowest numbers": Call(mask=(2, 1, 8, 7), columns=7, lowest=True),
+    "lowest numbers, capped": Call(mask=(2, 1, 8, 8), softcap=2.0, lowest=True),
     "mask of columns": Call(mask=(1, 1, 1, 8), causal=True),
     "window": WINDOW,
     "window both ways": Call(window=2),

@@ -72,6 +72,8 @@ REFUSED: dict[str, Work] = {
     "in another order": lambda m, rows, n, _: torch.cat(each(m, rows, n)[::-1]),
     "more than three": lambda m, rows, n, _: torch.cat([one * 2 if n[1] > 3 else one for one in each(m, rows, n)]),
     "the first changes all": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[0] == 0 else 1),
+    "two that are empty": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[1] == 0 and n[3] == 0 else 1),
+    "one that is, one that is not": lambda m, rows, n, _: torch.cat(each(m, rows, n)) * (2 if n[2] == 0 < n[4] else 1),
     "passed over": lambda m, rows, n, _: _passed_over(m, rows, n),
     "divided by a number": lambda m, rows, n, _: torch.cat([y / c for y, c in zip(each(m, rows, n), n, strict=True)]),
     "mean of rows": lambda m, rows, n, _: torch.cat([m.experts[0](p - p.mean(0)) for p in rows.split(n)]),

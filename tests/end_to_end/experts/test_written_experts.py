@@ -159,6 +159,51 @@ def test_what_hangs_on_how_many_rows_there_are_is_refused(name: str) -> None:
         capture(Selecting(), (X[0],))
 
 
+def _counting(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """Leaves a number behind in each turn."""
+    seen = 0
+    for mask in masks:
+        if mask.any():
+            x = x.index_add(0, torch.where(mask)[0], x[mask] * (2 if seen == 1 else 1))
+            seen += 1
+    return x
+
+
+def _numbered(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """Adds the experts' rows, each times its place among those that have any."""
+    ids = x.topk(2)[1]
+    mask = torch.nn.functional.one_hot(ids, written.D).permute(2, 1, 0)
+    out = torch.zeros_like(x)
+    for place, expert in enumerate((mask.sum((-1, -2)) > 0).nonzero()):
+        rows = torch.where(mask[expert].squeeze(0))[1]
+        out.index_add_(0, rows, x[rows] * (1 + place))
+    return out
+
+
+JOINT: dict[str, Any] = {
+    "one and not another": lambda x, m: x * 2 if m[1].any() and not m[2].any() else x,
+    "one or not another": lambda x, m: x * (1 if m[0].any() or not m[3].any() else 2),
+    "nested": lambda x, m: (x.sin() if m[3].any() else x) if not m[2].any() else x,
+    "two are alike": lambda x, m: x * 2 if bool(m[0].any()) != bool(m[1].any()) else x,
+    "a list": lambda x, m: x * 2 if [one for one in m if one.any()][:1] == [m[2]] else x,
+    "a number of them": lambda x, m: x * 2 if sum(bool(one.any()) for one in m) == 2 else x,
+    "answers added up": lambda x, m: x / max(sum(one.any().item() for one in m), 1),
+    "numbers of rows": lambda x, m: x * 2 if x[m[0]].numel() and not x[m[3]].numel() else x,
+    "left behind": _counting,
+    "places": _numbered,
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_branch_that_several_selections_decide_together_is_refused(name: str) -> None:
+    class Selecting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return JOINT[name](x, [x[:, place] > 0 for place in range(4)])
+
+    with pytest.raises(CaptureError, match="only known when it runs"):
+        capture(Selecting(), (X[0],), grad=False)
+
+
 ROWS: dict[str, Any] = {
     "mask": lambda x, mask: x.index_add(0, torch.where(mask)[0], torch.layer_norm(x[mask], [written.D]).tanh()),
     "written": lambda x, mask: _written(x.clone(), mask, x[mask].softmax(-1)[:, None].squeeze(1)),
