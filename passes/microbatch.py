@@ -50,7 +50,7 @@ aten = torch.ops.aten
 def microbatch(c: Compilation) -> Compilation:
     """Divide the batch, where micro-batches are asked for. Raises ShardcError where the batch cannot be divided, and
     InfeasibleError where an operator needs all of it at once."""
-    count = c.options.microbatches
+    count = 1 if c.options.microbatches is None else c.options.microbatches
     if not isinstance(count, int):
         raise ShardcError(f"microbatches={count!r} is for whoever runs all passes; name a number")
     if count == 1:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shardc.runtime.checkpoint.load import load_checkpoint
     from shardc.runtime.checkpoint.save import save_checkpoint
     from shardc.runtime.mesh.watch import watch
-    from shardc.search import search_mesh
+    from shardc.search.search import search_mesh
     from shardc.training.progress import progress
     from shardc.training.sampler import data_sampler
 
@@ -70,7 +70,7 @@ _HOME = {
     "rule": "shardc.rules.custom",
     "save_checkpoint": "shardc.runtime.checkpoint.save",
     "save_pretrained": "shardc.pretrained.save",
-    "search_mesh": "shardc.search",
+    "search_mesh": "shardc.search.search",
     "shard": "shardc.api",
     "watch": "shardc.runtime.mesh.watch",
 }

@@ -67,7 +67,7 @@ def decided(c: Compilation, passes: Sequence[Pass] = BEFORE) -> Decided:
         mesh = local_mesh(c.mesh.sizes)
         assert isinstance(mesh, DistributedMesh)
         return _of_rank_0(c, snapshots, mesh)
-    return _alone(c, snapshots)
+    return decided_alone(c, snapshots)
 
 
 def _agreed_count(c: Compilation, passes: Sequence[Pass], before: Mapping[str, Compilation]) -> int:
@@ -102,7 +102,7 @@ def _fastest_count(c: Compilation, passes: Sequence[Pass], before: Mapping[str, 
         snapshots = dict(before)
         try:
             tried = run(passes, replace(c, options=replace(c.options, microbatches=count)), snapshots)
-            plan = _alone(tried, snapshots).plan
+            plan = decided_alone(tried, snapshots).plan
         except OutOfMemoryError as error:
             refused = error
             continue
@@ -136,7 +136,9 @@ def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan |
     return Decided(once or snapshots, plan_of(once or snapshots))
 
 
-def _alone(c: Compilation, before: dict[str, Compilation]) -> Decided:
+def decided_alone(c: Compilation, before: dict[str, Compilation]) -> Decided:
+    """Find the decisions of a compilation after `propagate` in this process: those of a file, of the cache, or of the
+    solver; and run the rest of the passes."""
     if c.options.plan is not None:
         return _finished(c, before, PlanFile.read(c.options.plan).given(c))
     path = cache.cached_at(c)
@@ -156,7 +158,7 @@ def _of_rank_0(c: Compilation, before: dict[str, Compilation], mesh: Distributed
     agree_on_program(c)
     if mesh.rank == 0:
         try:
-            found = _alone(c, before)
+            found = decided_alone(c, before)
         except Exception as error:
             mesh.agreed(json.dumps({"error": str(error), "kind": type(error).__name__}))
             raise

@@ -65,6 +65,10 @@ def _read_dynamic(text: str) -> tuple[str, dict[int, str]]:
     return argument.strip(), named
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
 def _number_or_word(text: str) -> float | str:
     try:
         return float(text)
@@ -101,8 +105,24 @@ DYNAMIC = Text(
     lambda entry: f"{entry[0]}={','.join(f'{dim}:{name}' for dim, name in entry[1].items())}",
     flag="dynamic",
 )
-AXES = Text("AXIS,...", "dp,tp", lambda text: tuple(axis.strip() for axis in text.split(",")), ",".join)
+AXES = Text("AXIS,...", "dp,tp", _names, ",".join)
 
+
+def _number_or_range(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def batch_range(given: int | str) -> tuple[int, int]:
+    """The rows of the smallest and of the largest batch: `"64:256"` → (64, 256). Raises ShardcError for other texts."""
+    low, colon, high = str(given).partition(":")
+    ends = (low, high if colon else low)
+    if not all(end.strip().isdigit() for end in ends) or not 1 <= int(ends[0]) <= int(ends[1]):
+        raise ShardcError(f"batch={given!r} is no batch: write a number of rows, a range like 64:1024, or {AUTO}")
+    return int(ends[0]), int(ends[1])
+
+
+OPTIMIZERS = Text("NAME,...", "adamw-8bit,sgd", _names, ",".join)
+BATCH = Text("ROWS|LOW:HIGH|auto", "256", _number_or_range)
 
 AUTO = "auto"
 """As many micro-batches as make the fastest step that fits."""
@@ -169,10 +189,11 @@ class Options:
     part draw the same). Either way the seed is that of `torch.manual_seed`. `auto`: exact where the model is on the
     CPU, independent where it is on another device; of a model on `meta`, where the hardware draws faster so."""
 
-    microbatches: int | Literal["auto"] = 1
+    microbatches: int | Literal["auto"] | None = 1
     """Into how many micro-batches the batch, dim 0 of the first tensor, is divided: they run one after another, so that
     a device holds the activations of one. Values are those of the whole batch, also random ones, and gradients are
-    reduced once. `auto`: as many as make the fastest step that fits into `memory`."""
+    reduced once. `auto`: as many as make the fastest step that fits into `memory`. A search that is told no number
+    tries what the bound on memory may need."""
 
     param_dtype: Annotated[str | torch.dtype | None, DTYPE] = None
     """The type in which the model computes. Parameters stay in their own type, and so do their gradients and what the
@@ -207,7 +228,7 @@ class Options:
                 f"imbalance={self.imbalance} must be 1 or more, and capacity={self.capacity} above 0: both are "
                 "multiples of the mean"
             )
-        if self.microbatches != AUTO and (type(self.microbatches) is not int or self.microbatches < 1):
+        if self.microbatches not in (AUTO, None) and (type(self.microbatches) is not int or self.microbatches < 1):
             raise ShardcError(f"microbatches={self.microbatches!r} must be a whole number, 1 or more, or {AUTO!r}")
         for name, values in _choices(type(self)).items():
             if getattr(self, name) not in values:
@@ -277,8 +298,25 @@ class SearchOptions(Options):
     axes: Annotated[Sequence[str], AXES] = ("dp", "tp")
     """The axes that a mesh may have, in this order."""
 
+    microbatches: int | Literal["auto"] | None = None
+
+    batch: Annotated[int | str | None, BATCH] = None
+    """The rows of a step's batch, dim 0 of the first tensor: a number in place of that of the inputs, a range like
+    `64:1024`, or `auto`. In a range, and from that of the inputs on with `auto`, twice as many are tried as long as
+    that raises tokens a second by 2 %."""
+
+    optimizers: Annotated[Sequence[str], OPTIMIZERS] = ()
+    """Optimizers that may be taken in place of `optimizer` where memory binds, in this order: `adamw-8bit,sgd`."""
+
     time_limit: float = 20.0
     """CPU-seconds that the solver may take for one mesh, where memory is not bounded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch not in (None, AUTO):
+            batch_range(self.batch)
+        for one in self.optimizers:
+            states_of(one)
 
 
 def _choices(options: type[Options]) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from shardc.cli import Command, main
 from shardc.flags import REGISTRY, parsed, spelled
 from shardc.options import Options, SearchOptions, ShardOptions, Text, as_keywords
 from shardc.passes.pipeline import NAMES
-from shardc.search import search_mesh
+from shardc.search.search import search_mesh
 
 ROOT = Path(__file__).parents[3]
 RENAMED = {"constraints": "--constraint"}
@@ -62,7 +62,7 @@ def flag(name: str) -> str:
 @pytest.mark.parametrize(
     ("command", "options", "more"),
     [
-        ("plan", SearchOptions, {"--mesh", "--devices", "--batch", "--seq", "--json", "--output"}),
+        ("plan", SearchOptions, {"--mesh", "--devices", "--seq", "--json", "--output"}),
         ("explain", Options, {"--mesh", "--why", "--layout", "--json"}),
         ("report", Options, {"--mesh", "--output", "--against"}),
         ("compile", Options, {"--mesh", "--print-after", "--output"}),
@@ -134,7 +134,9 @@ def test_a_new_field_is_a_flag_and_a_keyword_without_another_edit(capsys: pytest
 
 
 def test_compiling_does_not_load_the_command_line() -> None:
-    program = "import sys, shardc.api, shardc.search; print(*sorted({'tyro', 'docstring_parser'} & set(sys.modules)))"
+    program = (
+        "import sys, shardc.api, shardc.search.search; print(*sorted({'tyro', 'docstring_parser'} & set(sys.modules)))"
+    )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ran.stdout == "\n"
 
@@ -211,7 +213,7 @@ def test_output_has_a_short_flag() -> None:
         ("plan x.py --mesh tp=2 --dynamic x=0:a,0:b", "--dynamic x=0:a,0:b: write ARGUMENT=DIM:NAME"),
         ("plan x.py --mesh tp=2 --dynamic 'x=0:a b'", "--dynamic x=0:a b: write ARGUMENT=DIM:NAME"),
         ("plan examples/mlp.py --devices 2 --dynamic x=0:batch", "dynamic= has no meaning for a search"),
-        ("plan examples/mlp.py --devices 2 --microbatches auto", "microbatches='auto' has no meaning for a search"),
+        ("plan examples/mlp.py --devices 2 --batch 8:4", "batch='8:4' is no batch"),
         ("compile x.py --mesh tp=2 --print-after no", "Expected one of " + str(NAMES)),
         (
             "compile examples/mlp.py --mesh tp=2 -o nowhere/at/all.py",

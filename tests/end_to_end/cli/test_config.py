@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_a_folder_with_a_config_is_searched_for_meshes(config: Write, capsys: py
     assert out.splitlines()[-1] == f"shardc plan {folder} --batch=8 --seq=16 --mesh=dp=2 --hardware=h100"
 
 
+def test_the_command_that_a_search_of_batches_ends_with_gives_its_plan(
+    config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", config(CONFIGS["LlamaForCausalLM"]), "--seq", "16", "--hardware", "h100"]
+    assert main([*asked, "--batch", "4:8", "--mesh", "dp=2"]) == 2
+    assert "--batch 4:8 is for a search: name a number, or --devices" in capsys.readouterr().err
+    assert main([*asked, "--batch", "4:8", "--devices", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["ranked"][0]
+    assert {one["batch"] for one in found["ranked"]} == {4, 8} and best["batch"] == 8
+    assert "--batch=8 --seq=16 --mesh=dp=2" in found["command"]
+    assert main([*shlex.split(found["command"])[1:], "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["summary"] == best["summary"]
+
+
 LLAMA = CONFIGS["LlamaForCausalLM"]
 
 
@@ -84,7 +101,8 @@ LLAMA = CONFIGS["LlamaForCausalLM"]
     [
         (LLAMA, "", "does not say how large a step is; add, for example, --batch 256 --seq 4096"),
         (LLAMA, "--batch 8", "add, for example, --batch 256 --seq 4096"),
-        (LLAMA, "--batch 0 --seq 16", "--batch 0 --seq 16: both must be 1 or more"),
+        (LLAMA, "--batch 0 --seq 16", "batch=0 is no batch: write a number of rows"),
+        (LLAMA, "--batch 8 --seq 0", "--batch 8 --seq 0: both must be 1 or more"),
         (LLAMA, "--batch 8 --seq 65", "llama knows 64 positions, and --seq 65 is more"),
         (CONFIGS["ViTForImageClassification"], "--batch 8 --seq 8", "vit reads pictures, which have no --seq"),
         (CONFIGS["ViTForImageClassification"], "", "add, for example, --batch 256"),
@@ -113,10 +131,8 @@ def test_a_file_that_is_none_and_sizes_for_a_python_file_are_refused(
     assert "No such file or directory; name a config.json, or a folder that has one" in capsys.readouterr().err
     assert main(["plan", str(tmp_path), "--batch", "8", "--seq", "8", "--mesh", "dp=2"]) == 2
     assert "name a config.json, or a folder that has one" in capsys.readouterr().err
-    assert main(["plan", "model.py", "--batch", "8", "--mesh", "dp=2"]) == 2
-    assert (
-        "--batch and --seq are for a config; how large a step of model.py is, inputs() says" in capsys.readouterr().err
-    )
+    assert main(["plan", "model.py", "--seq", "8", "--mesh", "dp=2"]) == 2
+    assert "--seq is for a config; how long the inputs of model.py are, inputs() says" in capsys.readouterr().err
 
 
 def test_without_transformers_the_way_out_is_told(config: Write, monkeypatch: pytest.MonkeyPatch) -> None:

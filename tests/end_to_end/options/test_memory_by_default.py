@@ -164,7 +164,7 @@ def test_api_search_and_command_line_agree_to_the_byte(tmp_path: Path, capsys: p
     for one in found.ranked:
         if math.isfinite(one.cost):
             plan = shardc.compile(model, one.mesh, inputs, hardware=device).plan
-            assert one.stored == plan.memory.peak and one.cost == plan.cost
+            assert one.held == plan.memory.peak and one.cost == plan.cost
     file = tmp_path / "tower.py"
     file.write_text(
         "from end_to_end.options.test_memory_by_default import tower\n"

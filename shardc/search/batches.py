@@ -1,0 +1,45 @@
+"""The batches that a search tries: one, a range, or as large a one as still pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from shardc.errors import ShardcError
+from shardc.ir.model_call import ModelCall
+from shardc.options import AUTO, batch_range
+
+MOST = 2**20
+"""Rows of the largest batch that is tried where no range ends it."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`now` are the rows that are tried first, and `most` the rows of the largest batch. `first` is None where the
+    inputs have so many rows as they come."""
+
+    now: int
+    most: int
+    first: int | None = None
+
+    @staticmethod
+    def of(call: ModelCall, asked: int | str | None) -> Batches:
+        """The batches that were asked for, with the inputs of a call. Raises ShardcError for inputs without rows."""
+        leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
+        rows = next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+        if asked is None:
+            return Batches(rows, rows)
+        if not rows:
+            raise ShardcError(f"batch={asked!r}: no input of the model is a tensor with dims, so there is no batch")
+        low, high = (rows, MOST) if asked == AUTO else batch_range(asked)
+        return Batches(low, high, None if low == rows else low)
+
+    def larger(self) -> Iterator[int]:
+        """The batches behind the first, each twice the one before."""
+        rows = self.now
+        while rows and rows < self.most:
+            rows = min(2 * rows, self.most)
+            yield rows
