@@ -29,7 +29,7 @@ def check_op(op: str) -> None:
 def reduced(operands: Sequence[Tensor], op: str) -> Tensor:
     """The reduction of tensors of one shape, in their order, in new memory."""
     combine, _ = REDUCTIONS[op]
-    result = operands[0].clone()
-    for other in operands[1:]:
+    result = operands[0].clone() if len(operands) == 1 else combine(operands[0], operands[1])
+    for other in operands[2:]:
         combine(result, other, out=result)
     return result

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,11 @@ def _wide(x: Tensor, width: int) -> Tensor:
     return _rows(x if x.shape[-1] == width else F.pad(x, [0, width - x.shape[-1]]))
 
 
+def _narrow(x: Tensor, width: int) -> Tensor:
+    """The first `width` elements of each row."""
+    return x if x.shape[-1] == width else x[..., :width]
+
+
 def _by_position(x: Tensor) -> Tensor:
     """`x` with the heads of a position side by side, and nothing between positions."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -149,6 +154,11 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return bias.expand(*q.shape[:3], k.shape[2])
 
 
+# the kernels themselves: torch's objects for them find out at every call which overload is meant
+_CPU_FLASH: Any = aten._scaled_dot_product_flash_attention_for_cpu.default._op  # pyright: ignore[reportPrivateUsage]
+_CPU_FLASH_BACKWARD: Any = aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op  # pyright: ignore
+
+
 class _CpuFlash:
     """The CPU's kernel. It takes rows of one width only: zeros behind the narrower ones change nothing."""
 
@@ -156,10 +166,10 @@ class _CpuFlash:
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, drop: Drop = KEEP
     ) -> tuple[Tensor, Tensor]:
         width = max(q.shape[-1], v.shape[-1])
-        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
+        out, logsumexp = _CPU_FLASH(
             _wide(q, width), _wide(k, width), _wide(v, width), 0.0, causal, attn_mask=bias, scale=scale
         )
-        return out[..., : v.shape[-1]], logsumexp
+        return _narrow(out, v.shape[-1]), logsumexp
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
@@ -167,10 +177,8 @@ class _CpuFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         width = max(q.shape[-1], v.shape[-1])
         given = (_wide(x, width) for x in (grad, q, k, v, out))
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *given, logsumexp.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
-        )
-        return grads[0][..., : q.shape[-1]], grads[1][..., : q.shape[-1]], grads[2][..., : v.shape[-1]]
+        grads = _CPU_FLASH_BACKWARD(*given, logsumexp.contiguous(), 0.0, causal, attn_mask=bias, scale=scale)
+        return _narrow(grads[0], q.shape[-1]), _narrow(grads[1], q.shape[-1]), _narrow(grads[2], v.shape[-1])
 
 
 class _CudaFlash:
@@ -183,7 +191,7 @@ class _CudaFlash:
             out, logsumexp, *_ = aten._scaled_dot_product_flash_attention(
                 *given, drop.probability, causal, False, scale=scale
             )
-        return out[..., : v.shape[-1]], logsumexp
+        return _narrow(out, v.shape[-1]), logsumexp
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bias: Tensor | None,
@@ -195,7 +203,7 @@ class _CudaFlash:
             *given, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2], drop.probability, causal, seed, seed,
             scale=scale,
         )  # fmt: skip
-        return grads[0][..., : q.shape[-1]], grads[1][..., : k.shape[-1]], grads[2][..., : v.shape[-1]]
+        return _narrow(grads[0], q.shape[-1]), _narrow(grads[1], k.shape[-1]), _narrow(grads[2], v.shape[-1])
 
 
 class _CudaEfficient:

@@ -22,6 +22,7 @@ the heads of a position side by side in memory, so that joining the heads is a v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,12 @@ __all__ = ["attention", "attention_backward"]
 
 def _by_position(x: Tensor) -> Tensor:
     """`x` with the heads of a position side by side in memory."""
+    *heads, length, width = x.shape
+    row = math.prod(heads[1:]) * width
+    if x.dim() == 4 and x.stride() == (length * row, width, row, 1):  # as most kernels make it
+        return x
+    if x.dim() == 5 and x.stride() == (length * row, heads[2] * width, width, row, 1):
+        return x
     if x.dim() == 5:
         return x.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -160,3 +167,6 @@ def _second(ctx: Any, *grads: Tensor | None) -> None:
 
 attention.register_autograd(_backward, setup_context=_setup)
 attention_backward.register_autograd(_second)
+# torch looks at every call of a custom operator for results that share memory with operands, which these never do
+for _operator in (attention, attention_backward):
+    torch.library.impl(_operator._qualname, ("cpu", "cuda"), _operator._init_fn)  # pyright: ignore
