@@ -20,11 +20,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shardc.runtime.errors import RankError
-
-_READ = frozenset({"item", "tolist", "numpy", "__array__", "__format__", "__contains__"}) | frozenset(
-    f"__{kind}__" for kind in ("bool", "int", "index", "float", "complex")
-)
-"""Functions that make Python values of a tensor: DTensor makes them of the rank's part."""
+from shardc.runtime.mesh.dtensor_gaps import COMPLAINTS, READ, gathered
 
 _RIGHT = {
     functional.cross_entropy, functional.nll_loss, functional.l1_loss, functional.kl_div, functional.poisson_nll_loss,
@@ -34,10 +30,6 @@ _WRONG: set[object] = {
 } - _RIGHT
 """Functions whose gradients or values may be wrong on DTensors in torch 2.13, without an error. Losses that are a mean
 in one kernel give gradients that are too large by the number of ranks."""
-
-_COMPLAINTS = re.compile("DTensor|[Ss]hard|tensor subclass|redistribut")
-"""What tells an error of DTensor from one that the user would have got on one device."""
-
 
 class ShardedOutput(DTensor):
     """A DTensor that tells what to call where an operator cannot work on it. What is computed of it alone is one too,
@@ -60,17 +52,17 @@ class ShardedOutput(DTensor):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         if func in _WRONG and not all(map(_is_whole, _dtensors(args, kwargs))):
             raise _needs_whole(name, "DTensor may get it wrong", args, kwargs)
-        if name in _READ:
-            args = tree_map(_gathered, args)
+        if name in READ:
+            args = tree_map(gathered, args)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             told = " ".join(map(str, error.args)).strip()
-            if not _COMPLAINTS.search(told):
+            if not COMPLAINTS.search(told):
                 raise
             if all(_is_whole(one) for one in _dtensors(args, kwargs)):
-                return func(*tree_map(_gathered, args), **tree_map(_gathered, kwargs))
+                return func(*tree_map(gathered, args), **tree_map(gathered, kwargs))
             why = "with a plain tensor beside it" if " mixed " in told else told.splitlines()[0]
             raise _needs_whole(name, why, args, kwargs) from error
         return result if isinstance(result, torch.Size) else tree_map(_whole_sums, result)
@@ -88,10 +80,6 @@ def _dtensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DTensor]
 
 def _is_whole(value: DTensor) -> bool:
     return all(isinstance(one, Replicate) for one in value.placements)
-
-
-def _gathered(value: object) -> object:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _whole_sums(value: object) -> object:

@@ -86,9 +86,12 @@ def _before(
     """The arguments of the step, with the stand-in as the optimizer."""
     if type(optimizer) not in ELEMENTWISE or any(one is not None for one in (*args[1:], *kwargs.values())):
         return None
-    if not any(isinstance(p, DTensor) for p in _parameters(optimizer)) or not all(map(_fits, _parameters(optimizer))):
-        return None
-    step = _LocalStep(optimizer)
+    with torch._C.DisableTorchFunctionSubclass():
+        if not any(isinstance(p, DTensor) for p in _parameters(optimizer)):
+            return None
+        if not all(map(_fits, _parameters(optimizer))):
+            return None
+        step = _LocalStep(optimizer)
     step.optimizer.__dict__[_STEP] = step
     return (step.optimizer, *args[1:]), kwargs
 
@@ -99,7 +102,8 @@ _STEP = "_shardc_local_step"
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     step: _LocalStep | None = vars(args[0]).pop(_STEP, None) if args and args[0] is not optimizer else None
     if step is not None:
-        step.done(optimizer)
+        with torch._C.DisableTorchFunctionSubclass():
+            step.done(optimizer)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

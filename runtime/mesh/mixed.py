@@ -6,7 +6,8 @@
     weight.copy_(plain)                       written in place: the plain tensor is cut (rank 0's values)
     clip_grad_norm_([*sharded, *plain], 1.0)  lists: nothing is gathered, plain members count as whole on every rank
 
-torch itself refuses to mix them. Gathering costs what `full_tensor()` costs; nobody pays who does not mix.
+torch itself refuses to mix them. Gathering costs what `full_tensor()` costs; nobody pays who does not mix. What DTensor
+gets wrong without any mixing stands in `dtensor_gaps`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from shardc.runtime.mesh import local_steps
+from shardc.runtime.mesh import dtensor_gaps, local_steps
 from shardc.runtime.mesh.agreement import meeting
+from shardc.runtime.mesh.dtensor_gaps import gathered
 
-_RAW = frozenset(
-    (torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.__deepcopy__, Tensor.__reduce_ex__)
-)
-"""They must get the very objects."""
+_RAW: Mapping[Any, Callable[..., Any]] = {
+    **{function: function for function in (torch.autograd.grad, Tensor.backward, Tensor.register_hook)},
+    Tensor.__deepcopy__: dtensor_gaps.deepcopied,
+    Tensor.__reduce_ex__: dtensor_gaps.pickled,
+}
+"""They must get the very objects; and what runs in their place."""
 _WRONG_IN_DTENSOR = frozenset(
     (F.mse_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss)
 )
@@ -40,19 +44,16 @@ def install() -> None:
     """Let DTensors mix with plain tensors in this process. Once is enough.
 
     The class itself is changed, since gradients and results of operations are of this class whatever we do; and the
-    class whose objects wait for DTensor's collectives, so that a lost rank is told of. The steps
-    of optimizers run without, as they touch every parameter many times: before a step, what they hold for a DTensor
-    becomes one. A step that raises leaves this switched off until the next call of `install`.
+    class whose objects wait for DTensor's collectives, so that a lost rank is told of. Before a step of an optimizer,
+    what it holds for a DTensor becomes one.
     """
     global _installed
-    _leave_optimizer()
     if not _installed:
         _installed = True
         DTensor.__torch_function__ = classmethod(_torch_function)  # type: ignore[assignment]
         for name in ("trigger_wait", "wait"):
             setattr(AsyncCollectiveTensor, name, _telling(getattr(AsyncCollectiveTensor, name)))
-        register_optimizer_step_pre_hook(lambda optimizer, *_: _enter_optimizer(optimizer))
-        register_optimizer_step_post_hook(lambda *_: _leave_optimizer())
+        register_optimizer_step_pre_hook(lambda optimizer, *_: _distribute_states(optimizer))
         local_steps.install()
 
 
@@ -69,17 +70,13 @@ def _telling(wait: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
 
 _AsTorch = torch._C.DisableTorchFunctionSubclass
 _installed = False
-_guards: list[Any] = []
 
 
-def _enter_optimizer(optimizer: Any) -> None:
-    _leave_optimizer()
-    guard = _AsTorch()
-    guard.__enter__()
-    _guards.append(guard)
-    for parameter, state in optimizer.state.items():
-        if isinstance(parameter, DTensor) and isinstance(state, dict):
-            _distribute_state(parameter, state)  # pyright: ignore[reportUnknownArgumentType]
+def _distribute_states(optimizer: Any) -> None:
+    with _AsTorch():
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, DTensor) and isinstance(state, dict):
+                _distribute_state(parameter, state)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _distribute_state(parameter: DTensor, state: dict[Any, Any]) -> None:
@@ -90,23 +87,20 @@ def _distribute_state(parameter: DTensor, state: dict[Any, Any]) -> None:
             state[key] = _like(parameter, value)
 
 
-def _leave_optimizer() -> None:
-    if _guards:
-        _guards.pop().__exit__(None, None, None)
-
-
 def _torch_function(
     cls: type, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Any:
     with _AsTorch():
-        if not kwargs and len(args) == 1 and type(args[0]) is DTensor:
-            return func(*args)  # attributes above all, which must be fast
+        if getattr(func, "__name__", "") == "__get__":
+            return func(*args)  # attributes, which must be fast
         kwargs = kwargs or {}
         if func in _RAW:
-            return func(*args, **kwargs)
+            return _RAW[func](*args, **kwargs)
+        if dtensor_gaps.reads(func):
+            return func(*map(gathered, args), **kwargs)
         values = (*args, *kwargs.values())
         if not (func in _WRONG_IN_DTENSOR or _any_foreign(values) or _sets_plain(func, values)):
-            return func(*args, **kwargs)
+            return dtensor_gaps.run(func, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         return _mixed(func, leaves, spec, next(leaf for leaf in leaves if isinstance(leaf, DTensor)))
 
@@ -140,9 +134,9 @@ def _mixed(func: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, l
     if name.startswith("_foreach_") or isinstance(written, DTensor):
         leaves = [_spread(leaf, like, first=name == "copy_") for leaf in leaves]
     else:
-        leaves = [_gathered(leaf) for leaf in leaves]
+        leaves = [gathered(leaf) for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return func(*args, **kwargs)
+    return dtensor_gaps.run(func, args, kwargs)
 
 
 def _writes(name: str) -> bool:
@@ -150,10 +144,6 @@ def _writes(name: str) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
     return name.endswith("_")
-
-
-def _gathered(leaf: Any) -> Any:
-    return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
 
 
 def _spread(leaf: Any, like: DTensor, first: bool = False) -> Any:
@@ -184,5 +174,5 @@ def _set(func: Any, target: Any, value: Any) -> None:
             target._local_tensor, target._spec = value._local_tensor, value._spec  # all that a DTensor is
             return
     else:
-        value = _gathered(value)
+        value = gathered(value)
     func(target, value)

@@ -1,6 +1,7 @@
 """DTensors and plain tensors in one program, beside the same on one device. For ranks.py."""
 
 import copy
+import io
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,62 @@ def vectors_of_parameters(prepare):
         added += parameter.detach().square().sum()
     stacked = torch.stack([p.norm() for p in model.parameters()])
     return vector, total, added, stacked, torch.cat([model[0].bias, torch.ones(3)])
+
+
+READ = {
+    "item": lambda t: t.norm().item(),
+    "float": lambda t: float(t.sum()),
+    "bool": lambda t: bool((t > 0.3).sum() > 9),
+    "int": lambda t: int(100 * t.square().sum()),
+    "format": lambda t: float(f"{t.norm():.9f}"),
+    "percent": lambda t: float("%.9f" % t.norm()),  # noqa: UP031  (as loggers do it)
+    "list": lambda t: sum(t.flatten().tolist()),
+    "array": lambda t: t.detach().numpy().sum(),
+    "contains": lambda t: t.abs().max() in t.abs(),
+    "norms of rows": lambda t: t.norm(dim=1).sum(),
+    "rows": lambda t: sum(row.norm() for row in t),
+    "mask": lambda t: t[t > 0].sum(),
+    "element": lambda t: t.flatten()[7],
+    "view": lambda t: t.reshape(2, -1)[1].norm(),
+    "close": lambda t: torch.allclose(t, t),
+    "foreach": lambda t: torch._foreach_norm([t])[0].item(),
+    "written": lambda t: t.norm(dim=0).square_().sum(),
+}
+
+
+@mix
+def values_of_parts(prepare):
+    """What users make of parameters and gradients of which each rank has a part, read by one rank alone or by all."""
+    model = prepare(net())
+    step(model)
+    found = [read(one) for read in READ.values() for one in (model[0].weight, model[2].weight.grad)]
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    if not torch.distributed.get_rank():
+        assert float(f"{norm:.4f}") > 0.05  # no other rank is needed for it
+    with torch.no_grad():
+        model[0].weight.fill_diagonal_(0.5)
+        model[2].weight.grad.cumsum_(0)
+    return *(torch.as_tensor(one).double() for one in found), norm, *model.parameters(), model[2].weight.grad
+
+
+@mix
+def copies_of_views(prepare):
+    """A part may be a view into the bucket in which it was reduced."""
+    model = prepare(net())
+    step(model)
+    gradient = model[0].weight.grad
+    if isinstance(gradient, DTensor):
+        local = torch.cat([torch.zeros(5), gradient.to_local().flatten()])[5:].view_as(gradient.to_local())
+        gradient = DTensor.from_local(local, gradient.device_mesh, gradient.placements)
+    model[0].weight.grad = gradient
+    file = io.BytesIO()
+    torch.save({"gradient": gradient}, file)
+    file.seek(0)
+    assert copy.deepcopy(model)[0].weight.grad is None  # as of one device
+    kept = copy.deepcopy([gradient, model[0].weight, gradient])
+    assert kept[2] is kept[0] and isinstance(kept[1], nn.Parameter)
+    step(model)
+    return kept[0], kept[1], torch.load(file)["gradient"], model[0].weight.grad
 
 
 mix.compare()

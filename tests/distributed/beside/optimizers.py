@@ -11,6 +11,26 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 programs = Programs()
+
+
+class Whitened(torch.optim.Optimizer):
+    """Looks at whole matrices, as Muon and Shampoo do: with products, plain tensors as state, and values read."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update, state = parameter.grad, self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(update)).lerp_(update, 0.1)
+                if update.ndim == 2:
+                    square = state.setdefault("square", torch.eye(len(update)))
+                    square += update @ update.T
+                    values, vectors = torch.linalg.eigh(square)
+                    update = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ update.add(average)
+                    update /= update.norm() + 1e-7
+                parameter.add_(update, alpha=-group["lr"] * min(1.0, parameter.norm().item()))
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
@@ -21,6 +41,9 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.1),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "adafactor of lists": lambda p: torch.optim.Adafactor(p, lr=0.1, foreach=True),
+    "by hand": lambda p: Whitened(p, {"lr": 0.1}),
     "subclass": lambda p: type("Own", (torch.optim.AdamW,), {})(p, lr=0.1),
 }
 
@@ -45,7 +68,9 @@ def every_optimizer(prepare):
         optimizer = build(model.parameters())
         train(model, optimizer)
         saved = optimizer.state_dict()  # what was made on local tensors is a DTensor, and goes on where it was
-        kept = [v for s in saved["state"].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+        kept = [
+            v for s in saved["state"].values() for k, v in s.items() if torch.is_tensor(v) and v.dim() and k != "square"
+        ]
         assert all(isinstance(v, DTensor) == ("_shardc" in vars(model)) for v in kept)
         other = build(model.parameters())
         other.load_state_dict(saved)
@@ -120,7 +145,8 @@ def a_step_with_a_closure(prepare):
     for _ in range(2):
         optimizer.step(closure)
     train(model, optimizer)
-    return list(map(full, model.parameters()))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe")
+    return [optimizer.step(closure), *map(full, model.parameters())]
 
 
 programs.compare()
