@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -319,6 +319,7 @@ class SearchOptions(Options):
             states_of(one)
 
 
+@lru_cache
 def _choices(options: type[Options]) -> dict[str, tuple[str, ...]]:
     """The options that are one of a few words, with these words."""
     hints: dict[str, Any] = get_type_hints(options)

@@ -106,8 +106,8 @@ def undominated(cost: Array, tables: list[Array]) -> Mask:
         return keep
     worse = cost[:, None] - cost[None, :]  # worse[b, a]: the most that b can cost more than a
     for table in tables:
-        clipped = np.minimum(table, _HUGE)
-        worse += (clipped[:, None, :] - clipped[None, :, :]).max(axis=2)
+        clipped = np.ascontiguousarray(np.minimum(table, _HUGE).T)
+        worse += (clipped[:, :, None] - clipped[:, None, :]).max(axis=0)  # over the first dim, which numpy does fastest
     replaces = worse <= 0.0
     np.fill_diagonal(replaces, False)
     for a in np.flatnonzero(replaces.any(axis=0))[::-1]:

@@ -3,9 +3,9 @@
     ran("examples/mlp.py").stdout            python examples/mlp.py
     ran("-m", "shardc.cli", "plan", ...)     python -m shardc.cli plan ...
 
-Importing torch, its tracer and DTensor takes three seconds, longer than most of the programs. Nothing of shardc is
-imported before the fork. What a test asks about the start of the interpreter, or about what is imported, needs a fresh
-process instead.
+Importing torch, its tracer and DTensor takes three seconds, and the compiler one more: longer than most of the
+programs. What a test asks about the start of the interpreter, or about what is imported, needs a fresh process instead.
+A copy of shardc in another place has a process of its own, which forks before anything of shardc is imported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ Finished = subprocess.CompletedProcess[str]
 SERVER = """
 import gc, json, os, runpy, sys
 import torch, torch._dynamo, torch.distributed.tensor, torch._functorch.aot_autograd
+if len(sys.argv) > 1:
+    sys.path.insert(0, sys.argv[1])
+    import shardc.api
+    del sys.path[0]
 gc.set_threshold(50_000, 20, 50)  # as in conftest.py
 gc.collect()
 gc.freeze()  # what was imported holds nothing of a program that is forked: no need to walk over it, which copies it
@@ -55,10 +59,12 @@ program(json.loads(line))
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(compiler: Path | None) -> subprocess.Popen[str]:
+    """The process that forks, with the compiler of this place, if one is to be imported before."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     started = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SERVER, *([str(compiler)] if compiler else [])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     atexit.register(started.kill)
@@ -68,7 +74,7 @@ def _server() -> subprocess.Popen[str]:
 def ran(*argv: str, cwd: Path = ROOT, path: Path = ROOT, beside: Sequence[Path] = ()) -> Finished:
     """What a program prints, and its exit code; `argv` as after `python`, `path` is what it imports shardc from, and
     `beside` are further places to import from."""
-    server = _server()
+    server = _server(ROOT if path == ROOT else None)
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from checks.preloaded import ran
 from shardc import Mesh, constrain, shard
 from shardc.errors import (
     CaptureError,
@@ -24,8 +22,6 @@ from shardc.errors import (
     ShardcError,
 )
 from shardc.runtime import RankError
-
-ROOT = Path(__file__).parents[2]
 
 
 class MLP(nn.Module):
@@ -161,9 +157,8 @@ def test_mesh_larger_than_the_world_under_torchrun(tmp_path: Path) -> None:
         "except Exception as error:\n"
         f"    open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(f'{{type(error).__name__}} {{error}}')\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(command, capture_output=True, env=environment, timeout=120, check=True)
+    done = ran("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    assert done.returncode == 0, done.stderr
     for rank in "01":
         said = (tmp_path / rank).read_text()
         assert "MeshError mesh tp=4 has 4 devices, larger than the 2 processes of this run" in said

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from checks.compiling import compiled_program
+from checks.compiling import compiled_program, factored_program
 from opinfo.database import RANKS, Sample
 from shardc.analysis.operands import collective_of
 from shardc.capture.trace import capture
@@ -33,6 +33,7 @@ from shardc.ir.mesh import Mesh
 from shardc.ir.program import Constant, Port, Program, Role, value_of
 from shardc.ir.verifier import VARIABLE
 from shardc.ir.versions import GraphVersion, copied
+from shardc.planning.compilation import Compilation
 from shardc.planning.constraints import ParameterDemand
 from shardc.rules.factors.chosen import chosen_of
 from shardc.rules.factors.factoring import VIEWS
@@ -104,6 +105,7 @@ class Traced:
         self._call = _Call(sample, args, kwargs)
         self.tensors = tuple(leaf for leaf in self._call.leaves if isinstance(leaf, Tensor))
         self._programs: dict[frozenset[int], Program] = {}
+        self._factored: dict[frozenset[int], tuple[Program, dict[str, Compilation]]] = {}
 
     def program(self, tangents: frozenset[int]) -> Program:
         """The program whose flat outputs numbered `tangents` get one, in a copy that may be changed. Raises what
@@ -112,6 +114,13 @@ class Traced:
             self._programs[tangents] = capture(self._call, self.tensors, grad=bool(tangents), differentiable=tangents)
         program = self._programs[tangents]
         return replace(program, version=GraphVersion.of(copied(program.graph)), inputs=[*program.inputs])
+
+    def factored(self, tangents: frozenset[int]) -> tuple[Program, dict[str, Compilation]]:
+        """The same program, not to be changed, and what the passes make of it that ask about no layout."""
+        if tangents not in self._factored:
+            program = self.program(tangents)
+            self._factored[tangents] = program, factored_program(program, MESH)
+        return self._factored[tangents]
 
 
 def run_sharded(traced: Traced, placements: Sequence[str], tangents: Mapping[int, Tensor]) -> Outcome:
@@ -131,11 +140,15 @@ def run_sharded(traced: Traced, placements: Sequence[str], tangents: Mapping[int
 
 
 def _run(traced: Traced, placements: Sequence[str], tangents: Mapping[int, Tensor]) -> Outcome:
-    program, tensors = traced.program(frozenset(tangents)), traced.tensors
+    tensors, factored = traced.tensors, None
+    if "P" in placements:
+        program = traced.program(frozenset(tangents))
+    else:
+        program, factored = traced.factored(frozenset(tangents))
     demands, sums = _demands(program, placements)
     # no capture makes a program whose gradient is that of a sum of its input: the verifier would refuse it
     with patch.dict(os.environ, {VARIABLE: ""} if sums else {}):
-        made = compiled_program(program, MESH, SLOW, demands=demands, whole=False)
+        made = compiled_program(program, MESH, SLOW, demands=demands, whole=False, factored=factored)
     feeds = [_addends(x) if p == "P" else x.detach() for x, p in zip(tensors, placements, strict=True)]
     outcome = Outcome(steps=list(_trace(made["overlap"].lowered.read(), program, sums)))
     gradients = _execute(load(made["codegen"].code()), program, feeds, tangents, outcome)

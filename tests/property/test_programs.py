@@ -1,7 +1,7 @@
 """Random programs on random meshes with random constraints: the values of a single device, or a ShardcError.
 
-An example is one program on one mesh with one set of constraints and one kind of hardware. Capture is shared by a
-program's examples.
+An example is one program on one mesh with one set of constraints and one kind of hardware. What asks about
+no mesh, from capture to factors, is shared by a program's examples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks.compiling import compiled_program
+from checks.compiling import compiled_program, factored_program
 from checks.fuzz import TIMES, searched
 from samples.grower import AXES, Program, random_spec
 from samples.random_programs import grow
@@ -144,6 +144,7 @@ def examine(menu: str, random: Random) -> None:
         captured = capture(program, tuple(inputs), differentiable=started)
     ports = [port for port in captured.inputs if port.role is Role.PARAMETER]
     shapes = {name: list(p.shape) for name, p in program.named_parameters()}
+    factored = None
     for _ in range(SHARES):
         sizes = random.choice(MESHES[axes])
         mesh = Mesh(tuple(zip(AXES, sizes, strict=False)))
@@ -157,7 +158,9 @@ def examine(menu: str, random: Random) -> None:
         try:
             specs = {name: tuple(_dims(spec)) for name, spec in demands.items()}
             asked = parameter_demands(captured, program, specs, mesh)
-            made = compiled_program(captured, mesh, device, demands=asked, whole=whole, mode=mode, model=program)
+            factored = factored or factored_program(captured, mesh, program)
+            told = {"demands": asked, "whole": whole, "mode": mode, "model": program, "factored": factored}
+            made = compiled_program(captured, mesh, device, **told)
             made = {"capture": made["normalize"], **made}
             compiled = Compiled(Decided(made, plan_of(made)))
         except ShardcError as error:

@@ -6,7 +6,6 @@ model.seen = [1]        # Attributes(model): {"seen": [1]};  Elements(model.seen
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
@@ -20,20 +19,23 @@ Contents = dict[Any, Any]
 """What a holder holds, by key: an attribute's name, a dict's key, an index."""
 
 
-class Holder(ABC):
-    """Something that holds values. `path` says where it is, as the user would write it: `model.config`."""
+class Holder:
+    """Something that holds values. `path` says where it is, as the user would write it: `model.config`.
+
+    No `ABC`, of which every `isinstance` is a call of Python code: a walk asks of thousands of holders what they are.
+    """
 
     def __init__(self, target: Any, path: str) -> None:
         self.target = target
         self.path = path
 
-    @abstractmethod
     def get(self) -> Contents:
         """A copy of the contents."""
+        raise NotImplementedError
 
-    @abstractmethod
     def put(self, contents: Mapping[Any, Any]) -> None:
         """Make these the contents, in this order."""
+        raise NotImplementedError
 
     def set(self, key: Any, value: Any) -> None:
         """Put one value in the place of another."""

@@ -96,6 +96,8 @@ def close(a: Tensor | None, b: Tensor | None, tolerance: float, kind: InputKind 
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if torch.equal(a, b):  # as most parts are: one operator in place of ten
+        return True
     if not tolerance or not (a.is_floating_point() or a.is_complex()):
         return bool(((a == b) | ((a != a) & (b != b))).all())
     return _near(a, b, b.abs(), tolerance, kind)
@@ -111,11 +113,14 @@ def combines(how: str, parts: Sequence[Tensor | None], whole: Tensor, kind: Inpu
     present = [part for part in parts if part is not None]
     if len(present) != len(parts) or any(part.shape != whole.shape or part.dtype != whole.dtype for part in present):
         return False
-    total, scale = present[0], whole.abs() if whole.dtype.is_signed else whole
+    total = present[0]
     for part in present[1:]:
         total = FOLDS[how](total, part)
+    if torch.equal(total, whole):
+        return True
     if not (whole.is_floating_point() or whole.is_complex()):
-        return torch.equal(total, whole)
+        return False
+    scale = whole.abs()
     if how == "sum":  # sums of large parts cancel, so rounding errors are relative to the parts
         total = torch.where((total != total) & whole.isinf(), whole, total)  # inf - inf is NaN
         scale = torch.stack([scale, *(part.abs() for part in present)]).amax(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
+from checks.preloaded import ran
 from shardc import ShardcError
 from shardc.api import compile, shard
 from shardc.cli import Command, main
@@ -137,8 +139,8 @@ def test_compiling_does_not_load_the_command_line() -> None:
     program = (
         "import sys, shardc.api, shardc.search.search; print(*sorted({'tyro', 'docstring_parser'} & set(sys.modules)))"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert ran.stdout == "\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "\n"
 
 
 def test_every_flag_is_read_and_written_back() -> None:
@@ -236,12 +238,17 @@ def test_what_cannot_be_read_is_one_message(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])  # the frame that is taken off differs
-def test_a_message_is_the_same_in_every_encoding(encoding: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", "shardc.cli", "plan", "x.py", "--mesh", "tp=2", "--memry", "80GB"]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr == (
+def test_a_message_is_the_same_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in said.items():
+        monkeypatch.setattr(sys, name, stream)
+    code = main(shlex.split("plan x.py --mesh tp=2 --memry 80GB"))
+    told = {}
+    for name, stream in said.items():
+        stream.seek(0)
+        told[name] = stream.read()
+    assert code == 2 and told["stdout"] == ""
+    assert told["stderr"] == (
         "shardc: Unrecognized options: --memry, 80GB\nPerhaps you meant:\n    --memory BYTES|unbounded\n"
         "For full helptext, run shardc --help\n"
     )
@@ -340,16 +347,20 @@ def test_a_plan_is_plain_in_a_pipe_and_coloured_on_a_terminal() -> None:
     command = [sys.executable, "-m", "shardc.cli", "plan", "examples/mlp.py", "--mesh", "tp=2", "--hardware", "h100"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "200"}
     environment.pop("NO_COLOR", None)
-    piped = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
-    assert "\x1b" not in piped.stdout and piped.stderr in ("", "compiling mlp.py for tp=2 ...\n")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "environ", environment)
+        piped = ran(*command[1:])
+    assert (
+        piped.returncode == 0 and "\x1b" not in piped.stdout and piped.stderr in ("", "compiling mlp.py for tp=2 ...\n")
+    )
     master, terminal = pty.openpty()
-    with subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment) as ran:
+    with subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment) as process:
         os.close(terminal)
         shown = b""
         while piece := _read(master):
             shown += piece
     os.close(master)
-    assert ran.returncode == 0 and b"\x1b[36mf32[1024, 256]\x1b[0m" in shown
+    assert process.returncode == 0 and b"\x1b[36mf32[1024, 256]\x1b[0m" in shown
 
     def words(text: str) -> list[str]:
         return re.sub(r"\x1b\[[\d;]*m", "", text).split("compiled in")[0].split()
@@ -367,5 +378,5 @@ def _read(terminal: int) -> bytes:
 
 def test_whoever_closes_the_pipe_has_seen_enough() -> None:
     command = f"{sys.executable} -m shardc.cli plan examples/mlp.py --mesh tp=4 | head -1; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert ran.stdout.startswith("plan for mesh tp=4") and "Traceback" not in ran.stderr and ran.returncode == 0
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("plan for mesh tp=4") and "Traceback" not in done.stderr and done.returncode == 0
