@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ class ExpressionWriter:
         self.read.add(node)
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), self)  # type: ignore[arg-type]
         return Call(node.target, _plain(args), tuple((key, _plain(value)) for key, value in kwargs.items()))
+
+
+def places_in(value: Any) -> Iterator[TensorPlace]:
+    """What expressions take from a trace."""
+    if isinstance(value, TakenTensor):
+        yield value.place
+    for one in value if isinstance(value, tuple) else value.args if isinstance(value, Call) else ():
+        yield from places_in(one)
 
 
 def _plain(value: Any) -> Any:

@@ -126,16 +126,22 @@ def network(node: fx.Node, known: dict[Any, tuple[str, str] | None]) -> Network 
     if not 1 <= len(ups) <= 2 or any(up.rows is not ups[0].rows for up in ups) or not _one_width(ups):
         return None
     between.graph.output(made)
-    dtype = value_of(down.rows).dtype
-    key = str(between.graph), dtype
+    found = activation_of(between.graph, len(ups), value_of(down.rows).dtype, known)
+    return None if found is None else Network(ups[0].rows, ups, down, found, frozenset(seen))
+
+
+def activation_of(
+    graph: fx.Graph, count: int, dtype: torch.dtype, known: dict[Any, tuple[str, str] | None]
+) -> tuple[str, str] | None:
+    """What a graph of `count` first products computes as formulas; None if it is not elementwise."""
+    key = str(graph), dtype
     if key not in known:
         with untraced(), torch.autocast("cpu", enabled=False):
             try:
-                known[key] = formulas(fx.GraphModule({}, between.graph), len(ups), dtype)
+                known[key] = formulas(fx.GraphModule({}, graph), count, dtype)
             except Exception:  # (whatever a graph does on small tensors that it does not do on its own)
                 known[key] = None
-    found = known[key]
-    return None if found is None else Network(ups[0].rows, ups, down, found, frozenset(seen))
+    return known[key]
 
 
 def _one_width(ups: tuple[Product, ...]) -> bool:
@@ -177,7 +183,7 @@ class _Between:
         return self._copies[node]
 
     def _copied(self, node: fx.Node) -> fx.Node:
-        whole, part = _cut(node, self._seen)
+        whole, part = cut(node, self._seen)
         inner = product(whole, self._seen)
         if inner is not None:
             return self._first(Product(inner.rows, inner.weight, inner.bias, part))
@@ -208,7 +214,7 @@ class _Between:
             self.ups.reverse()
 
 
-def _cut(node: fx.Node, seen: set[fx.Node]) -> tuple[fx.Node, ColumnRange | None]:
+def cut(node: fx.Node, seen: set[fx.Node]) -> tuple[fx.Node, ColumnRange | None]:
     """What a node cuts along its last dim, and which part it is."""
     last = len(shape(node)) - 1
     if node.target is aten.slice.Tensor and node.args[1] % (last + 1) == last:  # type: ignore[operator]

@@ -170,8 +170,7 @@ class SelectedRows(SegmentedRows):
         elif counts is not None and name in ("__getitem__", "cpu", "to", "bool", "unbind", "squeeze", "item"):
             subjects = counts.subjects
             if name == "__getitem__":
-                _, key = args
-                subjects = _elements(subjects, key) if first.ndim else ()
+                subjects = _elements(subjects, *args[1:]) if first.ndim else ()
             value = counts.value if name != "bool" else True
             self._notes.put(result, Truth(value, subjects) if subjects else None)
 

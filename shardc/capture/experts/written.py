@@ -20,6 +20,8 @@ from shardc.capture.canonical import Rewriter, live
 from shardc.capture.experts.empty_cases import FIRST_TRACE, EmptyCase, Question
 from shardc.capture.experts.events import Event, Events, Record, TensorPlace
 from shardc.capture.experts.expressions import ExpressionWriter
+from shardc.capture.experts.gathered import GatheredRecipe, gathered_recipe
+from shardc.capture.experts.gathered_products import gathered_experts
 from shardc.capture.experts.networks import operand
 from shardc.capture.experts.outline import Outlines
 from shardc.capture.experts.recipe import ExpertsRecipe, recipe
@@ -37,7 +39,7 @@ class WrittenExperts:
     """What is known of the experts of a model, over all its traces."""
 
     def __init__(self) -> None:
-        self._recipes: dict[Event, ExpertsRecipe] = {}
+        self._recipes: dict[Event, ExpertsRecipe | GatheredRecipe] = {}
         self._left = set[Event]()
         self._skipped = set[Event]()
         """Calls that write parts of such a sum, which nothing else reads."""
@@ -173,6 +175,21 @@ class WrittenExperts:
             seen = [view for node in found.chain for view in (node, *filter(_same_order, node.users))]
             events = {kept.event(node, record) for node in seen}
             self._skipped |= {one for one in events if one is not None} - {event}
+        for several in gathered_experts(kept.order, places.keys(), {}):
+            event = kept.event(several.node, record)
+            if event is None or event in self._left or event in self._recipes:
+                continue
+            write = ExpressionWriter(places)
+            nodes = {several.node, *several.inside}
+            try:
+                self._recipes[event] = gathered_recipe(several, write)
+            except LookupError:
+                self._left.add(event)
+                continue
+            if not (nodes <= without or not nodes & without):
+                self.leave(event)
+                continue
+            more = True
         wanted: dict[Event, set[int]] = {}
         for made in self._recipes.values():
             for place in made.places():

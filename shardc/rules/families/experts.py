@@ -60,7 +60,8 @@ def experts(
     sends = {"e": [_told(up.shape[0]), rows, rows]}
     bound = RowBound("t", "e", k, up.shape[0], capacity)
     work = _work(forward_elements(up.shape[1]), size, bound, 0)
-    memory, exchanging = (*work, *_total(size, bound)), (*work, *_travel(2, size, bound))
+    memory = *work, *_total(size, bound), *_places(k, bound, 2)
+    exchanging = *work, *_travel(2, size, bound), *_places(k, bound, 2, exchanged=True)
     return parse(
         f"{', '.join([*left, *_weights(up, up_bias, down, down_bias)])} -> {left[0]}", [{2}],
         flops=_products(up, ids, up.shape[1] + 1), multiplied=[2], workspace=memory,
@@ -98,7 +99,8 @@ def experts_backward(
         *_work(backward_elements(up.shape[1]), size, bound, up.shape[1] if learns else 0),
         *_last_product(up.shape[1], size, bound),
     )
-    memory, exchanging = (*work, *_total(size, bound)), (*work, *_travel(3, size, bound))
+    memory = *work, *_total(size, bound), *_places(k, bound, 3)
+    exchanging = *work, *_travel(3, size, bound), *_places(k, bound, 3, exchanged=True)
     return parse(
         f"{', '.join([*left, *weights])} -> {', '.join([left[1], left[3], *(named[name] for name in order)])}",
         [{0}], reads, flops=_products(up, ids, 3 * up.shape[1] + 2 if learns else 2 * up.shape[1] + 1),
@@ -125,6 +127,14 @@ def _work(elements: tuple[int, int], size: int, bound: RowBound, gradients: int)
         Workspace(("t", "d"), size, -1),
         Workspace(("e", "f", "d"), size, -gradients),
     )
+
+
+def _places(k: int, bound: RowBound, stages: int, *, exchanged: bool = False) -> tuple[Workspace, ...]:
+    """Integers: the expert and the place of each row of this rank's tokens, and where it is in their order while they
+    are summed; of rows that were exchanged the same of those that came."""
+    own = [Workspace(("t",), 8, (3 if stage == 1 else 2) * k, stage=stage) for stage in range(stages)]
+    came = [Workspace((), 8, 2, stage=stage, bound=bound) for stage in range(stages)] if exchanged else []
+    return *own, *came
 
 
 def _last_product(count: int, size: int, bound: RowBound) -> tuple[Workspace, ...]:

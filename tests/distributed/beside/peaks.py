@@ -87,6 +87,7 @@ CASES = {
         {"head.weight": "x,-"},
     ),
     "experts in parts": (experts, forced.experts("in_parts"), {}),
+    "experts exchanged": (experts, forced.experts("exchanged"), {}),
 }  # fmt: skip
 
 
