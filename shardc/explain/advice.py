@@ -109,8 +109,8 @@ def _changes(
             lambda: planned("retile", free),
         )
     turns = c.program.turns
-    for count in (2 * turns, turns // 2) if whole is not None and c.program.trained else ():
-        if count:
+    for count in (2 * turns, turns // 2) if c.program.trained else ():
+        if count and whole is not None:
             asked = replace(whole, options=replace(c.options, microbatches=count))
             yield f"{count} {DIVIDED} in place of {turns}", lambda asked=asked: planned("microbatch", asked)
     if not c.dims and now.rows:
