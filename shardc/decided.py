@@ -130,10 +130,17 @@ def _raise_told(told: Mapping[str, Any]) -> None:
 def _finished(c: Compilation, before: dict[str, Compilation], given: GivenPlan | None = None) -> Decided:
     snapshots = dict(before)
     run(part("assign", LOCAL), replace(c, given=given), snapshots)
+    snapshots = _scheduled(snapshots)
+    return Decided(snapshots, plan_of(snapshots, _scheduled))
+
+
+def _scheduled(snapshots: dict[str, Compilation]) -> dict[str, Compilation]:
+    """What all passes leave, of what those up to `LOCAL` left. Micro-batches reduce their gradients once."""
+    c = snapshots[LOCAL]
     once = deferred(snapshots) if c.program.microbatches is not None else None
     if once is None:
-        run(part("schedule", "codegen"), snapshots[LOCAL], snapshots)
-    return Decided(once or snapshots, plan_of(once or snapshots))
+        run(part("schedule", "codegen"), c, snapshots)
+    return once or snapshots
 
 
 def decided_alone(c: Compilation, before: dict[str, Compilation]) -> Decided:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import dijkstra
 
 from shardc.cost.buckets import Sharing
 from shardc.cost.hardware import Hardware
@@ -121,6 +119,9 @@ class TensorClass:
         a part of all, after Dijkstra 1959."""
         before, after, loads = self.graph.columns
         if self.among is not None and self.sharing is None and len(self.layouts) > MANY_LAYOUTS:
+            from scipy.sparse import csr_matrix  # slow to import, and few meshes have so many
+            from scipy.sparse.csgraph import dijkstra
+
             moves = csr_matrix((self._load_seconds[loads], (before, after)), shape=(len(self.layouts),) * 2)
             table = dijkstra(moves)
             return table, table

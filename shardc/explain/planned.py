@@ -9,7 +9,7 @@ from torch import fx
 
 from shardc.analysis.conversions import Conversion
 from shardc.analysis.timeline import Pace
-from shardc.explain.advice import advice_on
+from shardc.explain.advice import Rest, advice_on, scheduled_alone
 from shardc.explain.causes import Causes
 from shardc.explain.explanations import Explainer
 from shardc.explain.plan import Placed, Plan, Tried
@@ -30,8 +30,9 @@ from shardc.runtime.collectives.collective import AnyCollective
 from shardc.runtime.kernels.random import DRAWS, INDEPENDENT
 
 
-def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
-    """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name."""
+def plan_of(snapshots: Mapping[str, Compilation], rest: Rest = scheduled_alone) -> Plan:
+    """The plan of a compilation. `snapshots` has the compilation after every pass, by the pass's name. `rest` runs the
+    passes behind `LOCAL` for other compilations that advice compares it with."""
     c, graph, mesh = snapshots["overlap"], snapshots["overlap"].lowered.read(), snapshots["overlap"].mesh
     conversions, compute = _conversions(graph, c.pace, c.titles, Causes(c)), _compute(graph, c.pace)
     schedule = c.schedule
@@ -49,7 +50,7 @@ def plan_of(snapshots: Mapping[str, Compilation]) -> Plan:
         {node.name: layout.simplify(mesh) for node in _nodes(graph) if (layout := lowered(node).layout)},
         conversions, compute, cost, bound, _notes(c, graph), dict(snapshots["codegen"].seconds),
         _tried(snapshots["reshard"]), _questions(snapshots, conversions, compute), schedule.memory, schedule.hidden,
-        _outputs(c, graph), lambda: summary_of(c, predicted), lambda: advice_on(snapshots),
+        _outputs(c, graph), lambda: summary_of(c, predicted), lambda: advice_on(snapshots, rest),
         max(0.0, _compute_of_strategies(c) - compute), c.program.turns, seconds_once(c), once,
         c.network.offers is not None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from shardc.source.frees import Lives, Unit
-from shardc.source.layers import Layer, carried_unit, own_units
+from shardc.source.layers import MADE, Layer, carried_unit, own_units
 from shardc.source.repetition import Loop
 
 
@@ -18,6 +18,15 @@ class TooLong(Exception):
     def __init__(self, loop: Loop) -> None:
         super().__init__(loop.start)
         self.loop = loop
+
+
+def by_last_reader(loop: Loop, offsets: Sequence[int], lives: Lives) -> dict[str, list[int]]:
+    """A list for each place up to which what runs leave at these offsets is read: each is deleted there as a whole."""
+    ends: dict[int, list[int]] = {}
+    for offset in offsets:
+        last = max(lives.last(run[offset]) for run in loop.every if offset < len(run))
+        ends.setdefault(last, []).append(offset)
+    return {f"{MADE} {end}": ends[end] for end in sorted(ends)}
 
 
 def dropped_early(lives: Lives, layers: Sequence[Layer], named: Sequence[fx.Node]) -> set[fx.Node | str] | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import fx
 
 from shardc.source.between import Found, loops_among
 from shardc.source.body import NoPlace, Shared, Writer, alike, statements
-from shardc.source.dropping import TooLong, dropped_early
+from shardc.source.dropping import TooLong, by_last_reader, dropped_early
 from shardc.source.frees import Holding, Lives
 from shardc.source.layers import MADE, Function, Layer, Stretch, layer_names, layer_of
 from shardc.source.naming import Scope, layer_name
 from shardc.source.places import Spot, even, spread, turn
-from shardc.source.repetition import Loop, Outer, Own, key_of, operands_of
+from shardc.source.repetition import Loop, LoopPlace, Outer, Own, key_of, operands_of
 from shardc.source.shared_ends import share_ends
 from shardc.source.taken import Taken, read_on, taken
 from shardc.source.text import Item, arguments, listed, tuple_of, values
@@ -25,11 +26,12 @@ LEAST_GIVEN = 4
 
 
 class Refused(Exception):
-    """A loop cannot be written as one: `half` and `start` say which."""
+    """A loop cannot be written as one: `half` and `start` say which. `apart`: it may be if what it leaves is in several
+    lists."""
 
-    def __init__(self, half: str, loop: Loop) -> None:
+    def __init__(self, half: str, loop: Loop, apart: bool = False) -> None:
         super().__init__(half, loop.start)
-        self.loop = half, loop.start
+        self.loop, self.apart = (half, loop.start), apart
 
 
 class Half:
@@ -45,13 +47,17 @@ class Half:
         held: Holding | None,
         given: set[fx.Node],
         loops: bool,
-        refused: Collection[tuple[str, int]] = (),
+        refused: Collection[LoopPlace] = (),
+        apart: Collection[LoopPlace] = (),
     ) -> None:
         self.name, self.shared, self.held = name, shared, held
         self.results = {node: place for place, node in enumerate(results) if node is not None}
         self.kept = set(kept)
         self.found = loops_among(nodes, self.results, shared.mesh) if loops else Found([], nodes, {})
         self.loops = [loop for loop in self.found.loops if (name, loop.start) not in refused]
+        self.apart = {start for half, start in apart if half == name}
+        # a run that ends early may leave what is read much later
+        self.loops = [replace(loop, rest=(), reads=()) if loop.start in self.apart else loop for loop in self.loops]
         self.nodes = self.found.nodes
         self.lives = Lives(self.nodes, set(self.results), given, held, name, self.found.behind)
         inside = {node for loop in self.loops for run in loop.every for node in run}
@@ -73,11 +79,11 @@ class Half:
         try:
             self._write(takes)
         except TooLong as error:
-            raise Refused(self.name, error.loop) from error
+            split = error.loop.start not in self.apart and MADE in self._groups(error.loop)
+            raise Refused(self.name, error.loop, split) from error
 
     def _write(self, takes: Sequence[Taken]) -> None:
-        for loop in self.loops:
-            self.layers.append(self._layer(loop, [one for one in takes if one.loop is loop]))
+        self.layers += [self._layer(loop, [one for one in takes if one.loop is loop]) for loop in self.loops]
         share_ends(self.layers, partial(key_of, mesh=self.shared.mesh), self.shared.annotation, self._may_stay)
         for layer in self.layers:
             self._called(layer)
@@ -122,9 +128,8 @@ class Half:
 
     def _alone(self, value: fx.Node, loop: Loop) -> bool:
         """Whether a value is made here, and read by nothing behind the loop that begins with it."""
-        mine = value in self.writer.here or any(value in run for one in self.loops for run in one.runs[-1:])
-        aside = any(user in self.found.behind for user in value.users)
-        return mine and not aside and self.lives.last(value) < loop.stop
+        mine = value in self.writer.here or any(value in one.runs[-1] for one in self.loops)
+        return mine and self.found.behind.keys().isdisjoint(value.users) and self.lives.last(value) < loop.stop
 
     def _line(self, node: fx.Node, following: Iterable[fx.Node]) -> None:
         operands = operands_of(node)
@@ -142,11 +147,9 @@ class Half:
         return not any(place < loop.start <= last for loop in self.loops)
 
     def _layer(self, loop: Loop, takes: Sequence[Taken]) -> Layer:
-        groups: dict[str, list[int]] = {}
-        for offset in loop.kept:
-            runs = {run[offset] for run in loop.runs}
-            name = "saved" if runs & self.kept else "grads" if runs & self.results.keys() else MADE
-            groups.setdefault(name, []).append(offset)
+        groups = self._groups(loop)
+        if loop.start in self.apart and MADE in groups:
+            groups |= by_last_reader(loop, groups.pop(MADE), self.lives)
         # gradients in the order in which they are returned: one slice of the list then has all of a run
         end = len(loop.rest) or loop.size
         groups.get("grads", []).sort(key=lambda offset: (offset >= end, self.results.get(loop.runs[0][offset], 0)))
@@ -160,6 +163,15 @@ class Half:
         ends = sorted(run + 1 for run in runs if run is not None)
         layer.stretches = list(itertools.pairwise(dict.fromkeys([0, *ends, len(loop.runs)])))
         return layer
+
+    def _groups(self, loop: Loop) -> dict[str, list[int]]:
+        """The offsets of what runs leave, list by list."""
+        groups: dict[str, list[int]] = {}
+        for offset in loop.kept:
+            runs = {run[offset] for run in loop.runs}
+            name = "saved" if runs & self.kept else "grads" if runs & self.results.keys() else MADE
+            groups.setdefault(name, []).append(offset)
+        return groups
 
     def _called(self, layer: Layer) -> None:
         """Give the functions of a layer their names."""
@@ -184,7 +196,7 @@ class Half:
         loop, writer = layer.loop, self.writer
         writer.begin()
         carried = [self._carried(layer, number) for number in layer.carried]
-        lists = {name: writer.scope.name(name) for name in layer.groups}
+        lists = {name: writer.scope.name(name.split()[0]) for name in layer.groups}
         state = writer.scope.name("state") if layer.state else ""
         if state:
             initial = [writer.place(loop.columns[number].values[0]) for number in layer.carried]
@@ -195,7 +207,7 @@ class Half:
             for name in lists:
                 if number and len(layer.lists(name)) == 1:
                     continue
-                lists[name] = lists[name] if not number else writer.scope.name(name)
+                lists[name] = lists[name] if not number else writer.scope.name(name.split()[0])
                 kinds = self.shared.list_of(layer.run[offset] for offset in layer.groups[name])
                 writer.add(f"{lists[name]}: {kinds} = []")
                 writer.own(lists[name], layer.list_of(name, number))
@@ -208,7 +220,7 @@ class Half:
                 if str(initial) != name:
                     writer.add(f"{name} = {initial}")
         self._varying(layer)
-        left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name}")) for name in lists}
+        left = {name: writer.scope.name({"saved": "kept"}.get(name, f"new_{name.split()[0]}")) for name in lists}
         between = writer.scope.name("between") if len(layer.parts) > 1 else ""
         state_or = [state] if state else carried
         from_lists, from_lists_later = (
@@ -271,9 +283,8 @@ class Half:
             read = node in self.results or any(self.lives.place.get(user, -1) >= loop.stop for user in node.users)
             if node in writer.where and writer.where[node].at is None and isinstance(one, Own):
                 names.append(f"_{writer.where[node]}")
-                continue
-            wanted = ("" if read else "_") + self.shared.naming.of(node, False)
-            names.append(str(writer.name(node, wanted)))
+            else:
+                names.append(str(writer.name(node, ("" if read else "_") + self.shared.naming.of(node, False))))
         if names:
             writer.add(values(names), f" = {between}")
             writer.add(f"{between}.clear()")

@@ -22,7 +22,8 @@ from shardc.source.repetition import Loop, Outer, Own
 from shardc.source.text import Item, arguments, listed, tuple_of, values, written
 
 MADE = "made"
-"""What the list is called of what runs leave that is read further on in the same half."""
+"""What the list is called of what runs leave that is read further on in the same half. Where one list of all that would
+hold too much, there is one for each place up to which they are read."""
 
 LIVING = "nobody else holds them: each is freed with its last name"
 
@@ -112,7 +113,7 @@ class Layer:
     def lists(self, name: str) -> list[tuple[int, int]]:
         """From run to run, the lists of a half that have what runs leave."""
         last = self.stretches[-1][0], len(self.loop.every)
-        return [*self.stretches[:-1], last] if name == MADE else [(0, last[1])]
+        return [*self.stretches[:-1], last] if name.startswith(MADE) else [(0, last[1])]
 
     def list_of(self, name: str, number: int = 0) -> str:
         """What one of these lists is called inside of the compiler."""

@@ -21,6 +21,7 @@ from shardc.source.halves import LEAST_GIVEN, Half, Refused
 from shardc.source.layers import LIVING
 from shardc.source.naming import Naming
 from shardc.source.places import Spot
+from shardc.source.repetition import LoopPlace
 from shardc.source.slots import Row, gradients, rows, table
 from shardc.source.taken import Taken
 from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
@@ -28,9 +29,6 @@ from shardc.source.text import WIDTH, Item, arguments, tuple_of, values, written
 MOST_BEFORE_STAR = 255
 """Names that Python takes before a starred one, in an assignment."""
 
-
-LoopPlace = tuple[str, int]
-"""The half that a loop is in, and where it begins there."""
 
 Slots = list[tuple[fx.Node, Port]]
 """Values with their ports."""
@@ -64,12 +62,12 @@ def source_of(
 ) -> str:
     """The source of the module for a localized graph whose placeholders and outputs are those of `program`. With
     `loops`, repeated layers become functions, but for those whose lists would hold more than the plan says."""
-    refused = set[LoopPlace]()
+    refused, apart = set[LoopPlace](), set[LoopPlace]()
     while loops:
         try:
-            return _Module(graph, program, mesh, predicted or Predicted(), refused).text(loops)
+            return _Module(graph, program, mesh, predicted or Predicted(), refused, apart).text(loops)
         except Refused as error:
-            refused.add(error.loop)
+            (apart if error.apart else refused).add(error.loop)
         except NoPlace:
             break
     return _Module(graph, program, mesh, predicted or Predicted()).text(loops=False)
@@ -85,10 +83,16 @@ _NAMES = (
 
 class _Module:
     def __init__(
-        self, graph: fx.Graph, program: Program, mesh: Mesh, predicted: Predicted, refused: Collection[LoopPlace] = ()
+        self,
+        graph: fx.Graph,
+        program: Program,
+        mesh: Mesh,
+        predicted: Predicted,
+        refused: Collection[LoopPlace] = (),
+        apart: Collection[LoopPlace] = (),
     ) -> None:
         self.graph, self.program, self.mesh, self.predicted = graph, program, mesh, predicted
-        self.refused = refused
+        self.refused, self.apart = refused, apart
         self.run: Partition = partition(graph, program)
         self.taken: set[str] = {*_NAMES}
         self.imports: set[str] = set()
@@ -135,7 +139,9 @@ class _Module:
 
     def _epilogue(self, epilogue: Once, loops: bool) -> tuple[list[str], list[str]]:
         """The functions of repeated layers of the epilogue, and the epilogue itself."""
-        other = _Module(epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told), self.refused)
+        other = _Module(
+            epilogue.graph, epilogue.program, self.mesh, Predicted(told=epilogue.told), self.refused, self.apart
+        )
         other.shared.taken = self.taken
         half = other._half("epilogue", other.run.backward, other.run.gradients, loops)
         start = other._start(half, [], [])
@@ -147,7 +153,18 @@ class _Module:
     def _half(self, name: str, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None], loops: bool) -> Half:
         placeholders = {*self.run.given, *(node for node in self.run.outputs if node is not None)}
         given = set(self.run.given) if name == "forward" else placeholders
-        return Half(name, nodes, results, self.run.saved, self.shared, self.predicted.held, given, loops, self.refused)
+        return Half(
+            name,
+            nodes,
+            results,
+            self.run.saved,
+            self.shared,
+            self.predicted.held,
+            given,
+            loops,
+            self.refused,
+            self.apart,
+        )
 
     # the beginning and the end of forward
 

@@ -37,6 +37,9 @@ MOST_PERIODS = 6
 MOST_STARTS = 16
 """How many lengths of a stretch are tried, and at how many places it may begin."""
 
+LoopPlace = tuple[str, int]
+"""The half that a loop is in, and where it begins there."""
+
 
 @dataclass(frozen=True)
 class Own:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardc
 from samples.repeated_layers import Stack
@@ -35,6 +36,21 @@ def compiled(model: nn.Module) -> Compiled:
 
 def functions(code: str) -> int:
     return sum(name.startswith("layer") for name in read(code))
+
+
+def test_a_loop_stays_where_one_list_of_all_that_its_runs_leave_would_hold_too_much() -> None:
+    """Gradients of a layer go into two buckets, of which the second is sent much later: a list for each."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = LlamaForCausalLM(config), torch.empty(8, 512, dtype=torch.int64)
+    code = shardc.compile(model, "dp=2,tp=4", {"input_ids": ids, "labels": ids}, hardware="h100").code
+    forward, backward = code[code.index("\ndef forward") :].split("\ndef backward")
+    assert "for i in range(8):  # model.layers.0 to model.layers.7" in forward
+    assert "# model.layers.7 to model.layers.5" in backward
+    assert "made_2 +=" in backward and "del made_2" in backward
 
 
 @pytest.mark.parametrize("layers_in_bucket", [0.8, 2.2])

@@ -38,6 +38,13 @@ def test_auto_is_the_fastest_number_that_fits() -> None:
     assert chosen.predicted < planned(8).predicted
 
 
+def test_advice_prices_other_numbers_as_compile_does() -> None:
+    found, eight = planned(4).advice()[-1], planned(8)
+    assert found.change == "8 micro-batches in place of 4" and found.gain < 0.0
+    assert found.summary.seconds == pytest.approx(eight.predicted) and found.summary.held == eight.memory.peak
+    assert found.saved == planned(4).memory.peak - eight.memory.peak and str(found).endswith("92.0 MiB less)")
+
+
 def test_auto_is_one_where_nothing_binds() -> None:
     assert planned("auto", "unbounded").turns == 1
 
