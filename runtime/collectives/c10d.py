@@ -32,6 +32,8 @@ class Group(NamedTuple):
     """The ranks of one axis as torch knows them: the group's name and `size`, and this process's `position` in it.
 
     `cpu` says that its tensors lie on the CPU. Then gloo runs its collectives, and `messages` between its ranks there.
+    `shared` says that several of its ranks, but not all, share the link of a host: then a ring sends less over that
+    link than messages to every rank do.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Group(NamedTuple):
     position: int
     cpu: bool
     messages: Messages | None
+    shared: bool = False
+
+    @property
+    def direct(self) -> Messages | None:
+        """The messages, where those from every rank to every other are no more than a ring's over any link."""
+        return None if self.shared else self.messages
 
     def carries(self, dtype: torch.dtype) -> bool:
         """Whether the backend moves and reduces tensors of `dtype`."""
@@ -47,12 +55,12 @@ class Group(NamedTuple):
 
 def gathered(operand: Tensor, group: Group) -> Callable[[], Tensor]:
     """`(n, *shape)`: the operands of all ranks, as a function that waits for them."""
-    if group.messages is None:
+    if group.direct is None:
         rows = operand.unsqueeze(0)
         return _moved(rows, group, lambda rows: OPS.all_gather_into_tensor(rows, group.size, group.name))
     result = operand.new_empty(group.size, *operand.shape)
     into = result.unbind(0)
-    landed = group.messages.exchange([operand] * group.size, into)
+    landed = group.direct.exchange([operand] * group.size, into)
     into[group.position].copy_(operand)
 
     def arrived() -> Tensor:
@@ -81,19 +89,23 @@ def exchanged(rows: Tensor, received: Sequence[int], sent: Sequence[int], group:
     return arrived
 
 
-def scattered(rows: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-    """The reduction of this rank's row over the ranks, from `(n, *chunk)`, as a function that waits for it.
+def scattered(rows: Tensor, group: Group, op: str, in_place: bool = False) -> Callable[[], Tensor]:
+    """The reduction of this rank's row over the ranks, from `(n, *chunk)`, as a function that waits for it. With
+    `in_place` it may write to the rows.
 
-    Over messages, the rank reduces in the order of the ranks once all has come.
+    Over messages, the rank reduces in the order of the ranks once all has come. Gloo's own is an all-reduce.
     """
+    if group.direct is None and group.cpu:
+        reduced_rows = all_reduced(rows, group, op, in_place)
+        return lambda: reduced_rows()[group.position].clone()
     dtype, rows = rows.dtype, _reducible(rows, group)
-    if group.messages is None:
+    if group.direct is None:
         reducing = OPS.reduce_scatter_tensor(rows, REDUCTIONS[op][1], group.size, group.name)
         return lambda: _landed(reducing).to(dtype).squeeze(0)
     to = rows.unbind(0)
     own = to[group.position]
     into = [own if rank == group.position else torch.empty_like(own) for rank in range(group.size)]
-    landed = group.messages.exchange(to, into)
+    landed = group.direct.exchange(to, into)
 
     def arrived() -> Tensor:
         landed()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shardc.runtime.collectives.bucket import Bucket, check_dtype, pieces
+from shardc.runtime.collectives.c10d import Group, scattered
 from shardc.runtime.collectives.chunks import chunks
 from shardc.runtime.collectives.collective import Arguments, Result, Started, done
 from shardc.runtime.collectives.reduce_scatter import reduce_scatter
@@ -21,6 +22,10 @@ __all__ = ["reduce_scatter_bucket"]
 
 class _ReduceScatterBucket(Bucket[Arguments, Result]):
     of = reduce_scatter
+    writes_operand = True
+
+    def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
+        return scattered(operand, group, op, in_place=True)
 
     def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         sizes = keywords.get("sizes", [None] * count)

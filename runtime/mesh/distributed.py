@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -72,7 +73,8 @@ class DistributedMesh(RuntimeMesh):
         )
         self._groups: dict[str, dist.ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in self.axes}
         timeout = self._adopt_timeout()
-        self._ranks_of = {axis: self._group(axis, timeout) for axis in self.axes}
+        hosts = self._hosts() if self._device.type == "cpu" else []
+        self._ranks_of = {axis: self._group(axis, timeout, hosts) for axis in self.axes}
 
     def _adopt_timeout(self) -> timedelta:
         """Give the groups the timeout of the default group; torch's own default for new ones is 10 to 30 minutes."""
@@ -83,15 +85,22 @@ class DistributedMesh(RuntimeMesh):
             dist.distributed_c10d._set_pg_timeout(timeout, group)  # pyright: ignore[reportPrivateUsage]
         return timeout
 
-    def _group(self, axis: str, timeout: timedelta) -> Group:
+    def _hosts(self) -> list[str]:
+        """On what host each rank of the default group runs; torchrun numbers what it starts on one."""
+        hosts = [""] * dist.get_world_size()
+        with meeting("the exchange of the names of hosts"):
+            dist.all_gather_object(hosts, f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}")
+        return hosts
+
+    def _group(self, axis: str, timeout: timedelta, hosts: list[str]) -> Group:
         group: Any = self._groups[axis]
         size, position = self.axes[axis], self.coordinates(self.rank)[axis]
         cpu = self._device.type == "cpu"
         backend = group._get_backend(torch.device("cpu")) if cpu else None
         gloo = isinstance(backend, getattr(dist, "ProcessGroupGloo", ()))  # torch may be built without
-        return Group(
-            group.group_name, size, position, cpu, Messages(backend, size, position, timeout) if gloo else None
-        )
+        messages = Messages(backend, size, position, timeout) if gloo else None
+        several = len({hosts[rank] for rank in dist.get_process_group_ranks(group)}) if gloo else 1
+        return Group(group.group_name, size, position, cpu, messages, shared=1 < several < size)
 
     def device(self, rank: int) -> torch.device:
         """The device of this process."""
