@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.messages import Messages
+from shardc.runtime.collectives.messages import RankMessages
 from shardc.runtime.collectives.reductions import REDUCTIONS, reduced
 from shardc.runtime.errors import RankError
 
@@ -40,11 +40,11 @@ class Group(NamedTuple):
     size: int
     position: int
     cpu: bool
-    messages: Messages | None
+    messages: RankMessages | None
     shared: bool = False
 
     @property
-    def direct(self) -> Messages | None:
+    def direct(self) -> RankMessages | None:
         """The messages, where those from every rank to every other are no more than a ring's over any link."""
         return None if self.shared else self.messages
 

@@ -27,7 +27,7 @@ _TAGS = 2**30
 """Messages are numbered from here on, in a range that users hardly use for theirs."""
 
 
-class Messages:
+class RankMessages:
     """Messages among the `size` ranks of one group, as the rank at `position`. A message that does not come within
     `timeout` is an error.
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from shardc.runtime.collectives.c10d import Group
 from shardc.runtime.collectives.collective import AnyCollective
-from shardc.runtime.collectives.messages import Messages
+from shardc.runtime.collectives.messages import RankMessages
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import Slot, placements, valid_shape
 from shardc.runtime.mesh.agreement import meeting, running, with_others
@@ -98,7 +98,7 @@ class DistributedMesh(RuntimeMesh):
         cpu = self._device.type == "cpu"
         backend = group._get_backend(torch.device("cpu")) if cpu else None
         gloo = isinstance(backend, getattr(dist, "ProcessGroupGloo", ()))  # torch may be built without
-        messages = Messages(backend, size, position, timeout) if gloo else None
+        messages = RankMessages(backend, size, position, timeout) if gloo else None
         several = len({hosts[rank] for rank in dist.get_process_group_ranks(group)}) if gloo else 1
         return Group(group.group_name, size, position, cpu, messages, shared=1 < several < size)
 
