@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-from shardc.runtime.collectives.messages import EXCHANGE
-
 _NAMES = """
 view _unsafe_view t transpose permute expand expand_as detach alias slice select unsqueeze squeeze as_strided split
 split_with_sizes unbind unfold narrow reshape view_as unflatten flatten _reshape_alias lift_fresh empty empty_strided
@@ -30,7 +28,7 @@ def operators_run(function: Callable[[], object]) -> tuple[Counter[str], Counter
         function()
     kernels, collectives = Counter[str](), Counter[str]()
     for event in found.events() or ():
-        if event.name.startswith("c10d::") or event.name == EXCHANGE:
+        if event.name.startswith("c10d::"):
             collectives[event.name.removeprefix("c10d::")] += 1
         elif _works(event.name) and not any(_works(child.name) for child in event.cpu_children):
             kernels[event.name.removeprefix("aten::")] += 1
