@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, gathered
+from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.chunks import check_dim, joined, resized
 from shardc.runtime.collectives.collective import Arguments, Collective, Result, Sizes, Started, done
 from shardc.runtime.mesh.mesh import current
@@ -24,7 +24,7 @@ class _AllGather(Collective[Arguments, Result]):
         return torch.stack(list(operands))
 
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-        return gathered(operand, group)
+        return moved(operand.unsqueeze(0), group, lambda rows: OPS.all_gather_into_tensor(rows, group.size, group.name))
 
     def sent(self, ranks: int, size: float) -> float:
         return (ranks - 1) * size

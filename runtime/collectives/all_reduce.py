@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, all_reduced
+from shardc.runtime.collectives import c10d
 from shardc.runtime.collectives.collective import Arguments, Collective, Result, Sizes, Started, done
 from shardc.runtime.collectives.reductions import check_op, reduced
 from shardc.runtime.mesh.mesh import current
@@ -23,8 +23,8 @@ class _AllReduce(Collective[Arguments, Result]):
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return reduced(operands, op)
 
-    def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-        return all_reduced(operand, group, op)
+    def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
+        return c10d.reduced(operand, group, op, lambda x, how: c10d.OPS.all_reduce(x, how, group.name))
 
     def sent(self, ranks: int, size: float) -> float:
         return 2 * (ranks - 1) / ranks * size

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardc.runtime.collectives import c10d
 from shardc.runtime.collectives.all_reduce import all_reduce
 from shardc.runtime.collectives.bucket import Bucket, check_dtype, pieces
-from shardc.runtime.collectives.c10d import Group, all_reduced
 from shardc.runtime.collectives.collective import Arguments, Result, Started, done
 from shardc.runtime.collectives.reductions import check_op
 from shardc.runtime.mesh.mesh import current
@@ -23,8 +23,8 @@ class _AllReduceBucket(Bucket[Arguments, Result]):
     works_on_copy = True  # the buffer, which becomes the result
     writes_operand = True
 
-    def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-        return all_reduced(operand, group, op, in_place=True)
+    def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
+        return c10d.reduced(operand, group, op, lambda x, how: c10d.OPS.all_reduce_(x, how, group.name))
 
     def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         return [{}] * count

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, exchanged
+from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.chunks import check_dim, chunks, joined, resized
 from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Sizes, Started, done
 from shardc.runtime.mesh.mesh import current
@@ -25,7 +25,7 @@ class _AllToAll(Collective[Arguments, Result]):
 
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         even = [1] * group.size
-        return exchanged(operand, even, even, group)
+        return moved(operand, group, lambda rows: OPS.all_to_all_single(rows, even, even, group.name))
 
     def sent(self, ranks: int, size: float) -> float:
         return (ranks - 1) / ranks * size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardc.runtime.collectives.all_to_all import all_to_all
-from shardc.runtime.collectives.c10d import Group, exchanged
+from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.collective import AnyCollective, Arguments, Collective, Result, Sizes, Started, done
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.mesh import current
@@ -41,7 +41,7 @@ class _AllToAllRows(Collective[Arguments, Result]):
 
     def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
         sent, received = _counts(op)
-        return exchanged(operand, received, sent, group)
+        return moved(operand, group, lambda rows: OPS.all_to_all_single(rows, received, sent, group.name))
 
     def sent(self, ranks: int, size: float) -> float:
         return (ranks - 1) / ranks * size

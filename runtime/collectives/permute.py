@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, exchanged
+from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.collective import Arguments, Collective, Result, Sizes, Started, done
 from shardc.runtime.errors import RankError
 from shardc.runtime.mesh.mesh import current
@@ -25,7 +25,9 @@ class _Permute(Collective[Arguments, Result]):
         sources = [int(source) for source in op.split()]
         source, target = sources[group.position], sources.index(group.position)
         receives, sends = ([int(rank == other) for rank in range(group.size)] for other in (source, target))
-        arrived = exchanged(operand.unsqueeze(0), receives, sends, group)
+        arrived = moved(
+            operand.unsqueeze(0), group, lambda rows: OPS.all_to_all_single(rows, receives, sends, group.name)
+        )
         return lambda: arrived().squeeze(0)
 
     def sent(self, ranks: int, size: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, scattered
+from shardc.runtime.collectives import c10d
 from shardc.runtime.collectives.chunks import KeepsChunk, chunks
 from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Started, done
 from shardc.runtime.collectives.reductions import check_op, reduced
@@ -23,8 +23,11 @@ class _ReduceScatter(KeepsChunk, Collective[Arguments, Result]):
     def exchange(self, operands: Sequence[Tensor], position: int, op: str) -> Tensor:
         return reduced([operand[position] for operand in operands], op)
 
-    def c10d(self, operand: Tensor, group: Group, op: str) -> Callable[[], Tensor]:
-        return scattered(operand, group, op)
+    def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
+        arrived = c10d.reduced(
+            operand, group, op, lambda x, how: c10d.OPS.reduce_scatter_tensor(x, how, group.size, group.name)
+        )
+        return lambda: arrived().squeeze(0)
 
     def sent(self, ranks: int, size: float) -> float:
         return (ranks - 1) / ranks * size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from shardc.runtime.collectives import c10d
 from shardc.runtime.collectives.bucket import Bucket, check_dtype, pieces
 from shardc.runtime.collectives.chunks import chunks
 from shardc.runtime.collectives.collective import Arguments, Result, Started, done
@@ -21,6 +22,14 @@ __all__ = ["reduce_scatter_bucket"]
 
 class _ReduceScatterBucket(Bucket[Arguments, Result]):
     of = reduce_scatter
+    writes_operand = True
+
+    def c10d(self, operand: Tensor, group: c10d.Group, op: str) -> Callable[[], Tensor]:
+        if not group.gloo:
+            return super().c10d(operand, group, op)
+        # torch's own for gloo is an all-reduce of a copy of the buffer
+        arrived = c10d.reduced(operand, group, op, lambda x, how: c10d.OPS.all_reduce_(x, how, group.name))
+        return lambda: arrived()[group.position].clone()
 
     def members(self, keywords: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         sizes = keywords.get("sizes", [None] * count)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardc.runtime.collectives.c10d import Group, exchanged
+from shardc.runtime.collectives.c10d import OPS, Group, moved
 from shardc.runtime.collectives.chunks import check_dim, check_order, joined
 from shardc.runtime.collectives.collective import Arguments, Collective, Held, Result, Sizes, Started, done
 from shardc.runtime.errors import RankError
@@ -49,7 +49,7 @@ class _Reorder(Collective[Arguments, Result]):
         arriving = sorted(range(2), key=lambda row: (origins[row], wanted[row]))
         receives, sends = ([ranks_of.count(rank) for rank in range(ranks)] for ranks_of in (origins, targets))
         rows = operand if out == [0, 1] else operand.flip(0)
-        arrived = exchanged(rows, receives, sends, group)
+        arrived = moved(rows, group, lambda x: OPS.all_to_all_single(x, receives, sends, group.name))
         return lambda: arrived() if arriving == [0, 1] else arrived().flip(0)
 
     def sent(self, ranks: int, size: float) -> float:

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from shardc.runtime.collectives.c10d import Group
 from shardc.runtime.collectives.collective import AnyCollective
-from shardc.runtime.collectives.messages import Messages
 from shardc.runtime.errors import RankError
 from shardc.runtime.execute.slots import Slot, placements, valid_shape
 from shardc.runtime.mesh.agreement import meeting, running, with_others
@@ -71,27 +69,19 @@ class DistributedMesh(RuntimeMesh):
             device_type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
         )
         self._groups: dict[str, dist.ProcessGroup] = {axis: self.device_mesh.get_group(axis) for axis in self.axes}
-        timeout = self._adopt_timeout()
-        self._ranks_of = {axis: self._group(axis, timeout) for axis in self.axes}
+        position, gloo = self.coordinates(self.rank), self._device.type == "cpu"
+        self._ranks_of = {
+            axis: Group(group.group_name, self.axes[axis], position[axis], gloo) for axis, group in self._groups.items()
+        }
+        self._adopt_timeout()
 
-    def _adopt_timeout(self) -> timedelta:
+    def _adopt_timeout(self) -> None:
         """Give the groups the timeout of the default group; torch's own default for new ones is 10 to 30 minutes."""
         device = torch.device(self._device.type)
         default: Any = dist.group.WORLD
         timeout = default._get_backend(device).options._timeout
         for group in self._groups.values():
             dist.distributed_c10d._set_pg_timeout(timeout, group)  # pyright: ignore[reportPrivateUsage]
-        return timeout
-
-    def _group(self, axis: str, timeout: timedelta) -> Group:
-        group: Any = self._groups[axis]
-        size, position = self.axes[axis], self.coordinates(self.rank)[axis]
-        cpu = self._device.type == "cpu"
-        backend = group._get_backend(torch.device("cpu")) if cpu else None
-        gloo = isinstance(backend, getattr(dist, "ProcessGroupGloo", ()))  # torch may be built without
-        return Group(
-            group.group_name, size, position, cpu, Messages(backend, size, position, timeout) if gloo else None
-        )
 
     def device(self, rank: int) -> torch.device:
         """The device of this process."""

@@ -1,14 +1,31 @@
 """Operators split along the dim that they work along, over gloo, next to torch's own on whole tensors. For ranks.py."""
 
+import itertools
 import os
 
 import torch
 import torch.distributed as dist
 
-from shardc.runtime import DistributedMesh, Part, convolution, flip, local_mesh, roll, softmax, topk
-from shardc.runtime.collectives.all_gather import all_gather
-from shardc.runtime.collectives.all_to_all import all_to_all
-from shardc.runtime.collectives.reorder import reorder
+from shardc.runtime import (
+    DistributedMesh,
+    Part,
+    VirtualMesh,
+    all_gather,
+    all_reduce,
+    all_reduce_bucket,
+    all_to_all,
+    convolution,
+    flip,
+    local_mesh,
+    permute,
+    reduce_scatter,
+    reduce_scatter_bucket,
+    reorder,
+    roll,
+    softmax,
+    topk,
+    wait,
+)  # fmt: skip
 from shardc.runtime.kernels.extremes import argmax
 from shardc.runtime.kernels.scans import cummax
 from shardc.runtime.kernels.windows import convolution_backward
@@ -78,5 +95,29 @@ same(
     lambda grad, x: aten.convolution_backward(grad, x, weight, [2], *more, [True] * 3),
     [grad, x], 2, reduced=(1, 2),
 )  # fmt: skip
+
+
+def transported(where, width, dtype):
+    """What a rank gets of each collective of a few numbers, or of many; two are awaited in the other order."""
+    torch.manual_seed(1)
+    given = (8 * torch.randn(count, 4 * count, width)).round().to(dtype)  # whose sums are exact in any order
+
+    def work(x):
+        kept = x.clone()
+        whole, more = all_gather.start(x, dim=1, axis="a"), all_gather.start(x + 1, dim=0, axis="a")
+        made = [wait(more), wait(whole), all_reduce(x, axis="a"), reduce_scatter(x, dim=0, axis="a", op="max")]
+        made += all_reduce_bucket([x, x[0]], axis="a") + reduce_scatter_bucket([x, x.t()], dims=[0, 1], axis="a")
+        made.append(permute(x, axis="a", sources=[(rank + 1) % count for rank in range(count)]))
+        assert torch.equal(x, kept), "a collective wrote to its operand"
+        return made
+
+    return where.run(work, lambda rank: (given[rank],))
+
+
+for width, dtype in itertools.product((1, 2**12 // count), (torch.int16, torch.int64, torch.bfloat16)):
+    (found,) = transported(mesh, width, dtype)
+    for one, other in zip(found, transported(VirtualMesh(mesh.axes), width, dtype)[mesh.rank], strict=True):
+        assert torch.equal(one, other), (width, dtype)
+
 print(f"rank {mesh.rank} is right", flush=True)
 dist.destroy_process_group()
