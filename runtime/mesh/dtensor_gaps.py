@@ -36,7 +36,7 @@ COMPLAINTS = re.compile("DTensor|[Ss]hard|tensor subclass|redistribut")
 _OF_PARTS = re.compile(COMPLAINTS.pattern + "|is invalid for input of size")
 """The same where the user's own error may be told after all: also what a view of a rank's part says."""
 
-_LISTS_OF_NORMS = frozenset((torch._foreach_norm,))
+_LISTS_OF_NORMS = frozenset((torch._foreach_norm,))  # pyright: ignore[reportPrivateImportUsage]
 _READERS = frozenset(getattr(Tensor, name) for name in READ)
 
 
@@ -105,7 +105,8 @@ def _whole(value: DTensor) -> DTensor:
 def _reduced_list(values: Any) -> Any:
     """Norms of many tensors, reduced together where they have one type."""
     if all(type(one) is DTensor for one in values) and len({one.dtype for one in values}) == 1:
-        return type(values)(_whole(torch.stack(values)).unbind())
+        together: Any = torch.stack(values)
+        return type(values)(_whole(together).unbind())
     return type(values)(_reduced(one) if type(one) is DTensor else one for one in values)
 
 
