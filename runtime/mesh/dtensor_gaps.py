@@ -36,6 +36,7 @@ COMPLAINTS = re.compile("DTensor|[Ss]hard|tensor subclass|redistribut")
 _OF_PARTS = re.compile(COMPLAINTS.pattern + "|is invalid for input of size")
 """The same where the user's own error may be told after all: also what a view of a rank's part says."""
 
+_LISTS_OF_NORMS = frozenset((torch._foreach_norm,))  # pyright: ignore[reportPrivateImportUsage]
 _READERS = frozenset(getattr(Tensor, name) for name in READ)
 
 
@@ -83,7 +84,9 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, An
         if isinstance(error, ShardcError) or not _OF_PARTS.search(str(error)):
             raise
         return _on_whole_tensors(func, args, kwargs)
-    return _reduced(result) if type(result) is DTensor else result
+    if type(result) is DTensor:
+        return _reduced(result)
+    return _reduced_list(result) if func in _LISTS_OF_NORMS else result
 
 
 def _reduced(value: DTensor) -> DTensor:
@@ -91,9 +94,20 @@ def _reduced(value: DTensor) -> DTensor:
     print(norm)`). So is what is no sum: DTensor adds up norms of parts as if they were norms (torch 2.13)."""
     placements = value._spec.placements  # pyright: ignore[reportPrivateUsage]
     parts = [one for one in placements if isinstance(one, Partial)]
-    if parts and (value.numel() == 1 or not all(map(_is_sum, parts))):
-        return value.redistribute(placements=[Replicate() if isinstance(p, Partial) else p for p in placements])
-    return value
+    return _whole(value) if parts and (value.numel() == 1 or not all(map(_is_sum, parts))) else value
+
+
+def _whole(value: DTensor) -> DTensor:
+    whole = [Replicate() if isinstance(one, Partial) else one for one in value.placements]
+    return value.redistribute(placements=whole)
+
+
+def _reduced_list(values: Any) -> Any:
+    """Norms of many tensors, reduced together where they have one type."""
+    if all(type(one) is DTensor for one in values) and len({one.dtype for one in values}) == 1:
+        together: Any = torch.stack(values)
+        return type(values)(_whole(together).unbind())
+    return type(values)(_reduced(one) if type(one) is DTensor else one for one in values)
 
 
 def _is_sum(part: Partial) -> bool:

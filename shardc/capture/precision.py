@@ -29,6 +29,34 @@ _CAST = torch.ops.aten._to_copy.default
 _VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.view.default)
 
 
+_OF_ONE_TYPE = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm", "addmm", "mv", "addmv", "convolution", "native_layer_norm", "index_put", "_cdist_forward",
+        "grid_sampler_2d", "grid_sampler_3d", "linalg_solve_triangular",
+    )
+}  # fmt: skip
+"""Operators that refuse operands of more than one floating type when they run, and not when they are traced."""
+
+
+def refuse_mixed_types(program: Program, precision: Precision) -> None:
+    """Raise CaptureError where an operator gets floating operands of types that it refuses: one device would, too."""
+    for node in program.graph.nodes:
+        if node.target in _OF_ONE_TYPE:
+            given = [value_of(one) for one in node.all_input_nodes]
+            found = {one.dtype: None for one in given if isinstance(one, Tensor) and one.is_floating_point()}
+            wide = node.target is not torch.ops.aten.native_layer_norm.default or value_of(node.args[0]).itemsize > 2
+            if len(found) > 1 and wide:  # of 16 bits, a layer norm takes weights in float32
+                place, types = origin_of(node), " and ".join(map(_short, found))
+                uncast = precision.parameters is not None and not precision.inputs
+                rest = "leave out cast_forward_inputs=False, or cast inputs" if uncast else "cast one"
+                raise CaptureError(
+                    f"{f'module {place.module!r}' if place.module else 'the model'}, {place.source}: an operator gets "
+                    f"{types}, and takes one type ({node.target.overloadpacket.__name__}), on one device as well; "
+                    f"{rest} with .to(...), or call the model under torch.autocast"
+                )
+
+
 def retyped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of another type that looks like this one, and holds no memory; the tensor itself where it has the
     type."""

@@ -18,7 +18,7 @@ from shardc.capture.experts.written import Changed, WrittenExperts
 from shardc.capture.inputs import opaque
 from shardc.capture.masks.attention_masks import with_plain_masks
 from shardc.capture.model_trace import ModelTrace
-from shardc.capture.precision import with_casts
+from shardc.capture.precision import refuse_mixed_types, with_casts
 from shardc.capture.program_builder import ProgramBuilder
 from shardc.capture.repeated_layers import Repeat, find
 from shardc.capture.side_effects.stand_ins import ChangesAtEveryCall, StandIns
@@ -98,6 +98,7 @@ def capture(
         repeats = [] if dynamic else find(module, constraints or ())
         trace, program = (_stitched(traced, repeats) if repeats else None) or _full(traced)
         program = with_casts(with_plain_masks(program), types, dict(trace.tensors()))
+        refuse_mixed_types(program, types)
         recognition.check(program.graph.nodes)
         trace.check_met()
         return program

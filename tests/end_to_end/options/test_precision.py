@@ -194,6 +194,63 @@ def test_a_write_to_a_copy_is_refused() -> None:
         shard(Odd(write=True), mesh="dp=2", param_dtype=LOW)(torch.ones(4))
 
 
+MIXED = "an operator gets (float32 and bfloat16|bfloat16 and float32), and takes one type"
+
+
+def test_inputs_that_are_not_cast_are_refused_where_one_device_refuses_them() -> None:
+    """An operator that is traced all the same, and one that takes both."""
+    asked: Any = {"param_dtype": LOW, "cast_forward_inputs": False}
+    with pytest.raises(CaptureError, match=rf"module 'up', test_precision.py:\d+: {MIXED}.*leave out cast_forward_inp"):
+        shard(Mlp(), mesh="dp=2", **asked)(X)
+    with pytest.raises(CaptureError, match=f"module '0', .*{MIXED}.*native_layer_norm.*; cast one with"):
+        shard(nn.Sequential(nn.LayerNorm(64).to(LOW)), mesh="dp=2")(X)
+    with torch.autocast("cpu", dtype=LOW):
+        assert shard(Mlp(), mesh="dp=2", hardware="cpu", **asked)(X).dtype == LOW
+    assert shard(nn.Sequential(nn.LayerNorm(64)), mesh="dp=2", hardware="cpu")(X.to(LOW)).dtype == LOW
+
+
+class LowCopies(nn.Module):
+    """What `param_dtype` does, on one device."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Tensor) -> Any:
+        cast = {name: parameter.to(self.dtype) for name, parameter in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, cast, (x.to(self.dtype),))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_scaled_losses_with_and_without_autocast(low: torch.dtype, autocast: bool) -> None:
+    """Steps and scales are those of one device; a batch that overflows skips its step, whichever rank sees it."""
+    torch.manual_seed(0)
+    single = nn.Sequential(nn.LayerNorm(64), Mlp())
+    asked: dict[str, Any] = {"param_dtype": low, "reduce_dtype": torch.float32, "output_dtype": torch.float32}
+    many = shard(copy.deepcopy(single), mesh="dp=2,tp=2", hardware="cpu", **asked)
+    found: list[list[float]] = []
+    for model in (LowCopies(single, low), many):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        scaler, said = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), list[float]()
+        for step in range(5):
+            x = X[8 * step : 8 * step + 8]
+            with torch.autocast("cpu", dtype=low, enabled=autocast):
+                loss = (model(x).float() - x).square().mean()
+            if step == 2:
+                loss = loss * torch.where(x[-1, -1] != 7, torch.inf, 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            said += [scaler.get_scale(), *([] if step == 2 else [loss.item(), norm.item()])]
+        found.append(said)
+    assert found[1][6] == found[1][3] / 2  # the scale after the step that was skipped
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
 def test_no_type_to_compute_in() -> None:
     for wrong in ("int8", "float8_e4m3fn", "half precision"):
         with pytest.raises(ShardcError, match=f"{wrong} is no type to compute in; it is one of bfloat16, float16"):
