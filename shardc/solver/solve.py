@@ -212,7 +212,7 @@ def _unfolded_certificate(
 ) -> Certificate:
     """A certificate for the whole network. What proves the template proves most of the whole, if not all. What it lacks
     is the same in every layer: at the cut, the messages that a layer takes in are not those that it sends on. A sweep
-    over all layers mends that; where it does not, a ring may."""
+    over all layers mends that, or a ring."""
     target = effort.target(problem, choice)
     unfolded = folded.unfolded_certificate(warm_start.certificate)
     best = unfolded, check(problem, unfolded)
@@ -230,13 +230,15 @@ def _unfolded_certificate(
         if certificate is not None:
             best = max(best, (certificate, check(problem, certificate)), key=lambda one: one[1])
 
+    def ring() -> None:
+        keep(_ring_certificate(problem, warm_start, folded, effort, target))
+
     if effort.rough:
-        if not enough():
-            sweep()
-        if not enough():
-            keep(_ring_certificate(problem, warm_start, folded, effort, target))
+        for step in (sweep, ring) if unfolded.triplets else (ring, sweep):  # a ring drops triplets, but is sooner done
+            if not enough():
+                step()
         return best[0]
-    keep(_ring_certificate(problem, warm_start, folded, effort, target))
+    ring()
     if target.cost - best[1] > tuning.UNFOLDED_GAP * abs(target.cost):
         sweep()
     return best[0]
