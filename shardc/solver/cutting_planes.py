@@ -6,7 +6,11 @@ With multipliers `m_t >= 0`, the least of the Lagrangian is a bound for every ch
 
 (Everett 1963, "Generalized Lagrange multiplier method"). For one fixed `x` the inner term is linear in `m`. So every
 choice found is a plane above the dual, and a linear program over these planes tells which multipliers to ask next
-(Kelley 1960, "The cutting-plane method"). Only positions where some point over the capacity has its peak get one.
+(Kelley 1960, "The cutting-plane method").
+
+The same program weighs the points: a mixture of them costs as much as the planes promise. Positions where some point
+over the capacity has its peak get a multiplier, and those where such a mixture has its own, as long as that is over the
+capacity. Two points may have their peaks where a mixture has none, and a mixture where they have none.
 
     capacity 3    points (cost 1, load 5), (cost 9, load 1)    planes z <= 1 + 2m, z <= 9 - 2m    next: m = 2, z = 5
 """
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardc.solver.pareto import Points
+from shardc.solver.problem import TOLERANCE, Array
 from shardc.solver.proof.certificate import Certificate
 
 
@@ -59,25 +64,41 @@ class CuttingPlanes:
     def next(self, capacity: float, ceiling: float) -> tuple[Mapping[int, float], float]:
         """The multipliers at which the planes leave most room, and the value there. The sum of each multiplier times
         the capacity is at most `ceiling` times the cost of the first point."""
-        from scipy.optimize import linprog  # takes a second to import, and few problems have a capacity
-
         points = self._points.all
         places = self._points.peaks(above=capacity)
-        # maximise z subject to z <= cost_k + sum_t m_t (load_kt - capacity); multipliers in units of cost per capacity
-        unit = max(abs(points[0].cost), 1e-12)
-        over = np.array([[point.load[t] / capacity - 1.0 for t in places] for point in points])
-        rows = np.hstack([np.ones((len(over), 1)), -over])
+        loads = np.array([point.load for point in points]) / capacity
+        unit = max(abs(points[0].cost), 1e-12)  # multipliers in units of cost per capacity
         costs = np.array([point.cost for point in points]) / unit
-        ranges = [(None, None), *[(0.0, ceiling)] * len(places)]
-        answer = linprog([-1.0, *[0.0] * len(places)], A_ub=rows, b_ub=costs, bounds=ranges)
-        if answer.x is None:  # HiGHS gave up: what is known best must do
-            best = self.best(capacity, drafts=True)
-            return dict(best.multipliers), best.bound(capacity)
-        multipliers = {t: float(m) * unit / capacity for t, m in zip(places, answer.x[1:], strict=True) if m > 0.0}
-        return multipliers, float(answer.x[0]) * unit
+        while True:
+            answer = _roomiest(costs, loads[:, places], ceiling)
+            if answer is None:  # HiGHS gave up: what is known best must do
+                best = self.best(capacity, drafts=True)
+                return dict(best.multipliers), best.bound(capacity)
+            value, found, weights = answer
+            mixture = weights @ loads
+            worst = int(mixture.argmax())
+            if mixture[worst] <= 1.0 + TOLERANCE or worst in places:
+                break
+            places.append(worst)
+        multipliers = {t: float(m) * unit / capacity for t, m in zip(places, found, strict=True) if m > 0.0}
+        return dict(sorted(multipliers.items())), value * unit
 
     def halfway(self, multipliers: Mapping[int, float], capacity: float) -> dict[int, float]:
         """Half way to the multipliers that seem to prove most. From there, steps do not swing from position to position
         (Ben-Ameur and Neto 2007, "Acceleration of cutting-plane and column generation algorithms")."""
         best = self.best(capacity, drafts=True).multipliers
         return {t: 0.5 * (multipliers.get(t, 0.0) + best.get(t, 0.0)) for t in sorted({*multipliers, *best})}
+
+
+def _roomiest(costs: Array, loads: Array, ceiling: float) -> tuple[float, Array, Array] | None:
+    """The largest `z` with `z <= costs_k + sum_t m_t (loads_kt - 1)` for every point `k` and multipliers of at most
+    `ceiling`; these multipliers; and weights of the points, of sum 1, whose mixture costs `z`. None if HiGHS gave up.
+    """
+    from scipy.optimize import linprog  # takes a second to import, and few problems have a capacity
+
+    rows = np.hstack([np.ones((len(costs), 1)), 1.0 - loads])
+    ranges = [(None, None), *[(0.0, ceiling)] * loads.shape[1]]
+    answer = linprog([-1.0, *[0.0] * loads.shape[1]], A_ub=rows, b_ub=costs, bounds=ranges)
+    if answer.x is None:
+        return None
+    return float(answer.x[0]), answer.x[1:], -answer.ineqlin.marginals

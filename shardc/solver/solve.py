@@ -210,33 +210,59 @@ def _solved_folded(problem: Problem, warm_start: WarmStart, folded: Fold, effort
 def _unfolded_certificate(
     problem: Problem, warm_start: WarmStart, folded: Fold, effort: _Effort, choice: list[int]
 ) -> Certificate:
-    """A certificate for the whole network. What proves the template proves most of the whole, if not all; where more is
-    asked, a ring may."""
-    tolerance = effort.target(problem, choice).tolerance
+    """A certificate for the whole network. What proves the template proves most of the whole, if not all. What it lacks
+    is the same in every layer: at the cut, the messages that a layer takes in are not those that it sends on. A sweep
+    over all layers mends that, or a ring."""
+    target = effort.target(problem, choice)
     unfolded = folded.unfolded_certificate(warm_start.certificate)
-    proved = check(problem, unfolded) if effort.rough else -math.inf
-    # a ring drops triplets
-    enough = max(tolerance, tuning.RING_TRIPLETS * abs(evaluate(problem, choice))) if unfolded.triplets else tolerance
-    if evaluate(problem, choice) - proved <= enough:
-        return unfolded
+    best = unfolded, check(problem, unfolded)
+
+    def enough() -> bool:
+        return target.cost - best[1] <= target.tolerance
+
+    def sweep() -> None:
+        tables, deadline = warm_start.tables, effort.part().deadline
+        certificate = prove(problem, target, deadline, unfolded, tuning.UNFOLDED_SWEEPS, effort.rough, tables)
+        keep(certificate)
+
+    def keep(certificate: Certificate | None) -> None:
+        nonlocal best
+        if certificate is not None:
+            best = max(best, (certificate, check(problem, certificate)), key=lambda one: one[1])
+
+    def ring() -> None:
+        keep(_ring_certificate(problem, warm_start, folded, effort, target))
+
+    if effort.rough:
+        for step in (sweep, ring) if unfolded.triplets else (ring, sweep):  # a ring drops triplets, but is sooner done
+            if not enough():
+                step()
+        return best[0]
+    ring()
+    if target.cost - best[1] > tuning.UNFOLDED_GAP * abs(target.cost):
+        sweep()
+    return best[0]
+
+
+def _ring_certificate(
+    problem: Problem, warm_start: WarmStart, folded: Fold, effort: _Effort, target: Target
+) -> Certificate | None:
+    """A certificate by way of a ring. It drops triplets."""
 
     def proof(part: float, sweeps: int | None, afresh: bool = False) -> ProveFunction:
         """A function that proves to a part of the tolerance."""
 
         def proven(network: Problem, chosen: Sequence[int], start: Certificate) -> Certificate:
-            target = Target(evaluate(network, chosen), part * tolerance)
+            inner = Target(evaluate(network, chosen), part * target.tolerance)
             deadline = effort.part().deadline
-            return prove(network, target, deadline, None if afresh else start, sweeps, effort.rough, warm_start.tables)
+            return prove(network, inner, deadline, None if afresh else start, sweeps, effort.rough, warm_start.tables)
 
         return proven
 
     # a gap that the template's messages leave is seldom closed by sweeping on from them
     ring = proof(tuning.RING_COPIES / folded.count, tuning.PROOF_SWEEPS, afresh=not effort.rough)
     ends = proof(tuning.ENDS_TOLERANCE_SHARE, tuning.PROOF_SWEEPS if effort.rough else None)
-    certificate = ring_certificate(problem, folded, warm_start.choice, warm_start.certificate, ring, ends)
-    if certificate is None or (effort.rough and check(problem, certificate) <= proved):
-        return unfolded
-    return certificate
+    return ring_certificate(problem, folded, warm_start.choice, warm_start.certificate, ring, ends)
 
 
 def _closed(problem: Problem, carried: Solution, effort: _Effort) -> Solution:

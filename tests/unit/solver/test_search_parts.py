@@ -144,3 +144,17 @@ def test_a_draft_adds_no_triplets_and_proves_what_it_says(seed: int, monkeypatch
     draft = solve(problem, certify=False, draft=True)
     assert evaluate(problem, draft.choice) == draft.cost
     assert draft.lower_bound < best.cost * (1.0 - 1e-6) and best.cost <= draft.cost * (1.0 + 1e-9)
+
+
+def test_a_mixture_of_points_within_the_capacity_keeps_it_everywhere() -> None:
+    """The fast choice has its peak at the first position, the slow one fits: only mixtures of both are too large at the
+    second. A multiplier there proves 18; at the first alone, it would prove 15."""
+    problem = Problem()
+    problem.add_variable("v", np.array([10.0, 20.0]))
+    held = [Load(0, None, np.array([20.0, 0.0]), 0, 0), Load(0, None, np.array([18.0, 8.0]), 1, 1)]
+    frontier = Frontier(problem, Loads(2, held))
+    for value in (0, 1):
+        frontier.know(solve(problem), [value])
+    multipliers, value = frontier.dual.next(10.0, 1e4)
+    assert value == pytest.approx(18.0)
+    assert multipliers == {1: pytest.approx(1.0)}
