@@ -20,6 +20,7 @@ from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flat_arguments, flatten
 from shardc.capture.known_form import KnownForm
 from shardc.capture.side_effects.arguments import Containers
+from shardc.capture.trace_errors import as_raised
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import Compiled
 from shardc.decided import as_asked
@@ -71,7 +72,7 @@ def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options
 
     A model on the meta device is planned without being allocated. Raises ShardcError; the model stays as it was.
     """
-    return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
+    return as_raised(compiled, ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
 
 
 class Request(NamedTuple):
@@ -179,7 +180,7 @@ class _Engine:
         """Call what may capture the model: its forward is the plain one meanwhile."""
         self.capturing = True
         try:
-            return function(*args)
+            return as_raised(function, *args)
         finally:
             self.capturing = False
 
