@@ -144,6 +144,10 @@ def _of_type(error: Exception, kind: type[CaptureError], message: str) -> Captur
 def _both(kind: type[CaptureError], theirs: type[Exception]) -> type[CaptureError]:
     if issubclass(kind, theirs):
         return kind
-    methods = {"__init__": Exception.__init__, "__str__": Exception.__str__, "__module__": kind.__module__}
+    methods: dict[str, Any] = {
+        "__init__": Exception.__init__,
+        "__str__": Exception.__str__,
+        "__module__": kind.__module__,
+    }
     methods["__reduce__"] = lambda error: (CaptureError, error.args)
     return type(kind.__name__, (kind, theirs), methods)

@@ -133,9 +133,10 @@ def test_compiling_ahead_raises_it_too() -> None:
 
 class Sizes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x.shape[0], int):
+        size: Any = x.shape[0]
+        if not isinstance(size, int):
             raise TypeError("sizes are ints")
-        return x * x.shape[0]
+        return x * size
 
 
 def test_what_is_raised_at_symbols_alone_is_raised_nowhere() -> None:
