@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardc.capture.guards.guarded_values import MetValues, call
-from shardc.capture.torch_patches.object_numbers import CONTENTS, LENGTH, VERSION, Kind, ObjectNumbers
+from shardc.capture.torch_patches.object_numbers import CONTENTS, LENGTH, VERSION, NumberKind, ObjectNumbers
 
 
-class Watched(Protocol):
+class DictCondition(Protocol):
     """A dict, and whether its contents do. That is asked when its version says that it has changed."""
 
     target: dict[Any, Any]
@@ -43,9 +43,9 @@ class SameObjects:
     def __init__(
         self,
         values: Sequence[MetValues],
-        watched: Sequence[Watched],
+        watched: Sequence[DictCondition],
         whole: Sequence[tuple[Any, Sequence[Any]]],
-        facts: Sequence[tuple[Any, Kind, int]] = (),
+        facts: Sequence[tuple[Any, NumberKind, int]] = (),
         versions: NDArray[np.int64] | None = None,
     ) -> None:
         self._watched = watched
