@@ -20,6 +20,7 @@ from shardc.capture.dynamic_sizes import named_dims
 from shardc.capture.inputs import call_key, flat_arguments, flatten
 from shardc.capture.known_form import KnownForm
 from shardc.capture.side_effects.arguments import Containers
+from shardc.capture.trace_errors import as_raised
 from shardc.capture.unsupported_parts import refuse_scripted
 from shardc.compiled import Compiled
 from shardc.decided import as_asked
@@ -71,7 +72,7 @@ def _compile(model: nn.Module, mesh: str | Mesh, example_inputs: Inputs, options
 
     A model on the meta device is planned without being allocated. Raises ShardcError; the model stays as it was.
     """
-    return compiled(ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
+    return as_raised(compiled, ModelCall.of(model, example_inputs), Mesh.parse(mesh), options)
 
 
 class Request(NamedTuple):
@@ -81,7 +82,7 @@ class Request(NamedTuple):
     options: Options
 
 
-class _Known(NamedTuple):
+class _LastCall(NamedTuple):
     """The last call of a model: its form, what it was looked up by, and its program. Most calls are like the last."""
 
     form: KnownForm
@@ -100,7 +101,7 @@ class _Engine:
         """Whether the forward that was set on the object runs, in which the one of the class is the class's own."""
         self.calls: dict[Any, Calls] = {}
         self.last: Compiled | None = None
-        self.known: _Known | None = None
+        self.last_call: _LastCall | None = None
         self.sums: GradientSums | None = None
         """Where gradients go that are reduced later: see `shardc.accumulate`."""
         self.planned_by_file = False
@@ -130,7 +131,7 @@ class _Engine:
             # a program that evaluates was planned for parameters as they lay before others moved them
             placed = 0 if grad else moves(module)
             structure = (len(args), *kwargs) if spec is None else str(spec)
-            known = self.known if spec is None else None
+            known = self.last_call if spec is None else None
             if known and known.form.fits(leaves, (structure, placed)) and not known.program.broken((args, kwargs)):
                 key, named, program = known.key, known.named, known.program
             else:
@@ -140,7 +141,7 @@ class _Engine:
                 key = call_key(leaves, named), structure, one, placed
                 program = self._program(key, named, call, leaves)
                 form = KnownForm.of(leaves, (structure, placed)) if spec is None else None
-                self.known = _Known(form, key, named, program) if form else None
+                self.last_call = _LastCall(form, key, named, program) if form else None
             if self.sums is not None and grad:
                 program = program.accumulating
             self.last = program
@@ -179,7 +180,7 @@ class _Engine:
         """Call what may capture the model: its forward is the plain one meanwhile."""
         self.capturing = True
         try:
-            return function(*args)
+            return as_raised(function, *args)
         finally:
             self.capturing = False
 

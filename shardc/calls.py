@@ -17,6 +17,7 @@ from torch import Tensor
 from shardc.capture.changing_sizes import ChangingSizes, Place, fixed_sizes
 from shardc.capture.dynamic_sizes import sizes_of
 from shardc.capture.torch_patches.key_value_caches import growth
+from shardc.capture.trace_errors import ModelError
 from shardc.compiled import Compiled
 from shardc.distribution import check_world
 from shardc.errors import CaptureError
@@ -53,6 +54,8 @@ class Calls:
         self._changing: ChangingSizes | None = ChangingSizes(named)
         """None where the model cannot be captured for all sizes."""
         self._met = False
+        self._raised = False
+        """Whether the model has just raised an error of its own in a trace for many sizes."""
         self._first: tuple[Compiled, list[Any]] | None = None
 
     def program(self, call: ModelCall, leaves: list[Any]) -> Compiled:
@@ -81,7 +84,13 @@ class Calls:
             )
         if broken:
             call = replace(call, changing=self._changes())
-        return self._for_many_sizes(call, leaves) or self._for_these_sizes(call, leaves)
+        found = self._for_many_sizes(call, leaves)
+        if found is None:
+            raised, self._raised = self._raised, False
+            found = self._for_these_sizes(call, leaves)
+            if raised:  # because sizes had no numbers, and not because of these numbers
+                self._changing = None
+        return found
 
     def _changes(self) -> frozenset[tuple[int, Any]]:
         """What has broken the guards of a program until now."""
@@ -119,10 +128,11 @@ class Calls:
                 family.captured(call)
                 if dims != self._named and not family.admits(leaves):
                     raise CaptureError("the program assumes more of its inputs than their sizes")
-            except CaptureError:
+            except CaptureError as error:
                 if dims == self._named:
                     raise
-                if not (first and grown.known):
+                self._raised = isinstance(error, ModelError)
+                if not self._raised and not (first and grown.known):
                     self._changing = None
                 return None
             self._dynamic = [one for one in self._dynamic if one.dims == dims or one.still != grown.still]

@@ -7,6 +7,7 @@ Nothing is computed and nothing is allocated: the tensors are fake ones on the C
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatchcase
@@ -50,12 +51,13 @@ from shardc.capture.torch_patches.fake_tensors import (
     fake_like,
     fake_mode,
     fake_number,
+    is_data_dependent,
     require_equal,
 )
 from shardc.capture.torch_patches.provenance_mode import Provenance
 from shardc.capture.torch_patches.symbols import spelled_out
 from shardc.capture.torch_patches.tracing_flags import tracing_flags
-from shardc.capture.trace_errors import explained
+from shardc.capture.trace_errors import explained, is_of_model
 from shardc.capture.traced_outputs import TracedOutputs
 from shardc.errors import CaptureError, ConstraintError, ShardcError
 from shardc.ir.constrain import Spec, check, constrain, parse, recording, serialise
@@ -132,6 +134,8 @@ class ModelTrace:
         self.outputs = TracedOutputs(self.grad, differentiable, state.reachable.holds, lambda x: experts.rows.refuse(x))
         self.seed: Tensor | None = None
         self.messages = Messages()
+        self._raised: BaseException | None = None
+        """What has left the model's code."""
         self.met: set[str] = set()
         self.escapes = Escapes()
         self._facts = TensorFacts()
@@ -163,7 +167,7 @@ class ModelTrace:
 
     def run(self) -> fx.GraphModule:
         """The traced graph. Raises CaptureError for whatever goes wrong in torch or in the model."""
-        fakes = [slot.fake for slot in self.visible_slots]
+        fakes, handled = [slot.fake for slot in self.visible_slots], sys.exception()
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(tracing_flags(self.state.module, self._compiling))
@@ -178,7 +182,10 @@ class ModelTrace:
             except (ShardcError, Changed, ChangesAtEveryCall):
                 raise
             except Exception as error:
-                raise explained(error, self.provenance.stack[-1]) from error
+                asked = None if is_data_dependent(error) else self.provenance.asked
+                told = asked or error  # code may have caught what was raised, and raised something else
+                by_model = told is self._raised and is_of_model(told, handled)
+                raise explained(told, self.provenance.stack[-1], by_model=by_model) from error
         self.escapes.check()
         return traced
 
@@ -271,7 +278,8 @@ class ModelTrace:
                 self.watch.installed() if self.watch else nullcontext(),
             ):
                 output = self.call(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            self._raised = error
             generators.restore()
             raise
         if self.provenance.asked is not None:

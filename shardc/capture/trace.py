@@ -27,6 +27,7 @@ from shardc.capture.state import State
 from shardc.capture.stitch import fill
 from shardc.capture.torch_patches.attention.written import Recognition, Unrecognised
 from shardc.capture.torch_patches.compiling_flag import CompilingFlag, Place
+from shardc.capture.trace_errors import ModelError
 from shardc.capture.unsupported_parts import refuse_unsupported
 from shardc.errors import CaptureError
 from shardc.ir.constrain import Spec
@@ -87,8 +88,13 @@ def capture(
             except Changed as error:
                 experts.leave(error.event)
             except CaptureError as error:
-                if compiling.last is None or compiling.last in told:
+                by_model = isinstance(error, ModelError)
+                if isinstance(error, ModelError):
+                    error.at_all_sizes = bool(dynamic)
+                if by_model or compiling.last is None or compiling.last in told:
                     asked = experts.rows.empty.asked
+                    if by_model and told and asked is None:  # on one device, no code is told that torch compiles
+                        asked = CaptureError(str(error))
                     if asked is None:
                         raise
                     raise asked from error

@@ -28,6 +28,16 @@ def is_known(filename: str) -> bool:
     return filename.startswith(_KNOWN) or (filename.startswith(_STANDARD) and not installed)
 
 
+def is_torch_or_ours(filename: str) -> bool:
+    """Whether a file is torch's or shardc's, or code that one of them has made."""
+    return filename.startswith((_TORCH, *_OURS, "<eval_with_key", "<shardc-"))
+
+
+def is_of_modules(filename: str) -> bool:
+    """Whether a file is one of torch.nn, which checks what it is given by forms and types alone."""
+    return filename.startswith(os.path.join(_TORCH, "nn", ""))
+
+
 @cache
 def is_installed(filename: str) -> bool:
     """Whether a file belongs to a library: one of those that are known, or any that is installed."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Set
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ class Forwards:
         return [cls.forward for cls in self._classes] == self._before
 
 
-class ForwardsIn(NamedTuple):
+@dataclass
+class ForwardsIn:
     """One dict in which a forward may come to stand."""
 
     target: dict[str, Any]

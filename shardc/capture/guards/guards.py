@@ -35,7 +35,7 @@ from shardc.capture.guards.guarded_values import (
     form,
     plain_dict,
 )
-from shardc.capture.guards.same_objects import SameObjects, Watched
+from shardc.capture.guards.same_objects import DictCondition, SameObjects
 from shardc.capture.side_effects.holders import (
     Attributes,
     Contents,
@@ -139,7 +139,7 @@ class Guards:
         """Another number whenever a value may be another object than it was, or a tensor of another kind."""
         self._same = self._laid_out(None)
 
-    def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[Watched]:
+    def _dicts_of(self, contents: Iterable[tuple[Holder, Contents]]) -> list[DictCondition]:
         """The dicts, of which a version tells that nothing has changed."""
         values = {id(one.holder): one for one in self._values}
         known = {id(holder): keys for holder, keys in self._open}
@@ -147,7 +147,7 @@ class Guards:
         for place, _ in self._written:
             written[id(place.holder.target)].add(place.key)
         unpatched = set(map(id, self._unpatched))
-        watched: list[Watched] = []
+        watched: list[DictCondition] = []
         for holder, held in contents:
             if not isinstance(plain_dict(holder), dict) or id(holder) in self._appending:
                 continue

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardc.capture.guards.guarded_values import MetValues, call
-from shardc.capture.torch_patches.object_numbers import CONTENTS, LENGTH, VERSION, Kind, ObjectNumbers
+from shardc.capture.torch_patches.object_numbers import CONTENTS, LENGTH, VERSION, NumberKind, ObjectNumbers
 
 
-class Watched(Protocol):
+class DictCondition(Protocol):
     """A dict, and whether its contents do. That is asked when its version says that it has changed."""
 
     target: dict[Any, Any]
@@ -43,9 +43,9 @@ class SameObjects:
     def __init__(
         self,
         values: Sequence[MetValues],
-        watched: Sequence[Watched],
+        watched: Sequence[DictCondition],
         whole: Sequence[tuple[Any, Sequence[Any]]],
-        facts: Sequence[tuple[Any, Kind, int]] = (),
+        facts: Sequence[tuple[Any, NumberKind, int]] = (),
         versions: NDArray[np.int64] | None = None,
     ) -> None:
         self._watched = watched
@@ -60,7 +60,6 @@ class SameObjects:
         self._several = [one.getter for one in several], [one.target for one in several]
         self._expected = [item for one in (*single, *several) for item in one.expected]
         self._touched = [*self._single[1], *self._several[1], *self._expected]
-        sized = [(target, keys) for target, keys in whole if id(target) not in dicts]
         self._ordered = [(target, keys) for target, keys in whole if len(keys) > 1 and isinstance(target, OrderedDict)]
         """Those whose order may change when nothing else does."""
         # a parameter that becomes a DTensor is replaced in lists, so cells with tensors are compared one by one
@@ -69,12 +68,12 @@ class SameObjects:
         self._numbers = ObjectNumbers(
             [
                 *((value, kind) for value, kind, _ in facts),
-                *((target, LENGTH) for target, _ in sized),
+                *((target, LENGTH) for target, _ in whole),
                 *((one.target, CONTENTS) for one in cells),
                 *((one.target, VERSION) for one in watched),
             ]
         )
-        fixed = [*(number for _, _, number in facts), *(len(keys) for _, keys in sized), *map(id, contents)]
+        fixed = [*(number for _, _, number in facts), *(len(keys) for _, keys in whole), *map(id, contents)]
         self._fixed = np.array(fixed, np.int64)
         now = self._numbers.now()
         self._good: bytes | None = None

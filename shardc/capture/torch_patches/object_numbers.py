@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from shardc.capture.torch_patches.module_internals import dict_version
 
 
-class Kind(NamedTuple):
+class NumberKind(NamedTuple):
     """One number of an object: how Python tells it, and objects that have others, to find where it stands."""
 
     told: Callable[[Any], int]
@@ -50,19 +50,19 @@ def _put(container: Any, number: int) -> None:
         (container.add if isinstance(container, set) else container.append)(number)
 
 
-CLASS = Kind(lambda value: id(type(value)), lambda _: (1.5, "text", {}, [], type))
+CLASS = NumberKind(lambda value: id(type(value)), lambda _: (1.5, "text", {}, [], type))
 """The class of any object, as its identity."""
 
-LENGTH = Kind(len, _containers)
+LENGTH = NumberKind(len, _containers)
 """The length of one of Python's mutable containers; not of one of a subclass."""
 
-VERSION = Kind(dict_version, lambda _: _containers(dict))
+VERSION = NumberKind(dict_version, lambda _: _containers(dict))
 """Of a dict, also of a subclass; another number after every change but that of the order of an OrderedDict."""
 
-CONTENTS = Kind(lambda cell: id(cell.cell_contents), lambda _: map(CellType, (1.5, "text", ())))
+CONTENTS = NumberKind(lambda cell: id(cell.cell_contents), lambda _: map(CellType, (1.5, "text", ())))
 """What the variable of an enclosing function holds, as its identity. `told` raises ValueError for none."""
 
-BASES = Kind(lambda cls: id(cls.__mro__), lambda _: (OrderedDict, defaultdict, CellType, Kind))
+BASES = NumberKind(lambda cls: id(cls.__mro__), lambda _: (OrderedDict, defaultdict, CellType, NumberKind))
 """The tuple of a class and all its bases, as its identity."""
 
 COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
@@ -72,7 +72,7 @@ COUNTED = (dict, OrderedDict, defaultdict, list, deque, set)
 class ObjectNumbers:
     """The numbers of some objects; this holds the objects."""
 
-    def __init__(self, asked: Sequence[tuple[Any, Kind]]) -> None:
+    def __init__(self, asked: Sequence[tuple[Any, NumberKind]]) -> None:
         self._asked = list(asked)
         offsets = [_offset(kind, type(value) if kind is LENGTH else object) for value, kind in asked]
         self._places: NDArray[np.int64] | None = None
@@ -87,7 +87,7 @@ class ObjectNumbers:
         return np.array([_told(kind, value) for value, kind in self._asked], np.int64)
 
 
-def _told(kind: Kind, value: Any) -> int:
+def _told(kind: NumberKind, value: Any) -> int:
     try:
         return kind.told(value)
     except ValueError:
@@ -105,7 +105,7 @@ def _memory() -> NDArray[np.int64]:
 
 
 @cache
-def _offset(kind: Kind, cls: type) -> int | None:
+def _offset(kind: NumberKind, cls: type) -> int | None:
     """Behind how many bytes of an object its number of a kind stands; None where it stands in no word."""
     if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != _WORD:
         return None

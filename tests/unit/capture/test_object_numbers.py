@@ -18,7 +18,7 @@ from shardc.capture.torch_patches.object_numbers import (
     COUNTED,
     LENGTH,
     VERSION,
-    Kind,
+    NumberKind,
     ObjectNumbers,
 )
 
@@ -37,7 +37,7 @@ class Second(Part):
     pass
 
 
-def changes() -> list[tuple[Any, Kind, Callable[[Any], object]]]:
+def changes() -> list[tuple[Any, NumberKind, Callable[[Any], object]]]:
     """Objects, what is asked of them, and what makes that another number."""
 
     def becomes(part: nn.Module) -> None:

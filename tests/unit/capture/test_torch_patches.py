@@ -26,7 +26,7 @@ from checks.captured import operators
 from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.inputs import flatten
 from shardc.capture.torch_patches import transformers
-from shardc.capture.torch_patches.ambient_modes import Switches, modes, unobserved
+from shardc.capture.torch_patches.ambient_modes import modes, unobserved
 from shardc.capture.torch_patches.aot_autograd import input_index, joint_graph, output_kinds, tangent_index
 from shardc.capture.torch_patches.attention.flex import FlexAttention
 from shardc.capture.torch_patches.attention.notes import Notes
@@ -253,29 +253,6 @@ def test_versions_of_dicts() -> None:
         assert dict_version(held) == before
         change()
         assert dict_version(held) != before
-
-
-def test_switches_of_torch_tell_that_one_has_changed() -> None:
-    def cast(kind: str, dtype: torch.dtype | None) -> None:
-        torch.set_autocast_enabled(kind, dtype is not None)
-        torch.set_autocast_dtype(kind, torch.bfloat16 if dtype is None else dtype)
-
-    precision: Callable[[str], None] = torch.set_float32_matmul_precision
-    changes: list[tuple[Callable[[Any], object], Any, Any]] = [
-        (torch.set_grad_enabled, False, True),
-        (torch.set_default_dtype, torch.float64, torch.float32),
-        (torch.use_deterministic_algorithms, True, False),
-        (lambda dtype: cast("cpu", dtype), torch.bfloat16, None),
-        (lambda dtype: cast("cuda", dtype), torch.bfloat16, None),
-        (precision, "high", "highest"),
-        (precision, "medium", "highest"),
-    ]
-    switches = Switches()
-    for change, other, usual in changes:
-        change(other)
-        differs, there = not switches.same(), Switches()
-        change(usual)
-        assert differs and switches.same() and not there.same(), other
 
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
