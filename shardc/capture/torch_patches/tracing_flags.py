@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NoReturn
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,11 +21,18 @@ from shardc.capture.user_frames import source_line
 from shardc.errors import CaptureError
 
 
-def _refuse_backward(*_: object, **__: object) -> NoReturn:
-    raise CaptureError(
-        f"forward calls backward at {source_line(sys._getframe(1))}, which adds to .grad, and a compiled program has "
-        "none within: take the gradients with torch.autograd.grad"
-    )
+def _refusing_backward() -> Callable[..., Any]:
+    thread, backward = threading.get_ident(), torch.autograd.backward
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:  # another thread trains another model
+            return backward(*args, **kwargs)
+        raise CaptureError(
+            f"forward calls backward at {source_line(sys._getframe(1))}, which adds to .grad, and a compiled program "
+            "has none within: take the gradients with torch.autograd.grad"
+        )
+
+    return refuse
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def tracing_flags(module: nn.Module, compiling: CompilingFlag) -> Generator[None
         # the switch is replaced by one that does nothing. The user's own anomaly mode would look for nan in fakes.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(patch.object(torch.autograd, "detect_anomaly", lambda *_, **__: nullcontext()))
-        stack.enter_context(patch.object(torch.autograd, "backward", _refuse_backward))
+        stack.enter_context(patch.object(torch.autograd, "backward", _refusing_backward()))
         # With mkldnn, recurrent layers become fused CPU operators, whose backward no rule can split. The public switch,
         # torch.backends.mkldnn.flags, also sets precisions.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -232,3 +233,21 @@ def test_what_a_run_has_written_is_not_known() -> None:
         with pytest.raises(ShardcError, match=r"test_boundary\.py:\d+.*branches on"):
             model(torch.ones(4))
         assert model.steps == 0
+
+
+def test_another_thread_goes_backward_while_a_model_is_traced() -> None:
+    other, weight = nn.Linear(4, 4), list[Any]()
+
+    def train() -> None:
+        other(torch.ones(2, 4)).sum().backward()
+        weight.append(other.weight.grad)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+            return x * 2
+
+    torch.testing.assert_close(shard(Waits(), mesh="a=2")(torch.ones(4)), torch.full((4,), 2.0))
+    assert weight and weight[0] is not None
