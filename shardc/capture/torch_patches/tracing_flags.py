@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import threading
@@ -12,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # whose module has a logger
 
 from shardc.capture.torch_patches import module_forwards, transformers
 from shardc.capture.torch_patches.autocast import traced_on_the_cpu
@@ -58,6 +60,8 @@ def tracing_flags(module: nn.Module, compiling: CompilingFlag) -> Generator[None
         stack.enter_context(module_forwards.patched())
         # what the user has compiled with torch.compile runs as it was written
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # What a fake tensor cannot do is told by the error that is raised, and is no error where a trace may fail.
+        stack.enter_context(patch.object(logging.getLogger(FakeTensorMode.__module__), "disabled", True))
         if "transformers" in sys.modules:
             stack.enter_context(transformers.patched(module))
         try:

@@ -251,3 +251,39 @@ def test_another_thread_goes_backward_while_a_model_is_traced() -> None:
 
     torch.testing.assert_close(shard(Waits(), mesh="a=2")(torch.ones(4)), torch.full((4,), 2.0))
     assert weight and weight[0] is not None
+
+
+def keeps_its_graph(x: Tensor) -> Tensor:
+    kept = STATE.get("h", torch.zeros(4))
+    STATE["h"] = kept + x
+    return STATE["h"] * 2
+
+
+def multiplies_types(x: Tensor) -> Tensor:
+    return (x @ torch.ones(4, 4)) @ torch.ones(4, 4, dtype=torch.float64)
+
+
+def keeps_a_number(x: Tensor) -> Tensor:
+    STATE["n"] = x.sum().item()
+    return x * 2
+
+
+STATE: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (keeps_its_graph, r"STATE\['h'\], a tensor of shape \(4,\) through which backward would go on"),
+        (multiplies_types, r"test_boundary\.py:\d+\) multiplies torch.float32 with torch.float64"),
+        (keeps_a_number, r"test_boundary\.py:\d+.*take the tensor itself"),
+    ],
+)
+def test_refusals_name_what_and_the_way_out(function: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    STATE.clear()
+    model = shard(function, mesh="a=2")
+    x = torch.ones(2, 4, requires_grad=True) if function is multiplies_types else torch.ones(4, requires_grad=True)
+    with pytest.raises(ShardcError, match=message):
+        for _ in range(2):
+            model(x)
+    assert not [one for one in caplog.records if one.name.startswith("torch._subclasses")]
