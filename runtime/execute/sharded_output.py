@@ -31,6 +31,7 @@ _WRONG: set[object] = {
 """Functions whose gradients or values may be wrong on DTensors in torch 2.13, without an error. Losses that are a mean
 in one kernel give gradients that are too large by the number of ranks."""
 
+
 class ShardedOutput(DTensor):
     """A DTensor that tells what to call where an operator cannot work on it. What is computed of it alone is one too,
     and no sum of it stays in parts. Where that is whole on every rank, it goes with plain tensors."""

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from shardc.capture.repeated_layers import Itself
+from shardc.capture.side_effects.holders import Location
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import holds_tensors
 from shardc.capture.torch_patches.key_value_caches import is_cache
@@ -95,13 +96,42 @@ def refuse_unplain(leaves: Iterable[Any]) -> None:
     refuse_transforms((f"input {index}", leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
 
 
-def refuse_foreign(constant: Tensor) -> None:
-    """Raise CaptureError for a parameter that is no parameter of the model: its gradient would be lost."""
-    if constant.requires_grad:
+def refuse_foreign(constant: Tensor, places: Sequence[Location]) -> None:
+    """Raise CaptureError for a tensor with a gradient that is no parameter of the model: its gradient would be lost.
+    It stands in the `places`, of which there may be none."""
+    if not constant.requires_grad:
+        return
+    what = f"{places[0]}, a tensor" if places else "a tensor"
+    if constant.is_leaf:
         raise CaptureError(
-            f"the program uses a tensor of shape {tuple(constant.shape)} that requires a gradient, and is neither an "
+            f"the program uses {what} of shape {tuple(constant.shape)} that requires a gradient, and is neither an "
             "input nor a parameter of the model: make it one, or shard the module that owns it"
         )
+    raise CaptureError(
+        f"forward reads {what} of shape {tuple(constant.shape)} through which backward would go on to an earlier call, "
+        "and a compiled backward ends where its call begins: keep it detached (detach()), or return it from one call "
+        "and pass it to the next"
+    )
+
+
+def refuse_mixed(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
+    """Raise CaptureError for products of different dtypes, which fake tensors allow and no kernel computes."""
+    for node in nodes:
+        if node.target in _PRODUCTS:
+            operands = [one.meta.get("val") for one in node.all_input_nodes]
+            dtypes = dict.fromkeys(str(one.dtype) for one in operands if isinstance(one, Tensor))
+            if len(dtypes) > 1:
+                place = ", ".join(part for part in (origins[node].module, origins[node].source) if part)
+                raise CaptureError(
+                    f"{node.target} ({place}) multiplies {' with '.join(dtypes)}, which torch does not: convert one of "
+                    "them, with .to(...)"
+                )
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default, torch.ops.aten.mv.default, torch.ops.aten.dot.default,
+}  # fmt: skip
 
 
 def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:

@@ -38,6 +38,7 @@ from shardc.capture.side_effects.recorded import (
     refuse_new_parameters,
 )
 from shardc.capture.side_effects.stand_ins import ChangesAtEveryCall, StandIns, candidates
+from shardc.capture.side_effects.state_values import StateValues
 from shardc.capture.side_effects.tensor_facts import TensorFacts
 from shardc.capture.side_effects.types_asked import answer_types
 from shardc.capture.skipped_layers import Watch
@@ -139,9 +140,11 @@ class ModelTrace:
         self.met: set[str] = set()
         self.escapes = Escapes()
         self._facts = TensorFacts()
+        self.values = StateValues(self._value_asked)
         self.provenance = Provenance(
-            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, experts, stand_ins
-        )
+            state.module, self._constrained, self.escapes.note, self._facts.answer, recognition, experts, self.values,
+            stand_ins,
+        )  # fmt: skip
 
     def _fake_state(self, tensor: Tensor) -> Tensor:
         of_parameter = self.state.names[id(tensor)][0] is Role.PARAMETER
@@ -217,6 +220,11 @@ class ModelTrace:
             for slot in self.slots:
                 if slot.port.name in users:
                     self._facts.dress(slot.port.name, tensor_of.get(slot.port, slot.fake), users[slot.port.name])
+            self.values.begin(
+                (tensor_of.get(slot.port, slot.fake), users[slot.port.name], _place(slot))
+                for slot in self.slots
+                if slot.port.name in users
+            )
             self.messages = Messages()
             reachable = self.state.reachable
             uncache(reachable.cached, reachable.holders, self.messages.told_once)
@@ -230,6 +238,7 @@ class ModelTrace:
             with torch.set_grad_enabled(self._called_with_grad):
                 output = cast_outputs(self._called(args, kwargs), self.precision.outputs)
             self._facts.undress()
+            self.values.end()
             changes = watched.changes(self._is_buffer)
             if (changes or self.messages.noted) and self.watch:
                 self.watch.refuse("the model leaves something behind")
@@ -292,6 +301,10 @@ class ModelTrace:
         torch.set_rng_state(seeds.start)
         return output
 
+    def _value_asked(self) -> None:
+        if self.watch:
+            self.watch.refuse("the model asks for the values of its tensors")
+
     def _is_buffer(self, holder: Holder, key: Any) -> bool:
         """Whether a change is one of a buffer to a value of its own form, which `_write_back` makes."""
         entry = self._buffers.get((id(holder.target), key))
@@ -340,7 +353,7 @@ class ModelTrace:
         """What the program does beside computing, and under which conditions it is that of a call."""
         live = live_holders(self.outputs.effects, (place.holder for place in standing.values()))
         contents, names = self.state.contents(), self.state.reachable.names
-        guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins)
+        guards = Guards(contents, names, self.outputs.effects, live, self.stand_ins, self.values.found)
         numbers = tuple(self.stand_ins.numbers) if self.stand_ins else ()
         own = own_arguments(guards, self._containers)
         return RecordedEffects(
@@ -358,6 +371,11 @@ class ModelTrace:
                     f"constraint {pattern!r} has no effect: {', '.join(paths[:3])} never runs in this call, or returns "
                     f"no tensor. Constrain parameters ({paths[0]}.weight), or a value in the code with shardc.constrain"
                 )
+
+
+def _place(slot: StateEntry) -> Location | None:
+    """Where a tensor of the model stands that no optimizer changes."""
+    return slot.places[0] if slot.port.role in (Role.BUFFER, Role.CONSTANT) and slot.places else None
 
 
 def _switches() -> tuple[Any, ...]:

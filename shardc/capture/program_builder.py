@@ -9,7 +9,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shardc.capture import canonical, provenance
-from shardc.capture.inputs import refuse_foreign, refuse_promoted, refuse_seeded, refuse_shared, refuse_sparse
+from shardc.capture.inputs import (
+    refuse_foreign,
+    refuse_mixed,
+    refuse_promoted,
+    refuse_seeded,
+    refuse_shared,
+    refuse_sparse,
+)
 from shardc.capture.model_trace import ModelTrace
 from shardc.capture.repeated_layers import Unlike, form
 from shardc.capture.side_effects.holders import Location
@@ -53,6 +60,7 @@ class ProgramBuilder:
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
         refuse_sparse(nodes, self.origins)
         refuse_promoted(nodes, self.origins)
+        refuse_mixed(nodes, self.origins)
         refuse_seeded(nodes, self.origins, self.trace.provenance.after_seed)
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
@@ -148,7 +156,7 @@ class ProgramBuilder:
             )
         if self.trace.hides and is_fake(value):
             raise Unlike("a tensor of a layer that is skipped is used elsewhere")
-        refuse_foreign(value)
+        refuse_foreign(value, self.trace.state.reachable.tensors.get(id(value), ()))
         name = f"constant:{len(self.trace.state.standing) + len(self.constants) - len(self.standing)}"
         self.constants[name] = value
         if "val" not in old.meta:

@@ -71,10 +71,12 @@ def explained(error: Exception, path: str, at: tuple[str, int] | None = None, by
         text = linecache.getline(filename, line).strip()
         code = f"\n    {text}" if text else ""
     if is_data_dependent(error):
+        keeps = " To keep or to print it, take the tensor itself (detach()), and its number outside of the model."
+        asks = any(word in code for word in (".item(", ".tolist(", "float(", "int("))
         return CaptureError(
             f"{place}: the program branches on, or takes a shape from, a value that is only known when it runs. "
-            "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in. "
-            f"({type(error).__name__}){code}"
+            "Use torch.where (or a mask) instead of the branch, or compute the value outside the model and pass it in."
+            f"{keeps if asks else ''} ({type(error).__name__}){code}"
         )
     if "entirely functional graph" in str(error):
         return CaptureError(

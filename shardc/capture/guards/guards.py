@@ -51,6 +51,7 @@ from shardc.capture.side_effects.holders import (
 from shardc.capture.side_effects.reachable import PLAIN
 from shardc.capture.side_effects.replay import SideEffect
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.capture.side_effects.state_values import FoundValue, as_captured
 from shardc.capture.torch_patches.module_internals import namespace_of
 from shardc.capture.torch_patches.object_numbers import BASES, CLASS, COUNTED
 from shardc.runtime.execute.tensor_kinds import TensorKinds
@@ -61,7 +62,8 @@ class Guards:
 
     Of objects, the attributes in `names` count. `effects` are what the program does at every run: what it writes is
     another object then, and no other object may take the place of the holder. `stand_ins` tell what forward changes
-    but does not read. `live` are further holders that the program reads at every run.
+    but does not read, `values` what it has found in the model's tensors. `live` are further holders that the program
+    reads at every run.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Guards:
         effects: Sequence[SideEffect] = (),
         live: Collection[int] = (),
         stand_ins: StandIns | None = None,
+        values: Sequence[FoundValue] = (),
     ) -> None:
-        self._conditions = [] if stand_ins is None else list(stand_ins.conditions)
+        self._values_asked = values
+        self._conditions = [*([] if stand_ins is None else stand_ins.conditions), *values]
         unread = set[tuple[int, Any]]() if stand_ins is None else {_key(place) for place in stand_ins.numbers}
         untouched = set[int]() if stand_ins is None else stand_ins.containers.keys()
         written = {(id(effect.holder.target), key) for effect in effects for key in effect.written}
@@ -287,6 +291,7 @@ class Guards:
     def as_captured(self) -> Generator[None]:
         """In here, what the trace has met stands where it stood, so that another trace is one of the same call."""
         with ExitStack() as stack:
+            stack.enter_context(as_captured(self._values_asked))
             for holder, seen in self._seen():
                 before = holder.get()
                 counted = id(holder) in self._counted and len(self._counted[id(holder)][1]) <= MOST_COMPARED

@@ -43,7 +43,7 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     # Every trace would begin and end with new tensors for a state that nothing reads, which takes as long as planning.
     stack.enter_context(patch.object(PhiloxStateTracker, "reset", lambda: None))
     stack.enter_context(_use_lazy_graph_module(True))
-    wrapper = _Traced(function)
+    wrapper = _TracedFunction(function)
     joint = aot_export_joint_with_descriptors(
         stack,
         wrapper,
@@ -55,7 +55,7 @@ def joint_graph(stack: ExitStack, function: Callable[..., Any], args: Sequence[t
     return joint.graph_module
 
 
-class _Traced(nn.Module):
+class _TracedFunction(nn.Module):
     """A function as a module, which is all that AOTAutograd traces. Hooks on all modules do not see it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -164,14 +164,6 @@ def _fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.T
     return torch.where(mask, value.to(x.dtype), x)
 
 
-def _view(x: torch.Tensor, *shape: Any, **kwargs: Any) -> torch.Tensor:
-    """Eager mode raises a RuntimeError, which code may catch, where memory has no such view; a trace a ValueError."""
-    try:
-        return torch.Tensor.view(x, *shape, **kwargs)
-    except ValueError as error:
-        raise RuntimeError(str(error)) from error
-
-
 def set_data(x: torch.Tensor, value: torch.Tensor) -> None:
     """`x.data = value`, which a trace would not see, as a write in place. What was computed from `x` before keeps its
     value either way."""
@@ -186,7 +178,6 @@ def set_data(x: torch.Tensor, value: torch.Tensor) -> None:
 
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.random_: _random,
-    torch.Tensor.view: _view,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,
     torch.Tensor.__setitem__: _assign,

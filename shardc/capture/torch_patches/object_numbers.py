@@ -101,7 +101,7 @@ _START, _WORD = 4096, ctypes.sizeof(ctypes.c_int64)
 @cache
 def _memory() -> NDArray[np.int64]:
     """All memory as one array, of which only words of living objects are read."""
-    return np.ctypeslib.as_array((ctypes.c_int64 * (2**47 // _WORD - _START)).from_address(_START))
+    return np.ctypeslib.as_array((ctypes.c_int64 * (2**56 // _WORD - _START)).from_address(_START))
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.side_effects.random_states import Seeds
 from shardc.capture.side_effects.stand_ins import StandIns
+from shardc.capture.side_effects.state_values import StateValues
 from shardc.capture.side_effects.tensor_facts import ASKED
 from shardc.capture.torch_patches.attention.flex import FlexAttention, flex_attention_patched
 from shardc.capture.torch_patches.attention.notes import Counted
@@ -55,6 +56,7 @@ class Provenance(TorchFunctionMode):
         answer: Callable[[Callable[..., Any], Any, str], Any],
         recognition: Recognition,
         experts: WrittenExperts,
+        values: StateValues,
         stand_ins: StandIns | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Provenance(TorchFunctionMode):
         self.asked: Exception | None = None
         """What was raised where code asked for a value that only a run knows: it may have been caught."""
         self._recognition, self._attention = recognition, WrittenAttention(recognition)
-        self._experts = experts
+        self._experts, self._values = experts, values
 
     def __enter__(self) -> Provenance:
         self._attention = WrittenAttention(self._recognition)
@@ -94,7 +96,12 @@ class Provenance(TorchFunctionMode):
             if known:
                 return known[0]
             name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "data":
+                self._values.shared(args[0])
             return self._experts.rows.read(name, args[0], self._attention.read(func, *args))
+        found = self._values.answer(func, getattr(func, "__name__", ""), args, kwargs)
+        if found:
+            return found[0]
         if func is torch.Tensor.retain_grad:
             raise CaptureError(
                 f"forward calls retain_grad at {source_line(sys._getframe(1))}: gradients of values within a compiled "
@@ -103,12 +110,13 @@ class Provenance(TorchFunctionMode):
         if self._stand_ins:
             self._stand_ins.check((*args, *kwargs.values()))
         args, kwargs = as_on_cuda(func, args, kwargs)
-        name = getattr(func, "__name__", "")
+        name, asked = getattr(func, "__name__", ""), func
         func = PATCHES.get(func, func)
         meta = fx_traceback.current_meta  # fx has no public way to write into it
         before = meta.get("nn_module_stack")
         line = source_line(sys._getframe(1))
         meta["nn_module_stack"] = (self.stack[-1], line)
+        written = self._values.writes(asked, name, (args, kwargs))
         try:
             result = self.seeds.draw(func, args, kwargs)
             if self.seeds.seeded:
@@ -118,14 +126,22 @@ class Provenance(TorchFunctionMode):
                     lambda: self._attention.call(func, args, kwargs, line), name, self.stack[-1], args, kwargs
                 )
             self._made(result, line)
+            self._values.note(asked, name, (args, kwargs), result)
+            written()
             self.computed = True
             return result
         except Exception as error:
             if is_data_dependent(error):
                 self.asked = self.asked or error
+            if asked is torch.Tensor.view and isinstance(error, ValueError):
+                raise RuntimeError(str(error)) from error  # as eager mode, whose error code may catch
             raise
         finally:
             meta["nn_module_stack"] = before
+
+    def _listed(self, tensor: torch.Tensor) -> tuple[Any] | None:
+        known = self._values.answer(torch.Tensor.tolist, "tolist", (tensor,), {})
+        return (known[0],) if known else self._experts.rows.listed(tensor)
 
     @contextmanager
     def tracking(self) -> Generator[None]:
@@ -155,7 +171,7 @@ class Provenance(TorchFunctionMode):
             stack.enter_context(flex_attention_patched(flex))
             stack.enter_context(flex_sinks(flex))
             stack.enter_context(packing(lambda ids: self._attention.notes.get(ids, Counted) is not None))
-            stack.enter_context(lists_asked(lambda tensor: self._experts.rows.listed(tensor)))
+            stack.enter_context(lists_asked(self._listed))
             # What `parametrize.cached()` holds is real, and is not to hold what is fake.
             stack.enter_context(patch.object(parametrize, "_cache", {}))
             stack.enter_context(fx_traceback.preserve_node_meta())

@@ -37,6 +37,7 @@ def spelled_out() -> Generator[None]:
         return spelled
 
     with ExitStack() as stack:
+        kind: Any
         for kind, number in _NUMBERS.items():
             stack.enter_context(patch.object(kind, "__repr__", spelling(number, kind.__repr__)))
         yield

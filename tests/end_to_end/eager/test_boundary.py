@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from shardc import ShardcError, shard
 LOGGER = logging.getLogger(__name__)
 
 
-def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def both(model: nn.Module) -> tuple[Any, Any]:
     """The model on one device, and the same on a mesh."""
     return model, shard(copy.deepcopy(model), mesh="a=2")
 
@@ -63,7 +64,8 @@ def test_hooks_on_all_modules_run_once_in_every_call() -> None:
         seen.append((type(part).__name__, output.detach().mean()))
         return output * 2 if isinstance(part, nn.ReLU) else None
 
-    handle = of_all_modules.register_module_forward_hook(hook)
+    register: Any = of_all_modules.register_module_forward_hook
+    handle = register(hook)
     try:
         expected = [single(x * call) for call in range(2)]
         ours = list(seen)
@@ -140,3 +142,148 @@ def test_parts_that_are_computed_again_by_a_backward_of_their_own(early: bool) -
     assert pytree.tree_structure(seen[0]) == pytree.tree_structure(seen[1])
     for a, b in zip(*map(pytree.tree_leaves, seen), strict=True):
         torch.testing.assert_close(b, a) if a is not None else None
+
+
+class AsksItsBuffers(nn.Module):
+    """Starts with its first batch, writes into a ring, and counts."""
+
+    started: Tensor
+    mean: Tensor
+    ring: Tensor
+    at: Tensor
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.sizes = nn.Linear(4, 4), torch.tensor([2, 2])  # no buffer
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("ring", torch.zeros(4, 4))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.started:
+            self.mean.copy_(x.detach().mean(0))
+            self.started.data.fill_(True)
+        at = int(self.at)
+        h = self.up(x - self.mean)
+        self.ring[at : at + 2] = h.detach()
+        self.at[0] = (at + 2) % 4
+        self.steps += 1
+        h = h * 2 if self.steps > 2 else h
+        return h.sum(), h.view(-1, *self.sizes.tolist())
+
+
+def test_values_of_the_models_own_small_tensors_may_be_asked_for() -> None:
+    seen, programs = list[Any](), list[Any]()
+    for model in both(AsksItsBuffers()):
+        for step in range(7):
+            if step == 5:
+                model.started.fill_(False)
+            torch.manual_seed(step)
+            loss, h = model(torch.randn(2, 4))
+            model.zero_grad()
+            (h.square().sum() if step == 3 else loss).backward()  # from an output for which no gradient was planned
+            seen.append([loss, h, model.up.weight.grad, *(one.clone() for one in model.buffers())])
+            programs.append(getattr(model, "compiled", None))
+    torch.testing.assert_close(seen[7:], seen[:7])
+    assert programs[-1] is programs[-3] is not programs[-2]  # of each place in the ring one, whatever the count is
+
+
+def test_layers_that_differ_in_what_they_ask_for() -> None:
+    class Layer(nn.Linear):
+        on: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("on", torch.tensor(True))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input + super().forward(input) if self.on else input
+
+    single, many = both(nn.Sequential(*(Layer() for _ in range(7))))
+    x = torch.randn(2, 4)
+    for turned in (3, 5):
+        single[turned].on.logical_not_()
+        many[turned].on.logical_not_()
+        torch.testing.assert_close(many(x), single(x))
+
+
+def test_what_a_run_has_written_is_not_known() -> None:
+    class Writes(nn.Module):
+        steps: Tensor
+
+        def __init__(self, write: str) -> None:
+            super().__init__()
+            self.write = write
+            self.register_buffer("steps", torch.tensor([0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.write == "view":
+                self.steps.view(-1)[0].fill_(5)
+            elif self.write == "data":
+                self.steps.data.fill_(5)
+            else:
+                self.steps.fill_(x.sum().long())
+            return x * 2 if self.steps > 3 else x
+
+    for write in ("view", "data", "value"):
+        model = shard(Writes(write), mesh="a=2")
+        with pytest.raises(ShardcError, match=r"test_boundary\.py:\d+.*branches on"):
+            model(torch.ones(4))
+        assert model.steps == 0
+
+
+def test_another_thread_goes_backward_while_a_model_is_traced() -> None:
+    other, weight = nn.Linear(4, 4), list[Any]()
+
+    def train() -> None:
+        other(torch.ones(2, 4)).sum().backward()
+        weight.append(other.weight.grad)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+            return x * 2
+
+    torch.testing.assert_close(shard(Waits(), mesh="a=2")(torch.ones(4)), torch.full((4,), 2.0))
+    assert weight and weight[0] is not None
+
+
+def keeps_its_graph(x: Tensor) -> Tensor:
+    kept = STATE.get("h", torch.zeros(4))
+    STATE["h"] = kept + x
+    return STATE["h"] * 2
+
+
+def multiplies_types(x: Tensor) -> Tensor:
+    return (x @ torch.ones(4, 4)) @ torch.ones(4, 4, dtype=torch.float64)
+
+
+def keeps_a_number(x: Tensor) -> Tensor:
+    STATE["n"] = x.sum().item()
+    return x * 2
+
+
+STATE: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (keeps_its_graph, r"STATE\['h'\], a tensor of shape \(4,\) through which backward would go on"),
+        (multiplies_types, r"test_boundary\.py:\d+\) multiplies torch.float32 with torch.float64"),
+        (keeps_a_number, r"test_boundary\.py:\d+.*take the tensor itself"),
+    ],
+)
+def test_refusals_name_what_and_the_way_out(function: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    STATE.clear()
+    model = shard(function, mesh="a=2")
+    x = torch.ones(2, 4, requires_grad=True) if function is multiplies_types else torch.ones(4, requires_grad=True)
+    with pytest.raises(ShardcError, match=message):
+        for _ in range(2):
+            model(x)
+    assert not [one for one in caplog.records if one.name.startswith("torch._subclasses")]

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checks.captured import operators
 from shardc.capture.experts.written import WrittenExperts
 from shardc.capture.inputs import flatten
+from shardc.capture.side_effects.state_values import StateValues
 from shardc.capture.torch_patches import transformers
 from shardc.capture.torch_patches.ambient_modes import modes, unobserved
 from shardc.capture.torch_patches.aot_autograd import input_index, joint_graph, output_kinds, tangent_index
@@ -257,8 +258,9 @@ def test_versions_of_dicts() -> None:
 
 def test_forward_and_backward_nodes_know_module_and_line() -> None:
     model = Layers()
+    values = StateValues(lambda: None)
     provenance = Provenance(
-        model, lambda path, output: None, lambda result, line: None, lambda *_: (), Recognition(), WrittenExperts()
+        model, lambda path, output: None, lambda *_: None, lambda *_: (), Recognition(), WrittenExperts(), values
     )
 
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor]:
