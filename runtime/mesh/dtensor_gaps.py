@@ -77,7 +77,7 @@ def _with_own_memory(tensor: Any) -> Any:
 
 
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`func` as DTensor does it, with what it should not leave in parts reduced; on whole tensors where DTensor cannot do it."""
+    """`func` as DTensor does it, with what it should not leave in parts reduced; on whole tensors where it cannot."""
     try:
         result = func(*args, **kwargs)
     except RuntimeError as error:

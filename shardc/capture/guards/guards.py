@@ -388,9 +388,8 @@ def _is_read(kind: str, held: Contents, names: Collection[str]) -> bool:
 
 
 def _may_grow(holder: Holder) -> bool:
-    if isinstance(holder, Names):
-        return isinstance(holder.target, dict)
-    return isinstance(holder, Attributes) and not holder.whole
+    of_module = isinstance(holder, Names) and isinstance(holder.target, dict)
+    return of_module or (isinstance(holder, Attributes) and not holder.whole)
 
 
 def _identities(values: Sequence[Any]) -> bytes:
