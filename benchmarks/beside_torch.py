@@ -4,10 +4,11 @@
     python benchmarks/beside_torch.py --width 384 --blocks 3 --batch 8 --sequence 64
     python benchmarks/beside_torch.py --llama                             # a Llama of transformers
 
-Each pair has the same layouts: `fully sharded` stores weights as FSDP2 does, `tensor` splits them as Megatron. Losses
-and gradients of the transformer are compared with those of one device before anything is timed. Then all take turns, a
-few steps each. CPU-seconds are those of all processes, user and system: other work on the machine changes them little,
-while it changes wall time much. Kernels, copies and collectives are counted on one rank, and depend on nothing.
+Each pair has the same layouts: `fully sharded` stores weights as FSDP2 does, `tensor` splits them as Megatron. Plans
+are for this machine, which is calibrated first. Losses and gradients of the transformer are compared with those of one
+device before anything is timed. Then all take turns, a few steps each. CPU-seconds are those of all processes, user and
+system: other work on the machine changes them little, while it changes wall time much. Kernels, copies and collectives
+are counted on one rank, and depend on nothing.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ def of_llama(name: str, layers: int, model: nn.Module) -> dict[str, Spec]:
 def everybody(options: argparse.Namespace, devices: DeviceMesh) -> dict[str, tuple[nn.Module, Tensor]]:
     """All models, by the name of their plan or peer, each with its input on this rank."""
     from shardc import shard
+    from shardc.cost import calibrate
+    from shardc.runtime import DistributedMesh, local_mesh
+
+    mesh = local_mesh(calibrate.layout_of_processes())
+    assert isinstance(mesh, DistributedMesh)
+    device = calibrate.calibrate(mesh, "this machine").device
 
     made: Made = partial(llama, options) if options.llama else fresh
     pairs = {plan: peer for plan, peer in PAIRS.items() if not (options.llama and peer == "TP")}
@@ -106,7 +113,10 @@ def everybody(options: argparse.Namespace, devices: DeviceMesh) -> dict[str, tup
             asked = of_llama(recipe.name, options.blocks, model)
         elif asked:
             asked |= {f"blocks.{block}": asked["blocks.0"] for block in range(options.blocks)}
-        found[recipe.name] = shard(model, mesh=recipe.mesh, constraints=asked), x
+        if recipe.name == "tensor":  # else it gathers weights, and splits the batch within a block
+            asked |= {f"blocks.*.{name}": (None, None, "tp") for name in ("q", "k", "v", "up")}
+            asked |= {f"blocks.*.{name}": (None, None, None) for name in ("norm1", "norm2", "proj", "down")}
+        found[recipe.name] = shard(model, mesh=recipe.mesh, constraints=asked, hardware=device), x
     for peer in (peer for peer in peers.PEERS if peer.name in pairs.values()):
         model, x = made()
         found[peer.name] = peer.apply(model, devices), peer.share(x, devices)
