@@ -3,6 +3,7 @@
     weight.grad.norm().item()     DTensor leaves the norm in parts, and `item` gives this rank's: it is reduced at once
     f"{norm:.3f}", weight.tolist(), weight.numpy()      DTensor refuses
     torch.allclose(a, b), weight[mask], weight.fill_diagonal_(0), norms.square_()      as well
+    weight[0].zero_(), weight[2, 3] = 0, out=weight     DTensor writes to a copy: the whole is written, and cut again
 
     copy.deepcopy(weight.grad), torch.save(weight.grad, f)          as well, where the part is a view into a bucket
 
@@ -120,7 +121,7 @@ def _has_other_memory(view: Any) -> bool:
     """Whether a view is a copy: `weight[0]` of rows of which each rank has some is gathered first."""
     if not view._is_view() or not isinstance(view._base, DTensor):
         return False
-    mine, whole = (one._local_tensor.untyped_storage().data_ptr() for one in (view, view._base))  # pyright: ignore
+    mine, whole = (one._local_tensor.untyped_storage()._cdata for one in (view, view._base))
     return mine != whole and view._spec.placements != view._base._spec.placements  # pyright: ignore
 
 

@@ -54,5 +54,5 @@ def resized(rows: int | None) -> Generator[None]:
     except ShardcError as error:
         if rows is None:
             raise
-        told = f"with batch={rows}, the dim 0 of every input that has as many rows as the first tensor"
+        told = f"with batch={rows} in dim 0 of every input that has as many rows as the first tensor"
         raise ShardcError(f"{told}: {error}") from error

@@ -197,8 +197,8 @@ def test_a_batch_that_the_model_cannot_take_ends_the_search_with_what_was_found(
     with torch.device("meta"):
         model = KnowsItsBatch(64, 128).bfloat16()
     found = shardc.search_mesh(model, 2, inputs, hardware="h100", batch="auto", cache=False)
-    assert found.batch == 64 and "larger batches than 64: with batch=128, the dim 0 of every input" in str(found)
-    with pytest.raises(shardc.ShardcError, match=r"with batch=32, the dim 0 of every input that has as many rows"):
+    assert found.batch == 64 and "larger batches than 64: with batch=128 in dim 0 of every input" in str(found)
+    with pytest.raises(shardc.ShardcError, match=r"with batch=32 in dim 0 of every input that has as many rows"):
         shardc.search_mesh(model, 2, inputs, hardware="h100", batch=32)
 
 
