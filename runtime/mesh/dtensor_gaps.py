@@ -41,6 +41,14 @@ _OF_PARTS = re.compile(COMPLAINTS.pattern + "|is invalid for input of size")
 _LISTS_OF_NORMS = frozenset((torch._foreach_norm,))  # pyright: ignore[reportPrivateImportUsage]
 _WRONG_WRITES = frozenset((Tensor.__setitem__, Tensor.index_add_, Tensor.index_copy_, Tensor.scatter_add_))
 """DTensor writes to a copy, or leaves this rank with a part of another size, without an error (torch 2.13)."""
+_NO_VALUES = frozenset(
+    f"{name}_"
+    for name in (
+        "requires_grad", "detach", "share_memory", "rename", "unsqueeze", "squeeze", "t", "transpose", "swapaxes",
+        "swapdims", "resize", "resize_as", "set", "as_strided",
+    )
+)  # fmt: skip
+"""Methods that change what a tensor is, and no values."""
 _WRITE_STATISTICS = frozenset((F.batch_norm, F.instance_norm))
 """They write to arguments 1 and 2, of which their versions do not tell."""
 _READERS = frozenset(getattr(Tensor, name) for name in READ)
@@ -84,7 +92,8 @@ def _with_own_memory(tensor: Any) -> Any:
 
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`func` as DTensor does it, with what it should not leave in parts reduced; on whole tensors where it cannot."""
-    if kwargs.get("out") is not None or (writes(func) and _would_lose(func, _first(args, kwargs))):
+    elsewhere = kwargs.get("out") is not None or func in _WRITE_STATISTICS
+    if elsewhere or (writes(func) and _would_lose(func, _first(args, kwargs))):
         return on_whole_tensors(func, args, kwargs)
     try:
         result = func(*args, **kwargs)
@@ -98,11 +107,11 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def writes(func: Callable[..., Any]) -> bool:
-    """Whether a method writes to its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    """Whether a method writes values to its first argument: `add_`, `__iadd__`, `__setitem__`."""
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
-    return name.endswith("_")
+    return name.endswith("_") and name not in _NO_VALUES
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

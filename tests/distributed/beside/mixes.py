@@ -215,6 +215,8 @@ def written_through_views(prepare):
         product[0].mul_(parameter[1])
         product[2, 3] = 0.0
         product.fill_diagonal_(1.0)
+        row = parameter.detach()[3].requires_grad_()
+        found += torch.autograd.grad(row.square().sum(), row)
         found += torch.autograd.grad(product.square().sum(), parameter)
     mean, variance = model[0].bias.detach().clone(), model[0].bias.detach().square() + 1
     normed = F.batch_norm(torch.arange(96.0).view(4, 24), mean, variance, training=True)
