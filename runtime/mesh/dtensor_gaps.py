@@ -3,6 +3,7 @@
     weight.grad.norm().item()     DTensor leaves the norm in parts, and `item` gives this rank's: it is reduced at once
     f"{norm:.3f}", weight.tolist(), weight.numpy()      DTensor refuses
     torch.allclose(a, b), weight[mask], weight.fill_diagonal_(0), norms.square_()      as well
+    weight[0].zero_(), weight[2, 3] = 0, out=weight     DTensor writes to a copy: the whole is written, and cut again
 
     copy.deepcopy(weight.grad), torch.save(weight.grad, f)          as well, where the part is a view into a bucket
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Replicate
@@ -37,6 +39,18 @@ _OF_PARTS = re.compile(COMPLAINTS.pattern + "|is invalid for input of size")
 """The same where the user's own error may be told after all: also what a view of a rank's part says."""
 
 _LISTS_OF_NORMS = frozenset((torch._foreach_norm,))  # pyright: ignore[reportPrivateImportUsage]
+_WRONG_WRITES = frozenset((Tensor.__setitem__, Tensor.index_add_, Tensor.index_copy_, Tensor.scatter_add_))
+"""DTensor writes to a copy, or leaves this rank with a part of another size, without an error (torch 2.13)."""
+_NO_VALUES = frozenset(
+    f"{name}_"
+    for name in (
+        "requires_grad", "detach", "share_memory", "rename", "unsqueeze", "squeeze", "t", "transpose", "swapaxes",
+        "swapdims", "resize", "resize_as", "set", "as_strided",
+    )
+)  # fmt: skip
+"""Methods that change what a tensor is, and no values."""
+_WRITE_STATISTICS = frozenset((F.batch_norm, F.instance_norm))
+"""They write to arguments 1 and 2, of which their versions do not tell."""
 _READERS = frozenset(getattr(Tensor, name) for name in READ)
 
 
@@ -78,15 +92,46 @@ def _with_own_memory(tensor: Any) -> Any:
 
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`func` as DTensor does it, with what it should not leave in parts reduced; on whole tensors where it cannot."""
+    elsewhere = kwargs.get("out") is not None or func in _WRITE_STATISTICS
+    if elsewhere or (writes(func) and _would_lose(func, _first(args, kwargs))):
+        return on_whole_tensors(func, args, kwargs)
     try:
         result = func(*args, **kwargs)
     except RuntimeError as error:
         if isinstance(error, ShardcError) or not _OF_PARTS.search(str(error)):
             raise
-        return _on_whole_tensors(func, args, kwargs)
+        return on_whole_tensors(func, args, kwargs)
     if type(result) is DTensor:
         return _reduced(result)
     return _reduced_list(result) if func in _LISTS_OF_NORMS else result
+
+
+def writes(func: Callable[..., Any]) -> bool:
+    """Whether a method writes values to its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
+    return name.endswith("_") and name not in _NO_VALUES
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)  # `torch.nn.init` names all its arguments
+
+
+def _would_lose(func: Callable[..., Any], written: Any) -> bool:
+    """Whether DTensor would not write, or to the wrong place."""
+    targets = [one for one in pytree.tree_leaves(written) if isinstance(one, DTensor)]
+    if func in _WRONG_WRITES and any(not isinstance(p, Replicate) for one in targets for p in one.placements):
+        return True
+    return any(_has_other_memory(one) for one in targets)
+
+
+def _has_other_memory(view: Any) -> bool:
+    """Whether a view is a copy: `weight[0]` of rows of which each rank has some is gathered first."""
+    if not view._is_view() or not isinstance(view._base, DTensor):
+        return False
+    mine, whole = (one._local_tensor.untyped_storage()._cdata for one in (view, view._base))
+    return mine != whole and view._spec.placements != view._base._spec.placements  # pyright: ignore
 
 
 def _reduced(value: DTensor) -> DTensor:
@@ -114,26 +159,63 @@ def _is_sum(part: Partial) -> bool:
     return type(part) is Partial and part.reduce_op in ("sum", "avg")
 
 
-def _on_whole_tensors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def on_whole_tensors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`func` with every DTensor gathered, and with what it writes to written back."""
+    written = [_first(args, kwargs) if writes(func) else None, kwargs.get("out")]
+    if func in _WRITE_STATISTICS:
+        written += [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+    named = set(map(id, pytree.tree_leaves(written)))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    wholes = {id(leaf): (leaf, leaf.full_tensor()) for leaf in leaves if isinstance(leaf, DTensor)}
-    versions = {key: whole._version for key, (_, whole) in wholes.items()}
-    args, kwargs = pytree.tree_unflatten([wholes[id(one)][1] if id(one) in wholes else one for one in leaves], spec)
+    bases: dict[tuple[int, bool], Tensor] = {}
+    wholes = {id(one): _Whole(one, id(one) in named, bases) for one in leaves if isinstance(one, DTensor)}
+    args, kwargs = pytree.tree_unflatten([wholes[id(one)].value if id(one) in wholes else one for one in leaves], spec)
     result = func(*args, **kwargs)
-    for key, (leaf, whole) in wholes.items():
-        if whole._version != versions[key]:
-            _write_back(leaf, whole)
-            result = leaf if result is whole else result
-    return result
+    for one in wholes.values():
+        one.write_back()
+    theirs = {id(one.value): one.tensor for one in wholes.values() if one.named}
+    return pytree.tree_map(lambda made: theirs.get(id(made), made), result) if theirs else result
 
 
-def _write_back(target: Any, whole: Tensor) -> None:
-    """The values of a whole tensor, the same on every rank, for a DTensor. One in parts becomes whole."""
-    with torch.no_grad():
+class _Whole:
+    """A DTensor as the whole tensor on every rank. `named`: the function is known to write to it. Of a view with other
+    memory than its base, the base is gathered, once for all its views, and `value` is the same view of that."""
+
+    def __init__(self, tensor: Any, named: bool, bases: dict[tuple[int, bool], Tensor]) -> None:
+        self.tensor, self.named = tensor, named
+        self.base = tensor._base if named and _has_other_memory(tensor) else tensor
+        self.recorded = torch.is_grad_enabled() and named
+        key = id(self.base), named
+        if key not in bases:
+            whole = self.base.full_tensor()
+            bases[key] = whole.clone() if self.recorded else whole  # which autograd does not let be written to
+        self.whole = bases[key]
+        self.value: Tensor = self.whole if self.base is tensor else tensor._view_func_unsafe(self.whole)
+        self.version = _version(self.whole)
+
+    def write_back(self) -> None:
+        """Write what the function has written."""
+        if self.named or _version(self.whole) != self.version:
+            _write_back(self.base, self.whole, self.recorded)
+            if self.base is not self.tensor:
+                _write_back(self.tensor, self.value, False)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _write_back(target: Any, whole: Tensor, recorded: bool) -> None:
+    """The values of a whole tensor, the same on every rank, for a DTensor. One in parts becomes whole. `recorded`: with
+    the gradients of what they were computed of."""
+    with torch.set_grad_enabled(recorded and whole.requires_grad):
         mesh, placements = target.device_mesh, target.placements
-        value: Any = DTensor.from_local(whole.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        if any(isinstance(one, Partial) for one in placements):
+        given = whole if torch.is_grad_enabled() else whole.detach()
+        value: Any = DTensor.from_local(given, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        if torch.is_grad_enabled():
+            target.copy_(value.redistribute(placements=placements))
+        elif any(isinstance(one, Partial) for one in placements):
             target._local_tensor, target._spec = value._local_tensor, value._spec  # all that a DTensor is
         else:
             target._local_tensor.copy_(value.redistribute(placements=placements)._local_tensor)
-        increment_version(target)
+            if not target.is_inference():
+                increment_version(target)

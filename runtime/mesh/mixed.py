@@ -108,7 +108,7 @@ def _torch_function(
 def _sets_plain(func: Callable[..., Any], values: Sequence[Any]) -> bool:
     """Whether a DTensor is written to a plain tensor, or to `.data`, which DTensor ignores."""
     plain = isinstance(values[0], Tensor) and not isinstance(values[0], DTensor)
-    return func == Tensor.data.__set__ or (plain and _writes(getattr(func, "__name__", "")))  # type: ignore[attr-defined]
+    return func == Tensor.data.__set__ or (plain and dtensor_gaps.writes(func))  # type: ignore[attr-defined]
 
 
 def _any_foreign(values: Iterable[Any]) -> bool:
@@ -128,22 +128,13 @@ def _foreign(tensor: Tensor) -> bool:
 
 def _mixed(func: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, like: DTensor) -> Any:
     name = getattr(func, "__name__", "")
-    written = leaves[0] if _writes(name) else None
+    written = leaves[0] if dtensor_gaps.writes(func) else None
     if name == "__set__":
         return _set(func, *leaves)
     if name.startswith("_foreach_") or isinstance(written, DTensor):
-        leaves = [_spread(leaf, like, first=name == "copy_") for leaf in leaves]
-    else:
-        leaves = [gathered(leaf) for leaf in leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return dtensor_gaps.run(func, args, kwargs)
-
-
-def _writes(name: str) -> bool:
-    """Whether a method writes to its first argument: `add_`, `__iadd__`, `__setitem__`."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
-    return name.endswith("_")
+        args, kwargs = pytree.tree_unflatten([_spread(leaf, like, first=name == "copy_") for leaf in leaves], spec)
+        return dtensor_gaps.run(func, args, kwargs)
+    return dtensor_gaps.on_whole_tensors(func, *pytree.tree_unflatten(leaves, spec))
 
 
 def _spread(leaf: Any, like: DTensor, first: bool = False) -> Any:

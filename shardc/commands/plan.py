@@ -21,6 +21,7 @@ from shardc.inspect.progress import working
 from shardc.ir.mesh import Mesh
 from shardc.ir.model_call import ModelCall
 from shardc.options import AUTO, Options, SearchOptions, batch_range
+from shardc.search.batches import resized
 from shardc.search.ranking import MeshSearch
 from shardc.search.search import search
 
@@ -58,9 +59,9 @@ class PlanCommand(Shows):
         if self.output is not None:
             check_folder(self.output)
         call, options = self._call(rows), replace(self.options, microbatches=self.options.microbatches or 1)
-        if rows is not None and not is_config(self.file):
-            call = call.example(lambda _: rows)
-        with working(f"compiling {self.file.name} for {self.mesh}"):
+        other = rows if not is_config(self.file) else None
+        call = call if other is None else call.example(lambda _: other)
+        with working(f"compiling {self.file.name} for {self.mesh}"), resized(other):
             plan = compiled(call, Mesh.parse(self.mesh), options).plan
         self.show(plan.report(), plan)
         if self.output is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,3 +44,15 @@ class Batches:
         while rows and rows < self.most:
             rows = min(2 * rows, self.most)
             yield rows
+
+
+@contextmanager
+def resized(rows: int | None) -> Generator[None]:
+    """Errors of a call that was given other rows say so. `rows` None: those of the call."""
+    try:
+        yield
+    except ShardcError as error:
+        if rows is None:
+            raise
+        told = f"with batch={rows} in dim 0 of every input that has as many rows as the first tensor"
+        raise ShardcError(f"{told}: {error}") from error

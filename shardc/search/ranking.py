@@ -107,7 +107,8 @@ class MeshSearch:
             known = [str(one.mesh), *(text(one) for _, text in shown), *_figures(one), f"{one.spent:.1f} s"]
             rows.append([*known, one.remark or _slower(one, first)])
         meshes = len({one.mesh for one in self.ranked})
-        head = f"{meshes} meshes of {self.devices} devices on {self.hardware}, the fastest plan first"
+        number = f"{meshes} mesh{'es' if meshes > 1 else ''}"
+        head = f"{number} of {self.devices} devices on {self.hardware}, the fastest plan first"
         tail = f"held: the most at any time on one device; capture, shared by all, {self.shared:.1f} s"
         sections = [Section("", Columns(rows, "<" + ">" * len(shown) + ">>>>>><"))]
         if first.summary is not None:
@@ -137,6 +138,8 @@ def _slower(one: Candidate, best: Candidate) -> str:
     """What a plan takes longer for than the best, in a step of as many rows."""
     if one is best or one.summary is None or best.summary is None:
         return ""
+    if one.pace > best.pace:
+        return f"only {one.pace / best.pace - 1.0:.1%} faster"
     size = (best.batch or 1) / (one.batch or 1)
     here, there = _shares(one.summary), _shares(best.summary)
     more = {name: size * seconds - there.get(name, 0.0) for name, seconds in here.items()}

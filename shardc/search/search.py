@@ -23,7 +23,7 @@ from shardc.passes.capture import TRACING
 from shardc.passes.pipeline import part, run
 from shardc.planning.compilation import Compilation
 from shardc.planning.out_of_memory import OutOfMemoryError, refuse_too_large
-from shardc.search.batches import Batches
+from shardc.search.batches import Batches, resized
 from shardc.search.meshes import meshes
 from shardc.search.ranking import TOO_LARGE, Candidate, MeshSearch
 from shardc.search.ways import LITTLE, Ways, counts_to_try
@@ -76,7 +76,7 @@ def _captured(call: ModelCall, rows: int | None, devices: int, options: SearchOp
     call = call if rows is None else call.example(lambda _: rows)
     snapshots: dict[str, Compilation] = {}
     start = Compilation(call, Mesh(((options.axes[0], devices),)), options, time_limit=options.time_limit)
-    with TRACING:
+    with TRACING, resized(rows):
         captured = run(part("capture", "capture"), start, snapshots)
     run(part("normalize", "factor"), captured, snapshots)
     return snapshots
@@ -90,6 +90,8 @@ class _Searched:
     batches: Batches
     first: dict[str, Compilation]
     undivided: str = ""
+    fits: bool = False
+    """Whether a plan was found."""
 
     def ranking(self, taken: float) -> MeshSearch:
         """Every optimizer that is allowed with the first batch, as long as memory binds; then larger batches with the
@@ -102,7 +104,8 @@ class _Searched:
         untried, candidates, first = list(self.untried(shared)), list[Candidate](), list[Candidate]()
         for optimizer in ("", *self.options.optimizers):
             if first and not _binds(first):
-                untried.append(f"{optimizer} in place of the optimizer: memory does not bind")
+                of = f" at batch {self.batches.now}" if self.batches.most > self.batches.now else ""
+                untried.append(f"{optimizer} in place of the optimizer: memory does not bind{of}")
                 break
             tried = self._with(self.first, self.batches.now, optimizer, every)
             candidates += tried
@@ -113,17 +116,22 @@ class _Searched:
                 break
             near = [one.mesh for one in first if one.pace >= (1.0 - SLOW) * best.pace]
             near = list(dict.fromkeys(near))
-            with working(f"capturing batch {rows}"):
-                captured = _captured(self.call, rows, self.devices, self.options)
+            try:
+                with working(f"capturing batch {rows}"):
+                    captured = _captured(self.call, rows, self.devices, self.options)
+            except ShardcError as error:  # as of a model that knows its batch
+                untried.append(f"larger batches than {best.batch}: {str(error).splitlines()[0]}")
+                break
             first = self._with(captured, rows, best.optimizer, near)
             candidates += first
             gain, left = _fastest(first).pace / best.pace - 1.0, len(every) - len(near)
             if left:
                 untried.append(f"batch {rows} on {left} meshes, slower by {SLOW:.0%} or more than the best before")
             if gain < PAYS:
-                untried.append(
-                    f"larger batches than {rows}, which gains {gain:+.1%} on {best.batch}: less than {PAYS:.0%}"
-                )
+                why = f"which gains {gain:+.1%} on {best.batch}: less than {PAYS:.0%}"
+                if math.isinf(_fastest(first).seconds):
+                    why = f"which has no plan: {_fastest(first).remark}"
+                untried.append(f"larger batches than {rows}, {why}")
                 break
             best = _fastest(first)
         return self._made(candidates, best, taken, untried)
@@ -141,7 +149,7 @@ class _Searched:
             try:
                 refuse_too_large(c, c.options.budget, self.devices)
             except OutOfMemoryError:
-                if len(self.options.optimizers) == 0 or optimizer == self.options.optimizers[-1]:
+                if not self.fits and optimizer == ("", *self.options.optimizers)[-1]:
                     raise
                 return [
                     Candidate(mesh, 1, rows, optimizer, math.inf, 0.0, 0.0, 0.0, f"{TOO_LARGE}, however it is split")
@@ -150,6 +158,7 @@ class _Searched:
         counts = counts_to_try(c, self.options.microbatches)
         ways = Ways(captured, rows, counts, optimizer)
         found = ways.tried(among)
+        self.fits |= any(one.summary is not None for one in found)
         if ways.undivided:
             self.undivided = f"micro-batches: {ways.undivided}"
         return found

@@ -187,6 +187,21 @@ def test_a_batch_is_doubled_while_that_pays() -> None:
             shardc.search_mesh(model, 2, inputs, batch=wrong)
 
 
+class KnowsItsBatch(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + x.new_zeros(64, 1))
+
+
+def test_a_batch_that_the_model_cannot_take_ends_the_search_with_what_was_found() -> None:
+    _, inputs = mlp(64, 128, 64)
+    with torch.device("meta"):
+        model = KnowsItsBatch(64, 128).bfloat16()
+    found = shardc.search_mesh(model, 2, inputs, hardware="h100", batch="auto", cache=False)
+    assert found.batch == 64 and "larger batches than 64: with batch=128 in dim 0 of every input" in str(found)
+    with pytest.raises(shardc.ShardcError, match=r"with batch=32 in dim 0 of every input that has as many rows"):
+        shardc.search_mesh(model, 2, inputs, hardware="h100", batch=32)
+
+
 def test_another_optimizer_is_taken_only_if_allowed_and_only_where_memory_binds() -> None:
     model, inputs = mlp(1024, 4096, 64)
     stored = 2 * 1024 * 4096 * 2
@@ -196,6 +211,9 @@ def test_another_optimizer_is_taken_only_if_allowed_and_only_where_memory_binds(
         shardc.search_mesh(model, 2, inputs, **tight)
     found = shardc.search_mesh(model, 2, inputs, **tight, optimizers=("sgd",))
     assert found.optimizer == "sgd" and "does not fit, however it is split" in str(found)
+    small = asked | {"memory": 2.7 * stored / 2, "optimizer": "sgd"}
+    kept = shardc.search_mesh(model, 2, inputs, **small, optimizers=("adamw",))
+    assert kept.optimizer == "" and "does not fit, however it is split" in str(kept)
     wide = shardc.search_mesh(model, 2, inputs, **asked, optimizers=("sgd",))
     assert wide.optimizer == "" and "sgd in place of the optimizer: memory does not bind" in str(wide)
 

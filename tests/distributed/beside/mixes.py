@@ -184,6 +184,45 @@ def values_of_parts(prepare):
     return *(torch.as_tensor(one).double() for one in found), norm, *norms, *model.parameters(), model[2].weight.grad
 
 
+WRITTEN = {
+    "a row": lambda t, other: t[3].zero_(),
+    "a row of a plain one": lambda t, other: t[-1].copy_(torch.ones(t.shape[1])),
+    "an element": lambda t, other: t.__setitem__((5, 7), 9.0),
+    "a row by index": lambda t, other: t.__setitem__(4, other[0]),
+    "masked": lambda t, other: t.__setitem__(t > 0.1, 0.0),
+    "the diagonal": lambda t, other: t.diagonal().mul_(2),
+    "rows in a list": lambda t, other: torch._foreach_mul_([t[0], t[-1]], 3.0),
+    "added rows": lambda t, other: t.index_add_(0, torch.tensor([0, 9]), other[:2]),
+    "scattered": lambda t, other: t.scatter_add_(0, torch.zeros(t.shape, dtype=torch.long), other),
+    "initialised": lambda t, other: nn.init.constant_(t[2], 0.25),
+    "out": lambda t, other: torch.mul(other, torch.ones(t.shape[1]), out=t),
+    "renormed": lambda t, other: F.embedding(torch.tensor([1, 4]), t, max_norm=0.1),
+}
+
+
+@mix
+def written_through_views(prepare):
+    """Where DTensor would write to a copy, or lose the write beside a plain tensor."""
+    model = prepare(net())
+    step(model)
+    found = []
+    for parameter in (model[0].weight, model[2].weight):
+        for write in WRITTEN.values():
+            with torch.no_grad():
+                write(parameter, parameter.grad)
+            found.append(parameter.detach().clone())
+        product = parameter * parameter.grad
+        product[0].mul_(parameter[1])
+        product[2, 3] = 0.0
+        product.fill_diagonal_(1.0)
+        row = parameter.detach()[3].requires_grad_()
+        found += torch.autograd.grad(row.square().sum(), row)
+        found += torch.autograd.grad(product.square().sum(), parameter)
+    mean, variance = model[0].bias.detach().clone(), model[0].bias.detach().square() + 1
+    normed = F.batch_norm(torch.arange(96.0).view(4, 24), mean, variance, training=True)
+    return *found, mean, variance, normed
+
+
 @mix
 def copies_of_views(prepare):
     """A part may be a view into the bucket in which it was reduced."""

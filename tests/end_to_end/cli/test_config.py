@@ -73,7 +73,7 @@ def test_a_folder_with_a_config_is_searched_for_meshes(config: Write, capsys: py
     folder = str(Path(config(CONFIGS["LlamaForCausalLM"])).parent)
     assert main(["plan", folder, "--batch", "8", "--seq", "16", "--devices", "2", "--hardware", "h100"]) == 0
     out = capsys.readouterr().out
-    assert "1 meshes of 2 devices on h100" in out and "the best: dp=2" in out
+    assert "1 mesh of 2 devices on h100" in out and "the best: dp=2" in out
     assert out.splitlines()[-1] == f"shardc plan {folder} --batch=8 --seq=16 --mesh=dp=2 --hardware=h100"
 
 
