@@ -75,9 +75,9 @@ class Writes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.write == "foreach":
-            torch._foreach_add_([self.steps], 5)
+            torch._foreach_add_([self.steps], 5)  # pyright: ignore[reportPrivateImportUsage] - the one that users call
         elif self.write == "foreach view":
-            torch._foreach_add_([self.steps.view(-1)[:1]], 5)
+            torch._foreach_add_([self.steps.view(-1)[:1]], 5)  # pyright: ignore[reportPrivateImportUsage] - the one that users call
         elif self.write == "data":
             self.steps.data += 5
         else:
