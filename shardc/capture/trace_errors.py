@@ -17,6 +17,9 @@ from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from shardc.capture.torch_patches.fake_tensors import is_data_dependent
 from shardc.capture.user_frames import failing_line, is_of_modules, is_torch_or_ours
 from shardc.errors import CaptureError, ShardcError
@@ -42,9 +45,17 @@ def as_raised(function: Callable[..., Result], *args: Any) -> Result:
             raise
         error, place = found.error, found.place
     note = f"shardc: {place}, raises this in a trace, as on one device; what it has changed until then is put back"
+    if _holds_tensors(error):
+        note += "; its tensors are those of the trace, which have no values"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
     raise error.with_traceback(_of_user(error.__traceback__))
+
+
+def _holds_tensors(error: Exception) -> bool:
+    """Whether an error has tensors, or tells of one in its text."""
+    leaves = pytree.tree_leaves((error.args, vars(error)))
+    return any(isinstance(leaf, Tensor) or "FunctionalTensor(" in str(leaf) for leaf in leaves)
 
 
 def _of_user(traceback: TracebackType | None) -> TracebackType | None:

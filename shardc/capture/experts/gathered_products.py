@@ -293,7 +293,7 @@ class _Matcher:
         wide = self._sizes["o"]
         cuts = {(part.first, part.last, part.step) for part in parts if part}
         halves, turns = {(0, wide // 2, 1), (wide // 2, wide, 1)}, {(0, wide, 2), (1, wide, 2)}
-        if cuts not in (halves, turns) or self._ups[0].weight is not self._ups[1].weight:
+        if cuts not in (halves, turns) or len({(up.weight, up.bias) for up in self._ups}) > 1:
             raise LookupError
         if parts[0].first:
             self._places[0].prepend(self._places[1])

@@ -10,6 +10,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -139,20 +140,31 @@ class UnusedNames:
 
 
 class Forwards:
-    """The forwards of some classes of modules, by themselves or of classes before them."""
+    """The forwards of some classes, and those of their methods that code names."""
 
-    def __init__(self, classes: Iterable[Any]) -> None:
-        self._classes = list(classes)
-        self._before = [cls.forward for cls in self._classes]
+    def __init__(self, classes: Iterable[Any], names: Set[str]) -> None:
+        self._classes, self._names = list(classes), names
         self.bases: list[tuple[type, Any]] = [(cls, cls.__mro__) for cls in self._classes]
         """Each class, and the tuple of all its bases, which is another one where these are others."""
         spaces = {id(space): space for _, bases in self.bases for space in map(namespace_of, bases)}
         self.watched = [ForwardsIn(space, self) for space in spaces.values()]
         """All dicts in which one of them may come to stand."""
+        self._before = self._now()
 
     def holds(self) -> bool:
         """Whether all are those that they were."""
-        return [cls.forward for cls in self._classes] == self._before
+        return self._now() == self._before
+
+    def _now(self) -> list[Any]:
+        forwards = [getattr(cls, "forward", None) for cls in self._classes]
+        methods = [
+            {name: held for name in one.target.keys() & self._names if isinstance(held := one.target[name], _METHODS)}
+            for one in self.watched
+        ]
+        return [forwards, methods]
+
+
+_METHODS = FunctionType, property, classmethod, staticmethod
 
 
 @dataclass

@@ -127,8 +127,8 @@ class Guards:
             self._written += [(Location(holder, key), GONE) for key in absent if not of_object or key in names]
         owners = [holder.owner for holder, _ in contents if isinstance(holder, Attributes)]
         self._modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-        self._types = list(map(type, self._modules))
-        self._forwards = Forwards(dict.fromkeys(self._types))
+        self._owners, self._types = owners, list(map(type, owners))
+        self._forwards = Forwards(dict.fromkeys(self._types), self._names)
         self._methods = UnusedNames(namespace_of(Tensor), self._names)
         self._unpatched = [vars(module) for module in self._modules if "forward" not in vars(module)]
         self._open = [(holder, held.keys()) for holder, held in contents if _may_grow(holder)]
@@ -181,7 +181,7 @@ class Guards:
         bare = [held for held in map(vars, self._tensors) if self._names.isdisjoint(held)]
         self._bare = [UnusedNames(held, self._names) for held in bare]
         whole = [(holder.target, keys) for holder, keys in self._whole()]
-        classes = [(module, CLASS, id(cls)) for module, cls in zip(self._modules, self._types, strict=True)]
+        classes = [(owner, CLASS, id(cls)) for owner, cls in zip(self._owners, self._types, strict=True)]
         facts = [*classes, *((cls, BASES, id(bases)) for cls, bases in self._forwards.bases)]
         versions = None if versions is None else versions[: len(self._watched)]
         return SameObjects(self._values, [*self._watched, *self._bare], whole, facts, versions)
@@ -203,10 +203,10 @@ class Guards:
 
     def _of_other_classes(self) -> str:
         """What has another class or other methods than it had, or attributes that it had not; "" if nothing has."""
-        if list(map(type, self._modules)) != self._types:
-            return "a module is of another class than it was"
+        if list(map(type, self._owners)) != self._types:
+            return "an object is of another class than it was"
         if not self._forwards.holds():
-            return "a module has another forward than it had"
+            return "a class has another forward than it had, or another method"
         if any(self._empty):
             return f"{next(filter(None, self._empty))!r} was empty"
         for one in self._bare:

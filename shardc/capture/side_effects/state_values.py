@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from torch.utils import _pytree as pytree
 from shardc.capture.side_effects.holders import Location
 from shardc.capture.torch_patches.fake_tensors import untraced
 from shardc.capture.torch_patches.module_internals import version
+from shardc.capture.torch_patches.symbols import is_symbolic, number_of
 from shardc.errors import ShardcError
 
 MOST = 16
 """Elements of a tensor whose values may be asked for: every call compares them."""
+LONGEST = 64
+"""Functions that make a value that may be asked for: every call computes it."""
 
 _ASKING = {
     "item", "tolist", "is_nonzero", "equal", "__bool__", "__int__", "__float__", "__index__", "__contains__",
@@ -70,11 +73,25 @@ class _Value:
     index: int | None = None
     writes: bool = False
 
+    @property
+    def length(self) -> int:
+        """How many functions make it."""
+        return 0 if self.place else 1 + sum(one.length for one in self._values())
+
+    def _values(self) -> list[_Value]:
+        return [one for one in pytree.tree_leaves(self.operands) if isinstance(one, _Value)]
+
     def places(self) -> list[Location]:
         """Where the values come from."""
         if self.place is not None:
             return [self.place]
-        return [place for one in pytree.tree_leaves(self.operands) if isinstance(one, _Value) for place in one.places()]
+        return [place for one in self._values() for place in one.places()]
+
+    def of_this_call(self) -> _Value:
+        """The same, where the sizes of inputs are those of this call, to which that fixes the trace."""
+        if self.place is not None:
+            return self
+        return replace(self, operands=pytree.tree_map(_of_this_call, self.operands))
 
     def now(self, held: Mapping[Location, Tensor]) -> Any:
         """The value, where these values stand in the places."""
@@ -90,11 +107,12 @@ class _Value:
 
 @dataclass(frozen=True)
 class FoundValue:
-    """What code has found when it asked for a value. `held` is what stood in the places then."""
+    """What code has found when it asked for a value. `held` is what stood in the places then, `answer` the text of what
+    was found: texts tell 0.0 from -0.0, and nan is nan."""
 
     value: _Value
     held: Mapping[Location, Tensor]
-    answer: Any
+    answer: str
 
     def broken(self) -> str:
         """Why it would find something else now; "" if it would not."""
@@ -103,7 +121,7 @@ class FoundValue:
             return f"{next(iter(held))} has no values any more, with which forward takes another branch"
         with torch.no_grad():
             now = self.value.now(held)  # type: ignore[arg-type]
-        if type(now) is type(self.answer) and now == self.answer:
+        if repr(now) == self.answer:
             return ""
         return f"{next(iter(held))} is {next(iter(held.values()))}, with which forward takes another branch"
 
@@ -128,7 +146,6 @@ class StateValues:
         self._known: dict[int, tuple[Tensor, int, _Value]] = {}
         """Tensors of the trace by identity, each with its version, which tells whether it was written since."""
         self._held: dict[Location, Tensor] = {}
-        self._others: set[int] = set()
         self.found: list[FoundValue] = []
         """What code has found."""
 
@@ -138,7 +155,6 @@ class StateValues:
         self.end()
         self.found = []
         for traced, users, place in tensors:
-            self._others.add(id(traced))
             if place is not None and users.numel() <= MOST and not users.requires_grad:
                 with untraced():
                     value = _values(users)
@@ -149,7 +165,7 @@ class StateValues:
 
     def end(self) -> None:
         """Let go of the tensors."""
-        self._known, self._held, self._others = {}, {}, set()
+        self._known, self._held = {}, {}
 
     def answer(self, function: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a function that asks for values finds, as (value,); () where only a run knows."""
@@ -157,12 +173,12 @@ class StateValues:
         if known is None:
             return ()
         self._asked()
-        value = _Value(None, function, known)
+        value = _Value(None, function, known).of_this_call()
         held = {place: self._held[place] for place in value.places()}
         with untraced():
-            found = FoundValue(value, held, value.now(held))
-        self.found.append(found)
-        return (found.answer,)
+            answer = value.now(held)
+        self.found.append(FoundValue(value, held, repr(answer)))
+        return (answer,)
 
     def note(self, function: Callable[..., Any], name: str, operands: Any, result: Any) -> None:
         """A function was called with `operands`, or is about to be if it writes: it is known what it makes if those
@@ -188,14 +204,6 @@ class StateValues:
 
         return written
 
-    def shared(self, tensor: Any) -> None:
-        """Code has taken `.data` of a tensor, through which it may write what no version tells."""
-        if id(tensor) in self._known:
-            places = set(self._known[id(tensor)][2].places())
-            self._known = {key: one for key, one in self._known.items() if places.isdisjoint(one[2].places())}
-        elif id(tensor) not in self._others:  # it may be a view of any
-            self._known = {}
-
     def _operands(self, operands: Any) -> Any:
         """The operands with what is known of the tensors among them; None where one is not known, or there is none."""
         found = 0
@@ -214,7 +222,7 @@ class StateValues:
             made = pytree.tree_map(known, operands)
         except _UnknownOperand:
             return None
-        return made if found else None
+        return made if found and _Value(operands=made).length <= LONGEST else None
 
 
 class _UnknownOperand(Exception):
@@ -222,6 +230,14 @@ class _UnknownOperand(Exception):
 
 
 def _nothing() -> None: ...
+
+
+def _of_this_call(operand: Any) -> Any:
+    if isinstance(operand, _Value):
+        return operand.of_this_call()
+    if isinstance(operand, slice):
+        return slice(*map(_of_this_call, (operand.start, operand.stop, operand.step)))
+    return number_of(operand) if is_symbolic(operand) else operand
 
 
 def _standing(place: Location) -> Tensor | None:

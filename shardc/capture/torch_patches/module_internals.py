@@ -6,8 +6,10 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import dict_version as _dict_version
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 def has_global_hooks() -> bool:
@@ -29,7 +31,10 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written in place. Only autograd reads this number, so it has no public name."""
+    """How often a tensor, or a view of it, was written in place. Only autograd reads this number, so it has no public
+    name. In a trace functionalization counts, also what is written through `.data` or by a `_foreach` function."""
+    if isinstance(tensor, FunctionalTensor):
+        return torch._functionalize_mutation_counter(tensor.elem)  # type: ignore[attr-defined]
     return tensor._version
 
 

@@ -25,21 +25,26 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def number_of(value: Any) -> int | float | bool:
+    """A symbolic number as that of this call, to which that fixes the trace."""
+    return _NUMBERS[type(value)](value)
+
+
 @contextmanager
 def spelled_out() -> Generator[None]:
     """In here, where code of the user's makes a text of a symbolic number, the trace fixes the number to that of this
     call: f"{x.shape[0]}x8" is "6x8", and never "s0x8"."""
 
-    def spelling(number: type, original: Callable[[Any], str]) -> Callable[[Any], str]:
+    def spelling(original: Callable[[Any], str]) -> Callable[[Any], str]:
         def spelled(value: Any) -> str:
-            return str(number(value)) if caller_is_users(sys._getframe(1)) else original(value)
+            return str(number_of(value)) if caller_is_users(sys._getframe(1)) else original(value)
 
         return spelled
 
     with ExitStack() as stack:
         kind: Any
-        for kind, number in _NUMBERS.items():
-            stack.enter_context(patch.object(kind, "__repr__", spelling(number, kind.__repr__)))
+        for kind in _NUMBERS:
+            stack.enter_context(patch.object(kind, "__repr__", spelling(kind.__repr__)))
         yield
 
 

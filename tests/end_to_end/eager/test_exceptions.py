@@ -102,7 +102,7 @@ def test_exceptions_of_the_model_are_its_own(mode: str) -> None:
     assert frames[frames.index("forward") :][:2] == ["forward", "fail"]
     if mode != "interrupt":
         (note,) = ours.__notes__
-        assert "test_exceptions.py:" in note and "put back" in note
+        assert "test_exceptions.py:" in note and "put back" in note and "its tensors" not in note
 
 
 def test_later_calls_raise_what_one_device_raises_and_others_go_on() -> None:
@@ -124,6 +124,15 @@ def test_later_calls_raise_what_one_device_raises_and_others_go_on() -> None:
             if isinstance(found, TooLongError):
                 assert (found.length, found.most) == (rows, 6)
     assert model.calls == plain.calls == 4
+
+
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: [x.sum()], lambda x: f"of {x}"])
+def test_the_note_tells_of_tensors_that_have_no_values(given: Callable[[Tensor], Any]) -> None:
+    def forward(x: Tensor) -> Tensor:
+        raise LookupError(given(x))
+
+    (note,) = raised(lambda: shard(forward, mesh="tp=2")(X)).__notes__
+    assert "its tensors are those of the trace, which have no values" in note
 
 
 def test_compiling_ahead_raises_it_too() -> None:

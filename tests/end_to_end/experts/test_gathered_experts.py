@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shardc
@@ -90,7 +91,21 @@ class OtherRows(gathered.OneChoice):
         return torch.matmul(hidden, self.down[ids[:, :4]]).squeeze(-2)
 
 
-@pytest.mark.parametrize("layer", [Reversed, AcrossTokens, Given])
+class TwoBiases(gathered.GptOss):
+    """Each half of a product has the bias of another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.randn_like(self.b1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.route(x)[1]
+        made = torch.einsum("bsckd,bsd->bsck", self.w1[ids], x)
+        gate, up = (made + self.b1[ids])[..., : gathered.INNER], (made + self.other[ids])[..., gathered.INNER :]
+        return torch.einsum("bsckd,bscd->bsck", self.w2[ids], F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("layer", [Reversed, AcrossTokens, Given, TwoBiases])
 def test_what_is_something_else_stays_as_it_is(layer: Any) -> None:
     captured = capture(Program(layer), (X,), grad=False)
     assert torch.ops.shardc.experts.default not in {node.target for node in captured.graph.nodes}
