@@ -114,26 +114,6 @@ def refuse_foreign(constant: Tensor, places: Sequence[Location]) -> None:
     )
 
 
-def refuse_mixed(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
-    """Raise CaptureError for products of different dtypes, which fake tensors allow and no kernel computes."""
-    for node in nodes:
-        if node.target in _PRODUCTS:
-            operands = [one.meta.get("val") for one in node.all_input_nodes]
-            dtypes = dict.fromkeys(str(one.dtype) for one in operands if isinstance(one, Tensor))
-            if len(dtypes) > 1:
-                place = ", ".join(part for part in (origins[node].module, origins[node].source) if part)
-                raise CaptureError(
-                    f"{node.target} ({place}) multiplies {' with '.join(dtypes)}, which torch does not: convert one of "
-                    "them, with .to(...)"
-                )
-
-
-_PRODUCTS = {
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default, torch.ops.aten.mv.default, torch.ops.aten.dot.default,
-}  # fmt: skip
-
-
 def refuse_sparse(nodes: Iterable[fx.Node], origins: Mapping[fx.Node, Origin]) -> None:
     """Raise CaptureError for a value that is no dense tensor: layouts describe dense tensors only."""
     for node in nodes:

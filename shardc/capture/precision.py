@@ -29,22 +29,28 @@ _CAST = torch.ops.aten._to_copy.default
 _VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.view.default)
 
 
-_OF_ONE_TYPE = {
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")}
+"""Products, which refuse operands of more than one type when they run, and not when they are traced."""
+
+_OF_ONE_TYPE = _PRODUCTS | {
     getattr(torch.ops.aten, name).default
     for name in (
-        "mm", "addmm", "mv", "addmv", "convolution", "native_layer_norm", "index_put", "_cdist_forward",
-        "grid_sampler_2d", "grid_sampler_3d", "linalg_solve_triangular",
+        "convolution", "native_layer_norm", "index_put", "_cdist_forward", "grid_sampler_2d", "grid_sampler_3d",
+        "linalg_solve_triangular",
     )
 }  # fmt: skip
-"""Operators that refuse operands of more than one floating type when they run, and not when they are traced."""
+"""Operators that refuse operands of more than one floating type in the same way."""
 
 
 def refuse_mixed_types(program: Program, precision: Precision) -> None:
-    """Raise CaptureError where an operator gets floating operands of types that it refuses: one device would, too."""
+    """Raise CaptureError where an operator gets operands of types that it refuses: one device would, too."""
     for node in program.graph.nodes:
         if node.target in _OF_ONE_TYPE:
             given = [value_of(one) for one in node.all_input_nodes]
-            found = {one.dtype: None for one in given if isinstance(one, Tensor) and one.is_floating_point()}
+            all_count = node.target in _PRODUCTS
+            found = {
+                one.dtype: None for one in given if isinstance(one, Tensor) and (all_count or one.is_floating_point())
+            }
             wide = node.target is not torch.ops.aten.native_layer_norm.default or value_of(node.args[0]).itemsize > 2
             if len(found) > 1 and wide:  # of 16 bits, a layer norm takes weights in float32
                 place, types = origin_of(node), " and ".join(map(_short, found))

@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from shardc.capture import canonical, provenance
 from shardc.capture.inputs import (
     refuse_foreign,
-    refuse_mixed,
     refuse_promoted,
     refuse_seeded,
     refuse_shared,
@@ -60,7 +59,6 @@ class ProgramBuilder:
         self.origins |= provenance.located(nodes, provenance.by_sequence(graph))
         refuse_sparse(nodes, self.origins)
         refuse_promoted(nodes, self.origins)
-        refuse_mixed(nodes, self.origins)
         refuse_seeded(nodes, self.origins, self.trace.provenance.after_seed)
         self.rewriter.copy(nodes)
         results = [None if value is None else self.rewriter.env[value] for value in values]
