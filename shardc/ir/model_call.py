@@ -64,11 +64,17 @@ class ModelCall:
         """The same call without the user's tensors, so that whoever keeps it does not keep them."""
         return replace(self, args=(), kwargs={})
 
+    @property
+    def rows(self) -> int:
+        """The size of dim 0 of the first tensor that has dims; 0 where none has."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
     def example(self, rows: Callable[[int], int] = int) -> ModelCall:
         """The same call with tensors that hold no memory, and `rows(n)` where the first tensor has n in dim 0, in all
         tensors that have as many."""
         leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs)))
-        first = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+        first = self.rows
 
         def alike(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):

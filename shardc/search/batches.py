@@ -6,9 +6,6 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from shardc.errors import ShardcError
 from shardc.ir.model_call import ModelCall
 from shardc.options import AUTO, batch_range
@@ -29,8 +26,7 @@ class Batches:
     @staticmethod
     def of(call: ModelCall, asked: int | str | None) -> Batches:
         """The batches that were asked for, with the inputs of a call. Raises ShardcError for inputs without rows."""
-        leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
-        rows = next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+        rows = call.rows
         if asked is None:
             return Batches(rows, rows)
         if not rows:

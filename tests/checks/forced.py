@@ -21,6 +21,8 @@ from shardc.rules.factors.strategy import Strategy
 ATTENTION = (torch.ops.shardc.attention.default, torch.ops.shardc.attention_backward.default)
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 EXPERTS = (torch.ops.shardc.experts.default, torch.ops.shardc.experts_backward.default)
+EXPERT_CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
+"""How generated code calls each variant of the experts."""
 Accepts = Callable[[Mapping[str, tuple[str, ...]], str], bool]
 """Whether a strategy may be chosen, by the axes that split each factor, and the name of the variant."""
 

@@ -308,3 +308,15 @@ LAYERS: dict[str, Callable[[], Routed]] = {
     "split": SplitLoop,
     "sliced": SlicedLoop,
 }
+
+
+class Program(nn.Module):
+    """A layer in float64, and a loss of it."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = layer().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).sin().sum()

@@ -20,7 +20,6 @@ from checks.training import losses_of
 from zoo.case import ROUNDED
 from zoo.text import EXPERTS, LLAMA, MOST, decoder
 
-CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 DEEPSEEK = dict(
     q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
     n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=0,
@@ -53,16 +52,16 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     return compiled.code
 
 
-@pytest.mark.parametrize("variant", CALLS)
+@pytest.mark.parametrize("variant", forced.EXPERT_CALLS)
 @pytest.mark.parametrize("name", MODELS)
 def test_variants_train_like_the_single_device(name: str, variant: str) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     with forced.experts(variant):
-        assert CALLS[variant] in compare(model, inputs)
+        assert forced.EXPERT_CALLS[variant] in compare(model, inputs)
 
 
-@pytest.mark.parametrize("variant", CALLS)
+@pytest.mark.parametrize("variant", forced.EXPERT_CALLS)
 def test_llama4_trains_like_the_single_device(variant: str, request: pytest.FixtureRequest) -> None:
     """It multiplies what goes into an expert by the score."""
     if variant != "exchanged" and not request.config.getoption("--whole-zoo"):
@@ -74,4 +73,4 @@ def test_llama4_trains_like_the_single_device(variant: str, request: pytest.Fixt
         if not parameter.detach().isfinite().all() or not parameter.detach().any():
             nn.init.normal_(parameter, std=0.1)
     with forced.experts(variant):
-        assert CALLS[variant] in compare(model, inputs)
+        assert forced.EXPERT_CALLS[variant] in compare(model, inputs)

@@ -210,31 +210,6 @@ def test_layers_that_differ_in_what_they_ask_for() -> None:
         torch.testing.assert_close(many(x), single(x))
 
 
-def test_what_a_run_has_written_is_not_known() -> None:
-    class Writes(nn.Module):
-        steps: Tensor
-
-        def __init__(self, write: str) -> None:
-            super().__init__()
-            self.write = write
-            self.register_buffer("steps", torch.tensor([0]))
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.write == "view":
-                self.steps.view(-1)[0].fill_(5)
-            elif self.write == "data":
-                self.steps.data.fill_(5)
-            else:
-                self.steps.fill_(x.sum().long())
-            return x * 2 if self.steps > 3 else x
-
-    for write in ("view", "data", "value"):
-        model = shard(Writes(write), mesh="a=2")
-        with pytest.raises(ShardcError, match=r"test_boundary\.py:\d+.*branches on"):
-            model(torch.ones(4))
-        assert model.steps == 0
-
-
 def test_another_thread_goes_backward_while_a_model_is_traced() -> None:
     other, weight = nn.Linear(4, 4), list[Any]()
 

@@ -64,7 +64,7 @@ def test_calls_with_the_same_values_have_one_program() -> None:
 
 
 class Writes(nn.Module):
-    """Writes what no version tells of."""
+    """Writes what no version tells of, or what only a run knows."""
 
     steps: Tensor
 
@@ -78,16 +78,23 @@ class Writes(nn.Module):
             torch._foreach_add_([self.steps], 5)  # pyright: ignore[reportPrivateImportUsage] - the one that users call
         elif self.write == "foreach view":
             torch._foreach_add_([self.steps.view(-1)[:1]], 5)  # pyright: ignore[reportPrivateImportUsage] - the one that users call
+        elif self.write == "view":
+            self.steps.view(-1)[0].fill_(5)
         elif self.write == "data":
             self.steps.data += 5
+        elif self.write == "data filled":
+            self.steps.data.fill_(5)
+        elif self.write == "value":
+            self.steps.fill_(x.sum().long())
         else:
             for _ in range(100):
                 self.steps += self.steps + 1
         return x * 2 if self.steps > 3 else x
 
 
-@pytest.mark.parametrize("write", ["foreach", "foreach view", "data", "many"])
+@pytest.mark.parametrize("write", ["foreach", "foreach view", "view", "data", "data filled", "value", "many"])
 def test_what_cannot_be_followed_is_not_known(write: str) -> None:
     model = shard(Writes(write), mesh="a=2")
-    with pytest.raises(ShardcError, match="branches on"):
+    with pytest.raises(ShardcError, match=r"test_values_asked\.py:\d+.*branches on"):
         model(torch.ones(4))
+    assert model.steps == 0

@@ -17,14 +17,12 @@ from shardc.errors import ShardcError
 from shardc.options import Options
 from zoo.text import TEXT
 
-CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
-
 
 def trained(model: nn.Module, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> list[float]:
     return losses_of(call, inputs, torch.optim.SGD(model.parameters(), 0.1))
 
 
-@pytest.mark.parametrize("variant", CALLS)
+@pytest.mark.parametrize("variant", forced.EXPERT_CALLS)
 @pytest.mark.parametrize(("name", "mesh"), [("mixtral", "ep=3"), ("gpt_oss", "dp=2,ep=2"), ("qwen2_moe", "ep=2")])
 def test_every_variant_trains_like_the_single_device(name: str, mesh: str, variant: str) -> None:
     torch.manual_seed(0)
@@ -32,7 +30,7 @@ def test_every_variant_trains_like_the_single_device(name: str, mesh: str, varia
     alone = copy.deepcopy(model)
     with forced.experts(variant):
         compiled = shardc.compile(model, mesh, inputs, hardware="h100", memory="unbounded")
-    assert CALLS[variant] in compiled.code
+    assert forced.EXPERT_CALLS[variant] in compiled.code
     losses, right = trained(model, compiled, inputs), trained(alone, alone, inputs)
     tolerance = TEXT[name].tolerance
     torch.testing.assert_close(losses, right, rtol=tolerance, atol=tolerance)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import shardc
 from checks import forced
 from samples import gathered_experts as gathered
+from samples.written_experts import Program
 from shardc.capture.trace import capture
 
 EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
-CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 WAYS = {
     "gpt-fast": ("ep=2", "exchanged"),
     "gpt-oss": ("ep=3", "in_parts"),
@@ -26,23 +26,13 @@ WAYS = {
 X = torch.randn(4, 6, gathered.D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-class Program(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = layer().double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).sin().sum()
-
-
 @pytest.mark.parametrize("name", gathered.LAYERS)
 def test_trains_like_the_single_device(name: str) -> None:
     program, (mesh, variant) = Program(gathered.LAYERS[name]), WAYS[name]
     alone = copy.deepcopy(program)
     with forced.experts(variant):
         compiled = shardc.compile(program, mesh, (X.clone().requires_grad_(),), hardware="h100", memory="unbounded")
-    assert CALLS[variant] in compiled.code
+    assert forced.EXPERT_CALLS[variant] in compiled.code
     assert compiled.code.count("aten.index.Tensor(") == (name == "gpt-oss"), "a bias that is added in place"
     for given in (X, X[:1, :1].expand_as(X)):
         mine, theirs = (given.clone().requires_grad_() for _ in range(2))

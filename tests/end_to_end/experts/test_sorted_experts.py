@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import shardc
+from checks import forced
 from samples import written_experts as written
 from samples.written_experts import COUNT, D
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 
-CALLS = ("shardc.experts.default(", "experts_in_parts(", "experts_exchanged(")
 EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
 X = torch.randn(24, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Work = Callable[[Any, Tensor, list[int], Tensor], Tensor]
@@ -104,6 +104,6 @@ def test_what_is_done_by_row_is_right(name: str) -> None:
     alone: nn.Module = copy.deepcopy(model)
     with torch.no_grad():
         compiled = shardc.compile(model, "ep=2", (X,), hardware="h100", memory="unbounded")
-        assert any(call in compiled.code for call in CALLS) == operator
+        assert any(call in compiled.code for call in forced.EXPERT_CALLS.values()) == operator
         for x in (X, X.abs() * 3, X[:1].expand_as(X)):
             torch.testing.assert_close(compiled(x), alone(x), **EXACT)

@@ -15,24 +15,14 @@ from torch import Tensor, nn
 import shardc
 from checks import forced
 from samples import written_experts as written
+from samples.written_experts import Program
 from shardc.capture.trace import capture
 from shardc.errors import CaptureError
 
 EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
-CALLS = {"": "shardc.experts.default(", "in_parts": "experts_in_parts(", "exchanged": "experts_exchanged("}
 WAYS = [("ep=2", "exchanged"), ("ep=3", "in_parts"), ("ep=4", "exchanged"), ("dp=2,ep=2", "in_parts"), ("ep=2", "")]
 SAMPLE = ["mixtral hits", "sorted", "masks", "switch", "dense stack", "stacked"]
 X = torch.randn(4, 6, written.D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-
-class Program(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = layer().double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).sin().sum()
 
 
 def gradients(model: Any, program: Program, x: Tensor) -> list[Tensor]:
@@ -63,7 +53,7 @@ def test_trains_like_the_single_device(layer_name: str) -> None:
     mesh, variant = WAYS[list(written.LAYERS).index(layer_name) % len(WAYS)]
     with forced.experts(variant):
         compiled = shardc.compile(program, mesh, (X,), hardware="h100", memory="unbounded")
-    assert CALLS[variant] in compiled.code
+    assert forced.EXPERT_CALLS[variant] in compiled.code
     assert not [call for call in ("nonzero(", "aten.silu", "aten.gelu") if call in compiled.code]
     for x in (X, X.abs() * 3, X[:1, :1].expand_as(X)):
         compare(compiled, program, alone, x)
