@@ -51,7 +51,7 @@ class Message:
 
         def kept(part: Any) -> Any:
             if isinstance(part, Tensor) and id(part) not in copies:
-                copies[id(part)] = part, _writes(part), part.clone()
+                copies[id(part)] = part, version(part), part.clone()
             return part
 
         return Message(pytree.tree_map(kept, parts, is_leaf=_is_size), tell, copies)
@@ -63,7 +63,7 @@ class Message:
             if not isinstance(part, Tensor):
                 return part
             tensor, before, copied = self.copies[id(part)]
-            return tensor if _writes(tensor) == before else copied  # the tensor may be there already, as a result
+            return tensor if version(tensor) == before else copied  # the tensor may be there already, as a result
 
         parts = pytree.tree_map(then, self.parts, is_leaf=_is_size)
         made = tuple(describer.describe(part) if _differs(part) else part for part in parts)
@@ -179,10 +179,6 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else version(tensor)
 
 
 def _differs(value: Any) -> bool:

@@ -32,10 +32,11 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 def version(tensor: Tensor) -> int:
     """How often a tensor, or a view of it, was written in place. Only autograd reads this number, so it has no public
-    name. In a trace functionalization counts, also what is written through `.data` or by a `_foreach` function."""
+    name. In a trace functionalization counts, also what is written through `.data` or by a `_foreach` function. Nobody
+    counts for tensors that were made in inference mode: 0."""
     if isinstance(tensor, FunctionalTensor):
         return torch._functionalize_mutation_counter(tensor.elem)  # type: ignore[attr-defined]
-    return tensor._version
+    return 0 if tensor.is_inference() else tensor._version
 
 
 dict_version: Callable[[dict[Any, Any]], int] = _dict_version
